@@ -1,0 +1,30 @@
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart test test-slow lint clean .venv
+
+quickstart: .venv            ## corpus, training, distillation, evaluation, report: the whole story
+	$(RUN) -m scripts.quickstart
+
+test: .venv                  ## everything that takes seconds
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: .venv             ## what takes minutes
+	$(RUN) -m pytest -m slow
+
+lint: .venv                  ## style, types, layers
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright
+	$(VENV)/bin/lint-imports
+
+.venv: $(VENV)/installed     ## only sets up
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[dev]"
+	touch $@
+
+clean:                       ## removes the environment and what tools left, never runs/
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info

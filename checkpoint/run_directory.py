@@ -1,0 +1,42 @@
+"""The folder of a run: config.json, metrics.jsonl, checkpoints/ and pictures."""
+
+from pathlib import Path
+
+from configs.base import RunConfig, UserError, differences, from_json, to_json
+
+MAY_CHANGE = ("steps", "mesh.", "execution.", "checkpoint.", "alarms.")
+"""Settings that may differ when a run goes on; anything else would make it another experiment."""
+
+
+def open_run_dir(run: RunConfig, run_dir: Path) -> None:
+    """Makes the folder and writes config.json, or checks that it holds the same experiment.
+
+    Raises:
+      UserError: another experiment, or a folder that can't be written.
+    """
+    path = run_dir / "config.json"
+    if path.exists():
+        changed = differences(read_run(run_dir), run)
+        changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
+        if changed:
+            raise UserError(
+                f"{run_dir} holds a run with another config ({'; '.join(changed)}): "
+                "choose another --run-dir, or give the settings it was started with"
+            )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_json(run))
+    except OSError as error:
+        raise UserError(f"{run_dir} can't be written: {error.strerror}") from error
+
+
+def read_run(run_dir: Path) -> RunConfig:
+    """The config a run directory was trained with.
+
+    Raises:
+      UserError: the folder is no run directory.
+    """
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise UserError(f"{run_dir} is no run directory: it has no config.json")
+    return from_json(RunConfig, path.read_text(), where=str(path))

@@ -1,0 +1,1 @@
+"""From text files to batches: corpora, tokenizer, packed rows, a resumable pipeline."""

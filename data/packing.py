@@ -1,0 +1,159 @@
+"""Token files, and rows of equal length cut from them.
+
+A token file holds documents end to end, each behind an end-of-text token, as plain little-endian
+integers to be memory-mapped (train.bin); a sidecar (train.json) says how to read them. Rows are cut
+without regard to documents, so none of a row is wasted; positions restart at every document, which
+is what keeps documents apart in the model (model/transformer.py).
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from configs.base import UserError
+from data.corpora import Document
+from data.tokenizer import END_OF_TEXT_ID
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """What is known about a token file, kept as JSON beside it."""
+
+    format: int
+    dtype: str
+    num_tokens: int
+    num_bytes: int
+    """UTF-8 bytes of the documents."""
+    tokenizer_sha256: str
+    names: list[str]
+    starts: list[int]
+    """Index of each document's end-of-text token."""
+    byte_counts: list[int]
+
+
+def write_tokens(
+    path: Path, documents: Iterable[Document], tokenizer: Tokenizer, tokenizer_sha256: str
+) -> Sidecar:
+    """Encodes the documents into path (.bin) and its sidecar (.json)."""
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    names, starts, byte_counts, num_tokens = [], [], [], 0
+    with path.open("wb") as file:
+        for document in documents:
+            ids = [END_OF_TEXT_ID, *tokenizer.encode(document.text).ids]
+            np.asarray(ids, dtype).tofile(file)
+            names.append(document.name)
+            starts.append(num_tokens)
+            byte_counts.append(len(document.text.encode()))
+            num_tokens += len(ids)
+    sidecar = Sidecar(
+        format=FORMAT,
+        dtype=np.dtype(dtype).name,
+        num_tokens=num_tokens,
+        num_bytes=sum(byte_counts),
+        tokenizer_sha256=tokenizer_sha256,
+        names=names,
+        starts=starts,
+        byte_counts=byte_counts,
+    )
+    path.with_suffix(".json").write_text(json.dumps(asdict(sidecar)))
+    return sidecar
+
+
+class TokenFile:
+    """A memory-mapped token file; opened lazily, so it can be sent to other processes."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the sidecar and checks the file against it.
+
+        Raises:
+          UserError: a missing, truncated or unreadable file or sidecar.
+        """
+        mend = f"delete the folder {path.parent}, it will be made again"
+        try:
+            self.sidecar = Sidecar(**json.loads(path.with_suffix(".json").read_text()))
+            num_bytes = path.stat().st_size
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename} is missing: {mend}") from error
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UserError(
+                f"{path.with_suffix('.json')} is no token sidecar ({error}): {mend}"
+            ) from error
+        if self.sidecar.format != FORMAT:
+            raise UserError(
+                f"{path} has format {self.sidecar.format}, this program reads {FORMAT}: {mend}"
+            )
+        self.path, self.dtype = path, np.dtype(self.sidecar.dtype)
+        if num_bytes != self.sidecar.num_tokens * self.dtype.itemsize:
+            raise UserError(
+                f"{path} has {num_bytes} bytes, its sidecar promises {self.sidecar.num_tokens} "
+                "tokens of "
+                f"{self.dtype.itemsize} bytes: it was cut or changed; {mend}"
+            )
+        self._tokens: np.memmap | None = None
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens, memory-mapped."""
+        if self._tokens is None:
+            self._tokens = np.memmap(self.path, self.dtype, mode="r")
+        return self._tokens
+
+    def documents(self) -> Iterator[tuple[str, np.ndarray, int]]:
+        """(name, int32 tokens with the leading end of text, bytes) of each document."""
+        ends = [*self.sidecar.starts[1:], self.sidecar.num_tokens]
+        columns = (self.sidecar.names, self.sidecar.starts, ends, self.sidecar.byte_counts)
+        for name, start, end, num_bytes in zip(*columns, strict=True):
+            yield name, np.asarray(self.tokens[start:end], np.int32), num_bytes
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_tokens": None}
+
+
+class PackedRows:
+    """Random access to rows of seq_len inputs and their targets: the source of the pipeline."""
+
+    def __init__(self, file: TokenFile, seq_len: int) -> None:
+        """
+        Raises:
+          UserError: the file is too short for a single row.
+        """
+        self.file, self.seq_len = file, seq_len
+        self.num_rows = (file.sidecar.num_tokens - 1) // seq_len
+        if self.num_rows < 1:
+            raise UserError(
+                f"{file.path} has {file.sidecar.num_tokens} tokens, too few for one row of "
+                f"data.seq_len={seq_len} and its targets: use a shorter row or a larger corpus"
+            )
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """Row `index`: tokens and targets [L], positions [L], int32, and the row's own number."""
+        row = int(index)
+        start = row * self.seq_len
+        window = np.asarray(self.file.tokens[start : start + self.seq_len + 1], np.int32)
+        tokens, targets = window[:-1], window[1:]
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "positions": document_positions(tokens),
+            "row": np.int32(row),
+        }
+
+    def __repr__(self) -> str:  # Grain compares it on restore
+        return f"PackedRows({self.file.path.name}, {self.num_rows} rows of {self.seq_len})"
+
+
+def document_positions(tokens_L: np.ndarray) -> np.ndarray:
+    """Each token's distance from the start of its document, or of the row."""
+    places_L = np.arange(len(tokens_L), dtype=np.int32)
+    starts_L = np.where(tokens_L == END_OF_TEXT_ID, places_L, 0)
+    return places_L - np.maximum.accumulate(starts_L)

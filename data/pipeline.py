@@ -1,0 +1,130 @@
+"""From a corpus on disk to an endless, resumable stream of batches."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from configs.base import DataConfig, UserError
+from data.corpora import name_hash, read_documents, split
+from data.packing import PackedRows, TokenFile, write_tokens
+from data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+
+Batch = dict[str, np.ndarray]
+
+MAX_EPOCHS = 1_000_000  # an endless repeat overflows the length of Grain's prefetch
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared folder: tokenizer.json, train.bin, held_out.bin and their sidecars."""
+
+    directory: Path
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.directory / "tokenizer.json"
+
+    def training(self) -> TokenFile:
+        return TokenFile(self.directory / "train.bin")
+
+    def held_out(self) -> TokenFile:
+        return TokenFile(self.directory / "held_out.bin")
+
+    def tokenizer(self):
+        return load_tokenizer(self.tokenizer_path)
+
+
+def prepare_corpus(config: DataConfig, vocab_size: int) -> Corpus:
+    """The corpus in config.directory, made from config.source if it is not there yet.
+
+    It is built under another name and then renamed, so an interrupted build leaves nothing behind
+    that looks whole.
+
+    Raises:
+      UserError: the folder holds a corpus made with other settings, or the source has no text.
+    """
+    directory = Path(config.directory)
+    settings = {
+        "source": config.source,
+        "suffix": config.suffix,
+        "holdout_fraction": config.holdout_fraction,
+        "vocab_size": vocab_size,
+    }
+    if directory.exists():
+        _check_settings(directory, settings)
+        return Corpus(directory)
+    building = directory.with_name(f"{directory.name}.building.{os.getpid()}")
+    try:
+        building.mkdir(parents=True)
+        _build(building, settings)
+        building.rename(directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return Corpus(directory)
+
+
+def _check_settings(directory: Path, settings: dict[str, object]) -> None:
+    try:
+        found = json.loads((directory / "corpus.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{directory} is there but holds no corpus ({error}): delete it or set --data.directory"
+        ) from error
+    for name, wanted in settings.items():
+        if found.get(name) != wanted:
+            raise UserError(
+                f"the corpus in {directory} was made with {name}={found.get(name)!r}, this run "
+                "asks for "
+                f"{wanted!r}: set --data.directory to another folder"
+            )
+
+
+def _build(directory: Path, settings: dict) -> None:
+    documents = read_documents(settings["source"], settings["suffix"])
+    training, held_out = split(documents, settings["holdout_fraction"])
+    training.sort(key=lambda document: name_hash("order of " + document.name))
+    tokenizer = train_tokenizer((d.text for d in training), settings["vocab_size"])
+    corpus = Corpus(directory)
+    tokenizer.save(str(corpus.tokenizer_path))
+    tokenizer, sha256 = corpus.tokenizer(), fingerprint(corpus.tokenizer_path)
+    write_tokens(directory / "train.bin", training, tokenizer, sha256)
+    write_tokens(directory / "held_out.bin", held_out, tokenizer, sha256)
+    (directory / "corpus.json").write_text(json.dumps(settings))
+
+
+def batches(
+    file: TokenFile,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """Endless batches of PackedRows: every row once per epoch, in an order drawn anew each epoch.
+
+    Step s takes rows [s * batch_size, (s + 1) * batch_size) of the shuffled stream, and each
+    process every process_count-th of them, so the global batches do not depend on the number of
+    processes. The iterator's state (a step count) belongs into the checkpoint.
+
+    Args:
+      batch_size: rows of the global batch.
+    Returns:
+      Iterator of {"tokens", "targets", "positions": int32 [B / process_count, L], "row": int32}.
+    Raises:
+      UserError: batch_size that the processes do not divide.
+    """
+    if batch_size % process_count:
+        raise UserError(
+            f"batch_size={batch_size} must be divisible by the {process_count} processes"
+        )
+    rows = (
+        grain.MapDataset.source(PackedRows(file, seq_len)).seed(seed).shuffle().repeat(MAX_EPOCHS)
+    )
+    rows = rows[process_index::process_count].batch(batch_size // process_count)
+    return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

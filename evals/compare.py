@@ -1,0 +1,153 @@
+"""A teacher and its student side by side: summary.json, pictures and one page."""
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint.run_directory import read_run
+from data.pipeline import prepare_corpus
+from data.tokenizer import END_OF_TEXT_ID
+from evals.run import TASKS, Progress, evaluate
+from evals.tasks.base import Result
+from infer.generate import generate
+from infer.load import load_model
+from train.metrics import read_lines
+from train.report import draw_bars, draw_load, draw_loss, table, write_page
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of the two: where its run lies and what the benchmarks said."""
+
+    run_dir: Path
+    results: dict[str, Result]
+    """By task name: stdlib_bpb and line_completion."""
+
+
+def contend(run_dir: Path, progress: Callable[[str], Progress]) -> Contender:
+    """Runs every benchmark on a trained run."""
+    results = evaluate(run_dir, list(TASKS), progress)
+    return Contender(run_dir, {result.task: result for result in results})
+
+
+def complete(run_dir: Path, prompts: Sequence[str], *, max_new_tokens: int) -> dict[str, str]:
+    """The run's greedy continuation of each prompt."""
+    run = read_run(run_dir)
+    model, params = load_model(run, run_dir)
+    tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
+    tokens = [[END_OF_TEXT_ID, *tokenizer.encode(prompt).ids] for prompt in prompts]
+    stop_ids = frozenset({END_OF_TEXT_ID})
+    result = generate(model, params, tokens, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    return dict(zip(prompts, map(tokenizer.decode, result.tokens), strict=True))
+
+
+def summarize(
+    teacher: Contender, student: Contender, seconds: dict[str, float], peak_rss_mb: float
+) -> dict[str, Any]:
+    """The numbers of the story, as summary.json holds them."""
+    bits, lines = "stdlib_bpb", "line_completion"
+    beside = teacher.results[bits].details
+    summary: dict[str, Any] = {
+        "teacher_bpb": teacher.results[bits].value,
+        "student_bpb": student.results[bits].value,
+        "gzip_bpb": beside["gzip_bpb"],
+        "xz_bpb": beside["xz_bpb"],
+        "unigram_bpb": beside["unigram_bpb"],
+        "teacher_line_accuracy": teacher.results[lines].value,
+        "student_line_accuracy": student.results[lines].value,
+    }
+    gain = beside["unigram_bpb"] - summary["teacher_bpb"]
+    summary["student_share_of_gain"] = (beside["unigram_bpb"] - summary["student_bpb"]) / gain
+    for name, contender in (("teacher", teacher), ("student", student)):
+        model = read_run(contender.run_dir).model
+        summary[f"{name}_bpb_standard_error"] = contender.results[bits].standard_error
+        summary[f"{name}_line_standard_error"] = contender.results[lines].standard_error
+        summary[f"{name}_parameters"] = model.num_parameters
+        summary[f"{name}_active_parameters"] = model.num_active_parameters
+    return summary | {"seconds": seconds, "peak_rss_mb": peak_rss_mb}
+
+
+def write_comparison(
+    directory: Path,
+    teacher: Contender,
+    student: Contender,
+    summary: dict[str, Any],
+    completions: dict[str, str],
+) -> Path:
+    """Writes summary.json, the pictures and report.html; returns the page's path.
+
+    Args:
+      completions: the teacher's continuation of each prompt.
+    """
+    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    names = {"teacher": teacher, "student": student}
+    logs = {name: read_lines(c.run_dir / "metrics.jsonl") for name, c in names.items()}
+    bits = {
+        "unigram model": summary["unigram_bpb"],
+        "gzip -9": summary["gzip_bpb"],
+        "xz -9e": summary["xz_bpb"],
+    } | {name: c.results["stdlib_bpb"].value for name, c in names.items()}
+    bit_errors = {name: c.results["stdlib_bpb"].standard_error for name, c in names.items()}
+    lines = {name: c.results["line_completion"].value for name, c in names.items()}
+    line_errors = {name: c.results["line_completion"].standard_error for name, c in names.items()}
+    load = draw_load(logs["teacher"])
+    pictures = [
+        draw_bars(
+            "bits_per_byte",
+            "Held-out files: fewer bits are better.",
+            bits,
+            bit_errors,
+            "bits per byte",
+        ),
+        draw_bars(
+            "line_completion",
+            "Held-out lines completed exactly.",
+            lines,
+            line_errors,
+            "share of lines",
+        ),
+        draw_loss(logs),
+        *([load] if load else []),
+    ]
+    settings = {
+        name: json.loads((c.run_dir / "config.json").read_text()) for name, c in names.items()
+    }
+    sections = [_figures(summary), *(_completion(p, text) for p, text in completions.items())]
+    title = "Moesaic: a mixture of experts trained on this Python's library, and its student"
+    return write_page(directory, title, sections, pictures, settings)
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    def models(name: str) -> str:
+        total, active = summary[f"{name}_parameters"], summary[f"{name}_active_parameters"]
+        return f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active per token"
+
+    stages = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items())
+    rows = {"teacher": models("teacher"), "student": models("student")}
+    rows["the student keeps"] = f"{summary['student_share_of_gain']:.1%} of the gain over unigrams"
+    rows["time"] = stages
+    rows["peak memory"] = f"{summary['peak_rss_mb']:.0f} MB"
+    return table(rows)
+
+
+def _completion(prompt: str, text: str) -> str:
+    return f"<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>"
+
+
+def print_story(directory: Path, summary: dict[str, Any], completions: dict[str, str]) -> None:
+    """Says on the terminal what came out, where it lies and what to try next."""
+    for prompt, text in completions.items():
+        print(f"\n--- the teacher goes on after {prompt!r}:\n{prompt}{text}")
+    print(
+        f"\nbits per byte on held-out files: teacher {summary['teacher_bpb']:.3f}, "
+        f"student {summary['student_bpb']:.3f}; unigrams {summary['unigram_bpb']:.3f}, "
+        f"gzip -9 {summary['gzip_bpb']:.3f}, xz -9e {summary['xz_bpb']:.3f}"
+    )
+    print(f"the student keeps {summary['student_share_of_gain']:.1%} of the gain over unigrams")
+    print(f"{directory}/report.html shows it; {directory}/summary.json has the numbers. Next:")
+    print(f'  python -m scripts.generate {directory}/teacher --prompt "class Stack:"')
+    print("  python -m scripts.train v31_nano --steps 1000 --mesh.expert 4")
+    print("  python -m scripts.distill v31_nano_student --teacher runs/v31_nano")

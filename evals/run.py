@@ -1,0 +1,86 @@
+"""Runs benchmarks on a trained run and writes their results beside it."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoint.run_directory import read_run
+from configs.base import UserError
+from data.pipeline import prepare_corpus
+from evals.tasks import line_completion, stdlib_bpb
+from evals.tasks.base import Result, Subject
+from infer.load import load_model
+from infer.score import TokenScores, num_rows, score_documents
+from model.transformer import Transformer
+
+TASKS: dict[str, Callable[[Subject], Result]] = {
+    task.NAME: task.run for task in (stdlib_bpb, line_completion)
+}
+
+TOKENS_AT_ONCE = 4096
+"""Tokens of a scoring batch."""
+
+Progress = Callable[[int, int], None]
+"""Called with rows done and rows in all."""
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """
+    Raises:
+      UserError: a name that is no task.
+    """
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names:
+        raise UserError(f"unknown tasks {unknown}; there are {', '.join(TASKS)}")
+
+
+def evaluate(
+    run_dir: Path, tasks: Sequence[str], progress: Callable[[str], Progress]
+) -> list[Result]:
+    """Runs the tasks and writes run_dir/evals.json.
+
+    Args:
+      progress: called with a task's name; gives the function that receives its progress.
+    Raises:
+      UserError: an unknown task, a run without checkpoint or corpus.
+    """
+    check_tasks(tasks)
+    run = read_run(run_dir)
+    model, params = load_model(run, run_dir)
+    corpus = prepare_corpus(run.data, run.model.vocab_size)
+    results = []
+    for name in tasks:
+        subject = Subject(
+            score=functools.partial(_score, model, params, run.data.seq_len, progress(name)),
+            length=run.data.seq_len,
+            tokenizer=corpus.tokenizer(),
+            training=corpus.training(),
+            held_out=corpus.held_out(),
+        )
+        results.append(TASKS[name](subject))
+    written = [dataclasses.asdict(result) for result in results]
+    (run_dir / "evals.json").write_text(json.dumps(written, indent=2) + "\n")
+    return results
+
+
+def _score(
+    model: Transformer,
+    params: Any,
+    length: int,
+    progress: Progress,
+    documents: list[np.ndarray],
+) -> list[TokenScores]:
+    total = num_rows((len(tokens) for tokens in documents), length)
+    return score_documents(
+        model,
+        params,
+        documents,
+        length=length,
+        batch_size=max(TOKENS_AT_ONCE // length, 1),
+        progress=lambda done: progress(done, total),
+    )

@@ -1,0 +1,1 @@
+"""One file per benchmark; each has NAME, VERSION and `run(subject) -> Result`."""

@@ -1,0 +1,39 @@
+"""What a task is given and what it returns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from data.packing import TokenFile
+from infer.score import TokenScores
+
+Score = Callable[[list[np.ndarray]], list[TokenScores]]
+"""Scores documents (int32 tokens) with the model under test; see infer/score.py."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model as a task sees it."""
+
+    score: Score
+    length: int
+    """Tokens the model reads at once."""
+    tokenizer: Tokenizer
+    training: TokenFile
+    held_out: TokenFile
+
+
+@dataclass(frozen=True)
+class Result:
+    task: str
+    version: int
+    """Raised whenever a change of the task changes its numbers."""
+    value: float
+    standard_error: float
+    unit: str
+    count: int
+    """Items the value is the mean of."""
+    details: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,146 @@
+"""Exact-match completion of one line of held-out functions.
+
+From each function of the held-out Python files one statement line is drawn by a hash of its place.
+The model is given everything before the line and its indentation, as far back as its context
+reaches, and must write the line, and nothing after it, by greedy decoding. Teacher forcing decides
+that: greedy decoding writes the line exactly when the most likely token is right at every place of
+it, and one that begins a new line follows.
+"""
+
+import ast
+import bisect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from configs.base import UserError
+from data.corpora import name_hash
+from evals.tasks.base import Result, Subject
+
+NAME, VERSION = "line_completion", 1
+
+MAX_EXAMPLES = 400
+"""Lines scored, those of the lowest hash: a standard error near one point."""
+
+
+@dataclass(frozen=True)
+class Example:
+    window: np.ndarray
+    """int32 tokens: context, the line, the token that begins the next line."""
+    num_answer: int
+    """Tokens of the line."""
+    place: str
+    """Module, function and line number."""
+
+
+def run(subject: Subject) -> Result:
+    """Share of lines completed exactly, with its binomial standard error.
+
+    Raises:
+      UserError: the held-out files have no Python function to draw a line from.
+    """
+    examples = draw_examples(subject)
+    if not examples:
+        raise UserError(
+            f"task {NAME} needs held-out Python functions, and this run's corpus has none"
+        )
+    newline_ids = begins_line(subject.tokenizer)
+    scores = subject.score([example.window for example in examples])
+    hits = [
+        _is_exact(example, score.best_ids, newline_ids)
+        for example, score in zip(examples, scores, strict=True)
+    ]
+    share = sum(hits) / len(hits)
+    return Result(
+        task=NAME,
+        version=VERSION,
+        value=share,
+        standard_error=math.sqrt(share * (1 - share) / len(hits)),
+        unit="share of lines",
+        count=len(hits),
+    )
+
+
+def _is_exact(example: Example, best_ids: np.ndarray, newline_ids: np.ndarray) -> bool:
+    """Whether greedy decoding would write the line and end it."""
+    answer = example.window[-example.num_answer - 1 : -1]
+    guesses = best_ids[-example.num_answer - 1 :]
+    return bool((guesses[:-1] == answer).all() and np.isin(guesses[-1], newline_ids))
+
+
+def begins_line(tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of the tokens whose text begins with a line break."""
+    newline = "Ċ"  # how byte-level BPE writes byte 10
+    return np.array(
+        [i for text, i in tokenizer.get_vocab().items() if text.startswith(newline)], np.int32
+    )
+
+
+def draw_examples(subject: Subject) -> list[Example]:
+    """The examples, in an order that depends on their places alone."""
+    examples = []
+    for module, tokens, _ in subject.held_out.documents():
+        text = subject.tokenizer.decode(tokens[1:].tolist(), skip_special_tokens=False)
+        encoding = subject.tokenizer.encode(text)
+        if encoding.ids != tokens[1:].tolist():
+            raise UserError(
+                f"the tokenizer does not give the held-out tokens of {module} again: it is not "
+                "the one the "
+                "corpus was made with; prepare the corpus again"
+            )
+        starts = [start for start, _ in encoding.offsets]
+        for function, line_number, begin, end in _lines(text):
+            first = (
+                bisect.bisect_right(starts, begin) - 1
+            )  # the token that holds the first character
+            after = bisect.bisect_left(starts, end)  # the token that begins the next line
+            if after >= len(starts) or starts[after] != end:
+                continue
+            num_answer = after - first
+            window = tokens[max(0, after + 2 - subject.length) : after + 2]
+            if num_answer + 2 <= len(window):
+                place = f"{module}:{function}:{line_number}"
+                examples.append(Example(np.asarray(window, np.int32), num_answer, place))
+    examples.sort(key=lambda example: name_hash(example.place))
+    return examples[:MAX_EXAMPLES]
+
+
+def _lines(text: str) -> Iterator[tuple[str, int, int, int]]:
+    """(function, line number, begin, end) of one statement line per function, as character
+    offsets.
+    """
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:  # not Python, or of another version: nothing to draw
+        return
+    lines = text.split("\n")
+    offsets = np.concatenate([[0], np.cumsum([len(line) + 1 for line in lines])])
+    functions = [
+        node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    for node in functions:
+        numbers = [n for n in _statement_lines(node) if lines[n - 1].rstrip() == lines[n - 1]]
+        if not numbers:
+            continue
+        number = min(numbers, key=lambda n: name_hash(f"{node.name}:{n}"))
+        line, begin = lines[number - 1], int(offsets[number - 1])
+        yield node.name, number, begin + len(line) - len(line.lstrip()), begin + len(line)
+
+
+def _statement_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[int]:
+    """Numbers of the lines that hold a whole statement of the function, docstring left out."""
+    statements = [
+        child
+        for child in ast.walk(node)
+        if isinstance(child, ast.stmt) and child is not node and child.lineno == child.end_lineno
+    ]
+    return sorted(
+        {
+            child.lineno
+            for child in statements
+            if not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant))
+        }
+    )

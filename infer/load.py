@@ -1,0 +1,40 @@
+"""A trained run's model and parameters, ready to use."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from checkpoint.store import restore_params
+from configs.base import RunConfig
+from model.transformer import Transformer, abstract_variables
+from parallel.sharding import tree_shardings
+
+
+def load_model(run: RunConfig, run_dir: Path, mesh: Mesh | None = None) -> tuple[Transformer, Any]:
+    """The run's model and its newest parameters; optimiser state is not read.
+
+    Args:
+      mesh: where the parameters go, whatever mesh they were trained on; None is the first device.
+    Raises:
+      UserError: no checkpoint, or one that can't be read.
+      ValueError: the mesh does not divide a dimension it splits.
+    """
+    execution = dataclasses.replace(
+        run.execution, transport="gather", capacity_factor=None, remat="none"
+    )
+    model = Transformer(run.model, execution)
+    abstract, logical_axes = abstract_variables(model)
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
+    else:
+        shardings = tree_shardings(mesh, logical_axes, abstract)
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+    params, _ = restore_params(run_dir / "checkpoints", abstract)
+    return model, params

@@ -1,0 +1,1 @@
+"""One folder per op: api (signature, choice), reference (definition), implementations, cases."""

@@ -1,0 +1,68 @@
+"""The signature of window_attention, its checks, and the choice of an implementation.
+
+B batch, L rows, H query heads, G key/value heads, C head_dim.
+"""
+
+from typing import Literal
+
+import jax
+
+from kernels.window_attention import reference, xla
+
+Implementation = Literal["auto", "reference", "xla"]
+
+
+def window_attention(
+    q_BLHC: jax.Array,
+    k_BLGC: jax.Array,
+    v_BLGC: jax.Array,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+    *,
+    window_size: int | None,
+    num_sinks: int,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Returns causal attention of each row over the rows of its own segment, [B, L, H, C].
+
+    A row at position i sees those at j with 0 <= i - j < window_size, and the segment's first
+    num_sinks. Head h uses key/value head h // (H / G). Scores are divided by sqrt(C).
+
+    Args:
+      q_BLHC: float [B, L, H, C].
+      k_BLGC, v_BLGC: float [B, L, G, C]; H must be a multiple of G.
+      positions_BL: int32, the row's position in its segment, rising by one inside it; a negative
+        position is padding: no row sees it, and its own result is unspecified but finite.
+      segments_BL: int32, equal for the rows of one document, which must be contiguous.
+      window_size: rows visible to a query, itself included; None means all before it.
+      num_sinks: first positions of a segment that stay visible; 0 without a window.
+      implementation: "reference" makes the whole [L, L] score matrix; "xla" skips blocks of keys
+        that no query of a block can see; "auto" takes "xla".
+    Raises:
+      ValueError: shapes that do not fit.
+    Numerics: softmax in float32; float32 within 1e-5 of the reference.
+    """
+    batch, length, heads, width = q_BLHC.shape
+    if k_BLGC.shape != v_BLGC.shape or (*k_BLGC.shape[:2], k_BLGC.shape[3]) != (
+        batch,
+        length,
+        width,
+    ):
+        raise ValueError(
+            f"q {q_BLHC.shape}, k {k_BLGC.shape} and v {v_BLGC.shape} must be [B, L, H, C], [B, "
+            "L, G, C] twice"
+        )
+    if heads % k_BLGC.shape[2]:
+        raise ValueError(
+            f"{heads} query heads must be a multiple of {k_BLGC.shape[2]} key/value heads"
+        )
+    chosen = reference if implementation == "reference" else xla
+    return chosen.window_attention(
+        q_BLHC,
+        k_BLGC,
+        v_BLGC,
+        positions_BL,
+        segments_BL,
+        window_size=window_size,
+        num_sinks=num_sinks,
+    )

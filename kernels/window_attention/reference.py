@@ -1,0 +1,66 @@
+"""The definition of window_attention: one dense mask, one softmax.
+
+B batch, L rows (queries), S keys, G key/value heads, R query heads per key/value head, H = G * R,
+C head_dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a query that sees nothing gives a finite value instead of NaN
+
+
+def visible(
+    q_positions: jax.Array,
+    k_positions: jax.Array,
+    *,
+    window_size: int | None,
+    num_sinks: int,
+) -> jax.Array:
+    """Whether a query at position i sees a key at position j: 0 <= i - j < w, or j < num_sinks <=
+    i.
+
+    The two arrays broadcast against each other; a key at a negative position is an empty slot.
+    """
+    distance = q_positions - k_positions
+    is_visible = (distance >= 0) & (k_positions >= 0)
+    if window_size is not None:
+        is_visible &= (distance < window_size) | (k_positions < num_sinks)
+    return is_visible
+
+
+def window_attention(
+    q_BLHC: jax.Array,
+    k_BLGC: jax.Array,
+    v_BLGC: jax.Array,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+    *,
+    window_size: int | None,
+    num_sinks: int,
+) -> jax.Array:
+    """Returns softmax(q k^T / sqrt(C)) v over the visible keys of the segment, [B, L, H, C]."""
+    mask_BLS = visible(
+        positions_BL[:, :, None],
+        positions_BL[:, None, :],
+        window_size=window_size,
+        num_sinks=num_sinks,
+    )
+    mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
+    return masked_attention(q_BLHC, k_BLGC, v_BLGC, mask_BLS)
+
+
+def masked_attention(
+    q_BLHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, mask_BLS: jax.Array
+) -> jax.Array:
+    """Attention under an explicit mask; scores and softmax in float32, the result in q's dtype."""
+    batch, length, heads, width = q_BLHC.shape
+    kv_heads = k_BSGC.shape[2]
+    q_BLGRC = (q_BLHC * width**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, width)
+    scores_BGRLS = jnp.einsum(
+        "BLGRC,BSGC->BGRLS", q_BLGRC, k_BSGC, preferred_element_type=jnp.float32
+    )
+    scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, MASKED)
+    weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1).astype(v_BSGC.dtype)
+    out_BLGRC = jnp.einsum("BGRLS,BSGC->BLGRC", weights_BGRLS, v_BSGC)
+    return out_BLGRC.reshape(batch, length, heads, width)

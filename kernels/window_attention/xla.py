@@ -1,0 +1,110 @@
+"""window_attention by blocks of queries, each against the keys it can see.
+
+Rows after a block are invisible to it, and so are rows a window or more before it, except sinks:
+those are gathered for each query from the start of its own segment. The blocks are unrolled with
+static key ranges, at most MAX_BLOCKS of them, so short sequences skip nearly half of the scores and
+windowed ones do work in proportion to the window.
+
+B batch, L rows, M rows of a block, S keys of a block, N sinks, G key/value heads, R query heads per
+key/value head, C head_dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.window_attention.reference import MASKED, visible
+
+MIN_BLOCK, MAX_BLOCKS = 64, 8
+
+
+def block_rows(length: int) -> int:
+    """Queries of a block: at least MIN_BLOCK, and at most MAX_BLOCKS blocks."""
+    per_block = -(-length // MAX_BLOCKS)
+    return min(length, -(-per_block // MIN_BLOCK) * MIN_BLOCK)
+
+
+def window_attention(
+    q_BLHC: jax.Array,
+    k_BLGC: jax.Array,
+    v_BLGC: jax.Array,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+    *,
+    window_size: int | None,
+    num_sinks: int,
+) -> jax.Array:
+    """Returns the attention of each row over the visible rows of its segment, [B, L, H, C]."""
+    batch, length, heads, width = q_BLHC.shape
+    kv_heads, block = k_BLGC.shape[2], block_rows(length)
+    q_BLGRC = (q_BLHC * width**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, width)
+    q_BGRLC = q_BLGRC.transpose(0, 2, 3, 1, 4)
+    k_BGLC, v_BGLC = k_BLGC.transpose(0, 2, 1, 3), v_BLGC.transpose(0, 2, 1, 3)
+
+    blocks = []
+    for begin in range(0, length, block):
+        end = min(begin + block, length)
+        first_key = 0 if window_size is None else max(0, begin - window_size + 1)
+        rows, keys = slice(begin, end), slice(first_key, end)
+        mask_BMS = visible(
+            positions_BL[:, rows, None],
+            positions_BL[:, None, keys],
+            window_size=window_size,
+            num_sinks=num_sinks,
+        )
+        mask_BMS &= segments_BL[:, rows, None] == segments_BL[:, None, keys]
+        q_BGRMC = q_BGRLC[:, :, :, rows]
+        scores_BGRMS = _masked_scores(
+            jnp.einsum(
+                "BGRMC,BGSC->BGRMS",
+                q_BGRMC,
+                k_BGLC[:, :, keys],
+                preferred_element_type=jnp.float32,
+            ),
+            mask_BMS,
+        )
+        if num_sinks and first_key > 0:
+            sink_rows_BMN, mask_BMN = _sinks(positions_BL[:, rows], begin, first_key, num_sinks)
+            out_BGRMC = _attend_with_sinks(
+                q_BGRMC, scores_BGRMS, v_BGLC[:, :, keys], k_BGLC, v_BGLC, sink_rows_BMN, mask_BMN
+            )
+        else:
+            weights_BGRMS = jax.nn.softmax(scores_BGRMS, axis=-1).astype(v_BLGC.dtype)
+            out_BGRMC = jnp.einsum("BGRMS,BGSC->BGRMC", weights_BGRMS, v_BGLC[:, :, keys])
+        blocks.append(out_BGRMC)
+    out_BGRLC = jnp.concatenate(blocks, axis=3)
+    return out_BGRLC.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def _masked_scores(scores_BGRMS: jax.Array, mask_BMS: jax.Array) -> jax.Array:
+    return jnp.where(mask_BMS[:, None, None], scores_BGRMS, MASKED)
+
+
+def _sinks(
+    positions_BM: jax.Array, begin: int, first_key: int, num_sinks: int
+) -> tuple[jax.Array, jax.Array]:
+    """Rows of each query's sinks, and which of them lie before the block's own keys."""
+    starts_BM = begin + jnp.arange(positions_BM.shape[1])[None] - positions_BM
+    sink_rows_BMN = starts_BM[:, :, None] + jnp.arange(num_sinks)[None, None]
+    is_before_BMN = (sink_rows_BMN < first_key) & (positions_BM >= 0)[:, :, None]
+    return jnp.clip(sink_rows_BMN, 0, first_key - 1), is_before_BMN
+
+
+def _attend_with_sinks(
+    q_BGRMC, scores_BGRMS, v_BGSC, k_BGLC, v_BGLC, sink_rows_BMN, mask_BMN
+) -> jax.Array:
+    """One softmax over the block's keys and each query's own sinks."""
+
+    def gather(x_BGLC):
+        return jax.vmap(lambda x_GLC, rows_MN: x_GLC[:, rows_MN])(x_BGLC, sink_rows_BMN)
+
+    sink_scores_BGRMN = _masked_scores(
+        jnp.einsum(
+            "BGRMC,BGMNC->BGRMN", q_BGRMC, gather(k_BGLC), preferred_element_type=jnp.float32
+        ),
+        mask_BMN,
+    )
+    scores = jnp.concatenate([scores_BGRMS, sink_scores_BGRMN], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSC.dtype)
+    num_keys = v_BGSC.shape[2]
+    out_BGRMC = jnp.einsum("BGRMS,BGSC->BGRMC", weights[..., :num_keys], v_BGSC)
+    return out_BGRMC + jnp.einsum("BGRMN,BGMNC->BGRMC", weights[..., num_keys:], gather(v_BGLC))

@@ -1,0 +1,1 @@
+"""Functional Flax (linen) language models: one path for training, prefill and decoding."""

@@ -1,0 +1,86 @@
+"""Keys and values of the tokens read so far, one fixed-size buffer per layer.
+
+A layer with a window keeps a ring: its first `num_sinks` slots hold the sinks for good, the other
+`window_size` slots the newest tokens. A layer without one keeps a slot for every position.
+Position i lies in slot i if i < num_sinks, else in num_sinks + (i - num_sinks) mod (S -
+num_sinks).
+
+B batch, L new tokens, S slots, G key/value heads, C head_dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from configs.base import AttentionConfig, ModelConfig
+
+
+class LayerCache(struct.PyTreeNode):
+    """Keys (after RoPE), values and positions of one layer; position -1 is an empty slot."""
+
+    k_BSGC: jax.Array
+    v_BSGC: jax.Array
+    positions_BS: jax.Array
+
+
+def num_slots(config: AttentionConfig, max_length: int) -> int:
+    """Slots a layer needs for sequences of max_length tokens."""
+    if config.window_size is None:
+        return max_length
+    return min(max_length, config.num_sinks + config.window_size)
+
+
+def init_cache(
+    config: ModelConfig, batch_size: int, max_length: int, dtype: str
+) -> tuple[LayerCache, ...]:
+    """Empty caches: one per layer of the pattern, stacked over the periods in dim 0."""
+
+    def one(attention: AttentionConfig) -> LayerCache:
+        slots = (config.num_periods, batch_size, num_slots(attention, max_length))
+        shape = (*slots, attention.num_kv_heads, attention.head_dim)
+        return LayerCache(
+            k_BSGC=jnp.zeros(shape, dtype),
+            v_BSGC=jnp.zeros(shape, dtype),
+            positions_BS=jnp.full(slots, -1, jnp.int32),
+        )
+
+    return tuple(one(spec.attention) for spec in config.pattern)
+
+
+def append(
+    cache: LayerCache,
+    k_BLGC: jax.Array,
+    v_BLGC: jax.Array,
+    positions_BL: jax.Array,
+    num_sinks: int,
+) -> tuple[LayerCache, LayerCache]:
+    """Returns the cache with the new tokens in it, and the old cache followed by the new tokens.
+
+    The second one is what the new tokens attend to: writing first would overwrite keys that the
+    earlier of them still see. Tokens at position -1 are padding and are not written; of those that
+    share a ring slot, only the newest is.
+    """
+    seen = LayerCache(
+        k_BSGC=jnp.concatenate([cache.k_BSGC, k_BLGC.astype(cache.k_BSGC.dtype)], axis=1),
+        v_BSGC=jnp.concatenate([cache.v_BSGC, v_BLGC.astype(cache.v_BSGC.dtype)], axis=1),
+        positions_BS=jnp.concatenate([cache.positions_BS, positions_BL], axis=1),
+    )
+    slots = cache.positions_BS.shape[1]
+    ring = max(slots - num_sinks, 1)
+    newest_B1 = positions_BL.max(axis=1, keepdims=True)
+    is_kept_BL = (positions_BL < num_sinks) | (positions_BL > newest_B1 - ring)
+    slot_BL = jnp.where(
+        positions_BL < num_sinks, positions_BL, num_sinks + (positions_BL - num_sinks) % ring
+    )
+    slot_BL = jnp.where(is_kept_BL & (positions_BL >= 0), slot_BL, slots)  # past the end: dropped
+    row_B1 = jnp.arange(slot_BL.shape[0])[:, None]
+
+    def write(old, new):
+        return old.at[row_B1, slot_BL].set(new.astype(old.dtype), mode="drop")
+
+    written = LayerCache(
+        k_BSGC=write(cache.k_BSGC, k_BLGC),
+        v_BSGC=write(cache.v_BSGC, v_BLGC),
+        positions_BS=write(cache.positions_BS, positions_BL),
+    )
+    return written, seen

@@ -1,0 +1,77 @@
+"""Small parts that every model uses: parameters with named axes, RMSNorm, RoPE, the dense SwiGLU.
+
+B batch, L length, D d_model, F d_ff, H heads, C head_dim.
+"""
+
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from configs.base import DenseConfig
+
+
+def weight(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    logical_axes: tuple[str | None, ...],
+    stddev: float,
+) -> jax.Array:
+    """A float32 parameter drawn from normal(0, stddev); `logical_axes` names its dimensions.
+
+    Dimensions named None only stack matrices (gate and up); see parallel/sharding.py for the names.
+    """
+    init = nn.with_logical_partitioning(nn.initializers.normal(stddev), logical_axes)
+    return cast(jax.Array, module.param(name, init, shape, jnp.float32))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019); statistics in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale_D = cast(jax.Array, self.param("scale", init, (x_BLD.shape[-1],), jnp.float32))
+        x32_BLD = x_BLD.astype(jnp.float32)
+        mean_square = jnp.mean(x32_BLD * x32_BLD, axis=-1, keepdims=True)
+        return (x32_BLD * jax.lax.rsqrt(mean_square + self.eps) * scale_D).astype(x_BLD.dtype)
+
+
+def rope(x_BLHC: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:
+    """Turns each pair (x[d], x[d + C/2]) by position * base^(-2d/C) (RoFormer, 2021; half-split).
+
+    Args:
+      x_BLHC: float [B, L, H, C], C even.
+      positions_BL: int32 [B, L].
+    Returns:
+      [B, L, H, C] in x's dtype; angles and rotation in float32.
+    """
+    half = x_BLHC.shape[-1] // 2
+    frequency_C = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C
+    cos, sin = jnp.cos(angle_BL1C), jnp.sin(angle_BL1C)
+    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BLHC.dtype)
+
+
+class SwiGLU(nn.Module):
+    """W_down(silu(W_gate x) * W_up x) (Shazeer 2020): a dense layer, and the shared experts."""
+
+    config: DenseConfig
+    out_stddev: float
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        d_model, d_ff, dtype = x_BLD.shape[-1], self.config.d_ff, x_BLD.dtype
+        w_gate_up_D2F = weight(
+            self, "gate_up", (d_model, 2, d_ff), ("embed", None, "mlp"), d_model**-0.5
+        )
+        w_down_FD = weight(self, "down", (d_ff, d_model), ("mlp", "embed"), self.out_stddev)
+        h_BL2F = jnp.einsum("BLD,DiF->BLiF", x_BLD, w_gate_up_D2F.astype(dtype))
+        h_BLF = jax.nn.silu(h_BL2F[:, :, 0]) * h_BL2F[:, :, 1]
+        return jnp.einsum("BLF,FD->BLD", h_BLF, w_down_FD.astype(dtype))

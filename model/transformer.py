@@ -1,0 +1,191 @@
+"""The decoder-only Transformer: embedding, a scanned pattern of layers, norm, output layer.
+
+B batch, L length, D d_model, V vocab.
+"""
+
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.base import DenseConfig, ExecutionConfig, LayerSpec, ModelConfig
+from model.attention.grouped_query import GroupedQueryAttention
+from model.cache import LayerCache
+from model.layers import RMSNorm, SwiGLU, weight
+from model.moe import MoE
+from parallel.sharding import constrain
+
+MAX_UNROLLED_PERIODS = 4
+"""Up to this depth the scan is unrolled: on CPU its stacked buffers cost a seventh of a training
+step. Deeper models are scanned, so that compile time does not grow with depth.
+"""
+
+Cache = tuple[LayerCache, ...]
+"""One LayerCache per layer of the pattern, stacked over the periods in dim 0."""
+
+
+def document_segments(positions_BL: jax.Array) -> jax.Array:
+    """Numbers the documents of each row, int32 [B, L]: one ends where positions stop rising by
+    one.
+    """
+    is_start_BL = positions_BL[:, 1:] != positions_BL[:, :-1] + 1
+    return jnp.pad(jnp.cumsum(is_start_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    spec: LayerSpec
+    model: ModelConfig
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        attention, ffn, eps = self.spec.attention, self.spec.ffn, self.model.norm_eps
+        # Outputs of 2 * num_layers branches add up on the residual stream (GPT-2's scaling).
+        depth_scale = (2 * self.model.num_layers) ** -0.5
+        heads_width = attention.num_heads * attention.head_dim
+        update_BLD, cache = GroupedQueryAttention(
+            attention, self.execution, depth_scale * heads_width**-0.5, name="attention"
+        )(RMSNorm(eps, name="attention_norm")(x_BLD), positions_BL, segments_BL, cache)
+        x_BLD = constrain(x_BLD + update_BLD, "batch", "length", None)
+        h_BLD = RMSNorm(eps, name="ffn_norm")(x_BLD)
+        out_stddev = depth_scale * ffn.d_ff**-0.5
+        if isinstance(ffn, DenseConfig):
+            update_BLD = SwiGLU(ffn, out_stddev, name="ffn")(h_BLD)
+        else:
+            update_BLD = MoE(ffn, self.execution, out_stddev, name="moe")(h_BLD, positions_BL >= 0)
+        return constrain(x_BLD + update_BLD, "batch", "length", None), cache
+
+
+class Period(nn.Module):
+    """The pattern's layers once: what the scan repeats."""
+
+    model: ModelConfig
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        cache: Cache | None,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array,
+    ) -> tuple[jax.Array, Cache | None]:
+        caches = []
+        for i, spec in enumerate(self.model.pattern):
+            block = Block(spec, self.model, self.execution, name=f"layer_{i}")
+            layer_cache = None if cache is None else cache[i]
+            x_BLD, layer_cache = block(x_BLD, positions_BL, segments_BL, layer_cache)
+            caches.append(layer_cache)
+        return x_BLD, None if cache is None else tuple(caches)
+
+
+class Transformer(nn.Module):
+    """hidden states of the last layer; logits are hidden @ unembedding, made by whoever needs them.
+
+    Args:
+      tokens_BL: int32 in [0, vocab_size).
+      positions_BL: int32, the token's position in its document. Without a cache, a position that is
+        not one above its left neighbour's starts a new document. -1 marks padding, which no token
+        sees and no expert works on.
+      cache: None (training, scoring), or the tokens read so far (prefill, decode: see
+        model/cache.py).
+    Returns:
+      hidden_BLD in the compute dtype, and the cache with the tokens added.
+    """
+
+    config: ModelConfig
+    execution: ExecutionConfig = ExecutionConfig()
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding_VD = weight(
+            self, "embedding", (c.vocab_size, c.d_model), ("vocab", "embed"), 1.0
+        )
+        if not c.tie_embeddings:
+            self.output_DV = weight(
+                self, "output", (c.d_model, c.vocab_size), ("embed", "vocab"), c.d_model**-0.5
+            )
+        period = Period
+        if self.execution.remat == "full":
+            period = nn.remat(Period, prevent_cse=False)
+        self.periods = nn.scan(
+            period,
+            variable_axes={"params": 0, "router": 0},
+            split_rngs={"params": True},
+            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),
+            length=c.num_periods,
+            unroll=c.num_periods if c.num_periods <= MAX_UNROLLED_PERIODS else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.execution)
+        self.final_norm = RMSNorm(c.norm_eps)
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        dtype = jnp.dtype(self.execution.compute_dtype)
+        table_VD = constrain(
+            self.embedding_VD.astype(dtype), "vocab", None
+        )  # whole rows to look up
+        x_BLD = table_VD[tokens_BL]
+        x_BLD = constrain(x_BLD, "batch", "length", None)
+        segments_BL = document_segments(positions_BL)
+        x_BLD, cache = self.periods(x_BLD, cache, positions_BL, segments_BL)
+        return self.final_norm(x_BLD), cache
+
+    def unembedding(self) -> jax.Array:
+        """The output layer, [D, V] in the compute dtype."""
+        w_DV = self.embedding_VD.T if self.config.tie_embeddings else self.output_DV
+        w_DV = w_DV.astype(jnp.dtype(self.execution.compute_dtype))
+        return constrain(w_DV, None, "vocab")
+
+
+def hidden_states(
+    model: Transformer,
+    params: Any,
+    tokens_BL: jax.Array | np.ndarray,
+    positions_BL: jax.Array | np.ndarray,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """The model with these parameters: see Transformer."""
+    return cast(Any, model.apply({"params": params}, tokens_BL, positions_BL, cache))
+
+
+def hidden_and_router(
+    model: Transformer, params: Any, tokens_BL: jax.Array, positions_BL: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
+    """As `hidden_states` without a cache, and what the layers sowed (the collection "router")."""
+    outputs: Any = model.apply({"params": params}, tokens_BL, positions_BL, mutable=["router"])
+    (hidden_BLD, _), variables = outputs
+    return hidden_BLD, variables
+
+
+def output_weights(model: Transformer, params: Any) -> jax.Array:
+    """The output layer with these parameters, [D, V] in the compute dtype."""
+    return cast(jax.Array, model.apply({"params": params}, method="unembedding"))
+
+
+def abstract_variables(model: Transformer) -> tuple[Any, Any]:
+    """Parameters as ShapeDtypeStructs and the tree of their logical axes; nothing is allocated."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
+    axes = jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, tuple))
+    return nn.unbox(boxed), axes
+
+
+def init_params(model: Transformer, seed: int) -> Any:
+    """Fresh parameters; to be jitted with out_shardings, so that each device makes its own part."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return nn.unbox(model.init(jax.random.key(seed), tokens, tokens)["params"])

@@ -1,0 +1,1 @@
+"""Meshes, the sharding table, and the transports that carry tokens to experts."""

@@ -1,0 +1,35 @@
+"""The device mesh: axes data, expert and tensor."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
+
+BATCH_AXES = (DATA, EXPERT)
+"""Mesh axes that split the batch: the expert axis is a data axis outside the experts."""
+
+
+def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
+    """Returns a mesh over the first data * expert * tensor devices.
+
+    Raises:
+      ValueError: there are fewer devices than that.
+    """
+    sizes = (data, expert, tensor)
+    needed, found = math.prod(sizes), jax.device_count()
+    if needed > found:
+        raise ValueError(
+            f"the mesh data={data} x expert={expert} x tensor={tensor} needs {needed} devices, "
+            f"found {found} of kind {jax.devices()[0].platform}: make the mesh smaller"
+        )
+    return jax.make_mesh(
+        sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:needed]
+    )
+
+
+def axis_sizes() -> dict[str, int]:
+    """Sizes of the axes of the mesh in use (`jax.set_mesh`); all 1 where none is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {axis: 1 if mesh.empty else mesh.shape[axis] for axis in AXES}

@@ -1,0 +1,103 @@
+"""One table from logical axes of arrays to mesh axes, and what follows from it.
+
+Every parameter names its dimensions (see `model/`); this table says over which mesh axis each is
+split. Changing the strategy means changing the table.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,  # rows of the batch
+    "length": None,
+    "embed": DATA,  # d_model of parameters: FSDP, gathered where used
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "head_dim": None,
+    "mlp": TENSOR,
+    "expert": EXPERT,
+    "vocab": TENSOR,
+    "layers": None,  # periods stacked for the scan
+}
+
+LogicalAxes = Sequence[str | None]
+
+
+def partition_spec(logical_axes: LogicalAxes) -> PartitionSpec:
+    """The mesh axes of an array whose dimensions have these names (None: not split).
+
+    Raises:
+      ValueError: an unknown name, or two dimensions that the table puts on the same mesh axis.
+    """
+    entries, used = [], {}
+    for name in logical_axes:
+        if name is not None and name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r}; the table has {sorted(RULES)}")
+        entry = None if name is None else RULES[name]
+        for axis in (entry,) if isinstance(entry, str) else entry or ():
+            if axis in used:
+                raise ValueError(
+                    f"dimensions {used[axis]!r} and {name!r} of {tuple(logical_axes)} both map "
+                    "to the mesh axis "
+                    f"{axis!r}: an array can use each mesh axis once, change the table in "
+                    "parallel/sharding.py"
+                )
+            used[axis] = name
+        entries.append(entry)
+    return PartitionSpec(*entries)
+
+
+def named_sharding(
+    mesh: Mesh | AbstractMesh, logical_axes: LogicalAxes, shape: Sequence[int], name: str
+) -> NamedSharding:
+    """The sharding of one array, checked against its shape.
+
+    Raises:
+      ValueError: a dimension that its mesh axes do not divide.
+    """
+    spec = partition_spec(logical_axes)
+    for size, entry, axis_name in zip(shape, spec, logical_axes, strict=True):
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        if size % shards:
+            raise ValueError(
+                f"{name} has {size} along {axis_name!r}, which must be divisible by the mesh "
+                f"axes {axes} "
+                f"(size {shards}): change the mesh or the model"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def tree_shardings(mesh: Mesh | AbstractMesh, logical_axes: Any, abstract: Any) -> Any:
+    """`named_sharding` for a tree of arrays or ShapeDtypeStructs and the matching tree of names."""
+
+    def one(path, array, axes):
+        return named_sharding(
+            mesh, axes, array.shape, jax.tree_util.keystr(path, simple=True, separator=".")
+        )
+
+    return jax.tree_util.tree_map_with_path(one, abstract, logical_axes)
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """x laid out by the table; unchanged without a mesh. A layout, never a value.
+
+    Dimensions that their mesh axes do not divide (a decode batch of one) stay whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = partition_spec(logical_axes)
+
+    def fits(size, entry):
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        return size % math.prod(mesh.shape[axis] for axis in axes) == 0
+
+    entries = [e if fits(size, e) else None for size, e in zip(x.shape, spec, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))

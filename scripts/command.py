@@ -1,0 +1,110 @@
+"""What all verbs share: arguments, exit codes, and how the process is set up.
+
+Exit codes: 0 done; 1 the run stopped itself (an alarm); 2 bad input, said in one sentence; 128 + n
+stopped by signal n after saving.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from configs.base import UserError
+from configs.cli import describe_runs
+from train.metrics import TrainingAlarm
+
+Main = Callable[[list[str]], int | None]
+
+
+def execute(main: Main, *, huge_pages: bool = False) -> None:
+    """Runs a verb on the command line's arguments and exits with its code.
+
+    Args:
+      huge_pages: for verbs that train: see _use_huge_pages.
+    """
+    if huge_pages:
+        _use_huge_pages()
+    try:
+        code = main(sys.argv[1:]) or 0
+    except UserError as error:
+        _leave(2, f"error: {error}")
+    except TrainingAlarm as alarm:
+        _leave(1, f"stopped: {alarm}")
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _leave(2, f"error: {error.filename or 'a file'} can't be used: {error.strerror}")
+    except KeyboardInterrupt:
+        _leave(130, "interrupted")
+    else:
+        sys.exit(code)
+
+
+def parser(doc: str | None, *, run: bool = False) -> argparse.ArgumentParser:
+    """A parser with the verb's documentation; with `run`, it takes a run's name and --run-dir."""
+    made = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=not run,
+        epilog=f"runs:\n{describe_runs()}\n\nRUN --help lists the settings of a run."
+        if run
+        else None,
+    )
+    made.error = _raise_user_error  # type: ignore[method-assign]
+    if run:
+        made.add_argument("run", nargs="?", metavar="RUN", help="name of a run in configs/runs.py")
+        made.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/RUN)")
+    return made
+
+
+def split_run_arguments(
+    made: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The verb's own arguments, and the rest: overrides of the run's settings.
+
+    Raises:
+      UserError: no run is named. Without one, --help prints the verb's help and exits.
+    """
+    known, overrides = made.parse_known_args(argv)
+    if known.run is None:
+        if {"-h", "--help"} & set(overrides):
+            made.print_help()
+            sys.exit(0)
+        raise UserError("name a run; --help lists them")
+    known.run_dir = known.run_dir or Path("runs") / known.run
+    return known, overrides
+
+
+def use_host_devices(count: int) -> None:
+    """Gives the CPU this many devices; to be called before JAX touches any. GPUs are unaffected."""
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def _raise_user_error(message: str) -> None:
+    raise UserError(f"{message} (--help says more)")
+
+
+def _leave(code: int, sentence: str) -> None:
+    """Prints and exits at once: worker threads of a failed save or load would print on the way
+    out.
+    """
+    sys.stdout.flush()
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def _use_huge_pages() -> None:
+    """Restarts the process once so that malloc asks Linux for huge pages.
+
+    XLA's large buffers come fresh from the kernel at every step; with 4 KiB pages a fifth of a CPU
+    training step goes into page faults (docs/experiments.md). The setting is read at process start.
+    """
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ or not switch.exists():
+        return
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, sys.orig_argv)

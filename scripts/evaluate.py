@@ -1,0 +1,52 @@
+"""Runs benchmarks on a trained run and writes its evals.json.
+
+python -m scripts.evaluate runs/v31_nano --tasks stdlib_bpb,line_completion
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from evals.run import TASKS, Progress, check_tasks, evaluate
+from evals.tasks.base import Result
+from scripts import command
+from train.progress import ProgressBar
+
+
+def main(argv: list[str]) -> None:
+    parser = command.parser(__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder of a trained run")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated (default: all)")
+    arguments = parser.parse_args(argv)
+    names = arguments.tasks.split(",")
+    check_tasks(names)
+    show(evaluate(arguments.run_dir, names, progress_bar))
+
+
+def progress_bar(name: str) -> Progress:
+    """A progress bar that appears with the first rows and goes when all are done."""
+    bars: list[ProgressBar] = []
+
+    def update(done: int, total: int) -> None:
+        if not bars:
+            bars.append(ProgressBar(name, total=total, unit="windows").__enter__())
+        bars[0].update(done)
+        if done == total:
+            bars.pop().__exit__(None, None, None)
+
+    return update
+
+
+def show(results: list[Result]) -> None:
+    table = Table("task", "value", "standard error", "unit", "of", "beside it")
+    for r in results:
+        beside = ", ".join(f"{k} {v:.3f}" for k, v in r.details.items() if isinstance(v, float))
+        table.add_row(
+            r.task, f"{r.value:.4f}", f"{r.standard_error:.4f}", r.unit, str(r.count), beside
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    command.execute(main)

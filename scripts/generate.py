@@ -1,0 +1,65 @@
+"""Continues a prompt with a trained run, token by token.
+
+python -m scripts.generate runs/v31_nano --prompt "def parse_args("
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint.run_directory import read_run
+from data.pipeline import prepare_corpus
+from data.tokenizer import END_OF_TEXT_ID
+from infer.generate import generate
+from infer.load import load_model
+from infer.sampling import Sampling
+from scripts import command
+
+
+def main(argv: list[str]) -> None:
+    parser = command.parser(__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder of a trained run")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    sampling = Sampling(arguments.temperature, arguments.top_p)
+    run = read_run(arguments.run_dir)
+    model, params = load_model(run, arguments.run_dir)
+    tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
+    ids: list[int] = []
+    shown = 0
+
+    def show(token_B: np.ndarray) -> None:
+        """Prints what the new token adds; a character whose bytes are incomplete waits."""
+        nonlocal shown
+        ids.extend(token_B[token_B >= 0].tolist())
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            sys.stdout.write(text[shown:])
+            sys.stdout.flush()
+            shown = len(text)
+
+    sys.stdout.write(arguments.prompt)
+    prompt = [END_OF_TEXT_ID, *tokenizer.encode(arguments.prompt).ids]
+    result = generate(
+        model,
+        params,
+        [prompt],
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        seed=arguments.seed,
+        stop_ids=frozenset({END_OF_TEXT_ID}),
+        on_tokens=show,
+    )
+    print(
+        f"\n--- {len(result.tokens[0])} tokens; first after {result.first_token_seconds:.2f} s "
+        f"(compilation included), then {result.tokens_per_second:.1f} tokens/s"
+    )
+
+
+if __name__ == "__main__":
+    command.execute(main)

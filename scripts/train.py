@@ -1,0 +1,49 @@
+"""Trains a run, or goes on with it: the same command resumes where it stopped.
+
+    python -m scripts.train v31_nano --steps 500 --mesh.expert 4
+
+The run's folder receives config.json, metrics.jsonl, checkpoints/, pictures and report.html.
+"""
+
+from configs.base import RunConfig
+from configs.cli import load_run
+from scripts import command
+from train.loop import FitResult, fit
+from train.report import write_report
+
+
+def main(argv: list[str]) -> int:
+    arguments, overrides = command.split_run_arguments(command.parser(__doc__, run=True), argv)
+    run = load_run(arguments.run, overrides)
+    command.use_host_devices(run.mesh.num_devices)
+    describe(run)
+    result = fit(run, arguments.run_dir)
+    write_report(arguments.run_dir)
+    return finish(run, arguments.run_dir, result)
+
+
+def describe(run: RunConfig) -> None:
+    total, active = run.model.num_parameters, run.model.num_active_parameters
+    print(
+        f"{run.name}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active per token; "
+        f"mesh data={run.mesh.data} expert={run.mesh.expert} tensor={run.mesh.tensor}; "
+        f"{run.steps} steps of {run.tokens_per_step:,} tokens"
+    )
+
+
+def finish(run: RunConfig, run_dir, result: FitResult) -> int:
+    """Says where things are; the exit code of the run."""
+    if result.interrupted is not None:
+        print(
+            f"stopped at step {result.steps} of {run.steps}, saved; the same command goes on "
+            "from there"
+        )
+        return 128 + result.interrupted
+    print(f"trained {result.steps} steps; {run_dir}/report.html shows them. Next:")
+    print(f"  python -m scripts.evaluate {run_dir}")
+    print(f'  python -m scripts.generate {run_dir} --prompt "def parse_args("')
+    return 0
+
+
+if __name__ == "__main__":
+    command.execute(main, huge_pages=True)

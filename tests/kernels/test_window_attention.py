@@ -1,0 +1,124 @@
+"""window_attention: blocks against the dense mask, and the dense mask against a loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.window_attention import window_attention
+from kernels.window_attention.cases import CASES, Case
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 softmax and sums in another order
+
+
+def draw(case: Case):
+    keys = jax.random.split(jax.random.key(1), 4)
+    q_shape = (case.batch, case.length, case.num_heads, case.head_dim)
+    kv_shape = (case.batch, case.length, case.num_kv_heads, case.head_dim)
+    q, k, v = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(keys[:3], (q_shape, kv_shape, kv_shape), strict=True)
+    )
+    positions = np.concatenate([np.arange(n) for n in case.documents]).astype(np.int32)
+    segments = np.repeat(np.arange(len(case.documents)), case.documents).astype(np.int32)
+    padding = case.length - len(positions)
+    positions = np.pad(positions, (0, padding), constant_values=-1)
+    segments = np.pad(segments, (0, padding), constant_values=len(case.documents))
+    rows = [
+        jnp.broadcast_to(jnp.asarray(a), (case.batch, case.length)) for a in (positions, segments)
+    ]
+    is_token = jnp.asarray(positions >= 0)[None, :, None, None]
+    dout = jnp.where(is_token, jax.random.normal(keys[3], q_shape), 0.0)
+    return q, k, v, *rows, dout
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attend(case: Case, implementation, q, k, v, positions, segments):
+    return window_attention(
+        q,
+        k,
+        v,
+        positions,
+        segments,
+        window_size=case.window_size,
+        num_sinks=case.num_sinks,
+        implementation=implementation,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_equal_reference_with_gradients(name):
+    case = CASES[name]
+    q, k, v, positions, segments, dout = draw(case)
+    is_token = np.asarray(positions >= 0)[:, :, None, None]
+
+    def run(implementation):
+        def f(q, k, v):
+            out, pull = jax.vjp(
+                lambda *a: attend(case, implementation, *a, positions, segments), q, k, v
+            )
+            return jnp.where(is_token, out, 0.0), *pull(dout)
+
+        return jax.jit(f)(q, k, v)
+
+    for ours, theirs, what in zip(run("xla"), run("reference"), "oqkv", strict=True):
+        np.testing.assert_allclose(ours, theirs, err_msg=what, **TOLERANCE)
+        assert np.isfinite(np.asarray(ours)).all()
+
+
+@pytest.mark.parametrize("name", ["packed", "sinks_packed", "padded", "sinks_exceed_window"])
+def test_reference_is_a_loop_over_queries(name):
+    case = CASES[name]
+    q, k, v, positions, segments, _ = (np.asarray(a) for a in draw(case))
+    out = np.asarray(attend(case, "reference", q, k, v, positions, segments))
+    for i in range(0, case.length, 7):
+        if positions[0, i] < 0:
+            continue
+        for head in range(case.num_heads):
+            group = head * case.num_kv_heads // case.num_heads
+            seen = [
+                j
+                for j in range(i + 1)
+                if segments[0, j] == segments[0, i]
+                and (
+                    case.window_size is None
+                    or positions[0, i] - positions[0, j] < case.window_size
+                    or positions[0, j] < case.num_sinks
+                )
+            ]
+            scores = np.array([q[0, i, head] @ k[0, j, group] for j in seen]) / case.head_dim**0.5
+            weights = np.exp(scores - scores.max())
+            expected = (weights / weights.sum()) @ v[0, seen, group]
+            np.testing.assert_allclose(out[0, i, head], expected, **TOLERANCE)
+
+
+def test_a_window_beyond_the_length_is_no_window():
+    case = CASES["window_beyond_length"]
+    q, k, v, positions, segments, _ = draw(case)
+    windowed = attend(case, "xla", q, k, v, positions, segments)
+    open_case = Case(length=case.length, documents=case.documents)
+    np.testing.assert_array_equal(windowed, attend(open_case, "xla", q, k, v, positions, segments))
+
+
+def test_what_lies_outside_the_window_changes_nothing_and_its_edge_does():
+    case = CASES["window"]
+    q, k, v, positions, segments, _ = draw(case)
+    out = attend(case, "xla", q, k, v, positions, segments)
+    assert case.window_size is not None
+    query = 200
+    edge = query - case.window_size + 1
+    beyond = attend(case, "xla", q, k.at[:, edge - 1].add(1.0), v, positions, segments)
+    at_edge = attend(case, "xla", q, k.at[:, edge].add(1.0), v, positions, segments)
+    np.testing.assert_array_equal(beyond[:, query], out[:, query])
+    assert np.abs(np.asarray(at_edge - out))[:, query].max() > 1e-4
+
+
+def test_head_counts_that_do_not_divide_are_refused():
+    case = CASES["causal"]
+    q, k, v, positions, segments, _ = draw(case)
+    with pytest.raises(ValueError, match="multiple of"):
+        attend(case, "auto", q[:, :, :3], k, v, positions, segments)
+    with pytest.raises(ValueError, match=r"must be \[B, L, H, C\]"):
+        attend(case, "auto", q, k[:, 1:], v, positions, segments)

@@ -1,0 +1,101 @@
+"""The model in plain numpy, token by token, written from the equations and not from the code.
+
+Parameters are the model's own tree; everything is float64.
+"""
+
+import numpy as np
+
+from configs.base import AttentionConfig, DenseConfig, ModelConfig, MoEConfig
+
+
+def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.ndarray):
+    """Hidden states [L, D] of one row of packed documents, and logits [L, V]."""
+    params = _float64(params)
+    documents = np.cumsum(np.concatenate([[0], positions[1:] != positions[:-1] + 1]))
+    x = params["embedding"][tokens]
+    for period in range(config.num_layers // len(config.pattern)):
+        for i, spec in enumerate(config.pattern):
+            layer = _pick(params["periods"][f"layer_{i}"], period)
+            h = rms_norm(x, layer["attention_norm"]["scale"], config.norm_eps)
+            x = x + attention(h, layer["attention"], spec.attention, positions, documents)
+            h = rms_norm(x, layer["ffn_norm"]["scale"], config.norm_eps)
+            if isinstance(spec.ffn, DenseConfig):
+                x = x + np.stack([swiglu(t, **layer["ffn"]) for t in h])
+            else:
+                x = x + np.stack([moe(t, layer["moe"], spec.ffn) for t in h])
+    x = rms_norm(x, params["final_norm"]["scale"], config.norm_eps)
+    w = params["embedding"].T if config.tie_embeddings else params["output"]
+    return x, x @ w
+
+
+def rms_norm(x, scale, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+
+
+def rotate(vector, position, base):
+    """RoPE on one head: the pair (d, d + C/2) turns by position * base^(-2d/C)."""
+    half = len(vector) // 2
+    out = np.empty_like(vector)
+    for d in range(half):
+        angle = position * base ** (-2 * d / len(vector))
+        a, b = vector[d], vector[d + half]
+        out[d] = a * np.cos(angle) - b * np.sin(angle)
+        out[d + half] = b * np.cos(angle) + a * np.sin(angle)
+    return out
+
+
+def attention(x, w, config: AttentionConfig, positions, documents):
+    length, (_, heads, width) = len(x), w["q"].shape
+    out = np.zeros_like(x)
+    for i in range(length):
+        for head in range(heads):
+            group = head // (heads // config.num_kv_heads)
+            q = rotate(x[i] @ w["q"][:, head], positions[i], config.rope_base)
+            scores, values = [], []
+            for j in range(length):
+                distance = positions[i] - positions[j]
+                if documents[i] != documents[j] or distance < 0:
+                    continue
+                is_far = config.window_size is not None and distance >= config.window_size
+                if is_far and positions[j] >= config.num_sinks:
+                    continue
+                k = rotate(x[j] @ w["kv"][:, 0, group], positions[j], config.rope_base)
+                scores.append(q @ k / np.sqrt(width))
+                values.append(x[j] @ w["kv"][:, 1, group])
+            weights = np.exp(np.array(scores) - max(scores))
+            weights /= weights.sum()
+            out[i] += (weights[:, None] * np.array(values)).sum(0) @ w["o"][head]
+    return out
+
+
+def swiglu(x, gate_up, down):
+    gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
+    return (gate / (1 + np.exp(-gate)) * up) @ down
+
+
+def moe(x, w, config: MoEConfig):
+    logits = x @ w["router"]
+    scores = np.exp(logits - logits.max())
+    scores /= scores.sum()
+    chosen = np.argsort(-scores, kind="stable")[: config.router.top_k]
+    gates = scores[chosen]
+    if config.router.normalize_gates:
+        gates = gates / gates.sum()
+    out = sum(
+        g * swiglu(x, w["gate_up"][e], w["down"][e]) for g, e in zip(gates, chosen, strict=True)
+    )
+    if config.num_shared_experts:
+        out = out + swiglu(x, **w["shared"])
+    return out
+
+
+def _float64(tree):
+    if isinstance(tree, dict):
+        return {k: _float64(v) for k, v in tree.items()}
+    return np.asarray(tree, np.float64)
+
+
+def _pick(tree, index):
+    if isinstance(tree, dict):
+        return {k: _pick(v, index) for k, v in tree.items()}
+    return tree[index]

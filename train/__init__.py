@@ -1,0 +1,1 @@
+"""Training and distillation: state, optimiser, losses, step, loop, report."""

@@ -1,0 +1,222 @@
+"""Distillation: a student learns from a frozen teacher's predictions on the same rows.
+
+The teacher runs beside the student, or, with a cache, once per row of data: its best tokens and
+their log-probabilities are kept on disk and read when the row comes again.
+
+B rows, L length, V vocab, J teacher tokens kept.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from configs.base import DistillConfig, RunConfig, UserError
+from data.packing import PackedRows
+from data.pipeline import prepare_corpus
+from model.transformer import Transformer, hidden_states, output_weights
+from train.loop import Extend, FitResult, fit, to_devices
+from train.losses import ChunkLoss, full_distillation, top_k_distillation
+
+
+@dataclass(frozen=True)
+class Teacher:
+    model: Transformer
+    params: Any
+    run: RunConfig
+    step: int
+    """Steps it was trained for."""
+
+
+LoadTeacher = Callable[[Mesh], Teacher]
+"""Loads the teacher onto the student's mesh."""
+
+
+def distill(run: RunConfig, run_dir: Path, teacher_run: RunConfig, load: LoadTeacher) -> FitResult:
+    """Trains the student as train.loop.fit does, towards run.distill's objective.
+
+    Raises:
+      UserError: a run that is no distillation, or whose vocabulary is not the teacher's.
+    """
+    config = run.distill
+    if config is None:
+        raise UserError(
+            f"{run.name} has no distill settings: choose a student, or train it by scripts.train"
+        )
+    check_vocabulary(run, teacher_run)
+
+    def make_extend(mesh: Mesh) -> Extend:
+        teacher = load(mesh)
+        if config.top_k is None:
+            return _with_hidden(teacher)
+        if not config.cache:
+            return _with_top_k(teacher, config)
+        corpus = prepare_corpus(run.data, run.model.vocab_size)
+        rows = PackedRows(corpus.training(), run.data.seq_len)
+        cache = TopKCache(run_dir / "teacher_cache", len(rows), rows.seq_len, config, teacher)
+        return _with_cache(_with_top_k(teacher, config), cache, mesh)
+
+    return fit(run, run_dir, chunk_loss=make_chunk_loss(config), make_extend=make_extend)
+
+
+def check_vocabulary(student: RunConfig, teacher: RunConfig) -> None:
+    """
+    Raises:
+      UserError: the two would number tokens differently, so their logits could not be compared.
+    """
+    if student.model.vocab_size != teacher.model.vocab_size:
+        raise UserError(
+            f"the student's vocabulary has {student.model.vocab_size} entries, the teacher's "
+            f"{teacher.model.vocab_size}: distillation compares logits token by token, give the "
+            "student "
+            "the teacher's vocab_size and corpus"
+        )
+    if student.data.directory != teacher.data.directory:
+        mine = prepare_corpus(student.data, student.model.vocab_size).training().sidecar
+        theirs = prepare_corpus(teacher.data, teacher.model.vocab_size).training().sidecar
+        if mine.tokenizer_sha256 != theirs.tokenizer_sha256:
+            raise UserError(
+                f"the tokenizers in {student.data.directory} and {teacher.data.directory} differ: "
+                "distillation needs one vocabulary, give the student the teacher's --data.directory"
+            )
+
+
+def make_chunk_loss(config: DistillConfig) -> ChunkLoss:
+    """The objective on a chunk of logits."""
+    loss = full_distillation if config.top_k is None else top_k_distillation
+    return functools.partial(loss, temperature=config.temperature, kl_weight=config.kl_weight)
+
+
+def _with_hidden(teacher: Teacher) -> Extend:
+    """Adds the teacher's hidden states; its logits are made chunk by chunk inside the loss."""
+
+    @jax.jit
+    def look(params, tokens_BL, positions_BL):
+        hidden_BLD, _ = hidden_states(teacher.model, params, tokens_BL, positions_BL)
+        return hidden_BLD
+
+    w_DV = jax.jit(functools.partial(output_weights, teacher.model))(teacher.params)
+
+    def extend(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        hidden_BLD = look(teacher.params, batch["tokens"], batch["positions"])
+        return {**batch, "teacher_hidden": hidden_BLD, "shared": w_DV}
+
+    return extend
+
+
+def _with_top_k(teacher: Teacher, config: DistillConfig) -> Extend:
+    """Adds the teacher's J best tokens at each place and their softened log-probabilities."""
+    chunks, top_k = teacher.run.execution.logits_chunks, config.top_k
+    assert top_k is not None
+
+    @jax.jit
+    def look(params, tokens_BL, positions_BL):
+        hidden_BLD, _ = hidden_states(teacher.model, params, tokens_BL, positions_BL)
+        w_DV = output_weights(teacher.model, params)
+        batch, length, width = hidden_BLD.shape
+        pieces = hidden_BLD.reshape(batch, chunks, length // chunks, width).swapaxes(0, 1)
+
+        def one(hidden_BcD):
+            logits_BcV = jnp.einsum(
+                "BcD,DV->BcV", hidden_BcD, w_DV, preferred_element_type=jnp.float32
+            )
+            best, ids = jax.lax.top_k(logits_BcV / config.temperature, top_k)
+            log_normaliser = jax.nn.logsumexp(
+                logits_BcV / config.temperature, axis=-1, keepdims=True
+            )
+            return ids, best - log_normaliser
+
+        pieces = jax.lax.map(one, pieces)
+        return tuple(x.swapaxes(0, 1).reshape(batch, length, -1) for x in pieces)
+
+    def extend(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        ids, log_probs = look(teacher.params, batch["tokens"], batch["positions"])
+        return {**batch, "teacher_ids": ids, "teacher_log_probs": log_probs}
+
+    return extend
+
+
+def _with_cache(look: Extend, cache: "TopKCache", mesh: Mesh) -> Extend:
+    """Reads the teacher's view of known rows; asks the teacher for the others and keeps the answer.
+
+    What is used always went through the cache's number format, so a resumed run sees the same
+    values.
+    """
+
+    def extend(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        rows = np.asarray(batch["row"])
+        if not cache.has(rows):
+            seen = look(batch)
+            cache.write(
+                rows, np.asarray(seen["teacher_ids"]), np.asarray(seen["teacher_log_probs"])
+            )
+        ids, log_probs = cache.read(rows)
+        return {**batch, **to_devices({"teacher_ids": ids, "teacher_log_probs": log_probs}, mesh)}
+
+    return extend
+
+
+class TopKCache:
+    """Memory-mapped [rows, L, J] token ids (uint16 or uint32) and log-probabilities (float16).
+
+    The files have their full size at once but, being sparse, take disk space only for rows written.
+    """
+
+    def __init__(
+        self, directory: Path, num_rows: int, seq_len: int, config: DistillConfig, teacher: Teacher
+    ) -> None:
+        """Opens or makes the cache.
+
+        Raises:
+          UserError: the folder holds the view of another teacher, or with other settings.
+        """
+        assert config.top_k is not None
+        settings = {
+            "teacher": hashlib.sha256(
+                repr((teacher.run.model, teacher.run.seed)).encode()
+            ).hexdigest(),
+            "teacher_step": teacher.step,
+            "rows": num_rows,
+            "seq_len": seq_len,
+            "top_k": config.top_k,
+            "temperature": config.temperature,
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        described = directory / "cache.json"
+        if described.exists() and json.loads(described.read_text()) != settings:
+            raise UserError(
+                f"{directory} holds what another teacher said, or with other settings: "
+                "delete that folder, it will be made again"
+            )
+        id_dtype = np.uint16 if teacher.run.model.vocab_size <= 2**16 else np.uint32
+        shape = (num_rows, seq_len, config.top_k)
+        self._ids = _open(directory / "ids.bin", id_dtype, shape)
+        self._log_probs = _open(directory / "log_probs.bin", np.float16, shape)
+        self._is_known = _open(directory / "known.bin", np.uint8, (num_rows,))
+        described.write_text(json.dumps(settings))
+
+    def has(self, rows_B: np.ndarray) -> bool:
+        return bool(self._is_known[rows_B].all())
+
+    def read(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 and log-probabilities float32, [B, L, J]."""
+        return self._ids[rows_B].astype(np.int32), self._log_probs[rows_B].astype(np.float32)
+
+    def write(self, rows_B: np.ndarray, ids_BLJ: np.ndarray, log_probs_BLJ: np.ndarray) -> None:
+        """Keeps the rows; they count as known only once both files have them."""
+        self._ids[rows_B] = ids_BLJ
+        self._log_probs[rows_B] = np.maximum(log_probs_BLJ, np.finfo(np.float16).min)
+        self._is_known[rows_B] = 1
+
+
+def _open(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    mode = "r+" if path.exists() else "w+"
+    return np.memmap(path, dtype, mode=mode, shape=shape)

@@ -1,0 +1,192 @@
+"""The training loop: data, step, log, alarms, checkpoints; made to be interrupted and started
+again.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from checkpoint.run_directory import open_run_dir
+from checkpoint.store import CheckpointStore, abstract_like
+from configs.base import MoEConfig, RunConfig, UserError
+from data.pipeline import Batch, Corpus, batches, prepare_corpus
+from parallel.mesh import make_mesh
+from parallel.sharding import partition_spec
+from train.losses import ChunkLoss, cross_entropy
+from train.metrics import Alarms, MetricsLog, TrainingAlarm, make_line
+from train.progress import ProgressBar
+from train.state import TrainState, init_state, plan_state
+from train.step import make_train_step
+
+Extend = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+"""Adds what the objective needs (the teacher's view) to a batch on the devices."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    steps: int
+    """Steps done in all."""
+    interrupted: int | None
+    """The signal that stopped the run, or None when it is complete."""
+    train_seconds: float
+
+
+def fit(
+    run: RunConfig,
+    run_dir: Path,
+    *,
+    chunk_loss: ChunkLoss = cross_entropy,
+    make_extend: Callable[[Mesh], Extend] | None = None,
+) -> FitResult:
+    """Trains until run.steps are done or a signal asks to stop; started again, it goes on.
+
+    run_dir receives config.json, metrics.jsonl and checkpoints/. SIGINT and SIGTERM end the step at
+    hand, save, and return; after a kill the run goes on from its last checkpoint. On the same mesh
+    the resumed losses equal the unbroken run's bit for bit.
+
+    Args:
+      make_extend: called with the mesh in use; see Extend.
+    Raises:
+      UserError: a run_dir with another experiment, a corpus or checkpoint that can't be read, no
+      disk.
+      TrainingAlarm: the run stopped itself; checkpoints are those from before the fault.
+    """
+    open_run_dir(run, run_dir)
+    corpus = prepare_corpus(run.data, run.model.vocab_size)
+    mesh = mesh_of(run)
+    with (
+        jax.set_mesh(mesh),
+        CheckpointStore(run_dir / "checkpoints", keep=run.checkpoint.keep) as store,
+        _stop_signals() as stop,
+    ):
+        began = time.monotonic()
+        trainee = plan_state(run, mesh)
+        iterator = _batches(run, corpus)
+        state, done = _start(run, trainee, store, iterator)
+        step = make_train_step(run, trainee, chunk_loss)
+        extend = make_extend(mesh) if make_extend else None
+        log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
+        alarms = Alarms(run.alarms, _num_experts(run))
+        with contextlib.closing(log), ProgressBar(run.name, total=run.steps, done=done) as bar:
+            while done < run.steps and stop.signal is None:
+                state, metrics, seconds = _one_step(step, state, next(iterator), mesh, extend)
+                done += 1
+                line = make_line(done, metrics, seconds, run.steps, run.tokens_per_step, run.model)
+                log.append(line)
+                _check(alarms, line, store)
+                if done % run.checkpoint.every == 0:
+                    store.save(done, state, iterator)
+                bar.update(
+                    done, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+                )
+        if done > (store.latest_step or 0):
+            store.save(done, state, iterator)
+        store.wait()
+        return FitResult(done, stop.signal, time.monotonic() - began)
+
+
+def mesh_of(run: RunConfig) -> Mesh:
+    """
+    Raises:
+      UserError: there are not enough devices.
+    """
+    try:
+        return make_mesh(run.mesh.data, run.mesh.expert, run.mesh.tensor)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process's rows of a global batch on its devices, split along the batch."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        spec = partition_spec(("batch", *[None] * (x.ndim - 1)))
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+
+    return {name: put(x) for name, x in batch.items()}
+
+
+def _batches(run: RunConfig, corpus: Corpus) -> Any:
+    return batches(
+        corpus.training(),
+        seq_len=run.data.seq_len,
+        batch_size=run.batch_size,
+        seed=run.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _start(
+    run: RunConfig, trainee: Any, store: CheckpointStore, iterator: Any
+) -> tuple[TrainState, int]:
+    """The state to begin with and the steps it has behind it."""
+    if store.latest_step is None:
+        return init_state(trainee, run.seed), 0
+    state = store.restore(abstract_like(trainee.abstract_state, trainee.shardings), iterator)
+    return state, int(state.step)
+
+
+def _one_step(step, state, batch, mesh, extend):
+    """Runs a step to its end: metrics on the host, and the seconds it took."""
+    began = time.monotonic()
+    on_devices = to_devices(batch, mesh)
+    if extend is not None:
+        on_devices = extend(on_devices)
+    state, metrics = step(state, on_devices)
+    metrics = jax.device_get(
+        metrics
+    )  # waits: collectives of two steps in flight can starve each other
+    return state, metrics, time.monotonic() - began
+
+
+def _check(alarms: Alarms, line: dict[str, Any], store: CheckpointStore) -> None:
+    try:
+        alarms.check(line)
+    except TrainingAlarm as alarm:
+        good = store.latest_step
+        kept = (
+            f"the last checkpoint before it is at step {good}"
+            if good
+            else "no checkpoint came before"
+        )
+        raise TrainingAlarm(f"{alarm}; {kept}, in {store.directory}") from None
+
+
+def _num_experts(run: RunConfig) -> int:
+    """Experts of the smallest MoE layer (0 without one): the alarms' measure of dead experts."""
+    ffns = [spec.ffn for spec in run.model.pattern]
+    return min((ffn.num_experts for ffn in ffns if isinstance(ffn, MoEConfig)), default=0)
+
+
+@dataclass
+class _Stop:
+    signal: int | None = None
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Notes SIGINT or SIGTERM instead of dying of it; a second SIGINT interrupts at once."""
+    stop = _Stop()
+
+    def note(number: int, _: object) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = number
+        print("\nstopping after this step ...", flush=True)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,212 @@
+"""Losses: next token, distillation, and the routers' auxiliary terms.
+
+Logits exist only a chunk at a time: the output layer and the loss of a chunk are computed together
+with their gradients in the forward pass, so no [B, L, V] array is ever kept and no logit is
+computed twice.
+
+B batch, L length, N chunks, c = L / N, D d_model, V vocab, J teacher tokens kept.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from configs.base import ModelConfig, MoEConfig
+from model.balance import RouterStats, load_balance_loss
+
+ChunkLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+"""(logits_BcV float32, the chunk's inputs, shared) -> (loss summed over tokens, sums to report)."""
+
+
+def chunked_loss(
+    chunk_loss: ChunkLoss,
+    hidden_BLD: jax.Array,
+    w_DV: jax.Array,
+    inputs: Any,
+    shared: Any,
+    num_chunks: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sum over chunks of chunk_loss(hidden @ w, inputs, shared), differentiable in hidden and
+    w.
+
+    Args:
+      inputs: tree of [B, L, ...] arrays, cut along L like hidden; no gradient reaches them.
+      shared: tree of arrays that every chunk gets whole; no gradient reaches them.
+      num_chunks: must divide L.
+    Returns:
+      The loss and the other sums, float32; gradients flow through the loss only.
+    """
+    return cast(Any, _chunked)(chunk_loss, hidden_BLD, w_DV, inputs, shared, num_chunks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
+def _chunked(chunk_loss, hidden_BLD, w_DV, inputs, shared, num_chunks):
+    """Without gradients: the sums alone."""
+    chunks = _cut((hidden_BLD, inputs), num_chunks)
+
+    def one(_, chunk):
+        hidden_BcD, chunk_inputs = chunk
+        return None, chunk_loss(_logits(hidden_BcD, w_DV), chunk_inputs, shared)
+
+    return jax.tree.map(lambda sums: sums.sum(axis=0), jax.lax.scan(one, None, chunks)[1])
+
+
+def _chunked_forward(chunk_loss, hidden_BLD, w_DV, inputs, shared, num_chunks):
+    chunks = _cut((hidden_BLD, inputs), num_chunks)
+    grad = jax.value_and_grad(chunk_loss, has_aux=True)
+
+    def one(dw_DV, chunk):
+        hidden_BcD, chunk_inputs = chunk
+        sums, dlogits_BcV = grad(_logits(hidden_BcD, w_DV), chunk_inputs, shared)
+        dlogits_BcV = dlogits_BcV.astype(w_DV.dtype)
+        dhidden_BcD = jnp.einsum("BcV,DV->BcD", dlogits_BcV, w_DV)
+        dw_DV += jnp.einsum(
+            "BcD,BcV->DV", hidden_BcD, dlogits_BcV, preferred_element_type=jnp.float32
+        )
+        return dw_DV, (sums, dhidden_BcD)
+
+    dw_DV, (sums, dhidden) = jax.lax.scan(one, jnp.zeros(w_DV.shape, jnp.float32), chunks)
+    dhidden_BLD = dhidden.swapaxes(0, 1).reshape(hidden_BLD.shape)
+    return jax.tree.map(lambda s: s.sum(axis=0), sums), (dhidden_BLD, dw_DV.astype(w_DV.dtype))
+
+
+def _chunked_backward(chunk_loss, num_chunks, gradients, cotangents):
+    dhidden_BLD, dw_DV = gradients
+    scale = cotangents[0]
+    dhidden_BLD = scale.astype(dhidden_BLD.dtype) * dhidden_BLD
+    return dhidden_BLD, scale.astype(dw_DV.dtype) * dw_DV, None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _logits(hidden_BcD: jax.Array, w_DV: jax.Array) -> jax.Array:
+    return jnp.einsum("BcD,DV->BcV", hidden_BcD, w_DV, preferred_element_type=jnp.float32)
+
+
+def _cut(tree: Any, num_chunks: int) -> Any:
+    """[B, L, ...] to [N, B, c, ...]."""
+
+    def one(x):
+        batch, length = x.shape[:2]
+        return x.reshape(batch, num_chunks, length // num_chunks, *x.shape[2:]).swapaxes(0, 1)
+
+    return jax.tree.map(one, tree)
+
+
+def cross_entropy(
+    logits_BcV: jax.Array, inputs: dict[str, jax.Array], shared: None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """-log softmax(logits)[target] summed over tokens whose target is not negative.
+
+    Args:
+      inputs: "targets" int32 [B, c].
+    """
+    targets_Bc = inputs["targets"]
+    vocab_V = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits_BcV.shape[-1]), 2)
+    # A masked sum instead of a gather: its gradient is elementwise, a gather's is a scatter.
+    target_logit_Bc = jnp.where(vocab_V == targets_Bc[:, :, None], logits_BcV, 0.0).sum(axis=-1)
+    nats_Bc = jax.nn.logsumexp(logits_BcV, axis=-1) - target_logit_Bc
+    loss = jnp.where(targets_Bc >= 0, nats_Bc, 0.0).sum()
+    return loss, {"cross_entropy": loss}
+
+
+def full_distillation(
+    logits_BcV: jax.Array,
+    inputs: dict[str, jax.Array],
+    w_teacher_DV: jax.Array,
+    *,
+    temperature: float,
+    kl_weight: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """kl_weight * T^2 KL(teacher || student) + (1 - kl_weight) * cross-entropy (Hinton et al.
+    2015).
+
+    Both distributions are softmax(logits / T) over the whole vocabulary.
+
+    Args:
+      inputs: "targets" int32 [B, c], "teacher_hidden" [B, c, D_teacher].
+      w_teacher_DV: the teacher's output layer, [D_teacher, V].
+    """
+    teacher_logits_BcV = _logits(inputs["teacher_hidden"].astype(w_teacher_DV.dtype), w_teacher_DV)
+    log_p_BcV = jax.nn.log_softmax(teacher_logits_BcV / temperature, axis=-1)
+    log_q_BcV = jax.nn.log_softmax(logits_BcV / temperature, axis=-1)
+    kl_Bc = (jnp.exp(log_p_BcV) * (log_p_BcV - log_q_BcV)).sum(axis=-1)
+    return _mix(kl_Bc, logits_BcV, inputs, temperature, kl_weight)
+
+
+TAIL_FLOOR = 1e-6
+"""Least probability of the tail bin, against log(0) when the kept tokens carry everything."""
+
+
+def top_k_distillation(
+    logits_BcV: jax.Array,
+    inputs: dict[str, jax.Array],
+    shared: None = None,
+    *,
+    temperature: float,
+    kl_weight: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As `full_distillation` over J + 1 bins: the teacher's J best tokens and one for all others.
+
+    Merging tokens into a bin can only lower the KL (data-processing inequality), and unlike a
+    renormalised top-J it leaves the student no reason to empty its tail.
+
+    Args:
+      inputs: "targets" int32 [B, c]; "teacher_ids" int [B, c, J]; "teacher_log_probs" float
+        [B, c, J], the teacher's log softmax(logits / T) at those ids.
+    """
+    log_p_BcJ = inputs["teacher_log_probs"].astype(jnp.float32)
+    log_q_BcV = jax.nn.log_softmax(logits_BcV / temperature, axis=-1)
+    ids_BcJ = inputs["teacher_ids"].astype(jnp.int32)
+    log_q_BcJ = jnp.take_along_axis(log_q_BcV, ids_BcJ, axis=-1)
+    log_p_tail_Bc, log_q_tail_Bc = _log_tail(log_p_BcJ), _log_tail(log_q_BcJ)
+    kl_Bc = (jnp.exp(log_p_BcJ) * (log_p_BcJ - log_q_BcJ)).sum(axis=-1)
+    kl_Bc += jnp.exp(log_p_tail_Bc) * (log_p_tail_Bc - log_q_tail_Bc)
+    return _mix(kl_Bc, logits_BcV, inputs, temperature, kl_weight)
+
+
+def _log_tail(log_probs_BcJ: jax.Array) -> jax.Array:
+    return jnp.log(jnp.maximum(1.0 - jnp.exp(log_probs_BcJ).sum(axis=-1), TAIL_FLOOR))
+
+
+def _mix(kl_Bc, logits_BcV, inputs, temperature, kl_weight):
+    nats, sums = cross_entropy(logits_BcV, inputs)
+    kl = jnp.where(inputs["targets"] >= 0, kl_Bc, 0.0).sum() * temperature**2
+    return kl_weight * kl + (1.0 - kl_weight) * nats, sums | {"kl": kl}
+
+
+LayerStats = dict[str, RouterStats]
+"""By layer of the pattern ("layer_0", ...); every array stacked over the periods in dim 0."""
+
+
+def collect_router_stats(variables: dict[str, Any], config: ModelConfig) -> LayerStats:
+    """What the MoE layers sowed in one forward pass."""
+    if not any(isinstance(spec.ffn, MoEConfig) for spec in config.pattern):
+        return {}
+    layers = variables["router"]["periods"]
+    return {name: layer["moe"]["stats"] for name, layer in sorted(layers.items())}
+
+
+def auxiliary_loss(
+    stats: LayerStats, config: ModelConfig, earlier_counts: dict[str, jax.Array]
+) -> jax.Array:
+    """The sum over MoE layers of weighted load-balance and z losses.
+
+    Args:
+      earlier_counts: counts [periods, E] of the micro-batches before this one in the same step, so
+        that balance is judged on the batch as far as it is known (Qiu et al. 2025, buffered
+        counts).
+    """
+    total = jnp.float32(0.0)
+    for name, layer in stats.items():
+        ffn = config.pattern[int(name.removeprefix("layer_"))].ffn
+        assert isinstance(ffn, MoEConfig)
+        counts = layer.counts_E + earlier_counts[name]
+        balance = jax.vmap(load_balance_loss)(counts, layer.mean_scores_E).sum()
+        total += ffn.router.load_balance_weight * balance
+        total += ffn.router.z_loss_weight * layer.z_loss.sum()
+    return total

@@ -1,0 +1,152 @@
+"""The log of a run (metrics.jsonl) and the alarms that read it.
+
+A line per step: "step" (steps done, from 1), "loss", "tokens_per_second", "learning_rate",
+"grad_norm", "seconds", the objective's own terms, and per MoE layer, in the order of the layers,
+lists under "load_cv", "load_cv_floor", "max_violation", "dead_experts", "peak_load",
+"router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps "expert_load", a list per
+layer of each expert's load over the mean.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.base import AlarmConfig, ModelConfig, MoEConfig, UserError
+
+LOAD_RECORDS = 200
+"""Steps of a run that log every expert's load: enough for a picture, whatever the run's length."""
+
+Line = dict[str, Any]
+
+
+class TrainingAlarm(RuntimeError):
+    """The run stopped itself; the message says why, and which checkpoint is the last good one."""
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl; lines after the step a run resumes from are dropped."""
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        """
+        Raises:
+          UserError: the file holds a line that is not JSON before the step to resume from.
+        """
+        self.path = path
+        kept = (
+            [line for line in read_lines(path) if line["step"] <= resume_step]
+            if resume_step
+            else []
+        )
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(rewritten, path)
+        self._file = path.open("a", buffering=1)
+
+    def append(self, line: Line) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises:
+      UserError: no such file, or another line that is not JSON.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing: the run has not been trained here")
+    texts = path.read_text().splitlines()
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number < len(texts):
+                raise UserError(
+                    f"{path} line {number} is not JSON ({error}): restore the file"
+                ) from error
+    return lines
+
+
+def make_line(
+    step: int,
+    metrics: dict[str, Any],
+    seconds: float,
+    run_steps: int,
+    tokens: int,
+    model: ModelConfig,
+) -> Line:
+    """One line of the log from a step's metrics (see train/step.py), fetched to the host."""
+    line: Line = {name: float(x) for name, x in metrics.items() if name != "router"}
+    line = {"step": step, **line, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    layers = _in_layer_order(metrics["router"], model)
+    with_load = step % max(run_steps // LOAD_RECORDS, 1) == 0
+    for name in layers[0] if layers else ():
+        values = [layer[name] for layer in layers]
+        if name != "expert_load":
+            line[name] = [round(float(x), 5) for x in values]
+        elif with_load:
+            line[name] = [[round(float(x), 3) for x in load_E] for load_E in values]
+    return line
+
+
+def _in_layer_order(router: dict[str, Any], model: ModelConfig) -> list[dict[str, np.ndarray]]:
+    """Metrics by layer of the pattern, stacked over periods, as one dict per MoE layer of the
+    model.
+    """
+    host = {
+        name: {k: np.asarray(v) for k, v in figures.items()} for name, figures in router.items()
+    }
+    return [
+        {name: x[period] for name, x in host[f"layer_{i}"].items()}
+        for period in range(model.num_periods)
+        for i, spec in enumerate(model.pattern)
+        if isinstance(spec.ffn, MoEConfig)
+    ]
+
+
+class Alarms:
+    """Watches the log line by line; a load alarm must hold for some steps in a row."""
+
+    def __init__(self, config: AlarmConfig, num_experts: int) -> None:
+        self.config, self.num_experts = config, num_experts
+        self._dead_steps = self._collapsed_steps = 0
+
+    def check(self, line: Line) -> None:
+        """
+        Raises:
+          TrainingAlarm: a loss or gradient that is not finite, dead experts, or collapse.
+        """
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(line[name]):
+                raise TrainingAlarm(
+                    f"{name} is {line[name]} at step {line['step']}: lower "
+                    "optimizer.learning_rate or "
+                    "optimizer.clip_norm, or look at the data of this step"
+                )
+        if "dead_experts" not in line or line["step"] <= self.config.grace_steps:
+            return
+        dead, peak = max(line["dead_experts"]), max(line["peak_load"])
+        is_dead = dead >= self.config.dead_fraction * self.num_experts
+        is_collapsed = peak >= self.config.collapse_fraction
+        self._dead_steps = self._dead_steps + 1 if is_dead else 0
+        self._collapsed_steps = self._collapsed_steps + 1 if is_collapsed else 0
+        advice = "raise router.load_balance_weight, or set alarms.* if this is meant"
+        if self._dead_steps >= self.config.patience:
+            raise TrainingAlarm(
+                f"{dead:.0f} of {self.num_experts} experts of a layer have had less than a tenth "
+                "of the mean "
+                f"load for {self.config.patience} steps, up to step {line['step']}: {advice}"
+            )
+        if self._collapsed_steps >= self.config.patience:
+            raise TrainingAlarm(
+                f"one expert has been chosen by {peak:.0%} of all tokens for "
+                f"{self.config.patience} steps, up "
+                f"to step {line['step']}: {advice}"
+            )

@@ -1,0 +1,102 @@
+"""Optimisers and learning-rate schedules, from optax."""
+
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from configs.base import OptimizerConfig
+
+MUON_RMS = 0.2
+"""RMS of an AdamW update: Muon's is scaled to it, so one learning rate serves both (Liu et al.
+2025).
+"""
+
+STACKED = ("layers", "expert", None)
+"""Logical axes that stack matrices rather than belong to one."""
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then cosine decay, or stable and then linear decay.
+
+    The last step (steps - 1) has learning_rate * final_ratio.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_ratio
+    warmup, last = config.warmup_steps, steps - 1
+    warm = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    if config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, max(last - warmup, 1), alpha=config.final_ratio)
+        return optax.join_schedules([warm, decay], [warmup])
+    assert config.decay_fraction is not None
+    decay_steps = max(round(config.decay_fraction * steps), 1)
+    begin = max(last - decay_steps, warmup)
+    decay = optax.linear_schedule(peak, final, max(last - begin, 1))
+    return optax.join_schedules([warm, optax.constant_schedule(peak), decay], [warmup, begin])
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, logical_axes: Any
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW, or Muon for hidden matrices and AdamW for the rest.
+
+    Args:
+      logical_axes: tree like the parameters, naming each dimension; it tells matrices from norms
+        and says which dimensions stack matrices.
+    """
+    is_axes = {"is_leaf": lambda x: isinstance(x, tuple)}
+    is_matrix = jax.tree.map(lambda axes: _matrix_dims(axes) is not None, logical_axes, **is_axes)
+    if config.kind == "adamw":
+        update = optax.adamw(
+            schedule,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=is_matrix,
+        )
+    else:
+        assert config.momentum is not None
+        hidden = jax.tree.map(_hidden_matrix_dims, logical_axes, **is_axes)
+        update = muon(
+            schedule,
+            beta=config.momentum,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            muon_weight_dimension_numbers=lambda _: hidden,
+            consistent_rms=MUON_RMS,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _matrix_dims(logical_axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
+    """d_model on one side, all other dimensions on the other; None for norms and the router's
+    rows.
+    """
+    one_side = [i for i, axis in enumerate(logical_axes) if axis == "embed"]
+    other = [i for i, axis in enumerate(logical_axes) if axis not in (*STACKED, "embed")]
+    return MuonDimensionNumbers(tuple(one_side), tuple(other)) if one_side and other else None
+
+
+def _hidden_matrix_dims(logical_axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
+    """As above without embedding and output layer, which Muon leaves to AdamW (Jordan 2024)."""
+    return None if "vocab" in logical_axes else _matrix_dims(logical_axes)
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation, abstract_params: Any, shardings: Any, replicated: Any
+) -> Any:
+    """Shardings of the optimiser's state: moments as their parameters, everything else replicated.
+
+    A moment is told by its place: optax keeps trees like the parameters inside its own state.
+    """
+    by_path = dict(jax.tree_util.tree_leaves_with_path(shardings))
+
+    def one(path: tuple[Any, ...], _: jax.ShapeDtypeStruct) -> Any:
+        suffixes = (path[start:] for start in range(len(path)))
+        return next((by_path[suffix] for suffix in suffixes if suffix in by_path), replicated)
+
+    state = jax.eval_shape(optimizer.init, abstract_params)
+    return jax.tree_util.tree_map_with_path(one, state)

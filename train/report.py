@@ -1,0 +1,204 @@
+"""Pictures of a run: loss, and each expert's load over training; as PNG files and one HTML page."""
+
+import base64
+import html
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from train.metrics import Line, read_lines
+
+INK, SOFT, BLUE, ORANGE = "#1f2933", "#9aa5b1", "#2f6f9f", "#d9822b"
+MAX_LAYERS = 8
+"""Layers drawn in a heat map; of deeper models, as many spread over the depth."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str
+    """File name without ending."""
+    caption: str
+    png: bytes
+
+
+def write_report(run_dir: Path) -> None:
+    """Draws run_dir/loss.png, load.png (MoE only) and report.html from metrics.jsonl.
+
+    Raises:
+      UserError: there is no metrics.jsonl.
+    """
+    lines = read_lines(run_dir / "metrics.jsonl")
+    pictures = [draw_loss({run_dir.name: lines})]
+    load = draw_load(lines)
+    pictures += [load] if load else []
+    last = lines[-1]
+    figures = {
+        "steps": f"{last['step']:,}",
+        "last loss": f"{last['loss']:.4f}",
+        "median tokens per second": f"{np.median([x['tokens_per_second'] for x in lines]):,.0f}",
+    }
+    config = json.loads((run_dir / "config.json").read_text())
+    write_page(run_dir, f"Run {run_dir.name}", [table(figures)], pictures, config)
+
+
+def draw_loss(runs: dict[str, list[Line]]) -> Picture:
+    """Training loss of one or more runs, raw and smoothed."""
+    figure, axes = _figure(7.5, 3.6)
+    for (name, lines), color in zip(runs.items(), (BLUE, ORANGE, INK), strict=False):
+        steps, nats = _column(lines, "step"), _column(lines, "cross_entropy")
+        smooth = smoothed(nats)
+        axes.plot(steps, nats, color=color, alpha=0.2, linewidth=0.8)
+        axes.plot(steps, smooth, color=color, linewidth=1.8)
+        label = f" {name} {smooth[-1]:.2f}"
+        axes.annotate(
+            label, (steps[-1], smooth[-1]), color=color, va="center", annotation_clip=False
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy, nats per token")
+    return _picture(figure, "loss", "Training loss; the bold line is its running mean.")
+
+
+def draw_load(lines: list[Line]) -> Picture | None:
+    """Each expert's load over the mean, by layer and step; None where nothing was logged."""
+    logged = [line for line in lines if "expert_load" in line]
+    if not logged:
+        return None
+    load = np.array([line["expert_load"] for line in logged])  # [records, layers, E]
+    layers = np.unique(np.linspace(0, load.shape[1] - 1, MAX_LAYERS).round().astype(int))
+    figure = Figure(figsize=(7.5, 0.6 + 1.1 * len(layers)), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(len(layers), 1, sharex=True))
+    steps = _column(logged, "step")
+    extent = (steps[0], steps[-1] + 1e-9, load.shape[2] - 0.5, -0.5)
+    image = None
+    for panel, layer in zip(panels, layers, strict=True):
+        image = panel.imshow(
+            np.clip(load[:, layer].T, 1 / 4, 4),
+            aspect="auto",
+            extent=extent,
+            cmap="RdBu_r",
+            norm=LogNorm(1 / 4, 4),
+            interpolation="nearest",
+        )
+        panel.set_ylabel(f"layer {layer}", color=INK)
+        panel.tick_params(colors=SOFT, labelcolor=INK)
+    panels[-1].set_xlabel("step", color=INK)
+    assert image is not None
+    bar = figure.colorbar(image, ax=panels.tolist(), label="load over the mean")
+    bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=["¼ or less", "½", "1", "2", "4 or more"])
+    bar.ax.minorticks_off()
+    caption = (
+        "Load of each expert (a row) over training: white is an equal share, red more, blue less."
+    )
+    return _picture(figure, "load", caption)
+
+
+def draw_bars(
+    name: str, caption: str, values: dict[str, float], errors: dict[str, float], unit: str
+) -> Picture:
+    """Labelled horizontal bars with their standard errors."""
+    figure, axes = _figure(7.5, 0.8 + 0.42 * len(values))
+    names = list(values)
+    places = np.arange(len(names))[::-1]
+    colors = [BLUE if n in errors else SOFT for n in names]
+    axes.barh(places, list(values.values()), color=colors, height=0.62)
+    for place, label in zip(places, names, strict=True):
+        error = errors.get(label)
+        text = f" {values[label]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+        axes.text(values[label], place, text, va="center", color=INK)
+    axes.set_yticks(places, names)
+    axes.set_xlabel(unit)
+    axes.set_xlim(0, 1.2 * max(values.values()) or 1)
+    axes.grid(axis="y", visible=False)
+    return _picture(figure, name, caption)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Running mean over the last twentieth of the series, at least 1 value."""
+    window = max(len(values) // 20, 1)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    begins = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[begins]) / (ends - begins)
+
+
+def table(rows: dict[str, str]) -> str:
+    """An HTML table of names and values."""
+    cells = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in rows.items()
+    )
+    return f"<table>{cells}</table>"
+
+
+def write_page(
+    directory: Path,
+    title: str,
+    sections: list[str],
+    pictures: list[Picture],
+    details: dict[str, Any],
+) -> Path:
+    """Writes the pictures and report.html, which carries them inside and needs no other file.
+
+    Args:
+      sections: HTML put above the pictures.
+      details: shown folded as JSON, such as the run's config.
+    """
+    for picture in pictures:
+        (directory / f"{picture.name}.png").write_bytes(picture.png)
+    figures = "".join(
+        f'<figure><img alt="{html.escape(p.caption)}" src="data:image/png;base64,'
+        f'{base64.b64encode(p.png).decode()}"><figcaption>{html.escape(p.caption)}</figcaption></figure>'
+        for p in pictures
+    )
+    folded = html.escape(json.dumps(details, indent=2))
+    page = directory / "report.html"
+    page.write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(sections)}{figures}"
+        f"<details><summary>Settings</summary><pre>{folded}</pre></details></html>\n"
+    )
+    return page
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 50rem; margin: 2rem auto;
+       padding: 0 1rem; }
+table { border-collapse: collapse; } th, td { padding: .2rem 1rem .2rem 0; text-align: left;
+       border-bottom: 1px solid #e4e7eb; } th { font-weight: 500; }
+figure { margin: 2rem 0; } img { max-width: 100%; } figcaption { color: #616e7c; }
+pre { background: #f5f7fa; padding: .8rem; overflow-x: auto; font-size: 13px; }
+"""
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(SOFT)
+    axes.tick_params(colors=SOFT, labelcolor=INK)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    return figure, axes
+
+
+def _picture(figure: Figure, name: str, caption: str) -> Picture:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"font.size": 10}):
+        figure.savefig(buffer, format="png", dpi=140)
+    return Picture(name, caption, buffer.getvalue())
+
+
+def _column(lines: list[Line], name: str) -> np.ndarray:
+    return np.array([line[name] for line in lines])

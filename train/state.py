@@ -1,0 +1,73 @@
+"""The training state: what a checkpoint holds besides the data iterator."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from configs.base import RunConfig
+from model.transformer import Transformer, abstract_variables, init_params
+from parallel.sharding import tree_shardings
+from train.optim import make_optimizer, make_schedule, state_shardings
+
+
+class TrainState(struct.PyTreeNode):
+    step: Any
+    """Optimiser steps done, int32."""
+    params: Any
+    """Float32 masters."""
+    opt_state: Any
+
+
+class Trainee(struct.PyTreeNode):
+    """A model, its optimiser, and the shapes and shardings of its state; nothing is allocated."""
+
+    model: Transformer = struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
+    schedule: optax.Schedule = struct.field(pytree_node=False)
+    abstract_state: TrainState
+    """ShapeDtypeStructs."""
+    shardings: TrainState
+    """NamedShardings on the mesh."""
+
+
+def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Trainee:
+    """The run's model and optimiser, and where each array of its state goes on the mesh.
+
+    Raises:
+      ValueError: the mesh does not divide a dimension it splits.
+    """
+    model = Transformer(run.model, run.execution)
+    abstract_params, logical_axes = abstract_variables(model)
+    param_shardings = tree_shardings(mesh, logical_axes, abstract_params)
+    schedule = make_schedule(run.optimizer, run.steps)
+    optimizer = make_optimizer(run.optimizer, schedule, logical_axes)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return Trainee(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        abstract_state=TrainState(
+            step=jax.ShapeDtypeStruct((), jnp.int32),
+            params=abstract_params,
+            opt_state=jax.eval_shape(optimizer.init, abstract_params),
+        ),
+        shardings=TrainState(
+            step=replicated,
+            params=param_shardings,
+            opt_state=state_shardings(optimizer, abstract_params, param_shardings, replicated),
+        ),
+    )
+
+
+def init_state(trainee: Trainee, seed: int) -> TrainState:
+    """Fresh parameters and optimiser state, each part made on the device that keeps it."""
+
+    def init() -> TrainState:
+        params = init_params(trainee.model, seed)
+        return TrainState(jnp.int32(0), params, trainee.optimizer.init(params))
+
+    return jax.jit(init, out_shardings=trainee.shardings)()

@@ -1,0 +1,124 @@
+"""One optimiser step: gradients over the micro-batches, the update, and what to log.
+
+B rows of a micro-batch, A micro-batches, L length, D d_model, V vocab, E experts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from configs.base import MoEConfig, RunConfig
+from model.balance import RouterStats, load_figures, merge_stats
+from model.transformer import hidden_and_router, output_weights
+from parallel.sharding import constrain
+from train.losses import (
+    ChunkLoss,
+    auxiliary_loss,
+    chunked_loss,
+    collect_router_stats,
+    cross_entropy,
+)
+from train.state import Trainee, TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, Any]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    run: RunConfig, trainee: Trainee, chunk_loss: ChunkLoss = cross_entropy
+) -> TrainStep:
+    """A jitted (state, batch) -> (state, metrics); the state's buffers are reused.
+
+    Args:
+      chunk_loss: the objective on a chunk of logits; see train/losses.py.
+    Returns:
+      A step that takes batch arrays [A * B, L, ...] ("tokens", "targets", "positions", and what the
+      objective reads; "shared" goes to it whole) and reports float32 scalars "loss" (the objective,
+      per target token), the objective's own sums per target token, "auxiliary", "grad_norm",
+      "learning_rate"; and per layer of the pattern, under "router", arrays [periods, ...].
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics = _gradients(run, trainee, chunk_loss, state.params, batch)
+        updates, opt_state = trainee.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.float32(trainee.schedule(state.step)),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(trainee.shardings, None))
+
+
+def _gradients(
+    run: RunConfig, trainee: Trainee, chunk_loss: ChunkLoss, params: Any, batch: Batch
+) -> tuple[Any, Metrics]:
+    """Gradients of the mean objective over the whole batch plus the auxiliary losses."""
+    shared = batch.get("shared")
+    rows = {name: x for name, x in batch.items() if name not in ("shared", "row")}
+    num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
+
+    def loss(params, micro, earlier_counts):
+        hidden_BLD, variables = hidden_and_router(
+            trainee.model, params, micro["tokens"], micro["positions"]
+        )
+        w_DV = output_weights(trainee.model, params)
+        inputs = {k: v for k, v in micro.items() if k not in ("tokens", "positions")}
+        objective, sums = chunked_loss(
+            chunk_loss, hidden_BLD, w_DV, inputs, shared, run.execution.logits_chunks
+        )
+        stats = collect_router_stats(variables, run.model)
+        auxiliary = auxiliary_loss(stats, run.model, earlier_counts) / run.accumulation
+        sums = jax.tree.map(lambda x: x / num_targets, sums | {"loss": objective})
+        return objective / num_targets + auxiliary, (sums | {"auxiliary": auxiliary}, stats)
+
+    grad: Callable[..., Any] = jax.grad(loss, has_aux=True)
+    if run.accumulation == 1:
+        grads, (sums, stats) = grad(params, rows, _no_counts(run))
+    else:
+        grads, sums, stats = _accumulate(run, grad, params, rows)
+    return grads, sums | {"router": {k: _layer_metrics(v) for k, v in stats.items()}}
+
+
+def _accumulate(run: RunConfig, grad: Callable, params: Any, rows: Batch) -> tuple[Any, Any, Any]:
+    """Sums gradients and reports over the micro-batches, handing the expert counts on."""
+
+    def cut(x):
+        x = x.reshape(run.accumulation, x.shape[0] // run.accumulation, *x.shape[1:])
+        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+    def one(carry, micro):
+        grads, counts = carry
+        new_grads, (sums, stats) = grad(params, micro, counts)
+        counts = {name: counts[name] + layer.counts_E for name, layer in stats.items()}
+        return (jax.tree.map(jnp.add, grads, new_grads), counts), (sums, stats)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    carry, (sums, stats) = jax.lax.scan(one, (zeros, _no_counts(run)), jax.tree.map(cut, rows))
+    sums = jax.tree.map(lambda x: x.sum(axis=0), sums)
+    return carry[0], sums, {name: merge_stats(layer) for name, layer in stats.items()}
+
+
+def _no_counts(run: RunConfig) -> dict[str, jax.Array]:
+    return {
+        f"layer_{i}": jnp.zeros((run.model.num_periods, spec.ffn.num_experts), jnp.int32)
+        for i, spec in enumerate(run.model.pattern)
+        if isinstance(spec.ffn, MoEConfig)
+    }
+
+
+def _layer_metrics(stats: RouterStats) -> Metrics:
+    """Figures of one layer of the pattern, [periods] each, and its load [periods, E]."""
+    counts, tokens = stats.counts_E, stats.num_tokens
+    return {
+        **jax.vmap(load_figures)(counts, tokens)._asdict(),
+        "router_entropy": stats.entropy,
+        "overflow_rows": stats.overflow_rows,
+        "bytes_moved": stats.bytes_moved,
+        "expert_load": counts / jnp.maximum(counts.mean(axis=-1, keepdims=True), 1e-9),
+    }
