@@ -24,13 +24,16 @@ STATE, DATA = "state", "data"
 class CheckpointStore:
     """The checkpoints of one run. Use as a context manager: leaving it waits for the last save."""
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    def __init__(
+        self, directory: Path, *, keep: int, metadata: dict[str, Any] | None = None
+    ) -> None:
         """Opens the folder, making it if needed, and removes what an interrupted save left.
 
         Args:
           keep: newest checkpoints that stay.
+          metadata: JSON kept inside each checkpoint saved: the run's config.
         """
-        self.directory = directory.absolute()
+        self.directory, self._metadata = directory.absolute(), metadata
         training: Any = ocp.training  # its policies are typed as a protocol they don't declare
         with _quiet():
             self._checkpointer = training.Checkpointer(
@@ -63,7 +66,9 @@ class CheckpointStore:
         if self.latest_step == step:
             return
         with self._explain_failed_save():
-            self._checkpointer.save_checkpointables_async(step, {STATE: state, DATA: data_iterator})
+            self._checkpointer.save_checkpointables_async(
+                step, {STATE: state, DATA: data_iterator}, custom_metadata=self._metadata
+            )
 
     def wait(self) -> None:
         """Returns when everything is on disk.

@@ -1,7 +1,8 @@
-"""Named model sizes. Each function's docstring says where its numbers come from."""
+"""Named model sizes. Each docstring says where its numbers come from."""
 
 from configs.base import (
     AttentionConfig,
+    DenseConfig,
     LayerSpec,
     ModelConfig,
     MoEConfig,
@@ -10,11 +11,10 @@ from configs.base import (
 
 
 def v3_7b() -> ModelConfig:
-    """V3: sliding-window MoE with sinks at 32K context, 64 experts, top-2, one shared (design
-    table).
+    """V3, 7.0B parameters: sliding-window attention with sinks and 64 experts, 32K context.
 
-    The articles give 7B parameters, 64 experts and a 32K window of context; widths are ours,
-    chosen so that the whole comes to 7B.
+    From the articles: 7B parameters, 64 experts with top-2 routing, a 32K window of context. The
+    widths are ours, chosen so that the whole comes to 7B.
     """
     attention = AttentionConfig(
         num_heads=16,
@@ -34,8 +34,13 @@ def v3_7b() -> ModelConfig:
     )
 
 
-def v31_full() -> ModelConfig:
-    """V3.1: V3's widths with 128 experts; five local layers, then one that sees everything."""
+def v31() -> ModelConfig:
+    """V3.1, 13.6B parameters: V3 with 128 experts, five local layers to one that sees everything.
+
+    From the articles: the experts grow from 64 to 128; everything else keeps V3's widths.
+    """
+    base = v3_7b()
+    attention = AttentionConfig(num_heads=16, num_kv_heads=4, head_dim=128, rope_base=500_000.0)
     local = AttentionConfig(
         num_heads=16,
         num_kv_heads=4,
@@ -44,27 +49,55 @@ def v31_full() -> ModelConfig:
         num_sinks=4,
         rope_base=500_000.0,
     )
-    everywhere = AttentionConfig(num_heads=16, num_kv_heads=4, head_dim=128, rope_base=500_000.0)
     ffn = MoEConfig(num_experts=128, d_ff=704, num_shared_experts=2, router=RouterConfig(top_k=2))
     return ModelConfig(
-        vocab_size=65_536,
-        d_model=2048,
-        num_layers=24,
-        pattern=tuple(LayerSpec(attention=a, ffn=ffn) for a in (*[local] * 5, everywhere)),
-        context_length=32_768,
+        vocab_size=base.vocab_size,
+        d_model=base.d_model,
+        num_layers=base.num_layers,
+        pattern=tuple(LayerSpec(attention=a, ffn=ffn) for a in (*[local] * 5, attention)),
+        context_length=base.context_length,
     )
+
+
+def _nano_attention() -> tuple[AttentionConfig, AttentionConfig]:
+    """(local, global) attention of the nano sizes."""
+    local = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window_size=64, num_sinks=4)
+    return local, AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32)
 
 
 def v31_nano() -> ModelConfig:
-    """V3.1's form in 6M parameters, for two CPU cores."""
-    attention = AttentionConfig(
-        num_heads=4, num_kv_heads=2, head_dim=32, window_size=128, num_sinks=4
-    )
+    """V3.1's form in 7.8M parameters, 1.8M of them active: for two CPU cores."""
     ffn = MoEConfig(num_experts=16, d_ff=128, num_shared_experts=1, router=RouterConfig(top_k=2))
     return ModelConfig(
         vocab_size=4096,
         d_model=128,
         num_layers=4,
-        pattern=(LayerSpec(attention=attention, ffn=ffn),),
+        pattern=tuple(LayerSpec(attention=a, ffn=ffn) for a in _nano_attention()),
         context_length=256,
+    )
+
+
+def v31_nano_student() -> ModelConfig:
+    """A dense student of v31_nano: its depth and width, a quarter of its parameters."""
+    return ModelConfig(
+        vocab_size=4096,
+        d_model=128,
+        num_layers=4,
+        pattern=tuple(LayerSpec(attention=a, ffn=DenseConfig(d_ff=256)) for a in _nano_attention()),
+        context_length=256,
+        tie_embeddings=True,
+    )
+
+
+def v31_small() -> ModelConfig:
+    """V3.1's form in 32M parameters, 6.6M of them active: for an hour on two CPU cores."""
+    local = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32, window_size=128, num_sinks=4)
+    everywhere = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32)
+    ffn = MoEConfig(num_experts=32, d_ff=192, num_shared_experts=1, router=RouterConfig(top_k=2))
+    return ModelConfig(
+        vocab_size=4096,
+        d_model=256,
+        num_layers=6,
+        pattern=tuple(LayerSpec(attention=a, ffn=ffn) for a in (local, local, everywhere)),
+        context_length=512,
     )

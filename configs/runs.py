@@ -1,24 +1,113 @@
 """Whole experiments: each public function returns a RunConfig; its docstring says how to run it."""
 
+import dataclasses
+
 from configs import models
-from configs.base import MeshConfig, OptimizerConfig, RunConfig
+from configs.base import (
+    CheckpointConfig,
+    DataConfig,
+    DistillConfig,
+    ExecutionConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+
+
+def _nano_optimizer() -> OptimizerConfig:
+    """Muon with a long decay: found by trials of 200 steps (docs/experiments.md)."""
+    return OptimizerConfig(
+        kind="muon",
+        momentum=0.95,
+        learning_rate=1.5e-2,
+        schedule="wsd",
+        warmup_steps=20,
+        decay_fraction=0.7,
+        final_ratio=0.05,
+        beta2=0.99,
+    )
 
 
 def v31_nano() -> RunConfig:
-    """x"""
+    """V3.1's form in 7.8M parameters on the standard library: the quickstart's teacher.
+
+    python -m scripts.train v31_nano
+    """
     return RunConfig(
         name="v31_nano",
-        steps=500,
+        steps=350,
         batch_size=16,
         model=models.v31_nano(),
+        optimizer=_nano_optimizer(),
         mesh=MeshConfig(expert=2),
-        optimizer=OptimizerConfig(
-            kind="muon",
-            momentum=0.95,
-            learning_rate=5e-3,
-            warmup_steps=20,
-            schedule="wsd",
-            decay_fraction=0.4,
-            final_ratio=0.05,
+    )
+
+
+def v31_nano_student() -> RunConfig:
+    """A dense student with a quarter of v31_nano's parameters.
+
+    python -m scripts.distill v31_nano_student --teacher runs/v31_nano
+    """
+    return RunConfig(
+        name="v31_nano_student",
+        steps=250,
+        batch_size=16,
+        model=models.v31_nano_student(),
+        optimizer=_nano_optimizer(),
+        mesh=MeshConfig(expert=2),
+        distill=DistillConfig(),
+    )
+
+
+def v31_small() -> RunConfig:
+    """V3.1's form in 32M parameters, 512 tokens a row: the longer run.
+
+    python -m scripts.train v31_small
+    """
+    return RunConfig(
+        name="v31_small",
+        steps=1500,
+        batch_size=16,
+        model=models.v31_small(),
+        optimizer=dataclasses.replace(_nano_optimizer(), learning_rate=1e-2, warmup_steps=50),
+        data=DataConfig(seq_len=512),
+        mesh=MeshConfig(expert=2),
+        execution=ExecutionConfig(logits_chunks=8),
+        checkpoint=CheckpointConfig(every=100),
+    )
+
+
+def v3_7b() -> RunConfig:
+    """V3 at full size, on 64 devices.
+
+    python -m scripts.train v3_7b: needs 64 accelerators; its shapes and shardings are checked
+    without allocating anything (tests/configs/test_runs.py).
+    """
+    return RunConfig(
+        name="v3_7b",
+        steps=100_000,
+        batch_size=128,
+        model=models.v3_7b(),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
+        data=DataConfig(directory="runs/corpora/large", seq_len=32_768),
+        mesh=MeshConfig(data=8, expert=8),
+        execution=ExecutionConfig(
+            compute_dtype="bfloat16",
+            remat="full",
+            logits_chunks=64,
+            transport="all_to_all",
+            capacity_factor=1.5,
         ),
+        checkpoint=CheckpointConfig(every=1000, keep=3),
+    )
+
+
+def v31() -> RunConfig:
+    """V3.1 at full size, 128 experts, on 128 devices.
+
+    python -m scripts.train v31: needs 128 accelerators; its shapes and shardings are checked
+    without allocating anything (tests/configs/test_runs.py).
+    """
+    return dataclasses.replace(
+        v3_7b(), name="v31", model=models.v31(), mesh=MeshConfig(data=8, expert=16)
     )

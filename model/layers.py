@@ -38,7 +38,9 @@ class RMSNorm(nn.Module):
         scale_D = cast(jax.Array, self.param("scale", init, (x_BLD.shape[-1],), jnp.float32))
         x32_BLD = x_BLD.astype(jnp.float32)
         mean_square = jnp.mean(x32_BLD * x32_BLD, axis=-1, keepdims=True)
-        return (x32_BLD * jax.lax.rsqrt(mean_square + self.eps) * scale_D).astype(x_BLD.dtype)
+        return (x32_BLD * jax.lax.rsqrt(mean_square + self.eps) * scale_D[None, None]).astype(
+            x_BLD.dtype
+        )
 
 
 def rope(x_BLHC: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:
@@ -52,7 +54,7 @@ def rope(x_BLHC: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:
     """
     half = x_BLHC.shape[-1] // 2
     frequency_C = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C
+    angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]
     cos, sin = jnp.cos(angle_BL1C), jnp.sin(angle_BL1C)
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -3,6 +3,7 @@ again.
 """
 
 import contextlib
+import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -64,7 +65,9 @@ def fit(
     mesh = mesh_of(run)
     with (
         jax.set_mesh(mesh),
-        CheckpointStore(run_dir / "checkpoints", keep=run.checkpoint.keep) as store,
+        CheckpointStore(
+            run_dir / "checkpoints", keep=run.checkpoint.keep, metadata=dataclasses.asdict(run)
+        ) as store,
         _stop_signals() as stop,
     ):
         began = time.monotonic()

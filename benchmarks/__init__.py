@@ -1,0 +1,1 @@
+"""Measurements: what scripts/bench_*.py run, and the peers they compare with."""

@@ -1,0 +1,81 @@
+"""Training steps on fixed random tokens: the thing that is measured."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs.base import (
+    AttentionConfig,
+    ExecutionConfig,
+    LayerSpec,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RouterConfig,
+    RunConfig,
+)
+from train.loop import mesh_of, to_devices
+from train.state import init_state, plan_state
+from train.step import make_train_step
+
+
+def mixtral_run() -> RunConfig:
+    """The shape that benchmarks/mixtral_torch.py has, with the same optimiser and no extra losses."""
+    attention = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32, rope_base=1e6)
+    router = RouterConfig(top_k=2, load_balance_weight=0.0, z_loss_weight=0.0)
+    ffn = MoEConfig(num_experts=8, d_ff=512, router=router)
+    model = ModelConfig(
+        vocab_size=4096,
+        d_model=256,
+        num_layers=4,
+        pattern=(LayerSpec(attention=attention, ffn=ffn),),
+        context_length=256,
+    )
+    optimizer = OptimizerConfig(learning_rate=3e-4, warmup_steps=0, weight_decay=0.01, beta2=0.999)
+    return RunConfig(
+        name="mixtral_bench",
+        steps=1_000_000,
+        batch_size=8,
+        model=model,
+        optimizer=optimizer,
+        execution=ExecutionConfig(logits_chunks=4),
+    )
+
+
+def random_batch(run: RunConfig) -> dict[str, np.ndarray]:
+    random = np.random.RandomState(0)
+    length = run.data.seq_len
+    tokens = random.randint(0, run.model.vocab_size, (run.batch_size, length + 1)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (run.batch_size, length))
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions}
+
+
+def lowered_step(run: RunConfig) -> str:
+    """The compiled step's text, whose instructions name the code they came from."""
+    mesh = mesh_of(run)
+    with jax.set_mesh(mesh):
+        trainee = plan_state(run, mesh)
+        step: Any = make_train_step(run, trainee)
+        batch = to_devices(random_batch(run), mesh)
+        return step.lower(trainee.abstract_state, batch).compile().as_text()
+
+
+def make_block(run: RunConfig, steps: int) -> Callable[[], None]:
+    """A function that trains `steps` steps, waiting for each as the training loop does."""
+    mesh = mesh_of(run)
+    with jax.set_mesh(mesh):
+        trainee = plan_state(run, mesh)
+        step = make_train_step(run, trainee)
+        state = init_state(trainee, run.seed)
+        batch = to_devices(random_batch(run), mesh)
+
+    def block() -> None:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            for _ in range(steps):
+                state, metrics = step(state, batch)
+                jax.device_get(metrics)
+
+    return block

@@ -1,0 +1,52 @@
+"""Compares a training step with PyTorch transformers' Mixtral of the same shape, on CPU.
+
+    pip install ".[parity]"                              # torch and transformers, once
+    python -m scripts.bench_train                        # alternating rounds, ratio with its spread
+    python -m scripts.bench_train --profile              # where our step's time goes; needs no peer
+
+Both train 15.5M parameters (4 layers, width 256, 8 experts top-2 of width 512, vocabulary 4,096) on
+batches of 8 x 256 tokens with AdamW; both get huge pages from malloc, the peer its fused AdamW and
+the fastest of its experts implementations.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.alternate import Worker, alternate, serve
+from benchmarks.compare_training import PEER_EXPERTS, print_comparison, print_profile
+from scripts import command
+
+
+def main(argv: list[str]) -> None:
+    parser = command.parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3, help="steps of one block")
+    parser.add_argument("--profile", action="store_true", help="print our step's time by part")
+    parser.add_argument("--serve", action="store_true", help="be the worker of our side")
+    arguments = parser.parse_args(argv)
+    if arguments.profile:
+        print_profile(arguments.steps)
+        return
+    if arguments.serve:
+        from benchmarks.training import make_block, mixtral_run
+
+        serve(make_block(mixtral_run(), arguments.steps))
+        return
+    root = Path(__file__).resolve().parent.parent
+    steps = str(arguments.steps)
+    ours = [sys.executable, "-m", "scripts.bench_train", "--serve", "--steps", steps]
+    peer = [sys.executable, str(root / "benchmarks" / "mixtral_torch.py")]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        workers = [Worker("moesaic", ours, root)]
+        workers += [Worker(e, [*peer, e, steps], Path(elsewhere)) for e in PEER_EXPERTS]
+        try:
+            series = alternate(workers, arguments.rounds)
+        finally:
+            for worker in workers:
+                worker.close()
+    print_comparison(dict(zip([w.name for w in workers], series, strict=True)), arguments.steps)
+
+
+if __name__ == "__main__":
+    command.execute(main, huge_pages=True)

@@ -1,0 +1,182 @@
+"""Configs: impossible settings say so, JSON gives the same config back."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs import runs
+from configs.base import (
+    AttentionConfig,
+    DistillConfig,
+    ExecutionConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    UserError,
+    differences,
+    from_json,
+    to_json,
+)
+from configs.cli import describe_runs, known_runs, load_run
+from tests import tiny
+
+
+def replace(path: str, value):
+    """The tiny run with one nested setting changed."""
+
+    def change(config, names):
+        if not names:
+            return value
+        if isinstance(config, tuple):
+            index = int(names[0])
+            return (*config[:index], change(config[index], names[1:]), *config[index + 1 :])
+        inner = change(getattr(config, names[0]), names[1:])
+        return dataclasses.replace(config, **{names[0]: inner})
+
+    def build(tmp_path):
+        return change(tiny.run(tmp_path), path.split("."))
+
+    return build
+
+
+IMPOSSIBLE = {
+    ("steps", 0): "steps=0 must be greater than 0",
+    ("batch_size", -1): "batch_size=-1 must be greater than 0",
+    ("accumulation", 3): "batch_size=8 must be divisible by accumulation=3",
+    ("mesh.expert", 3): r"mesh.data \* mesh.expert = 3",
+    ("mesh.data", 0): "mesh.data=0 must be at least 1",
+    ("data.seq_len", 100): "data.seq_len=100 must not exceed model.context_length=64",
+    ("execution.logits_chunks", 5): "must be divisible by execution.logits_chunks=5",
+    ("optimizer.warmup_steps", 6): "warmup_steps=6 must be below steps=6",
+    ("optimizer.final_ratio", 1.5): r"final_ratio=1.5 must lie in \[0, 1\)",
+    ("optimizer.decay_fraction", 0.2): "goes with schedule='wsd'",
+    ("optimizer.momentum", 0.9): "goes with kind='muon'",
+    ("optimizer.kind", "muon"): "goes with kind='muon'",
+    ("execution.capacity_factor", 2.0): "has no effect with transport='gather'",
+    ("execution.transport", "all_to_all"): "needs a capacity_factor",
+    ("model.num_layers", 5): "num_layers=5 must be a multiple of the pattern's 2",
+    ("model.pattern", ()): "pattern is empty",
+    (
+        "model.pattern.0.attention.num_kv_heads",
+        3,
+    ): "num_heads=4 must be divisible by num_kv_heads=3",
+    ("model.pattern.0.attention.head_dim", 7): "head_dim=7 must be even",
+    ("model.pattern.0.attention.window_size", None): "num_sinks=2 has no effect",
+    ("model.pattern.0.attention.window_size", 0): "at least 1 token",
+    ("model.pattern.0.ffn.router.top_k", 9): "router.top_k=9 must not exceed num_experts=8",
+    ("model.pattern.0.ffn.num_shared_experts", -1): "must not be negative",
+    ("data.holdout_fraction", 1.0): "must lie between 0 and 1",
+    ("distill", DistillConfig(top_k=300)): "top_k=300 must be below model.vocab_size=300",
+}
+
+
+@pytest.mark.parametrize(("path", "value"), IMPOSSIBLE)
+def test_impossible_settings_fail_with_both_sides(tmp_path, path, value):
+    with pytest.raises(UserError, match=IMPOSSIBLE[path, value]):
+        replace(path, value)(tmp_path)
+
+
+def test_experts_that_the_mesh_does_not_divide():
+    with pytest.raises(UserError, match=r"num_experts=16 must be divisible .* \(size 3\)"):
+        dataclasses.replace(runs.v31_nano(), batch_size=48, mesh=MeshConfig(expert=3))
+
+
+def test_a_cache_needs_a_top_k():
+    with pytest.raises(UserError, match="needs distill"):
+        DistillConfig(cache=True)
+    with pytest.raises(UserError, match="decay_fraction=None goes with"):
+        OptimizerConfig(learning_rate=1.0, warmup_steps=1, schedule="wsd")
+
+
+@pytest.mark.parametrize("name", known_runs())
+def test_json_gives_the_same_config_back(name):
+    run = known_runs()[name]()
+    again = from_json(RunConfig, to_json(run), where="config.json")
+    assert again == run
+    assert hash(again) == hash(run)
+    assert run.name == name
+
+
+def tamper(**changes):
+    tree = json.loads(to_json(runs.v31_nano()))
+    tree.update(changes)
+    return json.dumps(tree)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "is not valid JSON"),
+        (tamper(speed=3), r"unknown settings \['speed'\]"),
+        (tamper(steps="many"), "steps is 'many', expected int"),
+        (tamper(steps=True), "steps is True, expected int"),
+        (tamper(mesh={"data": 1.5}), "mesh.data is 1.5, expected int"),
+        (tamper(model={}), "lacks the settings"),
+        (tamper(execution={"transport": "pigeon"}), "transport is 'pigeon', expected one of"),
+        ("[]", "expected the settings of RunConfig"),
+    ],
+)
+def test_a_config_file_that_was_changed_is_refused(text, sentence):
+    with pytest.raises(UserError, match=sentence):
+        from_json(RunConfig, text, where="config.json")
+
+
+def test_differences_name_settings():
+    before = runs.v31_nano()
+    after = dataclasses.replace(
+        before, seed=1, mesh=MeshConfig(expert=8), execution=ExecutionConfig(remat="full")
+    )
+    assert differences(before, before) == []
+    assert differences(before, after) == [
+        "seed was 0, now 1",
+        f"mesh.expert was {before.mesh.expert}, now 8",
+        "execution.remat was 'none', now 'full'",
+    ]
+
+
+def test_overrides():
+    run = load_run("v31_nano", ["--steps", "77", "--mesh.expert", "4", "--data.seq-len", "128"])
+    assert (run.steps, run.mesh.expert, run.data.seq_len) == (77, 4, 128)
+    assert (
+        load_run("v31_nano", ["--model.pattern.0.ffn.d-ff", "64"]).model.pattern[0].ffn.d_ff == 64
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "sentence"),
+    [
+        ("v31_nanoo", [], "unknown run 'v31_nanoo': did you mean 'v31_nano'"),
+        ("zzz", [], "unknown run 'zzz': There are"),
+        ("v31_nano", ["--steps", "many"], "--steps.*'many'"),
+        ("v31_nano", ["--stepps", "3"], "--stepps.*did you mean --steps"),
+        ("v31_nano", ["--mesh.expert", "4.5"], "--mesh.expert.*'4.5'"),
+        ("v31_nano", ["--steps", "0"], "^steps=0 must be greater than 0"),
+        ("v31_nano", ["--optimizer.kind", "sgd"], "'sgd'.*'adamw', 'muon'"),
+        ("v31_nano", ["--mesh.expert", "3"], "must be divisible by"),
+    ],
+)
+def test_bad_command_lines_end_in_one_sentence(name, overrides, sentence):
+    with pytest.raises(UserError, match=sentence) as raised:
+        load_run(name, overrides)
+    assert "\n" not in str(raised.value)
+
+
+def test_help_lists_settings_and_runs(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_run("v31_nano", ["--help"])
+    assert stop.value.code == 0
+    assert "--mesh.expert" in capsys.readouterr().out
+    assert all(name in describe_runs() for name in known_runs())
+
+
+def test_every_run_says_how_to_run_it():
+    for name, function in known_runs().items():
+        doc = function.__doc__ or ""
+        assert f"scripts.{'distill' if function().distill else 'train'} {name}" in doc, name
+        assert "two CPU cores" in doc or "without allocating" in doc, name
+
+
+def test_sinks_beyond_a_window_are_a_setting():
+    config = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, window_size=8, num_sinks=3)
+    assert config.num_parameters(16) == 16 * 4 * (2 + 2 + 1 + 1)

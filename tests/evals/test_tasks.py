@@ -1,0 +1,123 @@
+"""Tasks: closed forms, an oracle model that knows the answer, and the drawn lines themselves."""
+
+import gzip
+import lzma
+
+import numpy as np
+import pytest
+
+from data.pipeline import prepare_corpus
+from evals.run import check_tasks
+from evals.tasks import line_completion, stdlib_bpb
+from evals.tasks.base import Subject
+from evals.tasks.stdlib_bpb import ratio_standard_error, unigram_bits
+from infer.score import TokenScores
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("tasks")
+    tiny.write_sources(tmp_path)
+    return prepare_corpus(tiny.run(tmp_path).data, 300)
+
+
+def subject(corpus, score, length=64) -> Subject:
+    return Subject(score, length, corpus.tokenizer(), corpus.training(), corpus.held_out())
+
+
+def knows_all(documents):
+    """A model that is always right, and one bit unsure of it."""
+    return [
+        TokenScores(np.full(len(t) - 1, np.log(2), np.float32), t[1:].copy()) for t in documents
+    ]
+
+
+def knows_nothing(documents):
+    return [
+        TokenScores(np.full(len(t) - 1, np.log(300), np.float32), np.zeros(len(t) - 1, np.int32))
+        for t in documents
+    ]
+
+
+def test_bits_per_byte_are_total_bits_over_total_bytes(corpus):
+    result = stdlib_bpb.run(subject(corpus, knows_all))
+    files = list(corpus.held_out().documents())
+    tokens, size = sum(len(t) - 1 for _, t, _ in files), sum(n for _, _, n in files)
+    assert result.value == pytest.approx(tokens / size, rel=1e-6)
+    assert result.count == len(files)
+    texts = [corpus.tokenizer().decode(t[1:].tolist()).encode() for _, t, _ in files]
+    assert result.details["gzip_bpb"] == 8 * sum(len(gzip.compress(t, 9)) for t in texts) / size
+    xz = sum(len(lzma.compress(t, preset=9 | lzma.PRESET_EXTREME)) for t in texts)
+    assert result.details["xz_bpb"] == 8 * xz / size
+
+
+def test_unigram_bits_are_smoothed_frequencies(corpus):
+    bits = unigram_bits(corpus.training(), 300)
+    assert (2.0**-bits).sum() == pytest.approx(1.0)
+    counts = np.bincount(corpus.training().tokens, minlength=300)
+    assert bits[counts.argmax()] == bits.min()
+
+
+def test_the_standard_error_is_that_of_resampled_files():
+    random = np.random.RandomState(0)
+    sizes = random.randint(100, 5000, 60).astype(float)
+    bits = sizes * (2 + 0.3 * random.randn(60))
+    ratios = []
+    for _ in range(4000):
+        pick = random.randint(0, 60, 60)
+        ratios.append(bits[pick].sum() / sizes[pick].sum())
+    assert ratio_standard_error(bits, sizes) == pytest.approx(np.std(ratios), rel=0.1)
+    assert ratio_standard_error(bits[:1], sizes[:1]) == 0.0
+
+
+def test_a_model_that_knows_the_file_completes_every_line(corpus):
+    result = line_completion.run(subject(corpus, knows_all))
+    assert result.value == 1.0
+    assert result.standard_error == 0.0
+    assert result.count > 10
+    assert line_completion.run(subject(corpus, knows_nothing)).value == 0.0
+
+
+def test_one_wrong_token_anywhere_in_the_line_fails_it(corpus):
+    for offset in (-2, -1):  # the line's last token, and the line break after it
+
+        def nearly(documents, offset=offset):
+            scores = knows_all(documents)
+            for score in scores:
+                score.best_ids[offset] = 1 if score.best_ids[offset] != 1 else 2
+            return scores
+
+        assert line_completion.run(subject(corpus, nearly)).value == 0.0
+
+
+def test_a_wrong_context_does_not_matter(corpus):
+    """Only the line's own tokens decide."""
+
+    def forgetful(documents):
+        scores = knows_all(documents)
+        for score in scores:
+            score.best_ids[0] = 1
+        return scores
+
+    assert line_completion.run(subject(corpus, forgetful)).value == 1.0
+
+
+def test_drawn_lines_are_whole_statements_of_functions(corpus):
+    examples = line_completion.draw_examples(subject(corpus, knows_all))
+    tokenizer = corpus.tokenizer()
+    for example in examples:
+        answer = example.window[-example.num_answer - 1 : -1].tolist()
+        line = tokenizer.decode(answer).strip()
+        assert line.startswith(("total = ", "return total"))
+        assert tokenizer.decode(example.window[-1:].tolist()).startswith("\n")
+        assert len(example.window) <= 64 + 1
+    places = [example.place for example in examples]
+    again = line_completion.draw_examples(subject(corpus, knows_all))
+    assert places == [example.place for example in again]
+    assert len(set(places)) == len(places)
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(ValueError, match=r"unknown tasks \['mmlu'\]; there are stdlib_bpb"):
+        check_tasks(["stdlib_bpb", "mmlu"])

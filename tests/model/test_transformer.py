@@ -1,0 +1,249 @@
+"""The whole model against numpy, its cache, its masks, and the ways it can be executed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.base import ExecutionConfig, MeshConfig
+from model.cache import init_cache
+from model.transformer import (
+    Transformer,
+    abstract_variables,
+    hidden_and_router,
+    hidden_states,
+    init_params,
+    output_weights,
+)
+from parallel.mesh import make_mesh
+from parallel.sharding import tree_shardings
+from tests import oracle, tiny
+
+CONFIG = tiny.model()
+MODEL = Transformer(CONFIG)
+DECODE_TOLERANCE = 1e-4  # float32, sums over cached keys in another order
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random weights, norms included: all-one scales would hide a norm that is left out."""
+    drawn = jax.jit(lambda: init_params(MODEL, 0))()
+    leaves, tree = jax.tree.flatten(drawn)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@jax.jit
+def forward(params, tokens, positions):
+    hidden, _ = hidden_states(MODEL, params, tokens, positions)
+    return hidden, hidden @ output_weights(MODEL, params)
+
+
+def tokens_of(length: int, seed: int = 0, batch: int = 1) -> np.ndarray:
+    random = np.random.RandomState(seed)
+    return random.randint(0, CONFIG.vocab_size, (batch, length)).astype(np.int32)
+
+
+def positions_of(*documents: int, batch: int = 1) -> np.ndarray:
+    row = np.concatenate([np.arange(n) for n in documents]).astype(np.int32)
+    return np.broadcast_to(row, (batch, len(row)))
+
+
+@pytest.mark.parametrize("documents", [(40,), (5, 1, 20, 14)])
+def test_equals_the_numpy_oracle(params, documents):
+    tokens, positions = tokens_of(40), positions_of(*documents)
+    hidden, logits = forward(params, tokens, positions)
+    expected_hidden, expected_logits = oracle.transformer(
+        jax.device_get(params), CONFIG, tokens[0], positions[0]
+    )
+    # float32 through 4 layers against float64; activations are of order 1, logits of order 10.
+    np.testing.assert_allclose(hidden[0], expected_hidden, atol=2e-4)
+    np.testing.assert_allclose(logits[0], expected_logits, atol=2e-3)
+
+
+def test_a_wrong_window_is_rejected_by_the_oracle(params):
+    """Off by one in the window: the plausible mistake."""
+    local = CONFIG.pattern[0]
+    attention = dataclasses.replace(local.attention, window_size=local.attention.window_size + 1)
+    wrong = dataclasses.replace(
+        CONFIG, pattern=(dataclasses.replace(local, attention=attention), CONFIG.pattern[1])
+    )
+    tokens, positions = tokens_of(40), positions_of(40)
+    hidden, _ = forward(params, tokens, positions)
+    expected, _ = oracle.transformer(jax.device_get(params), wrong, tokens[0], positions[0])
+    assert np.abs(hidden[0] - expected).max() > 1e-3
+
+
+def test_packed_documents_do_not_see_each_other(params):
+    first, second = tokens_of(17, 1), tokens_of(23, 2)
+    packed, _ = forward(params, np.concatenate([first, second], axis=1), positions_of(17, 23))
+    alone, _ = forward(params, second, positions_of(23))
+    np.testing.assert_allclose(packed[:, 17:], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [0, 7, 12, 30])
+def test_future_tokens_change_no_logit_bitwise(params, t):
+    """Including through the experts: a changed token moves other tokens to other rows of a tile."""
+    tokens, positions = tokens_of(40, batch=2), positions_of(40, batch=2)
+    changed = tokens.copy()
+    changed[:, t + 1 :] = tokens_of(39 - t, 9, batch=2)
+    _, before = forward(params, tokens, positions)
+    _, after = forward(params, changed, positions)
+    np.testing.assert_array_equal(before[:, : t + 1], after[:, : t + 1])
+    assert np.abs(np.asarray(before - after))[:, t + 1 :].max() > 0
+
+
+@pytest.mark.parametrize("prefill", [1, 5, 12, 14, 15, 29])
+def test_prefill_then_decode_equals_one_forward(params, prefill):
+    """At every position, across the window's edge (12) and the full ring (14 slots)."""
+    length = 40
+    tokens, positions = tokens_of(length, batch=2), positions_of(length, batch=2)
+    _, expected = forward(params, tokens, positions)
+
+    @jax.jit
+    def read(tokens, positions, cache):
+        hidden, cache = hidden_states(MODEL, params, tokens, positions, cache)
+        return hidden @ output_weights(MODEL, params), cache
+
+    cache = init_cache(CONFIG, 2, length, "float32")
+    logits, cache = read(tokens[:, :prefill], positions[:, :prefill], cache)
+    pieces = [logits]
+    for i in range(prefill, length):
+        logits, cache = read(tokens[:, i : i + 1], positions[:, i : i + 1], cache)
+        pieces.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=DECODE_TOLERANCE)
+
+
+def test_prefill_in_chunks_longer_than_the_ring(params):
+    tokens, positions = tokens_of(60), positions_of(60)
+    _, expected = forward(params, tokens, positions)
+    cache, pieces = init_cache(CONFIG, 1, 60, "float32"), []
+    for begin in range(0, 60, 20):
+        chunk = slice(begin, begin + 20)
+        hidden, cache = hidden_states(MODEL, params, tokens[:, chunk], positions[:, chunk], cache)
+        pieces.append(hidden @ output_weights(MODEL, params))
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=DECODE_TOLERANCE)
+
+
+def test_padding_is_invisible_and_unrouted(params):
+    tokens, positions = tokens_of(20), positions_of(20)
+    padded = np.pad(tokens, ((0, 0), (0, 12)))
+    padded_positions = np.pad(positions, ((0, 0), (0, 12)), constant_values=-1)
+    alone, _ = forward(params, tokens, positions)
+    together, _ = forward(params, padded, padded_positions)
+    np.testing.assert_allclose(together[:, :20], alone, atol=1e-5)
+    _, variables = hidden_and_router(MODEL, params, padded, padded_positions)
+    stats = variables["router"]["periods"]["layer_0"]["moe"]["stats"]
+    np.testing.assert_array_equal(stats.counts_E.sum(axis=-1), 20 * 2)
+    np.testing.assert_array_equal(stats.num_tokens, 20)
+
+
+EXECUTIONS = {
+    "reference kernels": ExecutionConfig(grouped_matmul="reference", window_attention="reference"),
+    "rematerialised": ExecutionConfig(remat="full"),
+}
+
+
+@pytest.mark.parametrize("name", EXECUTIONS)
+def test_execution_changes_rounding_at_most(params, name):
+    tokens, positions = tokens_of(40, batch=2), positions_of(10, 30, batch=2)
+
+    def gradients(model):
+        def loss(params):
+            hidden, _ = hidden_states(model, params, tokens, positions)
+            return jnp.square(hidden @ output_weights(model, params)).mean()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    ours = gradients(Transformer(CONFIG, EXECUTIONS[name]))
+    theirs = gradients(MODEL)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_bfloat16_stays_near_float32(params):
+    tokens, positions = tokens_of(40), positions_of(40)
+    model = Transformer(CONFIG, ExecutionConfig(compute_dtype="bfloat16"))
+    hidden, _ = hidden_states(model, params, tokens, positions)
+    assert hidden.dtype == jnp.bfloat16
+    exact, _ = forward(params, tokens, positions)
+    error = jnp.abs(hidden.astype(jnp.float32) - exact).mean() / jnp.abs(exact).mean()
+    assert error < 0.05  # 8 bits of mantissa through 4 layers; routing may flip for a few tokens
+
+
+def test_scanned_and_unrolled_are_one_model():
+    """More periods than are unrolled: the loop must pick each layer's own weights."""
+    deep = tiny.model(num_layers=12)
+    model = Transformer(deep)
+    params = jax.jit(lambda: init_params(model, 3))()
+    tokens, positions = tokens_of(24), positions_of(24)
+    hidden, _ = jax.jit(lambda p: hidden_states(model, p, tokens, positions))(params)
+    expected, _ = oracle.transformer(jax.device_get(params), deep, tokens[0], positions[0])
+    np.testing.assert_allclose(hidden[0], expected, atol=3e-4)
+
+
+MESHES = [
+    MeshConfig(expert=4),
+    MeshConfig(data=2, expert=2),
+    MeshConfig(data=2),
+    MeshConfig(tensor=2),
+    MeshConfig(data=2, expert=2, tensor=2),
+]
+
+
+@pytest.mark.parametrize("mesh_config", MESHES, ids=str)
+def test_any_mesh_gives_the_same_model_and_gradients(params, mesh_config):
+    tokens, positions = tokens_of(32, batch=4), positions_of(12, 20, batch=4)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params):
+            hidden, _ = hidden_states(MODEL, params, tokens, positions)
+            return jnp.square(hidden @ output_weights(MODEL, params)).mean()
+
+        return jax.value_and_grad(loss)(params)
+
+    expected = jax.device_get(gradients(params))
+    mesh = make_mesh(mesh_config.data, mesh_config.expert, mesh_config.tensor)
+    abstract, axes = abstract_variables(MODEL)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, tree_shardings(mesh, axes, abstract))
+        ours = jax.device_get(gradients(placed))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 1e-6))
+
+
+def test_parameters_are_split_as_the_table_says():
+    mesh = make_mesh(2, 2, 2)
+    abstract, axes = abstract_variables(MODEL)
+    shardings = tree_shardings(mesh, axes, abstract)
+    with jax.set_mesh(mesh):
+        placed = jax.jit(lambda: init_params(MODEL, 0), out_shardings=shardings)()
+    gate_up = placed["periods"]["layer_0"]["moe"]["gate_up"]
+    assert gate_up.shape == (2, 8, 32, 2, 16)
+    assert gate_up.addressable_shards[0].data.shape == (2, 4, 16, 2, 8)  # expert, data, tensor
+    unsplit = jax.jit(lambda: init_params(MODEL, 0))()
+    for a, b in zip(jax.tree.leaves(placed), jax.tree.leaves(unsplit), strict=True):
+        np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
+
+
+def test_tied_embeddings_have_no_output_layer():
+    tied = Transformer(tiny.model(tie_embeddings=True))
+    abstract, _ = abstract_variables(tied)
+    assert "output" not in abstract
+    params = init_params(tied, 0)
+    np.testing.assert_array_equal(output_weights(tied, params), params["embedding"].T)
+
+
+@pytest.mark.parametrize("config", [CONFIG, tiny.model(tie_embeddings=True)])
+def test_the_configs_count_is_the_models(config):
+    abstract, _ = abstract_variables(Transformer(config))
+    assert sum(x.size for x in jax.tree.leaves(abstract)) == config.num_parameters
+    idle_experts = 8 - 2
+    per_expert = 3 * 32 * 16
+    periods = 2
+    expected = config.num_parameters - periods * idle_experts * per_expert
+    assert config.num_active_parameters == expected

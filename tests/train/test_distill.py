@@ -1,0 +1,126 @@
+"""Distillation end to end: live, top-k and cached teachers; vocabularies that don't match."""
+
+import dataclasses
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoint.store import latest_step
+from configs.base import DistillConfig, UserError
+from infer.load import load_model
+from tests import tiny
+from tests.train.test_loop import losses
+from train.distill import Teacher, check_vocabulary, distill
+from train.loop import fit
+from train.metrics import read_lines
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("distill")
+    tiny.write_sources(tmp_path)
+    run = tiny.run(tmp_path, steps=20, name="teacher")
+    fit(run, tmp_path / "teacher")
+    return run, tmp_path
+
+
+def loader(run, run_dir: Path):
+    def load(mesh):
+        model, params = load_model(run, run_dir, mesh)
+        return Teacher(model, params, run, latest_step(run_dir / "checkpoints") or 0)
+
+    return load
+
+
+def student(teacher, **distillation):
+    _, tmp_path = teacher
+    small = tiny.model(pattern=tiny.model().pattern[:1], num_layers=1)
+    return tiny.run(
+        tmp_path, name="student", model=small, distill=DistillConfig(**distillation), seed=3
+    )
+
+
+def train(teacher, name: str, **distillation) -> list[float]:
+    run, tmp_path = teacher
+    result = distill(
+        student(teacher, **distillation),
+        tmp_path / name,
+        run,
+        loader(run, tmp_path / "teacher"),
+    )
+    assert result.interrupted is None
+    return losses(tmp_path / name)
+
+
+def test_a_student_moves_towards_its_teacher(teacher):
+    train(teacher, "full", kl_weight=1.0, temperature=2.0)
+    lines = read_lines(teacher[1] / "full" / "metrics.jsonl")
+    assert lines[-1]["kl"] < 0.9 * lines[0]["kl"]
+    assert lines[0]["loss"] == pytest.approx(lines[0]["kl"], rel=1e-5)
+
+
+def test_nearly_all_bins_are_nearly_the_whole_vocabulary(teacher):
+    full = train(teacher, "whole", kl_weight=1.0)
+    bins = train(teacher, "bins", kl_weight=1.0, top_k=299)
+    np.testing.assert_allclose(bins, full, rtol=1e-3)
+
+
+def test_the_cache_changes_rounding_only_and_is_filled_once(teacher):
+    live = train(teacher, "live", top_k=16)
+    cached = train(teacher, "cached", top_k=16, cache=True)
+    np.testing.assert_allclose(cached, live, rtol=2e-3)  # float16 log-probabilities
+    known = np.fromfile(teacher[1] / "cached" / "teacher_cache" / "known.bin", np.uint8)
+    assert known.sum() == min(6 * 8, len(known))  # 6 steps of 8 rows
+
+
+def test_a_cached_run_resumes_bit_for_bit(teacher):
+    run, tmp_path = teacher
+    whole = train(teacher, "cached whole", top_k=8, cache=True)
+    shutil.copytree(tmp_path / "teacher", tmp_path / "same teacher")
+
+    def stopping_loader(mesh):
+        loaded = loader(run, tmp_path / "same teacher")(mesh)
+        signal.raise_signal(signal.SIGINT)
+        return loaded
+
+    config = student(teacher, top_k=8, cache=True)
+    first = distill(config, tmp_path / "cached halves", run, stopping_loader)
+    assert first.interrupted == signal.SIGINT
+    distill(config, tmp_path / "cached halves", run, loader(run, tmp_path / "same teacher"))
+    assert losses(tmp_path / "cached halves") == whole
+
+
+def test_another_teachers_cache_is_refused(teacher):
+    run, tmp_path = teacher
+    train(teacher, "first teacher", top_k=8, cache=True)
+    config = student(teacher, top_k=8, cache=True)
+    other = dataclasses.replace(run, seed=9)
+
+    def load(mesh):
+        return dataclasses.replace(loader(run, tmp_path / "teacher")(mesh), run=other)
+
+    shutil.rmtree(tmp_path / "first teacher" / "checkpoints")
+    with pytest.raises(UserError, match="what another teacher said"):
+        distill(config, tmp_path / "first teacher", run, load)
+
+
+def test_vocabularies_must_match(teacher, tmp_path):
+    run, _ = teacher
+    config = student(teacher)
+    with pytest.raises(UserError, match=r"has 300 entries, the teacher's 400"):
+        check_vocabulary(
+            config, dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=400))
+        )
+    tiny.write_sources(tmp_path, files=9)
+    elsewhere = dataclasses.replace(run, data=tiny.run(tmp_path).data)
+    with pytest.raises(UserError, match=r"the tokenizers in .* differ"):
+        check_vocabulary(config, elsewhere)
+
+
+def test_a_run_without_a_teacher_is_refused(teacher):
+    run, tmp_path = teacher
+    with pytest.raises(UserError, match="has no distill settings"):
+        distill(run, tmp_path / "none", run, loader(run, tmp_path / "teacher"))

@@ -1,0 +1,245 @@
+"""The loop: learns, stops when asked, goes on as if it had not stopped, and raises alarms."""
+
+import dataclasses
+import shutil
+import signal
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from checkpoint.run_directory import read_run
+from configs.base import (
+    AlarmConfig,
+    CheckpointConfig,
+    ExecutionConfig,
+    MeshConfig,
+    OptimizerConfig,
+    UserError,
+)
+from tests import tiny
+from train.loop import fit
+from train.losses import cross_entropy
+from train.metrics import Alarms, MetricsLog, TrainingAlarm, read_lines
+from train.report import write_report
+
+STEPS, STOP = 8, 4
+SUMS = 1e-5  # relative: float32 sums over devices in another order
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = read_lines(run_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def stop_after(steps: int, number: signal.Signals):
+    """A hook that signals this process while it is in the given step."""
+
+    def make_extend(_mesh):
+        seen = 0
+
+        def extend(batch):
+            nonlocal seen
+            seen += 1
+            if seen == steps:
+                signal.raise_signal(number)
+            return batch
+
+        return extend
+
+    return make_extend
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """An unbroken run on four expert shards, and the same run stopped half way."""
+    tmp_path = tmp_path_factory.mktemp("loop")
+    tiny.write_sources(tmp_path)
+    run = tiny.run(tmp_path, steps=STEPS, mesh=MeshConfig(expert=4))
+    result = fit(run, tmp_path / "unbroken")
+    assert (result.steps, result.interrupted) == (STEPS, None)
+    result = fit(run, tmp_path / "stopped", make_extend=stop_after(STOP, signal.SIGTERM))
+    assert (result.steps, result.interrupted) == (STOP, signal.SIGTERM)
+    return run, tmp_path
+
+
+def resume(story, name: str, mesh: MeshConfig) -> list[float]:
+    run, tmp_path = story
+    shutil.copytree(tmp_path / "stopped", tmp_path / name)
+    fit(dataclasses.replace(run, mesh=mesh), tmp_path / name)
+    return losses(tmp_path / name)
+
+
+def test_it_learns_and_logs(story):
+    run, tmp_path = story
+    lines = read_lines(tmp_path / "unbroken" / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    assert lines[0]["cross_entropy"] == pytest.approx(np.log(300), rel=0.3)
+    for line in lines:
+        assert line["tokens_per_second"] > 0
+        assert len(line["load_cv"]) == len(line["router_entropy"]) == 2  # two MoE layers of four
+        assert line["mean_k"] == [2.0, 2.0]
+        assert np.asarray(line["expert_load"]).shape == (2, 8)
+        np.testing.assert_allclose(np.mean(line["expert_load"], axis=1), 1.0, atol=1e-3)
+        tokens = run.batch_size * run.data.seq_len
+        floor = np.sqrt((8 - 2) / (tokens * 2))
+        np.testing.assert_allclose(line["load_cv_floor"], floor, rtol=1e-3)
+    assert read_run(tmp_path / "unbroken") == run
+
+
+def test_resumed_on_the_same_mesh_is_bit_for_bit(story):
+    _, tmp_path = story
+    assert resume(story, "same", MeshConfig(expert=4)) == losses(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(expert=2), MeshConfig(), MeshConfig(data=2, expert=2)], ids=str
+)
+def test_resumed_on_another_mesh_stays_within_rounding(story, mesh):
+    _, tmp_path = story
+    name = f"mesh {mesh.data} {mesh.expert}"
+    np.testing.assert_allclose(resume(story, name, mesh), losses(tmp_path / "unbroken"), rtol=SUMS)
+
+
+def test_a_finished_run_has_nothing_left_to_do(story):
+    run, tmp_path = story
+    before = (tmp_path / "unbroken" / "metrics.jsonl").read_text()
+    assert fit(run, tmp_path / "unbroken").steps == STEPS
+    assert (tmp_path / "unbroken" / "metrics.jsonl").read_text() == before
+
+
+def test_lines_after_the_checkpoint_are_dropped_on_resume(story):
+    """A run killed between checkpoints has logged steps that it will do again."""
+    run, tmp_path = story
+    shutil.copytree(tmp_path / "stopped", tmp_path / "killed")
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 99.0}\n{"step": 6, "lo')
+    fit(run, tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
+
+
+def test_another_experiment_in_the_folder_is_refused(story):
+    run, tmp_path = story
+    other = dataclasses.replace(run, seed=5)
+    with pytest.raises(UserError, match="seed was 0, now 5"):
+        fit(other, tmp_path / "stopped")
+
+
+def test_the_report_has_every_picture(story):
+    _, tmp_path = story
+    write_report(tmp_path / "unbroken")
+    for name in ("loss.png", "load.png"):
+        assert (tmp_path / "unbroken" / name).read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "unbroken" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page
+
+
+def fit_variant(tmp_path, name, **changes):
+    tiny.write_sources(tmp_path)
+    run = tiny.run(tmp_path, steps=3, **changes)
+    fit(run, tmp_path / name)
+    return losses(tmp_path / name)
+
+
+def test_all_to_all_trains_like_gather(tmp_path):
+    gather = fit_variant(tmp_path, "gather", mesh=MeshConfig(expert=4))
+    execution = ExecutionConfig(logits_chunks=2, transport="all_to_all", capacity_factor=1.0)
+    exchange = fit_variant(tmp_path, "exchange", mesh=MeshConfig(expert=4), execution=execution)
+    np.testing.assert_allclose(exchange, gather, rtol=SUMS)
+    overflow = [
+        line["overflow_rows"] for line in read_lines(tmp_path / "exchange" / "metrics.jsonl")
+    ]
+    assert np.sum(overflow) > 0  # room for the balanced load only: the replay was exercised
+
+
+def without_balance(config):
+    """Balance is judged on what is known of the batch, so micro-batches would change it."""
+    spec = config.pattern[0]
+    router = dataclasses.replace(spec.ffn.router, load_balance_weight=0.0, z_loss_weight=0.0)
+    spec = dataclasses.replace(spec, ffn=dataclasses.replace(spec.ffn, router=router))
+    return dataclasses.replace(config, pattern=(spec, config.pattern[1]))
+
+
+def test_accumulation_is_the_whole_batch(tmp_path):
+    model = without_balance(tiny.model())
+    whole = fit_variant(tmp_path, "whole", model=model)
+    parts = fit_variant(tmp_path, "parts", model=model, accumulation=4, mesh=MeshConfig(data=2))
+    np.testing.assert_allclose(parts, whole, rtol=SUMS)
+    lines = [read_lines(tmp_path / n / "metrics.jsonl")[0] for n in ("whole", "parts")]
+    for name in ("grad_norm", "load_cv", "mean_k", "router_entropy"):
+        np.testing.assert_allclose(lines[0][name], lines[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_muon_and_bfloat16_train(tmp_path):
+    muon = OptimizerConfig(kind="muon", momentum=0.95, learning_rate=3e-3, warmup_steps=1)
+    execution = ExecutionConfig(logits_chunks=2, compute_dtype="bfloat16", remat="full")
+    values = fit_variant(tmp_path, "muon", optimizer=muon, execution=execution)
+    assert values[-1] < values[0]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tmp_path):
+    tiny.write_sources(tmp_path)
+    run = tiny.run(tmp_path, checkpoint=CheckpointConfig(every=1, keep=2))
+
+    def explode(logits, inputs, shared):
+        loss, sums = cross_entropy(logits, inputs)
+        return loss * jnp.where(inputs["poison"].max() > 0, jnp.nan, 1.0), sums
+
+    def make_extend(_mesh):
+        seen = 0
+
+        def extend(batch):
+            nonlocal seen
+            seen += 1
+            return {**batch, "poison": jnp.full(batch["tokens"].shape, float(seen == 4))}
+
+        return extend
+
+    with pytest.raises(TrainingAlarm, match=r"at step 4: .*checkpoint before it is at step 3"):
+        fit(run, tmp_path / "run", chunk_loss=explode, make_extend=make_extend)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def line(step: int, **figures):
+    usual = {"loss": 1.0, "grad_norm": 1.0, "dead_experts": [0.0, 0.0], "peak_load": [0.2, 0.3]}
+    return {"step": step, **usual, **figures}
+
+
+def test_load_alarms_need_patience_and_grace():
+    config = AlarmConfig(grace_steps=3, patience=2, dead_fraction=0.5, collapse_fraction=0.9)
+    dead, collapsed = {"dead_experts": [0.0, 4.0]}, {"peak_load": [0.95, 0.1]}
+    alarms = Alarms(config, num_experts=8)
+    for step in (1, 2, 3):
+        alarms.check(line(step, **dead))  # grace
+    alarms.check(line(4, **dead))
+    alarms.check(line(5))  # recovered
+    alarms.check(line(6, **dead))
+    with pytest.raises(TrainingAlarm, match="4 of 8 experts of a layer"):
+        alarms.check(line(7, **dead))
+    alarms = Alarms(config, num_experts=8)
+    alarms.check(line(4, **collapsed))
+    with pytest.raises(TrainingAlarm, match="one expert has been chosen by 95% of all tokens"):
+        alarms.check(line(5, **collapsed))
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_alarms_on_what_is_not_finite(name, value):
+    with pytest.raises(TrainingAlarm, match=f"{name} is .* at step 1"):
+        Alarms(AlarmConfig(), num_experts=8).check(line(1, **{name: value}))
+
+
+def test_a_damaged_log_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        read_lines(path)
+    path.write_text('{"step": 1}\n{"step": 2')
+    assert read_lines(path) == [{"step": 1}]
+    MetricsLog(path, resume_step=0).close()
+    assert path.read_text() == ""
+    with pytest.raises(UserError, match="is missing"):
+        read_lines(tmp_path / "nowhere.jsonl")
