@@ -12,8 +12,11 @@ import time
 
 
 def main(experts: str, steps: int) -> None:
-    import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]  (the `parity` extra)
+    from transformers import (  # pyright: ignore[reportMissingImports]
+        MixtralConfig,
+        MixtralForCausalLM,
+    )
 
     torch.set_num_threads(2)
     torch.manual_seed(0)

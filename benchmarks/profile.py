@@ -41,10 +41,11 @@ def profile(block: Callable[[], None], hlo: str) -> dict[str, float]:
         trace = next(Path(folder).rglob("perfetto_trace.json.gz"))
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     origins = _origins(hlo)
-    seconds: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
     for name, own in _own_times(events):
         seconds[_part(origins.get(name, ""))] += own / 1e6
-    return dict(seconds.most_common()) | {"total": sum(seconds.values())}
+    parts = dict(sorted(seconds.items(), key=lambda item: -item[1]))
+    return parts | {"total": sum(parts.values())}
 
 
 def _origins(hlo: str) -> dict[str, str]:

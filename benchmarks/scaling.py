@@ -1,4 +1,4 @@
-"""The series of scripts/bench_scaling.py: models that differ in one thing, predicted and measured."""
+"""The series of scripts/bench_scaling.py: models that differ in one thing, predicted, measured."""
 
 import dataclasses
 import statistics

@@ -22,7 +22,7 @@ from train.step import make_train_step
 
 
 def mixtral_run() -> RunConfig:
-    """The shape that benchmarks/mixtral_torch.py has, with the same optimiser and no extra losses."""
+    """The shape of benchmarks/mixtral_torch.py, with its optimiser and no extra losses."""
     attention = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32, rope_base=1e6)
     router = RouterConfig(top_k=2, load_balance_weight=0.0, z_loss_weight=0.0)
     ffn = MoEConfig(num_experts=8, d_ff=512, router=router)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from checkpoint.store import latest_step
 from configs.base import RunConfig, UserError, differences, from_json, to_json
 
 MAY_CHANGE = ("steps", "mesh.", "execution.", "checkpoint.", "alarms.")
@@ -11,11 +12,13 @@ MAY_CHANGE = ("steps", "mesh.", "execution.", "checkpoint.", "alarms.")
 def open_run_dir(run: RunConfig, run_dir: Path) -> None:
     """Makes the folder and writes config.json, or checks that it holds the same experiment.
 
+    A folder without a checkpoint has nothing to lose, and takes the new config.
+
     Raises:
       UserError: another experiment, or a folder that can't be written.
     """
     path = run_dir / "config.json"
-    if path.exists():
+    if path.exists() and latest_step(run_dir / "checkpoints") is not None:
         changed = differences(read_run(run_dir), run)
         changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
         if changed:

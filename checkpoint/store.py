@@ -9,8 +9,10 @@ import contextlib
 import logging
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -35,22 +37,25 @@ class CheckpointStore:
         """
         self.directory, self._metadata = directory.absolute(), metadata
         training: Any = ocp.training  # its policies are typed as a protocol they don't declare
-        with _quiet():
-            self._checkpointer = training.Checkpointer(
-                self.directory,
-                save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=training.preservation_policies.LatestN(keep),
-                cleanup_tmp_directories=True,
-            )
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_quiet())  # until the last background save has ended
+        self._checkpointer = training.Checkpointer(
+            self.directory,
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
 
     def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, error_type: type | None, *_: object) -> None:
-        if error_type is None:
-            self.wait()
-        with contextlib.suppress(Exception) if error_type else contextlib.nullcontext():
-            self._checkpointer.close()
+        with self._quiet:
+            if error_type is None:
+                self.wait()
+            # After an error, a failing background save must not hide it.
+            with contextlib.suppress(Exception) if error_type else contextlib.nullcontext():
+                self._checkpointer.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -97,8 +102,7 @@ class CheckpointStore:
     @contextlib.contextmanager
     def _explain_failed_save(self) -> Iterator[None]:
         try:
-            with _quiet():
-                yield
+            yield
         except Exception as error:  # tensorstore and Orbax raise many types for one cause
             raise UserError(
                 f"a checkpoint could not be written to {self.directory}: {_cause(error)}. "
@@ -164,12 +168,20 @@ def _cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax and its worker threads from printing: what matters is raised and explained."""
+    """Keeps Orbax from logging, and its worker threads from printing, what it raises anyway."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "orbax")]
     levels = [logger.level for logger in loggers]
     thread_hook, unraisable_hook = threading.excepthook, sys.unraisablehook
-    threading.excepthook = lambda _: None
-    sys.unraisablehook = lambda _: None
+
+    def in_thread(failure: threading.ExceptHookArgs) -> None:
+        if not _comes_from_orbax(failure.exc_traceback):
+            thread_hook(failure)
+
+    def unraisable(failure: Any) -> None:
+        if not _comes_from_orbax(failure.exc_traceback):
+            unraisable_hook(failure)
+
+    threading.excepthook, sys.unraisablehook = in_thread, unraisable
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
@@ -178,6 +190,11 @@ def _quiet() -> Iterator[None]:
         threading.excepthook, sys.unraisablehook = thread_hook, unraisable_hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _comes_from_orbax(trace: TracebackType | None) -> bool:
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    return any(name in file for file in files for name in ("orbax", "tensorstore", "uvloop"))
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:

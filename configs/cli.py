@@ -66,11 +66,13 @@ def _sentence(box: str) -> str:
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines:
-        if re.fullmatch(r"─+( .* ─*)?", line):
+        if re.search(r"[-─]{4,}", line):  # a rule of the frame, with or without a title
             parts.append([])
         elif line:
             parts[-1].append(line)
     texts = [" ".join(part) for part in parts if part]
+    if "╭" not in box:  # without Unicode the frame's title stands on a line of its own
+        texts = texts[1:]
     message = re.sub(
         r"^Error parsing RunConfig[\w. ]*: ", "", texts[0] if texts else "bad arguments"
     )

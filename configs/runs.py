@@ -35,7 +35,7 @@ def v31_nano() -> RunConfig:
     """
     return RunConfig(
         name="v31_nano",
-        steps=350,
+        steps=250,
         batch_size=16,
         model=models.v31_nano(),
         optimizer=_nano_optimizer(),
@@ -50,7 +50,7 @@ def v31_nano_student() -> RunConfig:
     """
     return RunConfig(
         name="v31_nano_student",
-        steps=250,
+        steps=180,
         batch_size=16,
         model=models.v31_nano_student(),
         optimizer=_nano_optimizer(),

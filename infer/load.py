@@ -20,7 +20,7 @@ def load_model(run: RunConfig, run_dir: Path, mesh: Mesh | None = None) -> tuple
       mesh: where the parameters go, whatever mesh they were trained on; None is the first device.
     Raises:
       UserError: no checkpoint, or one that can't be read.
-      ValueError: the mesh does not divide a dimension it splits.
+      UserError: the mesh does not divide a dimension it splits.
     """
     execution = dataclasses.replace(
         run.execution, transport="gather", capacity_factor=None, remat="none"

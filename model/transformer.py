@@ -108,7 +108,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        # Rows of length 1 where they are output weights too, of unit entries where they only feed in.
+        # Rows of length 1 where they are output weights too, unit entries where they only feed in.
         stddev = c.d_model**-0.5 if c.tie_embeddings else 1.0
         self.embedding_VD = weight(
             self, "embedding", (c.vocab_size, c.d_model), ("vocab", "embed"), stddev

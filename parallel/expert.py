@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from configs.base import UserError
 from parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR, axis_sizes
 
 Transport = Literal["gather", "all_to_all"]
@@ -84,11 +85,11 @@ def apply_experts(
         split.
       capacity_factor: all_to_all only: rows of a buffer over the rows of a balanced load.
     Raises:
-      ValueError: the expert axis does not divide num_experts.
+      UserError: the expert axis does not divide num_experts.
     """
     sizes = axis_sizes()
     if num_experts % sizes[EXPERT]:
-        raise ValueError(
+        raise UserError(
             f"num_experts={num_experts} must be divisible by the 'expert' mesh axis "
             f"(size {sizes[EXPERT]}): change the mesh or num_experts"
         )

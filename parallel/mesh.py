@@ -5,6 +5,8 @@ import math
 import jax
 from jax.sharding import AxisType, Mesh
 
+from configs.base import UserError
+
 DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
 
 BATCH_AXES = (DATA, EXPERT)
@@ -15,12 +17,12 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     """Returns a mesh over the first data * expert * tensor devices.
 
     Raises:
-      ValueError: there are fewer devices than that.
+      UserError: there are fewer devices than that.
     """
     sizes = (data, expert, tensor)
     needed, found = math.prod(sizes), jax.device_count()
     if needed > found:
-        raise ValueError(
+        raise UserError(
             f"the mesh data={data} x expert={expert} x tensor={tensor} needs {needed} devices, "
             f"found {found} of kind {jax.devices()[0].platform}: make the mesh smaller"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from configs.base import UserError
 from parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -59,14 +60,14 @@ def named_sharding(
     """The sharding of one array, checked against its shape.
 
     Raises:
-      ValueError: a dimension that its mesh axes do not divide.
+      UserError: a dimension that its mesh axes do not divide.
     """
     spec = partition_spec(logical_axes)
     for size, entry, axis_name in zip(shape, spec, logical_axes, strict=True):
         axes = (entry,) if isinstance(entry, str) else entry or ()
         shards = math.prod(mesh.shape[axis] for axis in axes)
         if size % shards:
-            raise ValueError(
+            raise UserError(
                 f"{name} has {size} along {axis_name!r}, which must be divisible by the mesh "
                 f"axes {axes} "
                 f"(size {shards}): change the mesh or the model"

@@ -69,11 +69,12 @@ def split_run_arguments(
     Raises:
       UserError: no run is named. Without one, --help prints the verb's help and exits.
     """
+    asks_for_help = bool({"-h", "--help"} & set(argv))
+    if asks_for_help and argv[0].startswith("-"):
+        made.print_help()
+        sys.exit(0)
     known, overrides = made.parse_known_args(argv)
     if known.run is None:
-        if {"-h", "--help"} & set(overrides):
-            made.print_help()
-            sys.exit(0)
         raise UserError("name a run; --help lists them")
     known.run_dir = known.run_dir or Path("runs") / known.run
     return known, overrides

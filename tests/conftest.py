@@ -1,10 +1,29 @@
-"""Tests run on eight simulated CPU devices, with JAX as strict as it gets."""
+"""Tests run on eight simulated CPU devices; our own layers under JAX's strictest rules."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 
 import jax
+import pytest
 
 os.environ.setdefault("NPROC", "16")  # threads for the collectives of eight devices on few cores
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests compile the same tiny programs: the workers of a session share what they compiled.
+_SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/moesaic-tests-{_SESSION}")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+STRICT = ("tests/kernels/", "tests/model/", "tests/parallel/")
+"""Code that calls optax can't be held to it."""
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No implicit change of dtype or rank in kernels, model and parallel."""
+    if not request.node.nodeid.startswith(STRICT):
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

@@ -34,12 +34,12 @@ def moe(**changes) -> MoEConfig:
 
 
 def model(**changes) -> ModelConfig:
-    """Two periods of a windowed MoE layer and a global dense one."""
+    """A windowed MoE layer and a global dense one."""
     pattern = (
         LayerSpec(attention=attention(), ffn=moe()),
         LayerSpec(attention=attention(window_size=None, num_sinks=0), ffn=DenseConfig(d_ff=48)),
     )
-    base = ModelConfig(vocab_size=300, d_model=32, num_layers=4, pattern=pattern, context_length=64)
+    base = ModelConfig(vocab_size=300, d_model=32, num_layers=2, pattern=pattern, context_length=64)
     return dataclasses.replace(base, **changes)
 
 
@@ -64,7 +64,7 @@ def run(tmp_path: Path, **changes) -> RunConfig:
     return dataclasses.replace(base, **changes)
 
 
-def write_sources(tmp_path: Path, files: int = 12) -> Path:
+def write_sources(tmp_path: Path, files: int = 12, word: str = "total") -> Path:
     """Python files with enough text for the tiny vocabulary."""
     folder = tmp_path / "sources"
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,8 +72,8 @@ def write_sources(tmp_path: Path, files: int = 12) -> Path:
         body = "\n\n\n".join(
             f"def function_{i}_{j}(argument, other={j}):\n"
             f'    """Adds {j} to the argument."""\n'
-            f"    total = argument + other * {i}\n"
-            f"    return total - {j}"
+            f"    {word} = argument + other * {i}\n"
+            f"    return {word} - {j}"
             for j in range(12)
         )
         (folder / f"module_{i}.py").write_text(body + "\n")

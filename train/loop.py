@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from checkpoint.run_directory import open_run_dir
 from checkpoint.store import CheckpointStore, abstract_like
-from configs.base import MoEConfig, RunConfig, UserError
+from configs.base import MoEConfig, RunConfig
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec
@@ -60,9 +60,10 @@ def fit(
       disk.
       TrainingAlarm: the run stopped itself; checkpoints are those from before the fault.
     """
-    open_run_dir(run, run_dir)
     corpus = prepare_corpus(run.data, run.model.vocab_size)
     mesh = mesh_of(run)
+    trainee = plan_state(run, mesh)
+    open_run_dir(run, run_dir)
     with (
         jax.set_mesh(mesh),
         CheckpointStore(
@@ -71,7 +72,6 @@ def fit(
         _stop_signals() as stop,
     ):
         began = time.monotonic()
-        trainee = plan_state(run, mesh)
         iterator = _batches(run, corpus)
         state, done = _start(run, trainee, store, iterator)
         step = make_train_step(run, trainee, chunk_loss)
@@ -101,10 +101,7 @@ def mesh_of(run: RunConfig) -> Mesh:
     Raises:
       UserError: there are not enough devices.
     """
-    try:
-        return make_mesh(run.mesh.data, run.mesh.expert, run.mesh.tensor)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return make_mesh(run.mesh.data, run.mesh.expert, run.mesh.tensor)
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:

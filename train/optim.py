@@ -40,6 +40,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW, or Muon for hidden matrices and AdamW for the rest.
 
+    Beside Muon, AdamW has Nesterov momentum as well: optax pairs them so.
+
     Args:
       logical_axes: tree like the parameters, naming each dimension; it tells matrices from norms
         and says which dimensions stack matrices.

@@ -37,8 +37,10 @@ class Trainee(struct.PyTreeNode):
 def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Trainee:
     """The run's model and optimiser, and where each array of its state goes on the mesh.
 
+    The mesh is an argument: none need be in use.
+
     Raises:
-      ValueError: the mesh does not divide a dimension it splits.
+      UserError: the mesh does not divide a dimension it splits.
     """
     model = Transformer(run.model, run.execution)
     abstract_params, logical_axes = abstract_variables(model)

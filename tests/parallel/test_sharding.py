@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from configs.base import UserError
 from parallel import sharding
 from parallel.mesh import AXES, axis_sizes, make_mesh
 from parallel.sharding import constrain, named_sharding, partition_spec
@@ -36,7 +37,7 @@ def test_unknown_names_are_refused():
 
 
 def test_sizes_that_do_not_divide_are_named():
-    with pytest.raises(ValueError, match=r"w has 6 along 'mlp'.*size 4"):
+    with pytest.raises(UserError, match=r"w has 6 along 'mlp'.*size 4"):
         named_sharding(abstract_mesh(1, 1, 4), ("embed", "mlp"), (8, 6), "w")
 
 
@@ -47,7 +48,7 @@ def test_constrain_leaves_what_does_not_divide_whole():
 
 
 def test_too_many_devices_are_refused_with_both_numbers():
-    with pytest.raises(ValueError, match="needs 16 devices, found 8"):
+    with pytest.raises(UserError, match="needs 16 devices, found 8"):
         make_mesh(4, 4, 1)
 
 

@@ -114,7 +114,7 @@ def test_vocabularies_must_match(teacher, tmp_path):
         check_vocabulary(
             config, dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=400))
         )
-    tiny.write_sources(tmp_path, files=9)
+    tiny.write_sources(tmp_path, files=9, word="other")
     elsewhere = dataclasses.replace(run, data=tiny.run(tmp_path).data)
     with pytest.raises(UserError, match=r"the tokenizers in .* differ"):
         check_vocabulary(config, elsewhere)

@@ -79,9 +79,9 @@ def test_it_learns_and_logs(story):
     assert lines[0]["cross_entropy"] == pytest.approx(np.log(300), rel=0.3)
     for line in lines:
         assert line["tokens_per_second"] > 0
-        assert len(line["load_cv"]) == len(line["router_entropy"]) == 2  # two MoE layers of four
-        assert line["mean_k"] == [2.0, 2.0]
-        assert np.asarray(line["expert_load"]).shape == (2, 8)
+        assert len(line["load_cv"]) == len(line["router_entropy"]) == 1  # one MoE layer of two
+        assert line["mean_k"] == [2.0]
+        assert np.asarray(line["expert_load"]).shape == (1, 8)
         np.testing.assert_allclose(np.mean(line["expert_load"], axis=1), 1.0, atol=1e-3)
         tokens = run.batch_size * run.data.seq_len
         floor = np.sqrt((8 - 2) / (tokens * 2))
@@ -94,9 +94,7 @@ def test_resumed_on_the_same_mesh_is_bit_for_bit(story):
     assert resume(story, "same", MeshConfig(expert=4)) == losses(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize(
-    "mesh", [MeshConfig(expert=2), MeshConfig(), MeshConfig(data=2, expert=2)], ids=str
-)
+@pytest.mark.parametrize("mesh", [MeshConfig(expert=2), MeshConfig()], ids=str)
 def test_resumed_on_another_mesh_stays_within_rounding(story, mesh):
     _, tmp_path = story
     name = f"mesh {mesh.data} {mesh.expert}"
@@ -144,15 +142,16 @@ def fit_variant(tmp_path, name, **changes):
     return losses(tmp_path / name)
 
 
-def test_all_to_all_trains_like_gather(tmp_path):
-    gather = fit_variant(tmp_path, "gather", mesh=MeshConfig(expert=4))
+def test_resumed_with_all_to_all_stays_within_rounding(story):
+    run, tmp_path = story
+    shutil.copytree(tmp_path / "stopped", tmp_path / "exchange")
     execution = ExecutionConfig(logits_chunks=2, transport="all_to_all", capacity_factor=1.0)
-    exchange = fit_variant(tmp_path, "exchange", mesh=MeshConfig(expert=4), execution=execution)
-    np.testing.assert_allclose(exchange, gather, rtol=SUMS)
-    overflow = [
-        line["overflow_rows"] for line in read_lines(tmp_path / "exchange" / "metrics.jsonl")
-    ]
-    assert np.sum(overflow) > 0  # room for the balanced load only: the replay was exercised
+    fit(dataclasses.replace(run, execution=execution), tmp_path / "exchange")
+    unbroken = losses(tmp_path / "unbroken")
+    np.testing.assert_allclose(losses(tmp_path / "exchange"), unbroken, rtol=SUMS)
+    lines = read_lines(tmp_path / "exchange" / "metrics.jsonl")[STOP:]
+    # Room for the balanced load only: the replay was exercised.
+    assert np.sum([line["overflow_rows"] for line in lines]) > 0
 
 
 def without_balance(config):

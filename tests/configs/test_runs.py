@@ -1,0 +1,72 @@
+"""Every run builds: shapes, shardings and the whole train step, without allocating anything."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from configs.cli import known_runs
+from parallel.mesh import AXES
+from train.distill import make_chunk_loss
+from train.losses import cross_entropy
+from train.state import plan_state
+from train.step import make_train_step
+
+
+def batch_of(run) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = jax.ShapeDtypeStruct((run.batch_size, run.data.seq_len), jnp.int32)
+    batch = {"tokens": rows, "targets": rows, "positions": rows}
+    if run.distill is not None:
+        shape = (run.batch_size, run.data.seq_len, 64)
+        batch["teacher_hidden"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        batch["shared"] = jax.ShapeDtypeStruct((64, run.model.vocab_size), jnp.float32)
+    return batch
+
+
+@pytest.mark.parametrize("name", known_runs())
+def test_a_run_builds_abstractly(name):
+    run = known_runs()[name]()
+    sizes = (run.mesh.data, run.mesh.expert, run.mesh.tensor)
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    trainee = plan_state(run, mesh)
+    state = trainee.abstract_state
+    assert sum(x.size for x in jax.tree.leaves(state.params)) == run.model.num_parameters
+    chunk_loss = make_chunk_loss(run.distill) if run.distill else cross_entropy
+    with jax.sharding.use_abstract_mesh(mesh):
+        new_state, metrics = jax.eval_shape(
+            make_train_step(run, trainee, chunk_loss), state, batch_of(run)
+        )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics["loss"].shape == ()
+
+
+def test_full_sizes_have_the_articles_numbers():
+    v3, v31 = known_runs()["v3_7b"]().model, known_runs()["v31"]().model
+    assert v3.num_parameters == pytest.approx(7e9, rel=0.1)
+    assert [spec.ffn.num_experts for spec in v3.pattern] == [64]
+    assert {spec.ffn.num_experts for spec in v31.pattern} == {128}
+    assert v3.context_length == v31.context_length == 32_768
+
+
+def test_the_student_has_at_most_a_quarter_of_its_teacher():
+    teacher, student = (known_runs()[n]().model for n in ("v31_nano", "v31_nano_student"))
+    assert student.num_parameters <= teacher.num_parameters / 4
+    assert teacher.pattern[0].ffn.num_experts >= 16
+
+
+def test_each_device_holds_its_share_of_v31():
+    run = known_runs()["v31"]()
+    sizes = (run.mesh.data, run.mesh.expert, run.mesh.tensor)
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    trainee = plan_state(run, mesh)
+    shares = jax.tree.map(
+        lambda x, s: np.prod(s.shard_shape(x.shape)),
+        trainee.abstract_state.params,
+        trainee.shardings.params,
+    )
+    per_device = sum(int(x) for x in jax.tree.leaves(shares))
+    # Experts (13.4B of 14.0B) are split over all 128 devices, the rest over data = 8 only.
+    assert per_device < 2 * run.model.num_parameters / run.mesh.num_devices

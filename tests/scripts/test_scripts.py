@@ -1,0 +1,248 @@
+"""The verbs as a user types them: the whole road, kill -9, and bad input in one sentence."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+
+
+def settings(tmp_path: Path) -> list[str]:
+    """Overrides that make v31_nano and its student tiny."""
+    return [
+        *("--data.source", str(tmp_path / "sources"), "--data.holdout-fraction", "0.3"),
+        *("--data.directory", str(tmp_path / "corpus"), "--data.seq-len", "32"),
+        *("--model.vocab-size", "300", "--model.d-model", "32", "--model.num-layers", "2"),
+        *("--batch-size", "8", "--optimizer.warmup-steps", "2", "--execution.logits-chunks", "2"),
+        *("--checkpoint.every", "3", "--steps", str(STEPS)),
+    ]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Processes of a test share compiled programs."""
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "COLUMNS": "200",
+    }
+
+
+def start(tmp_path: Path, verb: str, *arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", f"scripts.{verb}", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(tmp_path), text=True, **pipes, **options
+    )
+
+
+def run(tmp_path: Path, verb: str, *arguments: str, code: int = 0, **options) -> tuple[str, str]:
+    """(stdout, stderr) of a verb that must end with this code."""
+    process = start(tmp_path, verb, *arguments, **options)
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An unbroken run on four expert shards."""
+    tmp_path = tmp_path_factory.mktemp("scripts")
+    tiny.write_sources(tmp_path)
+    arguments = [*settings(tmp_path), "--mesh.expert", "4"]
+    out, _ = run(tmp_path, "train", "v31_nano", "--run-dir", str(tmp_path / "run"), *arguments)
+    assert "trained 12 steps" in out
+    return tmp_path
+
+
+def test_training_leaves_what_it_promises(trained):
+    names = {path.name for path in (trained / "run").iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "loss.png", "load.png"} <= names
+    assert "report.html" in names
+    logged = lines(trained / "run")
+    assert [line["step"] for line in logged] == list(range(1, STEPS + 1))
+    assert {"loss", "tokens_per_second", "learning_rate", "load_cv"} <= set(logged[0])
+    assert not list((trained / "run").rglob("*tmp*"))
+
+
+def test_killed_at_a_random_step_it_resumes_bit_for_bit(trained):
+    victim, step = trained / "killed", random.Random().randrange(1, STEPS)
+    print("killing after step", step)
+    arguments = ["v31_nano", "--run-dir", str(victim), *settings(trained), "--mesh.expert", "4"]
+    process = start(trained, "train", *arguments)
+    log = victim / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < step:
+        assert time.monotonic() < deadline, "the run logged too little to be killed"
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    run(trained, "train", *arguments)
+    assert [x["loss"] for x in lines(victim)] == [x["loss"] for x in lines(trained / "run")]
+
+
+def test_distil_evaluate_and_generate(trained):
+    student, teacher = trained / "student", trained / "run"
+    arguments = ["--teacher", str(teacher), "--run-dir", str(student), *settings(trained)]
+    run(trained, "distill", "v31_nano_student", *arguments)
+    assert {"kl", "cross_entropy"} <= set(lines(student)[-1])
+    out, _ = run(trained, "evaluate", str(student), "--tasks", "stdlib_bpb,line_completion")
+    assert "gzip_bpb" in out
+    results = {r["task"]: r for r in json.loads((student / "evals.json").read_text())}
+    assert 0 < results["stdlib_bpb"]["value"] < 16
+    assert results["line_completion"]["count"] > 0
+    out, _ = run(trained, "generate", str(student), "--prompt", "def f(", "--max-new-tokens", "8")
+    assert out.startswith("def f(")
+    assert "tokens/s" in out
+
+
+def damage_checkpoint(folder: Path) -> None:
+    newest = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(victim, victim.stat().st_size // 2)
+
+
+EMPTY = ["--data.source", "{empty}", "--data.directory", "{tmp}/none"]
+BAD = {
+    "unknown run": (["train", "v31_nanoo"], "unknown run 'v31_nanoo': did you mean 'v31_nano'"),
+    "no run": (["train"], "name a run"),
+    "wrong type": (["train", "v31_nano", "--run-dir", "{tmp}/new", "--steps", "many"], "--steps"),
+    "mesh that does not divide": (
+        ["train", "v31_nano", "--run-dir", "{tmp}/new", "--mesh.expert", "3"],
+        "must be divisible by",
+    ),
+    "mesh that does not divide the heads": (
+        ["train", "v31_nano", "--run-dir", "{tmp}/new", "--mesh.tensor", "3"],
+        "must be divisible by the mesh axes",
+    ),
+    "no text": (
+        ["train", "v31_nano", "--run-dir", "{tmp}/new", *EMPTY],
+        "holds no UTF-8 text",
+    ),
+    "no such folder": (["evaluate", "{tmp}/nowhere"], "is no run directory"),
+    "unknown task": (["evaluate", "{run}", "--tasks", "mmlu"], "unknown tasks ['mmlu']"),
+    "no teacher": (["distill", "v31_nano_student"], "--teacher"),
+    "vocabulary": (
+        ["distill", "v31_nano_student", "--teacher", "{run}", "--run-dir", "{tmp}/other"],
+        "the student's vocabulary has 4096 entries, the teacher's 300",
+    ),
+    "another config": (
+        ["train", "v31_nano", "--run-dir", "{run}", "--seed", "7"],
+        "seed was 0, now 7",
+    ),
+    "context": (
+        ["generate", "{run}", "--prompt", "x", "--max-new-tokens", "9999"],
+        "exceed the model's context_length",
+    ),
+    "unknown option": (["generate", "{run}", "--promt", "x"], "--prompt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_in_one_sentence(trained, name):
+    arguments, sentence = BAD[name]
+    (trained / "empty").mkdir(exist_ok=True)
+    places = {"tmp": trained, "run": trained / "run", "empty": trained / "empty"}
+    before = (trained / "run" / "metrics.jsonl").read_bytes()
+    _, err = run(trained, *(a.format(**places) for a in arguments), code=2)
+    assert sentence in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert (trained / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_still_works(trained):
+    folder = trained / "damaged"
+    subprocess.run(["cp", "-r", trained / "run", folder], check=True)
+    damage_checkpoint(folder)
+    arguments = ["v31_nano", "--run-dir", str(folder), *settings(trained), "--mesh.expert", "4"]
+    _, err = run(trained, "train", *arguments, code=2)
+    assert "checkpoints/12 can't be read" in err
+    assert "the one before is at step 9" in err
+    assert "Traceback" not in err
+    _, err = run(trained, "generate", str(folder), "--prompt", "x", code=2)
+    assert "can't be read" in err
+    subprocess.run(["rm", "-r", folder / "checkpoints" / "12"], check=True)
+    run(trained, "train", *arguments)
+    assert [x["loss"] for x in lines(folder)] == [x["loss"] for x in lines(trained / "run")]
+
+
+def fill_disk(command: list[str], folder: Path) -> list[str]:
+    """The command inside a namespace where the folder is a disk of 2 MiB."""
+    script = 'mount -t tmpfs -o size=2m none "$0" && exec "$@"'
+    return ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(folder), *command]
+
+
+def test_a_full_disk_ends_in_one_sentence(trained):
+    disk = trained / "disk"
+    disk.mkdir()
+    if subprocess.run(fill_disk(["true"], disk), capture_output=True, check=False).returncode:
+        pytest.skip("this machine gives no mount namespace to make a small disk in")
+    arguments = ["--run-dir", str(disk / "run"), *settings(trained), "--steps", "60"]
+    verb = [sys.executable, "-m", "scripts.train", "v31_nano", *arguments]
+    done = subprocess.run(
+        fill_disk(verb, disk), cwd=ROOT, env=environment(trained), text=True, capture_output=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "could not be written" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_files_that_may_not_grow_end_in_one_sentence_and_the_run_goes_on(trained):
+    """The same failure where no small disk can be made: a limit on the size of files."""
+    folder = trained / "limited"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    arguments = ["v31_nano", "--run-dir", str(folder), *settings(trained), "--mesh.expert", "4"]
+    _, err = run(trained, "train", *arguments, code=2, preexec_fn=limit)
+    assert "can't be written" in err or "could not be written" in err
+    assert "Traceback" not in err
+    run(trained, "train", *arguments)
+    assert [x["loss"] for x in lines(folder)] == [x["loss"] for x in lines(trained / "run")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(trained, number):
+    folder = trained / f"signal {number}"
+    arguments = ["v31_nano", "--run-dir", str(folder), *settings(trained), "--steps", "5000"]
+    process = start(trained, "train", *arguments)
+    log = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() or not log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, out + err
+    assert "the same command goes on from there" in out
+    done = lines(folder)[-1]["step"]
+    assert (folder / "checkpoints" / str(done)).is_dir()
+
+
+@pytest.mark.parametrize("verb", ["train", "distill", "evaluate", "generate", "quickstart"])
+def test_every_verb_has_help(tmp_path, verb):
+    out, _ = run(tmp_path, verb, "--help")
+    assert f"python -m scripts.{verb}" in out
