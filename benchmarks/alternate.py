@@ -1,8 +1,10 @@
 """Alternating measurements of programs that each live in a process of their own.
 
-Machines change speed from second to second, so two programs are compared round by round: one block
-of work of the first, then of the second, and so on; only ratios within a round are quoted. While
-one works the others wait. A worker calls `serve(block)`; the parent talks to it through `Worker`.
+Machines change speed from second to second, so two programs are compared round by round: a few
+steps of the first, then of the second, and so on; only ratios within a round are quoted. While one
+works the others wait, and waiting is not free: the kernel, or the host below it, takes back freed
+memory, and after four seconds the next step takes twice its time. So each turn begins with steps
+that are not timed. A worker calls `serve(step)`; the parent talks to it through `Worker`.
 """
 
 import json
@@ -15,22 +17,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+WARM_STEPS = 2
+"""Steps at the beginning of a turn that are not timed."""
 
-def serve(block: Callable[[], None]) -> None:
-    """Runs `block` whenever asked and answers with its seconds and the peak memory so far.
 
-    The first call is timed on its own: it compiles.
-    """
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        block()
-        seconds = time.perf_counter() - began
+@dataclass(frozen=True)
+class Turn:
+    first_seconds: float
+    """Of the turn's first step; in the first turn, it compiles."""
+    seconds: float
+    """Mean of the timed steps."""
+    peak_mb: float
+    """Peak memory of the process so far."""
+
+
+def serve(step: Callable[[], None]) -> None:
+    """Takes turns: reads a number of steps from stdin, answers on stdout, until stdin ends."""
+    for line in sys.stdin:
+        times = []
+        for _ in range(WARM_STEPS + int(line)):
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        print("BLOCK " + json.dumps([seconds, peak_mb]), flush=True)
+        turn = [times[0], statistics.mean(times[WARM_STEPS:]), peak_mb]
+        print("TURN " + json.dumps(turn), flush=True)
 
 
 class Worker:
-    """A process that serves blocks."""
+    """A process that takes turns."""
 
     def __init__(self, name: str, command: Sequence[str], cwd: Path) -> None:
         self.name = name
@@ -38,8 +53,8 @@ class Worker:
             command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def block(self) -> tuple[float, float]:
-        """Seconds of one block, and the process's peak memory in MB.
+    def take_turn(self, steps: int) -> Turn:
+        """Times `steps` steps.
 
         Raises:
           RuntimeError: the process died; its own words are on stderr.
@@ -47,14 +62,13 @@ class Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write("block\n")
+            self._process.stdin.write(f"{steps}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it died before: the loop below says so
         for line in self._process.stdout:
-            if line.startswith("BLOCK "):
-                seconds, peak_mb = json.loads(line.removeprefix("BLOCK "))
-                return seconds, peak_mb
+            if line.startswith("TURN "):
+                return Turn(*json.loads(line.removeprefix("TURN ")))
         raise RuntimeError(f"the worker {self.name!r} ended with code {self._process.wait()}")
 
     def close(self) -> None:
@@ -64,11 +78,12 @@ class Worker:
 
 @dataclass(frozen=True)
 class Series:
-    """Blocks of one worker."""
+    """All turns of one worker."""
 
     first_seconds: float
-    """The block that compiles."""
+    """The step that compiles."""
     seconds: list[float]
+    """Per step, by round."""
     peak_mb: float
 
     @property
@@ -76,15 +91,15 @@ class Series:
         return statistics.median(self.seconds)
 
 
-def alternate(workers: Sequence[Worker], rounds: int) -> list[Series]:
-    """One first block each, then `rounds` rounds of one block each, in turn."""
-    firsts = [worker.block()[0] for worker in workers]
-    for worker in workers:
-        worker.block()  # the second block still warms caches and allocators
-    blocks = [[worker.block() for worker in workers] for _ in range(rounds)]
+def alternate(workers: Sequence[Worker], rounds: int, steps: int) -> list[Series]:
+    """One turn each that is not counted, then `rounds` rounds of one turn each."""
+    firsts = [worker.take_turn(1) for worker in workers]
+    turns = [[worker.take_turn(steps) for worker in workers] for _ in range(rounds)]
     return [
-        Series(first, [seconds for seconds, _ in column], max(peak for _, peak in column))
-        for first, column in zip(firsts, zip(*blocks, strict=True), strict=True)
+        Series(
+            first.first_seconds, [turn.seconds for turn in column], max(t.peak_mb for t in column)
+        )
+        for first, column in zip(firsts, zip(*turns, strict=True), strict=True)
     ]
 
 

@@ -4,21 +4,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.alternate import Series, ratios
-from benchmarks.profile import profile
-from benchmarks.training import lowered_step, make_block, mixtral_run
+from benchmarks.time_by_part import profile
+from benchmarks.training import lowered_step, make_step, mixtral_run
 
 PEER_EXPERTS = ("grouped_mm", "eager")
 """Experts implementations of transformers that run on CPU; the faster one is the peer."""
 
 
-def print_comparison(series: dict[str, Series], steps: int) -> None:
+def print_comparison(series: dict[str, Series]) -> None:
     """A row per program, then `ratio: X`, ours over the faster peer in tokens per second.
 
     Args:
       series: "moesaic" first, then the peers.
-      steps: training steps of one block.
     """
-    tokens = steps * mixtral_run().tokens_per_step
+    tokens = mixtral_run().tokens_per_step
     table = Table("program", "tokens/s", "least", "most", "ms/step", "first step s", "peak MB")
     for name, s in series.items():
         table.add_row(
@@ -26,8 +25,8 @@ def print_comparison(series: dict[str, Series], steps: int) -> None:
             f"{tokens / s.median:,.0f}",
             f"{tokens / max(s.seconds):,.0f}",
             f"{tokens / min(s.seconds):,.0f}",
-            f"{s.median / steps * 1e3:.0f}",
-            f"{s.first_seconds - (steps - 1) * s.median / steps:.1f}",
+            f"{s.median * 1e3:.0f}",
+            f"{s.first_seconds:.1f}",
             f"{s.peak_mb:.0f}",
         )
     Console().print(table)
@@ -41,11 +40,11 @@ def print_comparison(series: dict[str, Series], steps: int) -> None:
 
 
 def print_profile(steps: int) -> None:
-    """Where a step of ours spends its thread-seconds."""
+    """Where a step of ours spends its thread-seconds, over `steps` steps."""
     run = mixtral_run()
-    block = make_block(run, steps)
-    block()
-    parts = profile(block, lowered_step(run))
+    step = make_step(run)
+    step()
+    parts = profile(lambda: [step() for _ in range(steps)], lowered_step(run))
     total = parts.pop("total")
     table = Table("part", "thread ms per step", "share")
     for part, seconds in parts.items():

@@ -1,17 +1,16 @@
 """The peer of scripts/bench_train.py: transformers' Mixtral on PyTorch, as fast as it goes on CPU.
 
 Runs as a program from another folder than the repository's: transformers takes a package named
-`kernels` for its own. Usage: python mixtral_torch.py EXPERTS STEPS, where EXPERTS is an experts
+`kernels` for its own. Usage: python mixtral_torch.py EXPERTS, where EXPERTS is an experts
 implementation of transformers ("grouped_mm", "batched_mm" or "eager").
 """
 
-import json
-import resource
 import sys
-import time
+
+from alternate import serve  # pyright: ignore[reportMissingImports]  (this file's neighbour)
 
 
-def main(experts: str, steps: int) -> None:
+def main(experts: str) -> None:
     import torch  # pyright: ignore[reportMissingImports]  (the `parity` extra)
     from transformers import (  # pyright: ignore[reportMissingImports]
         MixtralConfig,
@@ -38,18 +37,16 @@ def main(experts: str, steps: int) -> None:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     tokens = torch.randint(0, 4096, (8, 256))
-    for _ in sys.stdin:  # the protocol of benchmarks/alternate.py
-        began = time.perf_counter()
-        for _ in range(steps):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()
-        seconds = time.perf_counter() - began
-        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        print("BLOCK " + json.dumps([seconds, peak_mb]), flush=True)
+
+    def step() -> None:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    serve(step)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1])

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.training import make_block, mixtral_run, random_batch
+from benchmarks.training import make_step, mixtral_run, random_batch
 from configs.base import DataConfig, MoEConfig, RunConfig
 from train.loop import mesh_of, to_devices
 from train.state import plan_state
@@ -73,10 +73,8 @@ def print_series(name: str, rounds: int) -> None:
     """Measures a series in turn and prints cost, prediction and fit."""
     change, values = SERIES[name]
     runs = [change(mixtral_run(), value) for value in values]
-    blocks = [make_block(run, steps=1) for run in runs]
-    for block in blocks * 2:
-        block()
-    seconds = [[_timed(block) for block in blocks] for _ in range(rounds)]
+    steps = [make_step(run) for run in runs]
+    seconds = [[_timed(step) for step in steps] for _ in range(rounds + 1)][1:]
     cost = np.array([statistics.median(column) for column in zip(*seconds, strict=True)])
     cost *= 1e6 / np.array([run.tokens_per_step for run in runs])
     flops = np.array([flops_per_token(run) for run in runs]) / 1e6
@@ -88,9 +86,11 @@ def print_series(name: str, rounds: int) -> None:
     print(_fit(name, np.array(values, float), flops, cost))
 
 
-def _timed(block: Callable[[], None]) -> float:
+def _timed(step: Callable[[], None]) -> float:
+    """Seconds of a step after one that warms caches and memory."""
+    step()
     began = time.perf_counter()
-    block()
+    step()
     return time.perf_counter() - began
 
 

@@ -62,20 +62,19 @@ def lowered_step(run: RunConfig) -> str:
         return step.lower(trainee.abstract_state, batch).compile().as_text()
 
 
-def make_block(run: RunConfig, steps: int) -> Callable[[], None]:
-    """A function that trains `steps` steps, waiting for each as the training loop does."""
+def make_step(run: RunConfig) -> Callable[[], None]:
+    """A function that trains one step and waits for its metrics, as the training loop does."""
     mesh = mesh_of(run)
     with jax.set_mesh(mesh):
         trainee = plan_state(run, mesh)
-        step = make_train_step(run, trainee)
+        train_step = make_train_step(run, trainee)
         state = init_state(trainee, run.seed)
         batch = to_devices(random_batch(run), mesh)
 
-    def block() -> None:
+    def step() -> None:
         nonlocal state
         with jax.set_mesh(mesh):
-            for _ in range(steps):
-                state, metrics = step(state, batch)
-                jax.device_get(metrics)
+            state, metrics = train_step(state, batch)
+            jax.device_get(metrics)
 
-    return block
+    return step

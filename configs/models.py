@@ -11,10 +11,10 @@ from configs.base import (
 
 
 def v3_7b() -> ModelConfig:
-    """V3, 7.0B parameters: sliding-window attention with sinks and 64 experts, 32K context.
+    """V3, 7.4B parameters: sliding-window attention with sinks and 64 experts, 32K context.
 
     From the articles: 7B parameters, 64 experts with top-2 routing, a 32K window of context. The
-    widths are ours, chosen so that the whole comes to 7B.
+    widths are ours, chosen so that the whole comes near 7B.
     """
     attention = AttentionConfig(
         num_heads=16,
@@ -35,7 +35,7 @@ def v3_7b() -> ModelConfig:
 
 
 def v31() -> ModelConfig:
-    """V3.1, 13.6B parameters: V3 with 128 experts, five local layers to one that sees everything.
+    """V3.1, 14.0B parameters: V3 with 128 experts, five local layers to one that sees everything.
 
     From the articles: the experts grow from 64 to 128; everything else keeps V3's widths.
     """
@@ -66,7 +66,7 @@ def _nano_attention() -> tuple[AttentionConfig, AttentionConfig]:
 
 
 def v31_nano() -> ModelConfig:
-    """V3.1's form in 7.8M parameters, 1.8M of them active: for two CPU cores."""
+    """V3.1's form in 4.6M parameters, 1.8M of them active: for two CPU cores."""
     ffn = MoEConfig(num_experts=16, d_ff=128, num_shared_experts=1, router=RouterConfig(top_k=2))
     return ModelConfig(
         vocab_size=4096,
@@ -78,7 +78,9 @@ def v31_nano() -> ModelConfig:
 
 
 def v31_nano_student() -> ModelConfig:
-    """A dense student of v31_nano: its depth and width, a quarter of its parameters."""
+    """A dense student of v31_nano: its depth and width, 1.1M parameters, a quarter of the
+    teacher's.
+    """
     return ModelConfig(
         vocab_size=4096,
         d_model=128,
@@ -90,7 +92,7 @@ def v31_nano_student() -> ModelConfig:
 
 
 def v31_small() -> ModelConfig:
-    """V3.1's form in 32M parameters, 6.6M of them active: for an hour on two CPU cores."""
+    """V3.1's form in 32.5M parameters, 6.0M of them active: for an hour on two CPU cores."""
     local = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32, window_size=128, num_sinks=4)
     everywhere = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32)
     ffn = MoEConfig(num_experts=32, d_ff=192, num_shared_experts=1, router=RouterConfig(top_k=2))

@@ -14,8 +14,12 @@ from evals.run import TASKS, Progress, evaluate
 from evals.tasks.base import Result
 from infer.generate import generate
 from infer.load import load_model
+from infer.sampling import Sampling
 from train.metrics import read_lines
 from train.report import draw_bars, draw_load, draw_loss, table, write_page
+
+SAMPLING = Sampling(temperature=0.7, top_p=0.9)
+"""Of the completions: greedy decoding of a model this small repeats itself."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,20 @@ def contend(run_dir: Path, progress: Callable[[str], Progress]) -> Contender:
 
 
 def complete(run_dir: Path, prompts: Sequence[str], *, max_new_tokens: int) -> dict[str, str]:
-    """The run's greedy continuation of each prompt."""
+    """The run's continuation of each prompt, sampled with a fixed seed."""
     run = read_run(run_dir)
     model, params = load_model(run, run_dir)
     tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
     tokens = [[END_OF_TEXT_ID, *tokenizer.encode(prompt).ids] for prompt in prompts]
     stop_ids = frozenset({END_OF_TEXT_ID})
-    result = generate(model, params, tokens, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    result = generate(
+        model,
+        params,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        sampling=SAMPLING,
+        stop_ids=stop_ids,
+    )
     return dict(zip(prompts, map(tokenizer.decode, result.tokens), strict=True))
 
 

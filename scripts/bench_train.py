@@ -21,7 +21,7 @@ from scripts import command
 def main(argv: list[str]) -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="steps of one block")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--profile", action="store_true", help="print our step's time by part")
     parser.add_argument("--serve", action="store_true", help="be the worker of our side")
     arguments = parser.parse_args(argv)
@@ -29,23 +29,22 @@ def main(argv: list[str]) -> None:
         print_profile(arguments.steps)
         return
     if arguments.serve:
-        from benchmarks.training import make_block, mixtral_run
+        from benchmarks.training import make_step, mixtral_run
 
-        serve(make_block(mixtral_run(), arguments.steps))
+        serve(make_step(mixtral_run()))
         return
     root = Path(__file__).resolve().parent.parent
-    steps = str(arguments.steps)
-    ours = [sys.executable, "-m", "scripts.bench_train", "--serve", "--steps", steps]
+    ours = [sys.executable, "-m", "scripts.bench_train", "--serve"]
     peer = [sys.executable, str(root / "benchmarks" / "mixtral_torch.py")]
     with tempfile.TemporaryDirectory() as elsewhere:
         workers = [Worker("moesaic", ours, root)]
-        workers += [Worker(e, [*peer, e, steps], Path(elsewhere)) for e in PEER_EXPERTS]
+        workers += [Worker(e, [*peer, e], Path(elsewhere)) for e in PEER_EXPERTS]
         try:
-            series = alternate(workers, arguments.rounds)
+            series = alternate(workers, arguments.rounds, arguments.steps)
         finally:
             for worker in workers:
                 worker.close()
-    print_comparison(dict(zip([w.name for w in workers], series, strict=True)), arguments.steps)
+    print_comparison(dict(zip([w.name for w in workers], series, strict=True)))
 
 
 if __name__ == "__main__":

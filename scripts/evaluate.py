@@ -3,6 +3,7 @@
 python -m scripts.evaluate runs/v31_nano --tasks stdlib_bpb,line_completion
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     names = arguments.tasks.split(",")
     check_tasks(names)
-    show(evaluate(arguments.run_dir, names, progress_bar))
+    show(str(arguments.run_dir), evaluate(arguments.run_dir, names, progress_bar))
 
 
 def progress_bar(name: str) -> Progress:
@@ -38,13 +39,13 @@ def progress_bar(name: str) -> Progress:
     return update
 
 
-def show(results: list[Result]) -> None:
-    table = Table("task", "value", "standard error", "unit", "of", "beside it")
+def show(title: str, results: Iterable[Result]) -> None:
+    """Prints a table of results."""
+    table = Table("task", "value", "of", "beside it", title=title)
     for r in results:
-        beside = ", ".join(f"{k} {v:.3f}" for k, v in r.details.items() if isinstance(v, float))
-        table.add_row(
-            r.task, f"{r.value:.4f}", f"{r.standard_error:.4f}", r.unit, str(r.count), beside
-        )
+        value = f"{r.value:.4f} ± {r.standard_error:.4f} {r.unit}"
+        beside = "\n".join(f"{k} {v:.3f}" for k, v in r.details.items() if isinstance(v, float))
+        table.add_row(r.task, value, str(r.count), beside)
     Console().print(table)
 
 

@@ -35,9 +35,9 @@ def main(argv: list[str]) -> int:
     command.use_host_devices(max(teacher.mesh.num_devices, student.mesh.num_devices))
 
     watch = Stopwatch()
+    describe(teacher)
     prepare_corpus(teacher.data, teacher.model.vocab_size)
     watch.lap("corpus")
-    describe(teacher)
     results = [fit(teacher, teacher_dir)]
     watch.lap("teacher")
     if results[-1].interrupted is None:
@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     watch.lap("evaluation")
     completions = complete(teacher_dir, PROMPTS, max_new_tokens=48)
     watch.lap("completions")
-    show([*best.results.values(), *learner.results.values()])
+    for title, contender in (("teacher", best), ("student", learner)):
+        show(title, contender.results.values())
     peak_rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     summary = summarize(best, learner, watch.seconds, peak_rss_mb)
     write_comparison(arguments.run_dir, best, learner, summary, completions)

@@ -5,6 +5,8 @@
 The run's folder receives config.json, metrics.jsonl, checkpoints/, pictures and report.html.
 """
 
+from pathlib import Path
+
 from configs.base import RunConfig
 from configs.cli import load_run
 from scripts import command
@@ -23,15 +25,18 @@ def main(argv: list[str]) -> int:
 
 
 def describe(run: RunConfig) -> None:
+    """Says what is about to be trained, and on what."""
     total, active = run.model.num_parameters, run.model.num_active_parameters
     print(
         f"{run.name}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active per token; "
         f"mesh data={run.mesh.data} expert={run.mesh.expert} tensor={run.mesh.tensor}; "
         f"{run.steps} steps of {run.tokens_per_step:,} tokens"
     )
+    if not Path(run.data.directory).exists():
+        print(f"making the corpus {run.data.directory} from {run.data.source} first", flush=True)
 
 
-def finish(run: RunConfig, run_dir, result: FitResult) -> int:
+def finish(run: RunConfig, run_dir: Path, result: FitResult) -> int:
     """Says where things are; the exit code of the run."""
     if result.interrupted is not None:
         print(

@@ -28,7 +28,8 @@ class ProgressBar:
     def __init__(self, title: str, *, total: int, done: int = 0, unit: str = "steps") -> None:
         self.title, self.total, self.done, self.unit = title, total, done, unit
         self.console = Console()
-        self._began, self._first, self._last_line = time.monotonic(), done, 0.0
+        self._last_line = 0.0
+        self._first: tuple[float, int] | None = None  # when and at what: the first step compiles
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -57,9 +58,11 @@ class ProgressBar:
         self.done = done
         self._progress.update(self._task, completed=done, figures=figures)
         now = time.monotonic()
+        self._first = self._first or (now, done)
         is_due = now - self._last_line >= SECONDS_BETWEEN_LINES or done == self.total
         if not self.console.is_terminal and is_due:
             self._last_line = now
-            rate = (done - self._first) / max(now - self._began, 1e-9)
-            left = f"{(self.total - done) / rate:.0f} s left" if rate > 0 else "time left unknown"
-            print(f"{self.title}: {done}/{self.total} {self.unit}  {figures}  {left}", flush=True)
+            began, first = self._first
+            rate = (done - first) / max(now - began, 1e-9)
+            left = f"  {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
+            print(f"{self.title}: {done}/{self.total} {self.unit}  {figures}{left}", flush=True)

@@ -39,7 +39,7 @@ def test_wsd_is_stable_then_linear():
 
 
 def updates_of(config):
-    """Random parameters and gradients, and the optimiser's first update."""
+    """Random parameters, gradients far above Adam's eps, and the optimiser's first update."""
     abstract, axes = abstract_variables(Transformer(tiny.model()))
     optimizer = make_optimizer(config, lambda _: config.learning_rate, axes)
     random = np.random.RandomState(0)
@@ -47,7 +47,8 @@ def updates_of(config):
     def draw(x):
         return jnp.asarray(random.randn(*x.shape), jnp.float32)
 
-    params, grads = jax.tree.map(draw, abstract), jax.tree.map(lambda x: 1e-3 * draw(x), abstract)
+    params, grads = jax.tree.map(draw, abstract), jax.tree.map(draw, abstract)
+    grads = jax.tree.map(lambda g: 1e-3 * (g + jnp.sign(g)), grads)
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     return params, grads, updates
 

@@ -29,7 +29,7 @@ PARTS = {
 OPTIMIZER = "optimiser and gradient norm"
 
 
-def profile(block: Callable[[], None], hlo: str) -> dict[str, float]:
+def profile(block: Callable[[], object], hlo: str) -> dict[str, float]:
     """Thread-seconds by part over one block, and "total".
 
     Args:
