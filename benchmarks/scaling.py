@@ -1,4 +1,8 @@
-"""The series of scripts/bench_scaling.py: models that differ in one thing, predicted, measured."""
+"""The series of scripts/bench_scaling.py: models that differ in one thing, predicted, measured.
+
+Predicted: cost per token linear in counted FLOPs for layers, flat in experts at fixed top-k, and
+linear in length, where attention adds its share for every visible key.
+"""
 
 import dataclasses
 import statistics
@@ -98,13 +102,12 @@ def _fit(name: str, values: np.ndarray, flops: np.ndarray, cost: np.ndarray) -> 
     if name == "experts":
         exponent = np.polyfit(np.log(values), np.log(cost), 1)[0]
         return f"fit: cost ~ experts^{exponent:.2f} at fixed top-k (0 is flat, 1 proportional)"
-    slope, base = np.polyfit(flops, cost, 1)
-    rest = cost - (base + slope * flops)
+    unit, x = ("length", values) if name == "length" else ("MFLOP/token", flops)
+    slope, base = np.polyfit(x, cost, 1)
+    rest = cost - (base + slope * x)
     explained = 1 - (rest**2).sum() / ((cost - cost.mean()) ** 2).sum()
-    return (
-        f"fit: us/token = {base:.1f} + {slope:.2f} * MFLOP/token, "
-        f"R^2 = {explained:.3f} (the slope is {1e3 / slope:.0f} GFLOP/s)"
-    )
+    speed = "" if name == "length" else f" (the slope is {1e3 / slope:.0f} GFLOP/s)"
+    return f"fit: us/token = {base:.1f} + {slope:.3g} * {unit}, R^2 = {explained:.3f}{speed}"
 
 
 def compile_seconds(layers: int) -> float:

@@ -29,9 +29,10 @@ def _nano_optimizer() -> OptimizerConfig:
 
 
 def v31_nano() -> RunConfig:
-    """V3.1's form in 7.8M parameters on the standard library: the quickstart's teacher.
+    """V3.1's form in 4.6M parameters on the standard library: the quickstart's teacher.
 
-    python -m scripts.train v31_nano
+    python -m scripts.train v31_nano: 3 minutes on two CPU cores; 1.53 bits per byte on held-out
+    files, where gzip -9 takes 2.04.
     """
     return RunConfig(
         name="v31_nano",
@@ -46,7 +47,8 @@ def v31_nano() -> RunConfig:
 def v31_nano_student() -> RunConfig:
     """A dense student with a quarter of v31_nano's parameters.
 
-    python -m scripts.distill v31_nano_student --teacher runs/v31_nano
+    python -m scripts.distill v31_nano_student --teacher runs/v31_nano: 2 minutes on two CPU cores;
+    1.58 bits per byte, 95% of the teacher's gain over unigrams.
     """
     return RunConfig(
         name="v31_nano_student",
@@ -60,9 +62,9 @@ def v31_nano_student() -> RunConfig:
 
 
 def v31_small() -> RunConfig:
-    """V3.1's form in 32M parameters, 512 tokens a row: the longer run.
+    """V3.1's form in 32.5M parameters, 512 tokens a row: the longer run.
 
-    python -m scripts.train v31_small
+    python -m scripts.train v31_small: SMALLTIME on two CPU cores; SMALLBPB
     """
     return RunConfig(
         name="v31_small",

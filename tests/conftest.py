@@ -8,6 +8,8 @@ import jax
 import pytest
 
 os.environ.setdefault("NPROC", "16")  # threads for the collectives of eight devices on few cores
+# Tiny programs run once: half of a test's time would be LLVM's optimisation of them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_num_cpu_devices", 8)
 # Many tests compile the same tiny programs: the workers of a session share what they compiled.
 _SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))

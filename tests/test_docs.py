@@ -1,0 +1,52 @@
+"""What the pages promise exists: links, make targets, verbs, runs and settings."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from configs.cli import known_runs, load_run
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"python -m scripts\.(\w+)((?:(?!: )[^`#\n])*)")
+
+
+def _joined(page: Path) -> str:
+    """The page's text with continued lines made one."""
+    return page.read_text().replace("\\\n", " ")
+
+
+def commands() -> list[tuple[str, tuple[str, ...]]]:
+    found = {m.groups() for page in PAGES for m in COMMAND.finditer(_joined(page))}
+    return sorted((verb, tuple(shlex.split(rest))) for verb, rest in found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text())
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        named = re.findall(r"^ {4}make ([\w.-]+)|`make ([\w.-]+)`", page.read_text(), re.MULTILINE)
+        assert {a or b for a, b in named} <= targets, page.name
+
+
+@pytest.mark.parametrize(("verb", "arguments"), commands(), ids=lambda value: str(value))
+def test_commands_name_verbs_runs_and_settings_that_exist(verb, arguments):
+    assert (ROOT / "scripts" / f"{verb}.py").exists()
+    if verb not in ("train", "distill") or not arguments or arguments[0].startswith("-"):
+        return
+    run, *rest = arguments
+    if run == "my_run":  # the page says how to write it
+        return
+    assert run in known_runs()
+    pairs = zip(rest[::2], rest[1::2], strict=False)
+    own = ("--run-dir", "--teacher", "--help")
+    overrides = [part for pair in pairs if pair[0] not in own for part in pair]
+    load_run(run, overrides)
