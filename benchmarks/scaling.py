@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.training import make_step, mixtral_run, random_batch
-from configs.base import DataConfig, MoEConfig, RunConfig
+from configs.architecture import MoEConfig
+from configs.base import DataConfig, RunConfig
 from train.loop import mesh_of, to_devices
 from train.state import plan_state
 from train.step import make_train_step

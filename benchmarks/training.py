@@ -6,16 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs.base import (
-    AttentionConfig,
-    ExecutionConfig,
-    LayerSpec,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    RouterConfig,
-    RunConfig,
-)
+from configs.architecture import AttentionConfig, LayerSpec, ModelConfig, MoEConfig, RouterConfig
+from configs.base import ExecutionConfig, OptimizerConfig, RunConfig
 from train.loop import mesh_of, to_devices
 from train.state import init_state, plan_state
 from train.step import make_train_step

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from checkpoint.store import latest_step
-from configs.base import RunConfig, UserError, differences, from_json, to_json
+from configs.base import RunConfig
+from configs.checks import UserError
+from configs.serialization import differences, from_json, to_json
 
 MAY_CHANGE = ("steps", "mesh.", "execution.", "checkpoint.", "alarms.")
 """Settings that may differ when a run goes on; anything else would make it another experiment."""

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from configs.base import UserError
+from configs.checks import UserError
 
 STATE, DATA = "state", "data"
 
@@ -120,8 +120,11 @@ def latest_step(directory: Path) -> int | None:
     return max(steps, default=None)
 
 
-def restore_params(directory: Path, abstract_params: Any) -> tuple[Any, int]:
-    """The newest checkpoint's parameters alone, and its step; optimiser state is not read.
+def restore_variables(directory: Path, abstract_variables: dict[str, Any]) -> tuple[Any, int]:
+    """The newest checkpoint's variables alone, and its step; optimiser state is not read.
+
+    Args:
+      abstract_variables: parts of the state by name; empty ones are given back as they are.
 
     Raises:
       UserError: no checkpoint, a damaged one, or other shapes.
@@ -134,9 +137,9 @@ def restore_params(directory: Path, abstract_params: Any) -> tuple[Any, int]:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with _explain_failed_load(directory / str(step)), context:
-        wanted = {STATE: {"params": abstract_params}}
+        wanted = {STATE: {name: part for name, part in abstract_variables.items() if part}}
         loaded = ocp.load_checkpointables(str((directory / str(step)).absolute()), wanted)
-    return loaded[STATE]["params"], step
+    return abstract_variables | loaded[STATE], step
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from configs import runs
-from configs.base import RunConfig, UserError
+from configs.base import RunConfig
+from configs.checks import UserError
 
 
 def known_runs() -> dict[str, Callable[[], RunConfig]]:

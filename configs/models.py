@@ -1,6 +1,6 @@
 """Named model sizes. Each docstring says where its numbers come from."""
 
-from configs.base import (
+from configs.architecture import (
     AttentionConfig,
     DenseConfig,
     LayerSpec,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.base import UserError
+from configs.checks import UserError
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
 """Folders that are not read: test data and installed packages."""

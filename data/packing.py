@@ -15,7 +15,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from tokenizers import Tokenizer
 
-from configs.base import UserError
+from configs.checks import UserError
 from data.corpora import Document
 from data.tokenizer import END_OF_TEXT_ID
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from configs.base import DataConfig, UserError
+from configs.base import DataConfig
+from configs.checks import UserError
 from data.corpora import name_hash, read_documents, split
 from data.packing import PackedRows, TokenFile, write_tokens
 from data.tokenizer import fingerprint, load_tokenizer, train_tokenizer

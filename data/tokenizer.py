@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from configs.base import UserError
+from configs.checks import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 """Begins every document and so ends the one before it."""

@@ -40,13 +40,13 @@ def contend(run_dir: Path, progress: Callable[[str], Progress]) -> Contender:
 def complete(run_dir: Path, prompts: Sequence[str], *, max_new_tokens: int) -> dict[str, str]:
     """The run's continuation of each prompt, sampled with a fixed seed."""
     run = read_run(run_dir)
-    model, params = load_model(run, run_dir)
+    model, variables = load_model(run, run_dir)
     tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
     tokens = [[END_OF_TEXT_ID, *tokenizer.encode(prompt).ids] for prompt in prompts]
     stop_ids = frozenset({END_OF_TEXT_ID})
     result = generate(
         model,
-        params,
+        variables,
         tokens,
         max_new_tokens=max_new_tokens,
         sampling=SAMPLING,

@@ -5,18 +5,17 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from checkpoint.run_directory import read_run
-from configs.base import UserError
+from configs.checks import UserError
 from data.pipeline import prepare_corpus
 from evals.tasks import line_completion, stdlib_bpb
 from evals.tasks.base import Result, Subject
 from infer.load import load_model
 from infer.score import TokenScores, num_rows, score_documents
-from model.transformer import Transformer
+from model.transformer import Transformer, Variables
 
 TASKS: dict[str, Callable[[Subject], Result]] = {
     task.NAME: task.run for task in (stdlib_bpb, line_completion)
@@ -51,12 +50,12 @@ def evaluate(
     """
     check_tasks(tasks)
     run = read_run(run_dir)
-    model, params = load_model(run, run_dir)
+    model, variables = load_model(run, run_dir)
     corpus = prepare_corpus(run.data, run.model.vocab_size)
     results = []
     for name in tasks:
         subject = Subject(
-            score=functools.partial(_score, model, params, run.data.seq_len, progress(name)),
+            score=functools.partial(_score, model, variables, run.data.seq_len, progress(name)),
             length=run.data.seq_len,
             tokenizer=corpus.tokenizer(),
             training=corpus.training(),
@@ -70,7 +69,7 @@ def evaluate(
 
 def _score(
     model: Transformer,
-    params: Any,
+    variables: Variables,
     length: int,
     progress: Progress,
     documents: list[np.ndarray],
@@ -78,7 +77,7 @@ def _score(
     total = num_rows((len(tokens) for tokens in documents), length)
     return score_documents(
         model,
-        params,
+        variables,
         documents,
         length=length,
         batch_size=max(TOKENS_AT_ONCE // length, 1),

@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.base import UserError
+from configs.checks import UserError
 from infer.sampling import Sampling, sample
 from model.cache import init_cache
-from model.transformer import Cache, Transformer, hidden_states, output_weights
+from model.transformer import Cache, Transformer, Variables, hidden_states, output_weights
 
 OnTokens = Callable[[np.ndarray], None]
 """Called after each step with each row's new token, int32 [B]; -1 for rows that have ended."""
@@ -34,7 +34,7 @@ class Generation:
 
 def generate(
     model: Transformer,
-    params: Any,
+    variables: Variables,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -57,7 +57,7 @@ def generate(
     dtype = model.execution.compute_dtype
     cache = init_cache(model.config, len(prompts), int(lengths_B.max()) + max_new_tokens, dtype)
     keys = jax.random.split(jax.random.key(seed), max_new_tokens)
-    token_B, cache = _prefill(model, sampling, params, tokens_BL, positions_BL, cache, keys[0])
+    token_B, cache = _prefill(model, sampling, variables, tokens_BL, positions_BL, cache, keys[0])
 
     outputs: list[list[int]] = [[] for _ in prompts]
     is_done_B = np.zeros(len(prompts), bool)
@@ -67,7 +67,9 @@ def generate(
         step_began = time.monotonic()
         if i:
             position_B = lengths_B + i - 1
-            token_B, cache = _decode(model, sampling, params, token_B, position_B, cache, keys[i])
+            token_B, cache = _decode(
+                model, sampling, variables, token_B, position_B, cache, keys[i]
+            )
         host_B = np.asarray(token_B)
         if i:
             step_seconds.append(time.monotonic() - step_began)
@@ -119,24 +121,24 @@ def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 def _prefill(
     model: Transformer,
     sampling: Sampling,
-    params: Any,
+    variables: Variables,
     tokens_BL: jax.Array,
     positions_BL: jax.Array,
     cache: Cache,
     key: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """Reads the prompts; the next token [B] and the cache."""
-    hidden_BLD, new_cache = hidden_states(model, params, tokens_BL, positions_BL, cache)
+    hidden_BLD, new_cache = hidden_states(model, variables, tokens_BL, positions_BL, cache)
     last_B1 = jnp.argmax(positions_BL, axis=1, keepdims=True)
     hidden_BD = jnp.take_along_axis(hidden_BLD, last_B1[:, :, None], axis=1)[:, 0]
-    return _next_token(model, sampling, params, hidden_BD, key), cast(Cache, new_cache)
+    return _next_token(model, sampling, variables, hidden_BD, key), cast(Cache, new_cache)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def _decode(
     model: Transformer,
     sampling: Sampling,
-    params: Any,
+    variables: Variables,
     token_B: jax.Array,
     position_B: jax.Array,
     cache: Cache,
@@ -144,15 +146,19 @@ def _decode(
 ) -> tuple[jax.Array, Cache]:
     """Reads one token per row; the next one and the cache."""
     hidden_B1D, new_cache = hidden_states(
-        model, params, token_B[:, None], position_B[:, None], cache
+        model, variables, token_B[:, None], position_B[:, None], cache
     )
-    token_B = _next_token(model, sampling, params, hidden_B1D[:, 0], key)
+    token_B = _next_token(model, sampling, variables, hidden_B1D[:, 0], key)
     return token_B, cast(Cache, new_cache)
 
 
 def _next_token(
-    model: Transformer, sampling: Sampling, params: Any, hidden_BD: jax.Array, key: jax.Array
+    model: Transformer,
+    sampling: Sampling,
+    variables: Variables,
+    hidden_BD: jax.Array,
+    key: jax.Array,
 ) -> jax.Array:
-    w_DV = output_weights(model, params)
+    w_DV = output_weights(model, variables)
     logits_BV = jnp.einsum("BD,DV->BV", hidden_BD, w_DV, preferred_element_type=jnp.float32)
     return sample(logits_BV, key, sampling)

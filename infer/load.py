@@ -1,23 +1,24 @@
-"""A trained run's model and parameters, ready to use."""
+"""A trained run's model and variables, ready to use."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from checkpoint.store import restore_params
+from checkpoint.store import restore_variables
 from configs.base import RunConfig
-from model.transformer import Transformer, abstract_variables
+from model.transformer import Transformer, Variables, abstract_variables
 from parallel.sharding import tree_shardings
 
 
-def load_model(run: RunConfig, run_dir: Path, mesh: Mesh | None = None) -> tuple[Transformer, Any]:
-    """The run's model and its newest parameters; optimiser state is not read.
+def load_model(
+    run: RunConfig, run_dir: Path, mesh: Mesh | None = None
+) -> tuple[Transformer, Variables]:
+    """The run's model and its newest variables; optimiser state is not read.
 
     Args:
-      mesh: where the parameters go, whatever mesh they were trained on; None is the first device.
+      mesh: where they go, whatever mesh they were trained on; None is the first device.
     Raises:
       UserError: no checkpoint, or one that can't be read.
       UserError: the mesh does not divide a dimension it splits.
@@ -36,5 +37,5 @@ def load_model(run: RunConfig, run_dir: Path, mesh: Mesh | None = None) -> tuple
         abstract,
         shardings,
     )
-    params, _ = restore_params(run_dir / "checkpoints", abstract)
-    return model, params
+    variables, _ = restore_variables(run_dir / "checkpoints", abstract)
+    return model, variables

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from configs.base import UserError
+from configs.checks import UserError
 
 
 @dataclass(frozen=True)

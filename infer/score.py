@@ -6,13 +6,12 @@ B rows, L tokens of a row, D d_model, V vocab.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.transformer import Transformer, hidden_states, output_weights
+from model.transformer import Transformer, Variables, hidden_states, output_weights
 
 Progress = Callable[[int], None]
 """Called with the number of rows scored so far."""
@@ -40,7 +39,7 @@ class _Row:
 
 def score_documents(
     model: Transformer,
-    params: Any,
+    variables: Variables,
     documents: list[np.ndarray],
     *,
     length: int,
@@ -67,7 +66,7 @@ def score_documents(
     for begin in range(0, len(rows), batch_size):
         batch = rows[begin : begin + batch_size]
         windows = _windows(batch, documents, length, batch_size)
-        nats_BL, best_BL = jax.device_get(_score_rows(model, params, *windows))
+        nats_BL, best_BL = jax.device_get(_score_rows(model, variables, *windows))
         for row, nats_L, best_L in zip(batch, nats_BL, best_BL, strict=False):
             count = min(length, len(documents[row.document]) - 1 - row.start)
             scored = slice(row.start + row.first, row.start + count)
@@ -105,10 +104,10 @@ def _windows(rows, documents, length, batch_size):
 
 
 @partial(jax.jit, static_argnums=0)
-def _score_rows(model, params, tokens_BL, positions_BL, targets_BL):
+def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL):
     """-log p(target) and the best token at each place, [B, L]; logits are made a row at a time."""
-    hidden_BLD, _ = hidden_states(model, params, tokens_BL, positions_BL)
-    w_DV = output_weights(model, params)
+    hidden_BLD, _ = hidden_states(model, variables, tokens_BL, positions_BL)
+    w_DV = output_weights(model, variables)
 
     def one_row(row):
         hidden_LD, targets_L = row

@@ -9,6 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from configs.architecture import RouterConfig
+from model.router import RouterState, Routing
+
+NULL_GAIN = 0.3
+"""Of the integral controller that holds the mean number of experts: settles in about 20 steps."""
+
 
 class RouterStats(NamedTuple):
     """What one MoE layer reports about one batch; all float32 but the counts."""
@@ -16,11 +22,15 @@ class RouterStats(NamedTuple):
     counts_E: jax.Array
     """Choices each expert received from the whole batch, int32."""
     mean_scores_E: jax.Array
-    """P_i."""
+    """P_i, of scores that sum to 1."""
     z_loss: jax.Array
     """mean(logsumexp(router_logits)^2)."""
     entropy: jax.Array
     """Mean over tokens of the entropy of the scores, nats."""
+    sequence_balance: jax.Array
+    """Mean over rows of their own load-balance loss; 0 where the config does not ask for it."""
+    quantile_bias_E: jax.Array
+    """The bias that would have given each expert its share; 0 likewise."""
     num_tokens: jax.Array
     overflow_rows: jax.Array
     bytes_moved: jax.Array
@@ -28,27 +38,79 @@ class RouterStats(NamedTuple):
 
 def router_stats(
     router_logits_TE: jax.Array,
-    counts_E: jax.Array,
-    is_token_T: jax.Array,
+    routing: Routing,
+    is_token_BL: jax.Array,
+    config: RouterConfig,
+    *,
     overflow_rows: jax.Array,
     bytes_moved: jax.Array,
 ) -> RouterStats:
-    """Means over the tokens that are not padding."""
-    weight_T1 = is_token_T.astype(jnp.float32)[:, None]
-    num_tokens = weight_T1.sum()
-    log_scores_TE = jax.nn.log_softmax(router_logits_TE, axis=-1)
-    scores_TE = jnp.exp(log_scores_TE)
-    lse_T1 = jax.nn.logsumexp(router_logits_TE, axis=-1, keepdims=True)
+    """Means over the tokens that are not padding; T is B * L."""
+    is_token_T = is_token_BL.reshape(-1)
+    weight_T = is_token_T.astype(jnp.float32)
+    num_tokens = weight_T.sum()
     per_token = 1.0 / jnp.maximum(num_tokens, 1.0)
+    p_TE = routing.probabilities_TE
+    entropy_T = -(p_TE * jnp.log(jnp.maximum(p_TE, 1e-20))).sum(axis=-1)
+    lse_T = jax.nn.logsumexp(router_logits_TE, axis=-1)
+    zero = jnp.float32(0.0)
     return RouterStats(
-        counts_E=counts_E,
-        mean_scores_E=(scores_TE * weight_T1).sum(axis=0) * per_token,
-        z_loss=(lse_T1**2 * weight_T1).sum() * per_token,
-        entropy=-(scores_TE * log_scores_TE * weight_T1).sum() * per_token,
+        counts_E=routing.counts_E,
+        mean_scores_E=(p_TE * weight_T[:, None]).sum(axis=0) * per_token,
+        z_loss=(lse_T**2 * weight_T).sum() * per_token,
+        entropy=(entropy_T * weight_T).sum() * per_token,
+        sequence_balance=_sequence_balance(routing, is_token_BL)
+        if config.sequence_weight
+        else zero,
+        quantile_bias_E=quantile_bias(routing, is_token_T)
+        if config.balance == "quantile"
+        else jnp.zeros_like(p_TE[0]),
         num_tokens=num_tokens,
         overflow_rows=overflow_rows,
         bytes_moved=bytes_moved,
     )
+
+
+def _sequence_balance(routing: Routing, is_token_BL: jax.Array) -> jax.Array:
+    batch, length = is_token_BL.shape
+    num_experts = routing.probabilities_TE.shape[1]
+    ids_BN = routing.expert_ids_TK.reshape(batch, -1)
+    counts_BE = jax.vmap(lambda ids_N: jnp.bincount(ids_N + 1, length=num_experts + 1)[1:])(ids_BN)
+    p_BLE = routing.probabilities_TE.reshape(batch, length, num_experts)
+    p_BLE = jnp.where(is_token_BL[:, :, None], p_BLE, 0.0)
+    tokens_B1 = jnp.maximum(is_token_BL.sum(axis=1, keepdims=True), 1).astype(jnp.float32)
+    return jax.vmap(load_balance_loss)(counts_BE, p_BLE.sum(axis=1) / tokens_B1).mean()
+
+
+def quantile_bias(routing: Routing, is_token_T: jax.Array) -> jax.Array:
+    """The bias at which each expert would win its equal share of these tokens' choices, [E].
+
+    An expert wins a token where its score exceeds the token's threshold by more than -bias. So the
+    bias is minus the quantile of that excess that leaves sum(counts) / E tokens above it (quantile
+    balancing, Su 2026), moved to mean 0. Thresholds move with the biases: repeated steps converge.
+    """
+    excess_TE = routing.scores_TE - routing.threshold_T[:, None]
+    excess_TE = jnp.where(is_token_T[:, None], excess_TE, -jnp.inf)
+    ordered_TE = -jnp.sort(-excess_TE, axis=0)
+    share = routing.counts_E.sum() // routing.counts_E.shape[0]
+    last = jnp.maximum(is_token_T.sum() - 1, 0)
+    bias_E = -ordered_TE[jnp.minimum(share, last)]
+    bias_E = jnp.where(jnp.isfinite(bias_E), bias_E, 0.0)
+    return bias_E - bias_E.mean()
+
+
+def updated_state(state: RouterState, stats: RouterStats, config: RouterConfig) -> RouterState:
+    """The router's state after a step with these stats of the whole batch."""
+    bias_E, null_logit, rate = state.bias_E, state.null_logit, config.bias_rate
+    counts_E = stats.counts_E.astype(jnp.float32)
+    if config.balance == "loss_free":
+        bias_E += jnp.float32(rate) * jnp.sign(counts_E.mean() - counts_E)
+    elif config.balance == "quantile":
+        bias_E += jnp.float32(rate) * (stats.quantile_bias_E - bias_E)
+    if config.target_k is not None:
+        mean_k = counts_E.sum() / jnp.maximum(stats.num_tokens, 1.0)
+        null_logit += NULL_GAIN * (mean_k - config.target_k)
+    return RouterState(bias_E, null_logit)
 
 
 def merge_stats(stats: RouterStats) -> RouterStats:
@@ -60,6 +122,14 @@ def merge_stats(stats: RouterStats) -> RouterStats:
             for name, x in stats._asdict().items()
         }
     )
+
+
+def token_expert_information(mean_scores_E: jax.Array, entropy: jax.Array) -> jax.Array:
+    """I(token; expert) = H(mean of scores) - mean of H(scores), nats: 0 where the router does not
+    tell tokens apart, log E where each token has one expert and all are used alike.
+    """
+    p_E = mean_scores_E
+    return -(p_E * jnp.log(jnp.maximum(p_E, 1e-20))).sum() - entropy
 
 
 def load_balance_loss(counts_E: jax.Array, mean_scores_E: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from configs.base import AttentionConfig, ModelConfig
+from configs.architecture import AttentionConfig, LayerSpec, ModelConfig, MoEConfig
 
 
 class LayerCache(struct.PyTreeNode):
@@ -21,6 +21,14 @@ class LayerCache(struct.PyTreeNode):
     k_BSGC: jax.Array
     v_BSGC: jax.Array
     positions_BS: jax.Array
+
+
+class BlockCache(struct.PyTreeNode):
+    """What one layer of the pattern keeps."""
+
+    attention: LayerCache
+    router: LayerCache | None
+    """Of a context router."""
 
 
 def num_slots(config: AttentionConfig, max_length: int) -> int:
@@ -32,10 +40,10 @@ def num_slots(config: AttentionConfig, max_length: int) -> int:
 
 def init_cache(
     config: ModelConfig, batch_size: int, max_length: int, dtype: str
-) -> tuple[LayerCache, ...]:
+) -> tuple[BlockCache, ...]:
     """Empty caches: one per layer of the pattern, stacked over the periods in dim 0."""
 
-    def one(attention: AttentionConfig) -> LayerCache:
+    def one(attention: AttentionConfig, dtype: str) -> LayerCache:
         slots = (config.num_periods, batch_size, num_slots(attention, max_length))
         shape = (*slots, attention.num_kv_heads, attention.head_dim)
         return LayerCache(
@@ -44,7 +52,13 @@ def init_cache(
             positions_BS=jnp.full(slots, -1, jnp.int32),
         )
 
-    return tuple(one(spec.attention) for spec in config.pattern)
+    def block(spec: LayerSpec) -> BlockCache:
+        context = spec.ffn.router.context if isinstance(spec.ffn, MoEConfig) else None
+        if context is None or context.kind != "causal":
+            return BlockCache(one(spec.attention, dtype), None)
+        return BlockCache(one(spec.attention, dtype), one(context.attention(), "float32"))
+
+    return tuple(block(spec) for spec in config.pattern)
 
 
 def append(

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from configs.base import DenseConfig
+from configs.architecture import DenseConfig
 
 
 def weight(

@@ -11,11 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from configs.base import DenseConfig, ExecutionConfig, MoEConfig
+from configs.architecture import DenseConfig, MoEConfig
+from configs.base import ExecutionConfig
 from kernels.grouped_matmul import Implementation, grouped_matmul
+from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
+from model.cache import LayerCache
 from model.layers import SwiGLU, weight
-from model.router import route
+from model.router import initial_state, needs_state, route
 from parallel.expert import apply_experts
 
 WEIGHT_AXES = {"gate_up": ("expert", "embed", None, "mlp"), "down": ("expert", "mlp", "embed")}
@@ -32,11 +35,18 @@ class MoE(nn.Module):
     out_stddev: float
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, is_token_BL: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """The cache is the context router's; other routers have none."""
         c, dtype = self.config, x_BLD.dtype
         batch, length, d_model = x_BLD.shape
-        w_router_DE = weight(
-            self, "router", (d_model, c.num_experts), ("embed", None), d_model**-0.5
+        router_logits_BLE, cache = self._router_logits(
+            x_BLD.astype(jnp.float32), positions_BL, segments_BL, cache
         )
         gate_up_shape = (c.num_experts, d_model, 2, c.d_ff)
         down_shape = (c.num_experts, c.d_ff, d_model)
@@ -46,10 +56,13 @@ class MoE(nn.Module):
             ),
             "down": weight(self, "down", down_shape, WEIGHT_AXES["down"], self.out_stddev),
         }
-        x_TD, is_token_T = x_BLD.reshape(batch * length, d_model), is_token_BL.reshape(-1)
-        router_logits_TE = jnp.einsum("TD,DE->TE", x_TD.astype(jnp.float32), w_router_DE)
-        routing = route(router_logits_TE, c.router, is_token_T)
-        out_TD, stats = apply_experts(
+        state = None
+        if needs_state(c.router):
+            state = self.variable("router_state", "state", initial_state, c.num_experts).value
+        x_TD, is_token_BL = x_BLD.reshape(batch * length, d_model), positions_BL >= 0
+        router_logits_TE = router_logits_BLE.reshape(batch * length, c.num_experts)
+        routing = route(router_logits_TE, c.router, state, is_token_T=is_token_BL.reshape(-1))
+        out_TD, moved = apply_experts(
             x_TD,
             routing.expert_ids_TK,
             routing.gates_TK,
@@ -62,24 +75,60 @@ class MoE(nn.Module):
             transport=self.execution.transport,
             capacity_factor=self.execution.capacity_factor,
         )
-        self.sow(
-            "router",
-            "stats",
-            router_stats(
-                router_logits_TE,
-                routing.counts_E,
-                is_token_T,
-                stats.overflow_rows,
-                stats.bytes_moved,
-            ),
-            init_fn=lambda: None,
-            reduce_fn=_newest,
+        stats = router_stats(
+            router_logits_TE,
+            routing,
+            is_token_BL,
+            c.router,
+            overflow_rows=moved.overflow_rows,
+            bytes_moved=moved.bytes_moved,
         )
+        self.sow("router", "stats", stats, init_fn=lambda: None, reduce_fn=_newest)
         out_BLD = out_TD.reshape(batch, length, d_model)
         if c.num_shared_experts:
             shared = DenseConfig(d_ff=c.num_shared_experts * c.d_ff)
             out_BLD += SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
-        return out_BLD
+        return out_BLD, cache
+
+    def _router_logits(self, x_BLD, positions_BL, segments_BL, cache):
+        """Float32 [B, L, E], and the context router's cache."""
+        num_experts, context = self.config.num_experts, self.config.router.context
+        if context is not None and context.kind == "correlation":
+            return ExpertCorrelation(num_experts, name="correlation")(x_BLD), cache
+        w_router_DE = weight(
+            self,
+            "router",
+            (x_BLD.shape[-1], num_experts),
+            ("embed", None),
+            x_BLD.shape[-1] ** -0.5,
+        )
+        logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD, w_router_DE)
+        if context is not None:
+            attention = GroupedQueryAttention(
+                context.attention(), self.execution, 0.0, num_experts, name="context"
+            )
+            update_BLE, cache = attention(x_BLD, positions_BL, segments_BL, cache)
+            logits_BLE += update_BLE
+        return logits_BLE, cache
+
+
+class ExpertCorrelation(nn.Module):
+    """Router logits in which the experts attend to each other, token by token (Yuan 2.0-M32, 2024).
+
+    q, k, v = x W_q, x W_k, x W_v in R^E; logits_i = sum_j softmax_j(q_i k_j) v_j. The published
+    code contracts over a chunk of the sequence instead, future included; this form sees one token.
+    """
+
+    num_experts: int
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        shape = (x_BLD.shape[-1], 3, self.num_experts)
+        w_D3E = weight(self, "qkv", shape, ("embed", None, None), x_BLD.shape[-1] ** -0.5)
+        qkv_BL3E = jnp.einsum("BLD,DiE->BLiE", x_BLD, w_D3E)
+        q_BLE, k_BLE, v_BLE = qkv_BL3E[:, :, 0], qkv_BL3E[:, :, 1], qkv_BL3E[:, :, 2]
+        affinity_BLEE = jax.nn.softmax(q_BLE[..., :, None] * k_BLE[..., None, :], axis=-1)
+        return jnp.einsum("BLij,BLj->BLi", affinity_BLEE, v_BLE)
 
 
 def _newest(_: Any, new: Any) -> Any:

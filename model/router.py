@@ -1,14 +1,24 @@
 """Which experts a token goes to, and with which weight.
 
-T tokens, E experts, K experts per token.
+T tokens, E experts, N null experts, K choices per token, J groups of experts.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from configs.base import RouterConfig
+from configs.architecture import RouterConfig
+
+
+class RouterState(struct.PyTreeNode):
+    """What a router learns without gradients: the collection router_state of a checkpoint."""
+
+    bias_E: jax.Array
+    """float32, added to the scores for the choice of experts; gates don't see it."""
+    null_logit: jax.Array
+    """float32 [], the logit of each null expert."""
 
 
 class Routing(NamedTuple):
@@ -18,35 +28,115 @@ class Routing(NamedTuple):
     """float32, 0 where the id is -1."""
     counts_E: jax.Array
     """Choices each expert received, int32."""
+    probabilities_TE: jax.Array
+    """float32, the scores scaled to sum to 1: what losses and figures judge."""
+    scores_TE: jax.Array
+    """float32, as the choice saw them, without bias."""
+    threshold_T: jax.Array
+    """float32, the best biased score that was not chosen; -inf where everything was."""
+
+
+def initial_state(num_experts: int) -> RouterState:
+    return RouterState(jnp.zeros(num_experts, jnp.float32), jnp.zeros((), jnp.float32))
+
+
+def needs_state(config: RouterConfig) -> bool:
+    """Whether anything in a RouterState is ever other than zero."""
+    return config.balance != "none" or config.num_null_experts > 0
 
 
 def route(
-    router_logits_TE: jax.Array, config: RouterConfig, is_token_T: jax.Array | None = None
+    router_logits_TE: jax.Array,
+    config: RouterConfig,
+    state: RouterState | None = None,
+    *,
+    is_token_T: jax.Array | None = None,
+    preference_E: jax.Array | None = None,
 ) -> Routing:
-    """Returns each token's top_k experts by softmax score, best first, and their gates.
+    """Returns each token's experts, best first, and their gates.
 
-    Gates are the scores of the chosen experts, scaled to sum to 1 where config.normalize_gates
-    (Mixtral, 2024; without it OLMoE, 2024). Ties go to the lower id.
+    The choice is by score plus state.bias plus preference; gates are the scores alone of what was
+    chosen (DeepSeek-V3, 2024, section 2.1.2), scaled to sum to 1 where config.normalize_gates
+    (Mixtral; without it OLMoE), times gate_scale. Null experts take part in the choice with
+    state.null_logit, each at most once; what falls on them is id -1, and the gates of the others
+    sum to 1. Ties go to the lower id, real experts before null ones.
 
     Args:
       router_logits_TE: float32 [T, E].
+      state: needed where `needs_state`; its bias has no gradient.
       is_token_T: bool [T]; False marks padding, which goes nowhere.
+      preference_E: float32 [E] or [T, E], a bias the caller adds to the choice.
     Raises:
-      ValueError: logits that are not float32, or fewer experts than top_k.
+      ValueError: logits that are not float32, fewer experts than top_k, or no state where needed.
     """
     num_experts = router_logits_TE.shape[1]
     if router_logits_TE.dtype != jnp.float32:
         raise ValueError(f"router_logits must be float32, got {router_logits_TE.dtype}")
-    if config.top_k > num_experts:
+    if config.top_k > num_experts + config.num_null_experts:
         raise ValueError(f"top_k={config.top_k} must not exceed the {num_experts} experts")
-    scores_TE = jax.nn.softmax(router_logits_TE, axis=-1)
-    gates_TK, expert_ids_TK = jax.lax.top_k(scores_TE, config.top_k)
-    if config.normalize_gates:
-        gates_TK = gates_TK / gates_TK.sum(axis=-1, keepdims=True)
+    if state is None and needs_state(config):
+        raise ValueError("this router needs its state: pass the collection router_state")
+    logits, biases = router_logits_TE, []
+    if state is not None:
+        nulls = jnp.broadcast_to(state.null_logit, (logits.shape[0], config.num_null_experts))
+        logits = jnp.concatenate([logits, nulls], axis=1)
+        biases.append(jax.lax.stop_gradient(state.bias_E))
+    scores = _scores(logits, config.scores)
+    scores_TE = scores[:, :num_experts]
+    if preference_E is not None:
+        biases.append(preference_E)
+    choice_TE = sum((jnp.broadcast_to(b, scores_TE.shape) for b in biases), scores_TE)
+    if config.num_groups is not None and config.top_groups is not None:
+        choice_TE = _keep_best_groups(choice_TE, config.num_groups, config.top_groups)
+    choice = jnp.concatenate([choice_TE, scores[:, num_experts:]], axis=1)
+    ids_TK, threshold_T = _choose(choice, config.top_k)
+
+    is_real_TK = ids_TK < num_experts
     if is_token_T is not None:
-        expert_ids_TK = jnp.where(is_token_T[:, None], expert_ids_TK, -1)
-        gates_TK = jnp.where(is_token_T[:, None], gates_TK, 0.0)
+        is_real_TK &= is_token_T[:, None]
+    ids_TK = jnp.where(is_real_TK, ids_TK, -1)
+    gates_TK = jnp.take_along_axis(scores_TE, jnp.maximum(ids_TK, 0), axis=1)
+    gates_TK = jnp.where(is_real_TK, gates_TK, 0.0)
+    if config.normalize_gates:
+        gates_TK /= jnp.maximum(gates_TK.sum(axis=-1, keepdims=True), 1e-20)
     counts_E = jnp.bincount(
-        jnp.where(expert_ids_TK < 0, num_experts, expert_ids_TK).reshape(-1), length=num_experts + 1
+        jnp.where(is_real_TK, ids_TK, num_experts).reshape(-1), length=num_experts + 1
     )
-    return Routing(expert_ids_TK, gates_TK, counts_E[:-1].astype(jnp.int32))
+    return Routing(
+        expert_ids_TK=ids_TK,
+        gates_TK=config.gate_scale * gates_TK,
+        counts_E=counts_E[:-1].astype(jnp.int32),
+        probabilities_TE=_probabilities(router_logits_TE, scores_TE, config),
+        scores_TE=scores_TE,
+        threshold_T=threshold_T,
+    )
+
+
+def _scores(logits: jax.Array, kind: str) -> jax.Array:
+    if kind == "softmax":
+        return jax.nn.softmax(logits, axis=-1)
+    return jax.nn.sigmoid(logits) if kind == "sigmoid" else jnp.sqrt(jax.nn.softplus(logits))
+
+
+def _probabilities(logits_TE: jax.Array, scores_TE: jax.Array, config: RouterConfig) -> jax.Array:
+    if config.scores == "softmax":
+        return jax.nn.softmax(logits_TE, axis=-1) if config.num_null_experts else scores_TE
+    return scores_TE / jnp.maximum(scores_TE.sum(axis=-1, keepdims=True), 1e-20)
+
+
+def _keep_best_groups(choice_TE: jax.Array, num_groups: int, top_groups: int) -> jax.Array:
+    """-inf outside each token's best groups; a group's score is the sum of its best two."""
+    tokens, num_experts = choice_TE.shape
+    choice_TJE = choice_TE.reshape(tokens, num_groups, num_experts // num_groups)
+    group_TJ = jax.lax.top_k(choice_TJE, 2)[0].sum(axis=-1)
+    _, best_TG = jax.lax.top_k(group_TJ, top_groups)
+    is_best_TJ = jax.nn.one_hot(best_TG, num_groups, dtype=jnp.bool_).any(axis=1)
+    return jnp.where(is_best_TJ[:, :, None], choice_TJE, -jnp.inf).reshape(tokens, num_experts)
+
+
+def _choose(choice: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """The ids of the best top_k of each row, and the value of the next one."""
+    values, ids = jax.lax.top_k(choice, min(top_k + 1, choice.shape[1]))
+    if values.shape[1] == top_k:
+        return ids, jnp.full(ids.shape[:1], -jnp.inf)
+    return ids[:, :top_k], values[:, top_k]

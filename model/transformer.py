@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.base import DenseConfig, ExecutionConfig, LayerSpec, ModelConfig
+from configs.architecture import DenseConfig, LayerSpec, ModelConfig
+from configs.base import ExecutionConfig
 from model.attention.grouped_query import GroupedQueryAttention
-from model.cache import LayerCache
+from model.cache import BlockCache
 from model.layers import RMSNorm, SwiGLU, weight
 from model.moe import MoE
 from parallel.sharding import constrain
@@ -22,8 +23,8 @@ MAX_UNROLLED_PERIODS = 4
 step. Deeper models are scanned, so that compile time does not grow with depth.
 """
 
-Cache = tuple[LayerCache, ...]
-"""One LayerCache per layer of the pattern, stacked over the periods in dim 0."""
+Cache = tuple[BlockCache, ...]
+"""One BlockCache per layer of the pattern, stacked over the periods in dim 0."""
 
 
 def document_segments(positions_BL: jax.Array) -> jax.Array:
@@ -47,22 +48,26 @@ class Block(nn.Module):
         x_BLD: jax.Array,
         positions_BL: jax.Array,
         segments_BL: jax.Array,
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+        cache: BlockCache | None,
+    ) -> tuple[jax.Array, BlockCache | None]:
         attention, ffn, eps = self.spec.attention, self.spec.ffn, self.model.norm_eps
         # Outputs of 2 * num_layers branches add up on the residual stream (GPT-2's scaling).
         depth_scale = (2 * self.model.num_layers) ** -0.5
         heads_width = attention.num_heads * attention.head_dim
-        update_BLD, cache = GroupedQueryAttention(
+        attention_cache, router_cache = (cache.attention, cache.router) if cache else (None, None)
+        update_BLD, attention_cache = GroupedQueryAttention(
             attention, self.execution, depth_scale * heads_width**-0.5, name="attention"
-        )(RMSNorm(eps, name="attention_norm")(x_BLD), positions_BL, segments_BL, cache)
+        )(RMSNorm(eps, name="attention_norm")(x_BLD), positions_BL, segments_BL, attention_cache)
         x_BLD = constrain(x_BLD + update_BLD, "batch", "length", None)
         h_BLD = RMSNorm(eps, name="ffn_norm")(x_BLD)
         out_stddev = depth_scale * ffn.d_ff**-0.5
         if isinstance(ffn, DenseConfig):
             update_BLD = SwiGLU(ffn, out_stddev, name="ffn")(h_BLD)
         else:
-            update_BLD = MoE(ffn, self.execution, out_stddev, name="moe")(h_BLD, positions_BL >= 0)
+            update_BLD, router_cache = MoE(ffn, self.execution, out_stddev, name="moe")(
+                h_BLD, positions_BL, segments_BL, router_cache
+            )
+        cache = None if attention_cache is None else BlockCache(attention_cache, router_cache)
         return constrain(x_BLD + update_BLD, "batch", "length", None), cache
 
 
@@ -122,7 +127,7 @@ class Transformer(nn.Module):
             period = nn.remat(Period, prevent_cse=False)
         self.periods = nn.scan(
             period,
-            variable_axes={"params": 0, "router": 0},
+            variable_axes={"params": 0, "router_state": 0, "router": 0},
             split_rngs={"params": True},
             in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),
             length=c.num_periods,
@@ -154,40 +159,53 @@ class Transformer(nn.Module):
         return constrain(w_DV, None, "vocab")
 
 
+Variables = dict[str, Any]
+"""{"params": float32 masters, "router_state": what routers learn without gradients}; the latter is
+empty where no router has any."""
+
+
 def hidden_states(
     model: Transformer,
-    params: Any,
+    variables: Variables,
     tokens_BL: jax.Array | np.ndarray,
     positions_BL: jax.Array | np.ndarray,
     cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """The model with these parameters: see Transformer."""
-    return cast(Any, model.apply({"params": params}, tokens_BL, positions_BL, cache))
+    """The model with these variables: see Transformer."""
+    return cast(Any, model.apply(variables, tokens_BL, positions_BL, cache))
 
 
 def hidden_and_router(
-    model: Transformer, params: Any, tokens_BL: jax.Array, positions_BL: jax.Array
+    model: Transformer, variables: Variables, tokens_BL: jax.Array, positions_BL: jax.Array
 ) -> tuple[jax.Array, dict[str, Any]]:
     """As `hidden_states` without a cache, and what the layers sowed (the collection "router")."""
-    outputs: Any = model.apply({"params": params}, tokens_BL, positions_BL, mutable=["router"])
-    (hidden_BLD, _), variables = outputs
-    return hidden_BLD, variables
+    outputs: Any = model.apply(variables, tokens_BL, positions_BL, mutable=["router"])
+    (hidden_BLD, _), sown = outputs
+    return hidden_BLD, sown
 
 
-def output_weights(model: Transformer, params: Any) -> jax.Array:
-    """The output layer with these parameters, [D, V] in the compute dtype."""
-    return cast(jax.Array, model.apply({"params": params}, method="unembedding"))
+def output_weights(model: Transformer, variables: Variables) -> jax.Array:
+    """The output layer with these variables, [D, V] in the compute dtype."""
+    return cast(jax.Array, model.apply(variables, method="unembedding"))
 
 
-def abstract_variables(model: Transformer) -> tuple[Any, Any]:
-    """Parameters as ShapeDtypeStructs and the tree of their logical axes; nothing is allocated."""
+def abstract_variables(model: Transformer) -> tuple[Variables, Variables]:
+    """Variables as ShapeDtypeStructs and the tree of their logical axes; nothing is allocated."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
-    axes = jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, tuple))
+    boxed = _kept(jax.eval_shape(model.init, jax.random.key(0), tokens, tokens))
+    specs = nn.get_partition_spec(boxed["params"])
+    axes = {
+        "params": jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, tuple)),
+        "router_state": jax.tree.map(lambda x: (None,) * x.ndim, boxed["router_state"]),
+    }
     return nn.unbox(boxed), axes
 
 
-def init_params(model: Transformer, seed: int) -> Any:
-    """Fresh parameters; to be jitted with out_shardings, so that each device makes its own part."""
+def init_variables(model: Transformer, seed: int) -> Variables:
+    """Fresh variables; to be jitted with out_shardings, so that each device makes its own part."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return nn.unbox(model.init(jax.random.key(seed), tokens, tokens)["params"])
+    return nn.unbox(_kept(model.init(jax.random.key(seed), tokens, tokens)))
+
+
+def _kept(variables: Any) -> Variables:
+    return {"params": variables["params"], "router_state": variables.get("router_state", {})}

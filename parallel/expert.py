@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from configs.base import UserError
+from configs.checks import UserError
 from parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR, axis_sizes
 
 Transport = Literal["gather", "all_to_all"]

@@ -5,7 +5,7 @@ import math
 import jax
 from jax.sharding import AxisType, Mesh
 
-from configs.base import UserError
+from configs.checks import UserError
 
 DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from configs.base import UserError
+from configs.checks import UserError
 from parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR
 
 RULES: dict[str, str | tuple[str, ...] | None] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from configs.base import UserError
+from configs.checks import UserError
 from configs.cli import describe_runs
 from train.metrics import TrainingAlarm
 

@@ -34,8 +34,8 @@ def teacher_of(run_dir: Path):
     teacher_run = read_run(run_dir)
 
     def load(mesh: Mesh) -> Teacher:
-        model, params = load_model(teacher_run, run_dir, mesh)
-        return Teacher(model, params, teacher_run, latest_step(run_dir / "checkpoints") or 0)
+        model, variables = load_model(teacher_run, run_dir, mesh)
+        return Teacher(model, variables, teacher_run, latest_step(run_dir / "checkpoints") or 0)
 
     return teacher_run, load
 

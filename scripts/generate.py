@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     sampling = Sampling(arguments.temperature, arguments.top_p)
     run = read_run(arguments.run_dir)
-    model, params = load_model(run, arguments.run_dir)
+    model, variables = load_model(run, arguments.run_dir)
     tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
     ids: list[int] = []
     shown = 0
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     prompt = [END_OF_TEXT_ID, *tokenizer.encode(arguments.prompt).ids]
     result = generate(
         model,
-        params,
+        variables,
         [prompt],
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,

@@ -5,7 +5,7 @@ Parameters are the model's own tree; everything is float64.
 
 import numpy as np
 
-from configs.base import AttentionConfig, DenseConfig, ModelConfig, MoEConfig
+from configs.architecture import AttentionConfig, DenseConfig, ModelConfig, MoEConfig
 
 
 def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.ndarray):
@@ -22,7 +22,10 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
             if isinstance(spec.ffn, DenseConfig):
                 x = x + np.stack([swiglu(t, **layer["ffn"]) for t in h])
             else:
-                x = x + np.stack([moe(t, layer["moe"], spec.ffn) for t in h])
+                logits = router_logits(h, layer["moe"], spec.ffn, positions, documents)
+                x = x + np.stack(
+                    [moe(t, row, layer["moe"], spec.ffn) for t, row in zip(h, logits, strict=True)]
+                )
     x = rms_norm(x, params["final_norm"]["scale"], config.norm_eps)
     w = params["embedding"].T if config.tie_embeddings else params["output"]
     return x, x @ w
@@ -46,7 +49,7 @@ def rotate(vector, position, base):
 
 def attention(x, w, config: AttentionConfig, positions, documents):
     length, (_, heads, width) = len(x), w["q"].shape
-    out = np.zeros_like(x)
+    out = np.zeros((length, w["o"].shape[-1]))
     for i in range(length):
         for head in range(heads):
             group = head // (heads // config.num_kv_heads)
@@ -73,8 +76,22 @@ def swiglu(x, gate_up, down):
     return (gate / (1 + np.exp(-gate)) * up) @ down
 
 
-def moe(x, w, config: MoEConfig):
-    logits = x @ w["router"]
+def router_logits(x, w, config: MoEConfig, positions, documents):
+    context = config.router.context
+    if context is None:
+        return x @ w["router"]
+    if context.kind == "causal":
+        seen = attention(x, w["context"], context.attention(), positions, documents)
+        return x @ w["router"] + seen
+    out = []
+    for t in x:
+        q, k, v = (t @ w["correlation"]["qkv"][:, i] for i in range(3))
+        affinity = np.exp(np.outer(q, k))
+        out.append(affinity / affinity.sum(1, keepdims=True) @ v)
+    return np.stack(out)
+
+
+def moe(x, logits, w, config: MoEConfig):
     scores = np.exp(logits - logits.max())
     scores /= scores.sum()
     chosen = np.argsort(-scores, kind="stable")[: config.router.top_k]

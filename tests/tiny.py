@@ -3,18 +3,20 @@
 import dataclasses
 from pathlib import Path
 
-from configs.base import (
+from configs.architecture import (
     AttentionConfig,
-    CheckpointConfig,
-    DataConfig,
     DenseConfig,
-    ExecutionConfig,
     LayerSpec,
-    MeshConfig,
     ModelConfig,
     MoEConfig,
-    OptimizerConfig,
     RouterConfig,
+)
+from configs.base import (
+    CheckpointConfig,
+    DataConfig,
+    ExecutionConfig,
+    MeshConfig,
+    OptimizerConfig,
     RunConfig,
 )
 

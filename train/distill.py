@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.base import DistillConfig, RunConfig, UserError
+from configs.base import DistillConfig, RunConfig
+from configs.checks import UserError
 from data.packing import PackedRows
 from data.pipeline import prepare_corpus
-from model.transformer import Transformer, hidden_states, output_weights
+from model.transformer import Transformer, Variables, hidden_states, output_weights
 from train.loop import Extend, FitResult, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation
 
@@ -30,7 +31,7 @@ from train.losses import ChunkLoss, full_distillation, top_k_distillation
 @dataclass(frozen=True)
 class Teacher:
     model: Transformer
-    params: Any
+    variables: Variables
     run: RunConfig
     step: int
     """Steps it was trained for."""
@@ -99,14 +100,14 @@ def _with_hidden(teacher: Teacher) -> Extend:
     """Adds the teacher's hidden states; its logits are made chunk by chunk inside the loss."""
 
     @jax.jit
-    def look(params, tokens_BL, positions_BL):
-        hidden_BLD, _ = hidden_states(teacher.model, params, tokens_BL, positions_BL)
+    def look(variables, tokens_BL, positions_BL):
+        hidden_BLD, _ = hidden_states(teacher.model, variables, tokens_BL, positions_BL)
         return hidden_BLD
 
-    w_DV = jax.jit(functools.partial(output_weights, teacher.model))(teacher.params)
+    w_DV = jax.jit(functools.partial(output_weights, teacher.model))(teacher.variables)
 
     def extend(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        hidden_BLD = look(teacher.params, batch["tokens"], batch["positions"])
+        hidden_BLD = look(teacher.variables, batch["tokens"], batch["positions"])
         return {**batch, "teacher_hidden": hidden_BLD, "shared": w_DV}
 
     return extend
@@ -118,9 +119,9 @@ def _with_top_k(teacher: Teacher, config: DistillConfig) -> Extend:
     assert top_k is not None
 
     @jax.jit
-    def look(params, tokens_BL, positions_BL):
-        hidden_BLD, _ = hidden_states(teacher.model, params, tokens_BL, positions_BL)
-        w_DV = output_weights(teacher.model, params)
+    def look(variables, tokens_BL, positions_BL):
+        hidden_BLD, _ = hidden_states(teacher.model, variables, tokens_BL, positions_BL)
+        w_DV = output_weights(teacher.model, variables)
         batch, length, width = hidden_BLD.shape
         pieces = hidden_BLD.reshape(batch, chunks, length // chunks, width).swapaxes(0, 1)
 
@@ -138,7 +139,7 @@ def _with_top_k(teacher: Teacher, config: DistillConfig) -> Extend:
         return tuple(x.swapaxes(0, 1).reshape(batch, length, -1) for x in pieces)
 
     def extend(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        ids, log_probs = look(teacher.params, batch["tokens"], batch["positions"])
+        ids, log_probs = look(teacher.variables, batch["tokens"], batch["positions"])
         return {**batch, "teacher_ids": ids, "teacher_log_probs": log_probs}
 
     return extend

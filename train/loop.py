@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from checkpoint.run_directory import open_run_dir
 from checkpoint.store import CheckpointStore, abstract_like
-from configs.base import MoEConfig, RunConfig
+from configs.architecture import MoEConfig
+from configs.base import RunConfig
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec

@@ -14,8 +14,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from configs.base import ModelConfig, MoEConfig
-from model.balance import RouterStats, load_balance_loss
+from configs.architecture import ModelConfig, MoEConfig
+from model.balance import RouterStats, load_balance_loss, token_expert_information
 
 ChunkLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 """(logits_BcV float32, the chunk's inputs, shared) -> (loss summed over tokens, sums to report)."""
@@ -183,18 +183,18 @@ LayerStats = dict[str, RouterStats]
 """By layer of the pattern ("layer_0", ...); every array stacked over the periods in dim 0."""
 
 
-def collect_router_stats(variables: dict[str, Any], config: ModelConfig) -> LayerStats:
+def collect_router_stats(sown: dict[str, Any], config: ModelConfig) -> LayerStats:
     """What the MoE layers sowed in one forward pass."""
     if not any(isinstance(spec.ffn, MoEConfig) for spec in config.pattern):
         return {}
-    layers = variables["router"]["periods"]
+    layers = sown["router"]["periods"]
     return {name: layer["moe"]["stats"] for name, layer in sorted(layers.items())}
 
 
 def auxiliary_loss(
     stats: LayerStats, config: ModelConfig, earlier_counts: dict[str, jax.Array]
 ) -> jax.Array:
-    """The sum over MoE layers of weighted load-balance and z losses.
+    """The sum over MoE layers of their routers' weighted losses.
 
     Args:
       earlier_counts: counts [periods, E] of the micro-batches before this one in the same step, so
@@ -203,10 +203,20 @@ def auxiliary_loss(
     """
     total = jnp.float32(0.0)
     for name, layer in stats.items():
-        ffn = config.pattern[int(name.removeprefix("layer_"))].ffn
-        assert isinstance(ffn, MoEConfig)
+        router = moe_config(config, name).router
         counts = layer.counts_E + earlier_counts[name]
         balance = jax.vmap(load_balance_loss)(counts, layer.mean_scores_E).sum()
-        total += ffn.router.load_balance_weight * balance
-        total += ffn.router.z_loss_weight * layer.z_loss.sum()
+        total += router.load_balance_weight * balance
+        total += router.z_loss_weight * layer.z_loss.sum()
+        total += router.sequence_weight * layer.sequence_balance.sum()
+        if router.entropy_weight:
+            information = jax.vmap(token_expert_information)(layer.mean_scores_E, layer.entropy)
+            total -= router.entropy_weight * information.sum()
     return total
+
+
+def moe_config(config: ModelConfig, layer: str) -> MoEConfig:
+    """The MoE layer of the pattern that has this name ("layer_0", ...)."""
+    ffn = config.pattern[int(layer.removeprefix("layer_"))].ffn
+    assert isinstance(ffn, MoEConfig)
+    return ffn

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from configs.base import AlarmConfig, ModelConfig, MoEConfig, UserError
+from configs.architecture import ModelConfig, MoEConfig
+from configs.base import AlarmConfig
+from configs.checks import UserError
 
 LOAD_RECORDS = 200
 """Steps of a run that log every expert's load: enough for a picture, whatever the run's length."""

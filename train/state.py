@@ -9,7 +9,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.base import RunConfig
-from model.transformer import Transformer, abstract_variables, init_params
+from model.transformer import Transformer, Variables, abstract_variables, init_variables
 from parallel.sharding import tree_shardings
 from train.optim import make_optimizer, make_schedule, state_shardings
 
@@ -19,7 +19,13 @@ class TrainState(struct.PyTreeNode):
     """Optimiser steps done, int32."""
     params: Any
     """Float32 masters."""
+    router_state: Any
+    """What routers learn without gradients; empty where none has any."""
     opt_state: Any
+
+    @property
+    def variables(self) -> Variables:
+        return {"params": self.params, "router_state": self.router_state}
 
 
 class Trainee(struct.PyTreeNode):
@@ -43,10 +49,11 @@ def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Traine
       UserError: the mesh does not divide a dimension it splits.
     """
     model = Transformer(run.model, run.execution)
-    abstract_params, logical_axes = abstract_variables(model)
-    param_shardings = tree_shardings(mesh, logical_axes, abstract_params)
+    variables, logical_axes = abstract_variables(model)
+    shardings = tree_shardings(mesh, logical_axes, variables)
+    params = variables["params"]
     schedule = make_schedule(run.optimizer, run.steps)
-    optimizer = make_optimizer(run.optimizer, schedule, logical_axes)
+    optimizer = make_optimizer(run.optimizer, schedule, logical_axes["params"])
     replicated = NamedSharding(mesh, PartitionSpec())
     return Trainee(
         model=model,
@@ -54,13 +61,13 @@ def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Traine
         schedule=schedule,
         abstract_state=TrainState(
             step=jax.ShapeDtypeStruct((), jnp.int32),
-            params=abstract_params,
-            opt_state=jax.eval_shape(optimizer.init, abstract_params),
+            **variables,
+            opt_state=jax.eval_shape(optimizer.init, params),
         ),
         shardings=TrainState(
             step=replicated,
-            params=param_shardings,
-            opt_state=state_shardings(optimizer, abstract_params, param_shardings, replicated),
+            **shardings,
+            opt_state=state_shardings(optimizer, params, shardings["params"], replicated),
         ),
     )
 
@@ -69,7 +76,8 @@ def init_state(trainee: Trainee, seed: int) -> TrainState:
     """Fresh parameters and optimiser state, each part made on the device that keeps it."""
 
     def init() -> TrainState:
-        params = init_params(trainee.model, seed)
-        return TrainState(jnp.int32(0), params, trainee.optimizer.init(params))
+        variables = init_variables(trainee.model, seed)
+        opt_state = trainee.optimizer.init(variables["params"])
+        return TrainState(step=jnp.int32(0), **variables, opt_state=opt_state)
 
     return jax.jit(init, out_shardings=trainee.shardings)()

@@ -4,22 +4,26 @@ B rows of a micro-batch, A micro-batches, L length, D d_model, V vocab, E expert
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from configs.base import MoEConfig, RunConfig
-from model.balance import RouterStats, load_figures, merge_stats
+from configs.architecture import MoEConfig
+from configs.base import RunConfig
+from model.balance import RouterStats, load_figures, merge_stats, updated_state
 from model.transformer import hidden_and_router, output_weights
 from parallel.sharding import constrain
 from train.losses import (
     ChunkLoss,
+    LayerStats,
     auxiliary_loss,
     chunked_loss,
     collect_router_stats,
     cross_entropy,
+    moe_config,
 )
 from train.state import Trainee, TrainState
 
@@ -43,46 +47,53 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = _gradients(run, trainee, chunk_loss, state.params, batch)
+        grads, metrics, stats = _gradients(run, trainee, chunk_loss, state, batch)
         updates, opt_state = trainee.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.float32(trainee.schedule(state.step)),
+            "router": {name: _layer_metrics(layer) for name, layer in stats.items()},
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            router_state=_updated_routers(run, state.router_state, stats),
+            opt_state=opt_state,
+        )
+        return new_state, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(trainee.shardings, None))
 
 
 def _gradients(
-    run: RunConfig, trainee: Trainee, chunk_loss: ChunkLoss, params: Any, batch: Batch
-) -> tuple[Any, Metrics]:
+    run: RunConfig, trainee: Trainee, chunk_loss: ChunkLoss, state: TrainState, batch: Batch
+) -> tuple[Any, Metrics, LayerStats]:
     """Gradients of the mean objective over the whole batch plus the auxiliary losses."""
     shared = batch.get("shared")
     rows = {name: x for name, x in batch.items() if name not in ("shared", "row")}
     num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
 
     def loss(params, micro, earlier_counts):
-        hidden_BLD, variables = hidden_and_router(
-            trainee.model, params, micro["tokens"], micro["positions"]
+        variables = {"params": params, "router_state": state.router_state}
+        hidden_BLD, sown = hidden_and_router(
+            trainee.model, variables, micro["tokens"], micro["positions"]
         )
-        w_DV = output_weights(trainee.model, params)
+        w_DV = output_weights(trainee.model, variables)
         inputs = {k: v for k, v in micro.items() if k not in ("tokens", "positions")}
         objective, sums = chunked_loss(
             chunk_loss, hidden_BLD, w_DV, inputs, shared, run.execution.logits_chunks
         )
-        stats = collect_router_stats(variables, run.model)
+        stats = collect_router_stats(sown, run.model)
         auxiliary = auxiliary_loss(stats, run.model, earlier_counts) / run.accumulation
         sums = jax.tree.map(lambda x: x / num_targets, sums | {"loss": objective})
         return objective / num_targets + auxiliary, (sums | {"auxiliary": auxiliary}, stats)
 
     grad: Callable[..., Any] = jax.grad(loss, has_aux=True)
     if run.accumulation == 1:
-        grads, (sums, stats) = grad(params, rows, _no_counts(run))
+        grads, (sums, stats) = grad(state.params, rows, _no_counts(run))
     else:
-        grads, sums, stats = _accumulate(run, grad, params, rows)
-    return grads, sums | {"router": {k: _layer_metrics(v) for k, v in stats.items()}}
+        grads, sums, stats = _accumulate(run, grad, state.params, rows)
+    return grads, sums, stats
 
 
 def _accumulate(run: RunConfig, grad: Callable, params: Any, rows: Batch) -> tuple[Any, Any, Any]:
@@ -110,6 +121,18 @@ def _no_counts(run: RunConfig) -> dict[str, jax.Array]:
         for i, spec in enumerate(run.model.pattern)
         if isinstance(spec.ffn, MoEConfig)
     }
+
+
+def _updated_routers(run: RunConfig, router_state: Any, stats: LayerStats) -> Any:
+    """Each layer's router after this step, in the tree of the collection router_state."""
+    if not router_state:
+        return router_state
+    layers = {}
+    for name, layer in router_state["periods"].items():
+        config = moe_config(run.model, name).router
+        update = jax.vmap(partial(updated_state, config=config))
+        layers[name] = {"moe": {"state": update(layer["moe"]["state"], stats[name])}}
+    return {"periods": layers}
 
 
 def _layer_metrics(stats: RouterStats) -> Metrics:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from configs.base import UserError
+from configs.checks import UserError
 from data.corpora import name_hash
 from evals.tasks.base import Result, Subject
 

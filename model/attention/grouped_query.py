@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from configs.base import AttentionConfig, ExecutionConfig
+from configs.architecture import AttentionConfig
+from configs.base import ExecutionConfig
 from kernels.window_attention import masked_attention, visible, window_attention
 from model.cache import LayerCache, append
 from model.layers import rope, weight
@@ -19,6 +20,8 @@ class GroupedQueryAttention(nn.Module):
     config: AttentionConfig
     execution: ExecutionConfig
     out_stddev: float
+    out_features: int | None = None
+    """Width of the result; None is d_model."""
 
     @nn.compact
     def __call__(
@@ -46,8 +49,8 @@ class GroupedQueryAttention(nn.Module):
         w_o_HCD = weight(
             self,
             "o",
-            (c.num_heads, c.head_dim, d_model),
-            ("heads", "head_dim", "embed"),
+            (c.num_heads, c.head_dim, self.out_features or d_model),
+            ("heads", "head_dim", None if self.out_features else "embed"),
             self.out_stddev,
         )
         q_BLHC = jnp.einsum("BLD,DHC->BLHC", x_BLD, w_q_DHC.astype(dtype))

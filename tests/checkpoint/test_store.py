@@ -9,8 +9,8 @@ import pytest
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from checkpoint.store import CheckpointStore, abstract_like, latest_step, restore_params
-from configs.base import UserError
+from checkpoint.store import CheckpointStore, abstract_like, latest_step, restore_variables
+from configs.checks import UserError
 from data.pipeline import batches, prepare_corpus
 from parallel.mesh import make_mesh
 from tests import tiny
@@ -73,9 +73,9 @@ def test_a_save_in_the_background_keeps_the_values_of_its_step(tmp_path, file):
             for _ in range(3):
                 big = advance(big)
     abstract = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
-    params, found = restore_params(tmp_path, abstract)
+    variables, found = restore_variables(tmp_path, {"params": abstract})
     assert found == 4
-    np.testing.assert_array_equal(params["w"], 13.0)  # 3 x 4 advances, then one
+    np.testing.assert_array_equal(variables["params"]["w"], 13.0)  # 3 x 4 advances, then one
 
 
 def test_only_the_newest_are_kept(tmp_path, file):
@@ -90,9 +90,10 @@ def test_only_the_newest_are_kept(tmp_path, file):
 def test_parameters_alone_without_the_rest(tmp_path, file):
     with CheckpointStore(tmp_path, keep=1) as store:
         store.save(3, place(make_mesh(1, 8, 1), 3), iterator_of(file))
-    params, step = restore_params(tmp_path, layout(make_mesh()).params)
+    abstract = {"params": layout(make_mesh()).params}
+    variables, step = restore_variables(tmp_path, abstract)
     assert step == 3
-    np.testing.assert_array_equal(params["w"], np.arange(64).reshape(8, 8) + 3)
+    np.testing.assert_array_equal(variables["params"]["w"], np.arange(64).reshape(8, 8) + 3)
 
 
 def test_leftovers_of_an_interrupted_save_are_cleared(tmp_path, file):
@@ -121,7 +122,7 @@ def test_a_truncated_checkpoint_is_named_with_what_to_do(tmp_path, file, share, 
     ):
         store.restore(layout(make_mesh()), iterator_of(file))
     with pytest.raises(UserError, match="can't be read"):
-        restore_params(tmp_path, layout(make_mesh()).params)
+        restore_variables(tmp_path, {"params": layout(make_mesh()).params})
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -133,6 +134,6 @@ def test_other_shapes_are_refused(tmp_path, file):
         "b": jax.ShapeDtypeStruct((3,), jnp.float32),
     }
     with pytest.raises(UserError, match="can't be read"):
-        restore_params(tmp_path, wrong)
+        restore_variables(tmp_path, {"params": wrong})
     with pytest.raises(UserError, match="holds no checkpoint"):
-        restore_params(tmp_path / "empty", wrong)
+        restore_variables(tmp_path / "empty", {"params": wrong})

@@ -6,19 +6,11 @@ import json
 import pytest
 
 from configs import runs
-from configs.base import (
-    AttentionConfig,
-    DistillConfig,
-    ExecutionConfig,
-    MeshConfig,
-    OptimizerConfig,
-    RunConfig,
-    UserError,
-    differences,
-    from_json,
-    to_json,
-)
+from configs.architecture import AttentionConfig
+from configs.base import DistillConfig, ExecutionConfig, MeshConfig, OptimizerConfig, RunConfig
+from configs.checks import UserError
 from configs.cli import describe_runs, known_runs, load_run
+from configs.serialization import differences, from_json, to_json
 from tests import tiny
 
 

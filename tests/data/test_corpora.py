@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.base import UserError
+from configs.checks import UserError
 from data.corpora import Document, name_hash, read_documents, split
 from data.packing import PackedRows, document_positions
 from data.pipeline import Corpus, prepare_corpus

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from configs.base import UserError
+from configs.checks import UserError
 from data.packing import PackedRows
 from data.pipeline import batches, prepare_corpus
 from tests import tiny

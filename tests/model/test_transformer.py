@@ -15,7 +15,7 @@ from model.transformer import (
     abstract_variables,
     hidden_and_router,
     hidden_states,
-    init_params,
+    init_variables,
     output_weights,
 )
 from parallel.mesh import make_mesh
@@ -28,7 +28,7 @@ DECODE_TOLERANCE = 1e-4  # float32, sums over cached keys in another order
 
 
 @pytest.fixture(scope="module")
-def params():
+def variables():
     """Random weights, norms included: all-one scales would hide a norm that is left out."""
     abstract, _ = abstract_variables(MODEL)
     random = np.random.RandomState(7)
@@ -42,16 +42,16 @@ def params():
 
 
 @jax.jit
-def forward(params, tokens, positions):
-    hidden, _ = hidden_states(MODEL, params, tokens, positions)
-    return hidden, hidden @ output_weights(MODEL, params)
+def forward(variables, tokens, positions):
+    hidden, _ = hidden_states(MODEL, variables, tokens, positions)
+    return hidden, hidden @ output_weights(MODEL, variables)
 
 
 @jax.jit
-def read(params, tokens, positions, cache):
+def read(variables, tokens, positions, cache):
     """Logits and the cache: prefill or decode."""
-    hidden, cache = hidden_states(MODEL, params, tokens, positions, cache)
-    return hidden @ output_weights(MODEL, params), cache
+    hidden, cache = hidden_states(MODEL, variables, tokens, positions, cache)
+    return hidden @ output_weights(MODEL, variables), cache
 
 
 def tokens_of(length: int, seed: int = 0, batch: int = 1) -> np.ndarray:
@@ -65,18 +65,18 @@ def positions_of(*documents: int, batch: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("documents", [(40,), (5, 1, 20, 14)])
-def test_equals_the_numpy_oracle(params, documents):
+def test_equals_the_numpy_oracle(variables, documents):
     tokens, positions = tokens_of(40), positions_of(*documents)
-    hidden, logits = forward(params, tokens, positions)
+    hidden, logits = forward(variables, tokens, positions)
     expected_hidden, expected_logits = oracle.transformer(
-        jax.device_get(params), CONFIG, tokens[0], positions[0]
+        jax.device_get(variables["params"]), CONFIG, tokens[0], positions[0]
     )
     # float32 through the layers against float64; activations are of order 1.
     np.testing.assert_allclose(hidden[0], expected_hidden, atol=2e-4)
     np.testing.assert_allclose(logits[0], expected_logits, atol=2e-3)
 
 
-def test_a_wrong_window_is_rejected_by_the_oracle(params):
+def test_a_wrong_window_is_rejected_by_the_oracle(variables):
     """Off by one in the window: the plausible mistake."""
     local = CONFIG.pattern[0]
     attention = dataclasses.replace(local.attention, window_size=local.attention.window_size + 1)
@@ -84,66 +84,68 @@ def test_a_wrong_window_is_rejected_by_the_oracle(params):
         CONFIG, pattern=(dataclasses.replace(local, attention=attention), CONFIG.pattern[1])
     )
     tokens, positions = tokens_of(40), positions_of(40)
-    hidden, _ = forward(params, tokens, positions)
-    expected, _ = oracle.transformer(jax.device_get(params), wrong, tokens[0], positions[0])
+    hidden, _ = forward(variables, tokens, positions)
+    expected, _ = oracle.transformer(
+        jax.device_get(variables["params"]), wrong, tokens[0], positions[0]
+    )
     assert np.abs(hidden[0] - expected).max() > 1e-3
 
 
-def test_packed_documents_do_not_see_each_other(params):
+def test_packed_documents_do_not_see_each_other(variables):
     first, second = tokens_of(17, 1), tokens_of(23, 2)
-    packed, _ = forward(params, np.concatenate([first, second], axis=1), positions_of(17, 23))
-    alone, _ = forward(params, second, positions_of(23))
+    packed, _ = forward(variables, np.concatenate([first, second], axis=1), positions_of(17, 23))
+    alone, _ = forward(variables, second, positions_of(23))
     np.testing.assert_allclose(packed[:, 17:], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("t", [0, 7, 12, 30])
-def test_future_tokens_change_no_logit_bitwise(params, t):
+def test_future_tokens_change_no_logit_bitwise(variables, t):
     """Including through the experts: a changed token moves other tokens to other rows of a tile."""
     tokens, positions = tokens_of(40, batch=2), positions_of(40, batch=2)
     changed = tokens.copy()
     changed[:, t + 1 :] = tokens_of(39 - t, 9, batch=2)
-    _, before = forward(params, tokens, positions)
-    _, after = forward(params, changed, positions)
+    _, before = forward(variables, tokens, positions)
+    _, after = forward(variables, changed, positions)
     np.testing.assert_array_equal(before[:, : t + 1], after[:, : t + 1])
     assert np.abs(np.asarray(before - after))[:, t + 1 :].max() > 0
 
 
 @pytest.mark.parametrize("prefill", [1, 5, 12, 14, 15, 29])
-def test_prefill_then_decode_equals_one_forward(params, prefill):
+def test_prefill_then_decode_equals_one_forward(variables, prefill):
     """At every position, across the window's edge (12) and the full ring (14 slots)."""
     length = 40
     tokens, positions = tokens_of(length, batch=2), positions_of(length, batch=2)
-    _, expected = forward(params, tokens, positions)
+    _, expected = forward(variables, tokens, positions)
 
     cache = init_cache(CONFIG, 2, length, "float32")
-    logits, cache = read(params, tokens[:, :prefill], positions[:, :prefill], cache)
+    logits, cache = read(variables, tokens[:, :prefill], positions[:, :prefill], cache)
     pieces = [logits]
     for i in range(prefill, length):
-        logits, cache = read(params, tokens[:, i : i + 1], positions[:, i : i + 1], cache)
+        logits, cache = read(variables, tokens[:, i : i + 1], positions[:, i : i + 1], cache)
         pieces.append(logits)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=DECODE_TOLERANCE)
 
 
-def test_prefill_in_chunks_longer_than_the_ring(params):
+def test_prefill_in_chunks_longer_than_the_ring(variables):
     tokens, positions = tokens_of(60), positions_of(60)
-    _, expected = forward(params, tokens, positions)
+    _, expected = forward(variables, tokens, positions)
     cache, pieces = init_cache(CONFIG, 1, 60, "float32"), []
     for begin in range(0, 60, 20):
         chunk = slice(begin, begin + 20)
-        logits, cache = read(params, tokens[:, chunk], positions[:, chunk], cache)
+        logits, cache = read(variables, tokens[:, chunk], positions[:, chunk], cache)
         pieces.append(logits)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=DECODE_TOLERANCE)
 
 
-def test_padding_is_invisible_and_unrouted(params):
+def test_padding_is_invisible_and_unrouted(variables):
     tokens, positions = tokens_of(20), positions_of(20)
     padded = np.pad(tokens, ((0, 0), (0, 12)))
     padded_positions = np.pad(positions, ((0, 0), (0, 12)), constant_values=-1)
-    alone, _ = forward(params, tokens, positions)
-    together, _ = forward(params, padded, padded_positions)
+    alone, _ = forward(variables, tokens, positions)
+    together, _ = forward(variables, padded, padded_positions)
     np.testing.assert_allclose(together[:, :20], alone, atol=1e-5)
-    _, variables = hidden_and_router(MODEL, params, padded, padded_positions)
-    stats = variables["router"]["periods"]["layer_0"]["moe"]["stats"]
+    _, sown = hidden_and_router(MODEL, variables, padded, padded_positions)
+    stats = sown["router"]["periods"]["layer_0"]["moe"]["stats"]
     np.testing.assert_array_equal(stats.counts_E.sum(axis=-1), 20 * 2)
     np.testing.assert_array_equal(stats.num_tokens, 20)
 
@@ -155,15 +157,15 @@ EXECUTIONS = {
 
 
 @pytest.mark.parametrize("name", EXECUTIONS)
-def test_execution_changes_rounding_at_most(params, name):
+def test_execution_changes_rounding_at_most(variables, name):
     tokens, positions = tokens_of(40, batch=2), positions_of(10, 30, batch=2)
 
     def gradients(model):
-        def loss(params):
-            hidden, _ = hidden_states(model, params, tokens, positions)
-            return jnp.square(hidden @ output_weights(model, params)).mean()
+        def loss(variables):
+            hidden, _ = hidden_states(model, variables, tokens, positions)
+            return jnp.square(hidden @ output_weights(model, variables)).mean()
 
-        return jax.jit(jax.value_and_grad(loss))(params)
+        return jax.jit(jax.value_and_grad(loss))(variables)
 
     ours = gradients(Transformer(CONFIG, EXECUTIONS[name]))
     theirs = gradients(MODEL)
@@ -171,12 +173,12 @@ def test_execution_changes_rounding_at_most(params, name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-def test_bfloat16_stays_near_float32(params):
+def test_bfloat16_stays_near_float32(variables):
     tokens, positions = tokens_of(40), positions_of(40)
     model = Transformer(CONFIG, ExecutionConfig(compute_dtype="bfloat16"))
-    hidden, _ = hidden_states(model, params, tokens, positions)
+    hidden, _ = hidden_states(model, variables, tokens, positions)
     assert hidden.dtype == jnp.bfloat16
-    exact, _ = forward(params, tokens, positions)
+    exact, _ = forward(variables, tokens, positions)
     error = jnp.abs(hidden.astype(jnp.float32) - exact).mean() / jnp.abs(exact).mean()
     assert error < 0.05  # 8 bits of mantissa through 4 layers; routing may flip for a few tokens
 
@@ -185,10 +187,12 @@ def test_scanned_and_unrolled_are_one_model():
     """More periods than are unrolled: the loop must pick each layer's own weights."""
     deep = tiny.model(num_layers=2 * (MAX_UNROLLED_PERIODS + 1))
     model = Transformer(deep)
-    params = jax.jit(lambda: init_params(model, 3))()
+    variables = jax.jit(lambda: init_variables(model, 3))()
     tokens, positions = tokens_of(24), positions_of(24)
-    hidden, _ = jax.jit(lambda p: hidden_states(model, p, tokens, positions))(params)
-    expected, _ = oracle.transformer(jax.device_get(params), deep, tokens[0], positions[0])
+    hidden, _ = jax.jit(lambda p: hidden_states(model, p, tokens, positions))(variables)
+    expected, _ = oracle.transformer(
+        jax.device_get(variables["params"]), deep, tokens[0], positions[0]
+    )
     np.testing.assert_allclose(hidden[0], expected, atol=3e-4)
 
 
@@ -200,22 +204,22 @@ MESHES = [
 
 
 @pytest.mark.parametrize("mesh_config", MESHES, ids=str)
-def test_any_mesh_gives_the_same_model_and_gradients(params, mesh_config):
+def test_any_mesh_gives_the_same_model_and_gradients(variables, mesh_config):
     tokens, positions = tokens_of(32, batch=4), positions_of(12, 20, batch=4)
 
     @jax.jit
-    def gradients(params):
-        def loss(params):
-            hidden, _ = hidden_states(MODEL, params, tokens, positions)
-            return jnp.square(hidden @ output_weights(MODEL, params)).mean()
+    def gradients(variables):
+        def loss(variables):
+            hidden, _ = hidden_states(MODEL, variables, tokens, positions)
+            return jnp.square(hidden @ output_weights(MODEL, variables)).mean()
 
-        return jax.value_and_grad(loss)(params)
+        return jax.value_and_grad(loss)(variables)
 
-    expected = jax.device_get(gradients(params))
+    expected = jax.device_get(gradients(variables))
     mesh = make_mesh(mesh_config.data, mesh_config.expert, mesh_config.tensor)
     abstract, axes = abstract_variables(MODEL)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, tree_shardings(mesh, axes, abstract))
+        placed = jax.device_put(variables, tree_shardings(mesh, axes, abstract))
         ours = jax.device_get(gradients(placed))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 1e-6))
@@ -226,11 +230,11 @@ def test_parameters_are_split_as_the_table_says():
     abstract, axes = abstract_variables(MODEL)
     shardings = tree_shardings(mesh, axes, abstract)
     with jax.set_mesh(mesh):
-        placed = jax.jit(lambda: init_params(MODEL, 0), out_shardings=shardings)()
-    gate_up = placed["periods"]["layer_0"]["moe"]["gate_up"]
+        placed = jax.jit(lambda: init_variables(MODEL, 0), out_shardings=shardings)()
+    gate_up = placed["params"]["periods"]["layer_0"]["moe"]["gate_up"]
     assert gate_up.shape == (1, 8, 32, 2, 16)
     assert gate_up.addressable_shards[0].data.shape == (1, 4, 16, 2, 8)  # expert, data, tensor
-    unsplit = jax.jit(lambda: init_params(MODEL, 0))()
+    unsplit = jax.jit(lambda: init_variables(MODEL, 0))()
     for a, b in zip(jax.tree.leaves(placed), jax.tree.leaves(unsplit), strict=True):
         np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
 
@@ -238,16 +242,18 @@ def test_parameters_are_split_as_the_table_says():
 def test_tied_embeddings_have_no_output_layer():
     tied = Transformer(tiny.model(tie_embeddings=True))
     abstract, _ = abstract_variables(tied)
-    assert "output" not in abstract
-    params = jax.tree.map(lambda x: jnp.full(x.shape, 2.0, x.dtype), abstract)
-    params["embedding"] = jnp.arange(300 * 32.0).reshape(300, 32)
-    np.testing.assert_array_equal(output_weights(tied, params), params["embedding"].T)
+    assert "output" not in abstract["params"]
+    variables = jax.tree.map(lambda x: jnp.full(x.shape, 2.0, x.dtype), abstract)
+    variables["params"]["embedding"] = jnp.arange(300 * 32.0).reshape(300, 32)
+    np.testing.assert_array_equal(
+        output_weights(tied, variables), variables["params"]["embedding"].T
+    )
 
 
 @pytest.mark.parametrize("config", [CONFIG, tiny.model(tie_embeddings=True)])
 def test_the_configs_count_is_the_models(config):
     abstract, _ = abstract_variables(Transformer(config))
-    assert sum(x.size for x in jax.tree.leaves(abstract)) == config.num_parameters
+    assert sum(x.size for x in jax.tree.leaves(abstract["params"])) == config.num_parameters
     idle_experts = 8 - 2
     per_expert = 3 * 32 * 16
     expected = config.num_parameters - idle_experts * per_expert

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from configs.base import UserError
+from configs.checks import UserError
 from parallel import sharding
 from parallel.mesh import AXES, axis_sizes, make_mesh
 from parallel.sharding import constrain, named_sharding, partition_spec

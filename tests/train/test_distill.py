@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from checkpoint.store import latest_step
-from configs.base import DistillConfig, UserError
+from configs.base import DistillConfig
+from configs.checks import UserError
 from infer.load import load_model
 from tests import tiny
 from tests.train.test_loop import losses

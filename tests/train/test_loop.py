@@ -10,14 +10,10 @@ import numpy as np
 import pytest
 
 from checkpoint.run_directory import read_run
-from configs.base import (
-    AlarmConfig,
-    CheckpointConfig,
-    ExecutionConfig,
-    MeshConfig,
-    OptimizerConfig,
-    UserError,
-)
+from configs.architecture import ContextConfig, RouterConfig
+from configs.base import AlarmConfig, CheckpointConfig, ExecutionConfig, MeshConfig, OptimizerConfig
+from configs.checks import UserError
+from infer.load import load_model
 from tests import tiny
 from train.loop import fit
 from train.losses import cross_entropy
@@ -140,6 +136,37 @@ def fit_variant(tmp_path, name, **changes):
     run = tiny.run(tmp_path, steps=3, **changes)
     fit(run, tmp_path / name)
     return losses(tmp_path / name)
+
+
+def test_what_routers_learn_without_gradients_is_saved_and_resumed(tmp_path):
+    tiny.write_sources(tmp_path)
+    router = RouterConfig(
+        top_k=3,
+        num_null_experts=2,
+        target_k=1.5,
+        balance="quantile",
+        bias_rate=1.0,
+        context=ContextConfig(kind="causal", window_size=8, num_heads=2, head_dim=8),
+        entropy_weight=1e-2,
+        sequence_weight=1e-4,
+    )
+    windowed, dense = tiny.model().pattern
+    pattern = (dataclasses.replace(windowed, ffn=tiny.moe(router=router)), dense)
+    run = tiny.run(
+        tmp_path, model=tiny.model(pattern=pattern), mesh=MeshConfig(expert=2), accumulation=2
+    )
+    fit(run, tmp_path / "unbroken")
+    fit(run, tmp_path / "stopped", make_extend=stop_after(3, signal.SIGTERM))
+    fit(run, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
+    _, variables = load_model(run, tmp_path / "stopped")
+    state = variables["router_state"]["periods"]["layer_0"]["moe"]["state"]
+    assert np.abs(state.bias_E).max() > 1e-4
+    mean_k = [line["mean_k"][0] for line in read_lines(tmp_path / "stopped" / "metrics.jsonl")]
+    assert min(mean_k) >= 1.0
+    assert abs(mean_k[-1] - 1.5) < abs(mean_k[0] - 1.5)
+    expected = 0.3 * (np.array(mean_k) - 1.5).sum()
+    assert float(state.null_logit[0]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_resumed_with_all_to_all_stays_within_rounding(story):

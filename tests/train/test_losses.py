@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.architecture import LayerSpec, RouterConfig
 from configs.base import DistillConfig
 from model.balance import RouterStats
 from tests import tiny
@@ -180,7 +181,17 @@ def test_distillation_gradients_are_finite_differences():
 
 def stats(counts, scores):
     zeros = jnp.zeros(counts.shape[0])
-    return RouterStats(counts, scores, zeros + 4.0, zeros, zeros, zeros, zeros)
+    return RouterStats(
+        counts_E=counts,
+        mean_scores_E=scores,
+        z_loss=zeros + 4.0,
+        entropy=zeros + 0.5,
+        sequence_balance=zeros + 3.0,
+        quantile_bias_E=jnp.zeros(scores.shape),
+        num_tokens=zeros,
+        overflow_rows=zeros,
+        bytes_moved=zeros,
+    )
 
 
 def test_auxiliary_loss_sums_layers_and_uses_the_counts_so_far():
@@ -194,3 +205,19 @@ def test_auxiliary_loss_sums_layers_and_uses_the_counts_so_far():
         total = np.asarray(counts + earlier)[layer]
         expected += 1e-2 * 8 * (total / total.sum() * np.asarray(scores)[layer]).sum() + 1e-3 * 4.0
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_auxiliary_loss_adds_the_losses_a_router_asks_for():
+    router = RouterConfig(
+        top_k=2, load_balance_weight=0, z_loss_weight=0, sequence_weight=0.1, entropy_weight=0.2
+    )
+    dense = tiny.model().pattern[1]
+    config = tiny.model(
+        pattern=(LayerSpec(attention=dense.attention, ffn=tiny.moe(router=router)), dense)
+    )
+    counts = jnp.ones((2, 8), jnp.int32)
+    scores = random.dirichlet(np.ones(8), 2).astype(np.float32)
+    earlier = {"layer_0": jnp.zeros((2, 8), jnp.int32)}
+    loss = auxiliary_loss({"layer_0": stats(counts, jnp.asarray(scores))}, config, earlier)
+    information = [-(p * np.log(p)).sum() - 0.5 for p in scores]
+    assert loss == pytest.approx(0.1 * 3.0 * 2 - 0.2 * sum(information), rel=1e-5)

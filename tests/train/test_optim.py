@@ -40,7 +40,7 @@ def test_wsd_is_stable_then_linear():
 
 def updates_of(config):
     """Random parameters, gradients far above Adam's eps, and the optimiser's first update."""
-    abstract, axes = abstract_variables(Transformer(tiny.model()))
+    abstract, axes = (tree["params"] for tree in abstract_variables(Transformer(tiny.model())))
     optimizer = make_optimizer(config, lambda _: config.learning_rate, axes)
     random = np.random.RandomState(0)
 

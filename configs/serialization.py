@@ -1,0 +1,109 @@
+"""Configs as JSON and back, and what two of them differ in."""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+from configs.checks import UserError, require
+
+C = TypeVar("C")
+
+
+def to_json(config: Any) -> str:
+    """The config as indented JSON; `from_json` gives an equal config back."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(cls: type[C], text: str, *, where: str) -> C:
+    """Reads a config written by `to_json`.
+
+    Args:
+      cls: the config class, e.g. RunConfig.
+      where: file name, for the error's sentence.
+    Raises:
+      UserError: not JSON, an unknown or missing setting, or a value of the wrong type.
+    """
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where} is not valid JSON ({error}): restore it or start a new run"
+        ) from error
+    return _build(cls, tree, where)
+
+
+def _build(annotation: Any, value: Any, where: str) -> Any:
+    """The value as the annotated type: dataclasses, tuples, unions and plain values."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return _build_dataclass(typing.cast(type, annotation), value, where)
+    if origin is Literal:
+        require(value in arguments, f"{where} is {value!r}, expected one of {arguments}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, list), f"{where} is {value!r}, expected a list")
+        return tuple(_build(arguments[0], item, f"{where}.{i}") for i, item in enumerate(value))
+    if origin in (types.UnionType, typing.Union):
+        return _build_union(arguments, value, where)
+    number = annotation is float and isinstance(value, int) and not isinstance(value, bool)
+    right_type = number or type(value) is annotation
+    require(
+        right_type, f"{where} is {value!r}, expected {getattr(annotation, '__name__', annotation)}"
+    )
+    require(
+        not isinstance(value, float) or math.isfinite(value),
+        f"{where} is {value}, expected a number",
+    )
+    return annotation(value)
+
+
+def _build_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    choices = [choice for choice in arguments if choice is not type(None)]
+    if len(choices) > 1:
+        kinds = {choice.__dataclass_fields__["kind"].default: choice for choice in choices}
+        kind = value.get("kind") if isinstance(value, dict) else None
+        require(kind in kinds, f"{where}.kind is {kind!r}, expected one of {tuple(kinds)}")
+        return _build(kinds[kind], value, where)
+    return _build(choices[0], value, where)
+
+
+def _build_dataclass(cls: type, value: Any, where: str) -> Any:
+    require(
+        isinstance(value, dict), f"{where} is {value!r}, expected the settings of {cls.__name__}"
+    )
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(value) - set(fields))
+    require(
+        not unknown, f"{where} has unknown settings {unknown}; {cls.__name__} has {sorted(fields)}"
+    )
+    missing = sorted(
+        name
+        for name, field in fields.items()
+        if name not in value
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    )
+    require(not missing, f"{where} lacks the settings {missing} of {cls.__name__}")
+    return cls(
+        **{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()}
+    )
+
+
+def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """Sentences naming each setting whose value differs, e.g. 'model.d_model was 128, now 256'."""
+    if type(before) is not type(after) or not dataclasses.is_dataclass(before):
+        if isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after):
+            pairs = enumerate(zip(before, after, strict=True))
+            return [line for i, (a, b) in pairs for line in differences(a, b, f"{prefix}.{i}")]
+        return [] if before == after else [f"{prefix} was {before!r}, now {after!r}"]
+    lines = []
+    for field in dataclasses.fields(before):
+        name = f"{prefix}.{field.name}" if prefix else field.name
+        lines += differences(getattr(before, field.name), getattr(after, field.name), name)
+    return lines
