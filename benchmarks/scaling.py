@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.training import make_step, mixtral_run, random_batch
-from configs.architecture import MoEConfig
+from configs.architecture import AttentionConfig, MoEConfig
 from configs.base import DataConfig, RunConfig
 from train.loop import mesh_of, to_devices
 from train.state import plan_state
@@ -68,6 +68,7 @@ def flops_per_token(run: RunConfig) -> float:
     weights = model.num_active_parameters - model.vocab_size * model.d_model
     keys = 0.0
     for spec in model.pattern:
+        assert isinstance(spec.attention, AttentionConfig)
         window = spec.attention.window_size or run.data.seq_len
         seen = np.minimum(np.arange(1, run.data.seq_len + 1), window).mean()
         keys += seen * spec.attention.num_heads * spec.attention.head_dim * model.num_periods

@@ -3,11 +3,41 @@
 Frozen and made of plain values, like all configs: see configs/base.py.
 """
 
+import math
 import typing
 from dataclasses import dataclass
 from typing import Literal
 
 from configs.checks import require, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """RoPE stretched to longer contexts (YaRN, Peng et al. 2023).
+
+    A pair that turns r times over original_length keeps its angle where r >= beta_fast, turns
+    `factor` times slower where r <= beta_slow, and something between in between; logits are
+    multiplied by (0.1 ln factor + 1)^2.
+    """
+
+    factor: float
+    """New context length over the original one."""
+    original_length: int
+    """Tokens of context the model was trained on."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "original_length", "beta_slow")
+        require(self.factor >= 1, f"yarn.factor={self.factor} must be at least 1")
+        require(
+            self.beta_slow < self.beta_fast,
+            f"yarn.beta_slow={self.beta_slow} must be below yarn.beta_fast={self.beta_fast}",
+        )
+
+    @property
+    def logit_scale(self) -> float:
+        return (0.1 * math.log(self.factor) + 1.0) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +57,7 @@ class AttentionConfig:
     """First tokens of a document that stay visible beyond the window (StreamingLLM, 2023)."""
     rope_base: float = 10_000.0
     """Base of the rotary angles: theta_d = base^(-2d / head_dim)."""
+    yarn: YarnConfig | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "num_kv_heads", "head_dim", "rope_base")
@@ -46,9 +77,63 @@ class AttentionConfig:
             "or num_sinks=0",
         )
 
+    @property
+    def out_width(self) -> int:
+        """Width of all heads' results together."""
+        return self.num_heads * self.head_dim
+
     def num_parameters(self, d_model: int) -> int:
         """Weights of one layer's attention: queries and output, keys and values."""
         return 2 * d_model * self.head_dim * (self.num_heads + self.num_kv_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionConfig:
+    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads are projections
+    of one small vector per token, which alone is cached beside one rotary key."""
+
+    kind: Literal["latent"] = "latent"
+    num_heads: int
+    query_rank: int | None
+    """Width of the queries' own bottleneck; None projects them directly (V2-Lite)."""
+    latent_rank: int
+    """Width of the cached vector."""
+    nope_head_dim: int
+    """Part of a head's queries and keys without position."""
+    rope_head_dim: int
+    """Part with RoPE; its key is shared by all heads."""
+    value_head_dim: int
+    rope_base: float = 10_000.0
+    yarn: YarnConfig | None = None
+
+    def __post_init__(self) -> None:
+        widths = ("latent_rank", "nope_head_dim", "rope_head_dim", "value_head_dim")
+        require_positive(self, "num_heads", *widths, "rope_base")
+        require(
+            self.query_rank is None or self.query_rank > 0,
+            f"query_rank={self.query_rank} must be at least 1, or None for none",
+        )
+        require(
+            self.rope_head_dim % 2 == 0,
+            f"rope_head_dim={self.rope_head_dim} must be even: RoPE turns pairs",
+        )
+
+    @property
+    def query_head_dim(self) -> int:
+        return self.nope_head_dim + self.rope_head_dim
+
+    @property
+    def out_width(self) -> int:
+        """Width of all heads' results together."""
+        return self.num_heads * self.value_head_dim
+
+    def num_parameters(self, d_model: int) -> int:
+        heads, rank = self.num_heads, self.query_rank
+        width = heads * self.query_head_dim
+        queries = d_model * width if rank is None else rank * (d_model + width + 1)
+        down = d_model * (self.latent_rank + self.rope_head_dim) + self.latent_rank
+        up = self.latent_rank * heads * (self.nope_head_dim + self.value_head_dim)
+        return queries + down + up + self.out_width * d_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,19 +347,21 @@ class MoEConfig:
 class LayerSpec:
     """One layer: which attention, which feed-forward."""
 
-    attention: AttentionConfig
+    attention: AttentionConfig | LatentAttentionConfig
     ffn: DenseConfig | MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only language model: `pattern` repeated until there are `num_layers` layers."""
+    """A decoder-only model: `prefix`, then `pattern` repeated up to `num_layers` layers in all."""
 
     vocab_size: int
     d_model: int
     num_layers: int
     pattern: tuple[LayerSpec, ...]
     """The repeating period of layers, e.g. five local layers and a global one."""
+    prefix: tuple[LayerSpec, ...] = ()
+    """Dense layers before the pattern (DeepSeek-V3: the first three)."""
     context_length: int
     """Longest sequence, in tokens, that the model is trained or asked to read."""
     tie_embeddings: bool = False
@@ -285,14 +372,19 @@ class ModelConfig:
         require_positive(self, "vocab_size", "d_model", "num_layers", "context_length", "norm_eps")
         require(len(self.pattern) > 0, "pattern is empty: give at least one LayerSpec")
         require(
-            self.num_layers % len(self.pattern) == 0,
-            f"num_layers={self.num_layers} must be a multiple of the pattern's "
-            f"{len(self.pattern)} layers",
+            self.num_layers > len(self.prefix)
+            and (self.num_layers - len(self.prefix)) % len(self.pattern) == 0,
+            f"num_layers={self.num_layers} must be the prefix's {len(self.prefix)} layers and a "
+            f"multiple of the pattern's {len(self.pattern)} layers",
+        )
+        require(
+            all(isinstance(spec.ffn, DenseConfig) for spec in self.prefix),
+            "prefix has an MoE layer: layers before the pattern must be dense",
         )
 
     @property
     def num_periods(self) -> int:
-        return self.num_layers // len(self.pattern)
+        return (self.num_layers - len(self.prefix)) // len(self.pattern)
 
     @property
     def num_parameters(self) -> int:
@@ -306,9 +398,15 @@ class ModelConfig:
 
     def _count(self, ffn_parameters: typing.Callable[[DenseConfig | MoEConfig], int]) -> int:
         norms_per_layer = 2 * self.d_model
-        period = sum(
-            spec.attention.num_parameters(self.d_model) + ffn_parameters(spec.ffn) + norms_per_layer
-            for spec in self.pattern
-        )
+
+        def count(specs: tuple[LayerSpec, ...]) -> int:
+            return sum(
+                spec.attention.num_parameters(self.d_model)
+                + ffn_parameters(spec.ffn)
+                + norms_per_layer
+                for spec in specs
+            )
+
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
-        return self.num_periods * period + embeddings + self.d_model
+        layers = count(self.prefix) + self.num_periods * count(self.pattern)
+        return layers + embeddings + self.d_model

@@ -1,12 +1,17 @@
 """Named model sizes. Each docstring says where its numbers come from."""
 
+import dataclasses
+
 from configs.architecture import (
     AttentionConfig,
+    ContextConfig,
     DenseConfig,
+    LatentAttentionConfig,
     LayerSpec,
     ModelConfig,
     MoEConfig,
     RouterConfig,
+    YarnConfig,
 )
 
 
@@ -37,10 +42,14 @@ def v3_7b() -> ModelConfig:
 def v31() -> ModelConfig:
     """V3.1, 14.0B parameters: V3 with 128 experts, five local layers to one that sees everything.
 
-    From the articles: the experts grow from 64 to 128; everything else keeps V3's widths.
+    From the articles: the experts grow from 64 to 128, one to three of them per token, chosen by a
+    router that sees the context; 100,000 tokens of context. Everything else keeps V3's widths.
     """
     base = v3_7b()
-    attention = AttentionConfig(num_heads=16, num_kv_heads=4, head_dim=128, rope_base=500_000.0)
+    yarn = YarnConfig(factor=3.2, original_length=base.context_length)
+    attention = AttentionConfig(
+        num_heads=16, num_kv_heads=4, head_dim=128, rope_base=500_000.0, yarn=yarn
+    )
     local = AttentionConfig(
         num_heads=16,
         num_kv_heads=4,
@@ -49,13 +58,30 @@ def v31() -> ModelConfig:
         num_sinks=4,
         rope_base=500_000.0,
     )
-    ffn = MoEConfig(num_experts=128, d_ff=704, num_shared_experts=2, router=RouterConfig(top_k=2))
+    router = dynamic_router(ContextConfig(kind="causal", window_size=256))
+    ffn = MoEConfig(num_experts=128, d_ff=704, num_shared_experts=2, router=router)
     return ModelConfig(
         vocab_size=base.vocab_size,
         d_model=base.d_model,
         num_layers=base.num_layers,
         pattern=tuple(LayerSpec(attention=a, ffn=ffn) for a in (*[local] * 5, attention)),
-        context_length=base.context_length,
+        context_length=100_000,
+    )
+
+
+def dynamic_router(context: ContextConfig) -> RouterConfig:
+    """V3.1's router: one to three experts per token, two on average, kept even without a loss that
+    pulls on the scores; the entropy term makes experts tell tokens apart.
+    """
+    return RouterConfig(
+        top_k=3,
+        num_null_experts=2,
+        target_k=2.0,
+        context=context,
+        balance="quantile",
+        bias_rate=1.0,
+        load_balance_weight=0.0,
+        entropy_weight=1e-2,
     )
 
 
@@ -92,7 +118,7 @@ def v31_nano_student() -> ModelConfig:
 
 
 def v31_small() -> ModelConfig:
-    """V3.1's form in 32.5M parameters, 6.0M of them active: for an hour on two CPU cores."""
+    """V3.1's form in 32.5M parameters, 6.0M of them active: for half an hour on two CPU cores."""
     local = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32, window_size=128, num_sinks=4)
     everywhere = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32)
     ffn = MoEConfig(num_experts=32, d_ff=192, num_shared_experts=1, router=RouterConfig(top_k=2))
@@ -102,4 +128,102 @@ def v31_small() -> ModelConfig:
         num_layers=6,
         pattern=tuple(LayerSpec(attention=a, ffn=ffn) for a in (local, local, everywhere)),
         context_length=512,
+    )
+
+
+def v31_dynamic_nano() -> ModelConfig:
+    """v31_nano with V3.1's whole router: context, one to three experts, quantile balance."""
+    base = v31_nano()
+    router = dynamic_router(ContextConfig(kind="causal", window_size=64))
+    ffn = MoEConfig(num_experts=16, d_ff=128, num_shared_experts=1, router=router)
+    pattern = tuple(dataclasses.replace(spec, ffn=ffn) for spec in base.pattern)
+    return dataclasses.replace(base, pattern=pattern)
+
+
+def deepseek_v3() -> ModelConfig:
+    """DeepSeek-V3 (2024), 671B parameters, 37B active: its published config without the extra
+    prediction layer.
+    """
+    attention = LatentAttentionConfig(
+        num_heads=128,
+        query_rank=1536,
+        latent_rank=512,
+        nope_head_dim=128,
+        rope_head_dim=64,
+        value_head_dim=128,
+        yarn=YarnConfig(factor=40.0, original_length=4096),
+    )
+    router = _deepseek_router(top_k=8, num_groups=8, top_groups=4)
+    ffn = MoEConfig(num_experts=256, d_ff=2048, num_shared_experts=1, router=router)
+    dense = LayerSpec(attention=attention, ffn=DenseConfig(d_ff=18_432))
+    return ModelConfig(
+        vocab_size=129_280,
+        d_model=7168,
+        num_layers=61,
+        prefix=(dense,) * 3,
+        pattern=(LayerSpec(attention=attention, ffn=ffn),),
+        context_length=163_840,
+    )
+
+
+def deepseek_v2_lite() -> ModelConfig:
+    """DeepSeek-V2-Lite (2024), 15.7B parameters, 2.4B active: its published config."""
+    attention = LatentAttentionConfig(
+        num_heads=16,
+        query_rank=None,
+        latent_rank=512,
+        nope_head_dim=128,
+        rope_head_dim=64,
+        value_head_dim=128,
+        yarn=YarnConfig(factor=40.0, original_length=4096),
+    )
+    router = RouterConfig(top_k=6, normalize_gates=False)
+    ffn = MoEConfig(num_experts=64, d_ff=1408, num_shared_experts=2, router=router)
+    return ModelConfig(
+        vocab_size=102_400,
+        d_model=2048,
+        num_layers=27,
+        prefix=(LayerSpec(attention=attention, ffn=DenseConfig(d_ff=10_944)),),
+        pattern=(LayerSpec(attention=attention, ffn=ffn),),
+        context_length=163_840,
+    )
+
+
+def _deepseek_router(top_k: int, num_groups: int, top_groups: int) -> RouterConfig:
+    """Sigmoid scores, a bias without gradients, balance in each sequence (DeepSeek-V3, 2.1.2)."""
+    return RouterConfig(
+        top_k=top_k,
+        scores="sigmoid",
+        gate_scale=2.5,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        balance="loss_free",
+        bias_rate=1e-3,
+        load_balance_weight=0.0,
+        sequence_weight=1e-4,
+        z_loss_weight=0.0,
+    )
+
+
+def deepseek_v3_nano() -> ModelConfig:
+    """DeepSeek-V3's form in 4.0M parameters: latent attention, a dense layer first, 16 small
+    experts in four groups.
+    """
+    attention = LatentAttentionConfig(
+        num_heads=4,
+        query_rank=64,
+        latent_rank=64,
+        nope_head_dim=32,
+        rope_head_dim=16,
+        value_head_dim=32,
+    )
+    router = _deepseek_router(top_k=3, num_groups=4, top_groups=2)
+    ffn = MoEConfig(num_experts=16, d_ff=128, num_shared_experts=1, router=router)
+    return ModelConfig(
+        vocab_size=4096,
+        d_model=128,
+        num_layers=4,
+        prefix=(LayerSpec(attention=attention, ffn=DenseConfig(d_ff=512)),),
+        pattern=(LayerSpec(attention=attention, ffn=ffn),),
+        context_length=256,
     )

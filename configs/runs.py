@@ -64,11 +64,11 @@ def v31_nano_student() -> RunConfig:
 def v31_small() -> RunConfig:
     """V3.1's form in 32.5M parameters, 512 tokens a row: the longer run.
 
-    python -m scripts.train v31_small: SMALLTIME on two CPU cores; SMALLBPB
+    python -m scripts.train v31_small: about half an hour on two CPU cores.
     """
     return RunConfig(
         name="v31_small",
-        steps=1500,
+        steps=400,
         batch_size=16,
         model=models.v31_small(),
         optimizer=dataclasses.replace(_nano_optimizer(), learning_rate=1e-2, warmup_steps=50),
@@ -77,6 +77,22 @@ def v31_small() -> RunConfig:
         execution=ExecutionConfig(logits_chunks=8),
         checkpoint=CheckpointConfig(every=100),
     )
+
+
+def v31_dynamic_nano() -> RunConfig:
+    """V3.1's whole router at nano size: context, one to three experts per token.
+
+    python -m scripts.train v31_dynamic_nano: about 4 minutes on two CPU cores.
+    """
+    return dataclasses.replace(v31_nano(), name="v31_dynamic_nano", model=models.v31_dynamic_nano())
+
+
+def deepseek_v3_nano() -> RunConfig:
+    """DeepSeek-V3's form at nano size: latent attention, sigmoid gates, balance by bias.
+
+    python -m scripts.train deepseek_v3_nano: about 4 minutes on two CPU cores.
+    """
+    return dataclasses.replace(v31_nano(), name="deepseek_v3_nano", model=models.deepseek_v3_nano())
 
 
 def v3_7b() -> RunConfig:
@@ -112,4 +128,21 @@ def v31() -> RunConfig:
     """
     return dataclasses.replace(
         v3_7b(), name="v31", model=models.v31(), mesh=MeshConfig(data=8, expert=16)
+    )
+
+
+def deepseek_v3() -> RunConfig:
+    """DeepSeek-V3 at full size, on 512 devices.
+
+    python -m scripts.train deepseek_v3: needs 512 accelerators; its shapes and shardings are
+    checked without allocating anything (tests/configs/test_runs.py).
+    """
+    base = v3_7b()
+    return dataclasses.replace(
+        base,
+        name="deepseek_v3",
+        batch_size=512,
+        model=models.deepseek_v3(),
+        data=dataclasses.replace(base.data, seq_len=4096),
+        mesh=MeshConfig(data=16, expert=32),
     )

@@ -12,11 +12,20 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from configs.architecture import AttentionConfig, LayerSpec, ModelConfig, MoEConfig
+from configs.architecture import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LayerSpec,
+    ModelConfig,
+    MoEConfig,
+)
 
 
 class LayerCache(struct.PyTreeNode):
-    """Keys (after RoPE), values and positions of one layer; position -1 is an empty slot."""
+    """Keys (after RoPE), values and positions of one layer; position -1 is an empty slot.
+
+    Latent attention keeps its latent vector and rotary key as one key, and values of width 0.
+    """
 
     k_BSGC: jax.Array
     v_BSGC: jax.Array
@@ -31,34 +40,49 @@ class BlockCache(struct.PyTreeNode):
     """Of a context router."""
 
 
-def num_slots(config: AttentionConfig, max_length: int) -> int:
+class Cache(struct.PyTreeNode):
+    """What a model keeps."""
+
+    prefix: tuple[BlockCache, ...]
+    periods: tuple[BlockCache, ...]
+    """One per layer of the pattern, stacked over the periods in dim 0."""
+
+
+def num_slots(config: AttentionConfig | LatentAttentionConfig, max_length: int) -> int:
     """Slots a layer needs for sequences of max_length tokens."""
-    if config.window_size is None:
+    if isinstance(config, LatentAttentionConfig) or config.window_size is None:
         return max_length
     return min(max_length, config.num_sinks + config.window_size)
 
 
-def init_cache(
-    config: ModelConfig, batch_size: int, max_length: int, dtype: str
-) -> tuple[BlockCache, ...]:
-    """Empty caches: one per layer of the pattern, stacked over the periods in dim 0."""
+def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype: str) -> Cache:
+    """Empty caches for a batch of sequences of at most max_length tokens."""
 
-    def one(attention: AttentionConfig, dtype: str) -> LayerCache:
-        slots = (config.num_periods, batch_size, num_slots(attention, max_length))
-        shape = (*slots, attention.num_kv_heads, attention.head_dim)
+    def one(
+        attention: AttentionConfig | LatentAttentionConfig, dtype: str, stack: tuple[int, ...]
+    ) -> LayerCache:
+        slots = (*stack, batch_size, num_slots(attention, max_length))
+        if isinstance(attention, LatentAttentionConfig):
+            heads, key, value = 1, attention.latent_rank + attention.rope_head_dim, 0
+        else:
+            heads, key, value = attention.num_kv_heads, attention.head_dim, attention.head_dim
         return LayerCache(
-            k_BSGC=jnp.zeros(shape, dtype),
-            v_BSGC=jnp.zeros(shape, dtype),
+            k_BSGC=jnp.zeros((*slots, heads, key), dtype),
+            v_BSGC=jnp.zeros((*slots, heads, value), dtype),
             positions_BS=jnp.full(slots, -1, jnp.int32),
         )
 
-    def block(spec: LayerSpec) -> BlockCache:
+    def block(spec: LayerSpec, stack: tuple[int, ...]) -> BlockCache:
         context = spec.ffn.router.context if isinstance(spec.ffn, MoEConfig) else None
         if context is None or context.kind != "causal":
-            return BlockCache(one(spec.attention, dtype), None)
-        return BlockCache(one(spec.attention, dtype), one(context.attention(), "float32"))
+            return BlockCache(one(spec.attention, dtype, stack), None)
+        router = one(context.attention(), "float32", stack)
+        return BlockCache(one(spec.attention, dtype, stack), router)
 
-    return tuple(block(spec) for spec in config.pattern)
+    return Cache(
+        prefix=tuple(block(spec, ()) for spec in config.prefix),
+        periods=tuple(block(spec, (config.num_periods,)) for spec in config.pattern),
+    )
 
 
 def append(

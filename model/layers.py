@@ -8,8 +8,9 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from configs.architecture import DenseConfig
+from configs.architecture import DenseConfig, YarnConfig
 
 
 def weight(
@@ -43,7 +44,19 @@ class RMSNorm(nn.Module):
         )
 
 
-def rope(x_BLHC: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:
+def rope_frequencies(width: int, base: float, yarn: YarnConfig | None) -> np.ndarray:
+    """Radians per position of each pair, base^(-2d/C), stretched by YaRN; float32 [C/2]."""
+    frequency = base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    if yarn is not None:
+        turns = yarn.original_length * frequency / (2 * np.pi)
+        kept = np.clip((turns - yarn.beta_slow) / (yarn.beta_fast - yarn.beta_slow), 0.0, 1.0)
+        frequency *= kept + (1 - kept) / yarn.factor
+    return frequency.astype(np.float32)
+
+
+def rope(
+    x_BLHC: jax.Array, positions_BL: jax.Array, base: float, yarn: YarnConfig | None = None
+) -> jax.Array:
     """Turns each pair (x[d], x[d + C/2]) by position * base^(-2d/C) (RoFormer, 2021; half-split).
 
     Args:
@@ -52,8 +65,7 @@ def rope(x_BLHC: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:
     Returns:
       [B, L, H, C] in x's dtype; angles and rotation in float32.
     """
-    half = x_BLHC.shape[-1] // 2
-    frequency_C = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency_C = jnp.asarray(rope_frequencies(x_BLHC.shape[-1], base, yarn))
     angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]
     cos, sin = jnp.cos(angle_BL1C), jnp.sin(angle_BL1C)
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.architecture import DenseConfig, LayerSpec, ModelConfig
+from configs.architecture import DenseConfig, LatentAttentionConfig, LayerSpec, ModelConfig
 from configs.base import ExecutionConfig
 from model.attention.grouped_query import GroupedQueryAttention
-from model.cache import BlockCache
+from model.attention.latent import LatentAttention
+from model.cache import BlockCache, Cache
 from model.layers import RMSNorm, SwiGLU, weight
 from model.moe import MoE
 from parallel.sharding import constrain
@@ -22,9 +23,6 @@ MAX_UNROLLED_PERIODS = 4
 """Up to this depth the scan is unrolled: on CPU its stacked buffers cost a seventh of a training
 step. Deeper models are scanned, so that compile time does not grow with depth.
 """
-
-Cache = tuple[BlockCache, ...]
-"""One BlockCache per layer of the pattern, stacked over the periods in dim 0."""
 
 
 def document_segments(positions_BL: jax.Array) -> jax.Array:
@@ -53,11 +51,14 @@ class Block(nn.Module):
         attention, ffn, eps = self.spec.attention, self.spec.ffn, self.model.norm_eps
         # Outputs of 2 * num_layers branches add up on the residual stream (GPT-2's scaling).
         depth_scale = (2 * self.model.num_layers) ** -0.5
-        heads_width = attention.num_heads * attention.head_dim
         attention_cache, router_cache = (cache.attention, cache.router) if cache else (None, None)
-        update_BLD, attention_cache = GroupedQueryAttention(
-            attention, self.execution, depth_scale * heads_width**-0.5, name="attention"
-        )(RMSNorm(eps, name="attention_norm")(x_BLD), positions_BL, segments_BL, attention_cache)
+        out_stddev = depth_scale * attention.out_width**-0.5
+        if isinstance(attention, LatentAttentionConfig):
+            attend = LatentAttention(attention, self.execution, eps, out_stddev, name="attention")
+        else:
+            attend = GroupedQueryAttention(attention, self.execution, out_stddev, name="attention")
+        h_BLD = RMSNorm(eps, name="attention_norm")(x_BLD)
+        update_BLD, attention_cache = attend(h_BLD, positions_BL, segments_BL, attention_cache)
         x_BLD = constrain(x_BLD + update_BLD, "batch", "length", None)
         h_BLD = RMSNorm(eps, name="ffn_norm")(x_BLD)
         out_stddev = depth_scale * ffn.d_ff**-0.5
@@ -81,17 +82,17 @@ class Period(nn.Module):
     def __call__(
         self,
         x_BLD: jax.Array,
-        cache: Cache | None,
+        cache: tuple[BlockCache, ...] | None,
         positions_BL: jax.Array,
         segments_BL: jax.Array,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, tuple[BlockCache, ...] | None]:
         caches = []
         for i, spec in enumerate(self.model.pattern):
             block = Block(spec, self.model, self.execution, name=f"layer_{i}")
             layer_cache = None if cache is None else cache[i]
             x_BLD, layer_cache = block(x_BLD, positions_BL, segments_BL, layer_cache)
             caches.append(layer_cache)
-        return x_BLD, None if cache is None else tuple(caches)
+        return x_BLD, None if cache is None else cast(tuple[BlockCache, ...], tuple(caches))
 
 
 class Transformer(nn.Module):
@@ -122,9 +123,11 @@ class Transformer(nn.Module):
             self.output_DV = weight(
                 self, "output", (c.d_model, c.vocab_size), ("embed", "vocab"), c.d_model**-0.5
             )
-        period = Period
+        period, block = Period, Block
         if self.execution.remat == "full":
             period = nn.remat(Period, prevent_cse=False)
+            block = nn.remat(Block, prevent_cse=False)
+        self.prefix = [block(spec, c, self.execution) for spec in c.prefix]
         self.periods = nn.scan(
             period,
             variable_axes={"params": 0, "router_state": 0, "router": 0},
@@ -149,7 +152,14 @@ class Transformer(nn.Module):
         x_BLD = table_VD[tokens_BL]
         x_BLD = constrain(x_BLD, "batch", "length", None)
         segments_BL = document_segments(positions_BL)
-        x_BLD, cache = self.periods(x_BLD, cache, positions_BL, segments_BL)
+        caches = []
+        for i, block in enumerate(self.prefix):
+            block_cache = None if cache is None else cache.prefix[i]
+            x_BLD, block_cache = block(x_BLD, positions_BL, segments_BL, block_cache)
+            caches.append(block_cache)
+        periods = None if cache is None else cache.periods
+        x_BLD, periods = self.periods(x_BLD, periods, positions_BL, segments_BL)
+        cache = None if periods is None else Cache(prefix=tuple(caches), periods=periods)
         return self.final_norm(x_BLD), cache
 
     def unembedding(self) -> jax.Array:

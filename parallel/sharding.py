@@ -21,6 +21,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": TENSOR,
     "kv_heads": TENSOR,
     "head_dim": None,
+    "latent": None,
     "mlp": TENSOR,
     "expert": EXPERT,
     "vocab": TENSOR,

@@ -5,7 +5,13 @@ Parameters are the model's own tree; everything is float64.
 
 import numpy as np
 
-from configs.architecture import AttentionConfig, DenseConfig, ModelConfig, MoEConfig
+from configs.architecture import (
+    AttentionConfig,
+    DenseConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+)
 
 
 def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.ndarray):
@@ -13,19 +19,24 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
     params = _float64(params)
     documents = np.cumsum(np.concatenate([[0], positions[1:] != positions[:-1] + 1]))
     x = params["embedding"][tokens]
-    for period in range(config.num_layers // len(config.pattern)):
-        for i, spec in enumerate(config.pattern):
-            layer = _pick(params["periods"][f"layer_{i}"], period)
-            h = rms_norm(x, layer["attention_norm"]["scale"], config.norm_eps)
-            x = x + attention(h, layer["attention"], spec.attention, positions, documents)
-            h = rms_norm(x, layer["ffn_norm"]["scale"], config.norm_eps)
-            if isinstance(spec.ffn, DenseConfig):
-                x = x + np.stack([swiglu(t, **layer["ffn"]) for t in h])
-            else:
-                logits = router_logits(h, layer["moe"], spec.ffn, positions, documents)
-                x = x + np.stack(
-                    [moe(t, row, layer["moe"], spec.ffn) for t, row in zip(h, logits, strict=True)]
-                )
+    layers = [(spec, params[f"prefix_{i}"]) for i, spec in enumerate(config.prefix)]
+    for period in range(config.num_periods):
+        layers += [
+            (spec, _pick(params["periods"][f"layer_{i}"], period))
+            for i, spec in enumerate(config.pattern)
+        ]
+    for spec, layer in layers:
+        h = rms_norm(x, layer["attention_norm"]["scale"], config.norm_eps)
+        attend = attention if isinstance(spec.attention, AttentionConfig) else latent_attention
+        x = x + attend(h, layer["attention"], spec.attention, positions, documents)
+        h = rms_norm(x, layer["ffn_norm"]["scale"], config.norm_eps)
+        if isinstance(spec.ffn, DenseConfig):
+            x = x + np.stack([swiglu(t, **layer["ffn"]) for t in h])
+        else:
+            logits = router_logits(h, layer["moe"], spec.ffn, positions, documents)
+            x = x + np.stack(
+                [moe(t, row, layer["moe"], spec.ffn) for t, row in zip(h, logits, strict=True)]
+            )
     x = rms_norm(x, params["final_norm"]["scale"], config.norm_eps)
     w = params["embedding"].T if config.tie_embeddings else params["output"]
     return x, x @ w
@@ -68,6 +79,39 @@ def attention(x, w, config: AttentionConfig, positions, documents):
             weights = np.exp(np.array(scores) - max(scores))
             weights /= weights.sum()
             out[i] += (weights[:, None] * np.array(values)).sum(0) @ w["o"][head]
+    return out
+
+
+def latent_attention(
+    x, w, config: LatentAttentionConfig, positions, documents, rope_everything=False
+):
+    """Every head's own keys and values; `rope_everything` is a wrong version that turns all of a
+    key."""
+    nope, base, rank = config.nope_head_dim, config.rope_base, config.latent_rank
+    down = x @ w["kv_down"]
+    latent = rms_norm(down[:, :rank], w["kv_norm"]["scale"], 1e-6)
+    bottleneck = x
+    if config.query_rank is not None:
+        bottleneck = rms_norm(x @ w["q_down"], w["q_norm"]["scale"], 1e-6)
+    out = np.zeros_like(x)
+    for head in range(config.num_heads):
+        keys, values = [], []
+        for j in range(len(x)):
+            up = latent[j] @ w["kv_up"][:, head]
+            shared = rotate(down[j, rank:], positions[j], base)
+            own = rotate(up[:nope], positions[j], base) if rope_everything else up[:nope]
+            keys.append(np.concatenate([own, shared]))
+            values.append(up[nope:])
+        for i in range(len(x)):
+            q = bottleneck[i] @ w["q"][:, head]
+            own = rotate(q[:nope], positions[i], base) if rope_everything else q[:nope]
+            q = np.concatenate([own, rotate(q[nope:], positions[i], base)])
+            seen = [j for j in range(i + 1) if documents[j] == documents[i]]
+            scores = np.array([q @ keys[j] / np.sqrt(len(q)) for j in seen])
+            p = np.exp(scores - scores.max())
+            p /= p.sum()
+            mixed = sum(weight * values[j] for weight, j in zip(p, seen, strict=True))
+            out[i] += mixed @ w["o"][head]
     return out
 
 

@@ -1,6 +1,6 @@
 """The signature of window_attention, its checks, and the choice of an implementation.
 
-B batch, L rows, H query heads, G key/value heads, C head_dim.
+B batch, L rows, H query heads, G key/value heads, C head_dim, W width of values (C in most models).
 """
 
 from typing import Literal
@@ -15,7 +15,7 @@ Implementation = Literal["auto", "reference", "xla"]
 def window_attention(
     q_BLHC: jax.Array,
     k_BLGC: jax.Array,
-    v_BLGC: jax.Array,
+    v_BLGW: jax.Array,
     positions_BL: jax.Array,
     segments_BL: jax.Array,
     *,
@@ -23,14 +23,15 @@ def window_attention(
     num_sinks: int,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Returns causal attention of each row over the rows of its own segment, [B, L, H, C].
+    """Returns causal attention of each row over the rows of its own segment, [B, L, H, W].
 
     A row at position i sees those at j with 0 <= i - j < window_size, and the segment's first
     num_sinks. Head h uses key/value head h // (H / G). Scores are divided by sqrt(C).
 
     Args:
       q_BLHC: float [B, L, H, C].
-      k_BLGC, v_BLGC: float [B, L, G, C]; H must be a multiple of G.
+      k_BLGC: float [B, L, G, C]; H must be a multiple of G.
+      v_BLGW: float [B, L, G, W].
       positions_BL: int32, the row's position in its segment, rising by one inside it; a negative
         position is padding: no row sees it, and its own result is unspecified but finite.
       segments_BL: int32, equal for the rows of one document, which must be contiguous.
@@ -43,24 +44,20 @@ def window_attention(
     Numerics: softmax in float32; float32 within 1e-5 of the reference.
     """
     batch, length, heads, width = q_BLHC.shape
-    if k_BLGC.shape != v_BLGC.shape or (*k_BLGC.shape[:2], k_BLGC.shape[3]) != (
-        batch,
-        length,
-        width,
-    ):
+    kv_heads = k_BLGC.shape[2]
+    fits = k_BLGC.shape == (batch, length, kv_heads, width)
+    if not fits or v_BLGW.shape[:3] != (batch, length, kv_heads):
         raise ValueError(
-            f"q {q_BLHC.shape}, k {k_BLGC.shape} and v {v_BLGC.shape} must be [B, L, H, C], [B, "
-            "L, G, C] twice"
+            f"q {q_BLHC.shape}, k {k_BLGC.shape} and v {v_BLGW.shape} must be [B, L, H, C], "
+            "[B, L, G, C] and [B, L, G, W]"
         )
-    if heads % k_BLGC.shape[2]:
-        raise ValueError(
-            f"{heads} query heads must be a multiple of {k_BLGC.shape[2]} key/value heads"
-        )
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} key/value heads")
     chosen = reference if implementation == "reference" else xla
     return chosen.window_attention(
         q_BLHC,
         k_BLGC,
-        v_BLGC,
+        v_BLGW,
         positions_BL,
         segments_BL,
         window_size=window_size,

@@ -1,7 +1,7 @@
 """The definition of window_attention: one dense mask, one softmax.
 
 B batch, L rows (queries), S keys, G key/value heads, R query heads per key/value head, H = G * R,
-C head_dim.
+C head_dim, W width of values.
 """
 
 import jax
@@ -32,14 +32,14 @@ def visible(
 def window_attention(
     q_BLHC: jax.Array,
     k_BLGC: jax.Array,
-    v_BLGC: jax.Array,
+    v_BLGW: jax.Array,
     positions_BL: jax.Array,
     segments_BL: jax.Array,
     *,
     window_size: int | None,
     num_sinks: int,
 ) -> jax.Array:
-    """Returns softmax(q k^T / sqrt(C)) v over the visible keys of the segment, [B, L, H, C]."""
+    """Returns softmax(q k^T / sqrt(C)) v over the visible keys of the segment, [B, L, H, W]."""
     mask_BLS = visible(
         positions_BL[:, :, None],
         positions_BL[:, None, :],
@@ -47,11 +47,11 @@ def window_attention(
         num_sinks=num_sinks,
     )
     mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
-    return masked_attention(q_BLHC, k_BLGC, v_BLGC, mask_BLS)
+    return masked_attention(q_BLHC, k_BLGC, v_BLGW, mask_BLS)
 
 
 def masked_attention(
-    q_BLHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, mask_BLS: jax.Array
+    q_BLHC: jax.Array, k_BSGC: jax.Array, v_BSGW: jax.Array, mask_BLS: jax.Array
 ) -> jax.Array:
     """Attention under an explicit mask; scores and softmax in float32, the result in q's dtype."""
     batch, length, heads, width = q_BLHC.shape
@@ -61,6 +61,6 @@ def masked_attention(
         "BLGRC,BSGC->BGRLS", q_BLGRC, k_BSGC, preferred_element_type=jnp.float32
     )
     scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, MASKED)
-    weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1).astype(v_BSGC.dtype)
-    out_BLGRC = jnp.einsum("BGRLS,BSGC->BLGRC", weights_BGRLS, v_BSGC)
-    return out_BLGRC.reshape(batch, length, heads, width)
+    weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1).astype(v_BSGW.dtype)
+    out_BLGRW = jnp.einsum("BGRLS,BSGW->BLGRW", weights_BGRLS, v_BSGW)
+    return out_BLGRW.reshape(batch, length, heads, v_BSGW.shape[-1])

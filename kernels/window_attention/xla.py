@@ -6,7 +6,7 @@ static key ranges, at most MAX_BLOCKS of them, so short sequences skip nearly ha
 windowed ones do work in proportion to the window.
 
 B batch, L rows, M rows of a block, S keys of a block, N sinks, G key/value heads, R query heads per
-key/value head, C head_dim.
+key/value head, C head_dim, W width of values.
 """
 
 import jax
@@ -26,19 +26,19 @@ def block_rows(length: int) -> int:
 def window_attention(
     q_BLHC: jax.Array,
     k_BLGC: jax.Array,
-    v_BLGC: jax.Array,
+    v_BLGW: jax.Array,
     positions_BL: jax.Array,
     segments_BL: jax.Array,
     *,
     window_size: int | None,
     num_sinks: int,
 ) -> jax.Array:
-    """Returns the attention of each row over the visible rows of its segment, [B, L, H, C]."""
+    """Returns the attention of each row over the visible rows of its segment, [B, L, H, W]."""
     batch, length, heads, width = q_BLHC.shape
     kv_heads, block = k_BLGC.shape[2], block_rows(length)
     q_BLGRC = (q_BLHC * width**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, width)
     q_BGRLC = q_BLGRC.transpose(0, 2, 3, 1, 4)
-    k_BGLC, v_BGLC = k_BLGC.transpose(0, 2, 1, 3), v_BLGC.transpose(0, 2, 1, 3)
+    k_BGLC, v_BGLW = k_BLGC.transpose(0, 2, 1, 3), v_BLGW.transpose(0, 2, 1, 3)
 
     blocks = []
     for begin in range(0, length, block):
@@ -64,15 +64,15 @@ def window_attention(
         )
         if num_sinks and first_key > 0:
             sink_rows_BMN, mask_BMN = _sinks(positions_BL[:, rows], begin, first_key, num_sinks)
-            out_BGRMC = _attend_with_sinks(
-                q_BGRMC, scores_BGRMS, v_BGLC[:, :, keys], k_BGLC, v_BGLC, sink_rows_BMN, mask_BMN
+            out_BGRMW = _attend_with_sinks(
+                q_BGRMC, scores_BGRMS, v_BGLW[:, :, keys], k_BGLC, v_BGLW, sink_rows_BMN, mask_BMN
             )
         else:
-            weights_BGRMS = jax.nn.softmax(scores_BGRMS, axis=-1).astype(v_BLGC.dtype)
-            out_BGRMC = jnp.einsum("BGRMS,BGSC->BGRMC", weights_BGRMS, v_BGLC[:, :, keys])
-        blocks.append(out_BGRMC)
-    out_BGRLC = jnp.concatenate(blocks, axis=3)
-    return out_BGRLC.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+            weights_BGRMS = jax.nn.softmax(scores_BGRMS, axis=-1).astype(v_BLGW.dtype)
+            out_BGRMW = jnp.einsum("BGRMS,BGSW->BGRMW", weights_BGRMS, v_BGLW[:, :, keys])
+        blocks.append(out_BGRMW)
+    out_BGRLW = jnp.concatenate(blocks, axis=3)
+    return out_BGRLW.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, v_BGLW.shape[-1])
 
 
 def _masked_scores(scores_BGRMS: jax.Array, mask_BMS: jax.Array) -> jax.Array:
@@ -90,7 +90,7 @@ def _sinks(
 
 
 def _attend_with_sinks(
-    q_BGRMC, scores_BGRMS, v_BGSC, k_BGLC, v_BGLC, sink_rows_BMN, mask_BMN
+    q_BGRMC, scores_BGRMS, v_BGSW, k_BGLC, v_BGLW, sink_rows_BMN, mask_BMN
 ) -> jax.Array:
     """One softmax over the block's keys and each query's own sinks."""
 
@@ -104,7 +104,7 @@ def _attend_with_sinks(
         mask_BMN,
     )
     scores = jnp.concatenate([scores_BGRMS, sink_scores_BGRMN], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSC.dtype)
-    num_keys = v_BGSC.shape[2]
-    out_BGRMC = jnp.einsum("BGRMS,BGSC->BGRMC", weights[..., :num_keys], v_BGSC)
-    return out_BGRMC + jnp.einsum("BGRMN,BGMNC->BGRMC", weights[..., num_keys:], gather(v_BGLC))
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSW.dtype)
+    num_keys = v_BGSW.shape[2]
+    out_BGRMW = jnp.einsum("BGRMS,BGSW->BGRMW", weights[..., :num_keys], v_BGSW)
+    return out_BGRMW + jnp.einsum("BGRMN,BGMNW->BGRMW", weights[..., num_keys:], gather(v_BGLW))

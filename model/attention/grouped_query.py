@@ -55,8 +55,10 @@ class GroupedQueryAttention(nn.Module):
         )
         q_BLHC = jnp.einsum("BLD,DHC->BLHC", x_BLD, w_q_DHC.astype(dtype))
         kv_BL2GC = jnp.einsum("BLD,DiGC->BLiGC", x_BLD, w_kv_D2GC.astype(dtype))
-        q_BLHC = rope(q_BLHC, positions_BL, c.rope_base)
-        k_BLGC = rope(kv_BL2GC[:, :, 0], positions_BL, c.rope_base)
+        q_BLHC = rope(q_BLHC, positions_BL, c.rope_base, c.yarn)
+        k_BLGC = rope(kv_BL2GC[:, :, 0], positions_BL, c.rope_base, c.yarn)
+        if c.yarn is not None:
+            q_BLHC *= c.yarn.logit_scale
         v_BLGC = kv_BL2GC[:, :, 1]
         reach = {"window_size": c.window_size, "num_sinks": c.num_sinks}
         if cache is None:

@@ -6,7 +6,14 @@ import json
 import pytest
 
 from configs import runs
-from configs.architecture import AttentionConfig
+from configs.architecture import (
+    AttentionConfig,
+    ContextConfig,
+    LayerSpec,
+    MoEConfig,
+    RouterConfig,
+    YarnConfig,
+)
 from configs.base import DistillConfig, ExecutionConfig, MeshConfig, OptimizerConfig, RunConfig
 from configs.checks import UserError
 from configs.cli import describe_runs, known_runs, load_run
@@ -32,6 +39,7 @@ def replace(path: str, value):
     return build
 
 
+ROUTER = "model.pattern.0.ffn.router."
 IMPOSSIBLE = {
     ("steps", 0): "steps=0 must be greater than 0",
     ("batch_size", -1): "batch_size=-1 must be greater than 0",
@@ -47,7 +55,8 @@ IMPOSSIBLE = {
     ("optimizer.kind", "muon"): "goes with kind='muon'",
     ("execution.capacity_factor", 2.0): "has no effect with transport='gather'",
     ("execution.transport", "all_to_all"): "needs a capacity_factor",
-    ("model.num_layers", 5): "num_layers=5 must be a multiple of the pattern's 2",
+    ("model.num_layers", 5): "num_layers=5 must be the prefix's 0 layers and a multiple of the "
+    "pattern's 2",
     ("model.pattern", ()): "pattern is empty",
     (
         "model.pattern.0.attention.num_kv_heads",
@@ -57,6 +66,14 @@ IMPOSSIBLE = {
     ("model.pattern.0.attention.window_size", None): "num_sinks=2 has no effect",
     ("model.pattern.0.attention.window_size", 0): "at least 1 token",
     ("model.pattern.0.ffn.router.top_k", 9): "router.top_k=9 must not exceed num_experts=8",
+    (ROUTER + "num_null_experts", 2): "num_null_experts=2 must be below top_k=2",
+    (ROUTER + "num_null_experts", 1): "target_k=None goes with null experts",
+    (ROUTER + "target_k", 1.5): "target_k=1.5 goes with null experts",
+    (ROUTER + "num_groups", 4): "top_groups=None go together",
+    (ROUTER + "bias_rate", 0.1): "bias_rate=0.1 goes with balance",
+    (ROUTER + "balance", "loss_free"): "bias_rate=None goes with balance",
+    (ROUTER + "entropy_weight", -1.0): "entropy_weight=-1.0 must not be negative",
+    ("model.prefix", (tiny.model().pattern[0],)): "num_layers=2 must be the prefix's 1 layers",
     ("model.pattern.0.ffn.num_shared_experts", -1): "must not be negative",
     ("data.holdout_fraction", 1.0): "must lie between 0 and 1",
     ("distill", DistillConfig(top_k=300)): "top_k=300 must be below model.vocab_size=300",
@@ -72,6 +89,27 @@ def test_impossible_settings_fail_with_both_sides(tmp_path, path, value):
 def test_experts_that_the_mesh_does_not_divide():
     with pytest.raises(UserError, match=r"num_experts=16 must be divisible .* \(size 3\)"):
         dataclasses.replace(runs.v31_nano(), batch_size=48, mesh=MeshConfig(expert=3))
+
+
+def test_routers_that_contradict_themselves():
+    with pytest.raises(UserError, match="window_size=None goes with kind='causal'"):
+        ContextConfig(kind="causal")
+    with pytest.raises(UserError, match="window_size=8 goes with kind='causal'"):
+        ContextConfig(kind="correlation", window_size=8)
+    with pytest.raises(UserError, match="must be below top_k=1"):
+        RouterConfig(top_k=1, num_null_experts=1, target_k=0.5)
+    with pytest.raises(UserError, match=r"target_k=3.5 must lie between 1 and top_k=3"):
+        RouterConfig(top_k=3, num_null_experts=2, target_k=3.5)
+    grouped = RouterConfig(top_k=4, num_groups=8, top_groups=1)
+    with pytest.raises(UserError, match=r"must not exceed the 2 experts of router.top_groups=1"):
+        MoEConfig(num_experts=16, d_ff=8, router=grouped)
+    with pytest.raises(UserError, match="num_experts=12 must be divisible into"):
+        MoEConfig(num_experts=12, d_ff=8, router=grouped)
+    with pytest.raises(UserError, match=r"yarn.factor=0.5 must be at least 1"):
+        YarnConfig(factor=0.5, original_length=4096)
+    moe = LayerSpec(attention=tiny.attention(), ffn=tiny.moe())
+    with pytest.raises(UserError, match="layers before the pattern must be dense"):
+        tiny.model(prefix=(moe,), num_layers=3)
 
 
 def test_a_cache_needs_a_top_k():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from configs import models
 from configs.cli import known_runs
 from parallel.mesh import AXES
 from train.distill import make_chunk_loss
@@ -48,7 +49,20 @@ def test_full_sizes_have_the_articles_numbers():
     assert v3.num_parameters == pytest.approx(7e9, rel=0.1)
     assert [spec.ffn.num_experts for spec in v3.pattern] == [64]
     assert {spec.ffn.num_experts for spec in v31.pattern} == {128}
-    assert v3.context_length == v31.context_length == 32_768
+    assert (v3.context_length, v31.context_length) == (32_768, 100_000)
+    assert {spec.ffn.router.mean_k for spec in v31.pattern} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("model", "total", "active"),
+    [(models.deepseek_v3(), 671e9, 37e9), (models.deepseek_v2_lite(), 15.7e9, 2.4e9)],
+    ids=["DeepSeek-V3", "DeepSeek-V2-Lite"],
+)
+def test_public_models_have_the_published_counts(model, total, active):
+    """Published to two digits where active, without the embedding that is only looked up."""
+    assert model.num_parameters == pytest.approx(total, rel=0.001)
+    looked_up = model.vocab_size * model.d_model
+    assert model.num_active_parameters - looked_up == pytest.approx(active, rel=0.025)
 
 
 def test_the_student_has_at_most_a_quarter_of_its_teacher():
