@@ -1,5 +1,6 @@
 """The training state: what a checkpoint holds besides the data iterator."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from configs.base import RunConfig
 from model.transformer import Transformer, Variables, abstract_variables, init_variables
 from parallel.sharding import tree_shardings
 from train.optim import make_optimizer, make_schedule, state_shardings
+
+MakeVariables = Callable[[], Variables]
 
 
 class TrainState(struct.PyTreeNode):
@@ -72,11 +75,15 @@ def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Traine
     )
 
 
-def init_state(trainee: Trainee, seed: int) -> TrainState:
-    """Fresh parameters and optimiser state, each part made on the device that keeps it."""
+def init_state(trainee: Trainee, seed: int, make: MakeVariables | None = None) -> TrainState:
+    """Fresh variables and optimiser state, each part made on the device that keeps it.
+
+    Args:
+      make: where the variables come from, if not from the seed; traced.
+    """
 
     def init() -> TrainState:
-        variables = init_variables(trainee.model, seed)
+        variables = make() if make else init_variables(trainee.model, seed)
         opt_state = trainee.optimizer.init(variables["params"])
         return TrainState(step=jnp.int32(0), **variables, opt_state=opt_state)
 

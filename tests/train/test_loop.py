@@ -14,6 +14,7 @@ from configs.architecture import ContextConfig, RouterConfig
 from configs.base import AlarmConfig, CheckpointConfig, ExecutionConfig, MeshConfig, OptimizerConfig
 from configs.checks import UserError
 from infer.load import load_model
+from model.growth import grow, grown_config
 from tests import tiny
 from train.loop import fit
 from train.losses import cross_entropy
@@ -167,6 +168,21 @@ def test_what_routers_learn_without_gradients_is_saved_and_resumed(tmp_path):
     assert abs(mean_k[-1] - 1.5) < abs(mean_k[0] - 1.5)
     expected = 0.3 * (np.array(mean_k) - 1.5).sum()
     assert float(state.null_logit[0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_grown_run_begins_with_its_parents_loss(story):
+    """The first step on the first batch: a fresh run whose weights are the grown parent's."""
+    run, tmp_path = story
+    fit(dataclasses.replace(run, steps=3), tmp_path / "parent")
+    _, variables = load_model(run, tmp_path / "parent")
+    same = dataclasses.replace(run, steps=3, seed=1)
+    fit(same, tmp_path / "again", make_variables=lambda: variables)
+    grown = dataclasses.replace(same, model=grown_config(run.model, "split"))
+    fit(grown, tmp_path / "grown", make_variables=lambda: grow(variables, run.model, "split"))
+    logs = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("again", "grown")]
+    first, second = (log[0]["cross_entropy"] for log in logs)
+    assert second == pytest.approx(first, rel=SUMS)
+    assert first < read_lines(tmp_path / "parent" / "metrics.jsonl")[0]["cross_entropy"] - 0.1
 
 
 def test_resumed_with_all_to_all_stays_within_rounding(story):
