@@ -115,6 +115,14 @@ def test_distil_evaluate_and_generate(trained):
     assert "tokens/s" in out
 
 
+def test_a_grown_run_starts_near_where_its_parent_ended(trained):
+    run(trained, "grow", str(trained / "run"), "--operator", "split", "--steps", "3")
+    config = json.loads((trained / "run_grown" / "config.json").read_text())
+    assert config["model"]["pattern"][0]["ffn"]["num_experts"] == 32
+    before, after = lines(trained / "run"), lines(trained / "run_grown")
+    assert after[0]["loss"] < (before[0]["loss"] + before[-1]["loss"]) / 2
+
+
 def damage_checkpoint(folder: Path) -> None:
     newest = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name))
     victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
