@@ -95,17 +95,10 @@ def route(
     if is_token_T is not None:
         is_real_TK &= is_token_T[:, None]
     ids_TK = jnp.where(is_real_TK, ids_TK, -1)
-    gates_TK = jnp.take_along_axis(scores_TE, jnp.maximum(ids_TK, 0), axis=1)
-    gates_TK = jnp.where(is_real_TK, gates_TK, 0.0)
-    if config.normalize_gates:
-        gates_TK /= jnp.maximum(gates_TK.sum(axis=-1, keepdims=True), 1e-20)
-    counts_E = jnp.bincount(
-        jnp.where(is_real_TK, ids_TK, num_experts).reshape(-1), length=num_experts + 1
-    )
     return Routing(
         expert_ids_TK=ids_TK,
-        gates_TK=config.gate_scale * gates_TK,
-        counts_E=counts_E[:-1].astype(jnp.int32),
+        gates_TK=_gates(scores_TE, ids_TK, config),
+        counts_E=jnp.bincount(ids_TK.reshape(-1) + 1, length=num_experts + 1)[1:].astype(jnp.int32),
         probabilities_TE=_probabilities(router_logits_TE, scores_TE, config),
         scores_TE=scores_TE,
         threshold_T=threshold_T,
@@ -116,6 +109,14 @@ def _scores(logits: jax.Array, kind: str) -> jax.Array:
     if kind == "softmax":
         return jax.nn.softmax(logits, axis=-1)
     return jax.nn.sigmoid(logits) if kind == "sigmoid" else jnp.sqrt(jax.nn.softplus(logits))
+
+
+def _gates(scores_TE: jax.Array, ids_TK: jax.Array, config: RouterConfig) -> jax.Array:
+    gates_TK = jnp.take_along_axis(scores_TE, jnp.maximum(ids_TK, 0), axis=1)
+    gates_TK = jnp.where(ids_TK >= 0, gates_TK, 0.0)
+    if config.normalize_gates:
+        gates_TK /= jnp.maximum(gates_TK.sum(axis=-1, keepdims=True), 1e-20)
+    return config.gate_scale * gates_TK
 
 
 def _probabilities(logits_TE: jax.Array, scores_TE: jax.Array, config: RouterConfig) -> jax.Array:

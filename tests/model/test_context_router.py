@@ -3,20 +3,13 @@ router where their addition is zero.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.architecture import ContextConfig, DenseConfig, LayerSpec, RouterConfig
-from model.cache import init_cache
-from model.transformer import (
-    Transformer,
-    abstract_variables,
-    hidden_and_router,
-    hidden_states,
-    init_variables,
-)
+from model.transformer import Transformer, abstract_variables, hidden_states, init_variables
 from tests import oracle, tiny
+from tests.probes import check_causality, check_decode, drawn, inputs
 
 CAUSAL = ContextConfig(kind="causal", window_size=6, num_heads=2, head_dim=8)
 CONTEXTS = {"causal": CAUSAL, "correlation": ContextConfig(kind="correlation")}
@@ -31,59 +24,26 @@ def config_of(context: ContextConfig | None, **router):
     return tiny.model(pattern=pattern)
 
 
-def drawn(model: Transformer):
-    """Random variables: a zero matrix would hide what it multiplies."""
-    random = np.random.RandomState(1)
-    abstract, _ = abstract_variables(model)
-    return jax.tree.map(
-        lambda x: jnp.asarray(random.randn(*x.shape) * 32**-0.5, jnp.float32), abstract
-    )
-
-
-def inputs(seed: int = 0):
-    tokens = np.random.RandomState(seed).randint(0, 300, (1, LENGTH)).astype(np.int32)
-    return tokens, np.arange(LENGTH, dtype=np.int32)[None]
-
-
 FULL = {"num_null_experts": 2, "target_k": 2.0, "balance": "quantile", "bias_rate": 1.0}
 
 
-@pytest.fixture(scope="module", params=CONTEXTS.values(), ids=CONTEXTS.keys())
-def routed(request):
-    config = config_of(request.param, **FULL)
-    model = Transformer(config)
-    return config, model, drawn(model)
+@pytest.fixture(params=CONTEXTS.values(), ids=CONTEXTS.keys())
+def config(request):
+    return config_of(request.param, **FULL)
 
 
-def test_future_tokens_change_nothing_before_them(routed):
-    _, model, variables = routed
-    tokens, positions = inputs()
-    forward = jax.jit(lambda t: hidden_and_router(model, variables, t, positions)[0])
-    for t in (0, 7, 19):
-        changed = tokens.copy()
-        changed[:, t + 1 :] = (changed[:, t + 1 :] + 7) % 300
-        np.testing.assert_array_equal(forward(tokens)[:, : t + 1], forward(changed)[:, : t + 1])
-    assert (forward(tokens)[:, 20:] != forward(changed)[:, 20:]).any()
+def test_future_tokens_change_nothing_before_them(config):
+    check_causality(config, drawn(config), LENGTH)
 
 
 @pytest.mark.parametrize("prefill", [1, 9, 23])
-def test_decode_equals_full_forward(routed, prefill):
-    config, model, variables = routed
-    tokens, positions = inputs()
-    expected, _ = jax.jit(lambda v: hidden_states(model, v, tokens, positions))(variables)
-    cache = init_cache(config, 1, LENGTH, "float32")
-    read = jax.jit(lambda t, p, c: hidden_states(model, variables, t, p, c))
-    hidden, cache = read(tokens[:, :prefill], positions[:, :prefill], cache)
-    parts = [hidden]
-    for i in range(prefill, LENGTH):
-        hidden, cache = read(tokens[:, i : i + 1], positions[:, i : i + 1], cache)
-        parts.append(hidden)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-4)
+def test_decode_equals_full_forward(config, prefill):
+    check_decode(config, drawn(config), LENGTH, prefill)
 
 
 def test_the_context_router_starts_as_the_plain_one():
     """Bit for bit, with the plain one's weights: its own matrix is zero at first."""
-    tokens, positions = inputs()
+    tokens, positions = inputs(config_of(None), LENGTH)
     hidden, plain = [], {}
     for context in (None, CAUSAL):
         model = Transformer(config_of(context))
@@ -109,33 +69,17 @@ def _with(params, plain):
     }
 
 
-def test_the_causal_router_equals_the_oracle():
-    """One MoE layer after one dense one; attention as in tests/oracle.py, its result added."""
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS.keys())
+def test_equals_the_oracle(context):
+    """One MoE layer after one dense one."""
     dense = LayerSpec(attention=tiny.attention(), ffn=DenseConfig(d_ff=16))
-    moe = LayerSpec(
-        attention=tiny.attention(), ffn=tiny.moe(router=RouterConfig(top_k=2, context=CAUSAL))
-    )
-    config = tiny.model(pattern=(dense, moe))
+    ffn = tiny.moe(router=RouterConfig(top_k=2, context=context))
+    config = tiny.model(pattern=(dense, LayerSpec(attention=tiny.attention(), ffn=ffn)))
+    variables, (tokens, positions) = drawn(config), inputs(config, LENGTH)
     model = Transformer(config)
-    variables = drawn(model)
-    tokens, positions = inputs()
     hidden, _ = jax.jit(lambda v: hidden_states(model, v, tokens, positions))(variables)
-    expected, _ = oracle.transformer(
-        jax.device_get(variables["params"]), config, tokens[0], positions[0]
-    )
-    np.testing.assert_allclose(hidden[0], expected, atol=2e-5)
-
-
-def test_the_correlation_router_equals_the_oracle():
-    ffn = tiny.moe(router=RouterConfig(top_k=2, context=CONTEXTS["correlation"]))
-    config = tiny.model(pattern=(LayerSpec(attention=tiny.attention(), ffn=ffn),))
-    model = Transformer(config)
-    variables = drawn(model)
-    tokens, positions = inputs()
-    hidden, _ = jax.jit(lambda v: hidden_states(model, v, tokens, positions))(variables)
-    expected, _ = oracle.transformer(
-        jax.device_get(variables["params"]), config, tokens[0], positions[0]
-    )
+    params = jax.device_get(variables["params"])
+    expected, _ = oracle.transformer(params, config, tokens[0], positions[0])
     np.testing.assert_allclose(hidden[0], expected, atol=2e-5)
 
 

@@ -18,6 +18,7 @@ from model.transformer import (
     output_weights,
 )
 from tests import tiny
+from tests.probes import drawn
 
 BIAS = {"balance": "loss_free", "bias_rate": 1e-3}
 ROUTERS = {
@@ -49,14 +50,6 @@ TOLERANCE = 2e-5  # float32 sums in another order
 def config_of(router: RouterConfig):
     windowed, dense = tiny.model().pattern
     return tiny.model(pattern=(dataclasses.replace(windowed, ffn=tiny.moe(router=router)), dense))
-
-
-def drawn(config):
-    random = np.random.RandomState(4)
-    abstract, _ = abstract_variables(Transformer(config))
-    return jax.tree.map(
-        lambda x: jnp.asarray(random.randn(*x.shape) * x.shape[-1] ** -0.5, jnp.float32), abstract
-    )
 
 
 def log_probabilities(config, variables):

@@ -14,6 +14,7 @@ from model.cache import init_cache
 from model.layers import rope_frequencies
 from model.transformer import Transformer, abstract_variables, hidden_states
 from tests import oracle, tiny
+from tests.probes import check_causality, check_decode, drawn, inputs
 
 LATENT = LatentAttentionConfig(
     num_heads=3,
@@ -33,19 +34,6 @@ def config_of(attention: LatentAttentionConfig):
     return tiny.model(prefix=(dense,), pattern=(moe,), num_layers=3)
 
 
-def drawn(model: Transformer):
-    random = np.random.RandomState(2)
-    abstract, _ = abstract_variables(model)
-    return jax.tree.map(
-        lambda x: jnp.asarray(random.randn(*x.shape) * x.shape[-1] ** -0.5, jnp.float32), abstract
-    )
-
-
-def inputs():
-    tokens = np.random.RandomState(0).randint(0, 300, (1, LENGTH)).astype(np.int32)
-    return tokens, np.arange(LENGTH, dtype=np.int32)[None]
-
-
 ATTENTIONS = {
     "DeepSeek-V3": LATENT,
     "V2-Lite, direct queries": dataclasses.replace(LATENT, query_rank=None),
@@ -55,13 +43,12 @@ ATTENTIONS = {
 @pytest.fixture(scope="module", params=ATTENTIONS.values(), ids=ATTENTIONS.keys())
 def latent(request):
     config = config_of(request.param)
-    model = Transformer(config)
-    return config, model, drawn(model)
+    return config, drawn(config)
 
 
 def test_equals_the_numpy_oracle(latent):
-    config, model, variables = latent
-    tokens, positions = inputs()
+    config, variables = latent
+    model, (tokens, positions) = Transformer(config), inputs(config, LENGTH)
     packed = np.concatenate([positions[:, :7], positions[:, : LENGTH - 7]], axis=1)
     hidden, _ = jax.jit(lambda v: hidden_states(model, v, tokens, packed))(variables)
     params = jax.device_get(variables["params"])
@@ -84,40 +71,22 @@ def test_turning_the_part_without_position_is_told_apart():
 
 @pytest.mark.parametrize("prefill", [1, 11])
 def test_absorbed_decode_equals_full_forward(latent, prefill):
-    config, model, variables = latent
-    tokens, positions = inputs()
-    expected, _ = jax.jit(lambda v: hidden_states(model, v, tokens, positions))(variables)
-    cache = init_cache(config, 1, LENGTH, "float32")
-    read = jax.jit(lambda t, p, c: hidden_states(model, variables, t, p, c))
-    hidden, cache = read(tokens[:, :prefill], positions[:, :prefill], cache)
-    parts = [hidden]
-    for i in range(prefill, LENGTH):
-        hidden, cache = read(tokens[:, i : i + 1], positions[:, i : i + 1], cache)
-        parts.append(hidden)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-4)
+    check_decode(*latent, LENGTH, prefill)
 
 
 def test_future_tokens_change_nothing_before_them(latent):
-    _, model, variables = latent
-    tokens, positions = inputs()
-    forward = jax.jit(lambda t: hidden_states(model, variables, t, positions)[0])
-    changed = tokens.copy()
-    changed[:, 12:] = (changed[:, 12:] + 7) % 300
-    before, after = forward(tokens), forward(changed)
-    np.testing.assert_array_equal(before[:, :12], after[:, :12])
-    assert (before[:, 12:] != after[:, 12:]).any()
+    check_causality(*latent, LENGTH)
 
 
 def test_the_cache_holds_the_latent_and_one_rotary_key():
-    config = config_of(LATENT)
-    cache = init_cache(config, 1, LENGTH, "float32")
+    cache = init_cache(config_of(LATENT), 1, LENGTH, "float32")
     sizes = [x.size for x in jax.tree.leaves(cache) if x.dtype == jnp.float32]
     assert sum(sizes) == 3 * LENGTH * (10 + 4)
 
 
 def test_the_configs_count_is_the_models(latent):
-    config, model, _ = latent
-    abstract, _ = abstract_variables(model)
+    config, _ = latent
+    abstract, _ = abstract_variables(Transformer(config))
     assert sum(x.size for x in jax.tree.leaves(abstract["params"])) == config.num_parameters
 
 
@@ -155,8 +124,8 @@ def test_yarn_between_the_two_by_hand():
 
 def test_yarn_scales_the_logits_of_both_kinds_of_attention(latent):
     """With all keys equal the scale has no effect; with others it has: here by a plain rerun."""
-    config, _, variables = latent
-    tokens, positions = inputs()
+    config, variables = latent
+    tokens, positions = inputs(config, LENGTH)
     slow = YarnConfig(factor=4.0, original_length=8)
     changed = config_of(dataclasses.replace(config.pattern[0].attention, yarn=slow))
     plain, _ = hidden_states(Transformer(config), variables, tokens, positions)

@@ -1,0 +1,53 @@
+"""Checks that every layer kind must pass: nothing sees the future, and reading piece by piece
+equals reading at once.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.architecture import ModelConfig
+from model.cache import init_cache
+from model.transformer import Transformer, Variables, abstract_variables, hidden_states
+
+
+def drawn(config: ModelConfig, seed: int = 1) -> Variables:
+    """Random variables, none of them zero or one: those would hide what they multiply."""
+    random = np.random.RandomState(seed)
+    abstract, _ = abstract_variables(Transformer(config))
+    return jax.tree.map(
+        lambda x: jnp.asarray(random.randn(*x.shape) * x.shape[-1] ** -0.5, jnp.float32), abstract
+    )
+
+
+def inputs(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """One row of random tokens and its positions, int32 [1, L]."""
+    tokens = np.random.RandomState(0).randint(0, config.vocab_size, (1, length))
+    return tokens.astype(np.int32), np.arange(length, dtype=np.int32)[None]
+
+
+def check_causality(config: ModelConfig, variables: Variables, length: int) -> None:
+    """Tokens after t change no hidden state at or before t, bitwise, and some after it."""
+    tokens, positions = inputs(config, length)
+    forward = jax.jit(lambda t: hidden_states(Transformer(config), variables, t, positions)[0])
+    before = forward(tokens)
+    for t in (0, length // 3, length - 5):
+        changed = tokens.copy()
+        changed[:, t + 1 :] = (changed[:, t + 1 :] + 7) % config.vocab_size
+        after = forward(changed)
+        np.testing.assert_array_equal(before[:, : t + 1], after[:, : t + 1])
+        assert (before[:, t + 1 :] != after[:, t + 1 :]).any()
+
+
+def check_decode(config: ModelConfig, variables: Variables, length: int, prefill: int) -> None:
+    """Prefill and then token by token gives the hidden states of one forward pass, to 1e-4."""
+    model, (tokens, positions) = Transformer(config), inputs(config, length)
+    expected, _ = jax.jit(lambda v: hidden_states(model, v, tokens, positions))(variables)
+    read = jax.jit(lambda t, p, c: hidden_states(model, variables, t, p, c))
+    cache = init_cache(config, 1, length, "float32")
+    pieces = [slice(0, prefill), *(slice(i, i + 1) for i in range(prefill, length))]
+    hidden = []
+    for piece in pieces:
+        part, cache = read(tokens[:, piece], positions[:, piece], cache)
+        hidden.append(part)
+    np.testing.assert_allclose(jnp.concatenate(hidden, axis=1), expected, atol=1e-4)
