@@ -158,7 +158,8 @@ def print_story(directory: Path, summary: dict[str, Any], completions: dict[str,
         f"gzip -9 {summary['gzip_bpb']:.3f}, xz -9e {summary['xz_bpb']:.3f}"
     )
     print(f"the student keeps {summary['student_share_of_gain']:.1%} of the gain over unigrams")
-    print(f"{directory}/report.html shows it; {directory}/summary.json has the numbers. Next:")
+    print(f"{directory}/report.html shows it; {directory}/summary.json has the numbers.")
+    print("Next, with the environment active (source .venv/bin/activate):")
     print(f'  python -m scripts.generate {directory}/teacher --prompt "class Stack:"')
     print("  python -m scripts.train v31_nano --steps 1000 --mesh.expert 4")
     print("  python -m scripts.distill v31_nano_student --teacher runs/v31_nano")

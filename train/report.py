@@ -58,8 +58,15 @@ def draw_loss(runs: dict[str, list[Line]]) -> Picture:
         axes.plot(steps, nats, color=color, alpha=0.2, linewidth=0.8)
         axes.plot(steps, smooth, color=color, linewidth=1.8)
         label = f" {name} {smooth[-1]:.2f}"
+        ends_last = steps[-1] == max(lines[-1]["step"] for lines in runs.values())
         axes.annotate(
-            label, (steps[-1], smooth[-1]), color=color, va="center", annotation_clip=False
+            label,
+            (steps[-1], smooth[-1]),
+            xytext=(0, 0 if ends_last else -14),  # below the runs that go on
+            textcoords="offset points",
+            color=color,
+            va="center",
+            annotation_clip=False,
         )
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per token")
