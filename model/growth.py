@@ -112,7 +112,7 @@ def grow(variables: Variables, config: ModelConfig, operator: Operator) -> Varia
     """The variables of `grown_config(config, operator)`: the same function of every token.
 
     Args:
-      variables: of a model with this config; arrays anywhere, traced or not.
+      variables: of a model with this config; arrays anywhere.
     Raises:
       UserError: as grown_config.
     """

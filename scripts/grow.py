@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     command.use_host_devices(run.mesh.num_devices)
     describe(run)
     _, variables = load_model(parent, arguments.parent)
-    result = fit(run, run_dir, make_variables=lambda: grow(variables, parent.model, operator))
+    result = fit(run, run_dir, variables=grow(variables, parent.model, operator))
     write_report(run_dir)
     return finish(run, run_dir, result)
 

@@ -20,12 +20,13 @@ from checkpoint.store import CheckpointStore, abstract_like
 from configs.architecture import MoEConfig
 from configs.base import RunConfig
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
+from model.transformer import Variables
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec
 from train.losses import ChunkLoss, cross_entropy
 from train.metrics import Alarms, MetricsLog, TrainingAlarm, make_line
 from train.progress import ProgressBar
-from train.state import MakeVariables, TrainState, init_state, plan_state
+from train.state import TrainState, init_state, plan_state
 from train.step import make_train_step
 
 Extend = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
@@ -47,7 +48,7 @@ def fit(
     *,
     chunk_loss: ChunkLoss = cross_entropy,
     make_extend: Callable[[Mesh], Extend] | None = None,
-    make_variables: MakeVariables | None = None,
+    variables: Variables | None = None,
 ) -> FitResult:
     """Trains until run.steps are done or a signal asks to stop; started again, it goes on.
 
@@ -57,7 +58,7 @@ def fit(
 
     Args:
       make_extend: called with the mesh in use; see Extend.
-      make_variables: what a new run begins with, if not with weights drawn from its seed.
+      variables: what a new run begins with, if not with weights drawn from its seed.
     Raises:
       UserError: a run_dir with another experiment, a corpus or checkpoint that can't be read, no
       disk.
@@ -76,7 +77,7 @@ def fit(
     ):
         began = time.monotonic()
         iterator = _batches(run, corpus)
-        state, done = _start(run, trainee, store, iterator, make_variables)
+        state, done = _start(run, trainee, store, iterator, variables)
         step = make_train_step(run, trainee, chunk_loss)
         extend = make_extend(mesh) if make_extend else None
         log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
@@ -133,11 +134,11 @@ def _start(
     trainee: Any,
     store: CheckpointStore,
     iterator: Any,
-    make_variables: MakeVariables | None,
+    variables: Variables | None,
 ) -> tuple[TrainState, int]:
     """The state to begin with and the steps it has behind it."""
     if store.latest_step is None:
-        return init_state(trainee, run.seed, make_variables), 0
+        return init_state(trainee, run.seed, variables), 0
     state = store.restore(abstract_like(trainee.abstract_state, trainee.shardings), iterator)
     return state, int(state.step)
 

@@ -1,6 +1,5 @@
 """The training state: what a checkpoint holds besides the data iterator."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,8 +12,6 @@ from configs.base import RunConfig
 from model.transformer import Transformer, Variables, abstract_variables, init_variables
 from parallel.sharding import tree_shardings
 from train.optim import make_optimizer, make_schedule, state_shardings
-
-MakeVariables = Callable[[], Variables]
 
 
 class TrainState(struct.PyTreeNode):
@@ -75,16 +72,20 @@ def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Traine
     )
 
 
-def init_state(trainee: Trainee, seed: int, make: MakeVariables | None = None) -> TrainState:
-    """Fresh variables and optimiser state, each part made on the device that keeps it.
+def init_state(trainee: Trainee, seed: int, variables: Variables | None = None) -> TrainState:
+    """Fresh optimiser state for these variables, or for ones drawn from the seed.
 
-    Args:
-      make: where the variables come from, if not from the seed; traced.
+    Each part is made on the device that keeps it; given variables are moved there.
     """
 
-    def init() -> TrainState:
-        variables = make() if make else init_variables(trainee.model, seed)
+    def begin(variables: Variables) -> TrainState:
         opt_state = trainee.optimizer.init(variables["params"])
         return TrainState(step=jnp.int32(0), **variables, opt_state=opt_state)
 
-    return jax.jit(init, out_shardings=trainee.shardings)()
+    if variables is None:
+        draw = jax.jit(
+            lambda: begin(init_variables(trainee.model, seed)), out_shardings=trainee.shardings
+        )
+        return draw()
+    placed = jax.device_put(variables, trainee.shardings.variables)
+    return jax.jit(begin, out_shardings=trainee.shardings)(placed)

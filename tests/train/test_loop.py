@@ -176,9 +176,9 @@ def test_a_grown_run_begins_with_its_parents_loss(story):
     fit(dataclasses.replace(run, steps=3), tmp_path / "parent")
     _, variables = load_model(run, tmp_path / "parent")
     same = dataclasses.replace(run, steps=3, seed=1)
-    fit(same, tmp_path / "again", make_variables=lambda: variables)
+    fit(same, tmp_path / "again", variables=variables)
     grown = dataclasses.replace(same, model=grown_config(run.model, "split"))
-    fit(grown, tmp_path / "grown", make_variables=lambda: grow(variables, run.model, "split"))
+    fit(grown, tmp_path / "grown", variables=grow(variables, run.model, "split"))
     logs = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("again", "grown")]
     first, second = (log[0]["cross_entropy"] for log in logs)
     assert second == pytest.approx(first, rel=SUMS)
