@@ -51,7 +51,7 @@ def write_report(run_dir: Path) -> None:
 
 def draw_loss(runs: dict[str, list[Line]]) -> Picture:
     """Training loss of one or more runs, raw and smoothed."""
-    figure, axes = _figure(7.5, 3.6)
+    figure, axes = new_figure(7.5, 3.6)
     for (name, lines), color in zip(runs.items(), (BLUE, ORANGE, INK), strict=False):
         steps, nats = _column(lines, "step"), _column(lines, "cross_entropy")
         smooth = smoothed(nats)
@@ -70,7 +70,7 @@ def draw_loss(runs: dict[str, list[Line]]) -> Picture:
         )
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per token")
-    return _picture(figure, "loss", "Training loss; the bold line is its running mean.")
+    return to_picture(figure, "loss", "Training loss; the bold line is its running mean.")
 
 
 def draw_load(lines: list[Line]) -> Picture | None:
@@ -104,14 +104,14 @@ def draw_load(lines: list[Line]) -> Picture | None:
     caption = (
         "Load of each expert (a row) over training: white is an equal share, red more, blue less."
     )
-    return _picture(figure, "load", caption)
+    return to_picture(figure, "load", caption)
 
 
 def draw_bars(
     name: str, caption: str, values: dict[str, float], errors: dict[str, float], unit: str
 ) -> Picture:
     """Labelled horizontal bars with their standard errors."""
-    figure, axes = _figure(7.5, 0.8 + 0.42 * len(values))
+    figure, axes = new_figure(7.5, 0.8 + 0.42 * len(values))
     names = list(values)
     places = np.arange(len(names))[::-1]
     colors = [BLUE if n in errors else SOFT for n in names]
@@ -124,7 +124,7 @@ def draw_bars(
     axes.set_xlabel(unit)
     axes.set_xlim(0, 1.2 * max(values.values()) or 1)
     axes.grid(axis="y", visible=False)
-    return _picture(figure, name, caption)
+    return to_picture(figure, name, caption)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -185,7 +185,8 @@ pre { background: #f5f7fa; padding: .8rem; overflow-x: auto; font-size: 13px; }
 """
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of one panel in the house's style; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.grid(color="#e4e7eb", linewidth=0.8)
@@ -200,7 +201,8 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _picture(figure: Figure, name: str, caption: str) -> Picture:
+def to_picture(figure: Figure, name: str, caption: str) -> Picture:
+    """The figure as PNG."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"font.size": 10}):
         figure.savefig(buffer, format="png", dpi=140)

@@ -1,0 +1,49 @@
+"""The articles' figures as A/B experiments: same data, same steps, equal active FLOPs stated.
+
+    python -m scripts.claims balance --seeds 3
+    python -m scripts.claims all
+
+Each prints the article's figure, the bound of theory and what was measured with its spread, adds
+itself to docs/claims.md, and draws runs/claims/NAME.png. What does not reproduce is reported as
+such.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.claims import balance
+from benchmarks.claims.base import Report, append_report, print_report
+from configs.checks import UserError
+from scripts import command
+
+CLAIMS: dict[str, Callable[[int], Report]] = {
+    "balance": balance.run,
+}
+
+
+def main(argv: list[str]) -> None:
+    parser = command.parser(__doc__)
+    parser.add_argument("name", choices=[*CLAIMS, "all"])
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
+    parser.add_argument("--log", type=Path, default=Path("docs/claims.md"))
+    arguments = parser.parse_args(argv)
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds {arguments.seeds} must be at least 1")
+    pictures = Path("runs/claims")
+    pictures.mkdir(parents=True, exist_ok=True)
+    missed = []
+    for name in CLAIMS if arguments.name == "all" else [arguments.name]:
+        began = time.monotonic()
+        report = CLAIMS[name](arguments.seeds)
+        print_report(report)
+        line = f"python -m scripts.claims {name} --seeds {arguments.seeds}"
+        append_report(report, arguments.log, line, time.monotonic() - began)
+        (pictures / f"{name}.png").write_bytes(report.picture.png)
+        print(f"drawn: {pictures / name}.png; added to {arguments.log}", flush=True)
+        missed += [f"{name}: {figure}" for figure in report.missed]
+    print(f"{len(missed)} targets missed" + "".join(f"\n- {figure}" for figure in missed))
+
+
+if __name__ == "__main__":
+    command.execute(main, huge_pages=True)
