@@ -1,0 +1,212 @@
+"""Passkey retrieval at 32K and 100K tokens by a hybrid nano trained at 4K at most, and its memory.
+
+The haystack is the standard library's bytes; needles are pairs (key, value) of symbols of their
+own, asked for at the end. Only the values asked for are learned.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.claims.base import Finding, Report
+from benchmarks.claims.training import Trained, small_run, train
+from configs.architecture import (
+    AttentionConfig,
+    LayerSpec,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    YarnConfig,
+)
+from configs.base import RunConfig
+from data.corpora import read_documents
+from data.pipeline import Batch
+from model.cache import init_cache
+from model.transformer import Transformer, abstract_variables, hidden_states, output_weights
+from train.progress import ProgressBar
+from train.report import Picture, new_figure, to_picture
+
+BYTES, KEYS, VALUES = 256, 32, 64
+NEEDLES = 10
+STAGES = ((512, 8, 500), (2048, 2, 150))
+"""(tokens of a row, rows of a step, steps): short rows first, then longer ones."""
+TRAINED_LENGTH = STAGES[-1][0]
+LENGTHS = (2048, 32_768, 100_000)
+CHUNK = 512
+
+
+def model(length: int, *, hybrid: bool = True) -> ModelConfig:
+    """Five local layers to a global one, which YaRN stretches to `length`; or six global ones."""
+    factor = max(length / TRAINED_LENGTH, 1.0)
+    everywhere = AttentionConfig(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        rope_base=100_000.0,
+        yarn=YarnConfig(factor=factor, original_length=TRAINED_LENGTH) if factor > 1 else None,
+    )
+    local = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window_size=256, num_sinks=4)
+    ffn = MoEConfig(num_experts=8, d_ff=64, router=RouterConfig(top_k=2))
+    attentions = (*[local if hybrid else everywhere] * 5, everywhere)
+    return ModelConfig(
+        vocab_size=BYTES + KEYS + VALUES,
+        d_model=128,
+        num_layers=6,
+        pattern=tuple(LayerSpec(attention=a, ffn=ffn) for a in attentions),
+        context_length=max(length, TRAINED_LENGTH),
+    )
+
+
+@functools.cache
+def haystack() -> np.ndarray:
+    """Bytes of the standard library, one file after the other, uint8."""
+    texts = [document.text.encode() for document in read_documents("stdlib", ".py")]
+    return np.frombuffer(b"".join(texts), np.uint8)
+
+
+def passkey_row(random: np.random.RandomState, length: int) -> Batch:
+    """A row of tokens and targets [L]: NEEDLES pairs, one in each tenth of it, then every key again
+    in another order, whose values alone are targets.
+    """
+    begin = random.randint(len(haystack()) - length)
+    tokens = haystack()[begin : begin + length].astype(np.int32)
+    targets = np.full(length, -1, np.int32)
+    keys = BYTES + random.permutation(KEYS)[:NEEDLES]
+    values = BYTES + KEYS + random.randint(VALUES, size=NEEDLES)
+    body = length - 2 * NEEDLES
+    places = (np.arange(NEEDLES) * body) // NEEDLES
+    places += random.randint(body // NEEDLES - 1, size=NEEDLES)
+    tokens[places], tokens[places + 1] = keys, values
+    asked = random.permutation(NEEDLES)
+    tokens[body::2], tokens[body + 1 :: 2] = keys[asked], values[asked]
+    targets[body::2] = values[asked]
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "positions": np.arange(length, dtype=np.int32),
+    }
+
+
+def passkey_batches(run: RunConfig) -> Iterator[Batch]:
+    random = np.random.RandomState(run.seed)
+    while True:
+        rows = [passkey_row(random, run.data.seq_len) for _ in range(run.batch_size)]
+        yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def run(seeds: int) -> Report:
+    accuracy = {length: [] for length in LENGTHS}
+    by_depth = {length: np.zeros(NEEDLES) for length in LENGTHS}
+    for seed in range(seeds):
+        trained = _train(seed)
+        for length in LENGTHS:
+            found = _retrieve(trained, length, seed)
+            accuracy[length].append(float(found.mean()))
+            by_depth[length] += found / seeds
+    return Report(
+        title="long_context: passkeys at 32K and 100K, trained at "
+        f"{TRAINED_LENGTH:,} tokens at most",
+        article="32K by sliding windows, less than 8 GB at the peak; 100K on the roadmap",
+        bound="one of the six layers keeps every token, so the caches shrink to a sixth at best",
+        setting=f"six layers of width 128, five with a window of 256, 8 experts; rows of "
+        f"{' then '.join(f'{n:,} tokens for {steps} steps' for n, _, steps in STAGES)}; the global "
+        f"layer stretched by YaRN without further training; {NEEDLES} needles at ten depths of one "
+        f"text, read in chunks of {CHUNK} tokens through the cache",
+        findings=[
+            *(
+                Finding(name=f"passkeys found at {length:,} tokens", values=tuple(values))
+                for length, values in accuracy.items()
+            ),
+            *_memory_findings(),
+        ],
+        picture=_draw(by_depth),
+    )
+
+
+def _train(seed: int) -> Trained:
+    """Rows of growing length, one stage after the other."""
+    trained = None
+    for length, rows, steps in STAGES:
+        config = small_run(
+            model(TRAINED_LENGTH), steps=steps, seed=seed, seq_len=length, batch_size=rows
+        )
+        state = trained.state if trained else None
+        label = f"rows of {length:,}, seed {seed}"
+        trained = train(config, passkey_batches(config), label, state=state)
+    assert trained is not None
+    return trained
+
+
+def _retrieve(trained: Trained, length: int, seed: int) -> np.ndarray:
+    """Which needles are found in a text of `length` tokens, by depth, [NEEDLES]."""
+    stretched = Transformer(model(length), trained.run.execution)
+    row = passkey_row(np.random.RandomState(3000 + seed), length)
+    cache = init_cache(stretched.config, 1, length, "float32")
+    body = length - 2 * NEEDLES
+    begins = range(0, body, CHUNK)
+    with ProgressBar(f"reading {length:,} tokens", total=len(begins), unit="chunks") as bar:
+        for i, begin in enumerate(begins):
+            tokens, positions = np.zeros(CHUNK, np.int32), np.full(CHUNK, -1, np.int32)
+            count = min(CHUNK, body - begin)
+            tokens[:count] = row["tokens"][begin : begin + count]
+            positions[:count] = np.arange(begin, begin + count)
+            _, cache = _read(stretched, trained.variables, tokens[None], positions[None], cache)
+            bar.update(i + 1)
+    key, is_found = row["tokens"], {}
+    for place in range(body, length, 2):
+        best, _ = _read(
+            stretched, trained.variables, key[None, [place]], np.array([[body]], np.int32), cache
+        )
+        is_found[int(key[place])] = int(best) == int(row["targets"][place])
+    in_text = [int(t) for t in key[:body] if BYTES <= t < BYTES + KEYS]
+    return np.array([is_found[k] for k in in_text], float)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(model, variables, tokens_BL, positions_BL, cache):
+    """The best token after the last one, and the cache with the tokens in it."""
+    hidden_BLD, cache = hidden_states(model, variables, tokens_BL, positions_BL, cache)
+    return jnp.argmax(hidden_BLD[0, -1] @ output_weights(model, variables)), cache
+
+
+def _memory_findings() -> list[Finding]:
+    """Peak memory of reading a chunk, as XLA plans it, over the same with full attention."""
+    found = []
+    for length in LENGTHS[1:]:
+        peaks = [_planned_bytes(model(length, hybrid=hybrid)) for hybrid in (True, False)]
+        name = f"{length:,} tokens: cache and temporaries, MB"
+        found += [
+            Finding(name=f"{name}, hybrid", values=(peaks[0] / 1e6,)),
+            Finding(name=f"{name}, six global layers", values=(peaks[1] / 1e6,)),
+        ]
+    return found
+
+
+def _planned_bytes(config: ModelConfig) -> int:
+    """Bytes of the cache and of the temporaries of one decode step; nothing is allocated."""
+    transformer = Transformer(config)
+    variables, _ = abstract_variables(transformer)
+    cache = jax.eval_shape(lambda: init_cache(config, 1, config.context_length, "float32"))
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    compiled = cast(Any, _read).lower(transformer, variables, one, one, cache).compile()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return held + analysis.temp_size_in_bytes
+
+
+def _draw(by_depth: dict[int, np.ndarray]) -> Picture:
+    figure, axes = new_figure(7.5, 2.8)
+    grid = np.stack(list(by_depth.values()))
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_yticks(range(len(grid)), [f"{length:,}" for length in by_depth])
+    axes.set_xticks(range(NEEDLES), [f"{(i + 0.5) / NEEDLES:.0%}" for i in range(NEEDLES)])
+    axes.set_ylabel("tokens")
+    axes.set_xlabel("depth of the needle")
+    axes.grid(visible=False)
+    figure.colorbar(image, ax=axes, label="share found")
+    return to_picture(figure, "long_context", "Passkeys found by depth and length.")
