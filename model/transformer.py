@@ -3,6 +3,7 @@
 B batch, L length, D d_model, V vocab.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
@@ -10,10 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.architecture import DenseConfig, LatentAttentionConfig, LayerSpec, ModelConfig
+from configs.architecture import (
+    DenseConfig,
+    LatentAttentionConfig,
+    LayerSpec,
+    LocalSparseAttentionConfig,
+    ModelConfig,
+)
 from configs.base import ExecutionConfig
 from model.attention.grouped_query import GroupedQueryAttention
 from model.attention.latent import LatentAttention
+from model.attention.local_sparse import LocalSparseAttention
 from model.cache import BlockCache, Cache
 from model.layers import RMSNorm, SwiGLU, weight
 from model.moe import MoE
@@ -53,8 +61,11 @@ class Block(nn.Module):
         depth_scale = (2 * self.model.num_layers) ** -0.5
         attention_cache, router_cache = (cache.attention, cache.router) if cache else (None, None)
         out_stddev = depth_scale * attention.out_width**-0.5
+        attend: Callable[..., tuple[jax.Array, Any]]  # each takes its own kind of cache
         if isinstance(attention, LatentAttentionConfig):
             attend = LatentAttention(attention, self.execution, eps, out_stddev, name="attention")
+        elif isinstance(attention, LocalSparseAttentionConfig):
+            attend = LocalSparseAttention(attention, self.execution, out_stddev, name="attention")
         else:
             attend = GroupedQueryAttention(attention, self.execution, out_stddev, name="attention")
         h_BLD = RMSNorm(eps, name="attention_norm")(x_BLD)
