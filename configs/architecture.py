@@ -58,14 +58,12 @@ class AttentionConfig:
     rope_base: float = 10_000.0
     """Base of the rotary angles: theta_d = base^(-2d / head_dim)."""
     yarn: YarnConfig | None = None
+    learned_sinks: bool = False
+    """Whether each query head has a learned logit that takes part in the softmax and has no value,
+    so that a head may attend to nothing (gpt-oss, 2025)."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_heads", "num_kv_heads", "head_dim", "rope_base")
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads={self.num_heads} must be divisible by num_kv_heads={self.num_kv_heads}",
-        )
-        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        _check_heads(self)
         require(
             self.window_size is None or self.window_size > 0,
             f"window_size={self.window_size} must be at least 1 token, or None for all",
@@ -83,8 +81,74 @@ class AttentionConfig:
         return self.num_heads * self.head_dim
 
     def num_parameters(self, d_model: int) -> int:
-        """Weights of one layer's attention: queries and output, keys and values."""
-        return 2 * d_model * self.head_dim * (self.num_heads + self.num_kv_heads)
+        """Weights of one layer's attention: queries and output, keys and values, sink logits."""
+        matrices = 2 * d_model * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return matrices + (self.num_heads if self.learned_sinks else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSparseAttentionConfig:
+    """Grouped-query attention over a window and O(log n) places before it, with RoPE."""
+
+    kind: Literal["local_sparse"] = "local_sparse"
+    num_heads: int
+    """Query heads, H."""
+    num_kv_heads: int
+    """Key/value heads, G; each serves num_heads / num_kv_heads query heads."""
+    head_dim: int
+    """Width of one head."""
+    window_size: int
+    """Tokens a query sees one by one, itself included."""
+    num_sinks: int = 4
+    """powers_of_two only: first tokens of a document that stay visible (StreamingLLM, 2023)."""
+    far: Literal["powers_of_two", "summaries"] = "powers_of_two"
+    """What is seen before the window. powers_of_two: the tokens 1, 2, 4, 8, ... back (LogSparse,
+    Li et al. 2019). summaries: one pooled key and value for each of O(log n) dyadic buckets, which
+    together hold all of it (H-Transformer-1D, 2021; the Fenwick partition of Guo et al. 2025)."""
+    block_size: int | None = None
+    """summaries only: tokens of the smallest bucket; the window grows to whole blocks."""
+    rope_base: float = 10_000.0
+    """Base of the rotary angles: theta_d = base^(-2d / head_dim)."""
+
+    def __post_init__(self) -> None:
+        _check_heads(self)
+        require_positive(self, "window_size")
+        require(self.num_sinks >= 0, f"num_sinks={self.num_sinks} must not be negative")
+        is_pooled = self.far == "summaries"
+        require(
+            self.num_sinks == 0 or not is_pooled,
+            f"num_sinks={self.num_sinks} has no effect with far='summaries', whose buckets hold "
+            "the first tokens too: set num_sinks=0",
+        )
+        require(
+            (self.block_size is not None) == is_pooled,
+            f"block_size={self.block_size} goes with far='summaries' and only with it, got "
+            f"far={self.far!r}",
+        )
+        require(
+            self.block_size is None or self.block_size > 0,
+            f"block_size={self.block_size} must be at least 1 token",
+        )
+
+    @property
+    def out_width(self) -> int:
+        """Width of all heads' results together."""
+        return self.num_heads * self.head_dim
+
+    def num_parameters(self, d_model: int) -> int:
+        """Weights of one layer: queries and output, keys and values, pooling vectors."""
+        matrices = 2 * d_model * self.head_dim * (self.num_heads + self.num_kv_heads)
+        pooling = self.num_kv_heads * self.head_dim if self.far == "summaries" else 0
+        return matrices + pooling
+
+
+def _check_heads(config: AttentionConfig | LocalSparseAttentionConfig) -> None:
+    require_positive(config, "num_heads", "num_kv_heads", "head_dim", "rope_base")
+    require(
+        config.num_heads % config.num_kv_heads == 0,
+        f"num_heads={config.num_heads} must be divisible by num_kv_heads={config.num_kv_heads}",
+    )
+    require(config.head_dim % 2 == 0, f"head_dim={config.head_dim} must be even: RoPE turns pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +411,7 @@ class MoEConfig:
 class LayerSpec:
     """One layer: which attention, which feed-forward."""
 
-    attention: AttentionConfig | LatentAttentionConfig
+    attention: AttentionConfig | LatentAttentionConfig | LocalSparseAttentionConfig
     ffn: DenseConfig | MoEConfig
 
 

@@ -33,6 +33,7 @@ class ExecutionConfig:
     """
     grouped_matmul: Literal["auto", "reference", "xla"] = "auto"
     window_attention: Literal["auto", "reference", "xla"] = "auto"
+    sparse_attention: Literal["auto", "reference", "xla"] = "auto"
 
     def __post_init__(self) -> None:
         require_positive(self, "logits_chunks")

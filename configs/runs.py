@@ -88,6 +88,14 @@ def v31_dynamic_nano() -> RunConfig:
     return dataclasses.replace(v31_nano(), name="v31_dynamic_nano", model=models.v31_dynamic_nano())
 
 
+def v3_nano() -> RunConfig:
+    """V3's form at nano size: windows with learned sinks, one to three experts per token.
+
+    python -m scripts.train v3_nano: on two CPU cores; measured in docs/experiments.md.
+    """
+    return dataclasses.replace(v31_nano(), name="v3_nano", model=models.v3_nano())
+
+
 def deepseek_v3_nano() -> RunConfig:
     """DeepSeek-V3's form at nano size: latent attention, sigmoid gates, balance by bias.
 

@@ -16,9 +16,11 @@ from configs.architecture import (
     AttentionConfig,
     LatentAttentionConfig,
     LayerSpec,
+    LocalSparseAttentionConfig,
     ModelConfig,
     MoEConfig,
 )
+from kernels.sparse_attention import Nodes, empty_nodes
 
 
 class LayerCache(struct.PyTreeNode):
@@ -32,10 +34,18 @@ class LayerCache(struct.PyTreeNode):
     positions_BS: jax.Array
 
 
+class SummaryCache(struct.PyTreeNode):
+    """A layer that sees summaries of what lies before its window: its tokens and the summaries."""
+
+    tokens: LayerCache
+    nodes: Nodes
+    """Of all whole aligned blocks of slots, and of 2, 4, 8, ... of them, float32."""
+
+
 class BlockCache(struct.PyTreeNode):
     """What one layer of the pattern keeps."""
 
-    attention: LayerCache
+    attention: LayerCache | SummaryCache
     router: LayerCache | None
     """Of a context router."""
 
@@ -48,9 +58,12 @@ class Cache(struct.PyTreeNode):
     """One per layer of the pattern, stacked over the periods in dim 0."""
 
 
-def num_slots(config: AttentionConfig | LatentAttentionConfig, max_length: int) -> int:
+Attention = AttentionConfig | LatentAttentionConfig | LocalSparseAttentionConfig
+
+
+def num_slots(config: Attention, max_length: int) -> int:
     """Slots a layer needs for sequences of max_length tokens."""
-    if isinstance(config, LatentAttentionConfig) or config.window_size is None:
+    if not isinstance(config, AttentionConfig) or config.window_size is None:
         return max_length
     return min(max_length, config.num_sinks + config.window_size)
 
@@ -58,9 +71,7 @@ def num_slots(config: AttentionConfig | LatentAttentionConfig, max_length: int) 
 def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype: str) -> Cache:
     """Empty caches for a batch of sequences of at most max_length tokens."""
 
-    def one(
-        attention: AttentionConfig | LatentAttentionConfig, dtype: str, stack: tuple[int, ...]
-    ) -> LayerCache:
+    def one(attention: Attention, dtype: str, stack: tuple[int, ...]) -> LayerCache:
         slots = (*stack, batch_size, num_slots(attention, max_length))
         if isinstance(attention, LatentAttentionConfig):
             heads, key, value = 1, attention.latent_rank + attention.rope_head_dim, 0
@@ -72,12 +83,22 @@ def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype: str
             positions_BS=jnp.full(slots, -1, jnp.int32),
         )
 
+    def of_layer(attention: Attention, stack: tuple[int, ...]) -> LayerCache | SummaryCache:
+        tokens = one(attention, dtype, stack)
+        if not isinstance(attention, LocalSparseAttentionConfig) or attention.block_size is None:
+            return tokens
+        heads, width = attention.num_kv_heads, attention.head_dim
+        dims = (*stack, batch_size)
+        return SummaryCache(
+            tokens, empty_nodes(dims, max_length, attention.block_size, heads, width, width)
+        )
+
     def block(spec: LayerSpec, stack: tuple[int, ...]) -> BlockCache:
         context = spec.ffn.router.context if isinstance(spec.ffn, MoEConfig) else None
         if context is None or context.kind != "causal":
-            return BlockCache(one(spec.attention, dtype, stack), None)
+            return BlockCache(of_layer(spec.attention, stack), None)
         router = one(context.attention(), "float32", stack)
-        return BlockCache(one(spec.attention, dtype, stack), router)
+        return BlockCache(of_layer(spec.attention, stack), router)
 
     return Cache(
         prefix=tuple(block(spec, ()) for spec in config.prefix),

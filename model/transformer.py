@@ -3,6 +3,7 @@
 B batch, L length, D d_model, V vocab.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
@@ -10,10 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.architecture import DenseConfig, LatentAttentionConfig, LayerSpec, ModelConfig
+from configs.architecture import (
+    AttentionConfig,
+    DenseConfig,
+    LatentAttentionConfig,
+    LayerSpec,
+    LocalSparseAttentionConfig,
+    ModelConfig,
+)
 from configs.base import ExecutionConfig
 from model.attention.grouped_query import GroupedQueryAttention
 from model.attention.latent import LatentAttention
+from model.attention.local_sparse import LocalSparseAttention
 from model.cache import BlockCache, Cache
 from model.layers import RMSNorm, SwiGLU, weight
 from model.moe import MoE
@@ -31,6 +40,20 @@ def document_segments(positions_BL: jax.Array) -> jax.Array:
     """
     is_start_BL = positions_BL[:, 1:] != positions_BL[:, :-1] + 1
     return jnp.pad(jnp.cumsum(is_start_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def _attention(
+    config: AttentionConfig | LatentAttentionConfig | LocalSparseAttentionConfig,
+    execution: ExecutionConfig,
+    norm_eps: float,
+    out_stddev: float,
+) -> Callable[..., tuple[jax.Array, Any]]:
+    """The layer's attention, which takes and returns its own kind of cache."""
+    if isinstance(config, LatentAttentionConfig):
+        return LatentAttention(config, execution, norm_eps, out_stddev, name="attention")
+    if isinstance(config, LocalSparseAttentionConfig):
+        return LocalSparseAttention(config, execution, out_stddev, name="attention")
+    return GroupedQueryAttention(config, execution, out_stddev, name="attention")
 
 
 class Block(nn.Module):
@@ -53,10 +76,7 @@ class Block(nn.Module):
         depth_scale = (2 * self.model.num_layers) ** -0.5
         attention_cache, router_cache = (cache.attention, cache.router) if cache else (None, None)
         out_stddev = depth_scale * attention.out_width**-0.5
-        if isinstance(attention, LatentAttentionConfig):
-            attend = LatentAttention(attention, self.execution, eps, out_stddev, name="attention")
-        else:
-            attend = GroupedQueryAttention(attention, self.execution, out_stddev, name="attention")
+        attend = _attention(attention, self.execution, eps, out_stddev)
         h_BLD = RMSNorm(eps, name="attention_norm")(x_BLD)
         update_BLD, attention_cache = attend(h_BLD, positions_BL, segments_BL, attention_cache)
         x_BLD = constrain(x_BLD + update_BLD, "batch", "length", None)

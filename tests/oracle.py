@@ -9,6 +9,7 @@ from configs.architecture import (
     AttentionConfig,
     DenseConfig,
     LatentAttentionConfig,
+    LocalSparseAttentionConfig,
     ModelConfig,
     MoEConfig,
 )
@@ -27,7 +28,7 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
         ]
     for spec, layer in layers:
         h = rms_norm(x, layer["attention_norm"]["scale"], config.norm_eps)
-        attend = attention if isinstance(spec.attention, AttentionConfig) else latent_attention
+        attend = ATTENTIONS[type(spec.attention)]
         x = x + attend(h, layer["attention"], spec.attention, positions, documents)
         h = rms_norm(x, layer["ffn_norm"]["scale"], config.norm_eps)
         if isinstance(spec.ffn, DenseConfig):
@@ -58,7 +59,9 @@ def rotate(vector, position, base):
     return out
 
 
-def attention(x, w, config: AttentionConfig, positions, documents):
+def attention(x, w, config: AttentionConfig, positions, documents, wrong_sink=""):
+    """wrong_sink: "of the group" takes the logit of the key/value head; "with a value" counts the
+    sink as one more token with the first one's value."""
     length, (_, heads, width) = len(x), w["q"].shape
     out = np.zeros((length, w["o"].shape[-1]))
     for i in range(length):
@@ -77,9 +80,76 @@ def attention(x, w, config: AttentionConfig, positions, documents):
                 scores.append(q @ k / np.sqrt(width))
                 values.append(x[j] @ w["kv"][:, 1, group])
             weights = np.exp(np.array(scores) - max(scores))
+            sink = 0.0
+            if config.learned_sinks:
+                own = group if wrong_sink == "of the group" else head
+                sink = np.exp(w["sink_logits"][own] - max(scores))
+            weights /= weights.sum() + sink
+            if wrong_sink == "with a value":
+                weights[0] += 1 - weights.sum()
+            out[i] += (weights[:, None] * np.array(values)).sum(0) @ w["o"][head]
+    return out
+
+
+def local_sparse_attention(
+    x, w, config: LocalSparseAttentionConfig, positions, documents, wrong=""
+):
+    """wrong: "from the window's edge" counts powers of two from there; "too early" shows a bucket
+    one block before it lies beyond the window."""
+    out, size = np.zeros((len(x), w["o"].shape[-1])), config.block_size
+    groups = range(config.num_kv_heads)
+    k = [
+        [rotate(x[j] @ w["kv"][:, 0, g], positions[j], config.rope_base) for g in groups]
+        for j in range(len(x))
+    ]
+    v = [[x[j] @ w["kv"][:, 1, g] for g in groups] for j in range(len(x))]
+    for i in range(len(x)):
+        if size is None:
+            buckets = [[j] for j in _seen_by_powers(i, config, positions, documents, wrong)]
+        else:
+            buckets = _fenwick_buckets(i, size, config.window_size, wrong)
+            buckets = [b for b in buckets if documents[b[0]] == documents[i]]
+        for head in range(config.num_heads):
+            g = head // (config.num_heads // config.num_kv_heads)
+            q = rotate(x[i] @ w["q"][:, head], positions[i], config.rope_base)
+            scores, values = [], []
+            for bucket in buckets:
+                pool = w["pool"][g] if size is not None else np.zeros(len(q))
+                share = np.exp([pool @ k[j][g] for j in bucket])
+                share /= share.sum()
+                key = sum(s * k[j][g] for s, j in zip(share, bucket, strict=True))
+                scores.append(q @ key / np.sqrt(len(q)) + np.log(len(bucket)))
+                values.append(sum(s * v[j][g] for s, j in zip(share, bucket, strict=True)))
+            weights = np.exp(np.array(scores) - max(scores))
             weights /= weights.sum()
             out[i] += (weights[:, None] * np.array(values)).sum(0) @ w["o"][head]
     return out
+
+
+def _seen_by_powers(i, config, positions, documents, wrong):
+    start = config.window_size - 1 if wrong == "from the window's edge" else 0
+    powers = {start + 2**p for p in range(20)}
+    for j in range(i + 1):
+        distance = i - j
+        is_seen = distance < config.window_size or distance in powers
+        if documents[i] == documents[j] and (is_seen or positions[j] < config.num_sinks):
+            yield j
+
+
+def _fenwick_buckets(i, size, window, wrong):
+    """Rows that count as one key: those of the window's blocks one by one, those before by the
+    greatest powers of two of blocks, from the front."""
+    near = int(np.ceil((window - 1) / size))
+    whole = max(i // size - near, 0)
+    alone = [[j] for j in range(whole * size, i + 1)]
+    if wrong == "too early":
+        whole += 1
+    done, buckets = 0, []
+    while done < whole:
+        blocks = 2 ** int(np.log2(whole - done))
+        buckets.append(list(range(done * size, (done + blocks) * size)))
+        done += blocks
+    return buckets + alone
 
 
 def latent_attention(
@@ -113,6 +183,13 @@ def latent_attention(
             mixed = sum(weight * values[j] for weight, j in zip(p, seen, strict=True))
             out[i] += mixed @ w["o"][head]
     return out
+
+
+ATTENTIONS = {
+    AttentionConfig: attention,
+    LatentAttentionConfig: latent_attention,
+    LocalSparseAttentionConfig: local_sparse_attention,
+}
 
 
 def swiglu(x, gate_up, down):

@@ -21,6 +21,7 @@ def window_attention(
     *,
     window_size: int | None,
     num_sinks: int,
+    sink_logits_H: jax.Array | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Returns causal attention of each row over the rows of its own segment, [B, L, H, W].
@@ -37,6 +38,8 @@ def window_attention(
       segments_BL: int32, equal for the rows of one document, which must be contiguous.
       window_size: rows visible to a query, itself included; None means all before it.
       num_sinks: first positions of a segment that stay visible; 0 without a window.
+      sink_logits_H: float32 [H], a logit of each query head that joins its softmax and has no value
+        (gpt-oss, 2025); None for none.
       implementation: "reference" makes the whole [L, L] score matrix; "xla" skips blocks of keys
         that no query of a block can see; "auto" takes "xla".
     Raises:
@@ -53,6 +56,10 @@ def window_attention(
         )
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} key/value heads")
+    if sink_logits_H is not None and sink_logits_H.shape != (heads,):
+        raise ValueError(
+            f"sink_logits {sink_logits_H.shape} must be one per query head, ({heads},)"
+        )
     chosen = reference if implementation == "reference" else xla
     return chosen.window_attention(
         q_BLHC,
@@ -62,4 +69,5 @@ def window_attention(
         segments_BL,
         window_size=window_size,
         num_sinks=num_sinks,
+        sink_logits_H=sink_logits_H,
     )

@@ -38,6 +38,7 @@ def window_attention(
     *,
     window_size: int | None,
     num_sinks: int,
+    sink_logits_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns softmax(q k^T / sqrt(C)) v over the visible keys of the segment, [B, L, H, W]."""
     mask_BLS = visible(
@@ -47,11 +48,15 @@ def window_attention(
         num_sinks=num_sinks,
     )
     mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
-    return masked_attention(q_BLHC, k_BLGC, v_BLGW, mask_BLS)
+    return masked_attention(q_BLHC, k_BLGC, v_BLGW, mask_BLS, sink_logits_H)
 
 
 def masked_attention(
-    q_BLHC: jax.Array, k_BSGC: jax.Array, v_BSGW: jax.Array, mask_BLS: jax.Array
+    q_BLHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGW: jax.Array,
+    mask_BLS: jax.Array,
+    sink_logits_H: jax.Array | None = None,
 ) -> jax.Array:
     """Attention under an explicit mask; scores and softmax in float32, the result in q's dtype."""
     batch, length, heads, width = q_BLHC.shape
@@ -61,6 +66,22 @@ def masked_attention(
         "BLGRC,BSGC->BGRLS", q_BLGRC, k_BSGC, preferred_element_type=jnp.float32
     )
     scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, MASKED)
-    weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1).astype(v_BSGW.dtype)
+    weights_BGRLS = softmax(scores_BGRLS, sink_logits_H).astype(v_BSGW.dtype)
     out_BLGRW = jnp.einsum("BGRLS,BSGW->BLGRW", weights_BGRLS, v_BSGW)
     return out_BLGRW.reshape(batch, length, heads, v_BSGW.shape[-1])
+
+
+def softmax(scores_BGRLS: jax.Array, sink_logits_H: jax.Array | None) -> jax.Array:
+    """exp(a_j) / (exp(b_h) + sum_j exp(a_j)) over the last dim (gpt-oss, 2025): what the sink
+    takes goes to no value. Without sinks, the ordinary softmax.
+
+    Args:
+      sink_logits_H: float32, b_h of each query head; float32 scores.
+    """
+    if sink_logits_H is None:
+        return jax.nn.softmax(scores_BGRLS, axis=-1)
+    sink_BGRLS = sink_logits_H.reshape(1, *scores_BGRLS.shape[1:3], 1, 1)
+    highest = jnp.maximum(scores_BGRLS.max(axis=-1, keepdims=True), sink_BGRLS)
+    highest = jax.lax.stop_gradient(highest)
+    exp_BGRLS = jnp.exp(scores_BGRLS - highest)
+    return exp_BGRLS / (jnp.exp(sink_BGRLS - highest) + exp_BGRLS.sum(axis=-1, keepdims=True))

@@ -12,7 +12,7 @@ key/value head, C head_dim, W width of values.
 import jax
 import jax.numpy as jnp
 
-from kernels.window_attention.reference import MASKED, visible
+from kernels.window_attention.reference import MASKED, softmax, visible
 
 MIN_BLOCK, MAX_BLOCKS = 64, 8
 
@@ -32,6 +32,7 @@ def window_attention(
     *,
     window_size: int | None,
     num_sinks: int,
+    sink_logits_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the attention of each row over the visible rows of its segment, [B, L, H, W]."""
     batch, length, heads, width = q_BLHC.shape
@@ -65,10 +66,17 @@ def window_attention(
         if num_sinks and first_key > 0:
             sink_rows_BMN, mask_BMN = _sinks(positions_BL[:, rows], begin, first_key, num_sinks)
             out_BGRMW = _attend_with_sinks(
-                q_BGRMC, scores_BGRMS, v_BGLW[:, :, keys], k_BGLC, v_BGLW, sink_rows_BMN, mask_BMN
+                q_BGRMC,
+                scores_BGRMS,
+                v_BGLW[:, :, keys],
+                k_BGLC,
+                v_BGLW,
+                sink_rows_BMN,
+                mask_BMN,
+                sink_logits_H,
             )
         else:
-            weights_BGRMS = jax.nn.softmax(scores_BGRMS, axis=-1).astype(v_BLGW.dtype)
+            weights_BGRMS = softmax(scores_BGRMS, sink_logits_H).astype(v_BLGW.dtype)
             out_BGRMW = jnp.einsum("BGRMS,BGSW->BGRMW", weights_BGRMS, v_BGLW[:, :, keys])
         blocks.append(out_BGRMW)
     out_BGRLW = jnp.concatenate(blocks, axis=3)
@@ -90,7 +98,7 @@ def _sinks(
 
 
 def _attend_with_sinks(
-    q_BGRMC, scores_BGRMS, v_BGSW, k_BGLC, v_BGLW, sink_rows_BMN, mask_BMN
+    q_BGRMC, scores_BGRMS, v_BGSW, k_BGLC, v_BGLW, sink_rows_BMN, mask_BMN, sink_logits_H
 ) -> jax.Array:
     """One softmax over the block's keys and each query's own sinks."""
 
@@ -104,7 +112,7 @@ def _attend_with_sinks(
         mask_BMN,
     )
     scores = jnp.concatenate([scores_BGRMS, sink_scores_BGRMN], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSW.dtype)
+    weights = softmax(scores, sink_logits_H).astype(v_BGSW.dtype)
     num_keys = v_BGSW.shape[2]
     out_BGRMW = jnp.einsum("BGRMS,BGSW->BGRMW", weights[..., :num_keys], v_BGSW)
     return out_BGRMW + jnp.einsum("BGRMN,BGMNW->BGRMW", weights[..., num_keys:], gather(v_BGLW))

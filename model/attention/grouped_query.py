@@ -1,7 +1,9 @@
-"""Grouped-query attention with RoPE, a sliding window and sink tokens.
+"""Grouped-query attention with RoPE, a sliding window, sink tokens and learned sink logits.
 
 B batch, L length, S keys, D d_model, H query heads, G key/value heads, C head_dim.
 """
+
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -60,6 +62,7 @@ class GroupedQueryAttention(nn.Module):
         if c.yarn is not None:
             q_BLHC *= c.yarn.logit_scale
         v_BLGC = kv_BL2GC[:, :, 1]
+        sink_logits_H = self._sink_logits() if c.learned_sinks else None
         reach = {"window_size": c.window_size, "num_sinks": c.num_sinks}
         if cache is None:
             out_BLHC = window_attention(
@@ -68,11 +71,19 @@ class GroupedQueryAttention(nn.Module):
                 v_BLGC,
                 positions_BL,
                 segments_BL,
+                sink_logits_H=sink_logits_H,
                 implementation=self.execution.window_attention,
                 **reach,
             )
         else:
             cache, seen = append(cache, k_BLGC, v_BLGC, positions_BL, c.num_sinks)
             mask_BLS = visible(positions_BL[:, :, None], seen.positions_BS[:, None, :], **reach)
-            out_BLHC = masked_attention(q_BLHC, seen.k_BSGC, seen.v_BSGC, mask_BLS)
+            out_BLHC = masked_attention(q_BLHC, seen.k_BSGC, seen.v_BSGC, mask_BLS, sink_logits_H)
         return jnp.einsum("BLHC,HCD->BLD", out_BLHC, w_o_HCD.astype(dtype)), cache
+
+    def _sink_logits(self) -> jax.Array:
+        """float32 [H]; they start at 0, as if one more key had that score."""
+        init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+        return cast(
+            jax.Array, self.param("sink_logits", init, (self.config.num_heads,), jnp.float32)
+        )

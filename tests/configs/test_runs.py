@@ -50,6 +50,7 @@ def test_full_sizes_have_the_articles_numbers():
     assert [spec.ffn.num_experts for spec in v3.pattern] == [64]
     assert {spec.ffn.num_experts for spec in v31.pattern} == {128}
     assert (v3.context_length, v31.context_length) == (32_768, 100_000)
+    assert {spec.ffn.router.mean_k for spec in v3.pattern} == {1.5}
     assert {spec.ffn.router.mean_k for spec in v31.pattern} == {2.0}
 
 

@@ -122,3 +122,64 @@ def test_head_counts_that_do_not_divide_are_refused():
         attend(case, "auto", q[:, :, :3], k, v, positions, segments)
     with pytest.raises(ValueError, match=r"must be \[B, L, H, C\]"):
         attend(case, "auto", q, k[:, 1:], v, positions, segments)
+
+
+# --- Learned sink logits -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sinks_packed", "padded"])
+def test_learned_sinks_of_blocks_equal_the_reference_with_gradients(name):
+    case = CASES[name]
+    q, k, v, positions, segments, dout = draw(case)
+    sinks = jnp.asarray([-1.0, 0.0, 2.0, 5.0])
+
+    def run(implementation):
+        def forward(q, k, v, sinks):
+            out = window_attention(
+                q,
+                k,
+                v,
+                positions,
+                segments,
+                window_size=case.window_size,
+                num_sinks=case.num_sinks,
+                sink_logits_H=sinks,
+                implementation=implementation,
+            )
+            return jnp.where((positions >= 0)[:, :, None, None], out, 0.0)
+
+        def f(*operands):
+            out, pull = jax.vjp(forward, *operands)
+            return out, *pull(dout)
+
+        return jax.jit(f)(q, k, v, sinks)
+
+    for ours, theirs, what in zip(run("xla"), run("reference"), "oqkvb", strict=True):
+        # A sink's gradient sums over all rows: its error is that of its largest entry.
+        scale = max(float(jnp.abs(theirs).max()), 1.0) if what == "b" else 1.0
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * scale, err_msg=what)
+        assert np.isfinite(np.asarray(ours)).all()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_sink_at_minus_infinity_takes_nothing(implementation):
+    """And leaves the ordinary softmax, to float32's rounding of its sum."""
+    q, k, v, positions, segments, _ = draw(CASES["causal"])
+
+    @jax.jit
+    def run(q, k, v, sinks):
+        reach = {"window_size": 20, "num_sinks": 0, "implementation": implementation}
+        return window_attention(q, k, v, positions, segments, sink_logits_H=sinks, **reach)
+
+    plain = run(q, k, v, None)
+    for lowest in (-1e30, -jnp.inf):
+        np.testing.assert_allclose(run(q, k, v, jnp.full(4, lowest)), plain, atol=1e-6)
+    assert np.abs(np.asarray(run(q, k, v, jnp.zeros(4)) - plain)).max() > 1e-2
+
+
+def test_one_sink_per_query_head_is_needed():
+    case = CASES["one_row"]
+    q, k, v, positions, segments, _ = draw(case)
+    reach = {"window_size": None, "num_sinks": 0}
+    with pytest.raises(ValueError, match=r"\(2,\) must be one per query head, \(4,\)"):
+        window_attention(q, k, v, positions, segments, sink_logits_H=jnp.zeros(2), **reach)
