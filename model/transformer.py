@@ -10,12 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.architecture import DenseConfig, LatentAttentionConfig, LayerSpec, ModelConfig
+from configs.architecture import (
+    DenseConfig,
+    LatentAttentionConfig,
+    LayerSpec,
+    ModelConfig,
+    RelativeAttentionConfig,
+)
 from configs.base import ExecutionConfig
 from model.attention.grouped_query import GroupedQueryAttention
 from model.attention.latent import LatentAttention
+from model.attention.relative import RelativeAttention
 from model.cache import BlockCache, Cache
-from model.layers import RMSNorm, SwiGLU, weight
+from model.layers import RMSNorm, SwiGLU, document_segments, weight
 from model.moe import MoE
 from parallel.sharding import constrain
 
@@ -23,14 +30,6 @@ MAX_UNROLLED_PERIODS = 4
 """Up to this depth the scan is unrolled: on CPU its stacked buffers cost a seventh of a training
 step. Deeper models are scanned, so that compile time does not grow with depth.
 """
-
-
-def document_segments(positions_BL: jax.Array) -> jax.Array:
-    """Numbers the documents of each row, int32 [B, L]: one ends where positions stop rising by
-    one.
-    """
-    is_start_BL = positions_BL[:, 1:] != positions_BL[:, :-1] + 1
-    return jnp.pad(jnp.cumsum(is_start_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 class Block(nn.Module):
@@ -55,10 +54,13 @@ class Block(nn.Module):
         out_stddev = depth_scale * attention.out_width**-0.5
         if isinstance(attention, LatentAttentionConfig):
             attend = LatentAttention(attention, self.execution, eps, out_stddev, name="attention")
+        elif isinstance(attention, RelativeAttentionConfig):
+            attend = RelativeAttention(attention, out_stddev, name="attention")
         else:
             attend = GroupedQueryAttention(attention, self.execution, out_stddev, name="attention")
         h_BLD = RMSNorm(eps, name="attention_norm")(x_BLD)
-        update_BLD, attention_cache = attend(h_BLD, positions_BL, segments_BL, attention_cache)
+        own_cache = cast(Any, attention_cache)  # of the kind that `attend` keeps
+        update_BLD, attention_cache = attend(h_BLD, positions_BL, segments_BL, own_cache)
         x_BLD = constrain(x_BLD + update_BLD, "batch", "length", None)
         h_BLD = RMSNorm(eps, name="ffn_norm")(x_BLD)
         out_stddev = depth_scale * ffn.d_ff**-0.5
@@ -103,8 +105,8 @@ class Transformer(nn.Module):
       positions_BL: int32, the token's position in its document. Without a cache, a position that is
         not one above its left neighbour's starts a new document. -1 marks padding, which no token
         sees and no expert works on.
-      cache: None (training, scoring), or the tokens read so far (prefill, decode: see
-        model/cache.py).
+      cache: None (training, scoring), the tokens read so far (prefill, decode), or for a model with
+        memory what it keeps of the segments before (training, scoring): see model/cache.py.
     Returns:
       hidden_BLD in the compute dtype, and the cache with the tokens added.
     """
@@ -189,9 +191,23 @@ def hidden_and_router(
     model: Transformer, variables: Variables, tokens_BL: jax.Array, positions_BL: jax.Array
 ) -> tuple[jax.Array, dict[str, Any]]:
     """As `hidden_states` without a cache, and what the layers sowed (the collection "router")."""
-    outputs: Any = model.apply(variables, tokens_BL, positions_BL, mutable=["router"])
-    (hidden_BLD, _), sown = outputs
+    hidden_BLD, sown, _ = read_segment(model, variables, tokens_BL, positions_BL, None)
     return hidden_BLD, sown
+
+
+def read_segment(
+    model: Transformer,
+    variables: Variables,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    memory: Cache | None,
+) -> tuple[jax.Array, dict[str, Any], Cache | None]:
+    """As `hidden_and_router`, with the memory of the segments before (None for models without) and
+    the one to read the next segment with.
+    """
+    outputs: Any = model.apply(variables, tokens_BL, positions_BL, memory, mutable=["router"])
+    (hidden_BLD, memory), sown = outputs
+    return hidden_BLD, sown, memory
 
 
 def output_weights(model: Transformer, variables: Variables) -> jax.Array:
