@@ -58,7 +58,7 @@ class RelativeAttention(nn.Module):
         w_o_HCD = weight(self, "o", out_shape, out_axes, self.out_stddev)
 
         q_BLHC = jnp.einsum("BLD,DHC->BLHC", x_BLD, w_q_DHC.astype(dtype))
-        q_content, q_position = (
+        q_content_BLHC, q_position_BLHC = (
             (q_BLHC + bias_HC.astype(dtype)[None, None]) * c.head_dim**-0.5
             for bias_HC in (u_HC, w_HC)
         )
@@ -68,18 +68,17 @@ class RelativeAttention(nn.Module):
         kv_BS2HC = jnp.einsum("BSD,DiHC->BSiHC", seen_BSD, w_kv_D2HC.astype(dtype))
         k_BSHC, v_BSHC = kv_BS2HC[:, :, 0], kv_BS2HC[:, :, 1]
         if isinstance(cache, LayerCache):
-            num_distances = cache.positions_BS.shape[1]
-            sines_ND = sinusoids(num_distances, d_model).astype(dtype)
+            sines_ND = sinusoids(cache.positions_BS.shape[1], d_model).astype(dtype)
             cache, seen = append(cache, k_BSHC, v_BSHC, positions_BL, 0)
             out_BLHC = cached_attention(
-                q_content, q_position, seen, positions_BL, w_r_DHC, sines_ND, c.window_size
+                q_content_BLHC, q_position_BLHC, seen, positions_BL, w_r_DHC, sines_ND
             )
         else:
-            num_distances = min(c.window_size, seen_BSD.shape[1])
-            sines_ND = sinusoids(num_distances, d_model).astype(dtype)
+            reach = min(c.window_size, seen_BSD.shape[1])
+            sines_ND = sinusoids(reach, d_model).astype(dtype)
             r_NHC = jnp.einsum("ND,DHC->NHC", sines_ND, w_r_DHC)
             out_BLHC = segment_attention(
-                q_content, q_position, k_BSHC, v_BSHC, r_NHC, positions_BS, segments_BS
+                q_content_BLHC, q_position_BLHC, k_BSHC, v_BSHC, r_NHC, positions_BS, segments_BS
             )
             cache = memory
         return jnp.einsum("BLHC,HCD->BLD", out_BLHC, w_o_HCD.astype(dtype)), cache
@@ -189,15 +188,18 @@ def cached_attention(
     positions_BL: jax.Array,
     w_r_DHC: jax.Array,
     sines_ND: jax.Array,
-    window_size: int,
 ) -> jax.Array:
     """Attention over a cache whose slots lie in any order, [B, L, H, C].
 
     Each query's scores of all distances are made first, and each slot's picked from them. A query's
     product with r = sines W_r goes the cheaper way: for few queries through (q W_r^T) sines^T,
     without making r.
+
+    Args:
+      seen: keys, values and positions of the cache and of the L new tokens.
+      sines_ND: codes of as many distances as the cache has slots; farther keys are not visible.
     """
-    batch, length, _, width = q_content_BLHC.shape
+    (batch, length, _, width), num_distances = q_content_BLHC.shape, sines_ND.shape[0]
     if batch * length < width:
         wide_BLHD = jnp.einsum("BLHC,DHC->BLHD", q_position_BLHC, w_r_DHC)
         by_distance_BHLN = jnp.einsum(
@@ -209,13 +211,13 @@ def cached_attention(
             "BLHC,NHC->BHLN", q_position_BLHC, r_NHC, preferred_element_type=jnp.float32
         )
     q_positions, k_positions = positions_BL[:, :, None], seen.positions_BS[:, None, :]
-    last = sines_ND.shape[0] - 1
-    place_BLS = jnp.clip(last - (q_positions - k_positions), 0, last)
+    place_BLS = num_distances - 1 - (q_positions - k_positions)
+    place_BLS = jnp.clip(place_BLS, 0, num_distances - 1)
     position_BHLS = jnp.take_along_axis(by_distance_BHLN, place_BLS[:, None], axis=-1)
     content_BHLS = jnp.einsum(
         "BLHC,BSHC->BHLS", q_content_BLHC, seen.k_BSGC, preferred_element_type=jnp.float32
     )
-    mask_BLS = visible(q_positions, k_positions, window_size=window_size, num_sinks=0)
+    mask_BLS = visible(q_positions, k_positions, window_size=num_distances, num_sinks=0)
     return _mix(content_BHLS + position_BHLS, mask_BLS, seen.v_BSGC)
 
 
