@@ -201,6 +201,43 @@ class LatentAttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RelativeAttentionConfig:
+    """Attention by relative position over a memory of earlier segments (Transformer-XL, 2019).
+
+    Every query sees itself and the memory_length tokens before it in its document, so the result
+    does not depend on where a text is cut into segments.
+    """
+
+    kind: Literal["relative"] = "relative"
+    num_heads: int
+    head_dim: int
+    memory_length: int
+    """Tokens before a query that it sees, M; as many are kept from one segment to the next."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_heads", "head_dim")
+        require(
+            self.memory_length >= 1,
+            f"memory_length={self.memory_length} must be at least 1 token: a query that sees only "
+            "itself needs no relative attention",
+        )
+
+    @property
+    def window_size(self) -> int:
+        """Tokens a query may see, itself included."""
+        return self.memory_length + 1
+
+    @property
+    def out_width(self) -> int:
+        """Width of all heads' results together."""
+        return self.num_heads * self.head_dim
+
+    def num_parameters(self, d_model: int) -> int:
+        """Weights of queries, keys, values, distances and output, and two biases on the queries."""
+        return (5 * d_model + 2) * self.out_width
+
+
+@dataclass(frozen=True, kw_only=True)
 class DenseConfig:
     """A dense SwiGLU feed-forward layer: W_down(silu(W_gate x) * W_up x)."""
 
@@ -407,11 +444,16 @@ class MoEConfig:
         return self._num_parameters(d_model, self.router.mean_k)
 
 
+Attention = (
+    AttentionConfig | LatentAttentionConfig | LocalSparseAttentionConfig | RelativeAttentionConfig
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """One layer: which attention, which feed-forward."""
 
-    attention: AttentionConfig | LatentAttentionConfig | LocalSparseAttentionConfig
+    attention: Attention
     ffn: DenseConfig | MoEConfig
 
 
@@ -445,6 +487,43 @@ class ModelConfig:
             all(isinstance(spec.ffn, DenseConfig) for spec in self.prefix),
             "prefix has an MoE layer: layers before the pattern must be dense",
         )
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        specs = (*self.prefix, *self.pattern)
+        attentions = [spec.attention for spec in specs]
+        relative = [a for a in attentions if isinstance(a, RelativeAttentionConfig)]
+        if not relative:
+            return
+        require(
+            len(relative) == len(attentions),
+            f"{len(relative)} of {len(attentions)} layers of prefix and pattern have relative "
+            "attention: memory goes from segment to segment in every layer or in none, give all of "
+            "them kind='relative'",
+        )
+        lengths = sorted({attention.memory_length for attention in relative})
+        require(
+            len(lengths) == 1,
+            f"layers have memory_length={lengths}: give all of them the same",
+        )
+        require(
+            self.d_model % 2 == 0,
+            f"d_model={self.d_model} must be even: relative attention codes distances in sines and "
+            "cosines",
+        )
+        contexts = [s.ffn.router.context for s in specs if isinstance(s.ffn, MoEConfig)]
+        require(
+            all(context is None or context.kind != "causal" for context in contexts),
+            "router.context.kind='causal' has no memory of earlier segments, which relative "
+            "attention needs: use kind='correlation' or no context",
+        )
+
+    @property
+    def memory_length(self) -> int | None:
+        """Tokens that each layer keeps from one segment to the next; None without memory."""
+        attention = self.pattern[0].attention
+        is_relative = isinstance(attention, RelativeAttentionConfig)
+        return attention.memory_length if is_relative else None
 
     @property
     def num_periods(self) -> int:

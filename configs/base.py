@@ -85,6 +85,9 @@ class DataConfig:
     """Where the tokenizer and the token files lie; made from `source` when missing."""
     seq_len: int = 256
     """Tokens a row feeds to the model, L."""
+    order: Literal["shuffled", "streams"] = "shuffled"
+    """Of the rows: drawn anew each epoch, or batch_size streams in which each row goes on where the
+    one of the step before ended (for models with memory)."""
     holdout_fraction: float = 0.05
     """Share of modules held out, chosen by a hash of their names."""
 
@@ -257,6 +260,7 @@ class RunConfig:
             f"model.vocab_size={self.model.vocab_size}: leave it out to compare whole "
             "distributions",
         )
+        self._check_memory()
         for spec in self.model.pattern:
             if isinstance(spec.ffn, MoEConfig):
                 require(
@@ -265,6 +269,30 @@ class RunConfig:
                     "axis "
                     f"(size {self.mesh.expert}): change the mesh or num_experts",
                 )
+
+    def _check_memory(self) -> None:
+        memory, order = self.model.memory_length, self.data.order
+        require(
+            (memory is not None) == (order == "streams"),
+            f"data.order={order!r} with memory_length={memory}: 'streams' goes with a model that "
+            "has a memory and only with it, 'shuffled' with all others",
+        )
+        require(
+            memory is None or self.accumulation == 1,
+            f"accumulation={self.accumulation} must be 1 for a model with memory: a row's memory "
+            "goes from one step to the next",
+        )
+        kernel = self.execution.window_attention
+        require(
+            memory is None or kernel == "auto",
+            f"execution.window_attention={kernel!r} has no effect on relative attention, which "
+            "brings its own: leave it at 'auto'",
+        )
+        require(
+            memory is None or self.distill is None,
+            f"distill is set for a model with memory_length={memory}: distillation shows a row "
+            "without the ones before it; train the model by itself",
+        )
 
     @property
     def tokens_per_step(self) -> int:

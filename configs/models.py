@@ -10,9 +10,39 @@ from configs.architecture import (
     LayerSpec,
     ModelConfig,
     MoEConfig,
+    RelativeAttentionConfig,
     RouterConfig,
     YarnConfig,
 )
+
+
+def v1_1b() -> ModelConfig:
+    """V1, 1.19B parameters: Transformer-XL's relative attention and memory, dense layers.
+
+    From the articles: 1.2B parameters, Transformer-XL with relative positions. The widths are ours,
+    chosen so that the whole comes near 1.2B. A layer sees 1024 tokens back, so what the model
+    predicts depends on up to 20 * 1024 tokens before it.
+    """
+    attention = RelativeAttentionConfig(num_heads=16, head_dim=128, memory_length=1024)
+    return ModelConfig(
+        vocab_size=65_536,
+        d_model=2048,
+        num_layers=20,
+        pattern=(LayerSpec(attention=attention, ffn=DenseConfig(d_ff=4096)),),
+        context_length=8192,
+    )
+
+
+def v1_nano() -> ModelConfig:
+    """V1's form in 2.2M parameters, a memory of 256 tokens: for two CPU cores."""
+    attention = RelativeAttentionConfig(num_heads=4, head_dim=32, memory_length=256)
+    return ModelConfig(
+        vocab_size=4096,
+        d_model=128,
+        num_layers=4,
+        pattern=(LayerSpec(attention=attention, ffn=DenseConfig(d_ff=512)),),
+        context_length=1024,
+    )
 
 
 def v3_7b() -> ModelConfig:

@@ -28,6 +28,42 @@ def _nano_optimizer() -> OptimizerConfig:
     )
 
 
+def v1_nano() -> RunConfig:
+    """V1's form in 2.2M parameters: relative attention, memory from row to row.
+
+    python -m scripts.train v1_nano: minutes on two CPU cores; time and bits per byte are measured
+    in docs/experiments.md.
+    """
+    return RunConfig(
+        name="v1_nano",
+        steps=250,
+        batch_size=16,
+        model=models.v1_nano(),
+        optimizer=_nano_optimizer(),
+        data=DataConfig(order="streams"),
+        mesh=MeshConfig(expert=2),
+    )
+
+
+def v1() -> RunConfig:
+    """V1 at full size, on 8 devices.
+
+    python -m scripts.train v1: needs 8 accelerators; its shapes and shardings are checked
+    without allocating anything (tests/configs/test_runs.py).
+    """
+    return RunConfig(
+        name="v1",
+        steps=100_000,
+        batch_size=128,
+        model=models.v1_1b(),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
+        data=DataConfig(directory="runs/corpora/large", seq_len=1024, order="streams"),
+        mesh=MeshConfig(data=8),
+        execution=ExecutionConfig(compute_dtype="bfloat16", remat="full", logits_chunks=8),
+        checkpoint=CheckpointConfig(every=1000, keep=3),
+    )
+
+
 def v31_nano() -> RunConfig:
     """V3.1's form in 4.6M parameters on the standard library: the quickstart's teacher.
 

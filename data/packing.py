@@ -152,6 +152,51 @@ class PackedRows:
         return f"PackedRows({self.file.path.name}, {self.num_rows} rows of {self.seq_len})"
 
 
+class StreamRows:
+    """The rows of PackedRows in the order of streams: the source for models with memory.
+
+    The file is cut into batch_size streams of as many whole rows each; what is left at its end is
+    not read. Step s has row s of every stream, so row b of a batch goes on where row b of the batch
+    before ended. Positions do so as well: a document that began in an earlier row keeps counting,
+    and where a stream begins inside a document, they count from the stream's beginning.
+    """
+
+    def __init__(
+        self, file: TokenFile, seq_len: int, batch_size: int, process_index: int, process_count: int
+    ) -> None:
+        """Each process has its own block of neighbouring streams, for as long as the run lasts.
+
+        Raises:
+          UserError: the file is too short for a row in each stream.
+        """
+        self.rows, self.batch_size = PackedRows(file, seq_len), batch_size
+        self.stream_rows = len(self.rows) // batch_size
+        if self.stream_rows < 1:
+            raise UserError(
+                f"{file.path} has {len(self.rows)} rows of data.seq_len={seq_len}, too few for "
+                f"batch_size={batch_size} streams: use a smaller batch or a larger corpus"
+            )
+        self.own_streams = batch_size // process_count
+        self.first_stream = process_index * self.own_streams
+        self._starts = np.asarray(file.sidecar.starts)
+
+    def __len__(self) -> int:
+        return self.own_streams * self.stream_rows
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """As PackedRows, with positions that go on from row to row."""
+        step, own = divmod(int(index), self.own_streams)
+        stream_begin = (self.first_stream + own) * self.stream_rows
+        row = self.rows[stream_begin + step]
+        places_L = (stream_begin + step) * self.rows.seq_len + np.arange(self.rows.seq_len)
+        starts_L = self._starts[np.searchsorted(self._starts, places_L, side="right") - 1]
+        starts_L = np.maximum(starts_L, stream_begin * self.rows.seq_len)
+        return {**row, "positions": (places_L - starts_L).astype(np.int32)}
+
+    def __repr__(self) -> str:  # the same on every process
+        return f"StreamRows({self.rows}, {self.batch_size} streams)"
+
+
 def document_positions(tokens_L: np.ndarray) -> np.ndarray:
     """Each token's distance from the start of its document, or of the row."""
     places_L = np.arange(len(tokens_L), dtype=np.int32)

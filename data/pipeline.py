@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import grain
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from configs.base import DataConfig
 from configs.checks import UserError
 from data.corpora import name_hash, read_documents, split
-from data.packing import PackedRows, TokenFile, write_tokens
+from data.packing import PackedRows, StreamRows, TokenFile, write_tokens
 from data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -104,17 +105,21 @@ def batches(
     seq_len: int,
     batch_size: int,
     seed: int,
+    order: Literal["shuffled", "streams"] = "shuffled",
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
-    """Endless batches of PackedRows: every row once per epoch, in an order drawn anew each epoch.
+    """Endless batches of rows: every row once per epoch.
 
-    Step s takes rows [s * batch_size, (s + 1) * batch_size) of the shuffled stream, and each
-    process every process_count-th of them, so the global batches do not depend on the number of
+    Shuffled: in an order drawn anew each epoch. Step s takes rows [s * batch_size, (s + 1) *
+    batch_size) of the shuffled rows, and each process every process_count-th of them. Streams: see
+    StreamRows; each process takes its block of the batch, and an epoch's end leads back to the
+    beginning of every stream. Either way the global batches do not depend on the number of
     processes. The iterator's state (a step count) belongs into the checkpoint.
 
     Args:
       batch_size: rows of the global batch.
+      seed: of the shuffled order; streams have only one.
     Returns:
       Iterator of {"tokens", "targets", "positions": int32 [B / process_count, L], "row": int32}.
     Raises:
@@ -124,8 +129,11 @@ def batches(
         raise UserError(
             f"batch_size={batch_size} must be divisible by the {process_count} processes"
         )
-    rows = (
-        grain.MapDataset.source(PackedRows(file, seq_len)).seed(seed).shuffle().repeat(MAX_EPOCHS)
-    )
-    rows = rows[process_index::process_count].batch(batch_size // process_count)
+    if order == "streams":
+        streams = StreamRows(file, seq_len, batch_size, process_index, process_count)
+        rows = grain.MapDataset.source(streams).repeat(MAX_EPOCHS)
+    else:
+        rows = grain.MapDataset.source(PackedRows(file, seq_len)).seed(seed).shuffle()
+        rows = rows.repeat(MAX_EPOCHS)[process_index::process_count]
+    rows = rows.batch(batch_size // process_count)
     return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

@@ -74,7 +74,8 @@ def _score(
     progress: Progress,
     documents: list[np.ndarray],
 ) -> list[TokenScores]:
-    total = num_rows((len(tokens) for tokens in documents), length)
+    has_memory = model.config.memory_length is not None
+    total = num_rows((len(tokens) for tokens in documents), length, has_memory=has_memory)
     return score_documents(
         model,
         variables,

@@ -1,9 +1,13 @@
 """How well a model predicts given tokens: log-likelihood and best guess at every position.
 
+A model with memory reads each document segment by segment and keeps what it has seen; others read
+overlapping windows.
+
 B rows, L tokens of a row, D d_model, V vocab.
 """
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.cache import init_memory
 from model.transformer import Transformer, Variables, hidden_states, output_weights
 
 Progress = Callable[[int], None]
@@ -22,19 +27,21 @@ class TokenScores:
     """Scores of a document's tokens after its first, all [n - 1]."""
 
     nats: np.ndarray
-    """-log p(token | the tokens before it in its window), float32."""
+    """-log p(token | the tokens before it in its window or memory), float32."""
     best_ids: np.ndarray
     """The most likely token in its place, int32."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A window of one document, and which of its targets are scored here."""
+    """A window or segment of one document, and which of its targets are scored here."""
 
     document: int
     start: int
     first: int
     """Targets before this place of the row are context only."""
+    position: int
+    """Of its first token: a window counts from 0, a segment goes on from the one before."""
 
 
 def score_documents(
@@ -48,46 +55,78 @@ def score_documents(
 ) -> list[TokenScores]:
     """Scores every token of every document but its first.
 
-    A document longer than `length` is read in windows that move by half a window, so that each
-    token but the first half window's is predicted from at least length / 2 tokens before it.
+    Without memory, a document longer than `length` is read in windows that move by half a window,
+    so that each token but the first half window's is predicted from at least length / 2 tokens
+    before it. With memory, segments of `length` follow each other, and each token is predicted from
+    everything the model reaches.
 
     Args:
       documents: int32 [n] each, n >= 2, beginning with the end-of-text token.
-      length: tokens of a window; the model's context_length at most.
-      batch_size: windows scored at once; the last batch is padded.
+      length: tokens of a window or segment; the model's context_length at most.
+      batch_size: windows or segments scored at once; what is left of a batch is padded.
     Returns:
       One TokenScores per document, in order.
     """
-    rows = [row for i, tokens in enumerate(documents) for row in _rows(i, len(tokens), length)]
+    has_memory = model.config.memory_length is not None
+    rows = [_rows(i, len(tokens), length, has_memory) for i, tokens in enumerate(documents)]
     scores = [
         TokenScores(np.zeros(len(t) - 1, np.float32), np.zeros(len(t) - 1, np.int32))
         for t in documents
     ]
-    for begin in range(0, len(rows), batch_size):
-        batch = rows[begin : begin + batch_size]
+    memory, done = init_memory(model.config, batch_size, model.execution.compute_dtype), 0
+    for batch in (_streams if has_memory else _batches)(rows, batch_size):
         windows = _windows(batch, documents, length, batch_size)
-        nats_BL, best_BL = jax.device_get(_score_rows(model, variables, *windows))
-        for row, nats_L, best_L in zip(batch, nats_BL, best_BL, strict=False):
+        scored, memory = _score_rows(model, variables, *windows, memory)
+        for row, nats_L, best_L in zip(batch, *jax.device_get(scored), strict=False):
+            if row is None:
+                continue
             count = min(length, len(documents[row.document]) - 1 - row.start)
-            scored = slice(row.start + row.first, row.start + count)
-            scores[row.document].nats[scored] = nats_L[row.first : count]
-            scores[row.document].best_ids[scored] = best_L[row.first : count]
-        progress(min(begin + batch_size, len(rows)))
+            places = slice(row.start + row.first, row.start + count)
+            scores[row.document].nats[places] = nats_L[row.first : count]
+            scores[row.document].best_ids[places] = best_L[row.first : count]
+            done += 1
+        progress(done)
     return scores
 
 
-def num_rows(lengths: Iterable[int], length: int) -> int:
-    """Windows that documents of these lengths take: the total for a progress bar."""
-    return sum(len(_rows(0, n, length)) for n in lengths)
+def num_rows(lengths: Iterable[int], length: int, *, has_memory: bool = False) -> int:
+    """Windows (or, with memory, segments) that documents of these lengths take: the total for a
+    progress bar.
+    """
+    return sum(len(_rows(0, n, length, has_memory)) for n in lengths)
 
 
-def _rows(document: int, num_tokens: int, length: int) -> list[_Row]:
-    """Windows over num_tokens - 1 inputs; each scores what the ones before it have not."""
+def _rows(document: int, num_tokens: int, length: int, has_memory: bool) -> list[_Row]:
+    """Rows over num_tokens - 1 inputs; each scores what the ones before it have not."""
+    if has_memory:
+        return [_Row(document, start, 0, start) for start in range(0, num_tokens - 1, length)]
     stride = max(length // 2, 1)
-    rows = [_Row(document, 0, 0)]
+    rows = [_Row(document, 0, 0, 0)]
     while rows[-1].start + length < num_tokens - 1:
-        rows.append(_Row(document, rows[-1].start + stride, length - stride))
+        rows.append(_Row(document, rows[-1].start + stride, length - stride, 0))
     return rows
+
+
+def _batches(rows: list[list[_Row]], batch_size: int) -> Iterator[list[_Row | None]]:
+    """All documents' windows in batches; the last one may be shorter."""
+    flat = [row for document in rows for row in document]
+    for begin in range(0, len(flat), batch_size):
+        yield [*flat[begin : begin + batch_size]]
+
+
+def _streams(rows: list[list[_Row]], batch_size: int) -> Iterator[list[_Row | None]]:
+    """Batches in which a document's segments come one after the other at one place.
+
+    A place whose document has ended takes the longest that waits, so that none is left for last;
+    its first position, 0, cuts it off from what the memory holds. None is a place without work.
+    """
+    waiting = deque(sorted(rows, key=len, reverse=True))
+    places: list[deque[_Row]] = [deque() for _ in range(batch_size)]
+    while waiting or any(places):
+        for place in places:
+            if not place and waiting:
+                place.extend(waiting.popleft())
+        yield [place.popleft() if place else None for place in places]
 
 
 def _windows(rows, documents, length, batch_size):
@@ -96,17 +135,21 @@ def _windows(rows, documents, length, batch_size):
     positions_BL = np.full((batch_size, length), -1, np.int32)
     targets_BL = np.zeros((batch_size, length), np.int32)
     for i, row in enumerate(rows):
+        if row is None:
+            continue
         window = documents[row.document][row.start : row.start + length + 1]
         count = len(window) - 1
         tokens_BL[i, :count], targets_BL[i, :count] = window[:-1], window[1:]
-        positions_BL[i, :count] = np.arange(count)
+        positions_BL[i, :count] = row.position + np.arange(count)
     return tokens_BL, positions_BL, targets_BL
 
 
-@partial(jax.jit, static_argnums=0)
-def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL):
-    """-log p(target) and the best token at each place, [B, L]; logits are made a row at a time."""
-    hidden_BLD, _ = hidden_states(model, variables, tokens_BL, positions_BL)
+@partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL, memory):
+    """-log p(target) and the best token at each place, [B, L], and the memory after these rows;
+    logits are made a row at a time.
+    """
+    hidden_BLD, memory = hidden_states(model, variables, tokens_BL, positions_BL, memory)
     w_DV = output_weights(model, variables)
 
     def one_row(row):
@@ -115,4 +158,4 @@ def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL):
         target_L = jnp.take_along_axis(logits_LV, targets_L[:, None], axis=1)[:, 0]
         return jax.nn.logsumexp(logits_LV, axis=1) - target_L, jnp.argmax(logits_LV, axis=1)
 
-    return jax.lax.map(one_row, (hidden_BLD, targets_BL))
+    return jax.lax.map(one_row, (hidden_BLD, targets_BL)), memory

@@ -5,7 +5,10 @@ A layer with a window keeps a ring: its first `num_sinks` slots hold the sinks f
 Position i lies in slot i if i < num_sinks, else in num_sinks + (i - num_sinks) mod (S -
 num_sinks).
 
-B batch, L new tokens, S slots, G key/value heads, C head_dim.
+A model with memory (relative attention) reads a text segment by segment in training and scoring:
+each layer then keeps its inputs of the last M tokens instead, a `SegmentMemory`.
+
+B batch, L new tokens, S slots, M tokens of memory, G key/value heads, C head_dim, D d_model.
 """
 
 import jax
@@ -13,12 +16,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from configs.architecture import (
+    Attention,
     AttentionConfig,
     LatentAttentionConfig,
     LayerSpec,
     LocalSparseAttentionConfig,
     ModelConfig,
     MoEConfig,
+    RelativeAttentionConfig,
 )
 from kernels.sparse_attention import Nodes, empty_nodes
 
@@ -42,10 +47,19 @@ class SummaryCache(struct.PyTreeNode):
     """Of all whole aligned blocks of slots, and of 2, 4, 8, ... of them, float32."""
 
 
+class SegmentMemory(struct.PyTreeNode):
+    """One layer's normed attention inputs of the last M tokens of a stream (Transformer-XL, 2019),
+    and their positions; position -1 is an empty slot or padding. No gradient flows into it.
+    """
+
+    x_BMD: jax.Array
+    positions_BM: jax.Array
+
+
 class BlockCache(struct.PyTreeNode):
     """What one layer of the pattern keeps."""
 
-    attention: LayerCache | SummaryCache
+    attention: LayerCache | SummaryCache | SegmentMemory
     router: LayerCache | None
     """Of a context router."""
 
@@ -58,11 +72,10 @@ class Cache(struct.PyTreeNode):
     """One per layer of the pattern, stacked over the periods in dim 0."""
 
 
-Attention = AttentionConfig | LatentAttentionConfig | LocalSparseAttentionConfig
-
-
 def num_slots(config: Attention, max_length: int) -> int:
     """Slots a layer needs for sequences of max_length tokens."""
+    if isinstance(config, RelativeAttentionConfig):
+        return min(max_length, config.window_size)
     if not isinstance(config, AttentionConfig) or config.window_size is None:
         return max_length
     return min(max_length, config.num_sinks + config.window_size)
@@ -75,6 +88,8 @@ def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype: str
         slots = (*stack, batch_size, num_slots(attention, max_length))
         if isinstance(attention, LatentAttentionConfig):
             heads, key, value = 1, attention.latent_rank + attention.rope_head_dim, 0
+        elif isinstance(attention, RelativeAttentionConfig):
+            heads, key, value = attention.num_heads, attention.head_dim, attention.head_dim
         else:
             heads, key, value = attention.num_kv_heads, attention.head_dim, attention.head_dim
         return LayerCache(
@@ -103,6 +118,25 @@ def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype: str
     return Cache(
         prefix=tuple(block(spec, ()) for spec in config.prefix),
         periods=tuple(block(spec, (config.num_periods,)) for spec in config.pattern),
+    )
+
+
+def init_memory(config: ModelConfig, batch_size: int, dtype: str) -> Cache | None:
+    """Empty memories for a batch of streams; None for a model without memory."""
+    if config.memory_length is None:
+        return None
+    shape = (batch_size, config.memory_length)
+
+    def block(stack: tuple[int, ...]) -> BlockCache:
+        memory = SegmentMemory(
+            x_BMD=jnp.zeros((*stack, *shape, config.d_model), dtype),
+            positions_BM=jnp.full((*stack, *shape), -1, jnp.int32),
+        )
+        return BlockCache(memory, None)
+
+    return Cache(
+        prefix=tuple(block(()) for _ in config.prefix),
+        periods=tuple(block((config.num_periods,)) for _ in config.pattern),
     )
 
 

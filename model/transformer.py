@@ -12,19 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.architecture import (
-    AttentionConfig,
+    Attention,
     DenseConfig,
     LatentAttentionConfig,
     LayerSpec,
     LocalSparseAttentionConfig,
     ModelConfig,
+    RelativeAttentionConfig,
 )
 from configs.base import ExecutionConfig
 from model.attention.grouped_query import GroupedQueryAttention
 from model.attention.latent import LatentAttention
 from model.attention.local_sparse import LocalSparseAttention
+from model.attention.relative import RelativeAttention
 from model.cache import BlockCache, Cache
-from model.layers import RMSNorm, SwiGLU, weight
+from model.layers import RMSNorm, SwiGLU, document_segments, weight
 from model.moe import MoE
 from parallel.sharding import constrain
 
@@ -34,16 +36,8 @@ step. Deeper models are scanned, so that compile time does not grow with depth.
 """
 
 
-def document_segments(positions_BL: jax.Array) -> jax.Array:
-    """Numbers the documents of each row, int32 [B, L]: one ends where positions stop rising by
-    one.
-    """
-    is_start_BL = positions_BL[:, 1:] != positions_BL[:, :-1] + 1
-    return jnp.pad(jnp.cumsum(is_start_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-
-
 def _attention(
-    config: AttentionConfig | LatentAttentionConfig | LocalSparseAttentionConfig,
+    config: Attention,
     execution: ExecutionConfig,
     norm_eps: float,
     out_stddev: float,
@@ -53,6 +47,8 @@ def _attention(
         return LatentAttention(config, execution, norm_eps, out_stddev, name="attention")
     if isinstance(config, LocalSparseAttentionConfig):
         return LocalSparseAttention(config, execution, out_stddev, name="attention")
+    if isinstance(config, RelativeAttentionConfig):
+        return RelativeAttention(config, out_stddev, name="attention")
     return GroupedQueryAttention(config, execution, out_stddev, name="attention")
 
 
@@ -78,7 +74,8 @@ class Block(nn.Module):
         out_stddev = depth_scale * attention.out_width**-0.5
         attend = _attention(attention, self.execution, eps, out_stddev)
         h_BLD = RMSNorm(eps, name="attention_norm")(x_BLD)
-        update_BLD, attention_cache = attend(h_BLD, positions_BL, segments_BL, attention_cache)
+        own_cache = cast(Any, attention_cache)  # of the kind that `attend` keeps
+        update_BLD, attention_cache = attend(h_BLD, positions_BL, segments_BL, own_cache)
         x_BLD = constrain(x_BLD + update_BLD, "batch", "length", None)
         h_BLD = RMSNorm(eps, name="ffn_norm")(x_BLD)
         out_stddev = depth_scale * ffn.d_ff**-0.5
@@ -123,8 +120,8 @@ class Transformer(nn.Module):
       positions_BL: int32, the token's position in its document. Without a cache, a position that is
         not one above its left neighbour's starts a new document. -1 marks padding, which no token
         sees and no expert works on.
-      cache: None (training, scoring), or the tokens read so far (prefill, decode: see
-        model/cache.py).
+      cache: None (training, scoring), the tokens read so far (prefill, decode), or for a model with
+        memory what it keeps of the segments before (training, scoring): see model/cache.py.
     Returns:
       hidden_BLD in the compute dtype, and the cache with the tokens added.
     """
@@ -209,9 +206,23 @@ def hidden_and_router(
     model: Transformer, variables: Variables, tokens_BL: jax.Array, positions_BL: jax.Array
 ) -> tuple[jax.Array, dict[str, Any]]:
     """As `hidden_states` without a cache, and what the layers sowed (the collection "router")."""
-    outputs: Any = model.apply(variables, tokens_BL, positions_BL, mutable=["router"])
-    (hidden_BLD, _), sown = outputs
+    hidden_BLD, sown, _ = read_segment(model, variables, tokens_BL, positions_BL, None)
     return hidden_BLD, sown
+
+
+def read_segment(
+    model: Transformer,
+    variables: Variables,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    memory: Cache | None,
+) -> tuple[jax.Array, dict[str, Any], Cache | None]:
+    """As `hidden_and_router`, with the memory of the segments before (None for models without) and
+    the one to read the next segment with.
+    """
+    outputs: Any = model.apply(variables, tokens_BL, positions_BL, memory, mutable=["router"])
+    (hidden_BLD, memory), sown = outputs
+    return hidden_BLD, sown, memory
 
 
 def output_weights(model: Transformer, variables: Variables) -> jax.Array:

@@ -12,6 +12,7 @@ from configs.architecture import (
     LocalSparseAttentionConfig,
     ModelConfig,
     MoEConfig,
+    RelativeAttentionConfig,
 )
 
 
@@ -185,10 +186,41 @@ def latent_attention(
     return out
 
 
+def relative_attention(
+    x, w, config: RelativeAttentionConfig, positions, documents, r_index=lambda distance: distance
+):
+    """Every pair's r looked up by its distance; another `r_index` is a wrong version."""
+    length, (width, heads, head_dim) = len(x), w["q"].shape
+    rates = 10_000.0 ** (-np.arange(0, width, 2) / width)
+    out = np.zeros_like(x)
+    for head in range(heads):
+        r = {}
+        for distance in range(-1, config.memory_length + 2):
+            angles = distance * rates
+            code = np.concatenate([np.sin(angles), np.cos(angles)])
+            r[distance] = code @ w["r"][:, head]
+        for i in range(length):
+            q = x[i] @ w["q"][:, head]
+            scores, values = [], []
+            for j in range(length):
+                distance = positions[i] - positions[j]
+                if documents[i] != documents[j] or not 0 <= distance <= config.memory_length:
+                    continue
+                content = (q + w["content_bias"][head]) @ (x[j] @ w["kv"][:, 0, head])
+                position = (q + w["position_bias"][head]) @ r[r_index(distance)]
+                scores.append((content + position) / np.sqrt(head_dim))
+                values.append(x[j] @ w["kv"][:, 1, head])
+            weights = np.exp(np.array(scores) - max(scores))
+            weights /= weights.sum()
+            out[i] += (weights[:, None] * np.array(values)).sum(0) @ w["o"][head]
+    return out
+
+
 ATTENTIONS = {
     AttentionConfig: attention,
     LatentAttentionConfig: latent_attention,
     LocalSparseAttentionConfig: local_sparse_attention,
+    RelativeAttentionConfig: relative_attention,
 }
 
 

@@ -9,6 +9,7 @@ from configs.architecture import (
     LayerSpec,
     ModelConfig,
     MoEConfig,
+    RelativeAttentionConfig,
     RouterConfig,
 )
 from configs.base import (
@@ -45,6 +46,13 @@ def model(**changes) -> ModelConfig:
     return dataclasses.replace(base, **changes)
 
 
+def memory_model(memory_length: int = 24, **changes) -> ModelConfig:
+    """Two dense layers with relative attention."""
+    attention = RelativeAttentionConfig(num_heads=2, head_dim=8, memory_length=memory_length)
+    pattern = (LayerSpec(attention=attention, ffn=DenseConfig(d_ff=48)),)
+    return model(pattern=pattern, **changes)
+
+
 def run(tmp_path: Path, **changes) -> RunConfig:
     """A run on the tiny corpus that `write_sources` makes under tmp_path."""
     base = RunConfig(
@@ -64,6 +72,13 @@ def run(tmp_path: Path, **changes) -> RunConfig:
         checkpoint=CheckpointConfig(every=2, keep=2),
     )
     return dataclasses.replace(base, **changes)
+
+
+def memory_run(tmp_path: Path, **changes) -> RunConfig:
+    """A run of `memory_model` on streams of the same corpus."""
+    base = run(tmp_path)
+    data = dataclasses.replace(base.data, order="streams")
+    return dataclasses.replace(base, **{"model": memory_model(), "data": data, **changes})
 
 
 def write_sources(tmp_path: Path, files: int = 12, word: str = "total") -> Path:

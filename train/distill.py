@@ -45,7 +45,8 @@ def distill(run: RunConfig, run_dir: Path, teacher_run: RunConfig, load: LoadTea
     """Trains the student as train.loop.fit does, towards run.distill's objective.
 
     Raises:
-      UserError: a run that is no distillation, or whose vocabulary is not the teacher's.
+      UserError: a run that is no distillation, whose vocabulary is not the teacher's, or whose
+      teacher has a memory.
     """
     config = run.distill
     if config is None:
@@ -53,6 +54,11 @@ def distill(run: RunConfig, run_dir: Path, teacher_run: RunConfig, load: LoadTea
             f"{run.name} has no distill settings: choose a student, or train it by scripts.train"
         )
     check_vocabulary(run, teacher_run)
+    if teacher_run.model.memory_length is not None:
+        raise UserError(
+            f"the teacher has memory_length={teacher_run.model.memory_length}, and distillation "
+            "shows it a row without the ones before it: choose a teacher without memory"
+        )
 
     def make_extend(mesh: Mesh) -> Extend:
         teacher = load(mesh)

@@ -90,12 +90,12 @@ def fit(
                 log.append(line)
                 _check(alarms, line, store)
                 if done % run.checkpoint.every == 0:
-                    store.save(done, state, iterator)
+                    store.save(done, state.to_dict(), iterator)
                 bar.update(
                     done, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
                 )
         if done > (store.latest_step or 0):
-            store.save(done, state, iterator)
+            store.save(done, state.to_dict(), iterator)
         store.wait()
         return FitResult(done, stop.signal, time.monotonic() - began)
 
@@ -124,6 +124,7 @@ def _batches(run: RunConfig, corpus: Corpus) -> Any:
         seq_len=run.data.seq_len,
         batch_size=run.batch_size,
         seed=run.seed,
+        order=run.data.order,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -139,7 +140,8 @@ def _start(
     """The state to begin with and the steps it has behind it."""
     if store.latest_step is None:
         return init_state(trainee, run.seed, variables), 0
-    state = store.restore(abstract_like(trainee.abstract_state, trainee.shardings), iterator)
+    wanted = abstract_like(trainee.abstract_state.to_dict(), trainee.shardings.to_dict())
+    state = TrainState(**store.restore(wanted, iterator))
     return state, int(state.step)
 
 

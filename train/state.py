@@ -1,5 +1,8 @@
 """The training state: what a checkpoint holds besides the data iterator."""
 
+import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,8 +12,9 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.base import RunConfig
+from model.cache import Cache, init_memory
 from model.transformer import Transformer, Variables, abstract_variables, init_variables
-from parallel.sharding import tree_shardings
+from parallel.sharding import LogicalAxes, tree_shardings
 from train.optim import make_optimizer, make_schedule, state_shardings
 
 
@@ -22,10 +26,19 @@ class TrainState(struct.PyTreeNode):
     router_state: Any
     """What routers learn without gradients; empty where none has any."""
     opt_state: Any
+    memory: Any = None
+    """What a model with memory keeps of each row's stream (model/cache.py); None for others."""
 
     @property
     def variables(self) -> Variables:
         return {"params": self.params, "router_state": self.router_state}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parts by name, as they lie in a checkpoint: without memory where there is none, so
+        that such checkpoints have one form, whichever version wrote them.
+        """
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: part for name, part in parts.items() if name != "memory" or part is not None}
 
 
 class Trainee(struct.PyTreeNode):
@@ -38,6 +51,8 @@ class Trainee(struct.PyTreeNode):
     """ShapeDtypeStructs."""
     shardings: TrainState
     """NamedShardings on the mesh."""
+    begin_memory: Callable[[], Cache | None] = struct.field(pytree_node=False)
+    """Makes the empty memory."""
 
 
 def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Trainee:
@@ -55,6 +70,8 @@ def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Traine
     schedule = make_schedule(run.optimizer, run.steps)
     optimizer = make_optimizer(run.optimizer, schedule, logical_axes["params"])
     replicated = NamedSharding(mesh, PartitionSpec())
+    begin_memory = partial(init_memory, run.model, run.batch_size, run.execution.compute_dtype)
+    memory = jax.eval_shape(begin_memory)
     return Trainee(
         model=model,
         optimizer=optimizer,
@@ -63,13 +80,27 @@ def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Traine
             step=jax.ShapeDtypeStruct((), jnp.int32),
             **variables,
             opt_state=jax.eval_shape(optimizer.init, params),
+            memory=memory,
         ),
         shardings=TrainState(
             step=replicated,
             **shardings,
             opt_state=state_shardings(optimizer, params, shardings["params"], replicated),
+            memory=tree_shardings(mesh, _memory_axes(memory), memory),
         ),
+        begin_memory=begin_memory,
     )
+
+
+def _memory_axes(memory: Cache | None) -> Cache | None:
+    """Logical axes of the memory's arrays: its rows lie where the batch's rows do."""
+    if memory is None:
+        return None
+
+    def axes(stack: LogicalAxes, part: Any) -> Any:
+        return jax.tree.map(lambda x: (*stack, "batch", *[None] * (x.ndim - len(stack) - 1)), part)
+
+    return Cache(prefix=axes((), memory.prefix), periods=axes(("layers",), memory.periods))
 
 
 def init_state(trainee: Trainee, seed: int, variables: Variables | None = None) -> TrainState:
@@ -80,7 +111,9 @@ def init_state(trainee: Trainee, seed: int, variables: Variables | None = None) 
 
     def begin(variables: Variables) -> TrainState:
         opt_state = trainee.optimizer.init(variables["params"])
-        return TrainState(step=jnp.int32(0), **variables, opt_state=opt_state)
+        return TrainState(
+            step=jnp.int32(0), **variables, opt_state=opt_state, memory=trainee.begin_memory()
+        )
 
     if variables is None:
         draw = jax.jit(

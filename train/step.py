@@ -14,7 +14,8 @@ import optax
 from configs.architecture import MoEConfig
 from configs.base import RunConfig
 from model.balance import RouterStats, load_figures, merge_stats, updated_state
-from model.transformer import hidden_and_router, output_weights
+from model.cache import Cache
+from model.transformer import output_weights, read_segment
 from parallel.sharding import constrain
 from train.losses import (
     ChunkLoss,
@@ -47,7 +48,7 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics, stats = _gradients(run, trainee, chunk_loss, state, batch)
+        grads, metrics, stats, memory = _gradients(run, trainee, chunk_loss, state, batch)
         updates, opt_state = trainee.optimizer.update(grads, state.opt_state, state.params)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
@@ -59,6 +60,7 @@ def make_train_step(
             params=optax.apply_updates(state.params, updates),
             router_state=_updated_routers(run, state.router_state, stats),
             opt_state=opt_state,
+            memory=memory,
         )
         return new_state, metrics
 
@@ -67,16 +69,18 @@ def make_train_step(
 
 def _gradients(
     run: RunConfig, trainee: Trainee, chunk_loss: ChunkLoss, state: TrainState, batch: Batch
-) -> tuple[Any, Metrics, LayerStats]:
-    """Gradients of the mean objective over the whole batch plus the auxiliary losses."""
+) -> tuple[Any, Metrics, LayerStats, Cache | None]:
+    """Gradients of the mean objective over the whole batch plus the auxiliary losses, and the
+    memory for the next step.
+    """
     shared = batch.get("shared")
     rows = {name: x for name, x in batch.items() if name not in ("shared", "row")}
     num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
 
     def loss(params, micro, earlier_counts):
         variables = {"params": params, "router_state": state.router_state}
-        hidden_BLD, sown = hidden_and_router(
-            trainee.model, variables, micro["tokens"], micro["positions"]
+        hidden_BLD, sown, memory = read_segment(
+            trainee.model, variables, micro["tokens"], micro["positions"], state.memory
         )
         w_DV = output_weights(trainee.model, variables)
         inputs = {k: v for k, v in micro.items() if k not in ("tokens", "positions")}
@@ -86,14 +90,16 @@ def _gradients(
         stats = collect_router_stats(sown, run.model)
         auxiliary = auxiliary_loss(stats, run.model, earlier_counts) / run.accumulation
         sums = jax.tree.map(lambda x: x / num_targets, sums | {"loss": objective})
-        return objective / num_targets + auxiliary, (sums | {"auxiliary": auxiliary}, stats)
+        sums |= {"auxiliary": auxiliary}
+        return objective / num_targets + auxiliary, (sums, stats, memory)
 
     grad: Callable[..., Any] = jax.grad(loss, has_aux=True)
     if run.accumulation == 1:
-        grads, (sums, stats) = grad(state.params, rows, _no_counts(run))
-    else:
+        grads, (sums, stats, memory) = grad(state.params, rows, _no_counts(run))
+    else:  # never with memory: see RunConfig
         grads, sums, stats = _accumulate(run, grad, state.params, rows)
-    return grads, sums, stats
+        memory = None
+    return grads, sums, stats, memory
 
 
 def _accumulate(run: RunConfig, grad: Callable, params: Any, rows: Batch) -> tuple[Any, Any, Any]:
@@ -105,7 +111,7 @@ def _accumulate(run: RunConfig, grad: Callable, params: Any, rows: Batch) -> tup
 
     def one(carry, micro):
         grads, counts = carry
-        new_grads, (sums, stats) = grad(params, micro, counts)
+        new_grads, (sums, stats, _) = grad(params, micro, counts)
         counts = {name: counts[name] + layer.counts_E for name, layer in stats.items()}
         return (jax.tree.map(jnp.add, grads, new_grads), counts), (sums, stats)
 

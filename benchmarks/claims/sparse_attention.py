@@ -35,14 +35,16 @@ COLORS = {DENSE: SOFT, POWERS: BLUE, SUMMARIES: ORANGE}
 
 def model(kind: str, d_model: int, length: int) -> ModelConfig:
     """Two dense layers; heads of width 32 for widths of 128, of 64 for 256."""
-    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": d_model // 4}
-    if kind == DENSE:
-        attention = AttentionConfig(**shape)
-    elif kind == POWERS:
-        attention = LocalSparseAttentionConfig(**shape, window_size=128, num_sinks=4)
-    else:
+    attention: AttentionConfig | LocalSparseAttentionConfig
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=d_model // 4)
+    if kind != DENSE:
         attention = LocalSparseAttentionConfig(
-            **shape, window_size=128, num_sinks=0, far="summaries"
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=d_model // 4,
+            window_size=128,
+            num_sinks=4 if kind == POWERS else 0,
+            far="powers_of_two" if kind == POWERS else "summaries",
         )
     return ModelConfig(
         vocab_size=4096,

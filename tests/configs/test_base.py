@@ -11,6 +11,7 @@ from configs.architecture import (
     ContextConfig,
     LayerSpec,
     MoEConfig,
+    RelativeAttentionConfig,
     RouterConfig,
     YarnConfig,
 )
@@ -110,6 +111,46 @@ def test_routers_that_contradict_themselves():
     moe = LayerSpec(attention=tiny.attention(), ffn=tiny.moe())
     with pytest.raises(UserError, match="layers before the pattern must be dense"):
         tiny.model(prefix=(moe,), num_layers=3)
+
+
+def test_memory_is_in_every_layer_alike():
+    with pytest.raises(UserError, match="memory_length=0 must be at least 1 token"):
+        tiny.memory_model(memory_length=0)
+    own, other = tiny.memory_model().pattern[0], tiny.memory_model(12).pattern[0]
+    local = LayerSpec(attention=tiny.attention(), ffn=own.ffn)
+    with pytest.raises(UserError, match="1 of 2 layers of prefix and pattern have relative"):
+        tiny.model(pattern=(own, local))
+    with pytest.raises(UserError, match="1 of 2 layers of prefix and pattern have relative"):
+        tiny.model(prefix=(local,), pattern=(own,))
+    with pytest.raises(UserError, match=r"memory_length=\[12, 24\]: give all of them the same"):
+        tiny.model(pattern=(own, other))
+    with pytest.raises(UserError, match="d_model=33 must be even"):
+        tiny.memory_model(d_model=33)
+    router = RouterConfig(top_k=2, context=ContextConfig(kind="causal", window_size=4))
+    with pytest.raises(UserError, match="kind='causal' has no memory of earlier segments"):
+        tiny.model(pattern=(dataclasses.replace(own, ffn=tiny.moe(router=router)),))
+
+
+def test_memory_needs_streams_of_whole_steps(tmp_path):
+    run = tiny.memory_run(tmp_path)
+    shuffled = dataclasses.replace(run.data, order="shuffled")
+    with pytest.raises(UserError, match=r"order='shuffled' with memory_length=24: 'streams' goes"):
+        dataclasses.replace(run, data=shuffled)
+    with pytest.raises(UserError, match=r"order='streams' with memory_length=None: 'streams'"):
+        dataclasses.replace(run, model=tiny.model())
+    with pytest.raises(UserError, match="accumulation=2 must be 1 for a model with memory"):
+        dataclasses.replace(run, accumulation=2)
+    reference = ExecutionConfig(logits_chunks=2, window_attention="reference")
+    with pytest.raises(UserError, match="window_attention='reference' has no effect"):
+        dataclasses.replace(run, execution=reference)
+    with pytest.raises(UserError, match="distill is set for a model with memory_length=24"):
+        dataclasses.replace(run, distill=DistillConfig())
+
+
+def test_relative_attention_counts_two_biases():
+    config = RelativeAttentionConfig(num_heads=2, head_dim=4, memory_length=8)
+    assert config.num_parameters(16) == 5 * 16 * 2 * 4 + 2 * 2 * 4
+    assert config.window_size == 9
 
 
 def test_a_cache_needs_a_top_k():

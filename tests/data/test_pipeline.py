@@ -6,6 +6,7 @@ import pytest
 from configs.checks import UserError
 from data.packing import PackedRows
 from data.pipeline import batches, prepare_corpus
+from data.tokenizer import END_OF_TEXT_ID
 from tests import tiny
 
 
@@ -63,3 +64,83 @@ def test_processes_share_the_global_batch(file):
 def test_a_batch_that_processes_do_not_divide_is_refused(file):
     with pytest.raises(UserError, match="batch_size=4 must be divisible by the 3 processes"):
         stream(file, process_count=3)
+
+
+# --- Streams ------------------------------------------------------------------------------------
+
+STREAM_ROWS = 40  # 161 rows of 32 tokens in 4 streams
+
+
+def streams(file, **processes):
+    return batches(file, seq_len=32, batch_size=4, seed=0, order="streams", **processes)
+
+
+@pytest.fixture(scope="module")
+def epoch(file):
+    """One epoch of streams and two steps of the next, each figure [B, steps, ...]."""
+    taken = take(streams(file), STREAM_ROWS + 2)
+    return {name: np.stack([batch[name] for batch in taken], axis=1) for name in taken[0]}
+
+
+def test_each_row_goes_on_where_the_one_of_the_step_before_ended(file, epoch):
+    for b in range(4):
+        tokens = epoch["tokens"][b, :STREAM_ROWS].reshape(-1)
+        begin = b * len(tokens)
+        np.testing.assert_array_equal(tokens, file.tokens[begin : begin + len(tokens)])
+        targets = epoch["targets"][b, :STREAM_ROWS].reshape(-1)
+        np.testing.assert_array_equal(targets[:-1], tokens[1:])
+    rows = epoch["row"][:, :STREAM_ROWS]
+    np.testing.assert_array_equal(np.sort(rows.reshape(-1)), np.arange(4 * STREAM_ROWS))
+
+
+def test_positions_go_on_from_row_to_row_and_restart_at_documents(epoch):
+    """Token by token: a stream that begins inside a document counts from its own beginning."""
+    for b in range(4):
+        position = -1
+        tokens = epoch["tokens"][b, :STREAM_ROWS].reshape(-1)
+        for token, found in zip(
+            tokens, epoch["positions"][b, :STREAM_ROWS].reshape(-1), strict=True
+        ):
+            position = 0 if token == END_OF_TEXT_ID else position + 1
+            assert found == position
+    assert epoch["positions"].max() > 500  # a whole file, longer than many rows
+    assert (epoch["tokens"][1:, 0, 0] != END_OF_TEXT_ID).any()
+
+
+def test_the_next_epoch_begins_every_stream_again(epoch):
+    """Position 0 after any other is a new document, so the memory of the end is cut off."""
+    for name, values in epoch.items():
+        np.testing.assert_array_equal(values[:, STREAM_ROWS:], values[:, :2], err_msg=name)
+    assert (epoch["positions"][:, STREAM_ROWS, 0] == 0).all()
+
+
+def test_restored_streams_go_on(file):
+    iterator = streams(file)
+    take(iterator, STREAM_ROWS - 2)
+    state = iterator.get_state()
+    expected = take(iterator, 4)  # over the epoch's end
+    fresh = streams(file)
+    fresh.set_state(state)
+    for ours, theirs in zip(take(fresh, 4), expected, strict=True):
+        for name in theirs:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_processes_have_blocks_of_the_streams(file):
+    """The same global batch in the same order, so that a memory finds its stream again; and a
+    state saved by one process serves two.
+    """
+    one = streams(file)
+    take(one, 3)
+    state = one.get_state()
+    halves = [streams(file, process_index=i, process_count=2) for i in range(2)]
+    for half in halves:
+        half.set_state(state)
+    for whole, *parts in zip(take(one, 3), *(take(half, 3) for half in halves), strict=True):
+        for name in whole:
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), whole[name])
+
+
+def test_more_streams_than_rows_are_refused(file):
+    with pytest.raises(UserError, match=r"has 161 rows .* too few for batch_size=200 streams"):
+        batches(file, seq_len=32, batch_size=200, seed=0, order="streams")

@@ -1,5 +1,7 @@
 """Generation against repeated full forwards, sampling against probabilities, scoring windows."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from model.transformer import Transformer, hidden_states, init_variables, output
 from tests import tiny
 
 MODEL = Transformer(tiny.model())
+WITH_MEMORY = Transformer(tiny.memory_model(memory_length=20))
 
 
 @pytest.fixture(scope="module")
@@ -20,18 +23,23 @@ def variables():
     return jax.jit(lambda: init_variables(MODEL, 0))()
 
 
-@jax.jit
-def full_logits(variables, tokens, positions):
-    hidden, _ = hidden_states(MODEL, variables, tokens, positions)
-    return hidden @ output_weights(MODEL, variables)
+@pytest.fixture(scope="module")
+def remembering():
+    return jax.jit(lambda: init_variables(WITH_MEMORY, 0))()
 
 
-def logits_of(variables, row: list[int]) -> np.ndarray:
+@partial(jax.jit, static_argnums=3)
+def full_logits(variables, tokens, positions, model):
+    hidden, _ = hidden_states(model, variables, tokens, positions)
+    return hidden @ output_weights(model, variables)
+
+
+def logits_of(variables, row: list[int], model: Transformer = MODEL) -> np.ndarray:
     """Logits [n, V] of one sequence; padded to one compiled length."""
     tokens = np.zeros((1, 64), np.int32)
     positions = np.full((1, 64), -1, np.int32)
     tokens[0, : len(row)], positions[0, : len(row)] = row, np.arange(len(row))
-    return np.asarray(full_logits(variables, tokens, positions))[0, : len(row)]
+    return np.asarray(full_logits(variables, tokens, positions, model))[0, : len(row)]
 
 
 def test_greedy_generation_is_repeated_argmax(variables):
@@ -137,3 +145,44 @@ def test_the_number_of_windows_is_known_beforehand(variables):
     done = []
     score_documents(MODEL, variables, documents, length=16, batch_size=2, progress=done.append)
     assert done[-1] == num_rows([len(d) for d in documents], 16)
+
+
+# --- A model with memory ------------------------------------------------------------------------
+
+
+def test_generation_with_memory_is_repeated_argmax(remembering):
+    """Beyond the ring of 21 slots too: prompts of 4 and 23 tokens."""
+    prompts = [[0, 5, 17, 200], [0, *range(100, 122)]]
+    result = generate(WITH_MEMORY, remembering, prompts, max_new_tokens=20)
+    for prompt, new in zip(prompts, result.tokens, strict=True):
+        row = list(prompt)
+        for token in new:
+            assert token == logits_of(remembering, row, WITH_MEMORY)[-1].argmax()
+            row.append(token)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_segments_with_memory_score_as_one_pass(remembering, batch_size):
+    """Every token once with its full reach, whoever had the place in the batch before; documents
+    that end with a segment and ones that leave padding.
+    """
+    random = np.random.RandomState(0)
+    documents = [
+        np.concatenate([[0], random.randint(1, 300, n)]).astype(np.int32) for n in (50, 5, 32, 1)
+    ]
+    done = []
+    scores = score_documents(
+        WITH_MEMORY,
+        remembering,
+        documents,
+        length=16,
+        batch_size=batch_size,
+        progress=done.append,
+    )
+    for tokens, score in zip(documents, scores, strict=True):
+        logits = logits_of(remembering, tokens[:-1].tolist(), WITH_MEMORY)
+        log_p = jax.nn.log_softmax(logits)[np.arange(len(tokens) - 1), tokens[1:]]
+        np.testing.assert_allclose(score.nats, -log_p, atol=1e-4)  # float32, other sums
+        np.testing.assert_array_equal(score.best_ids, logits.argmax(axis=1))
+    assert done[-1] == 4 + 1 + 2 + 1
+    assert done[-1] == num_rows([len(d) for d in documents], 16, has_memory=True)
