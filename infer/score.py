@@ -105,9 +105,14 @@ def _windows(rows, documents, length, batch_size):
 
 @partial(jax.jit, static_argnums=0)
 def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL):
-    """-log p(target) and the best token at each place, [B, L]; logits are made a row at a time."""
     hidden_BLD, _ = hidden_states(model, variables, tokens_BL, positions_BL)
-    w_DV = output_weights(model, variables)
+    return nats_and_best(hidden_BLD, output_weights(model, variables), targets_BL)
+
+
+def nats_and_best(
+    hidden_BLD: jax.Array, w_DV: jax.Array, targets_BL: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """-log p(target) and the best token at each place, [B, L]; logits are made a row at a time."""
 
     def one_row(row):
         hidden_LD, targets_L = row

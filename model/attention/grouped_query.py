@@ -22,6 +22,8 @@ class GroupedQueryAttention(nn.Module):
     out_stddev: float
     out_features: int | None = None
     """Width of the result; None is d_model."""
+    gaps: bool = False
+    """Whether positions may skip some inside a document: see kernels/window_attention."""
 
     @nn.compact
     def __call__(
@@ -68,6 +70,7 @@ class GroupedQueryAttention(nn.Module):
                 v_BLGC,
                 positions_BL,
                 segments_BL,
+                gaps=self.gaps,
                 implementation=self.execution.window_attention,
                 **reach,
             )
