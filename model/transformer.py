@@ -12,17 +12,10 @@ import numpy as np
 
 from configs.architecture import DenseConfig, LatentAttentionConfig, LayerSpec, ModelConfig
 from configs.base import ExecutionConfig
-from configs.checks import require
 from model.attention.grouped_query import GroupedQueryAttention
 from model.attention.latent import LatentAttention
 from model.cache import BlockCache, Cache
-from model.depth import (
-    chosen_by_sign,
-    depth_stats,
-    router_logits,
-    update_best,
-    update_positive,
-)
+from model.depth import routed
 from model.early_exit import dropout_rates
 from model.layers import RMSNorm, SwiGLU, newest, weight
 from model.moe import MoE
@@ -62,56 +55,17 @@ class Block(nn.Module):
         cache: BlockCache | None,
     ) -> tuple[jax.Array, BlockCache | None]:
         if self.spec.depth is not None:
-            return self._routed(self.spec.depth, x_BLD, positions_BL, segments_BL, cache)
-        x_BLD, _, update_BLD, cache = self._branches(x_BLD, positions_BL, segments_BL, cache)
+            return routed(self, self.spec.depth, x_BLD, positions_BL, segments_BL, cache)
+        x_BLD, _, update_BLD, cache = self.branches(x_BLD, positions_BL, segments_BL, cache)
         return constrain(x_BLD + update_BLD, "batch", "length", None), cache
 
-    def _routed(self, depth, x_BLD, positions_BL, segments_BL, cache):
-        """The block of the tokens that its router chooses."""
-        width, new_cache = x_BLD.shape[-1], None
-        w_D = weight(self, "depth_router", (width,), ("embed",), width**-0.5)
-        r_BL, tokens = router_logits(w_D, x_BLD), (positions_BL, segments_BL)
-        require(
-            cache is None or depth.selection == "threshold",
-            "depth.selection='top_capacity' looks ahead and can't read piece by piece: use the "
-            "config that model.depth.causal gives",
-        )
-
-        def update(x_BCD, positions_BC, segments_BC):
-            nonlocal new_cache
-            _, first_BCD, second_BCD, new_cache = self._branches(
-                x_BCD, positions_BC, segments_BC, cache
-            )
-            return first_BCD + second_BCD
-
-        if depth.selection == "top_capacity":
-            x_BLD, is_chosen_BL = update_best(update, x_BLD, r_BL, *tokens, depth.capacity)
-        elif cache is None or x_BLD.shape[1] > 1:
-            x_BLD, is_chosen_BL = update_positive(update, x_BLD, r_BL, *tokens)
-        else:
-            return self._routed_step(x_BLD, r_BL, positions_BL, segments_BL, cache)
-        stats = depth_stats(r_BL, is_chosen_BL, positions_BL >= 0)
-        self.sow("router", "depth", stats, init_fn=lambda: None, reduce_fn=newest)
-        return constrain(x_BLD, "batch", "length", None), new_cache
-
-    def _routed_step(self, x_B1D, r_B1, positions_B1, segments_B1, cache):
-        """One token per row: where no row's is chosen, the block is really skipped."""
-
-        def run(block, x_B1D, cache):
-            def update(x_B1D, positions_B1, segments_B1):
-                nonlocal cache
-                _, first_B1D, second_B1D, cache = block._branches(
-                    x_B1D, positions_B1, segments_B1, cache
-                )
-                return first_B1D + second_B1D
-
-            x_B1D, _ = update_positive(update, x_B1D, r_B1, positions_B1, segments_B1)
-            return x_B1D, cache
-
-        any_chosen = chosen_by_sign(r_B1, positions_B1).any()
-        return nn.cond(any_chosen, run, lambda _, x_B1D, cache: (x_B1D, cache), self, x_B1D, cache)
-
-    def _branches(self, x_BLD, positions_BL, segments_BL, cache):
+    def branches(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array,
+        cache: BlockCache | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, BlockCache | None]:
         """x after attention, attention's update, the feed-forward's update, and the cache."""
         attention, ffn, eps = self.spec.attention, self.spec.ffn, self.model.norm_eps
         # Outputs of 2 * num_layers branches add up on the residual stream (GPT-2's scaling).

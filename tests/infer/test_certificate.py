@@ -124,7 +124,8 @@ def test_risks_are_the_clipped_increase_of_loss():
         kept = jax.tree.map(lambda x: x[:layers], params["periods"])
         cut = {"params": params | {"periods": kept}, "router_state": {}}
         positions = np.broadcast_to(np.arange(12, dtype=np.int32), (5, 12))
-        hidden, _ = hidden_states(Transformer(short), cut, windows[:, :-1], positions)
+        read = jax.jit(lambda v: hidden_states(Transformer(short), v, windows[:, :-1], positions))
+        hidden, _ = read(cut)
         log_p = jax.nn.log_softmax(hidden @ output_weights(model, variables), axis=-1)
         return -np.take_along_axis(np.asarray(log_p), windows[:, 1:, None], axis=2).mean((1, 2))
 

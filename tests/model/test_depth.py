@@ -116,7 +116,7 @@ def test_a_token_that_is_not_chosen_leaves_no_trace():
     read = jax.jit(lambda t, p, c: hidden_states(model, VARIABLES, t, p, c))
     for t in range(LENGTH):
         _, cache = read(tokens[:, t : t + 1], positions[:, t : t + 1], cache)
-    _, sown = hidden_and_router(model, VARIABLES, tokens, positions)
+    _, sown = jax.jit(lambda v: hidden_and_router(model, v, tokens, positions))(VARIABLES)
     fraction = sown["router"]["periods"]["layer_1"]["depth"].chosen_fraction[0]
     assert 0.2 < fraction < 0.8
     whole = init_cache(TRAINED, 1, LENGTH, "float32").periods[1].attention.positions_BS.shape[2]
@@ -147,13 +147,13 @@ def test_padding_is_chosen_last_and_changes_nothing():
 
 
 def test_experts_count_the_chosen_only():
-    config = config_of(HALF, ffn=tiny.moe())
+    config = tiny.model(pattern=config_of(HALF, ffn=tiny.moe()).pattern[1:], num_layers=1)
     tokens, positions = inputs(config, LENGTH)
     positions[:, 20:] = -1
     for one in (config, causal(config)):
         model, variables = Transformer(one), drawn(config)
         _, sown = jax.jit(lambda v, m=model: hidden_and_router(m, v, tokens, positions))(variables)
-        layer = sown["router"]["periods"]["layer_1"]
+        layer = sown["router"]["periods"]["layer_0"]
         chosen = round(float(layer["depth"].chosen_fraction[0]) * 20)
         stats = layer["moe"]["stats"]
         assert 0 < chosen < 20
@@ -167,7 +167,8 @@ def test_the_predictors_report_by_hand():
     positions[:, 20:] = -1
     routed = tiny.model(pattern=(TRAINED.pattern[1],), num_layers=1)
     variables = drawn(routed)
-    _, sown = hidden_and_router(Transformer(routed), variables, tokens, positions)
+    run = jax.jit(lambda v: hidden_and_router(Transformer(routed), v, tokens, positions)[1])
+    sown = run(variables)
     stats = jax.tree.map(lambda x: x[0], sown["router"]["periods"]["layer_0"]["depth"])
     w = np.asarray(variables["params"]["periods"]["layer_0"]["depth_router"][0], np.float64)
     r = np.asarray(variables["params"]["embedding"], np.float64)[tokens[0, :20]] @ w

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs.architecture import EarlyExitConfig, MixtureOfDepthsConfig
-from configs.base import RunConfig
+from configs.base import MeshConfig, RunConfig
 from configs.checks import UserError
 from infer.load import load_model
 from model.depth import DepthStats
@@ -145,12 +145,13 @@ def test_a_skipped_row_reaches_no_expert():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Both mechanisms at once, over micro-batches."""
+    """Both mechanisms at once, over micro-batches, on two devices."""
     tmp_path = tmp_path_factory.mktemp("depth")
     tiny.write_sources(tmp_path)
     routed = dataclasses.replace(DENSE, depth=MixtureOfDepthsConfig(capacity=0.25))
     config = tiny.model(pattern=(routed,), num_layers=3, early_exit=EXITS)
-    run = tiny.run(tmp_path, model=config, steps=4, accumulation=2)
+    mesh = MeshConfig(data=2)
+    run = tiny.run(tmp_path, model=config, steps=4, accumulation=2, mesh=mesh)
     fit(run, tmp_path / "run")
     return run, tmp_path / "run"
 
