@@ -7,7 +7,9 @@ of one layer these are the published formulas. Layers l = 0 ... L-1, e_s = loss_
     p(l) = p_max (exp(l ln 2 / (L-1)) - 1)
     e(l) = e_s sum_{i<=l} i  for l < L-1        e(L-1) = L-1 + e_s sum_{i<=L-2} i
 
-Inference lies in infer/early_exit.py. P periods, K exits supervised in a step.
+The rates are the same in every step (LayerSkip's S(t) = 1, as for continued training). A skipped
+period is computed and thrown away for that row: shapes are static. Inference lies in
+infer/early_exit.py. P periods, K exits supervised in a step.
 """
 
 from typing import NamedTuple
