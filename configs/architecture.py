@@ -450,11 +450,54 @@ Attention = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureOfDepthsConfig:
+    """A layer that works on some of the tokens; the others pass by (Raposo et al. 2024)."""
+
+    capacity: float
+    """Share of a row's tokens that the layer works on (the paper: 0.125, every second layer)."""
+    selection: Literal["top_capacity", "threshold"] = "top_capacity"
+    """top_capacity: the best of the row, which looks ahead: for training. threshold: each token
+    whose logit is above 0, by itself: for scoring and generating (model/depth.py: `causal`)."""
+    predictor_weight: float = 1e-2
+    """Weight of the cross-entropy that teaches the logit's sign to tell the chosen from the rest,
+    as a share of one token's."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.capacity <= 1, f"depth.capacity={self.capacity} must lie in (0, 1]")
+        require_positive(self, "predictor_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExitConfig:
+    """Training that makes earlier layers predict well (LayerSkip, Elhoushi et al. 2024); exits lie
+    after each period of the pattern. See model/early_exit.py."""
+
+    dropout: float
+    """Chance, p_max, that a row of the batch skips the last period; earlier ones less (0.1)."""
+    loss_scale: float
+    """e_s: how much the exits' losses count beside the last layer's (0.1 to 1)."""
+    rotation: int
+    """R: a step supervises one in R exits, in turn, and always the last layer."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.dropout < 1, f"early_exit.dropout={self.dropout} must lie in [0, 1)")
+        require_positive(self, "loss_scale", "rotation")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One layer: which attention, which feed-forward."""
+    """One layer: which attention, which feed-forward, and whether tokens may pass it by."""
 
     attention: Attention
     ffn: DenseConfig | MoEConfig
+    depth: MixtureOfDepthsConfig | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.depth is None or not isinstance(self.attention, LocalSparseAttentionConfig),
+            "a layer with depth sees only the chosen tokens, between which powers of two and "
+            "summaries have gaps: give it attention.kind='grouped_query' or 'latent'",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,6 +516,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Whether the output layer is the transposed input embedding."""
     norm_eps: float = 1e-6
+    early_exit: EarlyExitConfig | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "d_model", "num_layers", "context_length", "norm_eps")
@@ -487,7 +531,24 @@ class ModelConfig:
             all(isinstance(spec.ffn, DenseConfig) for spec in self.prefix),
             "prefix has an MoE layer: layers before the pattern must be dense",
         )
+        require(
+            all(spec.depth is None for spec in self.prefix),
+            "prefix has a layer with depth: layers before the pattern work on every token",
+        )
+        self._check_early_exit()
         self._check_memory()
+
+    def _check_early_exit(self) -> None:
+        require(
+            self.early_exit is None or self.num_periods >= 2,
+            f"early_exit needs at least 2 periods of the pattern to leave between, got "
+            f"{self.num_periods}: add layers or shorten the pattern",
+        )
+        require(
+            self.early_exit is None or self.num_layers - len(self.pattern) >= 2,
+            "early_exit would train nothing: its loss gives the exit after the first layer no "
+            "weight, and there is no other; add layers",
+        )
 
     def _check_memory(self) -> None:
         specs = (*self.prefix, *self.pattern)
@@ -517,6 +578,11 @@ class ModelConfig:
             "router.context.kind='causal' has no memory of earlier segments, which relative "
             "attention needs: use kind='correlation' or no context",
         )
+        require(
+            all(spec.depth is None for spec in specs),
+            "layers with depth keep no memory of the tokens that pass them by, which relative "
+            "attention needs: leave depth out",
+        )
 
     @property
     def memory_length(self) -> int | None:
@@ -536,19 +602,30 @@ class ModelConfig:
 
     @property
     def num_active_parameters(self) -> int:
-        """Weights one token meets: its top_k experts instead of all, embeddings included."""
-        return self._count(lambda ffn: ffn.num_active_parameters(self.d_model))
+        """Weights one token meets on average: its top_k experts instead of all, a layer with depth
+        by its capacity, embeddings included."""
+        return self._count(lambda ffn: ffn.num_active_parameters(self.d_model), is_active=True)
 
-    def _count(self, ffn_parameters: typing.Callable[[DenseConfig | MoEConfig], int]) -> int:
+    def _count(
+        self,
+        ffn_parameters: typing.Callable[[DenseConfig | MoEConfig], int],
+        is_active: bool = False,
+    ) -> int:
         norms_per_layer = 2 * self.d_model
 
-        def count(specs: tuple[LayerSpec, ...]) -> int:
-            return sum(
+        def layer(spec: LayerSpec) -> int:
+            weights = (
                 spec.attention.num_parameters(self.d_model)
                 + ffn_parameters(spec.ffn)
                 + norms_per_layer
-                for spec in specs
             )
+            if spec.depth is None:
+                return weights
+            met = round(spec.depth.capacity * weights) if is_active else weights
+            return met + self.d_model
+
+        def count(specs: tuple[LayerSpec, ...]) -> int:
+            return sum(layer(spec) for spec in specs)
 
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         layers = count(self.prefix) + self.num_periods * count(self.pattern)

@@ -262,6 +262,11 @@ class RunConfig:
         )
         self._check_memory()
         for spec in self.model.pattern:
+            require(
+                spec.depth is None or spec.depth.selection == "top_capacity",
+                "depth.selection='threshold' is for scoring and generating, which choose it by "
+                "themselves: a run is trained with depth.selection='top_capacity'",
+            )
             if isinstance(spec.ffn, MoEConfig):
                 require(
                     spec.ffn.num_experts % self.mesh.expert == 0,

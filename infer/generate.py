@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.checks import UserError
+from infer.early_exit import check_exits, exit_step
 from infer.sampling import Sampling, sample
 from model.cache import init_cache
 from model.transformer import Cache, Transformer, Variables, hidden_states, output_weights
@@ -30,6 +31,8 @@ class Generation:
     """From the call to the first token, compilation included."""
     tokens_per_second: float
     """Over all rows, after the first token; compilation of the decode step left out."""
+    mean_layers: float | None = None
+    """With exit_threshold: layers that a token after the first went through, on average."""
 
 
 def generate(
@@ -42,15 +45,20 @@ def generate(
     seed: int = 0,
     stop_ids: frozenset[int] = frozenset(),
     on_tokens: OnTokens = lambda _: None,
+    exit_threshold: float | None = None,
 ) -> Generation:
     """Continues each prompt until a stop token or max_new_tokens.
 
     Args:
       prompts: token lists, each beginning with the end-of-text token; lengths may differ.
+      exit_threshold: new tokens leave the model at the first exit this sure of the next token (see
+        infer/early_exit.py); prompts are read by all layers.
     Raises:
       UserError: an empty prompt, a token outside the vocabulary, or more tokens than the context.
     """
     _check(model, prompts, max_new_tokens)
+    if exit_threshold is not None:
+        check_exits(model)
     began = time.monotonic()
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens_BL, positions_BL = _pad(prompts)
@@ -63,13 +71,18 @@ def generate(
     is_done_B = np.zeros(len(prompts), bool)
     first_seconds = 0.0
     step_seconds: list[float] = []
+    layers_run: list[int] = []
     for i in range(max_new_tokens):
         step_began = time.monotonic()
         if i:
-            position_B = lengths_B + i - 1
-            token_B, cache = _decode(
-                model, sampling, variables, token_B, position_B, cache, keys[i]
-            )
+            new = (token_B, lengths_B + i - 1, cache, keys[i])
+            if exit_threshold is None:
+                token_B, cache = _decode(model, sampling, variables, *new)
+            else:
+                token_B, cache, layers_B = _decode_early(
+                    model, sampling, variables, *new, exit_threshold
+                )
+                layers_run += np.asarray(layers_B)[~is_done_B].tolist()
         host_B = np.asarray(token_B)
         if i:
             step_seconds.append(time.monotonic() - step_began)
@@ -83,7 +96,8 @@ def generate(
             break
     timed = step_seconds[1:]
     rate = len(prompts) * len(timed) / sum(timed) if timed else 0.0
-    return Generation(outputs, first_seconds, rate)
+    mean_layers = float(np.mean(layers_run)) if layers_run else None
+    return Generation(outputs, first_seconds, rate, mean_layers)
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -150,6 +164,22 @@ def _decode(
     )
     token_B = _next_token(model, sampling, variables, hidden_B1D[:, 0], key)
     return token_B, cast(Cache, new_cache)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _decode_early(
+    model: Transformer,
+    sampling: Sampling,
+    variables: Variables,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    cache: Cache,
+    key: jax.Array,
+    threshold: float,
+) -> tuple[jax.Array, Cache, jax.Array]:
+    """As _decode, leaving at the first exit that is sure enough; and the layers run, [B]."""
+    step = exit_step(model, variables, token_B, position_B, cache, threshold)
+    return sample(step.logits_BV, key, sampling), step.cache, step.layers_B
 
 
 def _next_token(

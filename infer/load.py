@@ -8,6 +8,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from checkpoint.store import restore_variables
 from configs.base import RunConfig
+from model.depth import causal
 from model.transformer import Transformer, Variables, abstract_variables
 from parallel.sharding import tree_shardings
 
@@ -16,6 +17,8 @@ def load_model(
     run: RunConfig, run_dir: Path, mesh: Mesh | None = None
 ) -> tuple[Transformer, Variables]:
     """The run's model and its newest variables; optimiser state is not read.
+
+    The model is causal: its Mixture-of-Depths layers choose token by token.
 
     Args:
       mesh: where they go, whatever mesh they were trained on; None is the first device.
@@ -26,7 +29,7 @@ def load_model(
     execution = dataclasses.replace(
         run.execution, transport="gather", capacity_factor=None, remat="none"
     )
-    model = Transformer(run.model, execution)
+    model = Transformer(causal(run.model), execution)
     abstract, logical_axes = abstract_variables(model)
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)

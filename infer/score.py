@@ -146,11 +146,16 @@ def _windows(rows, documents, length, batch_size):
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)
 def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL, memory):
-    """-log p(target) and the best token at each place, [B, L], and the memory after these rows;
-    logits are made a row at a time.
-    """
+    """`nats_and_best` of the rows, and the memory after them."""
     hidden_BLD, memory = hidden_states(model, variables, tokens_BL, positions_BL, memory)
-    w_DV = output_weights(model, variables)
+    scored = nats_and_best(hidden_BLD, output_weights(model, variables), targets_BL)
+    return scored, memory
+
+
+def nats_and_best(
+    hidden_BLD: jax.Array, w_DV: jax.Array, targets_BL: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """-log p(target) and the best token at each place, [B, L]; logits are made a row at a time."""
 
     def one_row(row):
         hidden_LD, targets_L = row
@@ -158,4 +163,4 @@ def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL, memory):
         target_L = jnp.take_along_axis(logits_LV, targets_L[:, None], axis=1)[:, 0]
         return jax.nn.logsumexp(logits_LV, axis=1) - target_L, jnp.argmax(logits_LV, axis=1)
 
-    return jax.lax.map(one_row, (hidden_BLD, targets_BL)), memory
+    return jax.lax.map(one_row, (hidden_BLD, targets_BL))

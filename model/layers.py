@@ -3,7 +3,7 @@
 B batch, L length, D d_model, F d_ff, H heads, C head_dim.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,11 @@ def weight(
     """
     init = nn.with_logical_partitioning(nn.initializers.normal(stddev), logical_axes)
     return cast(jax.Array, module.param(name, init, shape, jnp.float32))
+
+
+def newest(_: Any, new: Any) -> Any:
+    """For `sow`: keeps the value of the last call."""
+    return new
 
 
 def document_segments(positions_BL: jax.Array) -> jax.Array:

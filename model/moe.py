@@ -5,7 +5,6 @@ sorted by expert, X experts of this shard.
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,7 +16,7 @@ from kernels.grouped_matmul import Implementation, grouped_matmul
 from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
 from model.cache import LayerCache
-from model.layers import SwiGLU, weight
+from model.layers import SwiGLU, newest, weight
 from model.router import initial_state, needs_state, route
 from parallel.expert import apply_experts
 
@@ -83,7 +82,7 @@ class MoE(nn.Module):
             overflow_rows=moved.overflow_rows,
             bytes_moved=moved.bytes_moved,
         )
-        self.sow("router", "stats", stats, init_fn=lambda: None, reduce_fn=_newest)
+        self.sow("router", "stats", stats, init_fn=lambda: None, reduce_fn=newest)
         out_BLD = out_TD.reshape(batch, length, d_model)
         if c.num_shared_experts:
             shared = DenseConfig(d_ff=c.num_shared_experts * c.d_ff)
@@ -129,10 +128,6 @@ class ExpertCorrelation(nn.Module):
         q_BLE, k_BLE, v_BLE = qkv_BL3E[:, :, 0], qkv_BL3E[:, :, 1], qkv_BL3E[:, :, 2]
         affinity_BLEE = jax.nn.softmax(q_BLE[..., :, None] * k_BLE[..., None, :], axis=-1)
         return jnp.einsum("BLij,BLj->BLi", affinity_BLEE, v_BLE)
-
-
-def _newest(_: Any, new: Any) -> Any:
-    return new
 
 
 def swiglu_experts(

@@ -26,7 +26,9 @@ from model.attention.latent import LatentAttention
 from model.attention.local_sparse import LocalSparseAttention
 from model.attention.relative import RelativeAttention
 from model.cache import BlockCache, Cache
-from model.layers import RMSNorm, SwiGLU, document_segments, weight
+from model.depth import routed
+from model.early_exit import dropout_rates
+from model.layers import RMSNorm, SwiGLU, document_segments, newest, weight
 from model.moe import MoE
 from parallel.sharding import constrain
 
@@ -41,6 +43,7 @@ def _attention(
     execution: ExecutionConfig,
     norm_eps: float,
     out_stddev: float,
+    gaps: bool,
 ) -> Callable[..., tuple[jax.Array, Any]]:
     """The layer's attention, which takes and returns its own kind of cache."""
     if isinstance(config, LatentAttentionConfig):
@@ -49,11 +52,15 @@ def _attention(
         return LocalSparseAttention(config, execution, out_stddev, name="attention")
     if isinstance(config, RelativeAttentionConfig):
         return RelativeAttention(config, out_stddev, name="attention")
-    return GroupedQueryAttention(config, execution, out_stddev, name="attention")
+    return GroupedQueryAttention(config, execution, out_stddev, gaps=gaps, name="attention")
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + ffn(norm(x))."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + ffn(norm(x)).
+
+    With spec.depth, of the chosen tokens only (model/depth.py); what they are goes into the
+    collection "router" as "depth" (DepthStats).
+    """
 
     spec: LayerSpec
     model: ModelConfig
@@ -67,16 +74,31 @@ class Block(nn.Module):
         segments_BL: jax.Array,
         cache: BlockCache | None,
     ) -> tuple[jax.Array, BlockCache | None]:
+        if self.spec.depth is not None:
+            return routed(self, self.spec.depth, x_BLD, positions_BL, segments_BL, cache)
+        x_BLD, _, update_BLD, cache = self.branches(x_BLD, positions_BL, segments_BL, cache)
+        return constrain(x_BLD + update_BLD, "batch", "length", None), cache
+
+    def branches(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array,
+        cache: BlockCache | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, BlockCache | None]:
+        """x after attention, attention's update, the feed-forward's update, and the cache."""
         attention, ffn, eps = self.spec.attention, self.spec.ffn, self.model.norm_eps
         # Outputs of 2 * num_layers branches add up on the residual stream (GPT-2's scaling).
         depth_scale = (2 * self.model.num_layers) ** -0.5
         attention_cache, router_cache = (cache.attention, cache.router) if cache else (None, None)
         out_stddev = depth_scale * attention.out_width**-0.5
-        attend = _attention(attention, self.execution, eps, out_stddev)
+        attend = _attention(
+            attention, self.execution, eps, out_stddev, gaps=self.spec.depth is not None
+        )
         h_BLD = RMSNorm(eps, name="attention_norm")(x_BLD)
         own_cache = cast(Any, attention_cache)  # of the kind that `attend` keeps
-        update_BLD, attention_cache = attend(h_BLD, positions_BL, segments_BL, own_cache)
-        x_BLD = constrain(x_BLD + update_BLD, "batch", "length", None)
+        attended_BLD, attention_cache = attend(h_BLD, positions_BL, segments_BL, own_cache)
+        x_BLD = constrain(x_BLD + attended_BLD, "batch", "length", None)
         h_BLD = RMSNorm(eps, name="ffn_norm")(x_BLD)
         out_stddev = depth_scale * ffn.d_ff**-0.5
         if isinstance(ffn, DenseConfig):
@@ -86,11 +108,14 @@ class Block(nn.Module):
                 h_BLD, positions_BL, segments_BL, router_cache
             )
         cache = None if attention_cache is None else BlockCache(attention_cache, router_cache)
-        return constrain(x_BLD + update_BLD, "batch", "length", None), cache
+        return x_BLD, attended_BLD, update_BLD, cache
 
 
 class Period(nn.Module):
-    """The pattern's layers once: what the scan repeats."""
+    """The pattern's layers once: what the scan repeats.
+
+    With model.early_exit, sows its result as "hidden" into the collection "exits".
+    """
 
     model: ModelConfig
     execution: ExecutionConfig
@@ -102,13 +127,21 @@ class Period(nn.Module):
         cache: tuple[BlockCache, ...] | None,
         positions_BL: jax.Array,
         segments_BL: jax.Array,
+        is_dropped_B: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[BlockCache, ...] | None]:
-        caches = []
+        """Rows with is_dropped are given back as they came."""
+        before_BLD, caches = x_BLD, []
+        if is_dropped_B is not None:  # padding: no expert works on it, no router counts it
+            positions_BL = jnp.where(is_dropped_B[:, None], -1, positions_BL)
         for i, spec in enumerate(self.model.pattern):
             block = Block(spec, self.model, self.execution, name=f"layer_{i}")
             layer_cache = None if cache is None else cache[i]
             x_BLD, layer_cache = block(x_BLD, positions_BL, segments_BL, layer_cache)
             caches.append(layer_cache)
+        if is_dropped_B is not None:
+            x_BLD = jnp.where(is_dropped_B[:, None, None], before_BLD, x_BLD)
+        if self.model.early_exit is not None:
+            self.sow("exits", "hidden", x_BLD, init_fn=lambda: None, reduce_fn=newest)
         return x_BLD, None if cache is None else cast(tuple[BlockCache, ...], tuple(caches))
 
 
@@ -147,9 +180,9 @@ class Transformer(nn.Module):
         self.prefix = [block(spec, c, self.execution) for spec in c.prefix]
         self.periods = nn.scan(
             period,
-            variable_axes={"params": 0, "router_state": 0, "router": 0},
+            variable_axes={"params": 0, "router_state": 0, "router": 0, "exits": 0},
             split_rngs={"params": True},
-            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),
+            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast, 0)),
             length=c.num_periods,
             unroll=c.num_periods if c.num_periods <= MAX_UNROLLED_PERIODS else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -162,6 +195,17 @@ class Transformer(nn.Module):
         positions_BL: jax.Array,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
+        x_BLD, segments_BL, prefix = self.begin(tokens_BL, positions_BL, cache)
+        periods = None if cache is None else cache.periods
+        is_dropped_PB = self._dropped_rows(tokens_BL.shape[0])
+        x_BLD, periods = self.periods(x_BLD, periods, positions_BL, segments_BL, is_dropped_PB)
+        cache = None if periods is None else Cache(prefix=prefix, periods=periods)
+        return self.final_norm(x_BLD), cache
+
+    def begin(
+        self, tokens_BL: jax.Array, positions_BL: jax.Array, cache: Cache | None
+    ) -> tuple[jax.Array, jax.Array, tuple[BlockCache, ...]]:
+        """What the first period reads: x_BLD and segments_BL; and the prefix's caches."""
         dtype = jnp.dtype(self.execution.compute_dtype)
         table_VD = constrain(
             self.embedding_VD.astype(dtype), "vocab", None
@@ -174,10 +218,20 @@ class Transformer(nn.Module):
             block_cache = None if cache is None else cache.prefix[i]
             x_BLD, block_cache = block(x_BLD, positions_BL, segments_BL, block_cache)
             caches.append(block_cache)
-        periods = None if cache is None else cache.periods
-        x_BLD, periods = self.periods(x_BLD, periods, positions_BL, segments_BL)
-        cache = None if periods is None else Cache(prefix=tuple(caches), periods=periods)
-        return self.final_norm(x_BLD), cache
+        return x_BLD, segments_BL, tuple(caches)
+
+    def finish(self, x_BLD: jax.Array) -> jax.Array:
+        """The final norm, of the last layer or of an exit: what the output layer reads."""
+        return self.final_norm(x_BLD)
+
+    def _dropped_rows(self, batch: int) -> jax.Array | None:
+        """Rows that skip a period, bool [periods, B]; None unless a key "depth" asks for it."""
+        exits = self.config.early_exit
+        if exits is None or exits.dropout == 0 or not self.has_rng("depth"):
+            return None
+        rates_P1 = jnp.asarray(dropout_rates(self.config))[:, None]
+        shape = (rates_P1.shape[0], batch)
+        return jax.random.uniform(self.make_rng("depth"), shape) < rates_P1
 
     def unembedding(self) -> jax.Array:
         """The output layer, [D, V] in the compute dtype."""
@@ -203,10 +257,14 @@ def hidden_states(
 
 
 def hidden_and_router(
-    model: Transformer, variables: Variables, tokens_BL: jax.Array, positions_BL: jax.Array
+    model: Transformer,
+    variables: Variables,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    depth_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """As `hidden_states` without a cache, and what the layers sowed (the collection "router")."""
-    hidden_BLD, sown, _ = read_segment(model, variables, tokens_BL, positions_BL, None)
+    """As `read_segment` without memory."""
+    hidden_BLD, sown, _ = read_segment(model, variables, tokens_BL, positions_BL, None, depth_key)
     return hidden_BLD, sown
 
 
@@ -216,11 +274,20 @@ def read_segment(
     tokens_BL: jax.Array,
     positions_BL: jax.Array,
     memory: Cache | None,
+    depth_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any], Cache | None]:
-    """As `hidden_and_router`, with the memory of the segments before (None for models without) and
-    the one to read the next segment with.
+    """What training asks of the model: hidden states, what the layers sowed (the collection
+    "router" and, with early_exit, "exits"), and the memory to read the next segment with.
+
+    Args:
+      memory: of the segments before; None for models without.
+      depth_key: draws the rows that skip periods (early_exit.dropout); None skips none.
     """
-    outputs: Any = model.apply(variables, tokens_BL, positions_BL, memory, mutable=["router"])
+    mutable = ["router"] if model.config.early_exit is None else ["router", "exits"]
+    rngs = {} if depth_key is None else {"depth": depth_key}
+    outputs: Any = model.apply(
+        variables, tokens_BL, positions_BL, memory, mutable=mutable, rngs=rngs
+    )
     (hidden_BLD, memory), sown = outputs
     return hidden_BLD, sown, memory
 

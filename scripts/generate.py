@@ -25,6 +25,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--exit-threshold", type=float, help="leave at the first exit this sure (above 1: never)"
+    )
     arguments = parser.parse_args(argv)
     sampling = Sampling(arguments.temperature, arguments.top_p)
     run = read_run(arguments.run_dir)
@@ -54,10 +57,12 @@ def main(argv: list[str]) -> None:
         seed=arguments.seed,
         stop_ids=frozenset({END_OF_TEXT_ID}),
         on_tokens=show,
+        exit_threshold=arguments.exit_threshold,
     )
+    depth = "" if result.mean_layers is None else f", {result.mean_layers:.1f} layers a token"
     print(
         f"\n--- {len(result.tokens[0])} tokens; first after {result.first_token_seconds:.2f} s "
-        f"(compilation included), then {result.tokens_per_second:.1f} tokens/s"
+        f"(compilation included), then {result.tokens_per_second:.1f} tokens/s{depth}"
     )
 
 

@@ -9,6 +9,7 @@ from configs.architecture import (
     AttentionConfig,
     DenseConfig,
     LatentAttentionConfig,
+    LayerSpec,
     LocalSparseAttentionConfig,
     ModelConfig,
     MoEConfig,
@@ -28,20 +29,38 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
             for i, spec in enumerate(config.pattern)
         ]
     for spec, layer in layers:
-        h = rms_norm(x, layer["attention_norm"]["scale"], config.norm_eps)
-        attend = ATTENTIONS[type(spec.attention)]
-        x = x + attend(h, layer["attention"], spec.attention, positions, documents)
-        h = rms_norm(x, layer["ffn_norm"]["scale"], config.norm_eps)
-        if isinstance(spec.ffn, DenseConfig):
-            x = x + np.stack([swiglu(t, **layer["ffn"]) for t in h])
-        else:
-            logits = router_logits(h, layer["moe"], spec.ffn, positions, documents)
-            x = x + np.stack(
-                [moe(t, row, layer["moe"], spec.ffn) for t, row in zip(h, logits, strict=True)]
-            )
+        x = block(x, layer, spec, config.norm_eps, positions, documents)
     x = rms_norm(x, params["final_norm"]["scale"], config.norm_eps)
     w = params["embedding"].T if config.tie_embeddings else params["output"]
     return x, x @ w
+
+
+def block(x, layer, spec: LayerSpec, eps, positions, documents):
+    """One layer, of the tokens that it chooses where it has a Mixture-of-Depths router."""
+    if spec.depth is None:
+        return x + block_update(x, layer, spec, eps, positions, documents)
+    r = x @ layer["depth_router"]
+    chosen = np.flatnonzero(r > 0)
+    if spec.depth.selection == "top_capacity":
+        chosen = np.sort(np.argsort(-r)[: int(np.ceil(spec.depth.capacity * len(x)))])
+    gates = 1 / (1 + np.exp(-r[chosen]))
+    x = x.copy()
+    update = block_update(x[chosen], layer, spec, eps, positions[chosen], documents[chosen])
+    x[chosen] += gates[:, None] * update
+    return x
+
+
+def block_update(x, layer, spec: LayerSpec, eps, positions, documents):
+    """attention(norm(x)) + ffn(norm(x + attention(norm(x))))."""
+    h = rms_norm(x, layer["attention_norm"]["scale"], eps)
+    attend = ATTENTIONS[type(spec.attention)]
+    first = attend(h, layer["attention"], spec.attention, positions, documents)
+    h = rms_norm(x + first, layer["ffn_norm"]["scale"], eps)
+    if isinstance(spec.ffn, DenseConfig):
+        return first + np.stack([swiglu(t, **layer["ffn"]) for t in h])
+    logits = router_logits(h, layer["moe"], spec.ffn, positions, documents)
+    rows = zip(h, logits, strict=True)
+    return first + np.stack([moe(t, row, layer["moe"], spec.ffn) for t, row in rows])
 
 
 def rms_norm(x, scale, eps):

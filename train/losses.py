@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from configs.architecture import ModelConfig, MoEConfig
 from model.balance import RouterStats, load_balance_loss, token_expert_information
+from model.depth import DepthStats
+from model.early_exit import Supervised
 
 ChunkLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 """(logits_BcV float32, the chunk's inputs, shared) -> (loss summed over tokens, sums to report)."""
@@ -188,7 +190,7 @@ def collect_router_stats(sown: dict[str, Any], config: ModelConfig) -> LayerStat
     if not any(isinstance(spec.ffn, MoEConfig) for spec in config.pattern):
         return {}
     layers = sown["router"]["periods"]
-    return {name: layer["moe"]["stats"] for name, layer in sorted(layers.items())}
+    return {name: layer["moe"]["stats"] for name, layer in sorted(layers.items()) if "moe" in layer}
 
 
 def auxiliary_loss(
@@ -213,6 +215,48 @@ def auxiliary_loss(
             information = jax.vmap(token_expert_information)(layer.mean_scores_E, layer.entropy)
             total -= router.entropy_weight * information.sum()
     return total
+
+
+def collect_depth_stats(sown: dict[str, Any], config: ModelConfig) -> dict[str, DepthStats]:
+    """What the routed layers of a Mixture-of-Depths sowed, by layer as in LayerStats."""
+    routed = [f"layer_{i}" for i, spec in enumerate(config.pattern) if spec.depth is not None]
+    return {name: sown["router"]["periods"][name]["depth"] for name in routed}
+
+
+def depth_loss(stats: dict[str, DepthStats], config: ModelConfig) -> jax.Array:
+    """The sum over routed layers of their predictors' weighted cross-entropies."""
+    total = jnp.float32(0.0)
+    for name, layer in stats.items():
+        depth = config.pattern[int(name.removeprefix("layer_"))].depth
+        assert depth is not None
+        total += depth.predictor_weight * layer.predictor_loss.sum()
+    return total
+
+
+def exits_loss(
+    judge: Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    last: jax.Array,
+    states_PBLD: jax.Array,
+    supervised: Supervised,
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted mean of the last layer's loss and the supervised exits' (LayerSkip, 2024), and
+    the exits' cross-entropies [K], summed over tokens; 0 in an empty place.
+
+    Args:
+      judge: a state [B, L, D] after some period -> its loss and sums to report, as chunked_loss.
+      last: the last layer's loss.
+      states_PBLD: the states after each period.
+    """
+    total, cross_entropies = supervised.last_weight * last, []
+    for k in range(supervised.periods_K.shape[0]):
+        period = supervised.periods_K[k]
+        state_BLD = jax.lax.dynamic_index_in_dim(
+            states_PBLD, jnp.maximum(period, 0), keepdims=False
+        )
+        loss, sums = judge(state_BLD)
+        total += supervised.weights_K[k] * loss
+        cross_entropies.append(jnp.where(period >= 0, sums["cross_entropy"], 0.0))
+    return total, jnp.stack(cross_entropies)
 
 
 def moe_config(config: ModelConfig, layer: str) -> MoEConfig:

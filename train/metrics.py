@@ -4,7 +4,9 @@ A line per step: "step" (steps done, from 1), "loss", "tokens_per_second", "lear
 "grad_norm", "seconds", the objective's own terms, and per MoE layer, in the order of the layers,
 lists under "load_cv", "load_cv_floor", "max_violation", "dead_experts", "peak_load",
 "router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps "expert_load", a list per
-layer of each expert's load over the mean.
+layer of each expert's load over the mean. Layers that choose their tokens list "chosen_fraction"
+and "predictor_accuracy"; with early exit, "exit_cross_entropy" has the exits that the step
+supervised, by the number of layers before them.
 """
 
 import json
@@ -15,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from configs.architecture import ModelConfig, MoEConfig
+from configs.architecture import ModelConfig
 from configs.base import AlarmConfig
 from configs.checks import UserError
+from model.early_exit import exit_layers
 
 LOAD_RECORDS = 200
 """Steps of a run that log every expert's load: enough for a picture, whatever the run's length."""
@@ -85,7 +88,8 @@ def make_line(
     model: ModelConfig,
 ) -> Line:
     """One line of the log from a step's metrics (see train/step.py), fetched to the host."""
-    line: Line = {name: float(x) for name, x in metrics.items() if name != "router"}
+    by_layer = ("router", "depth", "exits")
+    line: Line = {name: float(x) for name, x in metrics.items() if name not in by_layer}
     line = {"step": step, **line, "seconds": seconds, "tokens_per_second": tokens / seconds}
     layers = _in_layer_order(metrics["router"], model)
     with_load = step % max(run_steps // LOAD_RECORDS, 1) == 0
@@ -95,12 +99,27 @@ def make_line(
             line[name] = [round(float(x), 5) for x in values]
         elif with_load:
             line[name] = [[round(float(x), 3) for x in load_E] for load_E in values]
-    return line
+    routed = _in_layer_order(metrics["depth"], model)
+    for name in routed[0] if routed else ():
+        line[name] = [round(float(layer[name]), 5) for layer in routed]
+    return line | _exits_line(metrics, model)
+
+
+def _exits_line(metrics: dict[str, Any], model: ModelConfig) -> Line:
+    if "exits" not in metrics:
+        return {}
+    layers_P = exit_layers(model) + 1
+    pairs = zip(
+        *(np.asarray(metrics["exits"][k]) for k in ("period", "cross_entropy")), strict=True
+    )
+    return {
+        "exit_cross_entropy": {str(layers_P[p]): round(float(x), 5) for p, x in pairs if p >= 0}
+    }
 
 
 def _in_layer_order(router: dict[str, Any], model: ModelConfig) -> list[dict[str, np.ndarray]]:
-    """Metrics by layer of the pattern, stacked over periods, as one dict per MoE layer of the
-    model.
+    """Metrics by layer of the pattern, stacked over periods, as one dict per layer of the model
+    that has any.
     """
     host = {
         name: {k: np.asarray(v) for k, v in figures.items()} for name, figures in router.items()
@@ -108,8 +127,8 @@ def _in_layer_order(router: dict[str, Any], model: ModelConfig) -> list[dict[str
     return [
         {name: x[period] for name, x in host[f"layer_{i}"].items()}
         for period in range(model.num_periods)
-        for i, spec in enumerate(model.pattern)
-        if isinstance(spec.ffn, MoEConfig)
+        for i in range(len(model.pattern))
+        if f"layer_{i}" in host
     ]
 
 

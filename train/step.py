@@ -15,6 +15,8 @@ from configs.architecture import MoEConfig
 from configs.base import RunConfig
 from model.balance import RouterStats, load_figures, merge_stats, updated_state
 from model.cache import Cache
+from model.depth import DepthStats
+from model.early_exit import supervised_exits
 from model.transformer import output_weights, read_segment
 from parallel.sharding import constrain
 from train.losses import (
@@ -22,8 +24,11 @@ from train.losses import (
     LayerStats,
     auxiliary_loss,
     chunked_loss,
+    collect_depth_stats,
     collect_router_stats,
     cross_entropy,
+    depth_loss,
+    exits_loss,
     moe_config,
 )
 from train.state import Trainee, TrainState
@@ -44,7 +49,9 @@ def make_train_step(
       A step that takes batch arrays [A * B, L, ...] ("tokens", "targets", "positions", and what the
       objective reads; "shared" goes to it whole) and reports float32 scalars "loss" (the objective,
       per target token), the objective's own sums per target token, "auxiliary", "grad_norm",
-      "learning_rate"; and per layer of the pattern, under "router", arrays [periods, ...].
+      "learning_rate"; and per layer of the pattern, under "router" and (where layers choose their
+      tokens) "depth", arrays [periods, ...]. With early_exit, "exits": the cross-entropies [K] of
+      the exits that this step supervises, and the periods [K] before them, -1 for none.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -55,6 +62,9 @@ def make_train_step(
             "learning_rate": jnp.float32(trainee.schedule(state.step)),
             "router": {name: _layer_metrics(layer) for name, layer in stats.items()},
         }
+        if run.model.early_exit is not None:
+            periods_K = supervised_exits(run.model, state.step).periods_K
+            metrics["exits"] = {"period": periods_K, "cross_entropy": metrics["exits"]}
         new_state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
@@ -77,46 +87,73 @@ def _gradients(
     rows = {name: x for name, x in batch.items() if name not in ("shared", "row")}
     num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
 
-    def loss(params, micro, earlier_counts):
+    def loss(params, micro, earlier_counts, depth_key):
         variables = {"params": params, "router_state": state.router_state}
         hidden_BLD, sown, memory = read_segment(
-            trainee.model, variables, micro["tokens"], micro["positions"], state.memory
+            trainee.model, variables, micro["tokens"], micro["positions"], state.memory, depth_key
         )
         w_DV = output_weights(trainee.model, variables)
         inputs = {k: v for k, v in micro.items() if k not in ("tokens", "positions")}
-        objective, sums = chunked_loss(
-            chunk_loss, hidden_BLD, w_DV, inputs, shared, run.execution.logits_chunks
-        )
-        stats = collect_router_stats(sown, run.model)
-        auxiliary = auxiliary_loss(stats, run.model, earlier_counts) / run.accumulation
+
+        def judge(hidden_BLD):
+            return chunked_loss(
+                chunk_loss, hidden_BLD, w_DV, inputs, shared, run.execution.logits_chunks
+            )
+
+        objective, sums = judge(hidden_BLD)
+        if run.model.early_exit is not None:
+            objective, exits_K = exits_loss(
+                lambda x_BLD: judge(trainee.model.apply(variables, x_BLD, method="finish")),
+                objective,
+                sown["exits"]["periods"]["hidden"],
+                supervised_exits(run.model, state.step),
+            )
+            sums |= {"exits": exits_K}
+        stats, depth = collect_router_stats(sown, run.model), collect_depth_stats(sown, run.model)
+        auxiliary = auxiliary_loss(stats, run.model, earlier_counts)
+        if depth:
+            auxiliary += depth_loss(depth, run.model)
+        auxiliary /= run.accumulation
         sums = jax.tree.map(lambda x: x / num_targets, sums | {"loss": objective})
-        sums |= {"auxiliary": auxiliary}
+        sums |= {"auxiliary": auxiliary, "depth": _depth_metrics(run, depth)}
         return objective / num_targets + auxiliary, (sums, stats, memory)
 
     grad: Callable[..., Any] = jax.grad(loss, has_aux=True)
+    keys = _depth_keys(run, state.step)
     if run.accumulation == 1:
-        grads, (sums, stats, memory) = grad(state.params, rows, _no_counts(run))
+        key = None if keys is None else keys[0]
+        grads, (sums, stats, memory) = grad(state.params, rows, _no_counts(run), key)
     else:  # never with memory: see RunConfig
-        grads, sums, stats = _accumulate(run, grad, state.params, rows)
+        grads, sums, stats = _accumulate(run, grad, state.params, rows, keys)
         memory = None
     return grads, sums, stats, memory
 
 
-def _accumulate(run: RunConfig, grad: Callable, params: Any, rows: Batch) -> tuple[Any, Any, Any]:
+def _depth_keys(run: RunConfig, step: jax.Array) -> jax.Array | None:
+    """A key for each micro-batch's skipped rows, the same when the step is done again."""
+    if run.model.early_exit is None or run.model.early_exit.dropout == 0:
+        return None
+    return jax.random.split(jax.random.fold_in(jax.random.key(run.seed), step), run.accumulation)
+
+
+def _accumulate(
+    run: RunConfig, grad: Callable, params: Any, rows: Batch, keys: jax.Array | None
+) -> tuple[Any, Any, Any]:
     """Sums gradients and reports over the micro-batches, handing the expert counts on."""
 
     def cut(x):
         x = x.reshape(run.accumulation, x.shape[0] // run.accumulation, *x.shape[1:])
         return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
-    def one(carry, micro):
-        grads, counts = carry
-        new_grads, (sums, stats, _) = grad(params, micro, counts)
+    def one(carry, inputs):
+        (grads, counts), (micro, key) = carry, inputs
+        new_grads, (sums, stats, _) = grad(params, micro, counts, key)
         counts = {name: counts[name] + layer.counts_E for name, layer in stats.items()}
         return (jax.tree.map(jnp.add, grads, new_grads), counts), (sums, stats)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    carry, (sums, stats) = jax.lax.scan(one, (zeros, _no_counts(run)), jax.tree.map(cut, rows))
+    begin = (zeros, _no_counts(run))
+    carry, (sums, stats) = jax.lax.scan(one, begin, (jax.tree.map(cut, rows), keys))
     sums = jax.tree.map(lambda x: x.sum(axis=0), sums)
     return carry[0], sums, {name: merge_stats(layer) for name, layer in stats.items()}
 
@@ -150,4 +187,15 @@ def _layer_metrics(stats: RouterStats) -> Metrics:
         "overflow_rows": stats.overflow_rows,
         "bytes_moved": stats.bytes_moved,
         "expert_load": counts / jnp.maximum(counts.mean(axis=-1, keepdims=True), 1e-9),
+    }
+
+
+def _depth_metrics(run: RunConfig, depth: dict[str, DepthStats]) -> Metrics:
+    """Figures of each routed layer, [periods] each; over micro-batches they add up to the mean."""
+    return {
+        name: {
+            "chosen_fraction": layer.chosen_fraction / run.accumulation,
+            "predictor_accuracy": layer.predictor_accuracy / run.accumulation,
+        }
+        for name, layer in depth.items()
     }

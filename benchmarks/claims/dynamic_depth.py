@@ -19,7 +19,7 @@ from configs.architecture import (
 )
 from data.corpora import read_documents, split
 from data.pipeline import Batch
-from infer.certificate import certify, exit_risks
+from infer.certificate import FULL_MODEL, certify, exit_risks, window_losses
 from infer.generate import generate
 from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
 
@@ -46,7 +46,7 @@ def model() -> ModelConfig:
 
 def run(seeds: int) -> Report:
     speedups, layers, worse, certified = [], [], [], []
-    curve: list[tuple[float, float, float]] = []
+    curve: list[tuple[float, float]] = []
     for seed in range(seeds):
         trained = _train(seed)
         windows = held_out_windows(CALIBRATION + TEST, seed)
@@ -54,7 +54,7 @@ def run(seeds: int) -> Report:
             trained.model, trained.variables, windows[:CALIBRATION], THRESHOLDS, batch_size=50
         )
         certificate = certify(risks, THRESHOLDS, delta=DELTA, epsilon=EPSILON)
-        threshold = 2.0 if certificate.threshold is None else certificate.threshold
+        threshold = FULL_MODEL if certificate.threshold is None else certificate.threshold
         certified.append(threshold)
         worse.append(_test_increase(trained, windows[CALIBRATION:], threshold))
         rounds, mean_layers = _decode(trained, windows[CALIBRATION:], threshold)
@@ -109,7 +109,7 @@ def byte_batches(batch_size: int, length: int, seed: int) -> Iterator[Batch]:
 
 
 def held_out_windows(count: int, seed: int) -> np.ndarray:
-    """Windows that do not overlap, from the held-out files in random order, int32 [count, WINDOW]."""
+    """Windows of the held-out files that do not overlap, in random order, int32 [count, WINDOW]."""
     text = _bytes()[1]
     places = np.random.RandomState(5000 + seed).permutation(len(text) // WINDOW)[:count]
     return np.stack([text[p * WINDOW : (p + 1) * WINDOW] for p in places]).astype(np.int32)

@@ -22,6 +22,7 @@ def window_attention(
     window_size: int | None,
     num_sinks: int,
     sink_logits_H: jax.Array | None = None,
+    gaps: bool = False,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Returns causal attention of each row over the rows of its own segment, [B, L, H, W].
@@ -35,6 +36,8 @@ def window_attention(
       v_BLGW: float [B, L, G, W].
       positions_BL: int32, the row's position in its segment, rising by one inside it; a negative
         position is padding: no row sees it, and its own result is unspecified but finite.
+      gaps: positions rise inside a segment, but may skip some, and padding may lie between its rows
+        (the tokens that a layer of a Mixture-of-Depths works on).
       segments_BL: int32, equal for the rows of one document, which must be contiguous.
       window_size: rows visible to a query, itself included; None means all before it.
       num_sinks: first positions of a segment that stay visible; 0 without a window.
@@ -60,14 +63,8 @@ def window_attention(
         raise ValueError(
             f"sink_logits {sink_logits_H.shape} must be one per query head, ({heads},)"
         )
-    chosen = reference if implementation == "reference" else xla
-    return chosen.window_attention(
-        q_BLHC,
-        k_BLGC,
-        v_BLGW,
-        positions_BL,
-        segments_BL,
-        window_size=window_size,
-        num_sinks=num_sinks,
-        sink_logits_H=sink_logits_H,
-    )
+    rows = (q_BLHC, k_BLGC, v_BLGW, positions_BL, segments_BL)
+    reach = {"window_size": window_size, "num_sinks": num_sinks, "sink_logits_H": sink_logits_H}
+    if implementation == "reference":  # goes by the values of positions alone
+        return reference.window_attention(*rows, **reach)
+    return xla.window_attention(*rows, **reach, gaps=gaps)

@@ -32,7 +32,8 @@ def window_attention(
     *,
     window_size: int | None,
     num_sinks: int,
-    sink_logits_H: jax.Array | None = None,
+    sink_logits_H: jax.Array | None,
+    gaps: bool,
 ) -> jax.Array:
     """Returns the attention of each row over the visible rows of its segment, [B, L, H, W]."""
     batch, length, heads, width = q_BLHC.shape
@@ -64,7 +65,12 @@ def window_attention(
             mask_BMS,
         )
         if num_sinks and first_key > 0:
-            sink_rows_BMN, mask_BMN = _sinks(positions_BL[:, rows], begin, first_key, num_sinks)
+            if gaps:
+                starts_BM = _segment_starts(segments_BL)[:, rows]
+                found = _sinks_among(positions_BL, starts_BM, first_key, num_sinks)
+            else:
+                found = _sinks(positions_BL[:, rows], begin, first_key, num_sinks)
+            sink_rows_BMN, mask_BMN = found
             out_BGRMW = _attend_with_sinks(
                 q_BGRMC,
                 scores_BGRMS,
@@ -95,6 +101,25 @@ def _sinks(
     sink_rows_BMN = starts_BM[:, :, None] + jnp.arange(num_sinks)[None, None]
     is_before_BMN = (sink_rows_BMN < first_key) & (positions_BM >= 0)[:, :, None]
     return jnp.clip(sink_rows_BMN, 0, first_key - 1), is_before_BMN
+
+
+def _segment_starts(segments_BL: jax.Array) -> jax.Array:
+    """The first row of each row's segment, int32 [B, L]."""
+    is_start_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)))
+    row_BL = jax.lax.broadcasted_iota(jnp.int32, segments_BL.shape, 1)
+    return jax.lax.cummax(jnp.where(is_start_BL, row_BL, 0), axis=1)
+
+
+def _sinks_among(
+    positions_BL: jax.Array, starts_BM: jax.Array, first_key: int, num_sinks: int
+) -> tuple[jax.Array, jax.Array]:
+    """As `_sinks` where positions have gaps: which of the segment's first rows are sinks is asked
+    of the rows themselves. They lie before the query, so they are of its segment.
+    """
+    rows_BMN = starts_BM[:, :, None] + jnp.arange(num_sinks)[None, None]
+    clipped_BMN = jnp.clip(rows_BMN, 0, first_key - 1)
+    at_BMN = jax.vmap(lambda positions_L, rows_MN: positions_L[rows_MN])(positions_BL, clipped_BMN)
+    return clipped_BMN, (rows_BMN < first_key) & (at_BMN >= 0) & (at_BMN < num_sinks)
 
 
 def _attend_with_sinks(

@@ -24,6 +24,8 @@ class GroupedQueryAttention(nn.Module):
     out_stddev: float
     out_features: int | None = None
     """Width of the result; None is d_model."""
+    gaps: bool = False
+    """Whether positions may skip some inside a document: see kernels/window_attention."""
 
     @nn.compact
     def __call__(
@@ -72,6 +74,7 @@ class GroupedQueryAttention(nn.Module):
                 positions_BL,
                 segments_BL,
                 sink_logits_H=sink_logits_H,
+                gaps=self.gaps,
                 implementation=self.execution.window_attention,
                 **reach,
             )

@@ -9,7 +9,9 @@ from configs import runs
 from configs.architecture import (
     AttentionConfig,
     ContextConfig,
+    EarlyExitConfig,
     LayerSpec,
+    MixtureOfDepthsConfig,
     MoEConfig,
     RelativeAttentionConfig,
     RouterConfig,
@@ -151,6 +153,29 @@ def test_relative_attention_counts_two_biases():
     config = RelativeAttentionConfig(num_heads=2, head_dim=4, memory_length=8)
     assert config.num_parameters(16) == 5 * 16 * 2 * 4 + 2 * 2 * 4
     assert config.window_size == 9
+
+
+def test_depths_that_contradict_themselves():
+    with pytest.raises(UserError, match=r"depth.capacity=1.5 must lie in \(0, 1\]"):
+        MixtureOfDepthsConfig(capacity=1.5)
+    dense = tiny.model().pattern[1]
+    routed = dataclasses.replace(dense, depth=MixtureOfDepthsConfig(capacity=0.5))
+    with pytest.raises(UserError, match="layers before the pattern work on every token"):
+        tiny.model(prefix=(routed,), num_layers=3)
+    with pytest.raises(UserError, match=r"early_exit.dropout=1.0 must lie in \[0, 1\)"):
+        EarlyExitConfig(dropout=1.0, loss_scale=1.0, rotation=1)
+    early = EarlyExitConfig(dropout=0.1, loss_scale=1.0, rotation=1)
+    with pytest.raises(UserError, match="needs at least 2 periods"):
+        tiny.model(early_exit=early)
+    with pytest.raises(UserError, match="early_exit would train nothing"):
+        tiny.model(pattern=(dense,), num_layers=2, early_exit=early)
+
+
+def test_json_keeps_depth_and_early_exit(tmp_path):
+    spec = dataclasses.replace(tiny.model().pattern[1], depth=MixtureOfDepthsConfig(capacity=0.125))
+    early = EarlyExitConfig(dropout=0.1, loss_scale=0.2, rotation=3)
+    run = tiny.run(tmp_path, model=tiny.model(pattern=(spec,), num_layers=4, early_exit=early))
+    assert from_json(RunConfig, to_json(run), where="config.json") == run
 
 
 def test_a_cache_needs_a_top_k():

@@ -34,8 +34,8 @@ def draw(case: Case):
     return q, k, v, *rows, dout
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def attend(case: Case, implementation, q, k, v, positions, segments):
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="gaps")
+def attend(case: Case, implementation, q, k, v, positions, segments, gaps=False):
     return window_attention(
         q,
         k,
@@ -44,6 +44,7 @@ def attend(case: Case, implementation, q, k, v, positions, segments):
         segments,
         window_size=case.window_size,
         num_sinks=case.num_sinks,
+        gaps=gaps,
         implementation=implementation,
     )
 
@@ -66,6 +67,28 @@ def test_blocks_equal_reference_with_gradients(name):
     for ours, theirs, what in zip(run("xla"), run("reference"), "oqkv", strict=True):
         np.testing.assert_allclose(ours, theirs, err_msg=what, **TOLERANCE)
         assert np.isfinite(np.asarray(ours)).all()
+
+
+@pytest.mark.parametrize("form", ["gathered", "masked"])
+@pytest.mark.parametrize("name", ["packed", "sinks_packed", "sinks_exceed_window"])
+def test_positions_with_gaps(name, form):
+    """Some of the rows, the others taken out or turned into padding between them."""
+    case = CASES[name]
+    q, k, v, positions, segments, _ = (np.array(a) for a in draw(case))
+    is_kept = np.random.RandomState(5).rand(case.length) < 0.6
+    if form == "gathered":
+        q, k, v, positions, segments = (a[:, is_kept] for a in (q, k, v, positions, segments))
+    else:
+        positions[:, ~is_kept] = -1
+    rows = (q, k, v, positions, segments)
+    is_token = (positions >= 0)[:, :, None, None]
+    expected = np.where(is_token, attend(case, "reference", *rows), 0.0)
+    found = attend(case, "xla", *rows, gaps=True)
+    np.testing.assert_allclose(np.where(is_token, found, 0.0), expected, **TOLERANCE)
+    assert np.isfinite(np.asarray(found)).all()
+    if case.num_sinks:  # the wrong version: a row's place less its position is a document's start
+        wrong = np.where(is_token, attend(case, "xla", *rows), 0.0)
+        assert np.abs(wrong - expected).max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["packed", "sinks_packed", "padded", "sinks_exceed_window"])

@@ -1,0 +1,184 @@
+"""Mixture-of-Depths (Raposo et al. 2024): a layer that works on some tokens, the others pass by.
+
+    r_t = w . x_t        x'_t = x_t + sigmoid(r_t) f(x_P)_t for t in P, x_t otherwise
+
+f is the whole update of a block, attention among P only, at the tokens' own positions. In training
+P is the best `capacity` of each row: the layer costs that share, but which tokens are best depends
+on later ones. A cross-entropy makes r_t > 0 tell the chosen from the rest (the paper's auxiliary
+loss), and scoring and generating go by that sign alone, token by token: see `causal`.
+
+B batch, L length, C tokens chosen of a row, D d_model.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from configs.architecture import MixtureOfDepthsConfig, ModelConfig
+from configs.checks import require
+from model.cache import BlockCache
+from model.layers import newest, weight
+from parallel.sharding import constrain
+
+Update = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, BlockCache | None]]
+"""f: (x_BCD, positions_BC, segments_BC) -> [B, C, D] and the cache with the tokens; tokens at
+position -1 do not exist for it."""
+
+Routed = tuple[jax.Array, jax.Array, BlockCache | None]
+"""x_BLD after the layer; which tokens it worked on, bool [B, L]; the cache."""
+
+
+class DepthStats(NamedTuple):
+    """What one routed layer reports about one batch, float32, padding left out."""
+
+    predictor_loss: jax.Array
+    """Mean cross-entropy of sigmoid(r_t) with whether t was chosen, nats."""
+    predictor_accuracy: jax.Array
+    """Share of the tokens for which r_t > 0 says whether t was chosen."""
+    chosen_fraction: jax.Array
+
+
+def causal(config: ModelConfig) -> ModelConfig:
+    """The model as it scores and generates: each routed layer chooses by r_t > 0.
+
+    The same variables fit; a model without routed layers is returned as it is.
+    """
+
+    def by_threshold(depth: MixtureOfDepthsConfig | None) -> MixtureOfDepthsConfig | None:
+        return depth and dataclasses.replace(depth, selection="threshold")
+
+    pattern = tuple(
+        dataclasses.replace(spec, depth=by_threshold(spec.depth)) for spec in config.pattern
+    )
+    return dataclasses.replace(config, pattern=pattern)
+
+
+def routed(
+    block: Any,
+    depth: MixtureOfDepthsConfig,
+    x_BLD: jax.Array,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+    cache: BlockCache | None,
+) -> tuple[jax.Array, BlockCache | None]:
+    """The block (model/transformer.py: Block) of the tokens that its router chooses.
+
+    One token per row, with a cache: where no row's is chosen, the block is really skipped.
+
+    Raises:
+      UserError: top_capacity with a cache.
+    """
+    require(
+        cache is None or depth.selection == "threshold",
+        "depth.selection='top_capacity' looks ahead and can't read piece by piece: use the config "
+        "that model.depth.causal gives",
+    )
+    width = x_BLD.shape[-1]
+    w_D = weight(block, "depth_router", (width,), ("embed",), width**-0.5)
+    r_BL, where = router_logits(w_D, x_BLD), (positions_BL, segments_BL)
+    if cache is not None and x_BLD.shape[1] == 1:
+
+        def run(block, x_B1D, cache):
+            x_B1D, _, cache = update_positive(_update_of(block, cache), x_B1D, r_BL, *where)
+            return x_B1D, cache
+
+        def skip(_, x_B1D, cache):
+            return x_B1D, cache
+
+        any_chosen = chosen_by_sign(r_BL, positions_BL).any()
+        return nn.cond(any_chosen, run, skip, block, x_BLD, cache)
+    update = _update_of(block, cache)
+    if depth.selection == "top_capacity":
+        x_BLD, is_chosen_BL, cache = update_best(update, x_BLD, r_BL, *where, depth.capacity)
+    else:
+        x_BLD, is_chosen_BL, cache = update_positive(update, x_BLD, r_BL, *where)
+    stats = depth_stats(r_BL, is_chosen_BL, positions_BL >= 0)
+    block.sow("router", "depth", stats, init_fn=lambda: None, reduce_fn=newest)
+    return constrain(x_BLD, "batch", "length", None), cache
+
+
+def _update_of(block: Any, cache: BlockCache | None) -> Update:
+    def update(x_BCD, positions_BC, segments_BC):
+        _, first_BCD, second_BCD, new = block.branches(x_BCD, positions_BC, segments_BC, cache)
+        return first_BCD + second_BCD, new
+
+    return update
+
+
+def num_chosen(capacity: float, length: int) -> int:
+    """C = ceil(capacity * L)."""
+    return math.ceil(capacity * length - 1e-9)  # 0.07 * 100 is a little more than 7
+
+
+def router_logits(w_D: jax.Array, x_BLD: jax.Array) -> jax.Array:
+    """r_t = w . x_t, float32 [B, L]."""
+    return jnp.einsum("BLD,D->BL", x_BLD.astype(jnp.float32), w_D)
+
+
+def update_best(
+    update: Update,
+    x_BLD: jax.Array,
+    r_BL: jax.Array,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+    capacity: float,
+) -> Routed:
+    """x with the update of each row's best C tokens.
+
+    The chosen are gathered in the row's order, so documents stay contiguous. Padding comes after
+    every token; where a row has fewer than C tokens, some is gathered and adds nothing.
+    """
+    is_token_BL = positions_BL >= 0
+    count = num_chosen(capacity, x_BLD.shape[1])
+    _, best_BC = jax.lax.top_k(jnp.where(is_token_BL, r_BL, -jnp.inf), count)
+    rows_BC = jnp.sort(best_BC, axis=1)
+
+    def gather(array_BL):
+        return jnp.take_along_axis(array_BL, rows_BC, axis=1)
+
+    x_BCD = jnp.take_along_axis(x_BLD, rows_BC[:, :, None], axis=1)
+    f_BCD, cache = update(x_BCD, gather(positions_BL), gather(segments_BL))
+    gate_BC = jnp.where(gather(is_token_BL), jax.nn.sigmoid(gather(r_BL)), 0.0)
+    batch_B1 = jnp.arange(x_BLD.shape[0])[:, None]
+    x_BLD = x_BLD.at[batch_B1, rows_BC].add(gate_BC[:, :, None].astype(x_BLD.dtype) * f_BCD)
+    is_chosen_BL = jnp.zeros(r_BL.shape, jnp.bool_).at[batch_B1, rows_BC].set(True)
+    return x_BLD, is_chosen_BL & is_token_BL, cache
+
+
+def update_positive(
+    update: Update,
+    x_BLD: jax.Array,
+    r_BL: jax.Array,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+) -> Routed:
+    """x with the update of each token with r_t > 0.
+
+    All tokens pass through f, those not chosen as padding.
+    """
+    is_chosen_BL = chosen_by_sign(r_BL, positions_BL)
+    f_BLD, cache = update(x_BLD, jnp.where(is_chosen_BL, positions_BL, -1), segments_BL)
+    gate_BL1 = jnp.where(is_chosen_BL, jax.nn.sigmoid(r_BL), 0.0)[:, :, None]
+    return x_BLD + gate_BL1.astype(x_BLD.dtype) * f_BLD, is_chosen_BL, cache
+
+
+def chosen_by_sign(r_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
+    """The causal rule, bool [B, L]: sigmoid(r_t) > 0.5, never for padding."""
+    return (r_BL > 0) & (positions_BL >= 0)
+
+
+def depth_stats(r_BL: jax.Array, is_chosen_BL: jax.Array, is_token_BL: jax.Array) -> DepthStats:
+    """Means over the tokens that are not padding; the choice is a constant."""
+    weight_BL = is_token_BL.astype(jnp.float32)
+    weight_BL /= jnp.maximum(weight_BL.sum(), 1.0)
+    chosen_BL = is_chosen_BL.astype(jnp.float32)
+    return DepthStats(
+        predictor_loss=((jax.nn.softplus(r_BL) - chosen_BL * r_BL) * weight_BL).sum(),
+        predictor_accuracy=jnp.where((r_BL > 0) == is_chosen_BL, weight_BL, 0.0).sum(),
+        chosen_fraction=(chosen_BL * weight_BL).sum(),
+    )
