@@ -352,6 +352,27 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MultiTokenConfig:
+    """Training on tokens beyond the next one (DeepSeek-V3, 2024, section 2.2)."""
+
+    depth: int = 1
+    """Extra tokens predicted at each place, by as many modules, each fed by the one before it."""
+    layer: LayerSpec
+    """The one layer of a module."""
+    loss_weight: float = 0.3
+    """Weight of the mean of the modules' losses beside the next token's (DeepSeek-V3: 0.3, later
+    0.1)."""
+
+    def __post_init__(self) -> None:
+        require(self.depth > 0, f"multi_token.depth={self.depth} must be at least 1 extra token")
+        require(
+            self.loss_weight > 0,
+            f"multi_token.loss_weight={self.loss_weight} must be greater than 0: leave multi_token "
+            "out to train without it",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only model: `prefix`, then `pattern` repeated up to `num_layers` layers in all."""
 
@@ -367,6 +388,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Whether the output layer is the transposed input embedding."""
     norm_eps: float = 1e-6
+    multi_token: MultiTokenConfig | None = None
+    """Modules that learn to predict further ahead; only training computes them."""
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "d_model", "num_layers", "context_length", "norm_eps")
@@ -387,9 +410,25 @@ class ModelConfig:
         return (self.num_layers - len(self.prefix)) // len(self.pattern)
 
     @property
+    def layer_kinds(self) -> tuple[LayerSpec, ...]:
+        """Each layer of the prefix and the pattern once, and the multi-token modules' layer."""
+        extra = () if self.multi_token is None else (self.multi_token.layer,)
+        return (*self.prefix, *self.pattern, *extra)
+
+    @property
     def num_parameters(self) -> int:
-        """All weights, embeddings and norms included."""
+        """All weights, embeddings and norms included; multi-token modules are counted apart."""
         return self._count(lambda ffn: ffn.num_parameters(self.d_model))
+
+    @property
+    def num_multi_token_parameters(self) -> int:
+        """The multi-token modules' own weights: embedding and output layer are the model's."""
+        if self.multi_token is None:
+            return 0
+        layer, width = self.multi_token.layer, self.d_model
+        own = layer.attention.num_parameters(width) + layer.ffn.num_parameters(width)
+        norms, projection = 5 * width, 2 * width * width
+        return self.multi_token.depth * (own + norms + projection)
 
     @property
     def num_active_parameters(self) -> int:

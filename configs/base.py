@@ -256,7 +256,13 @@ class RunConfig:
             f"model.vocab_size={self.model.vocab_size}: leave it out to compare whole "
             "distributions",
         )
-        for spec in self.model.pattern:
+        ahead = self.model.multi_token
+        require(
+            ahead is None or ahead.depth < self.data.seq_len,
+            f"model.multi_token.depth={ahead and ahead.depth} must be below "
+            f"data.seq_len={self.data.seq_len}",
+        )
+        for spec in self.model.layer_kinds:
             if isinstance(spec.ffn, MoEConfig):
                 require(
                     spec.ffn.num_experts % self.mesh.expert == 0,

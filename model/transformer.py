@@ -17,6 +17,7 @@ from model.attention.latent import LatentAttention
 from model.cache import BlockCache, Cache
 from model.layers import RMSNorm, SwiGLU, weight
 from model.moe import MoE
+from model.multi_token import MultiTokenModule, ahead
 from parallel.sharding import constrain
 
 MAX_UNROLLED_PERIODS = 4
@@ -138,6 +139,12 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.execution)
         self.final_norm = RMSNorm(c.norm_eps)
+        if c.multi_token is not None:
+            layer = c.multi_token.layer
+            self.multi_token = [
+                MultiTokenModule(block(layer, c, self.execution, parent=None), c.norm_eps)
+                for _ in range(c.multi_token.depth)
+            ]
 
     def __call__(
         self,
@@ -151,7 +158,7 @@ class Transformer(nn.Module):
         )  # whole rows to look up
         x_BLD = table_VD[tokens_BL]
         x_BLD = constrain(x_BLD, "batch", "length", None)
-        segments_BL = document_segments(positions_BL)
+        embedded_BLD, segments_BL = x_BLD, document_segments(positions_BL)
         caches = []
         for i, block in enumerate(self.prefix):
             block_cache = None if cache is None else cache.prefix[i]
@@ -160,7 +167,17 @@ class Transformer(nn.Module):
         periods = None if cache is None else cache.periods
         x_BLD, periods = self.periods(x_BLD, periods, positions_BL, segments_BL)
         cache = None if periods is None else Cache(prefix=tuple(caches), periods=periods)
-        return self.final_norm(x_BLD), cache
+        hidden_BLD = self.final_norm(x_BLD)
+        if self.config.multi_token is not None and self.is_mutable_collection("multi_token"):
+            self._look_ahead(hidden_BLD, embedded_BLD, positions_BL, segments_BL)
+        return hidden_BLD, cache
+
+    def _look_ahead(self, hidden_BLD, embedded_BLD, positions_BL, segments_BL) -> None:
+        """Sows each multi-token module's hidden states into the collection "multi_token"."""
+        for k, module in enumerate(self.multi_token):
+            next_BLD = ahead(embedded_BLD, k + 1)
+            hidden_BLD = module(hidden_BLD, next_BLD, positions_BL, segments_BL)
+            self.sow("multi_token", f"hidden_{k}", hidden_BLD)
 
     def unembedding(self) -> jax.Array:
         """The output layer, [D, V] in the compute dtype."""
@@ -186,10 +203,21 @@ def hidden_states(
 
 
 def hidden_and_router(
-    model: Transformer, variables: Variables, tokens_BL: jax.Array, positions_BL: jax.Array
+    model: Transformer,
+    variables: Variables,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    *,
+    multi_token: bool = False,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """As `hidden_states` without a cache, and what the layers sowed (the collection "router")."""
-    outputs: Any = model.apply(variables, tokens_BL, positions_BL, mutable=["router"])
+    """As `hidden_states` without a cache, and what the layers sowed (the collection "router").
+
+    Args:
+      multi_token: whether to compute the multi-token modules too, if the model has any: their
+        hidden states are "hidden_0", ... of the collection "multi_token", as one-tuples.
+    """
+    collections = ["router", "multi_token"] if multi_token else ["router"]
+    outputs: Any = model.apply(variables, tokens_BL, positions_BL, mutable=collections)
     (hidden_BLD, _), sown = outputs
     return hidden_BLD, sown
 

@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from checkpoint.run_directory import open_run_dir
 from checkpoint.store import CheckpointStore, abstract_like
-from configs.architecture import MoEConfig
 from configs.base import RunConfig
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
+from model.routed_layers import routed_layers
 from model.transformer import Variables
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec
@@ -171,8 +171,8 @@ def _check(alarms: Alarms, line: dict[str, Any], store: CheckpointStore) -> None
 
 def _num_experts(run: RunConfig) -> int:
     """Experts of the smallest MoE layer (0 without one): the alarms' measure of dead experts."""
-    ffns = [spec.ffn for spec in run.model.pattern]
-    return min((ffn.num_experts for ffn in ffns if isinstance(ffn, MoEConfig)), default=0)
+    layers = routed_layers(run.model).values()
+    return min((layer.config.num_experts for layer in layers), default=0)
 
 
 @dataclass

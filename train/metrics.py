@@ -1,10 +1,10 @@
 """The log of a run (metrics.jsonl) and the alarms that read it.
 
 A line per step: "step" (steps done, from 1), "loss", "tokens_per_second", "learning_rate",
-"grad_norm", "seconds", the objective's own terms, and per MoE layer, in the order of the layers,
-lists under "load_cv", "load_cv_floor", "max_violation", "dead_experts", "peak_load",
-"router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps "expert_load", a list per
-layer of each expert's load over the mean.
+"grad_norm", "seconds", the objective's own terms, and per MoE layer, in the order of the layers and
+multi-token modules last, lists under "load_cv", "load_cv_floor", "max_violation", "dead_experts",
+"peak_load", "router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps
+"expert_load", a list per layer of each expert's load over the mean.
 """
 
 import json
@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from configs.architecture import ModelConfig, MoEConfig
+from configs.architecture import ModelConfig
 from configs.base import AlarmConfig
 from configs.checks import UserError
+from model.routed_layers import routed_layers
 
 LOAD_RECORDS = 200
 """Steps of a run that log every expert's load: enough for a picture, whatever the run's length."""
@@ -99,18 +100,14 @@ def make_line(
 
 
 def _in_layer_order(router: dict[str, Any], model: ModelConfig) -> list[dict[str, np.ndarray]]:
-    """Metrics by layer of the pattern, stacked over periods, as one dict per MoE layer of the
-    model.
-    """
+    """Metrics by name of the layers as one dict per MoE layer of the model."""
     host = {
         name: {k: np.asarray(v) for k, v in figures.items()} for name, figures in router.items()
     }
-    return [
-        {name: x[period] for name, x in host[f"layer_{i}"].items()}
-        for period in range(model.num_periods)
-        for i, spec in enumerate(model.pattern)
-        if isinstance(spec.ffn, MoEConfig)
-    ]
+    layers = routed_layers(model)
+    places = [(period, name) for name, layer in layers.items() for period in range(layer.count)]
+    places.sort(key=lambda place: (layers[place[1]].periods is None, place[0]))
+    return [{k: x[period] for k, x in host[name].items()} for period, name in places]
 
 
 class Alarms:

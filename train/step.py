@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from configs.architecture import MoEConfig
 from configs.base import RunConfig
 from model.balance import RouterStats, load_figures, merge_stats, updated_state
+from model.routed_layers import RoutedLayer, map_layers, routed_layers
 from model.transformer import hidden_and_router, output_weights
 from parallel.sharding import constrain
 from train.losses import (
@@ -23,8 +23,8 @@ from train.losses import (
     chunked_loss,
     collect_router_stats,
     cross_entropy,
-    moe_config,
 )
+from train.multi_token import count_ahead, multi_token_loss
 from train.state import Trainee, TrainState
 
 Batch = dict[str, jax.Array]
@@ -43,7 +43,8 @@ def make_train_step(
       A step that takes batch arrays [A * B, L, ...] ("tokens", "targets", "positions", and what the
       objective reads; "shared" goes to it whole) and reports float32 scalars "loss" (the objective,
       per target token), the objective's own sums per target token, "auxiliary", "grad_norm",
-      "learning_rate"; and per layer of the pattern, under "router", arrays [periods, ...].
+      "learning_rate", with multi-token modules "multi_token" (train/multi_token.py); and per MoE
+      layer, under "router", arrays [layers of that name, ...].
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -72,11 +73,12 @@ def _gradients(
     shared = batch.get("shared")
     rows = {name: x for name, x in batch.items() if name not in ("shared", "row")}
     num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
+    num_ahead = count_ahead(batch["targets"], batch["positions"], run.model.multi_token)
 
     def loss(params, micro, earlier_counts):
         variables = {"params": params, "router_state": state.router_state}
         hidden_BLD, sown = hidden_and_router(
-            trainee.model, variables, micro["tokens"], micro["positions"]
+            trainee.model, variables, micro["tokens"], micro["positions"], multi_token=True
         )
         w_DV = output_weights(trainee.model, variables)
         inputs = {k: v for k, v in micro.items() if k not in ("tokens", "positions")}
@@ -86,7 +88,21 @@ def _gradients(
         stats = collect_router_stats(sown, run.model)
         auxiliary = auxiliary_loss(stats, run.model, earlier_counts) / run.accumulation
         sums = jax.tree.map(lambda x: x / num_targets, sums | {"loss": objective})
-        return objective / num_targets + auxiliary, (sums | {"auxiliary": auxiliary}, stats)
+        total, sums = objective / num_targets + auxiliary, sums | {"auxiliary": auxiliary}
+        if run.model.multi_token is not None:
+            ahead = multi_token_loss(
+                chunk_loss,
+                sown["multi_token"],
+                w_DV,
+                inputs,
+                micro["positions"],
+                shared,
+                run.execution.logits_chunks,
+                num_ahead,
+            )
+            total += run.model.multi_token.loss_weight * ahead
+            sums |= {"multi_token": ahead}
+        return total, (sums, stats)
 
     grad: Callable[..., Any] = jax.grad(loss, has_aux=True)
     if run.accumulation == 1:
@@ -117,26 +133,24 @@ def _accumulate(run: RunConfig, grad: Callable, params: Any, rows: Batch) -> tup
 
 def _no_counts(run: RunConfig) -> dict[str, jax.Array]:
     return {
-        f"layer_{i}": jnp.zeros((run.model.num_periods, spec.ffn.num_experts), jnp.int32)
-        for i, spec in enumerate(run.model.pattern)
-        if isinstance(spec.ffn, MoEConfig)
+        name: jnp.zeros((layer.count, layer.config.num_experts), jnp.int32)
+        for name, layer in routed_layers(run.model).items()
     }
 
 
 def _updated_routers(run: RunConfig, router_state: Any, stats: LayerStats) -> Any:
     """Each layer's router after this step, in the tree of the collection router_state."""
-    if not router_state:
-        return router_state
-    layers = {}
-    for name, layer in router_state["periods"].items():
-        config = moe_config(run.model, name).router
-        update = jax.vmap(partial(updated_state, config=config))
-        layers[name] = {"moe": {"state": update(layer["moe"]["state"], stats[name])}}
-    return {"periods": layers}
+
+    def one(name: str, layer: RoutedLayer, part: Any) -> Any:
+        update = jax.vmap(partial(updated_state, config=layer.config.router))
+        state = update(layer.stacked(part["state"]), stats[name])
+        return {"state": layer.unstacked(state)}
+
+    return map_layers(run.model, router_state, one)
 
 
 def _layer_metrics(stats: RouterStats) -> Metrics:
-    """Figures of one layer of the pattern, [periods] each, and its load [periods, E]."""
+    """Figures of the layers of one name, [layers] each, and their load [layers, E]."""
     counts, tokens = stats.counts_E, stats.num_tokens
     return {
         **jax.vmap(load_figures)(counts, tokens)._asdict(),
