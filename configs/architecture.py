@@ -195,6 +195,20 @@ class ContextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BiasWarmupConfig:
+    """How the reserved twins of grown experts enter the choice: see model/warmup.py."""
+
+    steps: int
+    """Over which the twins' biases rise to their parents'."""
+    factor: int = 2
+    """Experts that each parent became; twins of expert e are e + E / factor and so on."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps")
+        require(self.factor >= 2, f"warmup.factor={self.factor} must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """How experts are scored and chosen, and what keeps their load even."""
 
@@ -221,6 +235,8 @@ class RouterConfig:
     error (Wang et al. 2024), or to the quantile at which each expert gets its share (Su 2026)."""
     bias_rate: float | None = None
     """loss_free: the bias's step (1e-3). quantile: how far it moves to its new value (1: all)."""
+    warmup: BiasWarmupConfig | None = None
+    """Of reserved experts after growth; then `balance` takes over."""
     load_balance_weight: float = 1e-2
     """Weight of the Switch load-balance loss E * sum f_i P_i (Fedus et al. 2021)."""
     sequence_weight: float = 0.0
@@ -245,6 +261,10 @@ class RouterConfig:
         require(
             self.bias_rate is None or 0 < self.bias_rate <= 1,
             f"router.bias_rate={self.bias_rate} must lie in (0, 1]",
+        )
+        require(
+            self.warmup is None or self.balance != "none",
+            "router.warmup moves a router's bias: set router.balance and router.bias_rate",
         )
 
     def _check_groups(self) -> None:
@@ -310,6 +330,12 @@ class MoEConfig:
         require(
             self.router.top_k <= self.num_experts,
             f"router.top_k={self.router.top_k} must not exceed num_experts={self.num_experts}",
+        )
+        warmup = self.router.warmup
+        require(
+            warmup is None or self.num_experts % warmup.factor == 0,
+            f"num_experts={self.num_experts} must be divisible by router.warmup.factor="
+            f"{warmup and warmup.factor}",
         )
         self._check_groups()
 

@@ -19,6 +19,7 @@ from model.balance import router_stats
 from model.cache import LayerCache
 from model.layers import SwiGLU, weight
 from model.router import initial_state, needs_state, route
+from model.warmup import initial_warmup, warmup_stats
 from parallel.expert import apply_experts
 
 WEIGHT_AXES = {"gate_up": ("expert", "embed", None, "mlp"), "down": ("expert", "mlp", "embed")}
@@ -83,6 +84,12 @@ class MoE(nn.Module):
             overflow_rows=moved.overflow_rows,
             bytes_moved=moved.bytes_moved,
         )
+        if c.router.warmup is not None:
+            warmup = self.variable(
+                "router_state", "warmup", initial_warmup, c.num_experts, c.router.warmup
+            ).value
+            seen = warmup_stats(routing, is_token_BL.reshape(-1), state, warmup, c.router.warmup)
+            stats = stats._replace(warmup=seen)
         self.sow("router", "stats", stats, init_fn=lambda: None, reduce_fn=_newest)
         out_BLD = out_TD.reshape(batch, length, d_model)
         if c.num_shared_experts:

@@ -72,10 +72,12 @@ def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Traine
     )
 
 
-def init_state(trainee: Trainee, seed: int, variables: Variables | None = None) -> TrainState:
-    """Fresh optimiser state for these variables, or for ones drawn from the seed.
+def init_state(
+    trainee: Trainee, seed: int, variables: Variables | None = None, opt_state: Any = None
+) -> TrainState:
+    """These variables, or ones drawn from the seed, and this optimiser state, or a fresh one.
 
-    Each part is made on the device that keeps it; given variables are moved there.
+    Each part is made on the device that keeps it; what is given is moved there.
     """
 
     def begin(variables: Variables) -> TrainState:
@@ -88,4 +90,8 @@ def init_state(trainee: Trainee, seed: int, variables: Variables | None = None) 
         )
         return draw()
     placed = jax.device_put(variables, trainee.shardings.variables)
-    return jax.jit(begin, out_shardings=trainee.shardings)(placed)
+    if opt_state is None:
+        return jax.jit(begin, out_shardings=trainee.shardings)(placed)
+    step = jax.device_put(jnp.int32(0), trainee.shardings.step)
+    opt_state = jax.device_put(opt_state, trainee.shardings.opt_state)
+    return TrainState(step=step, **placed, opt_state=opt_state)

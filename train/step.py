@@ -15,6 +15,7 @@ from configs.base import RunConfig
 from model.balance import RouterStats, load_figures, merge_stats, updated_state
 from model.routed_layers import RoutedLayer, map_layers, routed_layers
 from model.transformer import hidden_and_router, output_weights
+from model.warmup import updated_warmup
 from parallel.sharding import constrain
 from train.losses import (
     ChunkLoss,
@@ -142,9 +143,13 @@ def _updated_routers(run: RunConfig, router_state: Any, stats: LayerStats) -> An
     """Each layer's router after this step, in the tree of the collection router_state."""
 
     def one(name: str, layer: RoutedLayer, part: Any) -> Any:
-        update = jax.vmap(partial(updated_state, config=layer.config.router))
-        state = update(layer.stacked(part["state"]), stats[name])
-        return {"state": layer.unstacked(state)}
+        router, part = layer.config.router, layer.stacked(part)
+        if router.warmup is None:
+            update = jax.vmap(partial(updated_state, config=router))
+            return layer.unstacked({"state": update(part["state"], stats[name])})
+        warm = jax.vmap(partial(updated_warmup, config=router))
+        state, warmup = warm(part["state"], part["warmup"], stats[name])
+        return layer.unstacked({"state": state, "warmup": warmup})
 
     return map_layers(run.model, router_state, one)
 
