@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.transformer import Transformer, Variables, hidden_states, output_weights
+from model.transformer import Preference, Transformer, Variables, hidden_states, output_weights
 
 Progress = Callable[[int], None]
 """Called with the number of rows scored so far."""
@@ -45,6 +45,7 @@ def score_documents(
     length: int,
     batch_size: int,
     progress: Progress = lambda _: None,
+    preference: Preference | None = None,
 ) -> list[TokenScores]:
     """Scores every token of every document but its first.
 
@@ -55,6 +56,7 @@ def score_documents(
       documents: int32 [n] each, n >= 2, beginning with the end-of-text token.
       length: tokens of a window; the model's context_length at most.
       batch_size: windows scored at once; the last batch is padded.
+      preference: the experts that every document would rather have, its dim B of size 1.
     Returns:
       One TokenScores per document, in order.
     """
@@ -66,7 +68,7 @@ def score_documents(
     for begin in range(0, len(rows), batch_size):
         batch = rows[begin : begin + batch_size]
         windows = _windows(batch, documents, length, batch_size)
-        nats_BL, best_BL = jax.device_get(_score_rows(model, variables, *windows))
+        nats_BL, best_BL = jax.device_get(_score_rows(model, variables, *windows, preference))
         for row, nats_L, best_L in zip(batch, nats_BL, best_BL, strict=False):
             count = min(length, len(documents[row.document]) - 1 - row.start)
             scored = slice(row.start + row.first, row.start + count)
@@ -104,9 +106,9 @@ def _windows(rows, documents, length, batch_size):
 
 
 @partial(jax.jit, static_argnums=0)
-def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL):
+def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL, preference):
     """-log p(target) and the best token at each place, [B, L]; logits are made a row at a time."""
-    hidden_BLD, _ = hidden_states(model, variables, tokens_BL, positions_BL)
+    hidden_BLD, _ = hidden_states(model, variables, tokens_BL, positions_BL, preference=preference)
     w_DV = output_weights(model, variables)
 
     def one_row(row):

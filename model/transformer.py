@@ -26,6 +26,12 @@ step. Deeper models are scanned, so that compile time does not grow with depth.
 """
 
 
+Preference = dict[str, jax.Array]
+"""By MoE layer of the pattern ("layer_0", ...), float32 [periods, B, E]: what each row of the batch
+adds to the choice of experts, in standard deviations of a token's scores; B may be 1 for all rows.
+Gates don't see it."""
+
+
 def document_segments(positions_BL: jax.Array) -> jax.Array:
     """Numbers the documents of each row, int32 [B, L]: one ends where positions stop rising by
     one.
@@ -48,6 +54,7 @@ class Block(nn.Module):
         positions_BL: jax.Array,
         segments_BL: jax.Array,
         cache: BlockCache | None,
+        preference_BE: jax.Array | None = None,
     ) -> tuple[jax.Array, BlockCache | None]:
         attention, ffn, eps = self.spec.attention, self.spec.ffn, self.model.norm_eps
         # Outputs of 2 * num_layers branches add up on the residual stream (GPT-2's scaling).
@@ -67,7 +74,7 @@ class Block(nn.Module):
             update_BLD = SwiGLU(ffn, out_stddev, name="ffn")(h_BLD)
         else:
             update_BLD, router_cache = MoE(ffn, self.execution, out_stddev, name="moe")(
-                h_BLD, positions_BL, segments_BL, router_cache
+                h_BLD, positions_BL, segments_BL, router_cache, preference_BE
             )
         cache = None if attention_cache is None else BlockCache(attention_cache, router_cache)
         return constrain(x_BLD + update_BLD, "batch", "length", None), cache
@@ -86,12 +93,14 @@ class Period(nn.Module):
         cache: tuple[BlockCache, ...] | None,
         positions_BL: jax.Array,
         segments_BL: jax.Array,
+        preference: Preference | None,
     ) -> tuple[jax.Array, tuple[BlockCache, ...] | None]:
         caches = []
         for i, spec in enumerate(self.model.pattern):
             block = Block(spec, self.model, self.execution, name=f"layer_{i}")
             layer_cache = None if cache is None else cache[i]
-            x_BLD, layer_cache = block(x_BLD, positions_BL, segments_BL, layer_cache)
+            wanted_BE = None if preference is None else preference.get(f"layer_{i}")
+            x_BLD, layer_cache = block(x_BLD, positions_BL, segments_BL, layer_cache, wanted_BE)
             caches.append(layer_cache)
         return x_BLD, None if cache is None else cast(tuple[BlockCache, ...], tuple(caches))
 
@@ -106,6 +115,7 @@ class Transformer(nn.Module):
         sees and no expert works on.
       cache: None (training, scoring), or the tokens read so far (prefill, decode: see
         model/cache.py).
+      preference: None, or the experts that requests would rather have (see Preference).
     Returns:
       hidden_BLD in the compute dtype, and the cache with the tokens added.
     """
@@ -133,7 +143,7 @@ class Transformer(nn.Module):
             period,
             variable_axes={"params": 0, "router_state": 0, "router": 0},
             split_rngs={"params": True},
-            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),
+            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast, 0)),
             length=c.num_periods,
             unroll=c.num_periods if c.num_periods <= MAX_UNROLLED_PERIODS else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -151,6 +161,7 @@ class Transformer(nn.Module):
         tokens_BL: jax.Array,
         positions_BL: jax.Array,
         cache: Cache | None = None,
+        preference: Preference | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         dtype = jnp.dtype(self.execution.compute_dtype)
         table_VD = constrain(
@@ -165,7 +176,7 @@ class Transformer(nn.Module):
             x_BLD, block_cache = block(x_BLD, positions_BL, segments_BL, block_cache)
             caches.append(block_cache)
         periods = None if cache is None else cache.periods
-        x_BLD, periods = self.periods(x_BLD, periods, positions_BL, segments_BL)
+        x_BLD, periods = self.periods(x_BLD, periods, positions_BL, segments_BL, preference)
         cache = None if periods is None else Cache(prefix=tuple(caches), periods=periods)
         hidden_BLD = self.final_norm(x_BLD)
         if self.config.multi_token is not None and self.is_mutable_collection("multi_token"):
@@ -197,9 +208,10 @@ def hidden_states(
     tokens_BL: jax.Array | np.ndarray,
     positions_BL: jax.Array | np.ndarray,
     cache: Cache | None = None,
+    preference: Preference | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """The model with these variables: see Transformer."""
-    return cast(Any, model.apply(variables, tokens_BL, positions_BL, cache))
+    return cast(Any, model.apply(variables, tokens_BL, positions_BL, cache, preference))
 
 
 def hidden_and_router(

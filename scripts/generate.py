@@ -11,6 +11,7 @@ import numpy as np
 from checkpoint.run_directory import read_run
 from data.pipeline import prepare_corpus
 from data.tokenizer import END_OF_TEXT_ID
+from evals.expert_domains import read_preference
 from infer.generate import generate
 from infer.load import load_model
 from infer.sampling import Sampling
@@ -25,9 +26,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--expert-preference",
+        metavar="DOMAIN[:BETA]",
+        help="rather use the experts that scripts.label_experts found for this domain",
+    )
     arguments = parser.parse_args(argv)
     sampling = Sampling(arguments.temperature, arguments.top_p)
     run = read_run(arguments.run_dir)
+    wanted = arguments.expert_preference
+    preference = read_preference(arguments.run_dir, wanted) if wanted else None
     model, variables = load_model(run, arguments.run_dir)
     tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
     ids: list[int] = []
@@ -54,6 +62,7 @@ def main(argv: list[str]) -> None:
         seed=arguments.seed,
         stop_ids=frozenset({END_OF_TEXT_ID}),
         on_tokens=show,
+        preference=preference,
     )
     print(
         f"\n--- {len(result.tokens[0])} tokens; first after {result.first_token_seconds:.2f} s "
