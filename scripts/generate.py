@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_p)
     run = read_run(arguments.run_dir)
     wanted = arguments.expert_preference
-    preference = read_preference(arguments.run_dir, wanted) if wanted else None
+    preference = read_preference(arguments.run_dir, wanted) if wanted is not None else None
     model, variables = load_model(run, arguments.run_dir)
     tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
     ids: list[int] = []

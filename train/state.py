@@ -89,9 +89,9 @@ def init_state(
             lambda: begin(init_variables(trainee.model, seed)), out_shardings=trainee.shardings
         )
         return draw()
-    placed = jax.device_put(variables, trainee.shardings.variables)
     if opt_state is None:
+        placed = jax.device_put(variables, trainee.shardings.variables)
         return jax.jit(begin, out_shardings=trainee.shardings)(placed)
-    step = jax.device_put(jnp.int32(0), trainee.shardings.step)
-    opt_state = jax.device_put(opt_state, trainee.shardings.opt_state)
-    return TrainState(step=step, **placed, opt_state=opt_state)
+    state = TrainState(step=jnp.int32(0), **variables, opt_state=opt_state)
+    # Copies: training reuses the buffers of its state, and these are the caller's.
+    return jax.device_put(state, trainee.shardings, may_alias=False)
