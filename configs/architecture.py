@@ -296,6 +296,20 @@ class ContextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BiasWarmupConfig:
+    """How the reserved twins of grown experts enter the choice: see model/warmup.py."""
+
+    steps: int
+    """Over which the twins' biases rise to their parents'."""
+    factor: int = 2
+    """Experts that each parent became; twins of expert e are e + E / factor and so on."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps")
+        require(self.factor >= 2, f"warmup.factor={self.factor} must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """How experts are scored and chosen, and what keeps their load even."""
 
@@ -322,6 +336,8 @@ class RouterConfig:
     error (Wang et al. 2024), or to the quantile at which each expert gets its share (Su 2026)."""
     bias_rate: float | None = None
     """loss_free: the bias's step (1e-3). quantile: how far it moves to its new value (1: all)."""
+    warmup: BiasWarmupConfig | None = None
+    """Of reserved experts after growth; then `balance` takes over."""
     load_balance_weight: float = 1e-2
     """Weight of the Switch load-balance loss E * sum f_i P_i (Fedus et al. 2021)."""
     sequence_weight: float = 0.0
@@ -346,6 +362,10 @@ class RouterConfig:
         require(
             self.bias_rate is None or 0 < self.bias_rate <= 1,
             f"router.bias_rate={self.bias_rate} must lie in (0, 1]",
+        )
+        require(
+            self.warmup is None or self.balance != "none",
+            "router.warmup moves a router's bias: set router.balance and router.bias_rate",
         )
 
     def _check_groups(self) -> None:
@@ -411,6 +431,12 @@ class MoEConfig:
         require(
             self.router.top_k <= self.num_experts,
             f"router.top_k={self.router.top_k} must not exceed num_experts={self.num_experts}",
+        )
+        warmup = self.router.warmup
+        require(
+            warmup is None or self.num_experts % warmup.factor == 0,
+            f"num_experts={self.num_experts} must be divisible by router.warmup.factor="
+            f"{warmup and warmup.factor}",
         )
         self._check_groups()
 
@@ -501,6 +527,27 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MultiTokenConfig:
+    """Training on tokens beyond the next one (DeepSeek-V3, 2024, section 2.2)."""
+
+    depth: int = 1
+    """Extra tokens predicted at each place, by as many modules, each fed by the one before it."""
+    layer: LayerSpec
+    """The one layer of a module."""
+    loss_weight: float = 0.3
+    """Weight of the mean of the modules' losses beside the next token's (DeepSeek-V3: 0.3, later
+    0.1)."""
+
+    def __post_init__(self) -> None:
+        require(self.depth > 0, f"multi_token.depth={self.depth} must be at least 1 extra token")
+        require(
+            self.loss_weight > 0,
+            f"multi_token.loss_weight={self.loss_weight} must be greater than 0: leave multi_token "
+            "out to train without it",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only model: `prefix`, then `pattern` repeated up to `num_layers` layers in all."""
 
@@ -517,6 +564,8 @@ class ModelConfig:
     """Whether the output layer is the transposed input embedding."""
     norm_eps: float = 1e-6
     early_exit: EarlyExitConfig | None = None
+    multi_token: MultiTokenConfig | None = None
+    """Modules that learn to predict further ahead; only training computes them."""
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "d_model", "num_layers", "context_length", "norm_eps")
@@ -596,9 +645,25 @@ class ModelConfig:
         return (self.num_layers - len(self.prefix)) // len(self.pattern)
 
     @property
+    def layer_kinds(self) -> tuple[LayerSpec, ...]:
+        """Each layer of the prefix and the pattern once, and the multi-token modules' layer."""
+        extra = () if self.multi_token is None else (self.multi_token.layer,)
+        return (*self.prefix, *self.pattern, *extra)
+
+    @property
     def num_parameters(self) -> int:
-        """All weights, embeddings and norms included."""
+        """All weights, embeddings and norms included; multi-token modules are counted apart."""
         return self._count(lambda ffn: ffn.num_parameters(self.d_model))
+
+    @property
+    def num_multi_token_parameters(self) -> int:
+        """The multi-token modules' own weights: embedding and output layer are the model's."""
+        if self.multi_token is None:
+            return 0
+        layer, width = self.multi_token.layer, self.d_model
+        own = layer.attention.num_parameters(width) + layer.ffn.num_parameters(width)
+        norms, projection = 5 * width, 2 * width * width
+        return self.multi_token.depth * (own + norms + projection)
 
     @property
     def num_active_parameters(self) -> int:

@@ -260,8 +260,14 @@ class RunConfig:
             f"model.vocab_size={self.model.vocab_size}: leave it out to compare whole "
             "distributions",
         )
+        ahead = self.model.multi_token
+        require(
+            ahead is None or ahead.depth < self.data.seq_len,
+            f"model.multi_token.depth={ahead and ahead.depth} must be below "
+            f"data.seq_len={self.data.seq_len}",
+        )
         self._check_memory()
-        for spec in self.model.pattern:
+        for spec in self.model.layer_kinds:
             require(
                 spec.depth is None or spec.depth.selection == "top_capacity",
                 "depth.selection='threshold' is for scoring and generating, which choose it by "

@@ -10,6 +10,7 @@ from configs.architecture import (
     LayerSpec,
     ModelConfig,
     MoEConfig,
+    MultiTokenConfig,
     RelativeAttentionConfig,
     RouterConfig,
     YarnConfig,
@@ -186,8 +187,8 @@ def v31_dynamic_nano() -> ModelConfig:
 
 
 def deepseek_v3() -> ModelConfig:
-    """DeepSeek-V3 (2024), 671B parameters, 37B active: its published config without the extra
-    prediction layer.
+    """DeepSeek-V3 (2024), 671B parameters, 37B active, and 11.5B in the module that predicts one
+    token further: its published config.
     """
     attention = LatentAttentionConfig(
         num_heads=128,
@@ -208,6 +209,7 @@ def deepseek_v3() -> ModelConfig:
         prefix=(dense,) * 3,
         pattern=(LayerSpec(attention=attention, ffn=ffn),),
         context_length=163_840,
+        multi_token=MultiTokenConfig(layer=LayerSpec(attention=attention, ffn=ffn)),
     )
 
 
@@ -252,7 +254,7 @@ def _deepseek_router(top_k: int, num_groups: int, top_groups: int) -> RouterConf
 
 def deepseek_v3_nano() -> ModelConfig:
     """DeepSeek-V3's form in 4.0M parameters: latent attention, a dense layer first, 16 small
-    experts in four groups.
+    experts in four groups, and a module that predicts one token further.
     """
     attention = LatentAttentionConfig(
         num_heads=4,
@@ -271,4 +273,5 @@ def deepseek_v3_nano() -> ModelConfig:
         prefix=(LayerSpec(attention=attention, ffn=DenseConfig(d_ff=512)),),
         pattern=(LayerSpec(attention=attention, ffn=ffn),),
         context_length=256,
+        multi_token=MultiTokenConfig(layer=LayerSpec(attention=attention, ffn=ffn)),
     )

@@ -17,7 +17,14 @@ from configs.checks import UserError
 from infer.early_exit import check_exits, exit_step
 from infer.sampling import Sampling, sample
 from model.cache import init_cache
-from model.transformer import Cache, Transformer, Variables, hidden_states, output_weights
+from model.transformer import (
+    Cache,
+    Preference,
+    Transformer,
+    Variables,
+    hidden_states,
+    output_weights,
+)
 
 OnTokens = Callable[[np.ndarray], None]
 """Called after each step with each row's new token, int32 [B]; -1 for rows that have ended."""
@@ -46,6 +53,7 @@ def generate(
     stop_ids: frozenset[int] = frozenset(),
     on_tokens: OnTokens = lambda _: None,
     exit_threshold: float | None = None,
+    preference: Preference | None = None,
 ) -> Generation:
     """Continues each prompt until a stop token or max_new_tokens.
 
@@ -53,6 +61,7 @@ def generate(
       prompts: token lists, each beginning with the end-of-text token; lengths may differ.
       exit_threshold: new tokens leave the model at the first exit this sure of the next token (see
         infer/early_exit.py); prompts are read by all layers.
+      preference: the experts that the prompts would rather have, a row each or one for all.
     Raises:
       UserError: an empty prompt, a token outside the vocabulary, or more tokens than the context.
     """
@@ -65,7 +74,9 @@ def generate(
     dtype = model.execution.compute_dtype
     cache = init_cache(model.config, len(prompts), int(lengths_B.max()) + max_new_tokens, dtype)
     keys = jax.random.split(jax.random.key(seed), max_new_tokens)
-    token_B, cache = _prefill(model, sampling, variables, tokens_BL, positions_BL, cache, keys[0])
+    token_B, cache = _prefill(
+        model, sampling, variables, tokens_BL, positions_BL, cache, keys[0], preference
+    )
 
     outputs: list[list[int]] = [[] for _ in prompts]
     is_done_B = np.zeros(len(prompts), bool)
@@ -77,7 +88,7 @@ def generate(
         if i:
             new = (token_B, lengths_B + i - 1, cache, keys[i])
             if exit_threshold is None:
-                token_B, cache = _decode(model, sampling, variables, *new)
+                token_B, cache = _decode(model, sampling, variables, *new, preference)
             else:
                 token_B, cache, layers_B = _decode_early(
                     model, sampling, variables, *new, exit_threshold
@@ -140,9 +151,12 @@ def _prefill(
     positions_BL: jax.Array,
     cache: Cache,
     key: jax.Array,
+    preference: Preference | None,
 ) -> tuple[jax.Array, Cache]:
     """Reads the prompts; the next token [B] and the cache."""
-    hidden_BLD, new_cache = hidden_states(model, variables, tokens_BL, positions_BL, cache)
+    hidden_BLD, new_cache = hidden_states(
+        model, variables, tokens_BL, positions_BL, cache, preference
+    )
     last_B1 = jnp.argmax(positions_BL, axis=1, keepdims=True)
     hidden_BD = jnp.take_along_axis(hidden_BLD, last_B1[:, :, None], axis=1)[:, 0]
     return _next_token(model, sampling, variables, hidden_BD, key), cast(Cache, new_cache)
@@ -157,10 +171,11 @@ def _decode(
     position_B: jax.Array,
     cache: Cache,
     key: jax.Array,
+    preference: Preference | None,
 ) -> tuple[jax.Array, Cache]:
     """Reads one token per row; the next one and the cache."""
     hidden_B1D, new_cache = hidden_states(
-        model, variables, token_B[:, None], position_B[:, None], cache
+        model, variables, token_B[:, None], position_B[:, None], cache, preference
     )
     token_B = _next_token(model, sampling, variables, hidden_B1D[:, 0], key)
     return token_B, cast(Cache, new_cache)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.cache import init_memory
-from model.transformer import Transformer, Variables, hidden_states, output_weights
+from model.transformer import Preference, Transformer, Variables, hidden_states, output_weights
 
 Progress = Callable[[int], None]
 """Called with the number of rows scored so far."""
@@ -52,6 +52,7 @@ def score_documents(
     length: int,
     batch_size: int,
     progress: Progress = lambda _: None,
+    preference: Preference | None = None,
 ) -> list[TokenScores]:
     """Scores every token of every document but its first.
 
@@ -64,6 +65,7 @@ def score_documents(
       documents: int32 [n] each, n >= 2, beginning with the end-of-text token.
       length: tokens of a window or segment; the model's context_length at most.
       batch_size: windows or segments scored at once; what is left of a batch is padded.
+      preference: the experts that every document would rather have, its dim B of size 1.
     Returns:
       One TokenScores per document, in order.
     """
@@ -76,7 +78,7 @@ def score_documents(
     memory, done = init_memory(model.config, batch_size, model.execution.compute_dtype), 0
     for batch in (_streams if has_memory else _batches)(rows, batch_size):
         windows = _windows(batch, documents, length, batch_size)
-        scored, memory = _score_rows(model, variables, *windows, memory)
+        scored, memory = _score_rows(model, variables, *windows, memory, preference)
         for row, nats_L, best_L in zip(batch, *jax.device_get(scored), strict=False):
             if row is None:
                 continue
@@ -145,9 +147,11 @@ def _windows(rows, documents, length, batch_size):
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL, memory):
+def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL, memory, preference):
     """`nats_and_best` of the rows, and the memory after them."""
-    hidden_BLD, memory = hidden_states(model, variables, tokens_BL, positions_BL, memory)
+    hidden_BLD, memory = hidden_states(
+        model, variables, tokens_BL, positions_BL, memory, preference
+    )
     scored = nats_and_best(hidden_BLD, output_weights(model, variables), targets_BL)
     return scored, memory
 

@@ -4,7 +4,7 @@ T tokens, E experts, K experts per token. c_i are the choices expert i received,
 its share, u_i = E f_i its load relative to the mean, P_i the mean over tokens of its score.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ class RouterStats(NamedTuple):
     num_tokens: jax.Array
     overflow_rows: jax.Array
     bytes_moved: jax.Array
+    warmup: Any = None
+    """WarmupStats where the config asks for a warm-up (model/warmup.py)."""
 
 
 def router_stats(
@@ -131,12 +133,11 @@ def updated_state(state: RouterState, stats: RouterStats, config: RouterConfig) 
 def merge_stats(stats: RouterStats) -> RouterStats:
     """One report from those of several micro-batches of equal size, stacked in dim 0."""
     summed = {"counts_E", "num_tokens", "overflow_rows", "bytes_moved"}
-    return RouterStats(
-        **{
-            name: x.sum(axis=0) if name in summed else x.mean(axis=0)
-            for name, x in stats._asdict().items()
-        }
-    )
+
+    def merge(name: str, x: Any) -> Any:
+        return jax.tree.map(lambda y: y.sum(axis=0) if name in summed else y.mean(axis=0), x)
+
+    return RouterStats(**{name: merge(name, x) for name, x in stats._asdict().items()})
 
 
 def token_expert_information(mean_scores_E: jax.Array, entropy: jax.Array) -> jax.Array:

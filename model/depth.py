@@ -65,8 +65,9 @@ def routed(
     positions_BL: jax.Array,
     segments_BL: jax.Array,
     cache: BlockCache | None,
+    preference_BE: jax.Array | None,
 ) -> tuple[jax.Array, BlockCache | None]:
-    """The block (model/transformer.py: Block) of the tokens that its router chooses.
+    """The block (model/block.py: Block) of the tokens that its router chooses.
 
     One token per row, with a cache: where no row's is chosen, the block is really skipped.
 
@@ -84,7 +85,8 @@ def routed(
     if cache is not None and x_BLD.shape[1] == 1:
 
         def run(block, x_B1D, cache):
-            x_B1D, _, cache = update_positive(_update_of(block, cache), x_B1D, r_BL, *where)
+            update = _update_of(block, cache, preference_BE)
+            x_B1D, _, cache = update_positive(update, x_B1D, r_BL, *where)
             return x_B1D, cache
 
         def skip(_, x_B1D, cache):
@@ -92,7 +94,7 @@ def routed(
 
         any_chosen = chosen_by_sign(r_BL, positions_BL).any()
         return nn.cond(any_chosen, run, skip, block, x_BLD, cache)
-    update = _update_of(block, cache)
+    update = _update_of(block, cache, preference_BE)
     if depth.selection == "top_capacity":
         x_BLD, is_chosen_BL, cache = update_best(update, x_BLD, r_BL, *where, depth.capacity)
     else:
@@ -102,9 +104,11 @@ def routed(
     return constrain(x_BLD, "batch", "length", None), cache
 
 
-def _update_of(block: Any, cache: BlockCache | None) -> Update:
+def _update_of(block: Any, cache: BlockCache | None, preference_BE: jax.Array | None) -> Update:
     def update(x_BCD, positions_BC, segments_BC):
-        _, first_BCD, second_BCD, new = block.branches(x_BCD, positions_BC, segments_BC, cache)
+        _, first_BCD, second_BCD, new = block.branches(
+            x_BCD, positions_BC, segments_BC, cache, preference_BE
+        )
         return first_BCD + second_BCD, new
 
     return update

@@ -1,14 +1,19 @@
-"""Doubling the experts of a trained model without changing what it computes.
+"""Multiplying the experts of a trained model without changing what it computes.
 
-Expert e's twin is expert E + e. Three operators, each exact (methods in the line of sparse
-upcycling, Komatsuzaki et al. 2022, and expert upcycling, 2026):
+With a factor n, expert e's twins are the experts E + e, 2 E + e, ... Three operators, each exact
+(methods in the line of sparse upcycling, Komatsuzaki et al. 2022, and expert upcycling, 2026):
 
-- copy: twins are copies, top_k doubles. Both twins of a chosen expert are chosen, each with half of
-  its gate: twice the active compute.
+- copy: twins are copies, top_k grows n times. All twins of a chosen expert are chosen, each with an
+  nth of its gate: n times the active compute.
 - reserve: twins are copies, top_k stays, and a bias keeps them from being chosen until training
-  raises it. Costs nothing at first; needs a router with a bias.
-- split: an expert's hidden width is shared out between the twins, top_k doubles, and gates are
-  doubled, because each twin gives half of the sum. The same parameters and compute, finer experts.
+  raises it. Costs nothing at first; needs a router with a bias. With a warm-up they enter along a
+  line (model/warmup.py), else as the router's balance lets them.
+- split: an expert's hidden width is shared out between the twins, top_k grows n times, and so do
+  the gates, because each twin gives a part of the sum. The same parameters and compute, finer
+  experts.
+
+Copies learn the same as long as they see the same. `drop` breaks that (Drop-Upcycling, 2025): it
+draws a part of each twin's hidden units anew. That is exact for reserve only.
 
 P periods, E experts before.
 """
@@ -19,9 +24,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from configs.architecture import LayerSpec, ModelConfig, MoEConfig, RouterConfig
+from configs.architecture import (
+    BiasWarmupConfig,
+    LayerSpec,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+)
 from configs.checks import require
+from model.routed_layers import RoutedLayer, map_layers, routed_layers
+from model.router import RouterState
 from model.transformer import Variables
+from model.warmup import initial_warmup
 
 Operator = Literal["copy", "reserve", "split"]
 
@@ -31,43 +45,70 @@ in [0, 1], can make up for.
 """
 
 
-def grown_config(config: ModelConfig, operator: Operator) -> ModelConfig:
-    """The model with twice the experts in each MoE layer.
+def grown_config(
+    config: ModelConfig, operator: Operator, factor: int = 2, warmup_steps: int | None = None
+) -> ModelConfig:
+    """The model with `factor` times the experts in each MoE layer.
 
+    Args:
+      warmup_steps: reserve only: steps over which the twins enter; None leaves that to the balance.
     Raises:
-      UserError: the model has no experts, or a router for which the operator is not exact.
+      UserError: a factor that is no integer above 1, a model without experts, or a router for which
+        the operator is not exact.
     """
     require(
-        any(isinstance(spec.ffn, MoEConfig) for spec in config.pattern),
+        type(factor) is int and factor >= 2,
+        f"growth by a factor of {factor!r}: it must be an integer of at least 2, every expert "
+        "becomes as many",
+    )
+    require(
+        warmup_steps is None or operator == "reserve",
+        f"warmup_steps={warmup_steps} goes with growth by 'reserve': the twins of {operator!r} are "
+        "chosen from the first step",
+    )
+    require(
+        bool(routed_layers(config)),
         "growth needs MoE layers, and this model has none: upcycle it instead",
     )
-    pattern = tuple(_grown_layer(spec, operator) for spec in config.pattern)
-    return dataclasses.replace(config, pattern=pattern)
+    warmup = None if warmup_steps is None else BiasWarmupConfig(steps=warmup_steps, factor=factor)
+    pattern = tuple(_grown_layer(spec, operator, factor, warmup) for spec in config.pattern)
+    ahead = config.multi_token
+    if ahead is not None:
+        layer = _grown_layer(ahead.layer, operator, factor, warmup)
+        ahead = dataclasses.replace(ahead, layer=layer)
+    return dataclasses.replace(config, pattern=pattern, multi_token=ahead)
 
 
-def _grown_layer(spec: LayerSpec, operator: Operator) -> LayerSpec:
+def _grown_layer(
+    spec: LayerSpec, operator: Operator, factor: int, warmup: BiasWarmupConfig | None
+) -> LayerSpec:
     if not isinstance(spec.ffn, MoEConfig):
         return spec
-    ffn, router = spec.ffn, spec.ffn.router
-    _check(ffn, operator)
+    ffn = spec.ffn
+    _check(ffn, operator, factor)
+    router = dataclasses.replace(ffn.router, warmup=warmup)
     if operator != "reserve":
         router = dataclasses.replace(
             router,
-            top_k=2 * router.top_k,
-            num_null_experts=2 * router.num_null_experts,
-            target_k=None if router.target_k is None else 2 * router.target_k,
-            gate_scale=router.gate_scale * _gate_factor(router, operator),
+            top_k=factor * router.top_k,
+            num_null_experts=factor * router.num_null_experts,
+            target_k=None if router.target_k is None else factor * router.target_k,
+            gate_scale=router.gate_scale * _gate_factor(router, operator, factor),
         )
     shared, d_ff = ffn.num_shared_experts, ffn.d_ff
     if operator == "split":
-        shared, d_ff = 2 * shared, d_ff // 2
+        shared, d_ff = factor * shared, d_ff // factor
     grown = dataclasses.replace(
-        ffn, num_experts=2 * ffn.num_experts, d_ff=d_ff, num_shared_experts=shared, router=router
+        ffn,
+        num_experts=factor * ffn.num_experts,
+        d_ff=d_ff,
+        num_shared_experts=shared,
+        router=router,
     )
     return dataclasses.replace(spec, ffn=grown)
 
 
-def _check(ffn: MoEConfig, operator: Operator) -> None:
+def _check(ffn: MoEConfig, operator: Operator, factor: int) -> None:
     router = ffn.router
     require(
         router.num_groups is None,
@@ -76,8 +117,8 @@ def _check(ffn: MoEConfig, operator: Operator) -> None:
         "two best would be twins; leave the groups out first",
     )
     require(
-        operator != "split" or ffn.d_ff % 2 == 0,
-        f"growth by 'split' needs an even d_ff, got {ffn.d_ff}",
+        operator != "split" or ffn.d_ff % factor == 0,
+        f"growth by 'split' needs a d_ff divisible by {factor}, got {ffn.d_ff}",
     )
     if operator != "reserve":
         return
@@ -97,74 +138,135 @@ def _check(ffn: MoEConfig, operator: Operator) -> None:
     )
 
 
-def _gate_factor(router: RouterConfig, operator: Operator) -> float:
-    """By which gates must grow so that a pair of twins adds up to its parent.
+def _gate_factor(router: RouterConfig, operator: Operator, factor: int) -> float:
+    """By which gates must grow so that a family of twins adds up to its parent.
 
-    Renormalised gates and softmax scores are halved by the twins' presence; sigmoid and
+    Renormalised gates and softmax scores are divided by the twins' presence; sigmoid and
     sqrt-softplus scores that are not renormalised are not.
     """
-    is_halved = router.normalize_gates or router.scores == "softmax"
-    wanted = 1.0 if operator == "copy" else 2.0
-    return wanted if is_halved else wanted / 2
+    is_shared = router.normalize_gates or router.scores == "softmax"
+    wanted = 1.0 if operator == "copy" else float(factor)
+    return wanted if is_shared else wanted / factor
 
 
-def grow(variables: Variables, config: ModelConfig, operator: Operator) -> Variables:
-    """The variables of `grown_config(config, operator)`: the same function of every token.
+def grow(
+    variables: Variables,
+    config: ModelConfig,
+    operator: Operator,
+    factor: int = 2,
+    *,
+    warmup_steps: int | None = None,
+    drop: float = 0.0,
+    seed: int = 0,
+) -> Variables:
+    """The variables of `grown_config(config, operator, factor, warmup_steps)`: the same function of
+    every token, but for `drop` under copy.
 
     Args:
       variables: of a model with this config; arrays anywhere.
+      drop: share of each twin's hidden units that are drawn anew, chosen by the seed.
     Raises:
-      UserError: as grown_config.
+      UserError: as grown_config, or a drop that is no share or has no twin to drop from.
     """
-    grown_config(config, operator)
-    params = dict(variables["params"]["periods"])
-    states = dict(variables["router_state"].get("periods", {}))
-    for i, spec in enumerate(config.pattern):
-        name = f"layer_{i}"
-        if isinstance(spec.ffn, MoEConfig):
-            params[name] = params[name] | {"moe": _grown_params(params[name]["moe"], operator)}
-            if name in states:
-                state = _grown_state(states[name], spec.ffn.router, operator)
-                states[name] = {"moe": {"state": state}}
-    return {
-        "params": variables["params"] | {"periods": params},
-        "router_state": {"periods": states} if states else {},
-    }
+    grown = routed_layers(grown_config(config, operator, factor, warmup_steps))
+    require(0 <= drop < 1, f"drop={drop} must lie in [0, 1)")
+    require(
+        not drop or operator != "split",
+        f"drop={drop} goes with 'copy' and 'reserve': experts that are split have no copies",
+    )
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: grow_leaf(_names(path), x, operator, factor), variables["params"]
+    )
+    if drop:
+
+        def redraw(name: str, layer: RoutedLayer, moe: Any) -> Any:
+            key = jax.random.fold_in(jax.random.key(seed), sorted(grown).index(name))
+            return moe | _redrawn(moe, layer.config.num_experts, drop, key)
+
+        params = map_layers(config, params, redraw)
+
+    def grow_state(name: str, layer: RoutedLayer, part: Any) -> Any:
+        router = layer.config.router
+        state = {"state": _grown_state(part["state"], router, operator, factor)}
+        new = grown[name]
+        if new.config.router.warmup is None:
+            return state
+        one = initial_warmup(new.config.num_experts, new.config.router.warmup)
+        count = (layer.periods,) if layer.periods else ()
+        spread = jax.tree.map(lambda x: jnp.broadcast_to(x, (*count, *x.shape)), one)
+        return state | {"warmup": spread}
+
+    states = map_layers(config, variables["router_state"], grow_state)
+    return {"params": params, "router_state": states}
 
 
-def _grown_params(moe: dict[str, Any], operator: Operator) -> dict[str, Any]:
-    """Experts lie in dim 1 of their matrices, and in the last dim of whatever makes logits."""
-    halves = _halves if operator == "split" else _twice
-    grown = moe | {
-        "gate_up": jnp.concatenate(halves(moe["gate_up"], 4), axis=1),  # [P, E, D, 2, F]
-        "down": jnp.concatenate(halves(moe["down"], 2), axis=1),  # [P, E, F, D]
-    }
-    for name in ("router", "correlation"):
-        if name in moe:
-            grown[name] = jax.tree.map(_doubled, moe[name])
-    if "context" in moe:
-        grown["context"] = moe["context"] | {"o": _doubled(moe["context"]["o"])}
-    return grown
+def grow_leaf(
+    names: tuple[str, ...],
+    x: jax.Array,
+    operator: Operator,
+    factor: int,
+    *,
+    new_scale: float = 1.0,
+) -> jax.Array:
+    """The parameter of this path after growth, or a moment of it (train/growth.py).
+
+    Experts lie in dim -4 of gate_up [..., E, D, 2, F] and -3 of down [..., E, F, D], and in the
+    last dim of whatever makes router logits.
+
+    Args:
+      new_scale: what the entries of new experts are multiplied by.
+    """
+    if "moe" not in names or "shared" in names:
+        return x
+    leaf = names[-1]
+    expert_dim, width_dim = {"gate_up": (-4, -1), "down": (-3, -2)}.get(leaf, (-1, None))
+    if "context" in names and leaf != "o":
+        return x
+    if operator == "split" and width_dim is not None:
+        return jnp.concatenate(jnp.split(x, factor, axis=width_dim), axis=expert_dim)
+    new = x if new_scale == 1.0 else new_scale * x
+    return jnp.concatenate([x, *[new] * (factor - 1)], axis=expert_dim)
 
 
-def _grown_state(layer: dict[str, Any], router: RouterConfig, operator: Operator) -> Any:
-    """The twins' presence halves every softmax score, so the bias beside it is halved too."""
-    state = layer["moe"]["state"]
-    bias_PE = state.bias_E / 2 if router.scores == "softmax" else state.bias_E
-    twin_PE = bias_PE
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def _grown_state(
+    state: RouterState, router: RouterConfig, operator: Operator, factor: int
+) -> RouterState:
+    """The twins' presence divides every softmax score, so the bias beside it is divided too."""
+    bias_E = state.bias_E / factor if router.scores == "softmax" else state.bias_E
+    twin_E = bias_E
     if operator == "reserve":
-        lowest_P1 = bias_PE.min(axis=-1, keepdims=True) - RESERVE_GAP
-        twin_PE = jnp.broadcast_to(lowest_P1, bias_PE.shape)
-    return state.replace(bias_E=jnp.concatenate([bias_PE, twin_PE], axis=-1))
+        twin_E = jnp.broadcast_to(bias_E.min(axis=-1, keepdims=True) - RESERVE_GAP, bias_E.shape)
+    return state.replace(bias_E=jnp.concatenate([bias_E, *[twin_E] * (factor - 1)], axis=-1))
 
 
-def _doubled(x: jax.Array) -> jax.Array:
-    return jnp.concatenate([x, x], axis=-1)
+def _redrawn(moe: dict[str, Any], num_old: int, drop: float, key: jax.Array) -> dict[str, Any]:
+    """gate_up and down with a share of each new expert's hidden units drawn anew.
+
+    One set of units per expert: the same columns of gate and up and rows of down. Each matrix is
+    drawn from the normal distribution of the entries it loses.
+    """
+    gate_up, down = moe["gate_up"], moe["down"]
+    units = gate_up.shape[:-3] + gate_up.shape[-1:]  # [..., E, F]
+    which_key, *keys = jax.random.split(key, 4)
+    rank = jax.random.uniform(which_key, units).argsort(axis=-1).argsort(axis=-1)
+    is_lost = rank < round(drop * units[-1])
+    leading = (1,) * (len(units) - 2)
+    is_lost &= (jnp.arange(units[-2]) >= num_old).reshape(*leading, units[-2], 1)
+    columns, rows = is_lost[..., None, :], is_lost[..., :, None]
+    gate = _drawn_like(gate_up[..., 0, :], columns, keys[0])
+    up = _drawn_like(gate_up[..., 1, :], columns, keys[1])
+    return {"gate_up": jnp.stack([gate, up], axis=-2), "down": _drawn_like(down, rows, keys[2])}
 
 
-def _twice(x: jax.Array, _: int) -> list[jax.Array]:
-    return [x, x]
-
-
-def _halves(x: jax.Array, axis: int) -> list[jax.Array]:
-    return jnp.split(x, 2, axis=axis)
+def _drawn_like(x: jax.Array, is_lost: jax.Array, key: jax.Array) -> jax.Array:
+    """x with its lost entries drawn from their mean and deviation, matrix by matrix."""
+    lost = jnp.broadcast_to(is_lost, x.shape)
+    moments = {"axis": (-2, -1), "keepdims": True}
+    count = jnp.maximum(lost.sum(**moments), 1).astype(x.dtype)
+    mean = jnp.where(lost, x, 0.0).sum(**moments) / count
+    variance = jnp.where(lost, jnp.square(x - mean), 0.0).sum(**moments) / count
+    return jnp.where(lost, mean + jnp.sqrt(variance) * jax.random.normal(key, x.shape), x)

@@ -17,7 +17,8 @@ from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
 from model.cache import LayerCache
 from model.layers import SwiGLU, newest, weight
-from model.router import initial_state, needs_state, route
+from model.router import initial_state, needs_state, route, score_deviation
+from model.warmup import initial_warmup, warmup_stats
 from parallel.expert import apply_experts
 
 WEIGHT_AXES = {"gate_up": ("expert", "embed", None, "mlp"), "down": ("expert", "mlp", "embed")}
@@ -40,8 +41,13 @@ class MoE(nn.Module):
         positions_BL: jax.Array,
         segments_BL: jax.Array,
         cache: LayerCache | None,
+        preference_BE: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """The cache is the context router's; other routers have none."""
+        """The cache is the context router's; other routers have none.
+
+        preference_BE: float32 [B, E] or [1, E], what a request adds to the choice, never to the
+        gates, in standard deviations of the token's scores.
+        """
         c, dtype = self.config, x_BLD.dtype
         batch, length, d_model = x_BLD.shape
         router_logits_BLE, cache = self._router_logits(
@@ -60,7 +66,18 @@ class MoE(nn.Module):
             state = self.variable("router_state", "state", initial_state, c.num_experts).value
         x_TD, is_token_BL = x_BLD.reshape(batch * length, d_model), positions_BL >= 0
         router_logits_TE = router_logits_BLE.reshape(batch * length, c.num_experts)
-        routing = route(router_logits_TE, c.router, state, is_token_T=is_token_BL.reshape(-1))
+        preference_TE = None
+        if preference_BE is not None:
+            shape = (batch, length, c.num_experts)
+            wanted_TE = jnp.broadcast_to(preference_BE[:, None], shape).reshape(-1, c.num_experts)
+            preference_TE = wanted_TE * score_deviation(router_logits_TE, c.router)
+        routing = route(
+            router_logits_TE,
+            c.router,
+            state,
+            is_token_T=is_token_BL.reshape(-1),
+            preference_E=preference_TE,
+        )
         out_TD, moved = apply_experts(
             x_TD,
             routing.expert_ids_TK,
@@ -82,6 +99,12 @@ class MoE(nn.Module):
             overflow_rows=moved.overflow_rows,
             bytes_moved=moved.bytes_moved,
         )
+        if c.router.warmup is not None:
+            warmup = self.variable(
+                "router_state", "warmup", initial_warmup, c.num_experts, c.router.warmup
+            ).value
+            seen = warmup_stats(routing, is_token_BL.reshape(-1), state, warmup, c.router.warmup)
+            stats = stats._replace(warmup=seen)
         self.sow("router", "stats", stats, init_fn=lambda: None, reduce_fn=newest)
         out_BLD = out_TD.reshape(batch, length, d_model)
         if c.num_shared_experts:

@@ -105,6 +105,12 @@ def route(
     )
 
 
+def score_deviation(router_logits_TE: jax.Array, config: RouterConfig) -> jax.Array:
+    """Standard deviation of each token's scores over the experts, [T, 1]: a preference's unit."""
+    scores_TE = _scores(router_logits_TE, config.scores)
+    return jax.lax.stop_gradient(scores_TE.std(axis=-1, keepdims=True))
+
+
 def _scores(logits: jax.Array, kind: str) -> jax.Array:
     if kind == "softmax":
         return jax.nn.softmax(logits, axis=-1)

@@ -11,6 +11,7 @@ import numpy as np
 from checkpoint.run_directory import read_run
 from data.pipeline import prepare_corpus
 from data.tokenizer import END_OF_TEXT_ID
+from evals.expert_domains import read_preference
 from infer.generate import generate
 from infer.load import load_model
 from infer.sampling import Sampling
@@ -28,9 +29,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--exit-threshold", type=float, help="leave at the first exit this sure (above 1: never)"
     )
+    parser.add_argument(
+        "--expert-preference",
+        metavar="DOMAIN[:BETA]",
+        help="rather use the experts that scripts.label_experts found for this domain",
+    )
     arguments = parser.parse_args(argv)
     sampling = Sampling(arguments.temperature, arguments.top_p)
     run = read_run(arguments.run_dir)
+    wanted = arguments.expert_preference
+    preference = read_preference(arguments.run_dir, wanted) if wanted is not None else None
     model, variables = load_model(run, arguments.run_dir)
     tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
     ids: list[int] = []
@@ -58,6 +66,7 @@ def main(argv: list[str]) -> None:
         stop_ids=frozenset({END_OF_TEXT_ID}),
         on_tokens=show,
         exit_threshold=arguments.exit_threshold,
+        preference=preference,
     )
     depth = "" if result.mean_layers is None else f", {result.mean_layers:.1f} layers a token"
     print(

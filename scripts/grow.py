@@ -1,10 +1,11 @@
-"""Doubles the experts of a trained run and trains on: the grown model begins as the same function.
+"""Multiplies the experts of a trained run and trains on: the grown model begins as the same
+function (but for --drop with copy).
 
     python -m scripts.grow runs/v31_nano --operator copy --steps 100
+    python -m scripts.grow runs/deepseek --operator reserve --warmup 200 --drop 0.5 --steps 1000
 
-The new run's folder (by default the old one's name with _grown) is a run like any other. Its
-optimiser
-starts afresh: moments of experts that were one are not those of two.
+The new run's folder (by default the old one's name with _grown) is a run like any other. With
+--optimizer grown its optimiser goes on with the parent's moments (train/growth.py says which).
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from infer.load import load_model
 from model.growth import Operator, grow, grown_config
 from scripts import command
 from scripts.train import describe, finish
+from train.growth import load_grown_optimizer_state
 from train.loop import fit
 from train.report import write_report
 
@@ -24,22 +26,28 @@ def main(argv: list[str]) -> int:
     parser = command.parser(__doc__)
     parser.add_argument("parent", type=Path, help="folder of a trained run")
     parser.add_argument("--operator", choices=get_args(Operator), default="copy")
+    parser.add_argument("--factor", type=int, default=2, help="experts each expert becomes")
     parser.add_argument("--steps", type=int, required=True, help="steps to train on")
+    parser.add_argument("--warmup", type=int, help="reserve: steps over which the twins enter")
+    parser.add_argument("--drop", type=float, default=0.0, help="share of a twin's units redrawn")
+    parser.add_argument("--optimizer", choices=("fresh", "grown"), default="grown")
     parser.add_argument("--run-dir", type=Path, help="folder of the new run")
     arguments = parser.parse_args(argv)
-    parent, operator = read_run(arguments.parent), arguments.operator
+    parent, how = read_run(arguments.parent), (arguments.operator, arguments.factor)
+    model = grown_config(parent.model, *how, warmup_steps=arguments.warmup)
     run = dataclasses.replace(
-        parent,
-        name=f"{parent.name}_grown",
-        steps=arguments.steps,
-        model=grown_config(parent.model, operator),
-        distill=None,
+        parent, name=f"{parent.name}_grown", steps=arguments.steps, model=model, distill=None
     )
     run_dir = arguments.run_dir or arguments.parent.with_name(f"{arguments.parent.name}_grown")
     command.use_host_devices(run.mesh.num_devices)
     describe(run)
     _, variables = load_model(parent, arguments.parent)
-    result = fit(run, run_dir, variables=grow(variables, parent.model, operator))
+    options = {"warmup_steps": arguments.warmup, "drop": arguments.drop, "seed": parent.seed}
+    variables = grow(variables, parent.model, *how, **options)
+    opt_state = None
+    if arguments.optimizer == "grown":
+        opt_state = load_grown_optimizer_state(parent, arguments.parent, *how)
+    result = fit(run, run_dir, variables=variables, opt_state=opt_state)
     write_report(run_dir)
     return finish(run, run_dir, result)
 

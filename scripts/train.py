@@ -27,8 +27,10 @@ def main(argv: list[str]) -> int:
 def describe(run: RunConfig) -> None:
     """Says what is about to be trained, and on what."""
     total, active = run.model.num_parameters, run.model.num_active_parameters
+    ahead = run.model.num_multi_token_parameters
+    extra = f", {ahead / 1e6:.2f}M more to predict further ahead in training" if ahead else ""
     print(
-        f"{run.name}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active per token; "
+        f"{run.name}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active per token{extra}; "
         f"mesh data={run.mesh.data} expert={run.mesh.expert} tensor={run.mesh.tensor}; "
         f"{run.steps} steps of {run.tokens_per_step:,} tokens"
     )

@@ -3,6 +3,8 @@
 Parameters are the model's own tree; everything is float64.
 """
 
+import dataclasses
+
 import numpy as np
 
 from configs.architecture import (
@@ -288,3 +290,40 @@ def _pick(tree, index):
     if isinstance(tree, dict):
         return {k: _pick(v, index) for k, v in tree.items()}
     return tree[index]
+
+
+def multi_token(params, config: ModelConfig, hidden, tokens, positions, read_current=False):
+    """Hidden states [depth, L, D] of the modules that predict further ahead, of one row.
+
+    A module is a model of one layer whose embeddings are the projected pairs. `read_current` is a
+    wrong version whose modules read the embedding of a place too early.
+    """
+    params, layer = _float64(params), config.multi_token.layer
+    single = dataclasses.replace(
+        config, prefix=(), pattern=(layer,), num_layers=1, tie_embeddings=False, multi_token=None
+    )
+    states = []
+    for k in range(1, config.multi_token.depth + 1):
+        w = params[f"multi_token_{k - 1}"]
+        pairs = []
+        for t in range(len(tokens)):
+            place = t + k - 1 if read_current else t + k
+            token = params["embedding"][tokens[place]] if place < len(tokens) else 0 * hidden[t]
+            h = rms_norm(hidden[t], w["hidden_norm"]["scale"], config.norm_eps)
+            e = rms_norm(token, w["token_norm"]["scale"], config.norm_eps)
+            pairs.append(np.concatenate([h, e]) @ w["projection"])
+        one = {
+            "embedding": np.stack(pairs),
+            "periods": {"layer_0": _stacked(w["layer"])},
+            "final_norm": w["norm"],
+            "output": params["embedding"].T,
+        }
+        hidden, _ = transformer(one, single, np.arange(len(tokens)), positions)
+        states.append(hidden)
+    return np.stack(states)
+
+
+def _stacked(tree):
+    if isinstance(tree, dict):
+        return {k: _stacked(v) for k, v in tree.items()}
+    return tree[None]

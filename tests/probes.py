@@ -15,9 +15,12 @@ def drawn(config: ModelConfig, seed: int = 1) -> Variables:
     """Random variables, none of them zero or one: those would hide what they multiply."""
     random = np.random.RandomState(seed)
     abstract, _ = abstract_variables(Transformer(config))
-    return jax.tree.map(
-        lambda x: jnp.asarray(random.randn(*x.shape) * x.shape[-1] ** -0.5, jnp.float32), abstract
-    )
+
+    def draw(x):
+        fan_in = np.prod(x.shape[-1:])
+        return jnp.asarray(random.randn(*x.shape) * fan_in**-0.5, jnp.float32)
+
+    return jax.tree.map(draw, abstract)
 
 
 def inputs(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:

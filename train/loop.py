@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from checkpoint.run_directory import open_run_dir
 from checkpoint.store import CheckpointStore, abstract_like
-from configs.architecture import MoEConfig
 from configs.base import RunConfig
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
+from model.routed_layers import routed_layers
 from model.transformer import Variables
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec
@@ -49,6 +49,7 @@ def fit(
     chunk_loss: ChunkLoss = cross_entropy,
     make_extend: Callable[[Mesh], Extend] | None = None,
     variables: Variables | None = None,
+    opt_state: Any = None,
 ) -> FitResult:
     """Trains until run.steps are done or a signal asks to stop; started again, it goes on.
 
@@ -59,6 +60,7 @@ def fit(
     Args:
       make_extend: called with the mesh in use; see Extend.
       variables: what a new run begins with, if not with weights drawn from its seed.
+      opt_state: the optimiser's state it begins with beside these variables; None is a fresh one.
     Raises:
       UserError: a run_dir with another experiment, a corpus or checkpoint that can't be read, no
       disk.
@@ -77,7 +79,7 @@ def fit(
     ):
         began = time.monotonic()
         iterator = _batches(run, corpus)
-        state, done = _start(run, trainee, store, iterator, variables)
+        state, done = _start(run, trainee, store, iterator, variables, opt_state)
         step = make_train_step(run, trainee, chunk_loss)
         extend = make_extend(mesh) if make_extend else None
         log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
@@ -136,10 +138,11 @@ def _start(
     store: CheckpointStore,
     iterator: Any,
     variables: Variables | None,
+    opt_state: Any,
 ) -> tuple[TrainState, int]:
     """The state to begin with and the steps it has behind it."""
     if store.latest_step is None:
-        return init_state(trainee, run.seed, variables), 0
+        return init_state(trainee, run.seed, variables, opt_state), 0
     wanted = abstract_like(trainee.abstract_state.to_dict(), trainee.shardings.to_dict())
     state = TrainState(**store.restore(wanted, iterator))
     return state, int(state.step)
@@ -173,8 +176,8 @@ def _check(alarms: Alarms, line: dict[str, Any], store: CheckpointStore) -> None
 
 def _num_experts(run: RunConfig) -> int:
     """Experts of the smallest MoE layer (0 without one): the alarms' measure of dead experts."""
-    ffns = [spec.ffn for spec in run.model.pattern]
-    return min((ffn.num_experts for ffn in ffns if isinstance(ffn, MoEConfig)), default=0)
+    layers = routed_layers(run.model).values()
+    return min((layer.config.num_experts for layer in layers), default=0)
 
 
 @dataclass

@@ -14,10 +14,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from configs.architecture import ModelConfig, MoEConfig
+from configs.architecture import ModelConfig
 from model.balance import RouterStats, load_balance_loss, token_expert_information
 from model.depth import DepthStats
 from model.early_exit import Supervised
+from model.routed_layers import routed_layers
 
 ChunkLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 """(logits_BcV float32, the chunk's inputs, shared) -> (loss summed over tokens, sums to report)."""
@@ -182,15 +183,15 @@ def _mix(kl_Bc, logits_BcV, inputs, temperature, kl_weight):
 
 
 LayerStats = dict[str, RouterStats]
-"""By layer of the pattern ("layer_0", ...); every array stacked over the periods in dim 0."""
+"""By name (model/routed_layers.py); every array has dim 0 for the layers of that name."""
 
 
 def collect_router_stats(sown: dict[str, Any], config: ModelConfig) -> LayerStats:
     """What the MoE layers sowed in one forward pass."""
-    if not any(isinstance(spec.ffn, MoEConfig) for spec in config.pattern):
-        return {}
-    layers = sown["router"]["periods"]
-    return {name: layer["moe"]["stats"] for name, layer in sorted(layers.items()) if "moe" in layer}
+    return {
+        name: layer.stacked(layer.of(sown["router"])["stats"])
+        for name, layer in routed_layers(config).items()
+    }
 
 
 def auxiliary_loss(
@@ -199,13 +200,13 @@ def auxiliary_loss(
     """The sum over MoE layers of their routers' weighted losses.
 
     Args:
-      earlier_counts: counts [periods, E] of the micro-batches before this one in the same step, so
+      earlier_counts: counts [layers, E] of the micro-batches before this one in the same step, so
         that balance is judged on the batch as far as it is known (Qiu et al. 2025, buffered
         counts).
     """
-    total = jnp.float32(0.0)
+    total, layers = jnp.float32(0.0), routed_layers(config)
     for name, layer in stats.items():
-        router = moe_config(config, name).router
+        router = layers[name].config.router
         counts = layer.counts_E + earlier_counts[name]
         balance = jax.vmap(load_balance_loss)(counts, layer.mean_scores_E).sum()
         total += router.load_balance_weight * balance
@@ -257,10 +258,3 @@ def exits_loss(
         total += supervised.weights_K[k] * loss
         cross_entropies.append(jnp.where(period >= 0, sums["cross_entropy"], 0.0))
     return total, jnp.stack(cross_entropies)
-
-
-def moe_config(config: ModelConfig, layer: str) -> MoEConfig:
-    """The MoE layer of the pattern that has this name ("layer_0", ...)."""
-    ffn = config.pattern[int(layer.removeprefix("layer_"))].ffn
-    assert isinstance(ffn, MoEConfig)
-    return ffn

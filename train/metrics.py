@@ -1,12 +1,12 @@
 """The log of a run (metrics.jsonl) and the alarms that read it.
 
 A line per step: "step" (steps done, from 1), "loss", "tokens_per_second", "learning_rate",
-"grad_norm", "seconds", the objective's own terms, and per MoE layer, in the order of the layers,
-lists under "load_cv", "load_cv_floor", "max_violation", "dead_experts", "peak_load",
-"router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps "expert_load", a list per
-layer of each expert's load over the mean. Layers that choose their tokens list "chosen_fraction"
-and "predictor_accuracy"; with early exit, "exit_cross_entropy" has the exits that the step
-supervised, by the number of layers before them.
+"grad_norm", "seconds", the objective's own terms, and per MoE layer, in the order of the layers and
+multi-token modules last, lists under "load_cv", "load_cv_floor", "max_violation", "dead_experts",
+"peak_load", "router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps
+"expert_load", a list per layer of each expert's load over the mean. Layers that choose their tokens
+list "chosen_fraction" and "predictor_accuracy"; with early exit, "exit_cross_entropy" has the exits
+that the step supervised, by the number of layers before them.
 """
 
 import json
@@ -117,19 +117,17 @@ def _exits_line(metrics: dict[str, Any], model: ModelConfig) -> Line:
     }
 
 
-def _in_layer_order(router: dict[str, Any], model: ModelConfig) -> list[dict[str, np.ndarray]]:
-    """Metrics by layer of the pattern, stacked over periods, as one dict per layer of the model
-    that has any.
+def _in_layer_order(
+    by_name: dict[str, dict[str, Any]], model: ModelConfig
+) -> list[dict[str, np.ndarray]]:
+    """Figures by name of the layers, stacked over the periods, as one dict per layer of the model
+    that has any; multi-token modules come last.
     """
-    host = {
-        name: {k: np.asarray(v) for k, v in figures.items()} for name, figures in router.items()
-    }
-    return [
-        {name: x[period] for name, x in host[f"layer_{i}"].items()}
-        for period in range(model.num_periods)
-        for i in range(len(model.pattern))
-        if f"layer_{i}" in host
-    ]
+    host = {n: {k: np.asarray(v) for k, v in figures.items()} for n, figures in by_name.items()}
+    pattern = [f"layer_{i}" for i in range(len(model.pattern)) if f"layer_{i}" in host]
+    places = [(period, name) for period in range(model.num_periods) for name in pattern]
+    places += [(0, name) for name in host if name not in pattern]
+    return [{k: x[period] for k, x in host[name].items()} for period, name in places]
 
 
 class Alarms:

@@ -107,6 +107,37 @@ def draw_load(lines: list[Line]) -> Picture | None:
     return to_picture(figure, "load", caption)
 
 
+def draw_domains(layers: dict[str, np.ndarray], domains: list[str]) -> Picture:
+    """How much each expert is a domain's own, NPMI [domains, E] by layer, as heat maps."""
+    names = list(layers)
+    places = np.unique(np.linspace(0, len(names) - 1, MAX_LAYERS).round().astype(int))
+    height = 0.8 + len(places) * (0.5 + 0.22 * len(domains))
+    figure = Figure(figsize=(7.5, height), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(len(places), 1))
+    limit = max(max(float(np.abs(layers[names[i]]).max()) for i in places), 0.1)
+    image = None
+    for panel, i in zip(panels, places, strict=True):
+        image = panel.imshow(
+            layers[names[i]],
+            aspect="auto",
+            cmap="RdBu_r",
+            vmin=-limit,
+            vmax=limit,
+            interpolation="nearest",
+        )
+        panel.set_title(names[i], color=INK, loc="left", fontsize=10)
+        panel.set_yticks(range(len(domains)), domains)
+        panel.tick_params(colors=SOFT, labelcolor=INK)
+    panels[-1].set_xlabel("expert", color=INK)
+    assert image is not None
+    figure.colorbar(image, ax=panels.tolist(), label="NPMI of expert and domain")
+    caption = (
+        "Which experts (columns) a domain's text (a row) chooses more often, red, or less often, "
+        "blue, than all text does."
+    )
+    return to_picture(figure, "expert_domains", caption)
+
+
 def draw_bars(
     name: str, caption: str, values: dict[str, float], errors: dict[str, float], unit: str
 ) -> Picture:

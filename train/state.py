@@ -103,10 +103,12 @@ def _memory_axes(memory: Cache | None) -> Cache | None:
     return Cache(prefix=axes((), memory.prefix), periods=axes(("layers",), memory.periods))
 
 
-def init_state(trainee: Trainee, seed: int, variables: Variables | None = None) -> TrainState:
-    """Fresh optimiser state for these variables, or for ones drawn from the seed.
+def init_state(
+    trainee: Trainee, seed: int, variables: Variables | None = None, opt_state: Any = None
+) -> TrainState:
+    """These variables, or ones drawn from the seed, and this optimiser state, or a fresh one.
 
-    Each part is made on the device that keeps it; given variables are moved there.
+    Each part is made on the device that keeps it; what is given is moved there.
     """
 
     def begin(variables: Variables) -> TrainState:
@@ -120,5 +122,9 @@ def init_state(trainee: Trainee, seed: int, variables: Variables | None = None) 
             lambda: begin(init_variables(trainee.model, seed)), out_shardings=trainee.shardings
         )
         return draw()
-    placed = jax.device_put(variables, trainee.shardings.variables)
-    return jax.jit(begin, out_shardings=trainee.shardings)(placed)
+    if opt_state is None:
+        placed = jax.device_put(variables, trainee.shardings.variables)
+        return jax.jit(begin, out_shardings=trainee.shardings)(placed)
+    state = TrainState(step=jnp.int32(0), **variables, opt_state=opt_state)
+    # Copies: training reuses the buffers of its state, and these are the caller's.
+    return jax.device_put(state, trainee.shardings, may_alias=False)

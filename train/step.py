@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from configs.architecture import MoEConfig
 from configs.base import RunConfig
 from model.balance import RouterStats, load_figures, merge_stats, updated_state
 from model.cache import Cache
 from model.depth import DepthStats
 from model.early_exit import supervised_exits
-from model.transformer import output_weights, read_segment
+from model.routed_layers import RoutedLayer, map_layers, routed_layers
+from model.transformer import output_weights, training_pass
+from model.warmup import updated_warmup
 from parallel.sharding import constrain
 from train.losses import (
     ChunkLoss,
@@ -29,8 +30,8 @@ from train.losses import (
     cross_entropy,
     depth_loss,
     exits_loss,
-    moe_config,
 )
+from train.multi_token import count_ahead, multi_token_loss
 from train.state import Trainee, TrainState
 
 Batch = dict[str, jax.Array]
@@ -49,9 +50,10 @@ def make_train_step(
       A step that takes batch arrays [A * B, L, ...] ("tokens", "targets", "positions", and what the
       objective reads; "shared" goes to it whole) and reports float32 scalars "loss" (the objective,
       per target token), the objective's own sums per target token, "auxiliary", "grad_norm",
-      "learning_rate"; and per layer of the pattern, under "router" and (where layers choose their
-      tokens) "depth", arrays [periods, ...]. With early_exit, "exits": the cross-entropies [K] of
-      the exits that this step supervises, and the periods [K] before them, -1 for none.
+      "learning_rate", with multi-token modules "multi_token" (train/multi_token.py); and per MoE
+      layer, under "router", and per layer that chooses its tokens, under "depth", arrays [layers of
+      that name, ...]. With early_exit, "exits": the cross-entropies [K] of the exits that this step
+      supervises, and the periods [K] before them, -1 for none.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -86,10 +88,11 @@ def _gradients(
     shared = batch.get("shared")
     rows = {name: x for name, x in batch.items() if name not in ("shared", "row")}
     num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
+    num_ahead = count_ahead(batch["targets"], batch["positions"], run.model.multi_token)
 
     def loss(params, micro, earlier_counts, depth_key):
         variables = {"params": params, "router_state": state.router_state}
-        hidden_BLD, sown, memory = read_segment(
+        hidden_BLD, sown, memory = training_pass(
             trainee.model, variables, micro["tokens"], micro["positions"], state.memory, depth_key
         )
         w_DV = output_weights(trainee.model, variables)
@@ -116,7 +119,21 @@ def _gradients(
         auxiliary /= run.accumulation
         sums = jax.tree.map(lambda x: x / num_targets, sums | {"loss": objective})
         sums |= {"auxiliary": auxiliary, "depth": _depth_metrics(run, depth)}
-        return objective / num_targets + auxiliary, (sums, stats, memory)
+        total = objective / num_targets + auxiliary
+        if run.model.multi_token is not None:
+            ahead = multi_token_loss(
+                chunk_loss,
+                sown["multi_token"],
+                w_DV,
+                inputs,
+                micro["positions"],
+                shared,
+                run.execution.logits_chunks,
+                num_ahead,
+            )
+            total += run.model.multi_token.loss_weight * ahead
+            sums |= {"multi_token": ahead}
+        return total, (sums, stats, memory)
 
     grad: Callable[..., Any] = jax.grad(loss, has_aux=True)
     keys = _depth_keys(run, state.step)
@@ -160,26 +177,28 @@ def _accumulate(
 
 def _no_counts(run: RunConfig) -> dict[str, jax.Array]:
     return {
-        f"layer_{i}": jnp.zeros((run.model.num_periods, spec.ffn.num_experts), jnp.int32)
-        for i, spec in enumerate(run.model.pattern)
-        if isinstance(spec.ffn, MoEConfig)
+        name: jnp.zeros((layer.count, layer.config.num_experts), jnp.int32)
+        for name, layer in routed_layers(run.model).items()
     }
 
 
 def _updated_routers(run: RunConfig, router_state: Any, stats: LayerStats) -> Any:
     """Each layer's router after this step, in the tree of the collection router_state."""
-    if not router_state:
-        return router_state
-    layers = {}
-    for name, layer in router_state["periods"].items():
-        config = moe_config(run.model, name).router
-        update = jax.vmap(partial(updated_state, config=config))
-        layers[name] = {"moe": {"state": update(layer["moe"]["state"], stats[name])}}
-    return {"periods": layers}
+
+    def one(name: str, layer: RoutedLayer, part: Any) -> Any:
+        router, part = layer.config.router, layer.stacked(part)
+        if router.warmup is None:
+            update = jax.vmap(partial(updated_state, config=router))
+            return layer.unstacked({"state": update(part["state"], stats[name])})
+        warm = jax.vmap(partial(updated_warmup, config=router))
+        state, warmup = warm(part["state"], part["warmup"], stats[name])
+        return layer.unstacked({"state": state, "warmup": warmup})
+
+    return map_layers(run.model, router_state, one)
 
 
 def _layer_metrics(stats: RouterStats) -> Metrics:
-    """Figures of one layer of the pattern, [periods] each, and its load [periods, E]."""
+    """Figures of the layers of one name, [layers] each, and their load [layers, E]."""
     counts, tokens = stats.counts_E, stats.num_tokens
     return {
         **jax.vmap(load_figures)(counts, tokens)._asdict(),

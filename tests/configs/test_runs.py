@@ -32,7 +32,8 @@ def test_a_run_builds_abstractly(name):
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
     trainee = plan_state(run, mesh)
     state = trainee.abstract_state
-    assert sum(x.size for x in jax.tree.leaves(state.params)) == run.model.num_parameters
+    size = sum(x.size for x in jax.tree.leaves(state.params))
+    assert size == run.model.num_parameters + run.model.num_multi_token_parameters
     chunk_loss = make_chunk_loss(run.distill) if run.distill else cross_entropy
     with jax.sharding.use_abstract_mesh(mesh):
         new_state, metrics = jax.eval_shape(

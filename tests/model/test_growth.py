@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import ContextConfig, DenseConfig, LayerSpec, RouterConfig
+from configs.architecture import (
+    ContextConfig,
+    DenseConfig,
+    LayerSpec,
+    MultiTokenConfig,
+    RouterConfig,
+)
 from configs.checks import UserError
 from model.growth import grow, grown_config
 from model.transformer import (
@@ -16,6 +22,7 @@ from model.transformer import (
     hidden_and_router,
     hidden_states,
     output_weights,
+    training_pass,
 )
 from tests import tiny
 from tests.probes import drawn
@@ -40,6 +47,9 @@ ROUTERS = {
 RESERVABLE = ("softmax with bias", "DeepSeek-V3 without groups", "sigmoid, not renormalised")
 CASES = [(name, operator) for name in ROUTERS for operator in ("copy", "split")]
 CASES += [(name, "reserve") for name in RESERVABLE]
+CASES = [(*case, 2) for case in CASES]
+CASES += [("Mixtral", "split", 4), ("softmax with bias", "reserve", 3)]
+CASES += [("sigmoid, not renormalised", "copy", 4)]
 TOKENS = np.random.RandomState(0).randint(0, 300, (2, 24)).astype(np.int32)
 POSITIONS = np.broadcast_to(np.arange(24, dtype=np.int32), (2, 24))
 
@@ -54,7 +64,7 @@ def config_of(router: RouterConfig):
 
 def log_probabilities(config, variables):
     model = Transformer(config)
-    hidden, _ = hidden_states(model, variables, TOKENS, POSITIONS)
+    hidden, _ = jax.jit(lambda v: hidden_states(model, v, TOKENS, POSITIONS))(variables)
     return jax.nn.log_softmax(hidden @ output_weights(model, variables), axis=-1)
 
 
@@ -63,11 +73,11 @@ def divergence(before, after) -> float:
     return float((jnp.exp(before) * (before - after)).sum(axis=-1).mean())
 
 
-@pytest.mark.parametrize(("name", "operator"), CASES)
-def test_the_grown_model_is_the_same_function(name, operator):
+@pytest.mark.parametrize(("name", "operator", "factor"), CASES)
+def test_the_grown_model_is_the_same_function(name, operator, factor):
     config = config_of(ROUTERS[name])
-    variables, grown = drawn(config), grown_config(config, operator)
-    after = grow(variables, config, operator)
+    variables, grown = drawn(config), grown_config(config, operator, factor)
+    after = grow(variables, config, operator, factor)
     abstract, _ = abstract_variables(Transformer(grown))
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, abstract)
     before_BLV, after_BLV = log_probabilities(config, variables), log_probabilities(grown, after)
@@ -98,6 +108,75 @@ def test_no_token_reaches_a_reserved_twin():
     assert counts[:8].sum() == TOKENS.size * 2
 
 
+@pytest.mark.parametrize("operator", ["copy", "reserve", "split"])
+def test_multi_token_modules_grow_too(operator):
+    """Their experts lie unstacked; what they predict stays the same."""
+    layer = config_of(ROUTERS["DeepSeek-V3 without groups"]).pattern[0]
+    config = tiny.model(
+        pattern=(layer,), num_layers=1, multi_token=MultiTokenConfig(depth=1, layer=layer)
+    )
+    grown = grown_config(config, operator, 2, warmup_steps=5 if operator == "reserve" else None)
+    steps = 5 if operator == "reserve" else None
+    variables = drawn(config)
+    after = grow(variables, config, operator, warmup_steps=steps)
+    abstract, _ = abstract_variables(Transformer(grown))
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (after, abstract))
+    assert shapes[0] == shapes[1]
+    sown = [
+        training_pass(Transformer(c), v, TOKENS, POSITIONS)[1]
+        for c, v in ((config, variables), (grown, after))
+    ]
+    before, now = (x["multi_token"]["hidden_0"][0] for x in sown)
+    np.testing.assert_allclose(now, before, atol=TOLERANCE)
+    if operator == "reserve":
+        assert sown[1]["router"]["multi_token_0"]["layer"]["moe"]["stats"].counts_E[8:].sum() == 0
+
+
+def test_dropped_units_are_one_set_for_all_three_matrices():
+    """Half of each twin's units, drawn with the deviation of what was there; parents keep theirs,
+    and under reserve the function is the same."""
+    config = config_of(ROUTERS["softmax with bias"])
+    variables, grown = drawn(config), grown_config(config, "reserve", 3)
+    plain = grow(variables, config, "reserve", 3)
+    after = grow(variables, config, "reserve", 3, drop=0.5, seed=4)
+    moe, kept = (x["params"]["periods"]["layer_0"]["moe"] for x in (after, plain))
+    changed = {
+        "gate": (moe["gate_up"] != kept["gate_up"])[0, :, :, 0].any(axis=1),
+        "up": (moe["gate_up"] != kept["gate_up"])[0, :, :, 1].any(axis=1),
+        "down": (moe["down"] != kept["down"])[0].any(axis=2),
+    }
+    for lost_EF in changed.values():
+        np.testing.assert_array_equal(lost_EF, changed["gate"])  # drawing one set each would fail
+    assert (changed["gate"].sum(axis=1)[8:] == 8).all()
+    assert not changed["gate"][:8].any()
+    sets = {tuple(np.flatnonzero(row)) for row in np.asarray(changed["gate"])[8:]}
+    assert len(sets) > 8  # each expert has its own
+    lost = np.asarray(changed["down"])[8:]
+    new, old = (np.asarray(x["down"])[0, 8:][lost] for x in (moe, kept))
+    assert new.std() == pytest.approx(old.std(), rel=0.05)
+    before_BLV, after_BLV = log_probabilities(config, variables), log_probabilities(grown, after)
+    np.testing.assert_allclose(after_BLV, before_BLV, atol=TOLERANCE)
+    with pytest.raises(UserError, match="experts that are split have no copies"):
+        grow(variables, config, "split", drop=0.5)
+
+
+@pytest.mark.parametrize("factor", [1, 0, 2.5, 2.0])
+def test_a_factor_that_is_no_integer_above_one_is_refused(factor):
+    with pytest.raises(UserError, match=f"a factor of {factor}"):
+        grown_config(config_of(ROUTERS["Mixtral"]), "copy", factor)
+
+
+def test_a_warm_up_goes_with_reserve():
+    with pytest.raises(UserError, match="warmup_steps=9 goes with growth by 'reserve'"):
+        grown_config(config_of(ROUTERS["Mixtral"]), "copy", 2, warmup_steps=9)
+    config = config_of(ROUTERS["softmax with bias"])
+    once = grown_config(config, "reserve", 2, warmup_steps=9)
+    variables = grow(drawn(config), config, "reserve", warmup_steps=9)
+    twice = grow(variables, once, "copy")  # of a model that has warmed up
+    abstract, _ = abstract_variables(Transformer(grown_config(once, "copy")))
+    assert jax.tree.map(jnp.shape, twice) == jax.tree.map(jnp.shape, abstract)
+
+
 def test_compute_and_parameters_are_what_the_operator_says():
     config = config_of(ROUTERS["Mixtral"])
     experts = 3 * 32 * 16
@@ -123,5 +202,5 @@ def test_what_cannot_grow_exactly_is_refused():
         grown_config(config_of(soft), "reserve")
     odd = tiny.model().pattern[0]
     odd = dataclasses.replace(odd, ffn=tiny.moe(d_ff=15))
-    with pytest.raises(UserError, match="even d_ff, got 15"):
+    with pytest.raises(UserError, match="d_ff divisible by 2, got 15"):
         grown_config(tiny.model(pattern=(odd,)), "split")

@@ -161,6 +161,19 @@ BAD = {
         ["generate", "{run}", "--prompt", "x", "--max-new-tokens", "9999"],
         "exceed the model's context_length",
     ),
+    "experts without labels": (
+        ["generate", "{run}", "--prompt", "x", "--expert-preference", "markup"],
+        "python -m scripts.label_experts",
+    ),
+    "domains of another corpus": (["label_experts", "{run}"], "change their names' beginnings"),
+    "a factor that is no integer": (
+        ["grow", "{run}", "--steps", "3", "--factor", "2.5"],
+        "invalid int value: '2.5'",
+    ),
+    "a factor of one": (
+        ["grow", "{run}", "--steps", "3", "--factor", "1"],
+        "it must be an integer of at least 2",
+    ),
     "unknown option": (["generate", "{run}", "--promt", "x"], "--prompt"),
 }
 
@@ -250,7 +263,9 @@ def test_a_signal_saves_and_says_how_to_go_on(trained, number):
     assert (folder / "checkpoints" / str(done)).is_dir()
 
 
-@pytest.mark.parametrize("verb", ["train", "distill", "evaluate", "generate", "quickstart"])
+@pytest.mark.parametrize(
+    "verb", ["train", "distill", "evaluate", "generate", "grow", "label_experts", "quickstart"]
+)
 def test_every_verb_has_help(tmp_path, verb):
     out, _ = run(tmp_path, verb, "--help")
     assert f"python -m scripts.{verb}" in out

@@ -13,7 +13,7 @@ from configs.checks import UserError
 from infer.load import load_model
 from model.depth import DepthStats
 from model.early_exit import dropout_rates, exit_weights, supervised_exits
-from model.transformer import Transformer, hidden_and_router, hidden_states
+from model.transformer import Transformer, hidden_states, training_pass
 from tests import tiny
 from tests.probes import drawn
 from train.loop import fit, mesh_of
@@ -71,7 +71,7 @@ def test_a_steps_loss_by_hand(tmp_path):
     _, metrics = make_train_step(run, trainee)(state, batch)
 
     rows = (batch["tokens"], batch["positions"])
-    _, sown = jax.jit(lambda v: hidden_and_router(trainee.model, v, *rows))(variables)
+    _, sown, _ = jax.jit(lambda v: training_pass(trainee.model, v, *rows))(variables)
     params = jax.device_get(variables["params"])
     nats = []
     for x in np.asarray(sown["exits"]["periods"]["hidden"], np.float64):
@@ -94,7 +94,9 @@ def test_rows_skip_periods_as_often_as_configured():
 
     @jax.jit
     def states(key):
-        return hidden_and_router(model, variables, tokens, positions, key)[1]["exits"]["periods"]
+        return training_pass(model, variables, tokens, positions, depth_key=key)[1]["exits"][
+            "periods"
+        ]
 
     x_PBLD = np.asarray(states(jax.random.key(0))["hidden"])
     skipped = [(x_PBLD[p] == x_PBLD[p - 1]).all(axis=(1, 2)) for p in (1, 2)]
@@ -110,7 +112,7 @@ def test_no_chance_of_skipping_is_no_skipping():
 
     def lowered(key):
         model = Transformer(never)
-        run = jax.jit(lambda v, t, p: hidden_and_router(model, v, t, p, key))
+        run = jax.jit(lambda v, t, p: training_pass(model, v, t, p, depth_key=key)[:2])
         return run.lower(drawn(never), tokens, positions).as_text()
 
     assert lowered(jax.random.key(0)) == lowered(None)
@@ -133,7 +135,9 @@ def test_a_skipped_row_reaches_no_expert():
     tokens = np.zeros((64, 4), np.int32)
     positions = np.broadcast_to(np.arange(4, dtype=np.int32), (64, 4))
     run = jax.jit(
-        lambda key: hidden_and_router(Transformer(config), variables, tokens, positions, key)[1]
+        lambda key: training_pass(Transformer(config), variables, tokens, positions, depth_key=key)[
+            1
+        ]
     )
     sown = run(jax.random.key(0))
     stats = collect_router_stats(sown, config)["layer_0"]

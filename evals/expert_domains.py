@@ -1,0 +1,221 @@
+"""Names for experts: which domains of held-out text choose which experts, and asking for them.
+
+The domain of a document follows from its name. For each MoE layer the choices of every expert are
+counted per domain, and expert e belongs to domain d where
+
+    NPMI(e, d) = log(p(e, d) / (p(e) p(d))) / -log p(e, d)
+
+(Bouma 2009; 1: only there, 0: as everywhere, -1: never there) exceeds a threshold. Every domain
+counts alike, whatever the amount of its text. A preference for a domain is beta times the standard
+deviation of a token's scores, added to the choice of its experts; gates don't see it.
+
+D domains, P periods, E experts.
+"""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoint.run_directory import read_run
+from configs.architecture import ModelConfig
+from configs.checks import UserError, require
+from data.packing import TokenFile, document_positions
+from data.pipeline import prepare_corpus
+from infer.load import load_model
+from model.routed_layers import RoutedLayer, routed_layers
+from model.transformer import Preference, Transformer, Variables, hidden_and_router
+
+FILE = "expert_domains.json"
+THRESHOLD = 0.02
+"""Least NPMI of a domain's experts: weak labels, but far above the noise of ten thousand tokens."""
+DEFAULT_BETA = 0.5
+TOKENS_AT_ONCE = 4096
+
+Domains = Mapping[str, Sequence[str]]
+"""Domain -> beginnings of document names: "xml" means "xml", "xml.dom" and "xml/a.txt"."""
+
+STDLIB_DOMAINS: Domains = {
+    "markup": ("xml", "html"),
+    "internet": ("email", "http", "urllib", "wsgiref", "xmlrpc", "smtplib", "nturl2path"),
+    "encodings": ("encodings", "codecs"),
+    "concurrency": ("asyncio", "multiprocessing", "concurrent", "threading", "queue"),
+    "text": ("re", "json", "string", "textwrap", "csv", "configparser", "tokenize", "struct"),
+    "packaging": ("importlib", "distutils", "ensurepip", "pkgutil", "modulefinder", "zipimport"),
+    "interface": ("idlelib", "tkinter", "turtle", "turtledemo", "curses", "cmd"),
+}
+"""For the built-in corpus, the standard library: by package."""
+
+
+def read_domains(path: Path) -> Domains:
+    """Domains from a JSON file: {"domain": ["beginning of a name", ...], ...}.
+
+    Raises:
+      UserError: not such a file.
+    """
+    try:
+        tree = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    is_mapping = isinstance(tree, dict) and all(
+        isinstance(value, list) and all(isinstance(x, str) for x in value)
+        for value in tree.values()
+    )
+    require(is_mapping, f'{path} must be like {{"domain": ["beginning of a name", ...], ...}}')
+    return tree
+
+
+def sort_documents(names: Sequence[str], domains: Domains) -> dict[str, list[int]]:
+    """The documents (by place) of each domain; some may belong to none.
+
+    Raises:
+      UserError: fewer than two domains, one without documents, or a document in two.
+    """
+    require(len(domains) >= 2, f"{len(domains)} domains tell no experts apart: give at least two")
+    found: dict[str, list[int]] = {domain: [] for domain in domains}
+    for i, name in enumerate(names):
+        mine = [d for d, starts in domains.items() if any(_begins(name, s) for s in starts)]
+        require(
+            len(mine) < 2,
+            f"domains {' and '.join(mine)} overlap: both have the document {name}",
+        )
+        for domain in mine:
+            found[domain].append(i)
+    empty = [domain for domain, places in found.items() if not places]
+    require(
+        not empty,
+        f"no held-out document belongs to the domains {', '.join(empty)}: leave them out or change "
+        f"their names' beginnings with --domains (documents are {', '.join(names[:3])}, ...)",
+    )
+    return found
+
+
+def _begins(name: str, start: str) -> bool:
+    return name == start or name.startswith((f"{start}.", f"{start}/"))
+
+
+def npmi(counts_DE: np.ndarray) -> np.ndarray:
+    """NPMI of each expert with each domain, [D, E], every domain weighted alike; -1 where an expert
+    is never chosen."""
+    shares_DE = counts_DE / np.maximum(counts_DE.sum(axis=1, keepdims=True), 1)
+    joint_DE = shares_DE / len(counts_DE)
+    independent_DE = joint_DE.sum(axis=0) * joint_DE.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values_DE = np.log(joint_DE / independent_DE) / -np.log(joint_DE)
+    return np.where(joint_DE > 0, values_DE, -1.0)
+
+
+def label_experts(
+    run_dir: Path, domains: Domains, threshold: float = THRESHOLD
+) -> dict[str, np.ndarray]:
+    """Counts, labels and writes run_dir/expert_domains.json; the NPMI [D, E] of each layer.
+
+    Raises:
+      UserError: a run without experts, checkpoint or corpus, or domains as in sort_documents.
+    """
+    run = read_run(run_dir)
+    layers = _layers(run.model)
+    require(bool(layers), f"{run_dir} has no MoE layer: there are no experts to label")
+    held_out = prepare_corpus(run.data, run.model.vocab_size).held_out()
+    places = sort_documents(held_out.sidecar.names, domains)
+    model, variables = load_model(run, run_dir)
+    counts = [
+        _count(model, variables, held_out, places[domain], run.data.seq_len) for domain in domains
+    ]
+    labelled, matrices = [], {}
+    for name, layer in layers.items():
+        for period in range(layer.count):
+            npmi_DE = npmi(np.stack([c[name][period] for c in counts]))
+            experts = {
+                domain: np.flatnonzero(row_E > threshold).tolist()
+                for domain, row_E in zip(domains, npmi_DE, strict=True)
+            }
+            matrices[f"{name} of period {period}"] = npmi_DE
+            labelled.append(
+                {"layer": name, "period": period, "experts": experts, "npmi": npmi_DE.tolist()}
+            )
+    tree = {"domains": list(domains), "threshold": threshold, "layers": labelled}
+    (run_dir / FILE).write_text(json.dumps(tree) + "\n")
+    return matrices
+
+
+def _layers(config: ModelConfig) -> dict[str, RoutedLayer]:
+    """Those that choose when the model is used."""
+    return {name: x for name, x in routed_layers(config).items() if x.periods is not None}
+
+
+def _count(
+    model: Transformer, variables: Variables, file: TokenFile, places: list[int], length: int
+) -> dict[str, np.ndarray]:
+    """Choices of each expert over these documents, [P, E] by layer."""
+    documents = list(file.documents())
+    stream = np.concatenate([documents[i][1] for i in places])
+    look = jax.jit(functools.partial(_choices, model))
+    total: dict[str, np.ndarray] = {}
+    for tokens_BL, positions_BL in _batches(stream, length):
+        for name, counts_PE in look(variables, tokens_BL, positions_BL).items():
+            total[name] = total.get(name, 0) + np.asarray(counts_PE, np.int64)
+    return total
+
+
+def _choices(model: Transformer, variables: Variables, tokens_BL, positions_BL):
+    _, sown = hidden_and_router(model, variables, tokens_BL, positions_BL)
+    layers = _layers(model.config)
+    return {name: x.of(sown["router"])["stats"].counts_E for name, x in layers.items()}
+
+
+def _batches(stream: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows cut from the stream, the last one padded with position -1."""
+    rows = max(TOKENS_AT_ONCE // length, 1)
+    for begin in range(0, len(stream), rows * length):
+        part = stream[begin : begin + rows * length]
+        tokens_BL = np.pad(part, (0, rows * length - len(part))).reshape(rows, length)
+        positions_BL = np.stack([document_positions(row) for row in tokens_BL])
+        is_padding_BL = np.arange(rows * length).reshape(rows, length) >= len(part)
+        yield tokens_BL, np.where(is_padding_BL, -1, positions_BL).astype(np.int32)
+
+
+def read_preference(run_dir: Path, wanted: str) -> Preference:
+    """The preference that "DOMAIN" or "DOMAIN:BETA" asks for, one for all rows.
+
+    Raises:
+      UserError: the experts have no labels yet, an unknown domain, a beta that is no number, or
+        labels of another model.
+    """
+    path = run_dir / FILE
+    require(
+        path.exists(),
+        f"{run_dir} has no labelled experts: python -m scripts.label_experts {run_dir} labels them",
+    )
+    tree = json.loads(path.read_text())
+    domain, _, text = wanted.partition(":")
+    require(
+        domain in tree["domains"],
+        f"unknown domain {domain!r}: {path} knows {', '.join(tree['domains'])}",
+    )
+    try:
+        beta = float(text) if text else DEFAULT_BETA
+    except ValueError as error:
+        raise UserError(f"beta={text!r} of --expert-preference is no number") from error
+    return _preference(read_run(run_dir).model, tree, domain, beta, path)
+
+
+def _preference(
+    config: ModelConfig, tree: dict[str, Any], domain: str, beta: float, path: Path
+) -> Preference:
+    labels = {(x["layer"], x["period"]): x for x in tree["layers"]}
+    preference = {}
+    for name, layer in _layers(config).items():
+        wanted_PBE = np.zeros((layer.count, 1, layer.config.num_experts), np.float32)
+        for period in range(layer.count):
+            label = labels.get((name, period))
+            if label is None or len(label["npmi"][0]) != layer.config.num_experts:
+                raise UserError(f"{path} labels the experts of another model: make it again")
+            wanted_PBE[period, 0, label["experts"][domain]] = beta
+        preference[name] = jnp.asarray(wanted_PBE)
+    return preference
