@@ -6,8 +6,11 @@ from configs.architecture import (
     AttentionConfig,
     ContextConfig,
     DenseConfig,
+    EarlyExitConfig,
     LatentAttentionConfig,
     LayerSpec,
+    LocalSparseAttentionConfig,
+    MixtureOfDepthsConfig,
     ModelConfig,
     MoEConfig,
     MultiTokenConfig,
@@ -43,6 +46,54 @@ def v1_nano() -> ModelConfig:
         num_layers=4,
         pattern=(LayerSpec(attention=attention, ffn=DenseConfig(d_ff=512)),),
         context_length=1024,
+    )
+
+
+def v2_3b() -> ModelConfig:
+    """V2, 3.5B parameters: sparse local attention in every other layer, between them layers that
+    work on an eighth of the tokens, and exits after each pair.
+
+    From the articles: 3.5B parameters, attention in O(n log n) with a window of 1024 tokens,
+    dynamic compute layers. The widths are ours, chosen so that the whole comes near 3.5B.
+    """
+    sparse = LocalSparseAttentionConfig(
+        num_heads=20, num_kv_heads=4, head_dim=128, window_size=1024, num_sinks=4
+    )
+    chosen = AttentionConfig(num_heads=20, num_kv_heads=4, head_dim=128)
+    return ModelConfig(
+        vocab_size=65_536,
+        d_model=2560,
+        num_layers=32,
+        pattern=_v2_pattern(sparse, chosen, DenseConfig(d_ff=10_752), capacity=0.125),
+        context_length=16_384,
+        early_exit=EarlyExitConfig(dropout=0.1, loss_scale=0.2, rotation=8),
+    )
+
+
+def v2_nano() -> ModelConfig:
+    """V2's form in 3.0M parameters, 2.3M of them active: for two CPU cores."""
+    sparse = LocalSparseAttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=32, window_size=64, num_sinks=4
+    )
+    chosen = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32)
+    return ModelConfig(
+        vocab_size=4096,
+        d_model=128,
+        num_layers=8,
+        pattern=_v2_pattern(sparse, chosen, DenseConfig(d_ff=512), capacity=0.25),
+        context_length=256,
+        early_exit=EarlyExitConfig(dropout=0.1, loss_scale=0.5, rotation=3),
+    )
+
+
+def _v2_pattern(
+    sparse: LocalSparseAttentionConfig, chosen: AttentionConfig, ffn: DenseConfig, capacity: float
+) -> tuple[LayerSpec, ...]:
+    """A layer for every token, then one for a share of them that see each other whole."""
+    depth = MixtureOfDepthsConfig(capacity=capacity)
+    return (
+        LayerSpec(attention=sparse, ffn=ffn),
+        LayerSpec(attention=chosen, ffn=ffn, depth=depth),
     )
 
 

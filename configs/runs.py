@@ -140,6 +140,32 @@ def deepseek_v3_nano() -> RunConfig:
     return dataclasses.replace(v31_nano(), name="deepseek_v3_nano", model=models.deepseek_v3_nano())
 
 
+def v2_nano() -> RunConfig:
+    """V2's form at nano size: sparse attention, layers that choose their tokens, exits.
+
+    python -m scripts.train v2_nano: 4 minutes on two CPU cores; bits per byte in
+    docs/experiments.md.
+    """
+    return dataclasses.replace(v31_nano(), name="v2_nano", model=models.v2_nano())
+
+
+def v2() -> RunConfig:
+    """V2 at full size, 3.5B parameters, on 16 devices.
+
+    python -m scripts.train v2: needs 16 accelerators; its shapes and shardings are checked
+    without allocating anything (tests/configs/test_runs.py).
+    """
+    return dataclasses.replace(
+        v1(),
+        name="v2",
+        model=models.v2_3b(),
+        data=DataConfig(directory="runs/corpora/large", seq_len=16_384),
+        mesh=MeshConfig(data=16),
+        batch_size=64,
+        execution=ExecutionConfig(compute_dtype="bfloat16", remat="full", logits_chunks=64),
+    )
+
+
 def v3_7b() -> RunConfig:
     """V3 at full size, on 64 devices.
 

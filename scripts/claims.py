@@ -12,13 +12,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.claims import balance
+from benchmarks.claims import (
+    balance,
+    context_router,
+    dynamic_depth,
+    dynamic_experts,
+    growth,
+    long_context,
+    recurrence,
+    sparse_attention,
+)
 from benchmarks.claims.base import Report, append_report, print_report
 from configs.checks import UserError
 from scripts import command
 
 CLAIMS: dict[str, Callable[[int], Report]] = {
+    "recurrence": recurrence.run,
+    "sparse_attention": sparse_attention.run,
+    "dynamic_depth": dynamic_depth.run,
     "balance": balance.run,
+    "dynamic_experts": dynamic_experts.run,
+    "context_router": context_router.run,
+    "growth": growth.run,
+    "long_context": long_context.run,
 }
 
 

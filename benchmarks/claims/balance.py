@@ -21,19 +21,21 @@ from configs.architecture import (
 )
 from train.report import BLUE, INK, ORANGE, SOFT, Picture, new_figure, to_picture
 
-STEPS = 200
+STEPS = 120
 HELD_OUT_TOKENS = 65_536
 TOP_K = 2
 
 ARMS: dict[str, dict] = {
     "none": {},
     "auxiliary": {"load_balance_weight": 1e-2},
-    "entropy": {"entropy_weight": 1e-1},
+    "entropy": {"entropy_weight": 0.3},
     "loss-free": {"balance": "loss_free", "bias_rate": 1e-3},
     "quantile": {"balance": "quantile", "bias_rate": 0.1},
-    "entropy + quantile": {"entropy_weight": 1e-2, "balance": "quantile", "bias_rate": 0.1},
+    "entropy + quantile": {"entropy_weight": 0.3, "balance": "quantile", "bias_rate": 0.1},
 }
 BASE, JUDGED = "none", ("entropy", "quantile", "entropy + quantile")
+COMPARED = {64: tuple(ARMS), 128: (BASE, "entropy", "entropy + quantile")}
+"""Arms by number of experts."""
 
 
 def model(num_experts: int, **router) -> ModelConfig:
@@ -55,11 +57,11 @@ def run(seeds: int) -> Report:
     findings: list[Finding] = []
     cvs: dict[int, dict[str, list[float]]] = {}
     floor = 0.0
-    for num_experts in (64, 128):
-        results = {name: [] for name in ARMS}
+    for num_experts, names in COMPARED.items():
+        results = {name: [] for name in names}
         for seed in range(seeds):
-            for name, router in ARMS.items():
-                config = small_run(model(num_experts, **router), steps=STEPS, seed=seed)
+            for name in names:
+                config = small_run(model(num_experts, **ARMS[name]), steps=STEPS, seed=seed)
                 label = f"{num_experts} experts, {name}, seed {seed}"
                 trained = train(config, corpus_batches(config), label)
                 results[name].append(judge(trained.model, trained.variables, rows))
@@ -86,9 +88,7 @@ def _findings(num_experts, results, cvs) -> list[Finding]:
         Finding(name=f"E={num_experts} {name}: load CV", values=tuple(values))
         for name, values in cvs.items()
     ]
-    for name in ARMS:
-        if name == BASE:
-            continue
+    for name in list(cvs)[1:]:
         is_judged = name in JUDGED
         half = Target(limit=0.5, at_most=True) if is_judged else None
         tenth = Target(limit=0.5, stretch=0.1, at_most=True) if is_judged else None
@@ -106,9 +106,10 @@ def _draw(cvs: dict[int, dict[str, list[float]]], floor: float) -> Picture:
     for (num_experts, arms), shift, color in zip(
         cvs.items(), (0.18, -0.18), (BLUE, ORANGE), strict=True
     ):
+        at = [places[list(ARMS).index(name)] + shift for name in arms]
         means = [np.mean(values) for values in arms.values()]
-        axes.barh(places + shift, means, height=0.34, color=color, label=f"{num_experts} experts")
-        for place, values in zip(places + shift, arms.values(), strict=True):
+        axes.barh(at, means, height=0.34, color=color, label=f"{num_experts} experts")
+        for place, values in zip(at, arms.values(), strict=True):
             axes.plot(values, [place] * len(values), ".", color=INK, markersize=4)
     axes.axvline(floor, color=SOFT, linewidth=1)
     axes.annotate(" sampling floor", (floor, -0.6), color=SOFT, va="center", fontsize=8)

@@ -21,6 +21,7 @@ from configs.base import DistillConfig, ExecutionConfig, MeshConfig, OptimizerCo
 from configs.checks import UserError
 from configs.cli import describe_runs, known_runs, load_run
 from configs.serialization import differences, from_json, to_json
+from model.growth import grown_config
 from tests import tiny
 
 
@@ -276,3 +277,18 @@ def test_every_run_says_how_to_run_it():
 def test_sinks_beyond_a_window_are_a_setting():
     config = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, window_size=8, num_sinks=3)
     assert config.num_parameters(16) == 16 * 4 * (2 + 2 + 1 + 1)
+
+
+def test_settings_that_contradict_each_other_fail_when_the_config_is_made():
+    with pytest.raises(UserError, match=r"router.context.window_size=None goes with kind='causal'"):
+        ContextConfig(kind="causal")
+    with pytest.raises(UserError, match="num_null_experts=1 must be below top_k=1"):
+        RouterConfig(top_k=1, num_null_experts=1, target_k=0.5)
+    with pytest.raises(UserError, match="memory_length=0 must be at least 1 token"):
+        RelativeAttentionConfig(num_heads=2, head_dim=4, memory_length=0)
+    with pytest.raises(UserError, match="must be an integer of at least 2"):
+        grown_config(tiny.model(), "copy", 1.5)  # type: ignore[arg-type]
+    dense = tiny.model().pattern[1]
+    every_third = dataclasses.replace(dense, depth=MixtureOfDepthsConfig(capacity=0.5))
+    with pytest.raises(UserError, match=r"num_layers=4 must be .* a multiple of the pattern's 3"):
+        tiny.model(pattern=(dense, dense, every_third), num_layers=4)

@@ -46,8 +46,10 @@ def test_a_run_builds_abstractly(name):
 
 
 def test_full_sizes_have_the_articles_numbers():
-    v1, v3, v31 = (known_runs()[name]().model for name in ("v1", "v3_7b", "v31"))
+    names = ("v1", "v2", "v3_7b", "v31")
+    v1, v2, v3, v31 = (known_runs()[name]().model for name in names)
     assert v1.num_parameters == pytest.approx(1.2e9, rel=0.02)
+    assert v2.num_parameters == pytest.approx(3.5e9, rel=0.02)
     assert v1.memory_length == 1024
     assert v3.num_parameters == pytest.approx(7e9, rel=0.1)
     assert [spec.ffn.num_experts for spec in v3.pattern] == [64]

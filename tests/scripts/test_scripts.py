@@ -213,6 +213,7 @@ def fill_disk(command: list[str], folder: Path) -> list[str]:
     return ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(folder), *command]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_sentence(trained):
     disk = trained / "disk"
     disk.mkdir()
@@ -230,6 +231,7 @@ def test_a_full_disk_ends_in_one_sentence(trained):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow_end_in_one_sentence_and_the_run_goes_on(trained):
     """The same failure where no small disk can be made: a limit on the size of files."""
     folder = trained / "limited"

@@ -69,6 +69,7 @@ def test_nearly_all_bins_are_nearly_the_whole_vocabulary(teacher):
     np.testing.assert_allclose(bins, full, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_cache_changes_rounding_only_and_is_filled_once(teacher):
     live = train(teacher, "live", top_k=16)
     cached = train(teacher, "cached", top_k=16, cache=True)

@@ -91,6 +91,7 @@ def test_an_optimiser_of_another_kind_is_refused():
         grow_optimizer_state(state, params, "copy")
 
 
+@pytest.mark.slow
 def test_a_warmed_up_run_resumes_bit_for_bit(tmp_path):
     """Stopped in the middle of the warm-up; the parent's optimiser state goes on, as is the verb's
     default."""

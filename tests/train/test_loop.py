@@ -139,6 +139,7 @@ def fit_variant(tmp_path, name, **changes):
     return losses(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_what_routers_learn_without_gradients_is_saved_and_resumed(tmp_path):
     tiny.write_sources(tmp_path)
     router = RouterConfig(
@@ -170,6 +171,7 @@ def test_what_routers_learn_without_gradients_is_saved_and_resumed(tmp_path):
     assert float(state.null_logit[0]) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_grown_run_begins_with_its_parents_loss(story):
     """The first step on the first batch: a fresh run whose weights are the grown parent's."""
     run, tmp_path = story
@@ -185,6 +187,7 @@ def test_a_grown_run_begins_with_its_parents_loss(story):
     assert first < read_lines(tmp_path / "parent" / "metrics.jsonl")[0]["cross_entropy"] - 0.1
 
 
+@pytest.mark.slow
 def test_resumed_with_all_to_all_stays_within_rounding(story):
     run, tmp_path = story
     shutil.copytree(tmp_path / "stopped", tmp_path / "exchange")
@@ -205,6 +208,7 @@ def without_balance(config):
     return dataclasses.replace(config, pattern=(spec, config.pattern[1]))
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_whole_batch(tmp_path):
     model = without_balance(tiny.model())
     whole = fit_variant(tmp_path, "whole", model=model)
