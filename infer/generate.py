@@ -68,6 +68,10 @@ def generate(
     _check(model, prompts, max_new_tokens)
     if exit_threshold is not None:
         check_exits(model)
+        if preference is not None:
+            raise UserError(
+                "exit_threshold and a preference for experts can't go together: leave one of them out"
+            )
     began = time.monotonic()
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens_BL, positions_BL = _pad(prompts)

@@ -170,6 +170,8 @@ def test_generation_with_and_without_exits():
     assert (full.mean_layers, same.mean_layers) == (None, 3.0)
     least = generate(model, variables, prompts, max_new_tokens=6, exit_threshold=0.0)
     assert least.mean_layers == 1.0
+    with pytest.raises(UserError, match="exit_threshold and a preference for experts can't go"):
+        generate(model, variables, prompts, max_new_tokens=1, exit_threshold=0.5, preference={})
 
 
 def test_what_can_not_be_skipped_is_refused():
