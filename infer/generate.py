@@ -70,7 +70,7 @@ def generate(
         check_exits(model)
         if preference is not None:
             raise UserError(
-                "exit_threshold and a preference for experts can't go together: leave one of them out"
+                "exit_threshold and a preference for experts can't go together: leave one out"
             )
     began = time.monotonic()
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
