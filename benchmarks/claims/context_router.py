@@ -30,8 +30,8 @@ from model.transformer import hidden_states, output_weights
 from train.report import BLUE, ORANGE, Picture, new_figure, to_picture
 
 FLAGS, WORDS, FILLERS = 4, 16, 12
-PLANTED_LENGTH, PLANTED_STEPS = 64, 400
-CODE_STEPS, HELD_OUT_TOKENS = 150, 65_536
+PLANTED_LENGTH, PLANTED_STEPS = 64, 200
+CODE_STEPS, HELD_OUT_TOKENS = 120, 65_536
 WINDOW = 64
 ARMS = ("plain", "context")
 

@@ -23,9 +23,9 @@ from infer.certificate import FULL_MODEL, certify, exit_risks, window_losses
 from infer.generate import generate
 from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
 
-STEPS, SEQ_LEN, BATCH_SIZE = 300, 256, 16
-WINDOW, CALIBRATION, TEST = 129, 1500, 500
-THRESHOLDS = tuple(np.round(1 - np.geomspace(0.002, 0.6, 24), 4).tolist())
+STEPS, SEQ_LEN, BATCH_SIZE = 200, 256, 16
+WINDOW, CALIBRATION, TEST = 129, 1000, 400
+THRESHOLDS = tuple(np.round(1 - np.geomspace(0.005, 0.6, 12), 4).tolist())
 DELTA, EPSILON = 0.005, 0.05
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 4, 64, 128, 5
 

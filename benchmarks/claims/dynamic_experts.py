@@ -17,7 +17,7 @@ from configs.architecture import AttentionConfig, LayerSpec, ModelConfig, MoECon
 from infer.generate import generate
 from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
 
-STEPS, SEQ_LEN = 150, 256
+STEPS, SEQ_LEN = 100, 256
 HELD_OUT_TOKENS = 65_536
 PROMPT_TOKENS, REQUESTS = 512, 60
 BATCH, NEW_TOKENS, ROUNDS = 8, 24, 5

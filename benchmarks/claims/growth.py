@@ -26,9 +26,9 @@ from train.growth import grow_optimizer_state
 from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
 from train.state import TrainState, init_state, plan_state
 
-BEFORE, AFTER = 100, 150
+BEFORE, AFTER = 80, 120
 """Steps with 64 experts, and with 128."""
-WARMUP = 60
+WARMUP = 50
 SMOOTHED = 10
 """Steps over which an expert's load is averaged."""
 HELD_OUT_TOKENS, COMPARED_ROWS = 65_536, 8

@@ -27,7 +27,7 @@ from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)
 ROUNDS = 5
-STEPS, SEQ_LEN, BATCH_SIZE = 150, 1024, 4
+STEPS, SEQ_LEN, BATCH_SIZE = 100, 1024, 4
 HELD_OUT_TOKENS = 65_536
 DENSE, POWERS, SUMMARIES = "dense", "powers of two", "summaries"
 COLORS = {DENSE: SOFT, POWERS: BLUE, SUMMARIES: ORANGE}
