@@ -78,6 +78,10 @@ def run(seeds: int) -> Report:
         "tokens with the bias frozen; same data and steps for every arm, equal active FLOPs",
         findings=findings,
         picture=_draw(cvs, floor),
+        notes=[
+            "Entropy is judged on the scores without the bias, and makes them sharp: a bias that "
+            "then moves the choice undoes the evenness it is given. The two are not for together."
+        ],
     )
 
 

@@ -66,7 +66,7 @@ def run(seeds: int) -> Report:
         article="experts grow from 64 to 128; cold start of experts",
         bound="exact operators change nothing at the step itself: KL 0 but for rounding",
         setting=f"standard library, {BEFORE} steps of 4,096 tokens with 64 experts, {AFTER} more "
-        f"with 128; two layers of width 128, entropy and quantile balance; warm-up of {WARMUP} "
+        f"with 128; two layers of width 128, quantile balance; warm-up of {WARMUP} "
         "steps; optimiser state grown with the weights; equal tokens; copy has twice the active "
         "expert FLOPs, the others the same",
         findings=_findings(divergence, entered, nats),
@@ -83,7 +83,7 @@ class _Grown:
 
 
 def _model(num_experts: int):
-    return balance.model(num_experts, **balance.ARMS["entropy + quantile"])
+    return balance.model(num_experts, **balance.ARMS["quantile"])
 
 
 def _scheduled(config: RunConfig, decay: float) -> RunConfig:

@@ -15,7 +15,7 @@ from model.cache import init_memory
 from model.transformer import Transformer, Variables, hidden_states, init_variables, output_weights
 from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
 
-MEMORY, SEGMENT = 512, 128
+MEMORY, SEGMENT = 512, 256
 TEXT = 2048
 RECOMPUTED_AT_ONCE, RECOMPUTED_TOKENS = 8, 16
 CHECKED = 64
