@@ -45,6 +45,7 @@ def model(kind: str, d_model: int, length: int) -> ModelConfig:
             window_size=128,
             num_sinks=4 if kind == POWERS else 0,
             far="powers_of_two" if kind == POWERS else "summaries",
+            block_size=None if kind == POWERS else 64,
         )
     return ModelConfig(
         vocab_size=4096,
