@@ -3,7 +3,6 @@
 N rows, L tokens of a row, V vocab, E experts, P periods.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.claims.base import Finding, Target
-from configs.architecture import LayerSpec, ModelConfig, MoEConfig
+from configs.architecture import ModelConfig
 from configs.base import DataConfig, ExecutionConfig, OptimizerConfig, RunConfig
 from data.packing import PackedRows
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
@@ -184,12 +183,6 @@ def _judge(model, variables, rows):
     nats = jax.lax.map(one_row, (hidden_BLD, rows["targets"])).sum()
     layers = [s.counts_E for s in collect_router_stats(sown, model.config).values()]
     return nats, jnp.concatenate(layers) if layers else jnp.zeros((0, 1), jnp.int32)
-
-
-def with_ffn(model: ModelConfig, ffn: MoEConfig) -> ModelConfig:
-    """The model with this feed-forward in every layer of its pattern."""
-    pattern = tuple(LayerSpec(attention=spec.attention, ffn=ffn) for spec in model.pattern)
-    return dataclasses.replace(model, pattern=pattern)
 
 
 def paired(name: str, ours: list[float], base: list[float], target: Target | None) -> Finding:
