@@ -150,6 +150,7 @@ def _draw(latencies: list[dict[str, np.ndarray]]) -> Picture:
     for name, color in zip(ARMS, (SOFT, BLUE, ORANGE), strict=True):
         values = np.sort(np.concatenate([seed[name] for seed in latencies])) * 1e3
         axes.plot(values, np.arange(1, len(values) + 1) / len(values), color=color, label=name)
+    axes.set_xscale("log")
     axes.set_xlabel(f"milliseconds to the first token, {PROMPT_TOKENS}-token prompts")
     axes.set_ylabel("share of requests")
     axes.legend(frameon=False, loc="lower right")
