@@ -1,6 +1,7 @@
 """What an A/B experiment reports, and how that is printed and kept."""
 
 import datetime
+import math
 import platform
 import statistics
 from collections.abc import Sequence
@@ -52,7 +53,8 @@ class Finding:
 
     def row(self) -> list[str]:
         """Name, median, mean and standard deviation, number of values, target, verdict."""
-        spread = statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+        is_finite = all(math.isfinite(value) for value in self.values)
+        spread = statistics.stdev(self.values) if len(self.values) > 1 and is_finite else 0.0
         return [
             self.name,
             f"{self.median:.4g}",

@@ -1,5 +1,7 @@
 """What the A/B experiments count, draw up and report; their trainings are not run here."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,8 +98,11 @@ def test_steps_until_in_range_wait_for_every_new_expert():
     steps = [step([1, 1, 1, 0])] * 12 + [step([1, 1, 1, 1])] * 30
     trained = Trained(None, None, np.zeros(42), steps, 0.0)  # type: ignore[arg-type]
     assert growth._steps_until_in_range(trained) == 12 + growth.SMOOTHED // 2
+    target = Target(limit=200, at_most=True)
     never = Trained(None, None, np.zeros(12), steps[:12], 0.0)  # type: ignore[arg-type]
-    assert growth._steps_until_in_range(never) == 13
+    assert growth._steps_until_in_range(never) == math.inf
+    entered = Finding(name="steps", values=(math.inf, 3.0, math.inf), target=target)
+    assert entered.row()[-1] == "MISSED"
 
 
 def test_excess_load_leaves_out_what_drawing_gives():
