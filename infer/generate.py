@@ -67,11 +67,7 @@ def generate(
     """
     _check(model, prompts, max_new_tokens)
     if exit_threshold is not None:
-        check_exits(model)
-        if preference is not None:
-            raise UserError(
-                "exit_threshold and a preference for experts can't go together: leave one out"
-            )
+        _check_exit(model, preference)
     began = time.monotonic()
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens_BL, positions_BL = _pad(prompts)
@@ -113,6 +109,14 @@ def generate(
     rate = len(prompts) * len(timed) / sum(timed) if timed else 0.0
     mean_layers = float(np.mean(layers_run)) if layers_run else None
     return Generation(outputs, first_seconds, rate, mean_layers)
+
+
+def _check_exit(model: Transformer, preference: Preference | None) -> None:
+    check_exits(model)
+    if preference is not None:
+        raise UserError(
+            "exit_threshold and a preference for experts can't go together: leave one out"
+        )
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
