@@ -564,6 +564,8 @@ class ModelConfig:
     """Whether the output layer is the transposed input embedding."""
     norm_eps: float = 1e-6
     early_exit: EarlyExitConfig | None = None
+    exit_spacing: int | None = None
+    """Layers between two exits; None: those of the pattern. Training knows no other."""
     multi_token: MultiTokenConfig | None = None
     """Modules that learn to predict further ahead; only training computes them."""
 
@@ -588,13 +590,18 @@ class ModelConfig:
         self._check_memory()
 
     def _check_early_exit(self) -> None:
+        periodic, spacing = self.num_layers - len(self.prefix), self.exit_spacing
         require(
-            self.early_exit is None or self.num_periods >= 2,
-            f"early_exit needs at least 2 periods of the pattern to leave between, got "
-            f"{self.num_periods}: add layers or shorten the pattern",
+            spacing is None or (spacing > 0 and periodic % spacing == 0),
+            f"exit_spacing={spacing} must divide the {periodic} layers after the prefix",
         )
         require(
-            self.early_exit is None or self.num_layers - len(self.pattern) >= 2,
+            self.early_exit is None or self.num_exits >= 2,
+            f"early_exit needs at least 2 periods of the pattern to leave between, got "
+            f"{self.num_exits}: add layers or shorten the pattern",
+        )
+        require(
+            self.early_exit is None or self.num_layers - periodic // self.num_exits >= 2,
             "early_exit would train nothing: its loss gives the exit after the first layer no "
             "weight, and there is no other; add layers",
         )
@@ -643,6 +650,11 @@ class ModelConfig:
     @property
     def num_periods(self) -> int:
         return (self.num_layers - len(self.prefix)) // len(self.pattern)
+
+    @property
+    def num_exits(self) -> int:
+        """Places where a token may leave the model, its end among them."""
+        return (self.num_layers - len(self.prefix)) // (self.exit_spacing or len(self.pattern))
 
     @property
     def layer_kinds(self) -> tuple[LayerSpec, ...]:

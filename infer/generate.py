@@ -1,6 +1,6 @@
-"""Generation: one prefill of the prompts, then a token at a time through the cache.
+"""Generation: one prefill of the prompts, then a token or a draft at a time through the cache.
 
-B prompts, L tokens of the padded prompt, V vocab.
+B prompts, L tokens of the padded prompt, N tokens of a step, V vocab.
 """
 
 import time
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.checks import UserError
+from configs.checks import UserError, require
 from infer.early_exit import check_exits, exit_step
 from infer.sampling import Sampling, sample
+from infer.self_speculative import Draft, Verified, check_draft, draft_and_verify
 from model.cache import init_cache
 from model.transformer import (
     Cache,
@@ -27,7 +28,7 @@ from model.transformer import (
 )
 
 OnTokens = Callable[[np.ndarray], None]
-"""Called after each step with each row's new token, int32 [B]; -1 for rows that have ended."""
+"""Called with each row's new token, int32 [B]; -1 for rows that have none."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ class Generation:
     first_token_seconds: float
     """From the call to the first token, compilation included."""
     tokens_per_second: float
-    """Over all rows, after the first token; compilation of the decode step left out."""
+    """Over all rows that have not ended, after the first token; compilation left out."""
     mean_layers: float | None = None
     """With exit_threshold: layers that a token after the first went through, on average."""
+    mean_accepted: float | None = None
+    """With draft: tokens that a step of one row gave, on average."""
 
 
 def generate(
@@ -53,6 +56,7 @@ def generate(
     stop_ids: frozenset[int] = frozenset(),
     on_tokens: OnTokens = lambda _: None,
     exit_threshold: float | None = None,
+    draft: Draft | None = None,
     preference: Preference | None = None,
 ) -> Generation:
     """Continues each prompt until a stop token or max_new_tokens.
@@ -61,61 +65,111 @@ def generate(
       prompts: token lists, each beginning with the end-of-text token; lengths may differ.
       exit_threshold: new tokens leave the model at the first exit this sure of the next token (see
         infer/early_exit.py); prompts are read by all layers.
+      draft: the first layers draft, the others verify (see infer/self_speculative.py): the same
+        greedy text in fewer steps.
       preference: the experts that the prompts would rather have, a row each or one for all.
     Raises:
-      UserError: an empty prompt, a token outside the vocabulary, or more tokens than the context.
+      UserError: an empty prompt, a token outside the vocabulary, more tokens than the context, or
+        options that can't go together.
     """
     _check(model, prompts, max_new_tokens)
-    if exit_threshold is not None:
-        _check_exit(model, preference)
-    began = time.monotonic()
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    _check_ways(model, sampling, exit_threshold, draft, preference)
+    began, key = time.monotonic(), jax.random.key(seed)
     tokens_BL, positions_BL = _pad(prompts)
-    dtype = model.execution.compute_dtype
-    cache = init_cache(model.config, len(prompts), int(lengths_B.max()) + max_new_tokens, dtype)
-    keys = jax.random.split(jax.random.key(seed), max_new_tokens)
+    position_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    spare = draft.length if draft else 0
+    slots = int(position_B.max()) + max_new_tokens + spare
+    cache = init_cache(model.config, len(prompts), slots, model.execution.compute_dtype, spare)
     token_B, cache = _prefill(
-        model, sampling, variables, tokens_BL, positions_BL, cache, keys[0], preference
+        model, sampling, variables, tokens_BL, positions_BL, cache, key, preference
+    )
+    rows = _Rows(len(prompts), max_new_tokens, stop_ids, on_tokens)
+    rows.add(np.asarray(token_B)[:, None], np.ones(len(prompts), int))
+    first_seconds = time.monotonic() - began
+
+    steps: list[tuple[float, int]] = []  # seconds, new tokens
+    layers_run: list[int] = []
+    accepted: list[int] = []
+    while not rows.is_done_B.all():
+        step_began, is_live_B = time.monotonic(), ~rows.is_done_B
+        count_B = np.ones(len(prompts), int)
+        if draft is not None:
+            made = _decode_draft(model, variables, draft, token_B, position_B, cache)
+            cache, count_B, tokens_BN = made.cache, np.asarray(made.count_B), made.tokens_BN
+            accepted += count_B[is_live_B].tolist()
+            token_B = np.take_along_axis(np.asarray(tokens_BN), count_B[:, None] - 1, 1)[:, 0]
+        elif exit_threshold is not None:
+            new = (token_B, position_B, cache, key, exit_threshold)
+            token_B, cache, layers_B = _decode_early(model, sampling, variables, *new)
+            layers_run += np.asarray(layers_B)[is_live_B].tolist()
+            tokens_BN = token_B[:, None]
+        else:
+            new = (token_B, position_B, cache, key, preference)
+            token_B, cache = _decode(model, sampling, variables, *new)
+            tokens_BN = token_B[:, None]
+        added = rows.add(np.asarray(tokens_BN), count_B)
+        # A row that has ended stays where it is, and so within its cache.
+        position_B = position_B + np.where(is_live_B, count_B, 0).astype(np.int32)
+        steps.append((time.monotonic() - step_began, added))
+    seconds, counts = np.array(steps[1:] or [(1.0, 0)]).T
+    return Generation(
+        rows.outputs,
+        first_seconds,
+        float(counts.sum() / seconds.sum()),
+        float(np.mean(layers_run)) if layers_run else None,
+        float(np.mean(accepted)) if accepted else None,
     )
 
-    outputs: list[list[int]] = [[] for _ in prompts]
-    is_done_B = np.zeros(len(prompts), bool)
-    first_seconds = 0.0
-    step_seconds: list[float] = []
-    layers_run: list[int] = []
-    for i in range(max_new_tokens):
-        step_began = time.monotonic()
-        if i:
-            new = (token_B, lengths_B + i - 1, cache, keys[i])
-            if exit_threshold is None:
-                token_B, cache = _decode(model, sampling, variables, *new, preference)
-            else:
-                token_B, cache, layers_B = _decode_early(
-                    model, sampling, variables, *new, exit_threshold
-                )
-                layers_run += np.asarray(layers_B)[~is_done_B].tolist()
-        host_B = np.asarray(token_B)
-        if i:
-            step_seconds.append(time.monotonic() - step_began)
-        else:
-            first_seconds = time.monotonic() - began
-        is_done_B |= np.isin(host_B, list(stop_ids))
-        for row in np.flatnonzero(~is_done_B):
-            outputs[row].append(int(host_B[row]))
-        on_tokens(np.where(is_done_B, -1, host_B))
-        if is_done_B.all():
-            break
-    timed = step_seconds[1:]
-    rate = len(prompts) * len(timed) / sum(timed) if timed else 0.0
-    mean_layers = float(np.mean(layers_run)) if layers_run else None
-    return Generation(outputs, first_seconds, rate, mean_layers)
+
+class _Rows:
+    """The texts under way."""
+
+    def __init__(
+        self, count: int, max_new_tokens: int, stop_ids: frozenset[int], on_tokens: OnTokens
+    ) -> None:
+        self.outputs: list[list[int]] = [[] for _ in range(count)]
+        self.is_done_B = np.zeros(count, bool)
+        self._most, self._stop_ids, self._on_tokens = max_new_tokens, stop_ids, on_tokens
+
+    def add(self, tokens_BN: np.ndarray, count_B: np.ndarray) -> int:
+        """Each row's first count_B tokens, up to its end; how many there were."""
+        added = 0
+        for n in range(count_B.max()):
+            shown_B = np.full(len(count_B), -1, np.int32)
+            for row in np.flatnonzero(~self.is_done_B & (n < count_B)):
+                token = int(tokens_BN[row, n])
+                added += 1
+                if token in self._stop_ids:
+                    self.is_done_B[row] = True
+                    continue
+                self.outputs[row].append(token)
+                shown_B[row] = token
+                self.is_done_B[row] = len(self.outputs[row]) == self._most
+            self._on_tokens(shown_B)
+        return added
 
 
-def _check_exit(model: Transformer, preference: Preference | None) -> None:
-    check_exits(model)
-    if preference is not None:
-        raise UserError(
-            "exit_threshold and a preference for experts can't go together: leave one out"
+def _check_ways(
+    model: Transformer,
+    sampling: Sampling,
+    exit_threshold: float | None,
+    draft: Draft | None,
+    preference: Preference | None,
+) -> None:
+    ways = {
+        "exit_threshold": exit_threshold,
+        "draft": draft,
+        "a preference for experts": preference,
+    }
+    given = [name for name, value in ways.items() if value is not None]
+    require(len(given) < 2, f"{' and '.join(given)} can't go together: leave one out")
+    if exit_threshold is not None:
+        check_exits(model)
+    if draft is not None:
+        check_draft(model, draft)
+        require(
+            sampling.temperature == 0,
+            f"draft gives the greedy text, got temperature={sampling.temperature}: leave one out",
         )
 
 
@@ -185,7 +239,7 @@ def _decode(
     hidden_B1D, new_cache = hidden_states(
         model, variables, token_B[:, None], position_B[:, None], cache, preference
     )
-    token_B = _next_token(model, sampling, variables, hidden_B1D[:, 0], key)
+    token_B = _next_token(model, sampling, variables, hidden_B1D[:, 0], _at(key, position_B))
     return token_B, cast(Cache, new_cache)
 
 
@@ -201,8 +255,26 @@ def _decode_early(
     threshold: float,
 ) -> tuple[jax.Array, Cache, jax.Array]:
     """As _decode, leaving at the first exit that is sure enough; and the layers run, [B]."""
-    step = exit_step(model, variables, token_B, position_B, cache, threshold)
-    return sample(step.logits_BV, key, sampling), step.cache, step.layers_B
+    made = exit_step(model, variables, token_B, position_B, cache, threshold)
+    token_B = sample(made.logits_BV, _at(key, position_B), sampling)
+    return token_B, made.cache, made.layers_B
+
+
+@partial(jax.jit, static_argnums=(0, 2), donate_argnums=5)
+def _decode_draft(
+    model: Transformer,
+    variables: Variables,
+    draft: Draft,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    cache: Cache,
+) -> Verified:
+    return draft_and_verify(model, variables, token_B, position_B, cache, draft)
+
+
+def _at(key: jax.Array, position_B: jax.Array) -> jax.Array:
+    """A key of this step's own: at each one a row moves on."""
+    return jax.random.fold_in(key, position_B.sum())
 
 
 def _next_token(

@@ -72,20 +72,30 @@ class Cache(struct.PyTreeNode):
     """One per layer of the pattern, stacked over the periods in dim 0."""
 
 
-def num_slots(config: Attention, max_length: int) -> int:
-    """Slots a layer needs for sequences of max_length tokens."""
+def num_slots(config: Attention, max_length: int, spare: int = 0) -> int:
+    """Slots a layer needs for sequences of max_length tokens.
+
+    Args:
+      spare: tokens that may be written and taken back (`rewind`) without loss.
+    """
     if isinstance(config, RelativeAttentionConfig):
-        return min(max_length, config.window_size)
+        return min(max_length, config.window_size + spare)
     if not isinstance(config, AttentionConfig) or config.window_size is None:
         return max_length
-    return min(max_length, config.num_sinks + config.window_size)
+    return min(max_length, config.num_sinks + config.window_size + spare)
 
 
-def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype: str) -> Cache:
-    """Empty caches for a batch of sequences of at most max_length tokens."""
+def init_cache(
+    config: ModelConfig, batch_size: int, max_length: int, dtype: str, spare: int = 0
+) -> Cache:
+    """Empty caches for a batch of sequences of at most max_length tokens.
+
+    Args:
+      spare: see `num_slots`.
+    """
 
     def one(attention: Attention, dtype: str, stack: tuple[int, ...]) -> LayerCache:
-        slots = (*stack, batch_size, num_slots(attention, max_length))
+        slots = (*stack, batch_size, num_slots(attention, max_length, spare))
         if isinstance(attention, LatentAttentionConfig):
             heads, key, value = 1, attention.latent_rank + attention.rope_head_dim, 0
         elif isinstance(attention, RelativeAttentionConfig):
@@ -140,6 +150,20 @@ def init_memory(config: ModelConfig, batch_size: int, dtype: str) -> Cache | Non
     )
 
 
+def rewind(cache: Cache, position_B: jax.Array) -> Cache:
+    """The cache without the tokens from these positions on, at most `spare` of which were written.
+
+    Their slots become empty; keys and values stay until they are written over.
+    """
+
+    def emptied(path: tuple, x: jax.Array) -> jax.Array:
+        if path[-1] != jax.tree_util.GetAttrKey("positions_BS"):
+            return x
+        return jnp.where(x >= position_B[:, None], -1, x)
+
+    return jax.tree_util.tree_map_with_path(emptied, cache)
+
+
 def append(
     cache: LayerCache,
     k_BLGC: jax.Array,
@@ -147,17 +171,13 @@ def append(
     positions_BL: jax.Array,
     num_sinks: int,
 ) -> tuple[LayerCache, LayerCache]:
-    """Returns the cache with the new tokens in it, and the old cache followed by the new tokens.
+    """Returns the cache with the new tokens in it, and the keys that the new tokens attend to.
 
-    The second one is what the new tokens attend to: writing first would overwrite keys that the
-    earlier of them still see. Tokens at position -1 are padding and are not written; of those that
-    share a ring slot, only the newest is.
+    Those are the old cache followed by the new tokens: writing first would overwrite keys that the
+    earlier of them still see. A single token is written first, and nothing is copied: what it
+    overwrites has left its window. Tokens at position -1 are padding and are not written; of those
+    that share a ring slot, only the newest is.
     """
-    seen = LayerCache(
-        k_BSGC=jnp.concatenate([cache.k_BSGC, k_BLGC.astype(cache.k_BSGC.dtype)], axis=1),
-        v_BSGC=jnp.concatenate([cache.v_BSGC, v_BLGC.astype(cache.v_BSGC.dtype)], axis=1),
-        positions_BS=jnp.concatenate([cache.positions_BS, positions_BL], axis=1),
-    )
     slots = cache.positions_BS.shape[1]
     ring = max(slots - num_sinks, 1)
     newest_B1 = positions_BL.max(axis=1, keepdims=True)
@@ -175,5 +195,12 @@ def append(
         k_BSGC=write(cache.k_BSGC, k_BLGC),
         v_BSGC=write(cache.v_BSGC, v_BLGC),
         positions_BS=write(cache.positions_BS, positions_BL),
+    )
+    if positions_BL.shape[1] == 1:
+        return written, written
+    seen = LayerCache(
+        k_BSGC=jnp.concatenate([cache.k_BSGC, k_BLGC.astype(cache.k_BSGC.dtype)], axis=1),
+        v_BSGC=jnp.concatenate([cache.v_BSGC, v_BLGC.astype(cache.v_BSGC.dtype)], axis=1),
+        positions_BS=jnp.concatenate([cache.positions_BS, positions_BL], axis=1),
     )
     return written, seen

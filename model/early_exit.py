@@ -32,9 +32,9 @@ class Supervised(NamedTuple):
 
 
 def exit_layers(config: ModelConfig) -> np.ndarray:
-    """Index of the layer before each exit, int [P]; the last is num_layers - 1."""
-    period, first = len(config.pattern), len(config.prefix)
-    return first + period * np.arange(1, config.num_periods + 1) - 1
+    """Index of the layer before each exit, int [num_exits]; the last is num_layers - 1."""
+    spacing, first = config.exit_spacing or len(config.pattern), len(config.prefix)
+    return first + spacing * np.arange(1, config.num_exits + 1) - 1
 
 
 def dropout_rates(config: ModelConfig) -> np.ndarray:

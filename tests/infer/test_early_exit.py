@@ -18,6 +18,7 @@ from configs.checks import UserError
 from infer import early_exit
 from infer.early_exit import check_exits, exit_hidden, exit_step
 from infer.generate import generate
+from infer.layerwise import layers_by_exit
 from model.cache import init_cache
 from model.transformer import Transformer, hidden_states, output_weights
 from tests import oracle, tiny
@@ -147,16 +148,18 @@ def test_keys_of_skipped_layers_come_from_the_state_that_left(variables, early):
 def test_filling_a_skipped_period_costs_its_keys_alone(variables):
     """No attention, no feed-forward, no expert is left in the compiled program."""
     cache = init_cache(CONFIG, 1, 64, "float32")
-    one = jax.tree.map(lambda x: x[0], (early_exit._stacked_layers(variables), cache.periods))
     x, at = jnp.zeros((1, 1, 32)), jnp.zeros((1, 1), jnp.int32)
 
-    def fill(one, x, at):
-        return early_exit._keys_of(MODEL, *one[:1], x, one[1], at, at)
+    def fill(variables, caches, x, at):
+        layers = layers_by_exit(MODEL, variables, caches)[0]
+        return early_exit._keys_of(MODEL, layers, [layer.cache for layer in layers], x, at, at)
 
-    flops = jax.jit(fill).lower(one, x, at).compile().cost_analysis()["flops"]
+    compiled = jax.jit(fill).lower(variables, cache.periods, x, at).compile()
+    flops = compiled.cost_analysis()["flops"]
     keys_and_values = 2 * (2 * 32 * 2 * 2 * 8)  # two layers of [D, 2, G, C]
     assert flops < 2 * keys_and_values  # norms, RoPE and the choice of slots beside them
-    everything = sum(x.size for x in jax.tree.leaves(one[0]))
+    period = jax.tree.map(lambda x: x[0], variables["params"]["periods"])
+    everything = sum(x.size for x in jax.tree.leaves(period))
     assert flops < 2 * everything / 4  # far below one pass through the period's weights
 
 

@@ -1,0 +1,54 @@
+"""The same model with weights of its own for each layer, for decoding.
+
+Training stacks the weights of equal layers and scans over them, so that compile time does not grow
+with depth. A program for one token does little with each weight, and XLA on CPU copies a layer's
+weights out of the stack before it multiplies by them, which doubles what it reads. A pattern of all
+layers, repeated once, has nothing to copy.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from model.block import Preference
+from model.transformer import Transformer, Variables
+
+
+def unstack(model: Transformer, variables: Variables) -> tuple[Transformer, Variables]:
+    """A model whose pattern is all its layers once, exits where they were, and its variables.
+
+    The weights of the layers are copied; the rest is shared.
+    """
+    config = model.config
+    unstacked = dataclasses.replace(
+        config,
+        pattern=config.pattern * config.num_periods,
+        exit_spacing=config.exit_spacing or len(config.pattern),
+    )
+    params, state = variables["params"], variables["router_state"]
+    split = {"params": params | {"periods": split_periods(params["periods"])}}
+    split["router_state"] = dict(state)
+    if "periods" in state:
+        split["router_state"]["periods"] = split_periods(state["periods"], len(config.pattern))
+    return Transformer(unstacked, model.execution), split
+
+
+def unstack_preference(model: Transformer, preference: Preference) -> Preference:
+    """The preference for experts as the unstacked model takes it."""
+    return split_periods(preference, len(model.config.pattern))
+
+
+def split_periods(layers: dict[str, Any], period: int | None = None) -> dict[str, Any]:
+    """{"layer_i": arrays [periods, ...]} as {"layer_j": arrays [1, ...]}, j = p * period + i.
+
+    Args:
+      period: layers of the pattern; None where all of them are there.
+    """
+    period = len(layers) if period is None else period
+    split = {}
+    for name, tree in layers.items():
+        i = int(name.removeprefix("layer_"))
+        for p in range(jax.tree.leaves(tree)[0].shape[0]):
+            split[f"layer_{p * period + i}"] = jax.tree.map(lambda x, p=p: x[p : p + 1], tree)
+    return split

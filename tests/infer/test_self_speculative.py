@@ -1,0 +1,131 @@
+"""Drafting with the first layers against plain greedy decoding: the same text, in fewer steps."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs.architecture import (
+    DenseConfig,
+    LayerSpec,
+    LocalSparseAttentionConfig,
+    MixtureOfDepthsConfig,
+)
+from configs.checks import UserError
+from infer.generate import generate
+from infer.sampling import Sampling
+from infer.self_speculative import Draft, draft_and_verify
+from model.cache import init_cache, rewind
+from model.transformer import Transformer, hidden_states
+from model.unstacked import unstack
+from tests import tiny
+from tests.probes import drawn
+
+LOCAL = tiny.attention(window_size=5, num_sinks=2)
+DENSE = DenseConfig(d_ff=16)
+CONFIG = tiny.model(
+    prefix=(LayerSpec(attention=LOCAL, ffn=DENSE),),
+    pattern=(
+        LayerSpec(attention=LOCAL, ffn=DENSE),
+        LayerSpec(attention=tiny.attention(window_size=None, num_sinks=0), ffn=tiny.moe()),
+    ),
+    num_layers=7,
+    context_length=128,
+)
+MODEL = Transformer(CONFIG)
+PROMPTS = [[0, 5, 17, 200, 31, 8, 2], [0, 3]]
+
+
+@pytest.fixture(scope="module")
+def variables():
+    """Later layers add little, so that drafts are right at times and wrong at times."""
+    made = drawn(CONFIG, seed=2)
+    made["params"]["periods"] = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * 0.4 if path[-1].key in ("o", "down") else x, made["params"]["periods"]
+    )
+    return made
+
+
+@pytest.mark.parametrize("draft", [Draft(), Draft(exit=2, length=3), Draft(length=1)])
+def test_the_text_is_the_whole_models(variables, draft):
+    """Windows of 5 with drafts of 4: slots of a ring are written and taken back all the time."""
+    expected = generate(MODEL, variables, PROMPTS, max_new_tokens=40)
+    made = generate(MODEL, variables, PROMPTS, max_new_tokens=40, draft=draft)
+    assert made.tokens == expected.tokens
+    accepted = made.mean_accepted
+    assert accepted is not None
+    if draft.length == 1:
+        assert accepted == 1
+    else:
+        assert 1 < accepted < draft.length, "drafts should be right at times and wrong at times"
+
+
+def test_an_unstacked_model_drafts_the_same(variables):
+    expected = generate(MODEL, variables, PROMPTS, max_new_tokens=12, draft=Draft())
+    made = generate(*unstack(MODEL, variables), PROMPTS, max_new_tokens=12, draft=Draft())
+    assert (made.tokens, made.mean_accepted) == (expected.tokens, expected.mean_accepted)
+
+
+def test_stop_tokens_end_a_row_in_mid_draft(variables):
+    whole = generate(MODEL, variables, PROMPTS, max_new_tokens=20).tokens
+    stop = whole[0][6]
+    shown = []
+    made = generate(
+        MODEL,
+        variables,
+        PROMPTS,
+        max_new_tokens=20,
+        draft=Draft(exit=2, length=5),
+        stop_ids=frozenset({stop}),
+        on_tokens=shown.append,
+    )
+    for tokens, expected in zip(made.tokens, whole, strict=True):
+        end = expected.index(stop) if stop in expected else len(expected)
+        assert tokens == expected[:end]
+    told = [[int(t) for t in row if t >= 0] for row in np.array(shown).T]
+    assert told == made.tokens
+
+
+def test_without_spare_slots_the_window_would_be_lost(variables):
+    """The wrong version: a ring without spare slots loses keys that a rejected draft wrote over."""
+    tokens = np.random.RandomState(1).randint(0, 300, (1, 12)).astype(np.int32)
+    positions = np.arange(12, dtype=np.int32)[None]
+    draft = Draft(exit=1, length=4)
+    found = []
+    for spare in (draft.length, 0):
+        cache = init_cache(CONFIG, 1, 32, "float32", spare)
+        _, cache = hidden_states(MODEL, variables, tokens, positions, cache)
+        assert cache is not None
+        first = draft_and_verify(
+            MODEL, variables, np.array([7]), np.array([12], np.int32), cache, draft
+        )
+        again = rewind(first.cache, np.array([13], np.int32))  # as if one had been kept
+        hidden, _ = hidden_states(
+            MODEL, variables, np.array([[9]]), np.array([[13]], np.int32), again
+        )
+        found.append(np.asarray(hidden[0, 0]))
+    whole = np.concatenate([tokens, [[7, 9]]], axis=1).astype(np.int32)
+    expected, _ = hidden_states(MODEL, variables, whole, np.arange(14, dtype=np.int32)[None])
+    np.testing.assert_allclose(found[0], expected[0, -1], atol=1e-4)
+    assert np.abs(found[1] - expected[0, -1]).max() > 1e-2
+
+
+def test_what_can_not_be_drafted_is_refused(variables):
+    def ask(model=MODEL, draft=Draft(), **options):
+        generate(model, variables, PROMPTS, max_new_tokens=2, draft=draft, **options)
+
+    with pytest.raises(UserError, match=r"draft\.exit=3 is no exit before the model's end"):
+        ask(draft=Draft(exit=3))
+    with pytest.raises(UserError, match=r"draft gives the greedy text, got temperature=1\.0"):
+        ask(sampling=Sampling(temperature=1.0))
+    with pytest.raises(UserError, match="exit_threshold and draft can't go together"):
+        ask(exit_threshold=0.5)
+    with pytest.raises(UserError, match=r"draft\.|length"):
+        Draft(length=0)
+    sparse = LocalSparseAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window_size=4)
+    depth = MixtureOfDepthsConfig(capacity=0.5)
+    for spec, sentence in (
+        (LayerSpec(attention=sparse, ffn=DENSE), "no spare slots"),
+        (LayerSpec(attention=LOCAL, ffn=DENSE, depth=depth), r"model\.depth\.causal"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            ask(Transformer(tiny.model(pattern=(spec,), num_layers=2)))
