@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.training import make_step, mixtral_run, random_batch
-from configs.architecture import AttentionConfig, MoEConfig
+from configs.attention import AttentionConfig
 from configs.base import DataConfig, RunConfig
+from configs.feed_forward import MoEConfig
 from train.loop import mesh_of, to_devices
 from train.state import plan_state
 from train.step import make_train_step

@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs.architecture import AttentionConfig, LayerSpec, ModelConfig, MoEConfig, RouterConfig
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
 from configs.base import ExecutionConfig, OptimizerConfig, RunConfig
+from configs.feed_forward import MoEConfig, RouterConfig
 from train.loop import mesh_of, to_devices
 from train.state import init_state, plan_state
 from train.step import make_train_step

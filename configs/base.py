@@ -11,8 +11,9 @@ that would be ignored is an error.
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.architecture import ModelConfig, MoEConfig
+from configs.architecture import ModelConfig
 from configs.checks import require, require_positive
+from configs.feed_forward import MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True)

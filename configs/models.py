@@ -3,21 +3,20 @@
 import dataclasses
 
 from configs.architecture import (
-    AttentionConfig,
-    ContextConfig,
-    DenseConfig,
     EarlyExitConfig,
-    LatentAttentionConfig,
     LayerSpec,
-    LocalSparseAttentionConfig,
     MixtureOfDepthsConfig,
     ModelConfig,
-    MoEConfig,
     MultiTokenConfig,
+)
+from configs.attention import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LocalSparseAttentionConfig,
     RelativeAttentionConfig,
-    RouterConfig,
     YarnConfig,
 )
+from configs.feed_forward import ContextConfig, DenseConfig, MoEConfig, RouterConfig
 
 
 def v1_1b() -> ModelConfig:

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from configs.architecture import MoEConfig
 from configs.checks import require
+from configs.feed_forward import MoEConfig
 from infer.layerwise import Layer, exit_logits, layers_by_exit, run_layers, stacked
 from model.cache import BlockCache, Cache
 from model.depth import chosen_by_sign, router_logits

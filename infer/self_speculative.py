@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from configs.architecture import LocalSparseAttentionConfig
+from configs.attention import LocalSparseAttentionConfig
 from configs.checks import require, require_positive
 from infer.layerwise import exit_logits, layers_by_exit, run_layers, stacked
 from model.cache import BlockCache, Cache, rewind

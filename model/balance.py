@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from configs.architecture import RouterConfig
+from configs.feed_forward import RouterConfig
 from model.router import RouterState, Routing
 
 NULL_GAIN = 0.3

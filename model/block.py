@@ -10,16 +10,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from configs.architecture import (
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import (
     Attention,
-    DenseConfig,
     LatentAttentionConfig,
-    LayerSpec,
     LocalSparseAttentionConfig,
-    ModelConfig,
     RelativeAttentionConfig,
 )
 from configs.base import ExecutionConfig
+from configs.feed_forward import DenseConfig
 from model.attention.grouped_query import GroupedQueryAttention
 from model.attention.latent import LatentAttention
 from model.attention.local_sparse import LocalSparseAttention

@@ -15,16 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from configs.architecture import (
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import (
     Attention,
     AttentionConfig,
     LatentAttentionConfig,
-    LayerSpec,
     LocalSparseAttentionConfig,
-    ModelConfig,
-    MoEConfig,
     RelativeAttentionConfig,
 )
+from configs.feed_forward import MoEConfig
 from kernels.sparse_attention import Nodes, empty_nodes
 
 

@@ -7,6 +7,8 @@ of one layer these are the published formulas. Layers l = 0 ... L-1, e_s = loss_
     p(l) = p_max (exp(l ln 2 / (L-1)) - 1)
     e(l) = e_s sum_{i<=l} i  for l < L-1        e(L-1) = L-1 + e_s sum_{i<=L-2} i
 
+or, weighting "uniform", e(l) = e_s and e(L-1) = 1.
+
 The rates are the same in every step (LayerSkip's S(t) = 1, as for continued training). A skipped
 period is computed and thrown away for that row: shapes are static. Inference lies in
 infer/early_exit.py. P periods, K exits supervised in a step.
@@ -47,6 +49,8 @@ def dropout_rates(config: ModelConfig) -> np.ndarray:
 def exit_weights(config: ModelConfig) -> np.ndarray:
     """e(l) of each exit, the last layer among them, float32 [P]; not normalised."""
     layer_P, scale = exit_layers(config), _exits(config).loss_scale
+    if _exits(config).weighting == "uniform":
+        return np.array([*[scale] * (len(layer_P) - 1), 1.0], np.float32)
     e_P = scale * layer_P * (layer_P + 1) / 2
     last = config.num_layers - 1
     e_P[-1] = last + scale * (last - 1) * last / 2

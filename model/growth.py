@@ -24,14 +24,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from configs.architecture import (
-    BiasWarmupConfig,
-    LayerSpec,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-)
+from configs.architecture import LayerSpec, ModelConfig
 from configs.checks import require
+from configs.feed_forward import BiasWarmupConfig, MoEConfig, RouterConfig
 from model.routed_layers import RoutedLayer, map_layers, routed_layers
 from model.router import RouterState
 from model.transformer import Variables

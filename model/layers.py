@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.architecture import DenseConfig, YarnConfig
+from configs.attention import YarnConfig
+from configs.feed_forward import DenseConfig
 
 
 def weight(

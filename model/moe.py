@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from configs.architecture import DenseConfig, MoEConfig
 from configs.base import ExecutionConfig
+from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 from kernels.grouped_matmul import Implementation, grouped_matmul
 from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
@@ -66,17 +66,12 @@ class MoE(nn.Module):
             state = self.variable("router_state", "state", initial_state, c.num_experts).value
         x_TD, is_token_BL = x_BLD.reshape(batch * length, d_model), positions_BL >= 0
         router_logits_TE = router_logits_BLE.reshape(batch * length, c.num_experts)
-        preference_TE = None
-        if preference_BE is not None:
-            shape = (batch, length, c.num_experts)
-            wanted_TE = jnp.broadcast_to(preference_BE[:, None], shape).reshape(-1, c.num_experts)
-            preference_TE = wanted_TE * score_deviation(router_logits_TE, c.router)
         routing = route(
             router_logits_TE,
             c.router,
             state,
             is_token_T=is_token_BL.reshape(-1),
-            preference_E=preference_TE,
+            preference_E=_bias(preference_BE, router_logits_TE, x_BLD.shape, c.router),
         )
         out_TD, moved = apply_experts(
             x_TD,
@@ -100,17 +95,19 @@ class MoE(nn.Module):
             bytes_moved=moved.bytes_moved,
         )
         if c.router.warmup is not None:
-            warmup = self.variable(
-                "router_state", "warmup", initial_warmup, c.num_experts, c.router.warmup
-            ).value
-            seen = warmup_stats(routing, is_token_BL.reshape(-1), state, warmup, c.router.warmup)
-            stats = stats._replace(warmup=seen)
+            stats = stats._replace(warmup=self._warmup_stats(routing, is_token_BL, state))
         self.sow("router", "stats", stats, init_fn=lambda: None, reduce_fn=newest)
         out_BLD = out_TD.reshape(batch, length, d_model)
         if c.num_shared_experts:
             shared = DenseConfig(d_ff=c.num_shared_experts * c.d_ff)
             out_BLD += SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
         return out_BLD, cache
+
+    def _warmup_stats(self, routing, is_token_BL, state):
+        num_experts, config = self.config.num_experts, self.config.router.warmup
+        assert config is not None
+        warmup = self.variable("router_state", "warmup", initial_warmup, num_experts, config).value
+        return warmup_stats(routing, is_token_BL.reshape(-1), state, warmup, config)
 
     def _router_logits(self, x_BLD, positions_BL, segments_BL, cache):
         """Float32 [B, L, E], and the context router's cache."""
@@ -132,6 +129,20 @@ class MoE(nn.Module):
             update_BLE, cache = attention(x_BLD, positions_BL, segments_BL, cache)
             logits_BLE += update_BLE
         return logits_BLE, cache
+
+
+def _bias(
+    preference_BE: jax.Array | None,
+    router_logits_TE: jax.Array,
+    shape: tuple[int, ...],
+    config: RouterConfig,
+) -> jax.Array | None:
+    """The preference of each token's request in units of its scores, [T, E]; shape is [B, L, D]."""
+    if preference_BE is None:
+        return None
+    (batch, length, _), num_experts = shape, router_logits_TE.shape[1]
+    wanted_BLE = jnp.broadcast_to(preference_BE[:, None], (batch, length, num_experts))
+    return wanted_BLE.reshape(-1, num_experts) * score_deviation(router_logits_TE, config)
 
 
 class ExpertCorrelation(nn.Module):

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from configs.architecture import ModelConfig, MoEConfig
+from configs.architecture import ModelConfig
+from configs.feed_forward import MoEConfig
 
 
 @dataclass(frozen=True)

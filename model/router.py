@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from configs.architecture import RouterConfig
+from configs.feed_forward import RouterConfig
 
 
 class RouterState(struct.PyTreeNode):

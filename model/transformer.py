@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.architecture import (
-    ModelConfig,
-)
+from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig
 from model.block import Block, Period, Preference
 from model.cache import BlockCache, Cache

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from configs.architecture import BiasWarmupConfig, RouterConfig
+from configs.feed_forward import BiasWarmupConfig, RouterConfig
 from model.balance import RouterStats, updated_state
 from model.router import RouterState, Routing
 

@@ -15,6 +15,8 @@ from evals.expert_domains import read_preference
 from infer.generate import generate
 from infer.load import load_model
 from infer.sampling import Sampling
+from infer.self_speculative import Draft
+from model.unstacked import unstack, unstack_preference
 from scripts import command
 
 
@@ -30,6 +32,10 @@ def main(argv: list[str]) -> None:
         "--exit-threshold", type=float, help="leave at the first exit this sure (above 1: never)"
     )
     parser.add_argument(
+        "--draft-exit", type=int, help="the layers before this exit draft, the rest verify"
+    )
+    parser.add_argument("--draft-length", type=int, default=4, help="tokens drafted at a time")
+    parser.add_argument(
         "--expert-preference",
         metavar="DOMAIN[:BETA]",
         help="rather use the experts that scripts.label_experts found for this domain",
@@ -39,7 +45,13 @@ def main(argv: list[str]) -> None:
     run = read_run(arguments.run_dir)
     wanted = arguments.expert_preference
     preference = read_preference(arguments.run_dir, wanted) if wanted is not None else None
-    model, variables = load_model(run, arguments.run_dir)
+    stacked, variables = load_model(run, arguments.run_dir)
+    model, variables = unstack(stacked, variables)
+    if preference is not None:
+        preference = unstack_preference(stacked, preference)
+    draft = None
+    if arguments.draft_exit is not None:
+        draft = Draft(arguments.draft_exit, arguments.draft_length)
     tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
     ids: list[int] = []
     shown = 0
@@ -66,9 +78,12 @@ def main(argv: list[str]) -> None:
         stop_ids=frozenset({END_OF_TEXT_ID}),
         on_tokens=show,
         exit_threshold=arguments.exit_threshold,
+        draft=draft,
         preference=preference,
     )
     depth = "" if result.mean_layers is None else f", {result.mean_layers:.1f} layers a token"
+    if result.mean_accepted is not None:
+        depth = f", {result.mean_accepted:.1f} tokens a draft"
     print(
         f"\n--- {len(result.tokens[0])} tokens; first after {result.first_token_seconds:.2f} s "
         f"(compilation included), then {result.tokens_per_second:.1f} tokens/s{depth}"

@@ -7,16 +7,14 @@ import dataclasses
 
 import numpy as np
 
-from configs.architecture import (
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import (
     AttentionConfig,
-    DenseConfig,
     LatentAttentionConfig,
-    LayerSpec,
     LocalSparseAttentionConfig,
-    ModelConfig,
-    MoEConfig,
     RelativeAttentionConfig,
 )
+from configs.feed_forward import DenseConfig, MoEConfig
 
 
 def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.ndarray):

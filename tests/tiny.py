@@ -3,15 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from configs.architecture import (
-    AttentionConfig,
-    DenseConfig,
-    LayerSpec,
-    ModelConfig,
-    MoEConfig,
-    RelativeAttentionConfig,
-    RouterConfig,
-)
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig, RelativeAttentionConfig
 from configs.base import (
     CheckpointConfig,
     DataConfig,
@@ -20,6 +13,7 @@ from configs.base import (
     OptimizerConfig,
     RunConfig,
 )
+from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 
 
 def attention(**changes) -> AttentionConfig:

@@ -105,18 +105,16 @@ def _gradients(
 
         objective, sums = judge(hidden_BLD)
         if run.model.early_exit is not None:
+            finish = partial(trainee.model.apply, variables, method="finish")
             objective, exits_K = exits_loss(
-                lambda x_BLD: judge(trainee.model.apply(variables, x_BLD, method="finish")),
+                lambda x_BLD: judge(finish(x_BLD)),
                 objective,
                 sown["exits"]["periods"]["hidden"],
                 supervised_exits(run.model, state.step),
             )
             sums |= {"exits": exits_K}
         stats, depth = collect_router_stats(sown, run.model), collect_depth_stats(sown, run.model)
-        auxiliary = auxiliary_loss(stats, run.model, earlier_counts)
-        if depth:
-            auxiliary += depth_loss(depth, run.model)
-        auxiliary /= run.accumulation
+        auxiliary = _auxiliary(run, stats, depth, earlier_counts)
         sums = jax.tree.map(lambda x: x / num_targets, sums | {"loss": objective})
         sums |= {"auxiliary": auxiliary, "depth": _depth_metrics(run, depth)}
         total = objective / num_targets + auxiliary
@@ -144,6 +142,19 @@ def _gradients(
         grads, sums, stats = _accumulate(run, grad, state.params, rows, keys)
         memory = None
     return grads, sums, stats, memory
+
+
+def _auxiliary(
+    run: RunConfig,
+    stats: LayerStats,
+    depth: dict[str, DepthStats],
+    earlier_counts: dict[str, jax.Array],
+) -> jax.Array:
+    """One micro-batch's share of the losses beside the objective."""
+    auxiliary = auxiliary_loss(stats, run.model, earlier_counts)
+    if depth:
+        auxiliary += depth_loss(depth, run.model)
+    return auxiliary / run.accumulation
 
 
 def _depth_keys(run: RunConfig, step: jax.Array) -> jax.Array | None:

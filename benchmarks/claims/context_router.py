@@ -17,14 +17,9 @@ from benchmarks.claims.training import (
     small_run,
     train,
 )
-from configs.architecture import (
-    AttentionConfig,
-    ContextConfig,
-    LayerSpec,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-)
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
+from configs.feed_forward import ContextConfig, MoEConfig, RouterConfig
 from data.pipeline import Batch
 from model.transformer import hidden_states, output_weights
 from train.report import BLUE, ORANGE, Picture, new_figure, to_picture

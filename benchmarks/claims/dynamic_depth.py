@@ -1,33 +1,39 @@
-"""Early exit with a certificate against the whole depth: decoding speed and what it costs.
+"""Leaving early against the whole depth: decoding speed and what it costs.
 
-Bytes of the standard library, so that looking at an exit's 256 logits costs little.
+Two ways: a token leaves at the first exit that is sure enough, at a threshold with a certificate;
+or the first exit's layers draft and the rest verify, which costs no loss at all. Bytes of the
+standard library, so that looking at an exit's 256 logits costs little.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from benchmarks.claims.base import Finding, Report, Target
 from benchmarks.claims.training import Trained, small_run, train
-from configs.architecture import (
-    AttentionConfig,
-    DenseConfig,
-    EarlyExitConfig,
-    LayerSpec,
-    ModelConfig,
-)
+from configs.architecture import EarlyExitConfig, LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
+from configs.feed_forward import DenseConfig
 from data.corpora import read_documents, split
 from data.pipeline import Batch
 from infer.certificate import FULL_MODEL, certify, exit_risks, window_losses
-from infer.generate import generate
-from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
+from infer.generate import Generation, generate
+from infer.self_speculative import Draft
+from model.transformer import Transformer, Variables
+from model.unstacked import unstack
+from train.progress import ProgressBar
+from train.report import BLUE, INK, ORANGE, SOFT, Picture, new_panels, to_picture
 
-STEPS, SEQ_LEN, BATCH_SIZE = 200, 256, 16
-WINDOW, CALIBRATION, TEST = 129, 1000, 400
+STEPS, SEQ_LEN, BATCH_SIZE = 200, 256, 8
+WINDOW, CALIBRATION, TEST = 129, 1500, 400
 THRESHOLDS = tuple(np.round(1 - np.geomspace(0.005, 0.6, 12), 4).tolist())
 DELTA, EPSILON = 0.005, 0.05
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 4, 64, 128, 5
+WHOLE, STACKED, EXITS, DRAFTS = "whole depth", "whole depth, stacked", "certified exit", "drafts"
+DRAFT = Draft(exit=2, length=6)
 
 
 def model() -> ModelConfig:
@@ -40,53 +46,70 @@ def model() -> ModelConfig:
         num_layers=12,
         pattern=(layer, layer),
         context_length=SEQ_LEN,
-        early_exit=EarlyExitConfig(dropout=0.1, loss_scale=1.0, rotation=1),
+        early_exit=EarlyExitConfig(dropout=0.1, loss_scale=0.5, rotation=1, weighting="uniform"),
     )
 
 
 def run(seeds: int) -> Report:
-    speedups, layers, worse, certified = [], [], [], []
+    speedups: dict[str, list[float]] = {EXITS: [], DRAFTS: []}
+    layers, accepted, worse, certified = [], [], [], []
     curve: list[tuple[float, float]] = []
     for seed in range(seeds):
         trained = _train(seed)
         windows = held_out_windows(CALIBRATION + TEST, seed)
-        risks = exit_risks(
-            trained.model, trained.variables, windows[:CALIBRATION], THRESHOLDS, batch_size=50
-        )
+        risks = _risks(trained, windows[:CALIBRATION])
         certificate = certify(risks, THRESHOLDS, delta=DELTA, epsilon=EPSILON)
         threshold = FULL_MODEL if certificate.threshold is None else certificate.threshold
         certified.append(threshold)
         worse.append(_test_increase(trained, windows[CALIBRATION:], threshold))
-        rounds, mean_layers = _decode(trained, windows[CALIBRATION:], threshold)
-        speedups += rounds
-        layers.append(mean_layers)
-        curve = curve or list(zip(THRESHOLDS, risks.mean(axis=1).tolist(), strict=True))
-    config = model()
+        decoded = _decode(trained, windows[CALIBRATION:], threshold)
+        for name, ratios in speedups.items():
+            ratios += decoded.over_whole(name)
+        layers.append(decoded.mean_layers)
+        accepted.append(decoded.mean_accepted)
+        curve = curve or list(zip(THRESHOLDS, certificate.risks, strict=False))
+    config, target = model(), Target(limit=1.5, stretch=2.5)
+    spacing = len(config.pattern)
     return Report(
-        title="dynamic_depth: early exit with a certificate against the whole depth",
+        title="dynamic_depth: leaving early and drafting against the whole depth",
         article="dynamic compute layers: easy inputs take a shorter way",
-        bound=f"one exit of {config.num_periods} at the earliest: {config.num_periods} times",
+        bound=f"one exit of {config.num_exits} at the earliest: {config.num_exits} times; drafts "
+        f"of {DRAFT.length} by {DRAFT.exit * spacing} of {config.num_layers} layers, all right "
+        f"and verified at the price of one token: {_draft_bound(config):.1f} times",
         setting=f"bytes of the standard library, twelve layers of width 128, exits after every "
-        f"second, LayerSkip training for {STEPS} steps of {BATCH_SIZE * SEQ_LEN:,} bytes; "
-        f"threshold by Learn-then-Test on {CALIBRATION} held-out windows of {WINDOW - 1} bytes "
-        f"(relative loss increase above {DELTA:.1%} with chance at most {EPSILON:.0%}); loss on "
-        f"{TEST} other windows; decoding of {PROMPTS} prompts one at a time, both in turn",
+        f"second, LayerSkip training with uniform weights for {STEPS} steps of "
+        f"{BATCH_SIZE * SEQ_LEN:,} bytes; threshold by Learn-then-Test on at most {CALIBRATION} "
+        f"held-out windows of {WINDOW - 1} bytes (relative loss increase above {DELTA:.1%} with "
+        f"chance at most {EPSILON:.0%}); loss on {TEST} other windows; greedy decoding of "
+        f"{PROMPTS} prompts one at a time, all ways in turn, against the faster of two whole-depth "
+        "programs",
         findings=[
             Finding(
-                name="decode tokens/s, certified exit over whole depth",
-                values=tuple(speedups),
-                target=Target(limit=1.5, stretch=2.5),
+                name="drafts, then verified: decode tokens/s over whole depth (the same text)",
+                values=tuple(speedups[DRAFTS]),
+                target=target,
+            ),
+            Finding(name=f"tokens a draft of {DRAFT.length} gives", values=tuple(accepted)),
+            Finding(
+                name="certified exit: decode tokens/s over whole depth",
+                values=tuple(speedups[EXITS]),
+                target=target,
             ),
             Finding(
-                name="relative increase of test loss",
+                name="certified exit: relative increase of test loss",
                 values=tuple(worse),
                 target=Target(limit=0.005, at_most=True),
             ),
-            Finding(name="layers run per token, of 12", values=tuple(layers)),
+            Finding(name="certified exit: layers run per token, of 12", values=tuple(layers)),
             Finding(name="certified threshold (2: none)", values=tuple(certified)),
         ],
-        picture=_draw(curve, certified[0]),
+        picture=_draw(curve, certified[0], speedups),
     )
+
+
+def _draft_bound(config: ModelConfig) -> float:
+    share = DRAFT.exit * len(config.pattern) / config.num_layers
+    return DRAFT.length / (DRAFT.length * share + 1 - share)
 
 
 @functools.cache
@@ -120,6 +143,15 @@ def _train(seed: int) -> Trained:
     return train(config, byte_batches(BATCH_SIZE, SEQ_LEN, seed), f"twelve layers, seed {seed}")
 
 
+def _risks(trained: Trained, windows: np.ndarray) -> Iterator[np.ndarray]:
+    """Of one threshold after the other, with progress."""
+    with ProgressBar("certifying", total=len(THRESHOLDS), unit="thresholds") as bar:
+        risks = exit_risks(trained.model, trained.variables, windows, THRESHOLDS, batch_size=50)
+        for done, risks_N in enumerate(risks, 1):
+            bar.update(done, f"risk {risks_N.mean():.2%} at {THRESHOLDS[done - 1]}")
+            yield risks_N
+
+
 def _test_increase(trained: Trained, windows: np.ndarray, threshold: float) -> float:
     """Of the mean loss over all windows, windows that gain counted too."""
     whole, early = (
@@ -129,39 +161,67 @@ def _test_increase(trained: Trained, windows: np.ndarray, threshold: float) -> f
     return float(early.mean() / whole.mean() - 1)
 
 
-def _decode(trained: Trained, windows: np.ndarray, threshold: float) -> tuple[list[float], float]:
-    """Tokens per second over the whole model's, by round, and the mean number of layers run."""
+@dataclass(frozen=True)
+class _Decoded:
+    rates: dict[str, list[float]]
+    """Tokens per second by way, a value a round."""
+    mean_layers: float
+    mean_accepted: float
+
+    def over_whole(self, name: str) -> list[float]:
+        whole = np.maximum(self.rates[WHOLE], self.rates[STACKED])
+        return (np.array(self.rates[name]) / whole).tolist()
+
+
+def _decode(trained: Trained, windows: np.ndarray, threshold: float) -> _Decoded:
+    """Greedy decoding of some prompts, each way in turn."""
     prompts = [window[:PROMPT_TOKENS].tolist() for window in windows[:PROMPTS]]
-    ratios, layers = [], []
+    stacked = (trained.model, trained.variables)
+    apart = unstack(*stacked)
+    ways: dict[str, Callable[[list[int]], Generation]] = {
+        STACKED: lambda prompt: _continue(stacked, prompt),
+        WHOLE: lambda prompt: _continue(apart, prompt),
+        EXITS: lambda prompt: _continue(apart, prompt, exit_threshold=threshold),
+        DRAFTS: lambda prompt: _continue(apart, prompt, draft=DRAFT),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    layers, accepted = [], []
     for turn in range(ROUNDS + 1):
-        rates = []
-        for exit_threshold in (None, threshold):
-            made = [
-                generate(
-                    trained.model,
-                    trained.variables,
-                    [prompt],
-                    max_new_tokens=NEW_TOKENS,
-                    exit_threshold=exit_threshold,
-                )
-                for prompt in prompts
-            ]
-            rates.append(float(np.median([m.tokens_per_second for m in made])))
+        texts = {}
+        for name, way in ways.items():
+            made = [way(prompt) for prompt in prompts]
+            texts[name] = [m.tokens for m in made]
             layers += [m.mean_layers for m in made if m.mean_layers is not None]
-        if turn:  # the first one compiles
-            ratios.append(rates[1] / rates[0])
-    return ratios, float(np.mean(layers))
+            accepted += [m.mean_accepted for m in made if m.mean_accepted is not None]
+            if turn:  # the first one compiles
+                rates[name].append(float(np.median([m.tokens_per_second for m in made])))
+        assert texts[DRAFTS] == texts[WHOLE], "drafts changed the text"
+    return _Decoded(rates, float(np.mean(layers)), float(np.mean(accepted)))
 
 
-def _draw(curve: list[tuple[float, float]], threshold: float) -> Picture:
-    figure, axes = new_figure(7.5, 3.4)
+def _continue(model: tuple[Transformer, Variables], prompt: list[int], **way: Any) -> Generation:
+    return generate(*model, [prompt], max_new_tokens=NEW_TOKENS, **way)
+
+
+def _draw(
+    curve: list[tuple[float, float]], threshold: float, speedups: dict[str, list[float]]
+) -> Picture:
+    figure, (risk, speed) = new_panels(9, 3.2, 2)
     thresholds, risks = np.array(curve).T
-    axes.plot(thresholds, 100 * risks, "o-", color=BLUE, markersize=4)
-    axes.axhline(100 * DELTA, color=ORANGE, linestyle=":")
-    axes.annotate("what is allowed", (0.45, 100 * DELTA), color=ORANGE, va="bottom")
+    risk.plot(thresholds, 100 * risks, "o-", color=BLUE, markersize=4)
+    risk.axhline(100 * DELTA, color=ORANGE, linestyle=":")
+    risk.annotate("what is allowed", (thresholds.min(), 100 * DELTA), color=ORANGE, va="bottom")
     if threshold <= 1:
-        axes.axvline(threshold, color=SOFT)
-        axes.annotate(" certified", (threshold, axes.get_ylim()[1]), color=SOFT, va="top")
-    axes.set_xlabel("exit threshold: lead of the best byte over the second")
-    axes.set_ylabel("loss increase on calibration windows, %")
-    return to_picture(figure, "dynamic_depth", "Risk of leaving early, first seed.")
+        risk.axvline(threshold, color=SOFT)
+        risk.annotate(" certified", (threshold, 0), color=SOFT, va="bottom")
+    risk.set_xlabel("exit threshold: lead of the best byte")
+    risk.set_ylabel("loss increase, %")
+    for place, ratios in enumerate(speedups.values()):
+        speed.barh(-place, np.median(ratios), height=0.5, color=(SOFT, BLUE)[place])
+        speed.plot(ratios, [-place] * len(ratios), ".", color=INK, markersize=4)
+    speed.axvline(1.0, color=INK, linewidth=1)
+    speed.axvline(1.5, color=ORANGE, linestyle=":")
+    speed.annotate(" asked for", (1.5, 0.45), color=ORANGE, va="center", fontsize=8)
+    speed.set_yticks([-place for place in range(len(speedups))], list(speedups))
+    speed.set_xlabel("tokens/s over whole depth (dots: rounds)")
+    return to_picture(figure, "dynamic_depth", "Risk of leaving early, first seed; speed.")

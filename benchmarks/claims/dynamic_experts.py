@@ -13,7 +13,9 @@ from benchmarks.claims.training import (
     small_run,
     train,
 )
-from configs.architecture import AttentionConfig, LayerSpec, ModelConfig, MoEConfig, RouterConfig
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
+from configs.feed_forward import MoEConfig, RouterConfig
 from infer.generate import generate
 from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
 

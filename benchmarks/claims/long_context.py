@@ -15,15 +15,10 @@ import numpy as np
 
 from benchmarks.claims.base import Finding, Report
 from benchmarks.claims.training import Trained, small_run, train
-from configs.architecture import (
-    AttentionConfig,
-    LayerSpec,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-    YarnConfig,
-)
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig, YarnConfig
 from configs.base import RunConfig
+from configs.feed_forward import MoEConfig, RouterConfig
 from data.corpora import read_documents
 from data.pipeline import Batch
 from model.cache import init_cache

@@ -10,7 +10,9 @@ import numpy as np
 
 from benchmarks.claims.base import Finding, Report, Target
 from benchmarks.claims.training import held_out_rows
-from configs.architecture import DenseConfig, LayerSpec, ModelConfig, RelativeAttentionConfig
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import RelativeAttentionConfig
+from configs.feed_forward import DenseConfig
 from model.cache import init_memory
 from model.transformer import Transformer, Variables, hidden_states, init_variables, output_weights
 from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture

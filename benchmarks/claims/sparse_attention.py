@@ -15,13 +15,9 @@ from benchmarks.claims.training import (
     train,
 )
 from benchmarks.flops import count_flops
-from configs.architecture import (
-    AttentionConfig,
-    DenseConfig,
-    LayerSpec,
-    LocalSparseAttentionConfig,
-    ModelConfig,
-)
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig, LocalSparseAttentionConfig
+from configs.feed_forward import DenseConfig
 from model.transformer import Transformer, hidden_states, init_variables
 from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from configs.architecture import AttentionConfig
+from configs.attention import AttentionConfig
 from configs.base import ExecutionConfig
 from kernels.window_attention import masked_attention, visible, window_attention
 from model.cache import LayerCache, append

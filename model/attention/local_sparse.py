@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from configs.architecture import LocalSparseAttentionConfig
+from configs.attention import LocalSparseAttentionConfig
 from configs.base import ExecutionConfig
 from kernels.sparse_attention import (
     cached_power_attention,

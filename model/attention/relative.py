@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.architecture import RelativeAttentionConfig
+from configs.attention import RelativeAttentionConfig
 from kernels.window_attention import visible
 from kernels.window_attention.reference import MASKED
 from kernels.window_attention.xla import block_rows

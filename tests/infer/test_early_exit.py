@@ -7,14 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import (
-    ContextConfig,
-    DenseConfig,
-    LayerSpec,
-    MixtureOfDepthsConfig,
-    RouterConfig,
-)
+from configs.architecture import LayerSpec, MixtureOfDepthsConfig
 from configs.checks import UserError
+from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
 from infer import early_exit
 from infer.early_exit import check_exits, exit_hidden, exit_step
 from infer.generate import generate

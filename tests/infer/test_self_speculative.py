@@ -4,13 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs.architecture import (
-    DenseConfig,
-    LayerSpec,
-    LocalSparseAttentionConfig,
-    MixtureOfDepthsConfig,
-)
+from configs.architecture import LayerSpec, MixtureOfDepthsConfig
+from configs.attention import LocalSparseAttentionConfig
 from configs.checks import UserError
+from configs.feed_forward import DenseConfig
 from infer.generate import generate
 from infer.sampling import Sampling
 from infer.self_speculative import Draft, draft_and_verify

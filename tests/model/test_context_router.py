@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs.architecture import ContextConfig, DenseConfig, LayerSpec, RouterConfig
+from configs.architecture import LayerSpec
+from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
 from model.transformer import Transformer, abstract_variables, hidden_states, init_variables
 from tests import oracle, tiny
 from tests.probes import check_causality, check_decode, drawn, inputs

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import DenseConfig, LayerSpec, MixtureOfDepthsConfig
+from configs.architecture import LayerSpec, MixtureOfDepthsConfig
 from configs.base import ExecutionConfig
 from configs.checks import UserError
+from configs.feed_forward import DenseConfig
 from model.cache import init_cache
 from model.depth import causal, num_chosen
 from model.transformer import (

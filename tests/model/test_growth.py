@@ -7,14 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import (
-    ContextConfig,
-    DenseConfig,
-    LayerSpec,
-    MultiTokenConfig,
-    RouterConfig,
-)
+from configs.architecture import LayerSpec, MultiTokenConfig
 from configs.checks import UserError
+from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
 from model.growth import grow, grown_config
 from model.transformer import (
     Transformer,

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import DenseConfig, LatentAttentionConfig, LayerSpec, YarnConfig
+from configs.architecture import LayerSpec
+from configs.attention import LatentAttentionConfig, YarnConfig
+from configs.feed_forward import DenseConfig
 from model.cache import init_cache
 from model.layers import rope_frequencies
 from model.transformer import Transformer, abstract_variables, hidden_states

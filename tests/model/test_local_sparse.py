@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import DenseConfig, LayerSpec, LocalSparseAttentionConfig
+from configs.architecture import LayerSpec
+from configs.attention import LocalSparseAttentionConfig
 from configs.base import ExecutionConfig
 from configs.checks import UserError
+from configs.feed_forward import DenseConfig
 from model.cache import init_cache
 from model.transformer import Transformer, abstract_variables, hidden_states
 from tests import oracle, tiny

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import DenseConfig, LayerSpec, MultiTokenConfig
+from configs.architecture import LayerSpec, MultiTokenConfig
 from configs.checks import UserError
+from configs.feed_forward import DenseConfig
 from configs.models import deepseek_v3
 from model.multi_token import ahead
 from model.transformer import (

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import DenseConfig, LayerSpec, RouterConfig
+from configs.architecture import LayerSpec
+from configs.feed_forward import DenseConfig, RouterConfig
 from model.cache import init_cache
 from model.router import route, score_deviation
 from model.transformer import Transformer, hidden_states

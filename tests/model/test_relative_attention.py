@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import DenseConfig, LayerSpec, ModelConfig, RelativeAttentionConfig
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import RelativeAttentionConfig
 from configs.base import ExecutionConfig
+from configs.feed_forward import DenseConfig
 from kernels.window_attention import reference
 from model.attention.relative import RelativeAttention, relative_shift, segment_attention
 from model.cache import Cache, SegmentMemory, init_cache, init_memory

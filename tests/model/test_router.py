@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.architecture import RouterConfig
+from configs.feed_forward import RouterConfig
 from model.balance import (
     load_balance_loss,
     load_figures,

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs.architecture import DenseConfig, LayerSpec
+from configs.architecture import LayerSpec
+from configs.feed_forward import DenseConfig
 from infer.early_exit import check_exits, exit_step
 from model.cache import init_cache
 from model.transformer import Transformer, abstract_variables, hidden_states

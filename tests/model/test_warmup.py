@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import BiasWarmupConfig, RouterConfig
 from configs.checks import UserError
+from configs.feed_forward import BiasWarmupConfig, RouterConfig
 from model.balance import router_stats
 from model.router import RouterState, route
 from model.warmup import initial_warmup, updated_warmup, warmup_stats

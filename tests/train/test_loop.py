@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from checkpoint.run_directory import read_run
-from configs.architecture import ContextConfig, RouterConfig
 from configs.base import AlarmConfig, CheckpointConfig, ExecutionConfig, MeshConfig, OptimizerConfig
 from configs.checks import UserError
+from configs.feed_forward import ContextConfig, RouterConfig
 from infer.load import load_model
 from model.growth import grow, grown_config
 from tests import tiny

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import LayerSpec, RouterConfig
+from configs.architecture import LayerSpec
 from configs.base import DistillConfig
+from configs.feed_forward import RouterConfig
 from model.balance import RouterStats
 from tests import tiny
 from train.distill import make_chunk_loss

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import LayerSpec, MultiTokenConfig, RouterConfig
+from configs.architecture import LayerSpec, MultiTokenConfig
 from configs.checks import UserError
+from configs.feed_forward import RouterConfig
 from infer.load import load_model
 from model.transformer import Transformer, output_weights, training_pass
 from tests import tiny

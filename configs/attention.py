@@ -1,0 +1,241 @@
+"""The kinds of attention that a layer may have.
+
+Frozen and made of plain values, like all configs: see configs/base.py.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.checks import require, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """RoPE stretched to longer contexts (YaRN, Peng et al. 2023).
+
+    A pair that turns r times over original_length keeps its angle where r >= beta_fast, turns
+    `factor` times slower where r <= beta_slow, and something between in between; logits are
+    multiplied by (0.1 ln factor + 1)^2.
+    """
+
+    factor: float
+    """New context length over the original one."""
+    original_length: int
+    """Tokens of context the model was trained on."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "original_length", "beta_slow")
+        require(self.factor >= 1, f"yarn.factor={self.factor} must be at least 1")
+        require(
+            self.beta_slow < self.beta_fast,
+            f"yarn.beta_slow={self.beta_slow} must be below yarn.beta_fast={self.beta_fast}",
+        )
+
+    @property
+    def logit_scale(self) -> float:
+        return (0.1 * math.log(self.factor) + 1.0) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Grouped-query attention (Ainslie et al. 2023) with RoPE, a sliding window and sink tokens."""
+
+    kind: Literal["grouped_query"] = "grouped_query"
+    num_heads: int
+    """Query heads, H."""
+    num_kv_heads: int
+    """Key/value heads, G; each serves num_heads / num_kv_heads query heads."""
+    head_dim: int
+    """Width of one head."""
+    window_size: int | None = None
+    """Tokens a query may see, itself included; None means all before it."""
+    num_sinks: int = 0
+    """First tokens of a document that stay visible beyond the window (StreamingLLM, 2023)."""
+    rope_base: float = 10_000.0
+    """Base of the rotary angles: theta_d = base^(-2d / head_dim)."""
+    yarn: YarnConfig | None = None
+    learned_sinks: bool = False
+    """Whether each query head has a learned logit that takes part in the softmax and has no value,
+    so that a head may attend to nothing (gpt-oss, 2025)."""
+
+    def __post_init__(self) -> None:
+        _check_heads(self)
+        require(
+            self.window_size is None or self.window_size > 0,
+            f"window_size={self.window_size} must be at least 1 token, or None for all",
+        )
+        require(self.num_sinks >= 0, f"num_sinks={self.num_sinks} must not be negative")
+        require(
+            self.num_sinks == 0 or self.window_size is not None,
+            f"num_sinks={self.num_sinks} has no effect with window_size=None: set a window_size "
+            "or num_sinks=0",
+        )
+
+    @property
+    def out_width(self) -> int:
+        """Width of all heads' results together."""
+        return self.num_heads * self.head_dim
+
+    def num_parameters(self, d_model: int) -> int:
+        """Weights of one layer's attention: queries and output, keys and values, sink logits."""
+        matrices = 2 * d_model * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return matrices + (self.num_heads if self.learned_sinks else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSparseAttentionConfig:
+    """Grouped-query attention over a window and O(log n) places before it, with RoPE."""
+
+    kind: Literal["local_sparse"] = "local_sparse"
+    num_heads: int
+    """Query heads, H."""
+    num_kv_heads: int
+    """Key/value heads, G; each serves num_heads / num_kv_heads query heads."""
+    head_dim: int
+    """Width of one head."""
+    window_size: int
+    """Tokens a query sees one by one, itself included."""
+    num_sinks: int = 4
+    """powers_of_two only: first tokens of a document that stay visible (StreamingLLM, 2023)."""
+    far: Literal["powers_of_two", "summaries"] = "powers_of_two"
+    """What is seen before the window. powers_of_two: the tokens 1, 2, 4, 8, ... back (LogSparse,
+    Li et al. 2019). summaries: one pooled key and value for each of O(log n) dyadic buckets, which
+    together hold all of it (H-Transformer-1D, 2021; the Fenwick partition of Guo et al. 2025)."""
+    block_size: int | None = None
+    """summaries only: tokens of the smallest bucket; the window grows to whole blocks."""
+    rope_base: float = 10_000.0
+    """Base of the rotary angles: theta_d = base^(-2d / head_dim)."""
+
+    def __post_init__(self) -> None:
+        _check_heads(self)
+        require_positive(self, "window_size")
+        require(self.num_sinks >= 0, f"num_sinks={self.num_sinks} must not be negative")
+        is_pooled = self.far == "summaries"
+        require(
+            self.num_sinks == 0 or not is_pooled,
+            f"num_sinks={self.num_sinks} has no effect with far='summaries', whose buckets hold "
+            "the first tokens too: set num_sinks=0",
+        )
+        require(
+            (self.block_size is not None) == is_pooled,
+            f"block_size={self.block_size} goes with far='summaries' and only with it, got "
+            f"far={self.far!r}",
+        )
+        require(
+            self.block_size is None or self.block_size > 0,
+            f"block_size={self.block_size} must be at least 1 token",
+        )
+
+    @property
+    def out_width(self) -> int:
+        """Width of all heads' results together."""
+        return self.num_heads * self.head_dim
+
+    def num_parameters(self, d_model: int) -> int:
+        """Weights of one layer: queries and output, keys and values, pooling vectors."""
+        matrices = 2 * d_model * self.head_dim * (self.num_heads + self.num_kv_heads)
+        pooling = self.num_kv_heads * self.head_dim if self.far == "summaries" else 0
+        return matrices + pooling
+
+
+def _check_heads(config: AttentionConfig | LocalSparseAttentionConfig) -> None:
+    require_positive(config, "num_heads", "num_kv_heads", "head_dim", "rope_base")
+    require(
+        config.num_heads % config.num_kv_heads == 0,
+        f"num_heads={config.num_heads} must be divisible by num_kv_heads={config.num_kv_heads}",
+    )
+    require(config.head_dim % 2 == 0, f"head_dim={config.head_dim} must be even: RoPE turns pairs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionConfig:
+    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads are projections
+    of one small vector per token, which alone is cached beside one rotary key."""
+
+    kind: Literal["latent"] = "latent"
+    num_heads: int
+    query_rank: int | None
+    """Width of the queries' own bottleneck; None projects them directly (V2-Lite)."""
+    latent_rank: int
+    """Width of the cached vector."""
+    nope_head_dim: int
+    """Part of a head's queries and keys without position."""
+    rope_head_dim: int
+    """Part with RoPE; its key is shared by all heads."""
+    value_head_dim: int
+    rope_base: float = 10_000.0
+    yarn: YarnConfig | None = None
+
+    def __post_init__(self) -> None:
+        widths = ("latent_rank", "nope_head_dim", "rope_head_dim", "value_head_dim")
+        require_positive(self, "num_heads", *widths, "rope_base")
+        require(
+            self.query_rank is None or self.query_rank > 0,
+            f"query_rank={self.query_rank} must be at least 1, or None for none",
+        )
+        require(
+            self.rope_head_dim % 2 == 0,
+            f"rope_head_dim={self.rope_head_dim} must be even: RoPE turns pairs",
+        )
+
+    @property
+    def query_head_dim(self) -> int:
+        return self.nope_head_dim + self.rope_head_dim
+
+    @property
+    def out_width(self) -> int:
+        """Width of all heads' results together."""
+        return self.num_heads * self.value_head_dim
+
+    def num_parameters(self, d_model: int) -> int:
+        heads, rank = self.num_heads, self.query_rank
+        width = heads * self.query_head_dim
+        queries = d_model * width if rank is None else rank * (d_model + width + 1)
+        down = d_model * (self.latent_rank + self.rope_head_dim) + self.latent_rank
+        up = self.latent_rank * heads * (self.nope_head_dim + self.value_head_dim)
+        return queries + down + up + self.out_width * d_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativeAttentionConfig:
+    """Attention by relative position over a memory of earlier segments (Transformer-XL, 2019).
+
+    Every query sees itself and the memory_length tokens before it in its document, so the result
+    does not depend on where a text is cut into segments.
+    """
+
+    kind: Literal["relative"] = "relative"
+    num_heads: int
+    head_dim: int
+    memory_length: int
+    """Tokens before a query that it sees, M; as many are kept from one segment to the next."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_heads", "head_dim")
+        require(
+            self.memory_length >= 1,
+            f"memory_length={self.memory_length} must be at least 1 token: a query that sees only "
+            "itself needs no relative attention",
+        )
+
+    @property
+    def window_size(self) -> int:
+        """Tokens a query may see, itself included."""
+        return self.memory_length + 1
+
+    @property
+    def out_width(self) -> int:
+        """Width of all heads' results together."""
+        return self.num_heads * self.head_dim
+
+    def num_parameters(self, d_model: int) -> int:
+        """Weights of queries, keys, values, distances and output, and two biases on the queries."""
+        return (5 * d_model + 2) * self.out_width
+
+
+Attention = (
+    AttentionConfig | LatentAttentionConfig | LocalSparseAttentionConfig | RelativeAttentionConfig
+)

@@ -1,0 +1,243 @@
+"""The feed-forward parts that a layer may have: dense, or experts and their router.
+
+Frozen and made of plain values, like all configs: see configs/base.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.attention import AttentionConfig
+from configs.checks import require, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """A dense SwiGLU feed-forward layer: W_down(silu(W_gate x) * W_up x)."""
+
+    kind: Literal["dense"] = "dense"
+    d_ff: int
+    """Hidden width, F."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "d_ff")
+
+    def num_parameters(self, d_model: int) -> int:
+        return 3 * d_model * self.d_ff
+
+    def num_active_parameters(self, d_model: int) -> int:
+        return self.num_parameters(d_model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """What a router sees besides the token's own hidden state."""
+
+    kind: Literal["causal", "correlation"]
+    """causal: attention over the window before the token, added to the logits through a matrix that
+    starts at zero. correlation: the experts attend to each other (Yuan 2.0-M32, 2024), token by
+    token."""
+    window_size: int | None = None
+    """causal only: tokens it sees, the token included."""
+    num_heads: int = 2
+    head_dim: int = 32
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_heads", "head_dim")
+        require(
+            (self.window_size is not None) == (self.kind == "causal"),
+            f"router.context.window_size={self.window_size} goes with kind='causal' and only with "
+            f"it, got kind={self.kind!r}",
+        )
+        require(
+            self.window_size is None or self.window_size > 0,
+            f"router.context.window_size={self.window_size} must be at least 1 token",
+        )
+
+    def attention(self) -> AttentionConfig:
+        """The causal kind's attention over the hidden states."""
+        return AttentionConfig(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_heads,
+            head_dim=self.head_dim,
+            window_size=self.window_size,
+        )
+
+    def num_parameters(self, d_model: int, num_experts: int) -> int:
+        if self.kind == "correlation":
+            return 3 * d_model * num_experts
+        return self.num_heads * self.head_dim * (3 * d_model + num_experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasWarmupConfig:
+    """How the reserved twins of grown experts enter the choice: see model/warmup.py."""
+
+    steps: int
+    """Over which the twins' biases rise to their parents'."""
+    factor: int = 2
+    """Experts that each parent became; twins of expert e are e + E / factor and so on."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps")
+        require(self.factor >= 2, f"warmup.factor={self.factor} must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How experts are scored and chosen, and what keeps their load even."""
+
+    top_k: int
+    """Choices per token, K; with null experts, the most experts a token can have."""
+    scores: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    """Of the logits: Mixtral's, DeepSeek-V3's, DeepSeek-V4's."""
+    normalize_gates: bool = True
+    """Whether the chosen gates are rescaled to sum to 1."""
+    gate_scale: float = 1.0
+    """Factor of all gates (DeepSeek-V3: 2.5)."""
+    num_groups: int | None = None
+    """Group-limited choice (DeepSeek-V3): experts lie in this many groups of neighbours ..."""
+    top_groups: int | None = None
+    """... and only those in the groups with the best two experts' sums may be chosen."""
+    num_null_experts: int = 0
+    """Choices that may fall on no expert at all (AdaMoE, 2024): k is top_k - num_null_experts to
+    top_k."""
+    target_k: float | None = None
+    """With null experts: mean experts per token, held by a controller on the nulls' logit."""
+    context: ContextConfig | None = None
+    balance: Literal["none", "loss_free", "quantile"] = "none"
+    """A bias on the choice, never on the gates, moved after each step: by the sign of the load
+    error (Wang et al. 2024), or to the quantile at which each expert gets its share (Su 2026)."""
+    bias_rate: float | None = None
+    """loss_free: the bias's step (1e-3). quantile: how far it moves to its new value (1: all)."""
+    warmup: BiasWarmupConfig | None = None
+    """Of reserved experts after growth; then `balance` takes over."""
+    load_balance_weight: float = 1e-2
+    """Weight of the Switch load-balance loss E * sum f_i P_i (Fedus et al. 2021)."""
+    sequence_weight: float = 0.0
+    """Weight of the same loss for each sequence on its own (DeepSeek-V3: 1e-4)."""
+    entropy_weight: float = 0.0
+    """Weight of -I(token; expert): confident tokens, even use (LIMoE, Mod-Squad, 2022)."""
+    z_loss_weight: float = 1e-3
+    """Weight of mean(logsumexp(router_logits)^2) (ST-MoE, 2022)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "top_k", "gate_scale")
+        weights = ("load_balance_weight", "sequence_weight", "entropy_weight", "z_loss_weight")
+        for name in weights:
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        self._check_groups()
+        self._check_nulls()
+        require(
+            (self.bias_rate is not None) == (self.balance != "none"),
+            f"router.bias_rate={self.bias_rate} goes with balance='loss_free' or 'quantile', got "
+            f"balance={self.balance!r}",
+        )
+        require(
+            self.bias_rate is None or 0 < self.bias_rate <= 1,
+            f"router.bias_rate={self.bias_rate} must lie in (0, 1]",
+        )
+        require(
+            self.warmup is None or self.balance != "none",
+            "router.warmup moves a router's bias: set router.balance and router.bias_rate",
+        )
+
+    def _check_groups(self) -> None:
+        groups, best = self.num_groups, self.top_groups
+        require(
+            (groups is None) == (best is None),
+            f"router.num_groups={groups} and router.top_groups={best} go together: set both or "
+            "none",
+        )
+        require(
+            groups is None or (best is not None and 0 < best < groups),
+            f"router.top_groups={best} must lie between 1 and num_groups={groups} less one",
+        )
+
+    def _check_nulls(self) -> None:
+        nulls, least = self.num_null_experts, self.top_k - self.num_null_experts
+        require(nulls >= 0, f"router.num_null_experts={nulls} must not be negative")
+        require(
+            least >= 1,
+            f"router.num_null_experts={nulls} must be below top_k={self.top_k}, so that every "
+            "token "
+            "has an expert",
+        )
+        require(
+            (self.target_k is not None) == (nulls > 0),
+            f"router.target_k={self.target_k} goes with null experts and only with them, got "
+            f"num_null_experts={nulls}",
+        )
+        require(
+            self.target_k is None or least < self.target_k < self.top_k,
+            f"router.target_k={self.target_k} must lie between {least} and top_k={self.top_k}",
+        )
+        require(
+            nulls == 0 or self.normalize_gates,
+            "null experts need normalize_gates=True: the gates of the others must still sum to 1",
+        )
+
+    @property
+    def mean_k(self) -> float:
+        """Experts per token on average."""
+        return self.target_k if self.target_k is not None else self.top_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """SwiGLU experts, some routed and some shared by every token (DeepSeekMoE, 2024)."""
+
+    kind: Literal["moe"] = "moe"
+    num_experts: int
+    """Routed experts, E."""
+    d_ff: int
+    """Hidden width of one expert, F."""
+    num_shared_experts: int = 0
+    """Experts that are always on, held as one dense layer of num_shared_experts * d_ff."""
+    router: RouterConfig
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_experts", "d_ff")
+        require(
+            self.num_shared_experts >= 0,
+            f"num_shared_experts={self.num_shared_experts} must not be negative",
+        )
+        require(
+            self.router.top_k <= self.num_experts,
+            f"router.top_k={self.router.top_k} must not exceed num_experts={self.num_experts}",
+        )
+        warmup = self.router.warmup
+        require(
+            warmup is None or self.num_experts % warmup.factor == 0,
+            f"num_experts={self.num_experts} must be divisible by router.warmup.factor="
+            f"{warmup and warmup.factor}",
+        )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        groups, best = self.router.num_groups, self.router.top_groups
+        if groups is None or best is None:
+            return
+        size = self.num_experts // groups
+        require(
+            self.num_experts % groups == 0 and size >= 2,
+            f"num_experts={self.num_experts} must be divisible into router.num_groups={groups} "
+            "groups of at least 2",
+        )
+        require(
+            self.router.top_k <= best * size,
+            f"router.top_k={self.router.top_k} must not exceed the {best * size} experts of "
+            f"router.top_groups={best} groups",
+        )
+
+    def _num_parameters(self, d_model: int, experts: float) -> int:
+        ffns = round(3 * d_model * self.d_ff * (experts + self.num_shared_experts))
+        context = self.router.context
+        extra = context.num_parameters(d_model, self.num_experts) if context else 0
+        own = 0 if context and context.kind == "correlation" else d_model * self.num_experts
+        return ffns + own + extra
+
+    def num_parameters(self, d_model: int) -> int:
+        return self._num_parameters(d_model, self.num_experts)
+
+    def num_active_parameters(self, d_model: int) -> int:
+        return self._num_parameters(d_model, self.router.mean_k)
