@@ -108,7 +108,8 @@ class RouterConfig:
     """A bias on the choice, never on the gates, moved after each step: by the sign of the load
     error (Wang et al. 2024), or to the quantile at which each expert gets its share (Su 2026)."""
     bias_rate: float | None = None
-    """loss_free: the bias's step (1e-3). quantile: how far it moves to its new value (1: all)."""
+    """loss_free: the bias's step (1e-3). quantile: how far it moves to its new value (0.5; slower
+    ones lag behind a young router, at a cost in loss too)."""
     warmup: BiasWarmupConfig | None = None
     """Of reserved experts after growth; then `balance` takes over."""
     load_balance_weight: float = 1e-2

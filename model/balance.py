@@ -12,9 +12,6 @@ import jax.numpy as jnp
 from configs.feed_forward import RouterConfig
 from model.router import RouterState, Routing
 
-NULL_GAIN = 0.3
-"""Of the integral controller that holds the mean number of experts: settles in about 20 steps."""
-
 
 class RouterStats(NamedTuple):
     """What one MoE layer reports about one batch; all float32 but the counts."""
@@ -31,6 +28,8 @@ class RouterStats(NamedTuple):
     """Mean over rows of their own load-balance loss; 0 where the config does not ask for it."""
     quantile_bias_E: jax.Array
     """The bias that would have given each expert its share; 0 likewise."""
+    null_logit: jax.Array
+    """At which the batch would have had target_k experts per token; 0 likewise."""
     num_tokens: jax.Array
     overflow_rows: jax.Array
     bytes_moved: jax.Array
@@ -67,6 +66,7 @@ def router_stats(
         quantile_bias_E=quantile_bias(routing, is_token_T)
         if config.balance == "quantile"
         else jnp.zeros_like(p_TE[0]),
+        null_logit=zero if config.target_k is None else matching_null(routing, is_token_T, config),
         num_tokens=num_tokens,
         overflow_rows=overflow_rows,
         bytes_moved=bytes_moved,
@@ -99,6 +99,16 @@ def quantile_bias(routing: Routing, is_token_T: jax.Array) -> jax.Array:
     return bias_E - bias_E.mean()
 
 
+def matching_null(routing: Routing, is_token_T: jax.Array, config: RouterConfig) -> jax.Array:
+    """The null logit at which these tokens would have target_k experts on average, float32 []."""
+    assert config.target_k is not None
+    rivals_TN = jnp.where(is_token_T[:, None], routing.null_rivals_TN, -jnp.inf)
+    kept = config.target_k - (config.top_k - rivals_TN.shape[1])
+    wanted = jnp.round(kept * is_token_T.sum().astype(jnp.float32)).astype(jnp.int32)
+    logit = _exceeded_by(rivals_TN.reshape(-1, 1), wanted)[0]
+    return jnp.where(jnp.isfinite(logit), logit, 0.0)
+
+
 def _exceeded_by(x_TE: jax.Array, count: jax.Array) -> jax.Array:
     """The least value that at most `count` entries of each column exceed, [E], to 2^-30 of the
     column's range; bisected, because sorting the columns costs more than the router (XLA's CPU).
@@ -125,8 +135,8 @@ def updated_state(state: RouterState, stats: RouterStats, config: RouterConfig) 
     elif config.balance == "quantile":
         bias_E += jnp.float32(rate) * (stats.quantile_bias_E - bias_E)
     if config.target_k is not None:
-        mean_k = counts_E.sum() / jnp.maximum(stats.num_tokens, 1.0)
-        null_logit += NULL_GAIN * (mean_k - config.target_k)
+        # An integral controller on the mean lags while a young router's logits grow.
+        null_logit = jnp.where(stats.num_tokens > 0, stats.null_logit, null_logit)
     return RouterState(bias_E, null_logit)
 
 

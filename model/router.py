@@ -34,6 +34,9 @@ class Routing(NamedTuple):
     """float32, as the choice saw them, without bias."""
     threshold_T: jax.Array
     """float32, the best biased score that was not chosen; -inf where everything was."""
+    null_rivals_TN: jax.Array
+    """float32, the null logits above which a token loses one more of its experts, for each it may
+    lose; [T, 0] without null experts. What the rest of the program does not read costs nothing."""
 
 
 def initial_state(num_experts: int) -> RouterState:
@@ -102,6 +105,7 @@ def route(
         probabilities_TE=_probabilities(router_logits_TE, scores_TE, config),
         scores_TE=scores_TE,
         threshold_T=threshold_T,
+        null_rivals_TN=_null_rivals(choice, num_experts, config, state),
     )
 
 
@@ -129,6 +133,27 @@ def _probabilities(logits_TE: jax.Array, scores_TE: jax.Array, config: RouterCon
     if config.scores == "softmax":
         return jax.nn.softmax(logits_TE, axis=-1) if config.num_null_experts else scores_TE
     return scores_TE / jnp.maximum(scores_TE.sum(axis=-1, keepdims=True), 1e-20)
+
+
+def _null_rivals(
+    choice: jax.Array, num_experts: int, config: RouterConfig, state: RouterState | None
+) -> jax.Array:
+    """The logits at which a null expert would draw with each expert that it may displace, [T, N].
+
+    Exact but for softmax with biases, whose scores all move with the null's; then a first step.
+    """
+    nulls, top_k = min(config.num_null_experts, config.top_k), config.top_k
+    if nulls == 0 or state is None:
+        return choice[:, :0]
+    best_TK, _ = jax.lax.top_k(choice[:, :num_experts], top_k)
+    score_TN = jnp.maximum(best_TK[:, top_k - nulls :], 1e-20)
+    if config.scores == "softmax":
+        return state.null_logit + jnp.log(score_TN / jnp.maximum(choice[:, -1:], 1e-20))
+    if config.scores == "sigmoid":
+        score_TN = jnp.minimum(score_TN, 1 - 1e-7)
+        return jnp.log(score_TN) - jnp.log1p(-score_TN)
+    softplus_TN = score_TN**2
+    return softplus_TN + jnp.log(-jnp.expm1(-softplus_TN))
 
 
 def _keep_best_groups(choice_TE: jax.Array, num_groups: int, top_groups: int) -> jax.Array:

@@ -11,6 +11,7 @@ from configs.feed_forward import RouterConfig
 from model.balance import (
     load_balance_loss,
     load_figures,
+    matching_null,
     router_stats,
     token_expert_information,
     updated_state,
@@ -338,6 +339,33 @@ def test_the_mean_number_of_experts_is_held_under_a_shift():
     history, _ = settle(config, lambda step: plain(step) + 1.0, 200, state)
     assert abs(history[0][1] - 2.0) > 0.3
     assert np.mean([k for _, k in history[-20:]]) == pytest.approx(2.0, rel=0.02)
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_the_matching_null_logit_gives_the_wanted_mean(scores):
+    """One look at a batch finds the logit, whatever the router's scale and padding."""
+    config = RouterConfig(top_k=3, num_null_experts=2, target_k=1.7, scores=scores)
+    is_token = jnp.arange(200) < 150
+    for scale in (0.1, 5.0):
+        logits = jnp.asarray(scale * WIDE)
+        routing = route(logits, config, initial_state(8), is_token_T=is_token)
+        found = matching_null(routing, is_token, config)
+        state = initial_state(8).replace(null_logit=found)
+        again = route(logits, config, state, is_token_T=is_token)
+        # An expert that draws with the null at the border wins.
+        assert float(again.counts_E.sum() / 150) == pytest.approx(1.7, abs=1.5 / 150)
+
+
+def test_the_mean_is_held_while_logits_grow():
+    """Where a controller with a fixed gain lags: the router's scale grows by 2% a step."""
+    config = RouterConfig(top_k=3, num_null_experts=2, target_k=1.5)
+
+    def growing(step: int) -> np.ndarray:
+        x = np.random.RandomState(step).randn(4096, 64).astype(np.float32)
+        return np.float32(0.5 * 1.02**step) * x
+
+    history, _ = settle(config, growing, 100)
+    assert np.mean([k for _, k in history[-50:]]) == pytest.approx(1.5, rel=0.06)
 
 
 def test_the_quantile_bias_equals_a_loop():

@@ -189,6 +189,7 @@ def stats(counts, scores):
         entropy=zeros + 0.5,
         sequence_balance=zeros + 3.0,
         quantile_bias_E=jnp.zeros(scores.shape),
+        null_logit=jnp.float32(0),
         num_tokens=zeros,
         overflow_rows=zeros,
         bytes_moved=zeros,
