@@ -106,7 +106,8 @@ class ModelConfig:
     norm_eps: float = 1e-6
     early_exit: EarlyExitConfig | None = None
     exit_spacing: int | None = None
-    """Layers between two exits; None: those of the pattern. Training knows no other."""
+    """Layers between two exits of a model made for decoding (model/unstacked.py); None, as in
+    training: those of the pattern."""
     multi_token: MultiTokenConfig | None = None
     """Modules that learn to predict further ahead; only training computes them."""
 
@@ -142,7 +143,9 @@ class ModelConfig:
             f"{self.num_exits}: add layers or shorten the pattern",
         )
         require(
-            self.early_exit is None or self.num_layers - periodic // self.num_exits >= 2,
+            self.early_exit is None
+            or self.early_exit.weighting == "uniform"
+            or self.num_layers - periodic // self.num_exits >= 2,
             "early_exit would train nothing: its loss gives the exit after the first layer no "
             "weight, and there is no other; add layers",
         )

@@ -261,6 +261,11 @@ class RunConfig:
             f"model.vocab_size={self.model.vocab_size}: leave it out to compare whole "
             "distributions",
         )
+        require(
+            self.model.exit_spacing is None,
+            f"model.exit_spacing={self.model.exit_spacing} is for decoding: training's exits lie "
+            "after each period of the pattern, leave it out",
+        )
         ahead = self.model.multi_token
         require(
             ahead is None or ahead.depth < self.data.seq_len,

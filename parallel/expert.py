@@ -4,16 +4,13 @@ This file owns meshes and collectives and knows no router, activation or kernel:
 compute arrives as `grouped_fn`. Two transports give the same result on any mesh:
 
 - gather: every expert shard sees all tokens of its data shard (all_gather), computes its own
-  experts'
-  share, and the shares are summed back (psum_scatter). The baseline, best for few shards.
+  experts' share, and the shares are summed back (psum_scatter). The baseline, best for few shards.
 - all_to_all: each shard sends every peer only the rows meant for it, in buffers of fixed size.
-  Where
-  a buffer is too small on any device, all devices replay the step through gather (the predicate is
-  summed over them), so the result is exact and the overflow is counted.
+  Where a buffer is too small on any device, all devices replay the step through gather (the
+  predicate is summed over them), so the result is exact and the overflow is counted.
 
 T tokens, D d_model, K experts per token, E experts, X experts of one shard, N expert shards. A row
-is
-one choice of one token: R rows sorted by expert, Z rows of a buffer for one peer.
+is one choice of one token: R rows sorted by expert, Z rows of a buffer for one peer.
 """
 
 from collections.abc import Callable
@@ -79,8 +76,7 @@ def apply_experts(
       gates_TK: float32 [T, K]; the sum over K is taken in float32.
       weights: tree of arrays whose first dimension is the expert.
       grouped_fn: what the experts compute; see GroupedFn. With a tensor axis it receives its slice
-        of
-        the weights and returns a partial sum.
+        of the weights and returns a partial sum.
       weight_axes: tree like `weights` of logical axes; "expert" and "mlp" decide how they are
         split.
       capacity_factor: all_to_all only: rows of a buffer over the rows of a balanced load.

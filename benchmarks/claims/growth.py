@@ -27,7 +27,7 @@ from train.growth import grow_optimizer_state
 from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
 from train.state import TrainState, init_state, plan_state
 
-BEFORE, AFTER = 80, 100
+BEFORE, AFTER = 80, 90
 """Steps with 64 experts, and with 128."""
 WARMUP = 50
 SMOOTHED = 10

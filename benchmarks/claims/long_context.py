@@ -21,7 +21,7 @@ from configs.base import RunConfig
 from configs.feed_forward import MoEConfig, RouterConfig
 from data.corpora import read_documents
 from data.pipeline import Batch
-from model.cache import init_cache
+from model.cache import Cache, init_cache
 from model.transformer import Transformer, abstract_variables, hidden_states, output_weights
 from train.progress import ProgressBar
 from train.report import Picture, new_figure, to_picture
@@ -141,13 +141,17 @@ def _retrieve(trained: Trained, length: int, seed: int) -> np.ndarray:
     """Which needles are found in a text of `length` tokens, by depth, [NEEDLES]."""
     stretched = Transformer(model(length), trained.run.execution)
     row = passkey_row(np.random.RandomState(3000 + seed), length)
-    cache = init_cache(stretched.config, 1, length, "float32")
+    sizes = iter((-(-length // 4), -(-length // 2), length))
+    size, cache = 0, None
     body = length - 2 * NEEDLES
     begins = range(0, body, CHUNK)
     with ProgressBar(f"reading {length:,} tokens", total=len(begins), unit="chunks") as bar:
         for i, begin in enumerate(begins):
-            tokens, positions = np.zeros(CHUNK, np.int32), np.full(CHUNK, -1, np.int32)
             count = min(CHUNK, body - begin)
+            if begin + count > size:
+                size = next(sizes)
+                cache = _enlarged(cache, init_cache(stretched.config, 1, size, "float32"))
+            tokens, positions = np.zeros(CHUNK, np.int32), np.full(CHUNK, -1, np.int32)
             tokens[:count] = row["tokens"][begin : begin + count]
             positions[:count] = np.arange(begin, begin + count)
             _, cache = _read(stretched, trained.variables, tokens[None], positions[None], cache)
@@ -159,6 +163,14 @@ def _retrieve(trained: Trained, length: int, seed: int) -> np.ndarray:
         is_found[tokens[place] - FIRST_KEY] = int(best) == int(row["targets"][place])
     in_text = tokens[:body][tokens[:body] >= BYTES]
     return is_found[(in_text - BYTES) // VALUES]
+
+
+def _enlarged(cache: Cache | None, empty: Cache) -> Cache:
+    """The cache with as many slots as the empty one: a text's beginning is read in a short one."""
+    if cache is None:
+        return empty
+    put = jax.lax.dynamic_update_slice
+    return jax.tree.map(lambda new, old: put(new, old, (0,) * new.ndim), empty, cache)
 
 
 @functools.partial(jax.jit, static_argnums=0)

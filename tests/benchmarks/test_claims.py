@@ -11,6 +11,7 @@ from benchmarks.claims import context_router, dynamic_experts, growth, long_cont
 from benchmarks.claims.base import Finding, Report, Target, append_report
 from benchmarks.claims.training import HeldOut, Trained, small_run, train
 from benchmarks.flops import count_flops
+from model.cache import init_cache
 from train.report import Picture
 
 
@@ -89,6 +90,19 @@ def test_a_passkey_row_asks_for_each_value_once_and_tells_it_before():
         key = row["tokens"][place] - long_context.FIRST_KEY
         assert row["targets"][place] == long_context.FIRST_ANSWER + told[key]
     assert np.all(np.diff(row["positions"]) == 1)
+
+
+def test_a_cache_grows_with_the_text():
+    config = long_context.model(2048)
+    small, large = (init_cache(config, 1, slots, "float32") for slots in (64, 256))
+    full = jax.tree.map(lambda x: x + 7, small)
+    grown = long_context._enlarged(full, large)
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), grown, large)
+    for layer, spec in zip(grown.periods, config.pattern, strict=True):
+        positions = np.asarray(layer.attention.positions_BS)[0, 0]
+        slots = 36 if spec.attention.window_size else 64
+        assert (positions[:slots] == 6).all()
+        assert (positions[slots:] == -1).all()
 
 
 def test_steps_until_in_range_wait_for_every_new_expert():

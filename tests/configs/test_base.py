@@ -71,6 +71,8 @@ IMPOSSIBLE = {
     (ROUTER + "entropy_weight", -1.0): "entropy_weight=-1.0 must not be negative",
     ("model.prefix", (tiny.model().pattern[0],)): "num_layers=2 must be the prefix's 1 layers",
     ("model.pattern.0.ffn.num_shared_experts", -1): "must not be negative",
+    ("model.exit_spacing", 3): "exit_spacing=3 must divide the 2 layers after the prefix",
+    ("model.exit_spacing", 1): "exit_spacing=1 is for decoding",
     ("data.holdout_fraction", 1.0): "must lie between 0 and 1",
     ("distill", DistillConfig(top_k=300)): "top_k=300 must be below model.vocab_size=300",
 }

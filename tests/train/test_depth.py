@@ -48,6 +48,10 @@ def test_weights_and_rates_by_hand():
     np.testing.assert_allclose(dropout_rates(one), rates, atol=1e-7)
     pairs = dataclasses.replace(one, pattern=(DENSE, DENSE))
     np.testing.assert_allclose(exit_weights(pairs), [0.1, 3 + 0.3], rtol=1e-6)
+    alike = dataclasses.replace(EXITS, weighting="uniform")
+    np.testing.assert_allclose(
+        exit_weights(dataclasses.replace(one, early_exit=alike)), [0.5, 0.5, 0.5, 1.0]
+    )
     np.testing.assert_allclose(dropout_rates(pairs), [0.2 * (cube - 1), 0.2], atol=1e-7)
 
 
