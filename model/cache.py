@@ -170,13 +170,17 @@ def append(
     positions_BL: jax.Array,
     num_sinks: int,
 ) -> tuple[LayerCache, LayerCache]:
-    """Returns the cache with the new tokens in it, and the keys that the new tokens attend to.
+    """Returns the cache with the new tokens in it, and the old cache followed by the new tokens.
 
-    Those are the old cache followed by the new tokens: writing first would overwrite keys that the
-    earlier of them still see. A single token is written first, and nothing is copied: what it
-    overwrites has left its window. Tokens at position -1 are padding and are not written; of those
-    that share a ring slot, only the newest is.
+    The second one is what the new tokens attend to: writing first would overwrite keys that the
+    earlier of them still see. Tokens at position -1 are padding and are not written; of those that
+    share a ring slot, only the newest is.
     """
+    seen = LayerCache(
+        k_BSGC=jnp.concatenate([cache.k_BSGC, k_BLGC.astype(cache.k_BSGC.dtype)], axis=1),
+        v_BSGC=jnp.concatenate([cache.v_BSGC, v_BLGC.astype(cache.v_BSGC.dtype)], axis=1),
+        positions_BS=jnp.concatenate([cache.positions_BS, positions_BL], axis=1),
+    )
     slots = cache.positions_BS.shape[1]
     ring = max(slots - num_sinks, 1)
     newest_B1 = positions_BL.max(axis=1, keepdims=True)
@@ -194,12 +198,5 @@ def append(
         k_BSGC=write(cache.k_BSGC, k_BLGC),
         v_BSGC=write(cache.v_BSGC, v_BLGC),
         positions_BS=write(cache.positions_BS, positions_BL),
-    )
-    if positions_BL.shape[1] == 1:
-        return written, written
-    seen = LayerCache(
-        k_BSGC=jnp.concatenate([cache.k_BSGC, k_BLGC.astype(cache.k_BSGC.dtype)], axis=1),
-        v_BSGC=jnp.concatenate([cache.v_BSGC, v_BLGC.astype(cache.v_BSGC.dtype)], axis=1),
-        positions_BS=jnp.concatenate([cache.positions_BS, positions_BL], axis=1),
     )
     return written, seen

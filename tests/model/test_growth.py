@@ -118,7 +118,7 @@ def test_multi_token_modules_grow_too(operator):
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (after, abstract))
     assert shapes[0] == shapes[1]
     sown = [
-        training_pass(Transformer(c), v, TOKENS, POSITIONS)[1]
+        jax.jit(lambda v, c=c: training_pass(Transformer(c), v, TOKENS, POSITIONS)[1])(v)
         for c, v in ((config, variables), (grown, after))
     ]
     before, now = (x["multi_token"]["hidden_0"][0] for x in sown)
