@@ -131,6 +131,7 @@ def test_expert_share_is_most_of_the_work():
     assert 0.7 < dynamic_experts.expert_share() < 0.9
 
 
+@pytest.mark.slow
 def test_training_in_memory_learns():
     model = context_router.planted_model("context")
     config = small_run(model, steps=30, seed=0, seq_len=context_router.PLANTED_LENGTH)

@@ -115,6 +115,7 @@ def test_distil_evaluate_and_generate(trained):
     assert "tokens/s" in out
 
 
+@pytest.mark.slow
 def test_a_grown_run_starts_near_where_its_parent_ended(trained):
     run(trained, "grow", str(trained / "run"), "--operator", "split", "--steps", "3")
     config = json.loads((trained / "run_grown" / "config.json").read_text())
@@ -247,7 +248,9 @@ def test_files_that_may_not_grow_end_in_one_sentence_and_the_run_goes_on(trained
     assert [x["loss"] for x in lines(folder)] == [x["loss"] for x in lines(trained / "run")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_saves_and_says_how_to_go_on(trained, number):
     folder = trained / f"signal {number}"
     arguments = ["v31_nano", "--run-dir", str(folder), *settings(trained), "--steps", "5000"]

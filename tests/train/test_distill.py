@@ -63,6 +63,7 @@ def test_a_student_moves_towards_its_teacher(teacher):
     assert lines[0]["loss"] == pytest.approx(lines[0]["kl"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_nearly_all_bins_are_nearly_the_whole_vocabulary(teacher):
     full = train(teacher, "whole", kl_weight=1.0)
     bins = train(teacher, "bins", kl_weight=1.0, top_k=299)

@@ -218,6 +218,7 @@ def test_accumulation_is_the_whole_batch(tmp_path):
         np.testing.assert_allclose(lines[0][name], lines[1][name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_muon_and_bfloat16_train(tmp_path):
     muon = OptimizerConfig(kind="muon", momentum=0.95, learning_rate=3e-3, warmup_steps=1)
     execution = ExecutionConfig(logits_chunks=2, compute_dtype="bfloat16", remat="full")
