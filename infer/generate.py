@@ -94,6 +94,7 @@ def generate(
         step_began, is_live_B = time.monotonic(), ~rows.is_done_B
         count_B = np.ones(len(prompts), int)
         if draft is not None:
+            token_B = np.asarray(token_B)  # as it will come: another kind would compile anew
             made = _decode_draft(model, variables, draft, token_B, position_B, cache)
             cache, count_B, tokens_BN = made.cache, np.asarray(made.count_B), made.tokens_BN
             accepted += count_B[is_live_B].tolist()

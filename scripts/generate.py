@@ -54,11 +54,14 @@ def main(argv: list[str]) -> None:
         draft = Draft(arguments.draft_exit, arguments.draft_length)
     tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
     ids: list[int] = []
-    shown = 0
+    shown = -1  # the prompt is not shown yet: what can't be done says so first
 
     def show(token_B: np.ndarray) -> None:
         """Prints what the new token adds; a character whose bytes are incomplete waits."""
         nonlocal shown
+        if shown < 0:
+            sys.stdout.write(arguments.prompt)
+            shown = 0
         ids.extend(token_B[token_B >= 0].tolist())
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -66,7 +69,6 @@ def main(argv: list[str]) -> None:
             sys.stdout.flush()
             shown = len(text)
 
-    sys.stdout.write(arguments.prompt)
     prompt = [END_OF_TEXT_ID, *tokenizer.encode(arguments.prompt).ids]
     result = generate(
         model,

@@ -173,6 +173,8 @@ def _draw(latencies: list[dict[str, np.ndarray]]) -> Picture:
         values = np.sort(np.concatenate([seed[name] for seed in latencies])) * 1e3
         axes.plot(values, np.arange(1, len(values) + 1) / len(values), color=color, label=name)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel(f"milliseconds to the first token, {PROMPT_TOKENS}-token prompts")
     axes.set_ylabel("share of requests")
     axes.legend(frameon=False, loc="lower right")
