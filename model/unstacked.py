@@ -26,11 +26,12 @@ def unstack(model: Transformer, variables: Variables) -> tuple[Transformer, Vari
         pattern=config.pattern * config.num_periods,
         exit_spacing=config.exit_spacing or len(config.pattern),
     )
-    params, state = variables["params"], variables["router_state"]
-    split = {"params": params | {"periods": split_periods(params["periods"])}}
-    split["router_state"] = dict(state)
-    if "periods" in state:
-        split["router_state"]["periods"] = split_periods(state["periods"], len(config.pattern))
+    split = {
+        collection: tree | {"periods": split_periods(tree["periods"], len(config.pattern))}
+        if "periods" in tree
+        else tree
+        for collection, tree in variables.items()
+    }
     return Transformer(unstacked, model.execution), split
 
 
@@ -39,13 +40,12 @@ def unstack_preference(model: Transformer, preference: Preference) -> Preference
     return split_periods(preference, len(model.config.pattern))
 
 
-def split_periods(layers: dict[str, Any], period: int | None = None) -> dict[str, Any]:
+def split_periods(layers: dict[str, Any], period: int) -> dict[str, Any]:
     """{"layer_i": arrays [periods, ...]} as {"layer_j": arrays [1, ...]}, j = p * period + i.
 
     Args:
-      period: layers of the pattern; None where all of them are there.
+      period: layers of the pattern; some of them may be missing.
     """
-    period = len(layers) if period is None else period
     split = {}
     for name, tree in layers.items():
         i = int(name.removeprefix("layer_"))

@@ -1,7 +1,7 @@
 """Leaving early against the whole depth: decoding speed and what it costs.
 
 Two ways: a token leaves at the first exit that is sure enough, at a threshold with a certificate;
-or the first exit's layers draft and the rest verify, which costs no loss at all. Bytes of the
+or an exit's layers draft and the rest verify, which costs no loss at all. Bytes of the
 standard library, so that looking at an exit's 256 logits costs little.
 """
 

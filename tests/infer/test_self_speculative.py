@@ -101,6 +101,7 @@ def test_without_spare_slots_the_window_would_be_lost(variables):
     ]
     whole = np.concatenate([tokens, [[7, 9]]], axis=1).astype(np.int32)
     expected, _ = jax.jit(lambda v: hidden_states(MODEL, v, whole, positions))(variables)
+    # float32 sums over cached keys in another order; a lost key shows a hundred times as much.
     np.testing.assert_allclose(found[0], expected[0, -1], atol=1e-4)
     assert np.abs(found[1] - expected[0, -1]).max() > 1e-2
 
@@ -115,7 +116,7 @@ def test_what_can_not_be_drafted_is_refused(variables):
         ask(sampling=Sampling(temperature=1.0))
     with pytest.raises(UserError, match="exit_threshold and draft can't go together"):
         ask(exit_threshold=0.5)
-    with pytest.raises(UserError, match=r"draft\.|length"):
+    with pytest.raises(UserError, match="length=0 must be greater than 0"):
         Draft(length=0)
     sparse = LocalSparseAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window_size=4)
     depth = MixtureOfDepthsConfig(capacity=0.5)
