@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -73,15 +73,16 @@ def generate(
         options that can't go together.
     """
     _check(model, prompts, max_new_tokens)
-    _check_ways(model, sampling, exit_threshold, draft, preference)
-    began, key = time.monotonic(), jax.random.key(seed)
+    began = time.monotonic()
+    way = _Way(sampling, jax.random.key(seed), exit_threshold, draft, preference)
+    _check_way(model, way)
     tokens_BL, positions_BL = _pad(prompts)
     position_B = np.array([len(prompt) for prompt in prompts], np.int32)
     spare = draft.length if draft else 0
     slots = int(position_B.max()) + max_new_tokens + spare
     cache = init_cache(model.config, len(prompts), slots, model.execution.compute_dtype, spare)
     token_B, cache = _prefill(
-        model, sampling, variables, tokens_BL, positions_BL, cache, key, preference
+        model, sampling, variables, tokens_BL, positions_BL, cache, way.key, preference
     )
     rows = _Rows(len(prompts), max_new_tokens, stop_ids, on_tokens)
     rows.add(np.asarray(token_B)[:, None], np.ones(len(prompts), int))
@@ -92,25 +93,15 @@ def generate(
     accepted: list[int] = []
     while not rows.is_done_B.all():
         step_began, is_live_B = time.monotonic(), ~rows.is_done_B
-        count_B = np.ones(len(prompts), int)
+        step = _step(model, variables, way, token_B, position_B, cache)
+        token_B, cache = step.token_B, step.cache
+        if step.layers_B is not None:
+            layers_run += step.layers_B[is_live_B].tolist()
         if draft is not None:
-            token_B = np.asarray(token_B)  # as it will come: another kind would compile anew
-            made = _decode_draft(model, variables, draft, token_B, position_B, cache)
-            cache, count_B, tokens_BN = made.cache, np.asarray(made.count_B), made.tokens_BN
-            accepted += count_B[is_live_B].tolist()
-            token_B = np.take_along_axis(np.asarray(tokens_BN), count_B[:, None] - 1, 1)[:, 0]
-        elif exit_threshold is not None:
-            new = (token_B, position_B, cache, key, exit_threshold)
-            token_B, cache, layers_B = _decode_early(model, sampling, variables, *new)
-            layers_run += np.asarray(layers_B)[is_live_B].tolist()
-            tokens_BN = token_B[:, None]
-        else:
-            new = (token_B, position_B, cache, key, preference)
-            token_B, cache = _decode(model, sampling, variables, *new)
-            tokens_BN = token_B[:, None]
-        added = rows.add(np.asarray(tokens_BN), count_B)
+            accepted += step.count_B[is_live_B].tolist()
+        added = rows.add(step.tokens_BN, step.count_B)
         # A row that has ended stays where it is, and so within its cache.
-        position_B = position_B + np.where(is_live_B, count_B, 0).astype(np.int32)
+        position_B = position_B + np.where(is_live_B, step.count_B, 0).astype(np.int32)
         steps.append((time.monotonic() - step_began, added))
     seconds, counts = np.array(steps[1:] or [(1.0, 0)]).T
     return Generation(
@@ -150,27 +141,70 @@ class _Rows:
         return added
 
 
-def _check_ways(
+@dataclass(frozen=True)
+class _Way:
+    """How tokens are chosen and read."""
+
+    sampling: Sampling
+    key: jax.Array
+    exit_threshold: float | None
+    draft: Draft | None
+    preference: Preference | None
+
+
+class _Step(NamedTuple):
+    tokens_BN: np.ndarray
+    count_B: np.ndarray
+    """Tokens of each row that hold."""
+    token_B: jax.Array | np.ndarray
+    """The last of them, in the kind that each step takes: another one would compile anew."""
+    cache: Cache
+    layers_B: np.ndarray | None
+    """With exit_threshold: layers run."""
+
+
+def _step(
     model: Transformer,
-    sampling: Sampling,
-    exit_threshold: float | None,
-    draft: Draft | None,
-    preference: Preference | None,
-) -> None:
-    ways = {
-        "exit_threshold": exit_threshold,
-        "draft": draft,
-        "a preference for experts": preference,
+    variables: Variables,
+    way: _Way,
+    token_B: jax.Array | np.ndarray,
+    position_B: np.ndarray,
+    cache: Cache,
+) -> _Step:
+    """Reads each row's last token, and drafts."""
+    if way.draft is not None:
+        made = _decode_draft(model, variables, way.draft, np.asarray(token_B), position_B, cache)
+        tokens_BN, count_B = np.asarray(made.tokens_BN), np.asarray(made.count_B)
+        last_B = np.take_along_axis(tokens_BN, count_B[:, None] - 1, axis=1)[:, 0]
+        return _Step(tokens_BN, count_B, last_B, made.cache, None)
+    place, layers_B = (token_B, position_B, cache, way.key), None
+    if way.exit_threshold is None:
+        token_B, cache = _decode(model, way.sampling, variables, *place, way.preference)
+    else:
+        token_B, cache, layers = _decode_early(
+            model, way.sampling, variables, *place, way.exit_threshold
+        )
+        layers_B = np.asarray(layers)
+    tokens_BN = np.asarray(token_B)[:, None]
+    return _Step(tokens_BN, np.ones(len(tokens_BN), int), token_B, cache, layers_B)
+
+
+def _check_way(model: Transformer, way: _Way) -> None:
+    given = {
+        "exit_threshold": way.exit_threshold,
+        "draft": way.draft,
+        "a preference for experts": way.preference,
     }
-    given = [name for name, value in ways.items() if value is not None]
-    require(len(given) < 2, f"{' and '.join(given)} can't go together: leave one out")
-    if exit_threshold is not None:
+    names = [name for name, value in given.items() if value is not None]
+    require(len(names) < 2, f"{' and '.join(names)} can't go together: leave one out")
+    if way.exit_threshold is not None:
         check_exits(model)
-    if draft is not None:
-        check_draft(model, draft)
+    if way.draft is not None:
+        check_draft(model, way.draft)
+        temperature = way.sampling.temperature
         require(
-            sampling.temperature == 0,
-            f"draft gives the greedy text, got temperature={sampling.temperature}: leave one out",
+            temperature == 0,
+            f"draft gives the greedy text, got temperature={temperature}: leave one out",
         )
 
 
