@@ -21,7 +21,7 @@ lint: .venv                  ## style, types, layers
 
 .venv: $(VENV)/installed     ## only sets up
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/native/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[dev]"
 	touch $@

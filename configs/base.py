@@ -32,7 +32,7 @@ class ExecutionConfig:
     """all_to_all: buffer rows per peer over the balanced load; a full buffer replays the step
     dropless.
     """
-    grouped_matmul: Literal["auto", "reference", "xla"] = "auto"
+    grouped_matmul: Literal["auto", "reference", "xla", "cpu"] = "auto"
     window_attention: Literal["auto", "reference", "xla"] = "auto"
     sparse_attention: Literal["auto", "reference", "xla"] = "auto"
 

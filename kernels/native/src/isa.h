@@ -1,0 +1,24 @@
+// The instruction sets that this library has code for, and which of them is in use.
+#ifndef MOESAIC_ISA_H_
+#define MOESAIC_ISA_H_
+
+#include "gemm.h"
+
+namespace moesaic {
+
+// Everything that differs between instruction sets.
+struct Isa {
+  const char* name;
+  const GemmKernels* gemm;
+  bool (*is_supported)();
+};
+
+// The best that this processor has, unless UseIsa chose another.
+const Isa& CurrentIsa();
+
+// Chooses one by its name, for tests; false where this processor or this build lacks it.
+bool UseIsa(const char* name);
+
+}  // namespace moesaic
+
+#endif  // MOESAIC_ISA_H_

@@ -1,0 +1,26 @@
+// 32 registers of 16 floats: 24 sums, 2 of B, 1 of A.
+#if defined(__x86_64__)
+
+#include <cstdint>
+
+#include "gemm.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#endif
+
+#define MOESAIC_ISA avx512
+#define MOESAIC_ISA_NAME "avx512"
+#define MOESAIC_VECTOR_BYTES 64
+#define MOESAIC_TILE_ROWS 12
+#define MOESAIC_TILE_VECTORS 2
+#include "gemm_kernels.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

@@ -1,0 +1,17 @@
+// What every processor of the architecture has: SSE2 on x86-64, NEON on 64-bit Arm, and whatever
+// the compiler makes of vectors of four floats elsewhere.
+#include <cstdint>
+
+#include "gemm.h"
+
+#define MOESAIC_ISA baseline
+#define MOESAIC_ISA_NAME "baseline"
+#define MOESAIC_VECTOR_BYTES 16
+#if defined(__aarch64__)  // 32 registers: 24 sums, 3 of B, 1 of A
+#define MOESAIC_TILE_ROWS 8
+#define MOESAIC_TILE_VECTORS 3
+#else  // 16 registers: 12 sums, 2 of B, 1 of A
+#define MOESAIC_TILE_ROWS 6
+#define MOESAIC_TILE_VECTORS 2
+#endif
+#include "gemm_kernels.inl"
