@@ -11,7 +11,12 @@ import jax
 
 MODULE = "moesaic_native"
 SOURCES = Path(__file__).parent / "src"
-TARGETS = ("moesaic_rows_times_matrix", "moesaic_rows_times_rows")
+TARGETS = (
+    "moesaic_rows_times_matrix",
+    "moesaic_rows_times_rows",
+    "moesaic_quantized_matmul",
+    "moesaic_quantized_swiglu",
+)
 REBUILD = "run `make .venv`, or `pip install .`, with a C++ compiler (g++ or clang++) present"
 
 logger = logging.getLogger(__name__)

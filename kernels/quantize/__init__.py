@@ -1,7 +1,7 @@
 """Weights of few bits: the QTensor, its formats, and the orders in which backends keep nibbles."""
 
 from kernels.quantize.api import dequantize, quantize
-from kernels.quantize.packing import pack_nibbles, repack, unpack_nibbles
+from kernels.quantize.packing import repack
 from kernels.quantize.qtensor import FORMATS, Format, Packing, QTensor
 
 __all__ = [
@@ -10,8 +10,6 @@ __all__ = [
     "Packing",
     "QTensor",
     "dequantize",
-    "pack_nibbles",
     "quantize",
     "repack",
-    "unpack_nibbles",
 ]

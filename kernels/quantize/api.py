@@ -6,7 +6,7 @@ K inputs, N outputs, S blocks of Z inputs (block_size).
 import jax
 import jax.numpy as jnp
 
-from kernels.quantize.packing import pack_nibbles, unpack_nibbles
+from kernels.quantize.packing import pack, unpack
 from kernels.quantize.qtensor import FORMATS, Format, QTensor
 
 
@@ -44,16 +44,15 @@ def quantize(
     if format == "fp8_e4m3":
         values = ratio_NK.astype(spec.dtype)
     else:
-        values = jnp.round(ratio_NK).astype(jnp.int8)
-        values = pack_nibbles(values, "canonical") if format == "int4" else values
+        values = pack(jnp.round(ratio_NK).astype(jnp.int8), spec.bits, "canonical")
     return QTensor(values, jnp.swapaxes(scale_NS1[..., 0], -1, -2), format, block_size)
 
 
 def dequantize(weight: QTensor, dtype: str = "float32") -> jax.Array:
     """The weights that a QTensor stands for, [..., K, N]: the definition of correct."""
     values = weight.values
-    if weight.format == "int4":
-        values = unpack_nibbles(values, weight.packing)
+    if weight.format in ("int8", "int4"):
+        values = unpack(values, weight.bits, weight.packing)
     w_NK = values.astype(jnp.float32)
     if weight.format != "bf16":
         scale_NS = jnp.swapaxes(weight.scales.astype(jnp.float32), -1, -2)

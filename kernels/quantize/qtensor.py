@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 Format = Literal["bf16", "fp8_e4m3", "int8", "int4"]
-Packing = Literal["canonical", "split_32", "split_128"]
-"""Where the two nibbles of a byte come from; see packing.py. Formats of 8 bits have one order."""
+Packing = Literal["canonical", "panels", "split_128"]
+"""The order of the stored values; see packing.py."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class QTensor:
 
     values: jax.Array
     """[..., N, K] in the format's dtype: an output's inputs lie together. int4: uint8
-    [..., N, K/2], two's complement nibbles in the order that `packing` says."""
+    [..., N, K/2], two's complement nibbles. Their order is what `packing` says."""
     scales: jax.Array
     """float32 or bfloat16 [..., S, N]; bf16 has none: [..., 0, N]."""
     format: Format

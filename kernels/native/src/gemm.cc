@@ -39,6 +39,15 @@ void EdgeTile(const GemmKernels& kernels, int64_t depth, const float* a, const f
 
 void Gemm(const GemmKernels& kernels, Matrix a, Matrix b, float* c, int64_t c_stride, int64_t rows,
           int64_t cols, int64_t depth) {
+  const auto pack = [&](int64_t k, int64_t block, int64_t col, int64_t width, float* packed) {
+    kernels.pack_cols(b.data + k * b.row_stride + col * b.col_stride, b.row_stride, b.col_stride,
+                      block, width, packed);
+  };
+  Gemm(kernels, a, pack, c, c_stride, rows, cols, depth);
+}
+
+void Gemm(const GemmKernels& kernels, Matrix a, const PackCols& pack_b, float* c, int64_t c_stride,
+          int64_t rows, int64_t cols, int64_t depth) {
   if (depth == 0) {
     for (int64_t i = 0; i < rows; ++i) std::memset(c + i * c_stride, 0, cols * sizeof(float));
     return;
@@ -53,8 +62,7 @@ void Gemm(const GemmKernels& kernels, Matrix a, Matrix b, float* c, int64_t c_st
     }
     for (int64_t j = 0; j < cols; j += tile_cols) {
       const int64_t width = std::min(tile_cols, cols - j);
-      kernels.pack_cols(b.data + k * b.row_stride + j * b.col_stride, b.row_stride, b.col_stride,
-                        block, width, scratch.b);
+      pack_b(k, block, j, width, scratch.b);
       for (int64_t i = 0; i < rows; i += tile_rows) {
         const int64_t height = std::min(tile_rows, rows - i);
         const float* packed_a = scratch.a + i * block;

@@ -3,6 +3,7 @@
 #define MOESAIC_GEMM_H_
 
 #include <cstdint>
+#include <functional>
 
 namespace moesaic {
 
@@ -25,7 +26,7 @@ struct Matrix {
 struct GemmKernels {
   const char* isa;
   int64_t tile_rows;  // of A, divides kBlockRows
-  int64_t tile_cols;  // of B
+  int64_t tile_cols;  // of B, a multiple of 16
   // c[tile_rows, tile_cols] = a * b, or c += a * b. a is packed [depth, tile_rows], b [depth,
   // tile_cols].
   void (*tile)(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride,
@@ -39,8 +40,15 @@ struct GemmKernels {
                     int64_t width, float* packed);
 };
 
+// Packs b[k : k + depth, col : col + width] as [depth, tile_cols], zeros beside it; k and depth are
+// multiples of kBlockDepth but for the last, col is one of tile_cols.
+using PackCols =
+    std::function<void(int64_t k, int64_t depth, int64_t col, int64_t width, float* packed)>;
+
 // c[rows, cols] = a[rows, depth] * b[depth, cols]; zeros where depth is 0. rows <= kBlockRows.
 // Runs on the calling thread.
+void Gemm(const GemmKernels& kernels, Matrix a, const PackCols& pack_b, float* c, int64_t c_stride,
+          int64_t rows, int64_t cols, int64_t depth);
 void Gemm(const GemmKernels& kernels, Matrix a, Matrix b, float* c, int64_t c_stride, int64_t rows,
           int64_t cols, int64_t depth);
 

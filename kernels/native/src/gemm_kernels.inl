@@ -12,6 +12,7 @@ constexpr int64_t kTileRows = MOESAIC_TILE_ROWS;
 constexpr int64_t kTileVectors = MOESAIC_TILE_VECTORS;
 constexpr int64_t kTileCols = kTileVectors * kLanes;
 static_assert(kTileRows <= kMaxTileRows && kTileCols <= kMaxTileCols, "the edge tile is too small");
+static_assert(kTileCols % 16 == 0, "quantised panels of 16 columns fill a tile");
 static_assert(kBlockRows % kTileRows == 0, "packed blocks hold whole tiles");
 
 static void Tile(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride,

@@ -8,13 +8,16 @@ namespace moesaic {
 #if defined(__x86_64__)
 namespace avx512 {
 extern const GemmKernels kGemmKernels;
+extern const QuantizedKernels kQuantizedKernels;
 }
 namespace avx2 {
 extern const GemmKernels kGemmKernels;
+extern const QuantizedKernels kQuantizedKernels;
 }
 #endif
 namespace baseline {
 extern const GemmKernels kGemmKernels;
+extern const QuantizedKernels kQuantizedKernels;
 }
 
 namespace {
@@ -22,16 +25,16 @@ namespace {
 // Best first; the last runs wherever this library was built for.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512", &avx512::kGemmKernels,
+    {"avx512", &avx512::kGemmKernels, &avx512::kQuantizedKernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vnni");
      }},
-    {"avx2", &avx2::kGemmKernels,
+    {"avx2", &avx2::kGemmKernels, &avx2::kQuantizedKernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"baseline", &baseline::kGemmKernels, [] { return true; }},
+    {"baseline", &baseline::kGemmKernels, &baseline::kQuantizedKernels, [] { return true; }},
 };
 
 std::atomic<const Isa*> chosen{nullptr};

@@ -3,6 +3,7 @@
 #define MOESAIC_ISA_H_
 
 #include "gemm.h"
+#include "quantized.h"
 
 namespace moesaic {
 
@@ -10,6 +11,7 @@ namespace moesaic {
 struct Isa {
   const char* name;
   const GemmKernels* gemm;
+  const QuantizedKernels* quantized;
   bool (*is_supported)();
 };
 

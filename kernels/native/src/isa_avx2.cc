@@ -1,9 +1,12 @@
 // 16 registers of 8 floats: 12 sums, 2 of B, 1 of A.
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #include <cstdint>
 
 #include "gemm.h"
+#include "quantized.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -17,6 +20,7 @@
 #define MOESAIC_TILE_ROWS 6
 #define MOESAIC_TILE_VECTORS 2
 #include "gemm_kernels.inl"
+#include "quantized_kernels.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop

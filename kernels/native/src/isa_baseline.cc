@@ -3,15 +3,16 @@
 #include <cstdint>
 
 #include "gemm.h"
+#include "quantized.h"
 
 #define MOESAIC_ISA baseline
 #define MOESAIC_ISA_NAME "baseline"
 #define MOESAIC_VECTOR_BYTES 16
-#if defined(__aarch64__)  // 32 registers: 24 sums, 3 of B, 1 of A
-#define MOESAIC_TILE_ROWS 8
-#define MOESAIC_TILE_VECTORS 3
-#else  // 16 registers: 12 sums, 2 of B, 1 of A
+#define MOESAIC_TILE_VECTORS 4
+#if defined(__aarch64__)  // 32 registers: 24 sums, 4 of B, 1 of A
 #define MOESAIC_TILE_ROWS 6
-#define MOESAIC_TILE_VECTORS 2
+#else  // 16 registers: 8 sums, 4 of B, 1 of A
+#define MOESAIC_TILE_ROWS 2
 #endif
 #include "gemm_kernels.inl"
+#include "quantized_kernels.inl"
