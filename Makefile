@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow lint clean .venv
+.PHONY: quickstart test test-slow sanitize lint clean .venv
 
 quickstart: .venv            ## corpus, training, distillation, evaluation, report: the whole story
 	$(RUN) -m scripts.quickstart
@@ -12,6 +12,13 @@ test: .venv                  ## everything that takes seconds
 
 test-slow: .venv             ## what takes minutes
 	$(RUN) -m pytest -m slow
+
+sanitize: .venv              ## the native kernels' tests, with every access and overflow checked
+	MOESAIC_SANITIZE=1 $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target build/sanitized/library .
+	PYTHONPATH=build/sanitized/library ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
+		$(RUN) -m pytest tests/kernels/test_native.py tests/kernels/test_quantized_matmul.py
 
 lint: .venv                  ## style, types, layers
 	$(VENV)/bin/ruff check .

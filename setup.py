@@ -28,7 +28,8 @@ def ffi_headers() -> str:
     return str(Path(spec.submodule_search_locations[0]) / "include")
 
 
-sanitizers = SANITIZE if os.environ.get("MOESAIC_SANITIZE") else []
+is_sanitized = bool(os.environ.get("MOESAIC_SANITIZE"))  # `make sanitize` sets it
+sanitizers = SANITIZE if is_sanitized else []
 library = Extension(
     "moesaic_native",
     sources=sorted(str(file) for file in SOURCES.glob("*.cc")),
@@ -47,4 +48,6 @@ library = Extension(
     language="c++",
     optional=True,
 )
-setup(ext_modules=[library])
+# Objects of the two kinds must not meet: setuptools compares dates, not options.
+build = {"build_base": "build/sanitized" if is_sanitized else "build/plain"}
+setup(ext_modules=[library], options={"build": build})

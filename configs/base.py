@@ -33,7 +33,7 @@ class ExecutionConfig:
     dropless.
     """
     grouped_matmul: Literal["auto", "reference", "xla", "cpu"] = "auto"
-    window_attention: Literal["auto", "reference", "xla"] = "auto"
+    window_attention: Literal["auto", "reference", "xla", "cpu"] = "auto"
     sparse_attention: Literal["auto", "reference", "xla"] = "auto"
 
     def __post_init__(self) -> None:

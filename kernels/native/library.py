@@ -5,7 +5,9 @@ import functools
 import hashlib
 import importlib.util
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -16,6 +18,8 @@ TARGETS = (
     "moesaic_rows_times_rows",
     "moesaic_quantized_matmul",
     "moesaic_quantized_swiglu",
+    "moesaic_attention_forward",
+    "moesaic_attention_backward",
 )
 REBUILD = "run `make .venv`, or `pip install .`, with a C++ compiler (g++ or clang++) present"
 
@@ -30,8 +34,13 @@ def is_available() -> bool:
     return _library() is not None
 
 
-def call(target: str, result: jax.ShapeDtypeStruct, *operands: jax.Array, **attributes):
-    """The result of one of TARGETS on CPU arrays; only where is_available()."""
+def call(
+    target: str,
+    result: jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct],
+    *operands: jax.Array,
+    **attributes: int | bool,
+) -> Any:
+    """What one of TARGETS makes of CPU arrays, shaped as `result`; only where is_available()."""
     if not is_available():
         raise NotImplementedError(f"the native CPU kernels are not built: {REBUILD}")
     invoke = jax.ffi.ffi_call(target, result, vmap_method="sequential")

@@ -39,7 +39,8 @@ def quantized_matmul(
         "moesaic_quantized_matmul",
         _result(x_RK, w_EKN),
         x_RK,
-        *_stored(w_EKN),
+        w_EKN.values,
+        w_EKN.scales,
         group_sizes_E.astype(jnp.int32),
         **_attributes(w_EKN, round_x),
     )
@@ -53,8 +54,10 @@ def quantized_swiglu(
         "moesaic_quantized_swiglu",
         _result(x_RK, gate_EKN),
         x_RK,
-        *_stored(gate_EKN),
-        *_stored(up_EKN),
+        gate_EKN.values,
+        gate_EKN.scales,
+        up_EKN.values,
+        up_EKN.scales,
         group_sizes_E.astype(jnp.int32),
         **_attributes(gate_EKN, round_x),
     )
@@ -62,10 +65,6 @@ def quantized_swiglu(
 
 def _result(x_RK: jax.Array, w_EKN: QTensor) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((x_RK.shape[0], w_EKN.shape[-1]), jnp.float32)
-
-
-def _stored(weight: QTensor) -> tuple[jax.Array, jax.Array]:
-    return weight.values, weight.scales.astype(jnp.float32)
 
 
 def _attributes(weight: QTensor, round_x: bool) -> dict[str, int | bool]:

@@ -9,15 +9,18 @@ namespace moesaic {
 namespace avx512 {
 extern const GemmKernels kGemmKernels;
 extern const QuantizedKernels kQuantizedKernels;
+extern const AttentionKernels kAttentionKernels;
 }
 namespace avx2 {
 extern const GemmKernels kGemmKernels;
 extern const QuantizedKernels kQuantizedKernels;
+extern const AttentionKernels kAttentionKernels;
 }
 #endif
 namespace baseline {
 extern const GemmKernels kGemmKernels;
 extern const QuantizedKernels kQuantizedKernels;
+extern const AttentionKernels kAttentionKernels;
 }
 
 namespace {
@@ -25,16 +28,16 @@ namespace {
 // Best first; the last runs wherever this library was built for.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512", &avx512::kGemmKernels, &avx512::kQuantizedKernels,
+    {"avx512", &avx512::kGemmKernels, &avx512::kQuantizedKernels, &avx512::kAttentionKernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vnni");
      }},
-    {"avx2", &avx2::kGemmKernels, &avx2::kQuantizedKernels,
+    {"avx2", &avx2::kGemmKernels, &avx2::kQuantizedKernels, &avx2::kAttentionKernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"baseline", &baseline::kGemmKernels, &baseline::kQuantizedKernels, [] { return true; }},
+    {"baseline", &baseline::kGemmKernels, &baseline::kQuantizedKernels, &baseline::kAttentionKernels, [] { return true; }},
 };
 
 std::atomic<const Isa*> chosen{nullptr};

@@ -2,6 +2,7 @@
 #ifndef MOESAIC_ISA_H_
 #define MOESAIC_ISA_H_
 
+#include "attention.h"
 #include "gemm.h"
 #include "quantized.h"
 
@@ -12,6 +13,7 @@ struct Isa {
   const char* name;
   const GemmKernels* gemm;
   const QuantizedKernels* quantized;
+  const AttentionKernels* attention;
   bool (*is_supported)();
 };
 

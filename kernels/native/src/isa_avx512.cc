@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "attention.h"
 #include "gemm.h"
 #include "quantized.h"
 
@@ -22,6 +23,7 @@
 #define MOESAIC_TILE_VECTORS 2
 #include "gemm_kernels.inl"
 #include "quantized_kernels.inl"
+#include "attention_kernels.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop

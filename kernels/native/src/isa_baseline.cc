@@ -2,6 +2,7 @@
 // the compiler makes of vectors of four floats elsewhere.
 #include <cstdint>
 
+#include "attention.h"
 #include "gemm.h"
 #include "quantized.h"
 
@@ -16,3 +17,4 @@
 #endif
 #include "gemm_kernels.inl"
 #include "quantized_kernels.inl"
+#include "attention_kernels.inl"

@@ -17,7 +17,8 @@ constexpr int64_t kMaxRows = 8;
 // A packed matrix [inputs, outputs].
 struct QuantizedMatrix {
   const uint8_t* values;  // panels, one after the other
-  const float* scales;    // [inputs / block, outputs]
+  const void* scales;     // [inputs / block, outputs], float32 or bfloat16
+  bool are_scales_bfloat16;
   int64_t inputs, outputs;
   int64_t block;  // inputs that share a scale; a multiple of 8
   int bits;       // 8 or 4, two's complement

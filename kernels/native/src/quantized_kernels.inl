@@ -4,6 +4,7 @@
 namespace moesaic {
 namespace MOESAIC_ISA {
 
+typedef uint16_t ShortVector __attribute__((vector_size(MOESAIC_VECTOR_BYTES / 2)));
 typedef int32_t IntVector __attribute__((vector_size(MOESAIC_VECTOR_BYTES)));
 
 // Vectors that hold a panel's 16 outputs.
@@ -18,6 +19,16 @@ MOESAIC_INLINE IntVector LoadInts(const void* from) {
 }
 
 MOESAIC_INLINE Vector ToFloat(IntVector vector) { return __builtin_convertvector(vector, Vector); }
+
+// The scales of kLanes outputs from `output` on, for inputs of one block.
+MOESAIC_INLINE Vector Scales(const QuantizedMatrix& w, int64_t block, int64_t output) {
+  const int64_t index = block * w.outputs + output;
+  if (!w.are_scales_bfloat16) return Load(static_cast<const float*>(w.scales) + index);
+  ShortVector upper;
+  __builtin_memcpy(&upper, static_cast<const uint16_t*>(w.scales) + index, sizeof(upper));
+  const IntVector bits = __builtin_convertvector(upper, IntVector) << 16;
+  return (Vector)bits;
+}
 
 // Of each lane's four bytes, the weight of input `index` of the group: byte `index` for 8 bits,
 // nibble `index` in the panel's order for 4.
@@ -34,11 +45,10 @@ static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, 
   // A lone row's sum is cut in four, for a sum waits for the one before it.
   constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
   const uint8_t* bytes = w.Panel(panel);
-  const float* scales = w.scales + panel * kPanelOutputs;
   Vector total[kRows][kParts] = {};
-  for (int64_t begin = 0; begin < w.inputs; begin += w.block, scales += w.outputs) {
+  for (int64_t block = 0; block < w.inputs / w.block; ++block) {
     Vector sums[kRows][kParts][kChains] = {};
-    for (int64_t k = begin; k < begin + w.block; k += kInputs, bytes += kGroupBytes) {
+    for (int64_t k = block * w.block; k < (block + 1) * w.block; k += kInputs, bytes += kGroupBytes) {
 #pragma GCC unroll 4
       for (int64_t part = 0; part < kParts; ++part) {
         const IntVector group = LoadInts(bytes + part * sizeof(IntVector));
@@ -54,7 +64,7 @@ static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, 
     }
 #pragma GCC unroll 4
     for (int64_t part = 0; part < kParts; ++part) {
-      const Vector scale = Load(scales + part * kLanes);
+      const Vector scale = Scales(w, block, panel * kPanelOutputs + part * kLanes);
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
         Vector sum = sums[row][part][0];
@@ -127,9 +137,8 @@ static void RoundedPanel(const QuantizedMatrix& w, int64_t panel, const RoundedR
   constexpr int kInputs = 32 / kBits;  // of one group
   const int64_t blocks = w.inputs / w.block;
   const uint8_t* bytes = w.Panel(panel);
-  const float* scales = w.scales + panel * kPanelOutputs;
   Vector total[kRows][kParts] = {};
-  for (int64_t block = 0; block < blocks; ++block, scales += w.outputs) {
+  for (int64_t block = 0; block < blocks; ++block) {
     IntVector sums[kRows][kParts] = {};
     IntVector weight_sums[kParts] = {};  // times kOffset
     for (int64_t k = block * w.block; k < (block + 1) * w.block; k += kInputs) {
@@ -157,14 +166,15 @@ static void RoundedPanel(const QuantizedMatrix& w, int64_t panel, const RoundedR
         }
       }
     }
-#pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) {
-      const float x_scale = x.scales[row * blocks + block];
-      const int32_t offset = kBits == 4 ? 8 * x.sums[row * blocks + block] : 0;
 #pragma GCC unroll 4
-      for (int64_t part = 0; part < kParts; ++part) {
-        const IntVector sum = sums[row][part] - (kBits == 8 ? weight_sums[part] : IntVector{}) - offset;
-        total[row][part] += Load(scales + part * kLanes) * x_scale * ToFloat(sum);
+    for (int64_t part = 0; part < kParts; ++part) {
+      const Vector scale = Scales(w, block, panel * kPanelOutputs + part * kLanes);
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        const float x_scale = x.scales[row * blocks + block];
+        const int32_t offset = kBits == 4 ? 8 * x.sums[row * blocks + block] : 0;
+        const IntVector sum = sums[row][part] - weight_sums[part] - offset;
+        total[row][part] += scale * x_scale * ToFloat(sum);
       }
     }
   }
@@ -241,10 +251,9 @@ static void DequantizePanel(const QuantizedMatrix& w, int64_t panel, int64_t beg
   constexpr int kInputs = 32 / kBits;  // of one group
   const uint8_t* bytes = w.Panel(panel) + begin / kInputs * kGroupBytes;
   for (int64_t k = begin; k < begin + depth; k += kInputs) {
-    const float* scales = w.scales + k / w.block * w.outputs + panel * kPanelOutputs;
     for (int64_t part = 0; part < kParts; ++part, bytes += sizeof(IntVector)) {
       const IntVector group = LoadInts(bytes);
-      const Vector scale = Load(scales + part * kLanes);
+      const Vector scale = Scales(w, k / w.block, panel * kPanelOutputs + part * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kInputs; ++i) {
         Store(to + (k - begin + i) * stride + part * kLanes, scale * Weight<kBits>(group, i));

@@ -26,13 +26,20 @@ constexpr int64_t kGemmRows = 24;
 // The matrices of all groups.
 struct Weights {
   const uint8_t* values;
-  const float* scales;
+  const char* scales;
+  bool are_scales_bfloat16;
   int64_t groups, inputs, outputs, block;
   int bits;
 
   QuantizedMatrix Of(int64_t group) const {
+    const int64_t scale_bytes = are_scales_bfloat16 ? 2 : 4;
     return {values + group * inputs * outputs * bits / 8,
-            scales + group * (inputs / block) * outputs, inputs, outputs, block, bits};
+            scales + group * (inputs / block) * outputs * scale_bytes,
+            are_scales_bfloat16,
+            inputs,
+            outputs,
+            block,
+            bits};
   }
 };
 
@@ -120,14 +127,18 @@ void Gate(float* gate, int64_t gate_stride, const float* up, int64_t rows, int64
 }
 
 // The weights in these buffers, or why they are none.
-ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const F32& scales, int64_t bits,
-                                int64_t block) {
+ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuffer& scales,
+                                int64_t bits, int64_t block) {
   const auto shape = values.dimensions();
-  if (shape.size() != 3 || scales.dimensions().size() != 3 || (bits != 4 && bits != 8)) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument("values and scales must be stacks"));
+  const bool is_bfloat16 = scales.element_type() == ffi::BF16;
+  if (shape.size() != 3 || scales.dimensions().size() != 3 || (bits != 4 && bits != 8) ||
+      !(is_bfloat16 || scales.element_type() == ffi::F32)) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument(
+        "values and scales must be stacks of 4 or 8 bits and of float32 or bfloat16"));
   }
   const Weights weights = {static_cast<const uint8_t*>(values.untyped_data()),
-                           scales.typed_data(),
+                           static_cast<const char*>(scales.untyped_data()),
+                           is_bfloat16,
                            shape[0],
                            shape[2] * 8 / bits,
                            shape[1],
@@ -175,7 +186,7 @@ ffi::Error Run(ffi::ThreadPool& pool, const F32& x, const Weights& weights, cons
   return ffi::Error::Success();
 }
 
-ffi::Error QuantizedMatmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer values, F32 scales,
+ffi::Error QuantizedMatmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
                            S32 group_sizes, ffi::ResultBuffer<ffi::F32> y, int64_t bits,
                            int64_t block, bool round) {
   const auto weights = WeightsOf(values, scales, bits, block);
@@ -183,8 +194,8 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer values, F
   return Run(pool, x, *weights, nullptr, group_sizes, y, round);
 }
 
-ffi::Error QuantizedSwiglu(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer gate_values, F32 gate_scales,
-                           ffi::AnyBuffer up_values, F32 up_scales, S32 group_sizes,
+ffi::Error QuantizedSwiglu(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer gate_values, ffi::AnyBuffer gate_scales,
+                           ffi::AnyBuffer up_values, ffi::AnyBuffer up_scales, S32 group_sizes,
                            ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t block, bool round) {
   const auto gate = WeightsOf(gate_values, gate_scales, bits, block);
   if (!gate.has_value()) return gate.error();
@@ -203,7 +214,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moesaic_quantized_matmul, moesaic::QuantizedMatmul
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int64_t>("bits")
@@ -215,9 +226,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moesaic_quantized_swiglu, moesaic::QuantizedSwiglu
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int64_t>("bits")
