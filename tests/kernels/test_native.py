@@ -77,7 +77,7 @@ def test_contractions_are_loops_over_groups(name, isa):
     check_contractions((CASES | BLOCK_EDGES)[name])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.integers(0, 60), min_size=1, max_size=5),
     st.integers(0, 7),

@@ -117,7 +117,7 @@ def test_positions_with_gaps(name):
     check(case, (q, k, v, masked, segments, sinks, dout), gaps=True)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.integers(1, 70), min_size=1, max_size=4),
     st.integers(0, 20),

@@ -1,5 +1,7 @@
 """quantized_matmul: against numpy in float64 on the weights that the QTensor stands for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,18 +28,26 @@ def isa(request):
     native.use_isa(before)
 
 
+# One program for each shape: operation by operation, compiling would take most of the tests' time.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def quantized(w, format, block_size, scale_dtype, packing):
+    weight = quantize(w, format, block_size=block_size, scale_dtype=scale_dtype)
+    return repack(weight, packing)
+
+
+to_floats = jax.jit(dequantize)
+
+
 def draw(case: Case, format: str, packing="panels"):
     random = np.random.RandomState(0)
     x = random.standard_normal((case.rows, case.d_in)).astype(np.float32)
     shape = (len(case.group_sizes), case.d_in, case.d_out)
     gate, up = (
-        repack(
-            quantize(
-                random.standard_normal(shape).astype(np.float32),
-                format,
-                block_size=case.block_size,
-                scale_dtype=case.scale_dtype,
-            ),
+        quantized(
+            random.standard_normal(shape).astype(np.float32),
+            format,
+            case.block_size,
+            case.scale_dtype,
             packing,
         )
         for _ in range(2)
@@ -47,7 +57,10 @@ def draw(case: Case, format: str, packing="panels"):
 
 def expected(x, weight, group_sizes):
     """Group by group in float64; zero past the last."""
-    w = np.asarray(dequantize(weight), np.float64)
+    return by_groups(x, np.asarray(to_floats(weight), np.float64), group_sizes)
+
+
+def by_groups(x, w, group_sizes):
     y, begin = np.zeros((x.shape[0], w.shape[-1])), 0
     for e, size in enumerate(np.asarray(group_sizes)):
         y[begin : begin + size] = x[begin : begin + size].astype(np.float64) @ w[e]
@@ -60,9 +73,8 @@ def rounding_bound(x, weight, group_sizes):
     z = weight.block_size
     largest = np.abs(x.reshape(x.shape[0], -1, z)).max(axis=-1, keepdims=True)
     half_step = np.broadcast_to(largest / 254, (*largest.shape[:2], z)).reshape(x.shape)
-    magnitude = jnp.abs(dequantize(weight))
-    w = quantize(magnitude, "bf16")  # rounded by 0.4%: allowed for below
-    return expected(half_step.astype(np.float32), w, group_sizes) * 1.01 + 1e-3
+    magnitude = np.abs(np.asarray(to_floats(weight), np.float64))
+    return by_groups(half_step, magnitude, group_sizes) + 1e-3
 
 
 @needs_native
@@ -80,11 +92,13 @@ def test_native_float_product_is_the_definition_s(name, format, isa):
 @pytest.mark.parametrize("name", CASES)
 def test_native_rounded_product_is_within_half_a_step(name, format, isa):
     x, weight, _, sizes = draw(CASES[name], format)
-    y = quantized_matmul(x, weight, sizes, activations="int8", implementation="cpu")
+    rounded = functools.partial(quantized_matmul, activations="int8")
+    multiply = jax.jit(rounded, static_argnames="implementation")
+    y = multiply(x, weight, sizes, implementation="cpu")
     error = np.abs(y - expected(x, weight, sizes))
     assert (error <= rounding_bound(x, weight, sizes)).all()
     # And it is what rounding in plain XLA gives, but for the order of sums and ties.
-    plain = quantized_matmul(x, weight, sizes, activations="int8", implementation="reference")
+    plain = multiply(x, weight, sizes, implementation="reference")
     np.testing.assert_allclose(y, plain, rtol=1e-3, atol=1e-3 * np.abs(plain).max() + 1e-6)
 
 

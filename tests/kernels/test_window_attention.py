@@ -49,9 +49,8 @@ def attend(case: Case, implementation, q, k, v, positions, segments, gaps=False)
     )
 
 
-@pytest.mark.parametrize("implementation", ["xla", "auto"])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_reference_with_gradients(name, implementation):
+def test_blocks_equal_reference_with_gradients(name):
     case = CASES[name]
     q, k, v, positions, segments, dout = draw(case)
     is_token = np.asarray(positions >= 0)[:, :, None, None]
@@ -65,7 +64,7 @@ def test_equals_reference_with_gradients(name, implementation):
 
         return jax.jit(f)(q, k, v)
 
-    for ours, theirs, what in zip(run(implementation), run("reference"), "oqkv", strict=True):
+    for ours, theirs, what in zip(run("xla"), run("reference"), "oqkv", strict=True):
         np.testing.assert_allclose(ours, theirs, err_msg=what, **TOLERANCE)
         assert np.isfinite(np.asarray(ours)).all()
 
