@@ -5,6 +5,7 @@ K inputs, N outputs, S blocks of Z inputs (block_size).
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from kernels.quantize.packing import pack, unpack
 from kernels.quantize.qtensor import FORMATS, Format, QTensor
@@ -80,7 +81,7 @@ def _check(w_KN: jax.Array, format: Format, block_size: int, scale_dtype: str) -
         )
     if format == "int4" and w_KN.shape[-2] % 2:
         raise ValueError(f"int4 packs inputs in pairs, w {w_KN.shape} has {w_KN.shape[-2]} inputs")
-    if not isinstance(w_KN, jax.core.Tracer):
+    if not isinstance(w_KN, Tracer):
         wrong = int((~jnp.isfinite(w_KN)).sum())
         if wrong:
             raise ValueError(f"{wrong} of {w_KN.size} weights are not finite: nothing to round to")

@@ -91,5 +91,9 @@ def _plain_forward(reach: Reach, operands: Operands) -> tuple[jax.Array, jax.Arr
 
 def _plain_backward(reach: Reach, operands: Operands, out_BLHW, log_sums_BLH, d_out_BLHW):
     q, k, v, positions, segments, sinks = operands
-    _, pull = jax.vjp(lambda *x: _plain(reach, *x, positions, segments), q, k, v, sinks)
+
+    def plain(q, k, v, sinks):
+        return _plain(reach, q, k, v, sinks, positions, segments)
+
+    _, pull = jax.vjp(plain, q, k, v, sinks)
     return pull(d_out_BLHW)
