@@ -27,6 +27,7 @@ BLOCK_EDGES = {
     "blocks": Case(rows=700, d_in=300, d_out=70, group_sizes=(241, 0, 13, 446)),
     "deep": Case(rows=30, d_in=513, d_out=33, group_sizes=(29, 1)),
     "wide": Case(rows=20, d_in=5, d_out=1030, group_sizes=(12, 8)),
+    "few_rows": Case(rows=10, d_in=40, d_out=87, group_sizes=(1, 2, 3, 4)),
     "single": Case(rows=1, d_in=1, d_out=1, group_sizes=(1,)),
     "nothing": Case(rows=3, d_in=4, d_out=5, group_sizes=(0, 0)),
 }

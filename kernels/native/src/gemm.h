@@ -13,6 +13,7 @@ constexpr int64_t kBlockRows = 240;
 constexpr int64_t kBlockDepth = 256;
 constexpr int64_t kMaxTileRows = 12;
 constexpr int64_t kMaxTileCols = 32;
+constexpr int64_t kThinRows = 4;
 
 // A matrix in memory: element (i, j) lies at data[i * row_stride + j * col_stride]. One of the two
 // strides must be 1.
@@ -38,6 +39,10 @@ struct GemmKernels {
                     int64_t width, float* packed);
   void (*pack_cols)(const float* source, int64_t depth_stride, int64_t stride, int64_t depth,
                     int64_t width, float* packed);
+  // c[rows, cols] = a[rows, depth] * b[depth, cols] for rows <= kThinRows, with b's rows read where
+  // they lie: so few rows would not repay packing them.
+  void (*thin)(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+               int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
 };
 
 // Packs b[k : k + depth, col : col + width] as [depth, tile_cols], zeros beside it; k and depth are

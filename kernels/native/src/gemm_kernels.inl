@@ -87,9 +87,55 @@ static void Pack(const float* source, int64_t depth_stride, int64_t stride, int6
   }
 }
 
+// kVectors of c's columns for kRows rows.
+template <int kRows, int kVectors>
+MOESAIC_INLINE void ThinStrip(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                              float* c, int64_t c_stride, int64_t depth) {
+  Vector sums[kRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      const Vector row = Load(b + j * kLanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) sums[i][j] += Broadcast(a[i * a_stride + k]) * row;
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) Store(c + i * c_stride + j * kLanes, sums[i][j]);
+  }
+}
+
+template <int kRows>
+static void ThinRows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                     int64_t c_stride, int64_t cols, int64_t depth) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= cols; j += 4 * kLanes) {
+    ThinStrip<kRows, 4>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
+  }
+  for (; j + kLanes <= cols; j += kLanes) {
+    ThinStrip<kRows, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
+  }
+  for (; j < cols; ++j) {
+    for (int i = 0; i < kRows; ++i) {
+      float sum = 0.0f;
+      for (int64_t k = 0; k < depth; ++k) sum += a[i * a_stride + k] * b[k * b_stride + j];
+      c[i * c_stride + j] = sum;
+    }
+  }
+}
+
+// See GemmKernels::thin.
+static void Thin(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                 int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
+  static constexpr decltype(&ThinRows<1>) kByRows[] = {ThinRows<1>, ThinRows<2>, ThinRows<3>,
+                                                       ThinRows<4>};
+  static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kThinRows, "one for each number of rows");
+  kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
+}
+
 extern const GemmKernels kGemmKernels;
-const GemmKernels kGemmKernels = {MOESAIC_ISA_NAME, kTileRows,       kTileCols,
-                                  Tile,             Pack<kTileRows>, Pack<kTileCols>};
+const GemmKernels kGemmKernels = {MOESAIC_ISA_NAME, kTileRows,       kTileCols, Tile,
+                                  Pack<kTileRows>,  Pack<kTileCols>, Thin};
 
 }  // namespace MOESAIC_ISA
 }  // namespace moesaic

@@ -36,10 +36,16 @@ ffi::Error RowsTimesMatrix(ffi::ThreadPool pool, F32 x, F32 w, S32 group_sizes,
     const Task& task = tasks[index];
     const int64_t row = starts[task.group] + task.row;
     const float* w_group = w.typed_data() + task.group * d * f;
+    float* c = y->typed_data() + row * cols + task.col;
+    if (task.rows <= kThinRows && !transpose) {
+      kernels.thin(x.typed_data() + row * depth, depth, w_group + task.col, f, c, cols, task.rows,
+                   task.cols, depth);
+      return;
+    }
     const Matrix a = {x.typed_data() + row * depth, depth, 1};
     const Matrix b = transpose ? Matrix{w_group + task.col * f, 1, f}
                                : Matrix{w_group + task.col, f, 1};
-    Gemm(kernels, a, b, y->typed_data() + row * cols + task.col, cols, task.rows, task.cols, depth);
+    Gemm(kernels, a, b, c, cols, task.rows, task.cols, depth);
   });
   const int64_t used = starts.back();
   std::memset(y->typed_data() + used * cols, 0, (num_rows - used) * cols * sizeof(float));

@@ -207,8 +207,7 @@ static void RoundedPanelOfRows(const QuantizedMatrix& w, int64_t panel, const Ro
 
 static void ExactRows(const QuantizedMatrix& w, int64_t panel, const float* x, int64_t rows,
                       float* y, int64_t y_stride) {
-  static constexpr void (*kByRows[])(const QuantizedMatrix&, int64_t, const float*, float*,
-                                     int64_t) = {
+  static constexpr decltype(&PanelOfRows<1>) kByRows[] = {
       PanelOfRows<1>, PanelOfRows<2>, PanelOfRows<3>, PanelOfRows<4>,
       PanelOfRows<5>, PanelOfRows<6>, PanelOfRows<7>, PanelOfRows<8>};
   kByRows[rows - 1](w, panel, x, y, y_stride);
@@ -216,8 +215,7 @@ static void ExactRows(const QuantizedMatrix& w, int64_t panel, const float* x, i
 
 static void RoundedRowsPanel(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x,
                              int64_t rows, float* y, int64_t y_stride) {
-  static constexpr void (*kByRows[])(const QuantizedMatrix&, int64_t, const RoundedRows&, float*,
-                                     int64_t) = {
+  static constexpr decltype(&RoundedPanelOfRows<1>) kByRows[] = {
       RoundedPanelOfRows<1>, RoundedPanelOfRows<2>, RoundedPanelOfRows<3>, RoundedPanelOfRows<4>,
       RoundedPanelOfRows<5>, RoundedPanelOfRows<6>, RoundedPanelOfRows<7>, RoundedPanelOfRows<8>};
   kByRows[rows - 1](w, panel, x, y, y_stride);
