@@ -4,6 +4,8 @@ R rows, E groups, D and F widths, K inputs, N outputs.
 """
 
 import functools
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.ggml import Ggml
 from kernels.grouped_matmul import cpu, xla
 from kernels.quantize import quantize, repack
 from kernels.quantized_matmul import quantized_matmul
@@ -24,8 +27,16 @@ QUANTIZED = ((4096, 4096, 1), (4096, 4096, 8), (1024, 1024, 1), (1024, 1024, 8))
 """Inputs, outputs, rows."""
 CHAIN_BYTES = 128e6
 """Float weights that one call passes through: more than caches hold, as in decoding."""
+SMOLLM2 = {
+    "q, o": (576, 576, 30),
+    "k, v": (576, 192, 30),
+    "gate, up": (576, 1536, 30),
+    "down": (1536, 576, 30),
+    "output layer": (576, 49_152, 2),
+}
+"""Inputs, outputs and copies of the matrices of SmolLM2-135M, which has 30 layers."""
 
-Program = Callable[[], jax.Array]
+Program = Callable[[], jax.Array | np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,30 @@ def quantized_comparisons(rounds: int) -> Iterator[Comparison]:
         seconds = in_turn(programs, rounds, repeats=2)
         label = f"{num_rows} x {num_inputs} x {num_outputs}"
         yield Comparison(label, "float32", seconds, 2.0 * num_rows * w_LKN.size)
+
+
+def decoding_comparisons(rounds: int) -> Iterator[Comparison]:
+    """The matrices of SmolLM2-135M in blocks of 32 with scales of 16 bits, against llama.cpp's."""
+    peer = Ggml(threads=os.cpu_count() or 1)
+    for name, (num_inputs, num_outputs, copies) in SMOLLM2.items():
+        for num_rows, (format, kind) in itertools.product(
+            (1, 8), (("int8", "q8_0"), ("int4", "q4_0"))
+        ):
+            random = np.random.RandomState(0)
+            w_LKN = random.standard_normal((copies, num_inputs, num_outputs)).astype(np.float32)
+            x_RK = random.standard_normal((num_rows, num_inputs)).astype(np.float32)
+            rounded = quantize(jnp.array(w_LKN), format, block_size=32, scale_dtype="bfloat16")
+            weights = repack(rounded, "panels")
+            programs = {"llama.cpp": peer.products(x_RK, list(w_LKN.swapaxes(1, 2)), kind)}
+            for activations in ("float", "int8"):
+                product = functools.partial(
+                    quantized_matmul, activations=activations, implementation="cpu"
+                )
+                chain = _chain(product, jnp.array(x_RK), weights)
+                programs[f"{format}, {activations} activations"] = chain
+            seconds = in_turn(programs, rounds, repeats=3)
+            label = f"{name} {num_inputs} x {num_outputs}, {num_rows} rows, {format}"
+            yield Comparison(label, "llama.cpp", seconds, 2.0 * num_rows * w_LKN.size)
 
 
 def _chain(product: Callable, x_RK: jax.Array, weights) -> Program:
