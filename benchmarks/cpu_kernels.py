@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.ggml import Ggml
 from kernels.grouped_matmul import cpu, xla
-from kernels.quantize import quantize, repack
+from kernels.quantize import Format, quantize, repack
 from kernels.quantized_matmul import quantized_matmul
 
 ROWS = 4096
@@ -27,6 +27,8 @@ QUANTIZED = ((4096, 4096, 1), (4096, 4096, 8), (1024, 1024, 1), (1024, 1024, 8))
 """Inputs, outputs, rows."""
 CHAIN_BYTES = 128e6
 """Float weights that one call passes through: more than caches hold, as in decoding."""
+PEER_KINDS: dict[Format, str] = {"int8": "q8_0", "int4": "q4_0"}
+"""llama.cpp's names for the same bytes."""
 SMOLLM2 = {
     "q, o": (576, 576, 30),
     "k, v": (576, 192, 30),
@@ -140,15 +142,14 @@ def decoding_comparisons(rounds: int) -> Iterator[Comparison]:
     """The matrices of SmolLM2-135M in blocks of 32 with scales of 16 bits, against llama.cpp's."""
     peer = Ggml(threads=os.cpu_count() or 1)
     for name, (num_inputs, num_outputs, copies) in SMOLLM2.items():
-        for num_rows, (format, kind) in itertools.product(
-            (1, 8), (("int8", "q8_0"), ("int4", "q4_0"))
-        ):
+        for num_rows, (format, kind) in itertools.product((1, 8), PEER_KINDS.items()):
             random = np.random.RandomState(0)
             w_LKN = random.standard_normal((copies, num_inputs, num_outputs)).astype(np.float32)
             x_RK = random.standard_normal((num_rows, num_inputs)).astype(np.float32)
             rounded = quantize(jnp.array(w_LKN), format, block_size=32, scale_dtype="bfloat16")
             weights = repack(rounded, "panels")
-            programs = {"llama.cpp": peer.products(x_RK, list(w_LKN.swapaxes(1, 2)), kind)}
+            programs: dict[str, Program] = {}
+            programs["llama.cpp"] = peer.products(x_RK, list(w_LKN.swapaxes(1, 2)), kind)
             for activations in ("float", "int8"):
                 product = functools.partial(
                     quantized_matmul, activations=activations, implementation="cpu"
