@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# The second is for what builds the native kernels: the headers of the jaxlib that will run them.
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
 .PHONY: quickstart test test-slow sanitize lint clean .venv
 
@@ -14,7 +16,7 @@ test-slow: .venv             ## what takes minutes
 	$(RUN) -m pytest -m slow
 
 sanitize: .venv              ## the native kernels' tests, with every access and overflow checked
-	MOESAIC_SANITIZE=1 $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	MOESAIC_SANITIZE=1 $(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target build/sanitized/library .
 	PYTHONPATH=build/sanitized/library ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
@@ -30,7 +32,7 @@ lint: .venv                  ## style, types, layers
 
 $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/native/src/*)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[dev]"
+	$(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check ".[dev]"
 	touch $@
 
 clean:                       ## removes the environment and what tools left, never runs/

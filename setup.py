@@ -12,7 +12,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SOURCES = Path("kernels/native/src")
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
 
 
 def source_hash() -> str:
@@ -39,6 +39,7 @@ library = Extension(
     extra_compile_args=[
         "-std=c++17",
         "-O3",
+        "-g0",
         "-ffp-contract=fast",  # products and sums become fused multiply-adds
         "-fno-math-errno",
         "-fvisibility=hidden",
