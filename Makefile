@@ -19,8 +19,9 @@ sanitize: .venv              ## the native kernels' tests, with every access and
 	MOESAIC_SANITIZE=1 $(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target build/sanitized/library .
 	PYTHONPATH=build/sanitized/library ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
-		$(RUN) -m pytest tests/kernels/test_native.py tests/kernels/test_quantized_matmul.py
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+		$(RUN) -m pytest tests/kernels/test_native.py tests/kernels/test_native_attention.py \
+		tests/kernels/test_quantized_matmul.py
 
 lint: .venv                  ## style, types, layers
 	$(VENV)/bin/ruff check .
