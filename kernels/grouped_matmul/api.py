@@ -8,10 +8,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import automatic, cpu, reference, xla
+from kernels.backend import current_target, takes_triton
+from kernels.grouped_matmul import automatic, cpu, pallas_triton, reference, xla
 from kernels.grouped_matmul.contractions import GroupedMatmul
 
-Implementation = Literal["auto", "reference", "xla", "cpu"]
+Implementation = Literal["auto", "reference", "xla", "cpu", "triton"]
 
 _IMPLEMENTATIONS: dict[Implementation, GroupedMatmul] = {
     "auto": automatic.grouped_matmul,
@@ -38,8 +39,9 @@ def grouped_matmul(
       w_EDF: float [E, D, F], x's dtype.
       group_sizes_E: int32 [E], each >= 0, summing to at most R.
       implementation: "reference" multiplies every row with every matrix; "xla" does only the work
-        that the groups ask for; "cpu" is C++ (float32, built with the installation); "auto" takes
-        "cpu" where it runs and "xla" elsewhere.
+        that the groups ask for; "cpu" is C++ (float32, built with the installation); "triton" is a
+        GPU kernel; "auto" takes "triton" (kernels/backend.py) or "cpu" where it runs and "xla"
+        elsewhere.
     Raises:
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the implementation asked for can't do this here.
@@ -58,4 +60,6 @@ def grouped_matmul(
         raise ValueError(f"group_sizes must be integers, got {group_sizes_E.dtype}")
     if implementation == "cpu" and x_RD.dtype != jnp.float32:
         raise NotImplementedError(f"the CPU kernels multiply float32, x is {x_RD.dtype}")
+    if takes_triton(implementation):
+        return pallas_triton.grouped_matmul(x_RD, w_EDF, group_sizes_E, target=current_target())
     return _IMPLEMENTATIONS[implementation](x_RD, w_EDF, group_sizes_E)

@@ -1,6 +1,9 @@
-"""Named shapes that the tests and the benchmarks of grouped_matmul share."""
+"""Named shapes that the tests, the compile checks and the benchmarks of grouped_matmul share."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from kernels.quantize import Format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,4 +25,64 @@ CASES = {
     "one_group": Case(rows=64, d_in=16, d_out=16, group_sizes=(64,)),
     "many_groups": Case(rows=300, d_in=8, d_out=8, group_sizes=(3,) * 60 + (30,) * 4),
     "tile_edges": Case(rows=768, d_in=8, d_out=8, group_sizes=(128, 127, 129, 256, 1)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledCase:
+    """A call of a real model's size, for the GPU compiler alone; rows are spread over all groups.
+
+    Widths and experts are DeepSeek-V2-Lite's: 2048 and 1408, 64 experts.
+    """
+
+    rows: int
+    d_in: int = 2048
+    d_out: int = 1408
+    num_groups: int = 64
+    format: Format | Literal["float32"] = "bf16"
+    """Of the weights; float32 of the rows, too, which are bfloat16 elsewhere."""
+    fp8_rows: bool = False
+    """Rows in fp8, which Hopper multiplies."""
+    contraction: Literal["forward", "gradient_x", "gradient_w"] = "forward"
+    gated: bool = False
+    gathered: bool = False
+
+
+DECODE, FEW, SOME, PREFILL = 8 * 64, 32 * 64, 128 * 64, 1024 * 64
+"""Rows; each has other tiles."""
+
+COMPILED = {
+    "bf16_decode": CompiledCase(rows=DECODE),
+    "bf16_few": CompiledCase(rows=FEW),
+    "bf16_some": CompiledCase(rows=SOME),
+    "bf16_prefill": CompiledCase(rows=PREFILL),
+    "bf16_down": CompiledCase(rows=PREFILL, d_in=1408, d_out=2048),
+    "bf16_gathered": CompiledCase(rows=PREFILL, gathered=True),
+    "bf16_swiglu_decode": CompiledCase(rows=DECODE, gated=True),
+    "bf16_swiglu_some": CompiledCase(rows=SOME, gated=True),
+    "bf16_swiglu_prefill": CompiledCase(rows=PREFILL, gated=True, gathered=True),
+    "bf16_gradient_x": CompiledCase(rows=PREFILL, contraction="gradient_x"),
+    "bf16_gradient_w": CompiledCase(rows=PREFILL, contraction="gradient_w"),
+    "float32_prefill": CompiledCase(rows=PREFILL, format="float32"),
+    "int8_decode": CompiledCase(rows=DECODE, format="int8"),
+    "int8_few": CompiledCase(rows=FEW, format="int8"),
+    "int8_prefill": CompiledCase(rows=PREFILL, format="int8"),
+    "int8_swiglu_decode": CompiledCase(rows=DECODE, format="int8", gated=True),
+    "int8_swiglu_prefill": CompiledCase(rows=PREFILL, format="int8", gated=True, gathered=True),
+    "int8_gradient_x": CompiledCase(rows=PREFILL, format="int8", contraction="gradient_x"),
+    "int4_decode": CompiledCase(rows=DECODE, format="int4"),
+    "int4_prefill": CompiledCase(rows=PREFILL, format="int4"),
+    "int4_swiglu_decode": CompiledCase(rows=DECODE, format="int4", gated=True),
+    "int4_swiglu_prefill": CompiledCase(rows=PREFILL, format="int4", gated=True, gathered=True),
+    "int4_gradient_x": CompiledCase(rows=PREFILL, format="int4", contraction="gradient_x"),
+    "fp8_decode": CompiledCase(rows=DECODE, format="fp8_e4m3"),
+    "fp8_prefill": CompiledCase(rows=PREFILL, format="fp8_e4m3"),
+    "fp8_swiglu_decode": CompiledCase(rows=DECODE, format="fp8_e4m3", gated=True),
+    "fp8_swiglu_prefill": CompiledCase(rows=PREFILL, format="fp8_e4m3", gated=True, gathered=True),
+    "fp8_rows_decode": CompiledCase(rows=DECODE, format="fp8_e4m3", fp8_rows=True),
+    "fp8_rows_prefill": CompiledCase(rows=PREFILL, format="fp8_e4m3", fp8_rows=True),
+    "fp8_rows_swiglu": CompiledCase(
+        rows=PREFILL, format="fp8_e4m3", fp8_rows=True, gated=True, gathered=True
+    ),
+    "fp8_gradient_x": CompiledCase(rows=PREFILL, format="fp8_e4m3", contraction="gradient_x"),
 }

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import native
+from kernels.backend import current_target, takes_triton
+from kernels.grouped_matmul import pallas_triton_quantized
 from kernels.quantize import QTensor
 from kernels.quantized_matmul import cpu, reference, xla
 
-Implementation = Literal["auto", "reference", "xla", "cpu"]
+Implementation = Literal["auto", "reference", "xla", "cpu", "triton"]
 Activations = Literal["float", "int8"]
 
 
@@ -38,7 +40,8 @@ def quantized_matmul(
         and block of inputs, which is faster where the processor, not memory, is the limit.
       implementation: "reference" makes floats of all weights and multiplies every row with every
         matrix; "xla" makes floats of them; "cpu" is C++ on int8 and int4 weights in the order
-        "panels"; "auto" takes "cpu" where it can and "xla" elsewhere.
+        "panels"; "triton" is a GPU kernel of one weight, whose int4 lie in the order "split_128";
+        "auto" takes "triton" or "cpu" where they can and "xla" elsewhere.
     Raises:
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the implementation asked for can't do this here.
@@ -98,6 +101,14 @@ def _run(
         raise ValueError(
             f"activations='int8' needs weights in blocks, {weights[0].format} has none"
         )
+    if takes_triton(implementation):
+        lack = _lacks_triton(weights, activations)
+        if lack is None:
+            return pallas_triton_quantized.grouped_matmul(
+                x_RK, weights[0], group_sizes_E, target=current_target()
+            )
+        if implementation == "triton":
+            raise NotImplementedError(lack)
     lack = cpu.why_not(x_RK, *weights)
     native_one = partial(functions["cpu"], round_x=activations == "int8")
     if implementation == "cpu":
@@ -116,6 +127,16 @@ def _run(
             x_RK, *weights, group_sizes_E, cpu=native_one, default=rounding
         )
     return rounding(x_RK, *weights, group_sizes_E)
+
+
+def _lacks_triton(weights: tuple[QTensor, ...], activations: Activations) -> str | None:
+    """What keeps the Triton kernel from this product, in a sentence; None: nothing."""
+    weight, *others = weights
+    if others:
+        return "the Triton kernel takes gate and up as one weight: grouped_matmul.grouped_swiglu"
+    if activations == "int8":
+        return "the Triton kernel does not round rows to int8: pass activations='float'"
+    return pallas_triton_quantized.lacks(weight)
 
 
 def _has_native() -> bool:

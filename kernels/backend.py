@@ -1,0 +1,200 @@
+"""Which device a kernel is for, and how Pallas hands it to its compiler.
+
+The only module that names Pallas' GPU compiler and its parameters. jax 0.11 deprecates the one in
+use, Triton (Pallas changelog, July 2026): what replaces it changes this file and the bodies of
+kernels, and no caller.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src.lib.triton import dialect as triton_dialect  # these two for dot_e4m3 alone
+from jax._src.pallas.triton import lowering as triton_lowering
+from jax.core import ShapedArray
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+OLDEST_CUDA = 80
+"""Compute capability, times ten, from which there are bfloat16 tensor cores (A100)."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that a kernel is traced for."""
+
+    platform: Literal["cpu", "cuda", "interpret", "rocm", "tpu"]
+    """interpret: Pallas' interpreter, which runs a kernel's grid step by step on any device."""
+    capability: int = 0
+    """CUDA's compute capability times ten (80: A100, 90: H100); 0 elsewhere."""
+
+
+INTERPRET = Target("interpret")
+A100, H100 = Target("cuda", 80), Target("cuda", 90)
+
+
+def current_target() -> Target:
+    """The default device's: ask while tracing, never at import."""
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    device = jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
+    if device.platform not in ("cuda", "gpu", "rocm"):
+        return Target(device.platform)
+    if "rocm" in device.client.platform_version:
+        return Target("rocm")
+    return Target("cuda", round(float(device.compute_capability) * 10))
+
+
+def runs_triton(target: Target) -> bool:
+    if target.platform == "cuda":
+        return target.capability >= OLDEST_CUDA
+    return target.platform in ("interpret", "rocm")
+
+
+def require_triton(target: Target) -> None:
+    """Raises NotImplementedError where Triton's kernels can't run."""
+    if runs_triton(target):
+        return
+    found = target.platform
+    if found == "cuda":
+        found = f"a GPU of compute capability {target.capability / 10}"
+    raise NotImplementedError(
+        f"implementation='triton' needs a ROCm GPU or a CUDA one of compute capability "
+        f"{OLDEST_CUDA / 10} or more, and the default device is {found}: take 'auto' or 'xla'"
+    )
+
+
+def auto_takes_triton(target: Target) -> bool:
+    """Whether "auto" means Triton: where it runs, and each device computes its own part.
+
+    XLA can't split a kernel over a mesh: outside of shard_map, on more than one device, it would
+    bring all operands to each of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = jax.sharding.AxisType.Manual
+    shared = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    is_split = any(size > 1 and kind != manual for size, kind in shared)
+    return runs_triton(target) and not is_split
+
+
+def takes_triton(implementation: str) -> bool:
+    """Whether an op's implementation, by name or as "auto" here and now, is its Triton kernel.
+
+    Raises:
+      NotImplementedError: it is named, and can't run on the default device.
+    """
+    target = current_target()
+    if implementation == "triton":
+        require_triton(target)
+    return implementation == "triton" or (implementation == "auto" and auto_takes_triton(target))
+
+
+def triton_call(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    num_programs: int,
+    out_shape: Any,
+    num_warps: int,
+    num_stages: int,
+    target: Target,
+) -> Callable[..., Any]:
+    """Returns a function of arrays that runs `kernel` once per program, in a grid of one dimension.
+
+    Every ref holds its whole array. num_stages is the depth of the loops' software pipelines, for
+    which ROCm has its own default.
+    """
+    return pl.pallas_call(
+        kernel,
+        out_shape=out_shape,
+        grid=(num_programs,),
+        interpret=target.platform == "interpret",
+        name=name,
+        compiler_params=plgpu.CompilerParams(
+            num_warps=num_warps, num_stages=None if target.platform == "rocm" else num_stages
+        ),
+    )
+
+
+# --- What kernels' bodies are made of ------------------------------------------------------------
+
+
+def divide(a: jax.Array, b: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of int32 that are not negative."""
+    b = jnp.asarray(b, jnp.int32)
+    return lax.div(a, b), lax.rem(a, b)
+
+
+def span(start: jax.Array | int, size: int) -> jax.Array:
+    """start, start + 1, ...: int32 [size]."""
+    return start + lax.iota(jnp.int32, size)
+
+
+def edge(start: jax.Array | int, size: int, limit: int) -> jax.Array | None:
+    """Which of a span lie below the limit, bool [size]; None where all do, as `size` divides it."""
+    return None if limit % size == 0 else span(start, size) < limit
+
+
+def mask_of(
+    shape: tuple[int, ...], rows: jax.Array | None = None, columns: jax.Array | None = None
+) -> jax.Array | None:
+    """Where both hold, bool of the shape; None where there is nothing to ask."""
+    masks = [] if rows is None else [jnp.broadcast_to(rows[:, None], shape)]
+    masks += [] if columns is None else [jnp.broadcast_to(columns[None], shape)]
+    return functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def load(ref: Any, mask: jax.Array | None = None) -> jax.Array:
+    """What the ref holds; 0 where the mask is false, which is not read."""
+    if mask is None:
+        return plgpu.load(ref)
+    zero = 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0
+    return plgpu.load(ref, mask=mask, other=zero)
+
+
+def store(ref: Any, values: jax.Array, mask: jax.Array | None = None) -> None:
+    """Writes values, in the ref's dtype, where the mask is true."""
+    plgpu.store(ref, values.astype(ref.dtype), mask=mask)
+
+
+def dot(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
+    """float32 [M, N], summed in float32; float32 operands are not rounded to TF32."""
+    precision = lax.Precision.HIGHEST if a_MK.dtype == jnp.float32 else None
+    return lax.dot(a_MK, b_KN, precision=precision, preferred_element_type=jnp.float32)
+
+
+def dot_e4m3(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
+    """float32 [M, N] of float8_e4m3fn operands, in fp8 tensor cores where K lies together in both.
+
+    Their sums keep some 14 bits (DeepSeek-V3, 2024, section 3.3.2): take K of at most 128 at a time
+    and add the results in float32.
+    """
+    return _dot_e4m3_p.bind(a_MK, b_KN)
+
+
+_dot_e4m3_p = Primitive("dot_e4m3")
+mlir.register_lowering(
+    _dot_e4m3_p,
+    mlir.lower_fun(
+        lambda a, b: dot(a.astype(jnp.float32), b.astype(jnp.float32)), multiple_results=False
+    ),
+)
+
+
+@_dot_e4m3_p.def_abstract_eval
+def _dot_e4m3_shape(a, b):
+    return ShapedArray((a.shape[0], b.shape[1]), jnp.dtype(jnp.float32))
+
+
+@triton_lowering.register_lowering(_dot_e4m3_p)
+def _dot_e4m3_triton(context, a, b):
+    """As Pallas lowers `dot`, which allows no imprecise sums: then Triton multiplies in float16."""
+    (out,) = context.avals_out
+    float32 = mlir.dtype_to_ir_type(jnp.dtype(jnp.float32))
+    zeros = triton_lowering._zeros(mlir.ir.RankedTensorType.get(out.shape, float32))
+    return triton_dialect.dot(a, b, zeros, max_num_imprecise_acc=2**30)
