@@ -32,8 +32,8 @@ class ExecutionConfig:
     """all_to_all: buffer rows per peer over the balanced load; a full buffer replays the step
     dropless.
     """
-    grouped_matmul: Literal["auto", "reference", "xla", "cpu"] = "auto"
-    window_attention: Literal["auto", "reference", "xla", "cpu"] = "auto"
+    grouped_matmul: Literal["auto", "reference", "xla", "cpu", "triton"] = "auto"
+    window_attention: Literal["auto", "reference", "xla", "cpu", "triton"] = "auto"
     sparse_attention: Literal["auto", "reference", "xla"] = "auto"
 
     def __post_init__(self) -> None:

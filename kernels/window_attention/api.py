@@ -8,10 +8,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels.window_attention import automatic, reference, xla
+from kernels.backend import current_target, takes_triton
+from kernels.window_attention import automatic, pallas_triton, reference, xla
 from kernels.window_attention.automatic import has_native
 
-Implementation = Literal["auto", "reference", "xla", "cpu"]
+Implementation = Literal["auto", "reference", "xla", "cpu", "triton"]
 
 
 def window_attention(
@@ -47,7 +48,8 @@ def window_attention(
         (gpt-oss, 2025); None for none.
       implementation: "reference" makes the whole [L, L] score matrix; "xla" skips blocks of keys
         that no query of a block can see; "cpu" is C++ that never writes scores out (float32);
-        "auto" takes "cpu" where it runs and "xla" elsewhere.
+        "triton" is a GPU kernel; "auto" takes "triton" (kernels/backend.py) or "cpu" where it runs
+        and "xla" elsewhere.
     Raises:
       ValueError: shapes that do not fit.
       NotImplementedError: the implementation asked for can't do this here.
@@ -73,6 +75,8 @@ def window_attention(
         return reference.window_attention(*rows, **reach)
     if implementation == "cpu" and q_BLHC.dtype != jnp.float32:
         raise NotImplementedError(f"the CPU kernels attend in float32, q is {q_BLHC.dtype}")
+    if takes_triton(implementation):
+        return pallas_triton.window_attention(*rows, **reach, target=current_target())
     is_native = implementation == "cpu" or (implementation == "auto" and has_native(q_BLHC))
     chosen = automatic if is_native else xla
     return chosen.window_attention(*rows, **reach, gaps=gaps)

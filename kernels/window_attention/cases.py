@@ -1,6 +1,7 @@
-"""Named shapes that the tests and the benchmarks of window_attention share."""
+"""Named shapes that the tests, the compile checks and the benchmarks of window_attention share."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,4 +30,47 @@ CASES = {
     "sinks": Case(length=300, documents=(300,), window_size=50, num_sinks=4),
     "sinks_packed": Case(length=320, documents=(2, 100, 180, 38), window_size=33, num_sinks=4),
     "sinks_exceed_window": Case(length=200, documents=(200,), window_size=3, num_sinks=9),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledCase:
+    """A call of a real model's size, for the GPU compiler alone."""
+
+    head_dim: int = 128
+    value_dim: int | None = None
+    """None: head_dim."""
+    num_heads: int = 16
+    num_kv_heads: int = 4
+    length: int = 4096
+    window_size: int | None = 1024
+    num_sinks: int = 4
+    learned_sinks: bool = False
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    kernel: Literal["forward", "gradient_q", "gradient_kv"] = "forward"
+
+
+COMPILED = {
+    "causal": CompiledCase(window_size=None, num_sinks=0),
+    "window": CompiledCase(num_sinks=0),
+    "sinks": CompiledCase(),
+    "narrow": CompiledCase(head_dim=64, learned_sinks=True),
+    "ragged": CompiledCase(length=4001),
+    "latent": CompiledCase(
+        head_dim=192, value_dim=128, num_kv_heads=16, window_size=None, num_sinks=0
+    ),
+    "float32": CompiledCase(head_dim=64, dtype="float32"),
+    "float32_gradient_q": CompiledCase(head_dim=64, dtype="float32", kernel="gradient_q"),
+    "float32_gradient_kv": CompiledCase(head_dim=64, dtype="float32", kernel="gradient_kv"),
+    "sinks_gradient_q": CompiledCase(kernel="gradient_q"),
+    "sinks_gradient_kv": CompiledCase(kernel="gradient_kv"),
+    "narrow_gradient_q": CompiledCase(head_dim=64, kernel="gradient_q"),
+    "narrow_gradient_kv": CompiledCase(head_dim=64, kernel="gradient_kv"),
+    "ragged_gradient_kv": CompiledCase(length=4001, kernel="gradient_kv"),
+    "latent_gradient_q": CompiledCase(
+        head_dim=192, value_dim=128, num_kv_heads=16, num_sinks=0, kernel="gradient_q"
+    ),
+    "latent_gradient_kv": CompiledCase(
+        head_dim=192, value_dim=128, num_kv_heads=16, num_sinks=0, kernel="gradient_kv"
+    ),
 }

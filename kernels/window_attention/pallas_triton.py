@@ -1,0 +1,413 @@
+"""window_attention as Triton kernels: blocks of scores in registers, softmax on the fly.
+
+A program owns a block of queries of one head (forward, gradient of q) or a block of keys of one
+key/value head (gradients of k and v), and loops over the blocks of the other kind that it can see:
+those within the window, not before the segment of its first row nor after that of its last one, and
+those of the segment's sinks. Within a block, positions and segments decide, as in the reference.
+The softmax runs along (FlashAttention, Dao et al. 2022); the backward pass makes the scores again.
+
+B batch, L rows, H query heads, G key/value heads, C head_dim, W width of values; a block has M
+queries and N keys.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels import backend
+from kernels.backend import Target, divide, dot, edge, load, mask_of, span, store
+from kernels.window_attention.reference import MASKED, visible
+
+LOG2_E = math.log2(math.e)
+
+
+class Blocks(NamedTuple):
+    """Rows of a block, powers of two from 16 on, and how the kernel is compiled."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+class Kernels(NamedTuple):
+    """The blocks of the three kernels; none spills (kernels/compiled.json)."""
+
+    forward: Blocks
+    queries: Blocks
+    keys: Blocks
+
+
+NARROW = Kernels(Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2))
+"""head_dim up to 128."""
+WIDE = Kernels(Blocks(64, 32, 4, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2))
+"""Wider heads."""
+EXACT = Kernels(*[Blocks(32, 32, 8, 2)] * 3)
+"""float32, which goes without tensor cores."""
+INTERPRETED = Kernels(*[Blocks(32, 16, 4, 2)] * 3)
+LONGEST_BLOCK = 128
+
+
+class Reach(NamedTuple):
+    """What a query sees, and what the kernels run on."""
+
+    window_size: int | None
+    num_sinks: int
+    target: Target
+
+
+class Rows(NamedTuple):
+    """int32 [B, L padded to whole blocks], of each row; padding has the position -1."""
+
+    positions: jax.Array
+    segments: jax.Array
+    starts: jax.Array
+    """First row of the row's segment."""
+    ends: jax.Array
+    """One past its last row."""
+
+
+def window_attention(
+    q_BLHC: jax.Array,
+    k_BLGC: jax.Array,
+    v_BLGW: jax.Array,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+    *,
+    window_size: int | None,
+    num_sinks: int,
+    sink_logits_H: jax.Array | None = None,
+    target: Target,
+) -> jax.Array:
+    """Returns the attention of each row over the visible rows of its segment, [B, L, H, W].
+
+    Differentiable in q, k, v and sink_logits. A row that sees nothing gets zeros.
+    """
+    reach = Reach(window_size, num_sinks, target)
+    rows = _rows(positions_BL, segments_BL)
+    return _attention(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows)
+
+
+def _rows(positions_BL: jax.Array, segments_BL: jax.Array) -> Rows:
+    length = segments_BL.shape[1]
+    row_BL = lax.broadcasted_iota(jnp.int32, segments_BL.shape, 1)
+    is_start_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)))
+    is_last_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (0, 1)))
+    starts_BL = lax.cummax(jnp.where(is_start_BL, row_BL, 0), axis=1)
+    ends_BL = lax.cummin(jnp.where(is_last_BL, row_BL + 1, length), axis=1, reverse=True)
+    padding = ((0, 0), (0, _padded(length) - length))
+    return Rows(
+        jnp.pad(positions_BL.astype(jnp.int32), padding, constant_values=-1),
+        *(jnp.pad(x.astype(jnp.int32), padding) for x in (segments_BL, starts_BL, ends_BL)),
+    )
+
+
+def choose_kernels(head_dim: int, itemsize: int, target: Target) -> Kernels:
+    if target.platform == "interpret":
+        return INTERPRETED
+    if itemsize > 2:
+        return EXACT
+    return NARROW if head_dim <= 128 else WIDE
+
+
+def _padded(length: int) -> int:
+    """length in whole blocks of every kernel."""
+    return -(-length // LONGEST_BLOCK) * LONGEST_BLOCK
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows):
+    return _run_forward(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows)[0]
+
+
+def _forward(reach, *operands):
+    out_BLHW, log_sum_BHL = _run_forward(reach, *operands)
+    return out_BLHW, (*operands, out_BLHW, log_sum_BHL)
+
+
+def _backward(reach, residuals, dout_BLHW):
+    q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows, out_BLHW, log_sum_BHL = residuals
+    # Of a row's softmax: what its outputs' gradient weighs, subtracted from that of each score.
+    product_BLHW = dout_BLHW.astype(jnp.float32) * out_BLHW.astype(jnp.float32)
+    weighed_BHL = product_BLHW.sum(axis=-1).transpose(0, 2, 1)
+    padding = ((0, 0), (0, 0), (0, log_sum_BHL.shape[2] - weighed_BHL.shape[2]))
+    padded_BHL = jnp.pad(weighed_BHL, padding)
+    operands = (rows, q_BLHC, k_BLGC, v_BLGW, dout_BLHW, log_sum_BHL, padded_BHL)
+    dq_BLHC = _run_queries_gradient(reach, *operands)
+    dk_BLGC, dv_BLGW = _run_keys_gradient(reach, *operands)
+    dsinks_H = None
+    if sink_logits_H is not None:  # a sink's value is zero: only the subtracted part is left
+        sinks_1H1 = sink_logits_H.astype(jnp.float32)[None, :, None] * LOG2_E
+        share_BHL = jnp.exp2(sinks_1H1 - log_sum_BHL[:, :, : q_BLHC.shape[1]])
+        dsinks_H = -(share_BHL * weighed_BHL).sum(axis=(0, 2)).astype(sink_logits_H.dtype)
+    return dq_BLHC, dk_BLGC, dv_BLGW, dsinks_H, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+# --- Inside kernels ------------------------------------------------------------------------------
+
+
+def _read(ref_BLHC: Any, batch: Any, head: Any, start: Any, rows: int) -> jax.Array:
+    """Rows of one head, [rows, C]; C in a power of two from 16 on, with zeros.
+
+    Rows past the last are read as the last one: their position says that nothing sees them.
+    """
+    length, width = ref_BLHC.shape[1], ref_BLHC.shape[3]
+    shape = (rows, _wide(width))
+    row, channel = span(start, rows), span(0, _wide(width))
+    if length % rows:
+        row = jnp.minimum(row, length - 1)
+    at = [jnp.broadcast_to(index, shape) for index in (row[:, None], channel[None])]
+    mask = mask_of(shape, columns=edge(0, _wide(width), width))
+    return load(ref_BLHC.at[batch, at[0], head, at[1]], mask)
+
+
+def _write(ref_BLHC: Any, values: jax.Array, batch: Any, head: Any, start: Any) -> None:
+    rows, wide = values.shape
+    length, width = ref_BLHC.shape[1], ref_BLHC.shape[3]
+    mask = mask_of((rows, wide), edge(start, rows, length), edge(0, wide, width))
+    store(ref_BLHC.at[batch, pl.ds(start, rows), head, pl.ds(0, wide)], values, mask)
+
+
+def _wide(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _sees(rows: Rows, reach: Reach, batch: Any, queries: Any, keys: Any) -> jax.Array:
+    """Which of a block's keys its queries see, bool [M, N]."""
+    q_segments_M, k_segments_N = rows.segments[batch, queries], rows.segments[batch, keys]
+    return visible(
+        rows.positions[batch, queries][:, None],
+        rows.positions[batch, keys][None],
+        window_size=reach.window_size,
+        num_sinks=reach.num_sinks,
+    ) & (q_segments_M[:, None] == k_segments_N[None])
+
+
+def _over_keys(rows: Rows, reach: Reach, batch: Any, first_query: Any, blocks: Blocks, step, carry):
+    """Calls step(block of keys, carry) for each block that a block of queries can see."""
+    start = rows.starts[batch, first_query]
+    first_key = start
+    if reach.window_size is not None:
+        first_key = jnp.maximum(start, first_query - (reach.window_size - 1))
+    first, _ = divide(first_key, blocks.keys)
+    end, _ = divide(first_query + blocks.queries + blocks.keys - 1, blocks.keys)
+    if reach.window_size is not None and reach.num_sinks:
+        # A segment that began before the window is that of the first query.
+        first_sink, _ = divide(start, blocks.keys)
+        end_sink, _ = divide(start + reach.num_sinks + blocks.keys - 1, blocks.keys)
+        carry = lax.fori_loop(first_sink, jnp.minimum(end_sink, first), step, carry)
+    return lax.fori_loop(first, end, step, carry)
+
+
+def _query_program(num_heads: int, num_blocks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batch row, head and block of queries of a program.
+
+    Heads go together; the last blocks, which see the most, go first.
+    """
+    rest, head = divide(pl.program_id(0), num_heads)
+    batch, block = divide(rest, num_blocks)
+    return batch, head, num_blocks - 1 - block
+
+
+# --- Forward -------------------------------------------------------------------------------------
+
+
+def _run_forward(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows):
+    """Returns (out [B, L, H, W], base-2 log of each row's sum of exponentials [B, H, L padded])."""
+    batch, length, heads, head_dim = q_BLHC.shape
+    blocks = choose_kernels(head_dim, q_BLHC.dtype.itemsize, reach.target).forward
+    num_blocks = pl.cdiv(length, blocks.queries)
+    run = backend.triton_call(
+        functools.partial(_forward_kernel, reach=reach, blocks=blocks, num_blocks=num_blocks),
+        name="window_attention",
+        num_programs=batch * heads * num_blocks,
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, length, heads, v_BLGW.shape[-1]), q_BLHC.dtype),
+            jax.ShapeDtypeStruct((batch, heads, rows.positions.shape[1]), jnp.float32),
+        ),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        target=reach.target,
+    )
+    return run(rows, sink_logits_H, q_BLHC, k_BLGC, v_BLGW)
+
+
+def _forward_kernel(
+    rows, sinks_H, q_BLHC, k_BLGC, v_BLGW, out_BLHW, log_sum_BHL, *, reach, blocks, num_blocks
+):
+    heads, kv_heads = q_BLHC.shape[2], k_BLGC.shape[2]
+    batch, head, block = _query_program(heads, num_blocks)
+    kv_head, _ = divide(head, heads // kv_heads)
+    first = block * blocks.queries
+    queries = pl.ds(first, blocks.queries)
+    q_MC = _read(q_BLHC, batch, head, first, blocks.queries)
+
+    def step(j, carry):
+        highest_M, sum_M, out_MW = carry
+        keys = pl.ds(j * blocks.keys, blocks.keys)
+        k_NC = _read(k_BLGC, batch, kv_head, j * blocks.keys, blocks.keys)
+        scores_MN = dot(q_MC, k_NC.T) * (LOG2_E / math.sqrt(q_BLHC.shape[3]))
+        scores_MN = jnp.where(_sees(rows, reach, batch, queries, keys), scores_MN, -jnp.inf)
+        new_M = jnp.maximum(highest_M, scores_MN.max(axis=1))
+        shrink_M, weights_MN = jnp.exp2(highest_M - new_M), jnp.exp2(scores_MN - new_M[:, None])
+        v_NW = _read(v_BLGW, batch, kv_head, j * blocks.keys, blocks.keys)
+        out_MW = out_MW * shrink_M[:, None] + dot(weights_MN.astype(v_NW.dtype), v_NW)
+        return new_M, sum_M * shrink_M + weights_MN.sum(axis=1), out_MW
+
+    highest_M = jnp.full((blocks.queries,), MASKED, jnp.float32)
+    sum_M = jnp.zeros((blocks.queries,), jnp.float32)
+    if sinks_H is not None:
+        sink = sinks_H[head].astype(jnp.float32) * LOG2_E
+        highest_M = jnp.maximum(highest_M, sink)
+        sum_M = jnp.exp2(sink - highest_M)
+    out_MW = jnp.zeros((blocks.queries, _wide(v_BLGW.shape[3])), jnp.float32)
+    carry = (highest_M, sum_M, out_MW)
+    highest_M, sum_M, out_MW = _over_keys(rows, reach, batch, first, blocks, step, carry)
+    sum_M = jnp.where(sum_M > 0.0, sum_M, 1.0)  # a row that sees nothing
+    _write(out_BLHW, out_MW / sum_M[:, None], batch, head, first)
+    store(log_sum_BHL.at[batch, head, queries], highest_M + jnp.log2(sum_M))
+
+
+# --- Backward ------------------------------------------------------------------------------------
+
+
+def _run_queries_gradient(reach, rows, q_BLHC, *operands):
+    batch, length, heads, head_dim = q_BLHC.shape
+    blocks = choose_kernels(head_dim, q_BLHC.dtype.itemsize, reach.target).queries
+    num_blocks = pl.cdiv(length, blocks.queries)
+    run = backend.triton_call(
+        functools.partial(_queries_kernel, reach=reach, blocks=blocks, num_blocks=num_blocks),
+        name="window_attention_dq",
+        num_programs=batch * heads * num_blocks,
+        out_shape=jax.ShapeDtypeStruct(q_BLHC.shape, q_BLHC.dtype),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        target=reach.target,
+    )
+    return run(rows, q_BLHC, *operands)
+
+
+def _queries_kernel(
+    rows,
+    q_BLHC,
+    k_BLGC,
+    v_BLGW,
+    dout_BLHW,
+    log_sum_BHL,
+    weighed_BHL,
+    dq_BLHC,
+    *,
+    reach,
+    blocks,
+    num_blocks,
+):
+    heads, kv_heads = q_BLHC.shape[2], k_BLGC.shape[2]
+    batch, head, block = _query_program(heads, num_blocks)
+    kv_head, _ = divide(head, heads // kv_heads)
+    scale = 1.0 / math.sqrt(q_BLHC.shape[3])
+    first = block * blocks.queries
+    queries = pl.ds(first, blocks.queries)
+    q_MC = _read(q_BLHC, batch, head, first, blocks.queries)
+    dout_MW = _read(dout_BLHW, batch, head, first, blocks.queries)
+    log_sum_M1 = load(log_sum_BHL.at[batch, head, queries])[:, None]
+    weighed_M1 = load(weighed_BHL.at[batch, head, queries])[:, None]
+
+    def step(j, dq_MC):
+        keys = pl.ds(j * blocks.keys, blocks.keys)
+        k_NC = _read(k_BLGC, batch, kv_head, j * blocks.keys, blocks.keys)
+        v_NW = _read(v_BLGW, batch, kv_head, j * blocks.keys, blocks.keys)
+        scores_MN = dot(q_MC, k_NC.T) * (LOG2_E * scale)
+        scores_MN = jnp.where(_sees(rows, reach, batch, queries, keys), scores_MN, -jnp.inf)
+        weights_MN = jnp.exp2(scores_MN - log_sum_M1)
+        dscores_MN = weights_MN * (dot(dout_MW, v_NW.T) - weighed_M1)
+        return dq_MC + dot(dscores_MN.astype(k_NC.dtype), k_NC)
+
+    dq_MC = jnp.zeros(q_MC.shape, jnp.float32)
+    dq_MC = _over_keys(rows, reach, batch, first, blocks, step, dq_MC)
+    _write(dq_BLHC, dq_MC * scale, batch, head, first)
+
+
+def _run_keys_gradient(reach, rows, q_BLHC, k_BLGC, v_BLGW, *operands):
+    batch, length, kv_heads, head_dim = k_BLGC.shape
+    blocks = choose_kernels(head_dim, q_BLHC.dtype.itemsize, reach.target).keys
+    num_blocks = pl.cdiv(length, blocks.keys)
+    run = backend.triton_call(
+        functools.partial(_keys_kernel, reach=reach, blocks=blocks, num_blocks=num_blocks),
+        name="window_attention_dkv",
+        num_programs=batch * kv_heads * num_blocks,
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BLGC, v_BLGW)),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        target=reach.target,
+    )
+    return run(rows, q_BLHC, k_BLGC, v_BLGW, *operands)
+
+
+def _keys_kernel(
+    rows,
+    q_BLHC,
+    k_BLGC,
+    v_BLGW,
+    dout_BLHW,
+    log_sum_BHL,
+    weighed_BHL,
+    dk_BLGC,
+    dv_BLGW,
+    *,
+    reach,
+    blocks,
+    num_blocks,
+):
+    heads, kv_heads = q_BLHC.shape[2], k_BLGC.shape[2]
+    scale = 1.0 / math.sqrt(q_BLHC.shape[3])
+    rest, kv_head = divide(pl.program_id(0), kv_heads)
+    batch, block = divide(rest, num_blocks)  # the first blocks, which most queries see, first
+    first = block * blocks.keys
+    keys = pl.ds(first, blocks.keys)
+    k_NC = _read(k_BLGC, batch, kv_head, first, blocks.keys)
+    v_NW = _read(v_BLGW, batch, kv_head, first, blocks.keys)
+    first_block, count = _blocks_of_queries(rows, reach, batch, first, q_BLHC.shape[1], blocks)
+
+    def step(i, carry):
+        dk_NC, dv_NW = carry
+        of_group, block = divide(i, count)
+        head = kv_head * (heads // kv_heads) + of_group
+        start = (first_block + block) * blocks.queries
+        queries = pl.ds(start, blocks.queries)
+        q_MC = _read(q_BLHC, batch, head, start, blocks.queries)
+        dout_MW = _read(dout_BLHW, batch, head, start, blocks.queries)
+        is_seen_NM = _sees(rows, reach, batch, queries, keys).T
+        scores_NM = jnp.where(is_seen_NM, dot(k_NC, q_MC.T) * (LOG2_E * scale), -jnp.inf)
+        weights_NM = jnp.exp2(scores_NM - load(log_sum_BHL.at[batch, head, queries])[None])
+        dv_NW += dot(weights_NM.astype(dout_MW.dtype), dout_MW)
+        weighed_1M = load(weighed_BHL.at[batch, head, queries])[None]
+        dscores_NM = weights_NM * (dot(v_NW, dout_MW.T) - weighed_1M)
+        return dk_NC + dot(dscores_NM.astype(q_MC.dtype), q_MC), dv_NW
+
+    carry = (jnp.zeros(k_NC.shape, jnp.float32), jnp.zeros(v_NW.shape, jnp.float32))
+    dk_NC, dv_NW = lax.fori_loop(0, count * (heads // kv_heads), step, carry)
+    _write(dk_BLGC, dk_NC * scale, batch, kv_head, first)
+    _write(dv_BLGW, dv_NW, batch, kv_head, first)
+
+
+def _blocks_of_queries(rows, reach, batch, first_key, length, blocks):
+    """The first block of queries that sees a block of keys, and how many there are up to the last.
+
+    A block with sinks of the segment of its last row is seen up to that segment's end.
+    """
+    last_key = jnp.minimum(first_key + blocks.keys, length) - 1
+    end = rows.ends[batch, last_key]
+    if reach.window_size is not None:
+        in_window = jnp.minimum(end, last_key + reach.window_size)
+        has_sinks = rows.starts[batch, last_key] + reach.num_sinks > first_key
+        end = jnp.where(has_sinks, end, in_window) if reach.num_sinks else in_window
+    first, _ = divide(first_key, blocks.queries)
+    return first, divide(end + blocks.queries - 1, blocks.queries)[0] - first
