@@ -1,0 +1,44 @@
+"""Named shapes that the tests and the compile checks of paged_attention share."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    lengths: tuple[int, ...]
+    page_size: int = 16
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    window_size: int | None = None
+    num_sinks: int = 0
+
+
+CASES = {
+    "ragged": Case(lengths=(1, 47, 0, 16, 17)),
+    "window": Case(lengths=(70, 15, 33), window_size=20),
+    "sinks": Case(lengths=(96, 20, 4), window_size=18, num_sinks=3),
+    "multi_query": Case(lengths=(40, 9), num_kv_heads=1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledCase:
+    """A call of a real model's size, for the GPU compiler alone."""
+
+    batch: int = 64
+    max_pages: int = 128
+    num_pages: int = 4096
+    page_size: int = 64
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    window_size: int | None = None
+    num_sinks: int = 0
+
+
+COMPILED = {
+    "full": CompiledCase(),
+    "window": CompiledCase(window_size=1024, num_sinks=4),
+    "narrow": CompiledCase(head_dim=64, page_size=32, batch=4),
+}
