@@ -1,10 +1,11 @@
 PYTHON ?= python3
 VENV := .venv
+COMPILER := .venv-kernels
 RUN := $(VENV)/bin/python
 # The second is for what builds the native kernels: the headers of the jaxlib that will run them.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: quickstart test test-slow sanitize lint clean .venv
+.PHONY: quickstart test test-slow sanitize lint kernels clean .venv
 
 quickstart: .venv            ## corpus, training, distillation, evaluation, report: the whole story
 	$(RUN) -m scripts.quickstart
@@ -29,6 +30,9 @@ lint: .venv                  ## style, types, layers
 	$(VENV)/bin/basedpyright
 	$(VENV)/bin/lint-imports
 
+kernels: $(COMPILER)/installed  ## compiles GPU kernels without a GPU: what changed and a sample, or ARGS
+	$(COMPILER)/bin/python -m scripts.check_kernels $(ARGS)
+
 .venv: $(VENV)/installed     ## only sets up
 
 $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/native/src/*)
@@ -36,5 +40,11 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/na
 	$(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check ".[dev]"
 	touch $@
 
-clean:                       ## removes the environment and what tools left, never runs/
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+# Apart from the rest: the CUDA plugin complains of a missing GPU whenever jax is imported beside it.
+$(COMPILER)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(COMPILER)
+	$(PINNED) $(COMPILER)/bin/python -m pip install --quiet --disable-pip-version-check ".[deviceless]"
+	touch $@
+
+clean:                       ## removes the environments and what tools left, never runs/
+	rm -rf $(VENV) $(COMPILER) .pytest_cache .ruff_cache build *.egg-info

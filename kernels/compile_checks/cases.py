@@ -1,0 +1,198 @@
+"""The cases of every op as functions and the shapes of their operands."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.backend import Target
+from kernels.compile_checks import traffic
+from kernels.compile_checks.devices import Device
+from kernels.grouped_matmul import cases as grouped_cases
+from kernels.grouped_matmul import pallas_triton as grouped
+from kernels.grouped_matmul import pallas_triton_quantized as quantized
+from kernels.grouped_matmul.scaled_rows import scale_rows
+from kernels.paged_attention import cases as paged_cases
+from kernels.paged_attention import pallas_triton as paged
+from kernels.quantize import FORMATS, QTensor
+from kernels.window_attention import cases as window_cases
+from kernels.window_attention import pallas_triton as window
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is compiled for a case on one device."""
+
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
+    """Trees of ShapeDtypeStruct."""
+    kernel: str
+    """Name of the kernel that the case is about, which may not be the only one."""
+    weight_elements: int = 0
+    """Of the quantised weights, which must not appear widened."""
+    rows_of_dot: int = 64
+    """Rows of the tensor cores' left operand: Hopper's wgmma takes 64 and more."""
+    has_tensor_cores: bool = True
+    has_fp8_products: bool = False
+    plain_loads: int = 16
+    """Most loads from global memory into registers: of tables and scales. A weight that is loaded
+    so takes dozens (int4 by its own type: 129)."""
+    traffic: float | None = None
+    """Bytes moved over the least that any order needs, by traffic.py."""
+
+
+NAMES = [f"grouped_matmul/{name}" for name in grouped_cases.COMPILED]
+NAMES += [f"window_attention/{name}" for name in window_cases.COMPILED]
+NAMES += [f"paged_attention/{name}" for name in paged_cases.COMPILED]
+
+
+def runs_on(name: str, device: Device) -> bool:
+    """Whether the case is for such a device: products in fp8 begin with Hopper."""
+    op, case = name.split("/")
+    needs_hopper = op == "grouped_matmul" and grouped_cases.COMPILED[case].fp8_rows
+    return device.target.capability >= 90 or not needs_hopper
+
+
+def program(name: str, device: Device) -> Program:
+    op, case = name.split("/")
+    if op == "paged_attention":
+        return _paged_attention(paged_cases.COMPILED[case], device.target)
+    if op == "window_attention":
+        return _window_attention(window_cases.COMPILED[case], device.target)
+    return _grouped_matmul(grouped_cases.COMPILED[case], device)
+
+
+def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _grouped_matmul(case: grouped_cases.CompiledCase, device: Device) -> Program:
+    target = device.target
+    dtype = jnp.float32 if case.format == "float32" else jnp.bfloat16
+    columns = case.d_out * (2 if case.gated else 1)
+    num_tokens = case.rows // 6 if case.gathered else case.rows
+    x, sizes = _array((num_tokens, case.d_in), dtype), _array((case.num_groups,), jnp.int32)
+    if case.fp8_rows:
+        x = jax.eval_shape(scale_rows, x)
+    rows = _array((case.rows,), jnp.int32) if case.gathered else None
+    dy = _array((case.rows, case.d_out), dtype)
+    is_quantized = case.format not in ("bf16", "float32")
+    if is_quantized:
+        weight = _quantized_weight(case, columns)
+    else:
+        weight = _array((case.num_groups, case.d_in, columns), dtype)
+
+    def forward(x, weight, sizes, rows):
+        if is_quantized:
+            return quantized.grouped_matmul(
+                x, weight, sizes, rows_R=rows, gated=case.gated, target=target
+            )
+        chosen = grouped.grouped_swiglu if case.gated else grouped.grouped_matmul
+        return chosen(x, weight, sizes, rows_R=rows, target=target)
+
+    def gradient(x, weight, sizes, rows, dy):
+        if case.contraction == "gradient_x":
+            return jax.vjp(lambda x: forward(x, weight, sizes, rows), x)[1](dy)
+        return jax.vjp(lambda w: forward(x, w, sizes, rows), weight)[1](dy)
+
+    is_forward = case.contraction == "forward"
+    tiles = traffic.tiles_of(case, target)
+    return Program(
+        forward if is_forward else gradient,
+        (x, weight, sizes, rows) if is_forward else (x, weight, sizes, rows, dy),
+        kernel=_kernel_name(case),
+        weight_elements=case.num_groups * case.d_in * columns if is_quantized else 0,
+        rows_of_dot=tiles.columns if is_quantized and is_forward else tiles.rows,
+        has_tensor_cores=dtype == jnp.bfloat16,
+        has_fp8_products=case.fp8_rows,
+        plain_loads=48 if case.fp8_rows else 16,  # a scale of each row
+        traffic=traffic.ratio(case, tiles, device) if is_forward else None,
+    )
+
+
+def _kernel_name(case: grouped_cases.CompiledCase) -> str:
+    suffix = {"forward": "", "gradient_x": "_dx", "gradient_w": "_dw"}[case.contraction]
+    is_quantized = case.format not in ("bf16", "float32")
+    suffix += f"_{case.format}" if is_quantized else ""
+    return f"grouped_matmul{suffix}" + ("_rows" if case.fp8_rows else "")
+
+
+def _quantized_weight(case: grouped_cases.CompiledCase, columns: int) -> QTensor:
+    assert case.format != "float32"
+    spec = FORMATS[case.format]
+    stored = case.d_in * spec.bits // (8 * spec.dtype.itemsize)
+    return QTensor(
+        _array((case.num_groups, columns, stored), spec.dtype),  # pyright: ignore[reportArgumentType]
+        _array((case.num_groups, case.d_in // 128, columns), jnp.float32),  # pyright: ignore[reportArgumentType]
+        case.format,
+        128,
+        "split_128" if case.format == "int4" else "canonical",
+    )
+
+
+_SUFFIXES = {"forward": "", "gradient_q": "_dq", "gradient_kv": "_dkv"}
+
+
+def _window_attention(case: window_cases.CompiledCase, target: Target) -> Program:
+    dtype = jnp.dtype(case.dtype)
+    value_dim = case.value_dim or case.head_dim
+    q = _array((1, case.length, case.num_heads, case.head_dim), dtype)
+    k = _array((1, case.length, case.num_kv_heads, case.head_dim), dtype)
+    v = _array((1, case.length, case.num_kv_heads, value_dim), dtype)
+    dout = _array((1, case.length, case.num_heads, value_dim), dtype)
+    row = _array((1, case.length), jnp.int32)
+    sinks = _array((case.num_heads,), jnp.float32) if case.learned_sinks else None
+
+    def forward(q, k, v, positions, segments, sinks):
+        return window.window_attention(
+            q,
+            k,
+            v,
+            positions,
+            segments,
+            window_size=case.window_size,
+            num_sinks=case.num_sinks,
+            sink_logits_H=sinks,
+            target=target,
+        )
+
+    def gradient(q, k, v, positions, segments, sinks, dout):
+        rest = (positions, segments, sinks)
+        if case.kernel == "gradient_q":
+            return jax.vjp(lambda q: forward(q, k, v, *rest), q)[1](dout)
+        return jax.vjp(lambda k, v: forward(q, k, v, *rest), k, v)[1](dout)
+
+    operands = (q, k, v, row, row, sinks)
+    is_forward = case.kernel == "forward"
+    return Program(
+        forward if is_forward else gradient,
+        operands if is_forward else (*operands, dout),
+        kernel=f"window_attention{_SUFFIXES[case.kernel]}",
+        has_tensor_cores=dtype == jnp.bfloat16,
+        plain_loads=80,  # queries, once; positions and segments, in two loops
+        rows_of_dot=_rows_of_attention(case, dtype.itemsize, target),
+    )
+
+
+def _rows_of_attention(case: window_cases.CompiledCase, itemsize: int, target: Target) -> int:
+    kernels = window.choose_kernels(case.head_dim, itemsize, target)
+    if case.kernel == "gradient_kv":
+        return kernels.keys.keys
+    return (kernels.forward if case.kernel == "forward" else kernels.queries).queries
+
+
+def _paged_attention(case: paged_cases.CompiledCase, target: Target) -> Program:
+    pages = (case.num_pages, case.page_size, case.num_kv_heads, case.head_dim)
+    operands = (
+        _array((case.batch, case.num_heads, case.head_dim), jnp.bfloat16),
+        _array(pages, jnp.bfloat16),
+        _array(pages, jnp.bfloat16),
+        _array((case.batch, case.max_pages), jnp.int32),
+        _array((case.batch,), jnp.int32),
+    )
+    reach = {"window_size": case.window_size, "num_sinks": case.num_sinks}
+    function = functools.partial(paged.paged_attention, **reach, target=target)
+    return Program(function, operands, kernel="paged_attention", rows_of_dot=16)

@@ -1,0 +1,192 @@
+"""The limits that compiled kernels are held to, the results in the repository, and the L2 model."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.backend import Target
+from kernels.compile_checks import facts, gate, run, traffic
+from kernels.compile_checks.cases import NAMES, program, runs_on
+from kernels.compile_checks.devices import DEVICES
+from kernels.compile_checks.facts import Facts
+from kernels.grouped_matmul import tiles as tiling
+from kernels.grouped_matmul.cases import COMPILED, CompiledCase
+from kernels.grouped_matmul.tiles import Tiles, place, tile_table
+from scripts import check_kernels
+
+A100, H100 = DEVICES["sm_80"], DEVICES["sm_90a"]
+CASE = "grouped_matmul/int8_prefill"
+SOUND = Facts(
+    registers=128,
+    spilled_bytes=0,
+    stack_bytes=0,
+    shared_bytes=100_000,
+    threads=256,
+    instructions=2000,
+    matrix_products={"wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16": 8},
+    asynchronous_loads=24,
+    plain_loads=8,
+    traffic=1.0,
+)
+
+
+@pytest.mark.parametrize("key", run.KEYS)
+def test_every_case_has_sound_committed_results(key):
+    committed = run.read_committed()["cases"]
+    assert key in committed, f"{key} was never compiled: make kernels ARGS='{key} --write'"
+    assert gate.faults(*run.split(key), run.committed_facts(committed[key])) == []
+
+
+def test_no_committed_result_is_of_a_case_that_is_gone():
+    assert set(run.read_committed()["cases"]) <= set(run.KEYS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"spilled_bytes": 16}, "spills: 16 bytes"),
+        ({"local_accesses": 2}, "2 accesses to local memory"),
+        ({"shared_bytes": 232_449}, "over 232448"),
+        ({"registers": 255, "threads": 512}, "none can start"),
+        ({"matrix_products": {}}, "instructions missing"),
+        (
+            {"matrix_products": {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 8}},
+            "not wgmma",
+        ),
+        (
+            {"matrix_products": {"wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32": 8}},
+            "tf32.*not wgmma.*bf16",
+        ),
+        ({"asynchronous_loads": 0}, "no asynchronous load"),
+        ({"plain_loads": 129}, "129 plain loads"),
+        ({"widened_weights": ["%convert.3"]}, "widened in memory by %convert.3"),
+        ({"traffic": 1.2}, "1.20 times"),
+    ],
+)
+def test_each_limit_is_held(changes, sentence):
+    assert gate.faults(CASE, H100, SOUND) == []
+    (fault,) = gate.faults(CASE, H100, dataclasses.replace(SOUND, **changes))
+    assert re.search(sentence, fault)
+
+
+def test_an_a100_has_no_wgmma():
+    (fault,) = gate.faults(CASE, A100, SOUND)
+    assert "not mma.sync" in fault
+
+
+def test_what_got_worse_is_named():
+    committed = dataclasses.asdict(SOUND)
+    assert gate.regressions(dataclasses.replace(SOUND, registers=135), committed) == []
+    worse = dataclasses.replace(SOUND, registers=160, plain_loads=9)
+    assert gate.regressions(worse, committed) == [
+        "registers: 160, was 128",
+        "plain_loads: 9, was 8",
+    ]
+    other = dataclasses.replace(SOUND, matrix_products={})
+    assert "instructions changed" in gate.regressions(other, committed)[0]
+
+
+def test_a_hash_follows_what_is_traced(monkeypatch):
+    """The A100 has other tiles for it; so has the H100 after a change of the kernel's."""
+    name = "grouped_matmul/bf16_swiglu_prefill"
+    before = gate.program_hash(name, H100)
+    assert gate.program_hash(name, H100) == before != gate.program_hash(name, A100)
+    monkeypatch.setattr(tiling, "SWEEP_BYTES", 1)
+    assert gate.program_hash(name, H100) != before
+
+
+def test_floats_as_large_as_the_weights_are_found_in_hlo():
+    hlo = "%a.1 = s8[4,8]{1,0} parameter(0)\n%b = bf16[4,8]{1,0} convert(%a.1)\n%c = f32[8] x()"
+    assert facts._widened(hlo, 32) == ["%b"]
+    assert facts._widened(hlo, 0) == []
+
+
+def test_the_command_reports_what_a_process_said(monkeypatch, capsys):
+    results = [("grouped_matmul/int8_prefill/sm_90a", SOUND), ("x/sm_80", "exit code -6: aborted")]
+    monkeypatch.setattr(run, "compile_all", lambda keys: results)
+    monkeypatch.setattr(run, "chosen", lambda: [key for key, _ in results])
+    monkeypatch.setattr(run, "read_committed", lambda: {"tools": {}, "cases": {}})
+    monkeypatch.setattr(run, "tool_versions", lambda: {"ptxas": "1"})
+    assert check_kernels.main([]) == 1
+    said = capsys.readouterr().out
+    assert "int8_prefill/sm_90a: 128 registers, 100000 bytes shared" in said
+    assert "FAILS: exit code -6: aborted" in said
+    assert "1 of 2 cases are sound" in said
+
+
+def test_results_are_kept_beside_those_of_other_cases(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "COMMITTED", tmp_path / "compiled.json")
+    monkeypatch.setattr(run, "tool_versions", lambda: {"ptxas": "1"})
+    monkeypatch.setattr(run, "program_hash", lambda name, device: f"{name} {device.architecture}")
+    run.write({run.KEYS[0]: SOUND})
+    run.write({run.KEYS[1]: SOUND})
+    kept = json.loads(run.COMMITTED.read_text())["cases"]
+    assert set(kept) == set(run.KEYS[:2])
+    assert run.committed_facts(kept[run.KEYS[0]]) == SOUND
+    assert set(run.KEYS[2:]) <= set(run.chosen())  # the others have never been compiled
+    monkeypatch.setattr(run, "tool_versions", lambda: {"ptxas": "2"})
+    assert len(run.chosen()) == run.SAMPLE
+
+
+# --- Traffic -------------------------------------------------------------------------------------
+
+
+def test_the_model_takes_the_grids_order(monkeypatch):
+    monkeypatch.setattr(tiling, "SWEEP_BYTES", 2 * 16 * 64)
+    sizes, columns = [40, 0, 3, 16], 3
+    tiles = Tiles(rows=16, columns=16, depth=16)
+    table = tile_table(jnp.asarray(sizes, jnp.int32), sum(sizes), tiles, 64)
+    groups, _ = traffic._tiles(np.asarray(sizes), 16)
+    order = list(traffic._order(groups, columns, 2))
+    at = jax.vmap(lambda i: place(i, table, columns))(jnp.arange(len(order), dtype=jnp.int32))
+    rows = [int(table.first_row_P[tile]) for tile, _ in order]
+    np.testing.assert_array_equal(at.first_row, rows)
+    np.testing.assert_array_equal(at.column, [column for _, column in order])
+
+
+def test_mixtral_reads_each_matrix_once_and_other_orders_do_not(monkeypatch):
+    """8 experts of 4096 x 14336 and 8192 rows: the order decides."""
+    case = CompiledCase(rows=8192, d_in=4096, d_out=14_336, num_groups=8)
+    tiles = traffic.tiles_of(case, H100.target)
+    assert traffic.ratio(case, tiles, H100) < 1.01
+
+    def tile_by_tile(groups, columns, longest):
+        return ((tile, column) for tile in range(len(groups)) for column in range(columns))
+
+    def column_by_column(groups, columns, longest):
+        return ((tile, column) for column in range(columns) for tile in range(len(groups)))
+
+    for wrong in (tile_by_tile, column_by_column):
+        monkeypatch.setattr(traffic, "_order", wrong)
+        assert traffic.ratio(case, tiles, H100) > 1.5
+
+
+def test_a_cache_that_holds_everything_moves_the_least():
+    case = COMPILED["bf16_prefill"]
+    tiles = traffic.tiles_of(case, H100.target)
+    assert traffic.ratio(case, tiles, dataclasses.replace(H100, l2_bytes=2**40)) == 1.0
+
+
+# --- Lowering ------------------------------------------------------------------------------------
+
+ONE_OF_EACH = {program(name, H100).kernel: name for name in reversed(NAMES)}
+"""A case of every kernel."""
+
+
+@pytest.mark.parametrize("target", [A100.target, Target("rocm")], ids=["cuda", "rocm"])
+@pytest.mark.parametrize("kernel", sorted(ONE_OF_EACH))
+def test_kernels_are_written_in_what_triton_has(kernel, target):
+    """As far as a CPU goes: Triton's own language; for ROCm no compiler is checked beyond it."""
+    device = dataclasses.replace(H100, target=target)
+    name = ONE_OF_EACH[kernel]
+    if not runs_on(name, device):
+        pytest.skip("fp8 products need Hopper")
+    case = program(name, device)
+    traced = jax.jit(case.function).trace(*case.operands)
+    text = traced.lower(lowering_platforms=(target.platform,)).as_text()
+    assert f'name = "{kernel}"' in text
