@@ -1,12 +1,15 @@
 """GPUs that exist for the compiler alone."""
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax._src import xla_bridge  # where a plugin's library is registered; jax has no public way
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels.backend import A100, H100, Target
 
@@ -18,6 +21,7 @@ class Device:
     """One GPU; the figures are XLA's own descriptions and NVIDIA's data sheets."""
 
     target: Target
+    kind: str
     architecture: str
     """As ptxas names it."""
     shared_bytes: int
@@ -38,6 +42,7 @@ _COMMON = """
 DEVICES = {
     "sm_80": Device(
         A100,
+        "NVIDIA A100",
         "sm_80",
         166_912,
         40 * 2**20,
@@ -52,6 +57,7 @@ device_description_str: "NVIDIA A100-SXM4-80GB"
     ),
     "sm_90a": Device(
         H100,
+        "NVIDIA H100",
         "sm_90a",
         232_448,
         50 * 2**20,
@@ -88,3 +94,19 @@ def compile_only(device: Device) -> Any:
         "gpu", platform="cuda", target_config=device.description + _RUNTIME, topology="1x1x1"
     )
     return topology.devices[0]
+
+
+def lowered(function: Callable[..., Any], operands: tuple[Any, ...], device: Device) -> Any:
+    """The function lowered for the device's platform, where no such device is.
+
+    From jax 0.11 on, Pallas asks the mesh for the kind of GPU.
+    """
+    is_rocm = device.target.platform == "rocm"
+    kind = AbstractDevice(
+        device_kind="gfx942" if is_rocm else device.kind,
+        num_cores=device.num_cores,
+        platform="gpu",
+    )
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+        traced = jax.jit(function).trace(*operands)
+        return traced.lower(lowering_platforms=(device.target.platform,))

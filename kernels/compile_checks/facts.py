@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from kernels.compile_checks.cases import Program, program
-from kernels.compile_checks.devices import Device, compile_only
+from kernels.compile_checks.devices import Device, compile_only, lowered
 
 TOOLS = "nvidia/cu13/bin"
 """Of site-packages, where the `deviceless` extra puts ptxas and nvdisasm."""
@@ -72,7 +72,7 @@ def _compile(case: Program, device: Device) -> Any:
     operands = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), case.operands
     )
-    return jax.jit(case.function).trace(*operands).lower(lowering_platforms=("cuda",)).compile()
+    return lowered(case.function, operands, device).compile()
 
 
 def _find(dump: Path, kernel: str) -> tuple[Path, str]:

@@ -235,8 +235,8 @@ def _outputs_kernel(
 
         def step(k, sums):
             inputs = k * tiles.depth
-            starts = [inputs + i * part for i in range(form.parts)]
-            x_parts = [read_rows(x_TD, rows_M, span(start, part)) for start in starts]
+            spans = [span(inputs + i * part, part) for i in range(form.parts)]
+            x_parts = [read_rows(x_TD, rows_M, inputs_K) for inputs_K in spans]
             block, _ = divide(inputs, form.block_size)
 
             def add(half, sum_NM):

@@ -62,7 +62,8 @@ def paged_attention(
         )
     operands = (q_BHC, k_pages_PSGC, v_pages_PSGW, tables_BN, lengths_B.astype(jnp.int32))
     reach = {"window_size": window_size, "num_sinks": num_sinks, "sink_logits_H": sink_logits_H}
-    can_read = pallas_triton.lacks(k_pages_PSGC.shape[1]) is None
+    size, widths = k_pages_PSGC.shape[1], (width, v_pages_PSGW.shape[3])
+    can_read = pallas_triton.lacks(size, *widths) is None
     if takes_triton(implementation) and (can_read or implementation == "triton"):
         return pallas_triton.paged_attention(*operands, **reach, target=current_target())
     return reference.paged_attention(*operands, **reach)

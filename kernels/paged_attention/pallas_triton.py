@@ -27,10 +27,12 @@ MOST_PARTS = 16
 NUM_WARPS, NUM_STAGES = 4, 2
 
 
-def lacks(page_size: int) -> str | None:
+def lacks(page_size: int, *widths: int) -> str | None:
     """What keeps the kernel from reading such pages, in a sentence; None: nothing."""
     if page_size < 16 or page_size & (page_size - 1):
         return f"page_size={page_size} must be a power of two from 16 on for the Triton kernel"
+    if any(_wide(width) != width for width in widths):
+        return f"heads of {widths} channels must be powers of two from 16 on for the Triton kernel"
     return None
 
 
@@ -51,7 +53,7 @@ def paged_attention(
     Raises:
       NotImplementedError: pages of a size that the kernel lacks.
     """
-    lack = lacks(k_pages_PSGC.shape[1])
+    lack = lacks(k_pages_PSGC.shape[1], q_BHC.shape[-1], v_pages_PSGW.shape[-1])
     if lack is not None:
         raise NotImplementedError(lack)
     (batch, heads, _), (*_, kv_heads, width) = q_BHC.shape, v_pages_PSGW.shape

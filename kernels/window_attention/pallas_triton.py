@@ -173,7 +173,9 @@ def _write(ref_BLHC: Any, values: jax.Array, batch: Any, head: Any, start: Any) 
     rows, wide = values.shape
     length, width = ref_BLHC.shape[1], ref_BLHC.shape[3]
     mask = mask_of((rows, wide), edge(start, rows, length), edge(0, wide, width))
-    store(ref_BLHC.at[batch, pl.ds(start, rows), head, pl.ds(0, wide)], values, mask)
+    row, channel = span(start, rows)[:, None], span(0, wide)[None]
+    at = [jnp.broadcast_to(index, values.shape) for index in (row, channel)]
+    store(ref_BLHC.at[batch, at[0], head, at[1]], values, mask)
 
 
 def _wide(width: int) -> int:
