@@ -1,8 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# The second is for what builds the native kernels: the headers of the jaxlib that will run them.
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: quickstart test test-slow lint clean .venv
+.PHONY: quickstart test test-slow sanitize lint clean .venv
 
 quickstart: .venv            ## corpus, training, distillation, evaluation, report: the whole story
 	$(RUN) -m scripts.quickstart
@@ -13,6 +15,14 @@ test: .venv                  ## everything that takes seconds
 test-slow: .venv             ## what takes minutes
 	$(RUN) -m pytest -m slow
 
+sanitize: .venv              ## the native kernels' tests, with every access and overflow checked
+	MOESAIC_SANITIZE=1 $(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target build/sanitized/library .
+	PYTHONPATH=build/sanitized/library ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+		$(RUN) -m pytest tests/kernels/test_native.py tests/kernels/test_native_attention.py \
+		tests/kernels/test_quantized_matmul.py
+
 lint: .venv                  ## style, types, layers
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -21,9 +31,9 @@ lint: .venv                  ## style, types, layers
 
 .venv: $(VENV)/installed     ## only sets up
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/native/src/*)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[dev]"
+	$(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check ".[dev]"
 	touch $@
 
 clean:                       ## removes the environment and what tools left, never runs/

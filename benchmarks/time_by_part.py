@@ -15,6 +15,8 @@ from pathlib import Path
 import jax
 
 PARTS = {
+    "experts: native products": r"moe/.*ffi_call",
+    "attention: native": r"attention/.*ffi_call",
     "experts: matrix products": r"moe/.*dot_general",
     "experts: everything else": r"moe/",
     "attention: matrix products": r"attention/.*(dot_general|transpose)",
@@ -24,7 +26,11 @@ PARTS = {
     "norms and residuals": r"norm|periods",
     "embedding": r"Transformer\)/gather|scatter",
 }
-"""First pattern that an instruction's origin matches; the optimiser is what matches none."""
+"""First pattern that an instruction's origin matches; the optimiser is what matches none.
+
+A native kernel is seen on the thread that calls it, not on those that help it: its thread-seconds
+are as many times these as threads work on it.
+"""
 
 OPTIMIZER = "optimiser and gradient norm"
 

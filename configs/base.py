@@ -32,12 +32,18 @@ class ExecutionConfig:
     """all_to_all: buffer rows per peer over the balanced load; a full buffer replays the step
     dropless.
     """
-    grouped_matmul: Literal["auto", "reference", "xla"] = "auto"
-    window_attention: Literal["auto", "reference", "xla"] = "auto"
+    grouped_matmul: Literal["auto", "reference", "xla", "cpu"] = "auto"
+    window_attention: Literal["auto", "reference", "xla", "cpu"] = "auto"
     sparse_attention: Literal["auto", "reference", "xla"] = "auto"
 
     def __post_init__(self) -> None:
         require_positive(self, "logits_chunks")
+        for name in ("grouped_matmul", "window_attention"):
+            require(
+                getattr(self, name) != "cpu" or self.compute_dtype == "float32",
+                f"{name}='cpu' computes in float32 only, compute_dtype is {self.compute_dtype!r}: "
+                f"use {name}='auto' or compute_dtype='float32'",
+            )
         if self.transport == "gather":
             require(
                 self.capacity_factor is None,

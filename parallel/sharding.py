@@ -5,7 +5,7 @@ split. Changing the strategy means changing the table.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -96,10 +96,40 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     spec = partition_spec(logical_axes)
-
-    def fits(size, entry):
-        axes = (entry,) if isinstance(entry, str) else entry or ()
-        return size % math.prod(mesh.shape[axis] for axis in axes) == 0
-
-    entries = [e if fits(size, e) else None for size, e in zip(x.shape, spec, strict=True)]
+    entries = [e if _divides(size, e) else None for size, e in zip(x.shape, spec, strict=True)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def on_shards(
+    fn: Callable[..., jax.Array],
+    operands: Sequence[jax.Array],
+    axes: Sequence[LogicalAxes],
+    out_axes: LogicalAxes,
+) -> jax.Array:
+    """fn(*operands), each device computing its own part; for what XLA can't split itself, as
+    kernels that aren't XLA's.
+
+    Args:
+      fn: independent along every dimension that the table splits: parts of the operands give that
+        part of the result.
+      axes: logical axes of each operand; where a mesh axis does not divide a dimension (a decode
+        batch of one), every device computes the whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return fn(*operands)
+    specs = tuple(partition_spec(names) for names in axes)
+    for operand, spec in zip(operands, specs, strict=True):
+        if not all(map(_divides, operand.shape, spec)):
+            return fn(*operands)
+    # Kernels that aren't XLA's say nothing of what varies over devices.
+    return jax.shard_map(fn, in_specs=specs, out_specs=partition_spec(out_axes), check_vma=False)(
+        *operands
+    )
+
+
+def _divides(size: int, entry: str | tuple[str, ...] | None) -> bool:
+    """Whether the mesh axes of a dimension divide it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = (entry,) if isinstance(entry, str) else entry or ()
+    return size % math.prod(mesh.shape[axis] for axis in axes) == 0

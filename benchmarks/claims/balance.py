@@ -111,8 +111,7 @@ def _draw(cvs: dict[int, dict[str, list[float]]], floor: float) -> Picture:
         axes.barh(at, means, height=0.34, color=color, label=f"{num_experts} experts")
         for place, values in zip(at, arms.values(), strict=True):
             axes.plot(values, [place] * len(values), ".", color=INK, markersize=4)
-    axes.axvline(floor, color=SOFT, linewidth=1)
-    axes.annotate(" sampling floor", (floor, -0.6), color=SOFT, va="center", fontsize=8)
+    axes.axvline(floor, color=SOFT, linewidth=1, label="sampling floor")
     axes.set_yticks(places, list(ARMS))
     axes.set_xlabel("held-out load, coefficient of variation (dots: seeds)")
     axes.legend(frameon=False)

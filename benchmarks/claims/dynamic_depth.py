@@ -210,7 +210,8 @@ def _draw(
     thresholds, risks = np.array(curve).T
     risk.plot(thresholds, 100 * risks, "o-", color=BLUE, markersize=4)
     risk.axhline(100 * DELTA, color=ORANGE, linestyle=":")
-    risk.annotate("what is allowed", (thresholds.min(), 100 * DELTA), color=ORANGE, va="bottom")
+    at = (thresholds.max(), 100 * DELTA)
+    risk.annotate("what is allowed", at, color=ORANGE, va="bottom", ha="right")
     if threshold <= 1:
         risk.axvline(threshold, color=SOFT)
         risk.annotate(" certified", (threshold, 0), color=SOFT, va="bottom")

@@ -8,9 +8,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import reference, xla
+from kernels.grouped_matmul import automatic, cpu, reference, xla
+from kernels.grouped_matmul.contractions import GroupedMatmul
 
-Implementation = Literal["auto", "reference", "xla"]
+Implementation = Literal["auto", "reference", "xla", "cpu"]
+
+_IMPLEMENTATIONS: dict[Implementation, GroupedMatmul] = {
+    "auto": automatic.grouped_matmul,
+    "reference": reference.grouped_matmul,
+    "xla": xla.grouped_matmul,
+    "cpu": cpu.grouped_matmul,
+}
 
 
 def grouped_matmul(
@@ -30,9 +38,11 @@ def grouped_matmul(
       w_EDF: float [E, D, F], x's dtype.
       group_sizes_E: int32 [E], each >= 0, summing to at most R.
       implementation: "reference" multiplies every row with every matrix; "xla" does only the work
-        that the groups ask for; "auto" takes "xla".
+        that the groups ask for; "cpu" is C++ (float32, built with the installation); "auto" takes
+        "cpu" where it runs and "xla" elsewhere.
     Raises:
       ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the implementation asked for can't do this here.
     Numerics: float32 within 1e-5 relative of the reference (the order of sums differs).
     """
     rows, groups = x_RD.shape, w_EDF.shape
@@ -46,5 +56,6 @@ def grouped_matmul(
         raise ValueError(f"x is {x_RD.dtype}, w is {w_EDF.dtype}: cast one to the other's dtype")
     if not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
         raise ValueError(f"group_sizes must be integers, got {group_sizes_E.dtype}")
-    chosen = reference if implementation == "reference" else xla
-    return chosen.grouped_matmul(x_RD, w_EDF, group_sizes_E)
+    if implementation == "cpu" and x_RD.dtype != jnp.float32:
+        raise NotImplementedError(f"the CPU kernels multiply float32, x is {x_RD.dtype}")
+    return _IMPLEMENTATIONS[implementation](x_RD, w_EDF, group_sizes_E)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.grouped_matmul.contractions import differentiable
+
 MIN_TILE, MAX_TILE = 16, 128
 
 
@@ -28,28 +30,8 @@ def tile_rows(num_rows: int, num_groups: int) -> int:
     return tile
 
 
-@jax.custom_vjp
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Returns y[r] = x[r] @ w[group of r], [R, F]; rows past the last group are unspecified."""
-    return _rows_times_matrix(x_RD, w_EDF, group_sizes_E, transpose=False)
-
-
-def _forward(x_RD, w_EDF, group_sizes_E):
-    return grouped_matmul(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
-
-
-def _backward(residuals, dy_RF):
-    x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _rows_times_matrix(dy_RF, w_EDF, group_sizes_E, transpose=True)
-    dw_EDF = _rows_times_rows(x_RD, dy_RF, group_sizes_E)
-    return dx_RD, dw_EDF, None
-
-
-grouped_matmul.defvjp(_forward, _backward)
-
-
-def _rows_times_matrix(
-    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, transpose: bool
+def rows_times_matrix(
+    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, /, *, transpose: bool
 ) -> jax.Array:
     """x[r] @ w[group of r], or its transpose: the forward and the gradient of x."""
     num_rows, num_groups = x_RD.shape[0], w_EDF.shape[0]
@@ -79,7 +61,7 @@ def _rows_times_matrix(
     return lax.scan(one_expert, y_xF, (w_EDF, starts_E, group_sizes_E))[0][:num_rows]
 
 
-def _rows_times_rows(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def rows_times_rows(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, /) -> jax.Array:
     """sum over the group's rows of x[r]^T dy[r], [E, D, F]: the gradient of w."""
     num_rows, num_groups = x_RD.shape[0], group_sizes_E.shape[0]
     tile = tile_rows(num_rows, num_groups)
@@ -104,6 +86,9 @@ def _rows_times_rows(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array
 
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
     return lax.scan(one_expert, None, (starts_E, group_sizes_E))[1]
+
+
+grouped_matmul = differentiable(rows_times_matrix, rows_times_rows)
 
 
 def _num_tiles(size: jax.Array, tile: int) -> jax.Array:

@@ -6,10 +6,12 @@ B batch, L rows, H query heads, G key/value heads, C head_dim, W width of values
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
-from kernels.window_attention import reference, xla
+from kernels.window_attention import automatic, reference, xla
+from kernels.window_attention.automatic import has_native
 
-Implementation = Literal["auto", "reference", "xla"]
+Implementation = Literal["auto", "reference", "xla", "cpu"]
 
 
 def window_attention(
@@ -44,9 +46,11 @@ def window_attention(
       sink_logits_H: float32 [H], a logit of each query head that joins its softmax and has no value
         (gpt-oss, 2025); None for none.
       implementation: "reference" makes the whole [L, L] score matrix; "xla" skips blocks of keys
-        that no query of a block can see; "auto" takes "xla".
+        that no query of a block can see; "cpu" is C++ that never writes scores out (float32);
+        "auto" takes "cpu" where it runs and "xla" elsewhere.
     Raises:
       ValueError: shapes that do not fit.
+      NotImplementedError: the implementation asked for can't do this here.
     Numerics: softmax in float32; float32 within 1e-5 of the reference.
     """
     batch, length, heads, width = q_BLHC.shape
@@ -67,4 +71,8 @@ def window_attention(
     reach = {"window_size": window_size, "num_sinks": num_sinks, "sink_logits_H": sink_logits_H}
     if implementation == "reference":  # goes by the values of positions alone
         return reference.window_attention(*rows, **reach)
-    return xla.window_attention(*rows, **reach, gaps=gaps)
+    if implementation == "cpu" and q_BLHC.dtype != jnp.float32:
+        raise NotImplementedError(f"the CPU kernels attend in float32, q is {q_BLHC.dtype}")
+    is_native = implementation == "cpu" or (implementation == "auto" and has_native(q_BLHC))
+    chosen = automatic if is_native else xla
+    return chosen.window_attention(*rows, **reach, gaps=gaps)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from configs.attention import AttentionConfig
 from configs.base import ExecutionConfig
-from kernels.window_attention import masked_attention, visible, window_attention
+from kernels.window_attention import masked_attention, visible
+from model.attention.windowed import sharded_window_attention
 from model.cache import LayerCache, append
 from model.layers import rope, weight
 
@@ -67,7 +68,7 @@ class GroupedQueryAttention(nn.Module):
         sink_logits_H = self._sink_logits() if c.learned_sinks else None
         reach = {"window_size": c.window_size, "num_sinks": c.num_sinks}
         if cache is None:
-            out_BLHC = window_attention(
+            out_BLHC = sharded_window_attention(
                 q_BLHC,
                 k_BLGC,
                 v_BLGC,

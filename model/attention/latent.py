@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from configs.attention import LatentAttentionConfig
 from configs.base import ExecutionConfig
-from kernels.window_attention import masked_attention, visible, window_attention
+from kernels.window_attention import masked_attention, visible
+from model.attention.windowed import sharded_window_attention
 from model.cache import LayerCache, append
 from model.layers import RMSNorm, rope, weight
 
@@ -58,14 +59,12 @@ class LatentAttention(nn.Module):
         if cache is None:
             k_nope_BLHN = jnp.einsum("BLR,RHN->BLHN", latent_BLR, w_uk_RHN)
             k_rope_BLHP = jnp.broadcast_to(k_rope_BL1P, q_rope_BLHP.shape)
-            out_BLHW = window_attention(
+            out_BLHW = sharded_window_attention(
                 jnp.concatenate([q_nope_BLHN, q_rope_BLHP], axis=-1),
                 jnp.concatenate([k_nope_BLHN, k_rope_BLHP], axis=-1),
                 jnp.einsum("BLR,RHW->BLHW", latent_BLR, w_uv_RHW),
                 positions_BL,
                 segments_BL,
-                window_size=None,
-                num_sinks=0,
                 implementation=self.execution.window_attention,
             )
         else:

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from configs.checks import UserError
 from parallel import sharding
 from parallel.mesh import AXES, axis_sizes, make_mesh
-from parallel.sharding import constrain, named_sharding, partition_spec
+from parallel.sharding import constrain, named_sharding, on_shards, partition_spec
 
 
 def abstract_mesh(*sizes):
@@ -56,3 +56,23 @@ def test_axis_sizes_without_a_mesh_are_one():
     assert axis_sizes() == {"data": 1, "expert": 1, "tensor": 1}
     with jax.set_mesh(make_mesh(2, 4, 1)):
         assert axis_sizes() == {"data": 2, "expert": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize(("batch", "seen"), [(8, (2, 6, 2)), (3, (3, 6, 4))])
+def test_on_shards_gives_each_device_its_part_or_all_of_what_does_not_divide(batch, seen):
+    x = jnp.arange(batch * 6 * 4, dtype=jnp.float32).reshape(batch, 6, 4)
+    shapes = []
+
+    def double(x):
+        shapes.append(x.shape)
+        return 2 * x
+
+    axes = ("batch", "length", "heads")
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        y = jax.jit(lambda x: on_shards(double, [x], [axes], axes))(x)
+    np.testing.assert_array_equal(y, 2 * x)
+    assert shapes == [seen]
+
+
+def test_on_shards_without_a_mesh_is_a_call():
+    assert on_shards(lambda x: x + 1, [jnp.zeros((2,))], [("batch",)], ("batch",)).shape == (2,)

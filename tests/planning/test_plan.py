@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs.base import ExecutionConfig
 from kernels.grouped_matmul.xla import tile_rows
 from model.flops import training_flops_per_token
 from parallel.mesh import make_mesh
@@ -18,7 +17,7 @@ from parallel.topology import H100
 from planning.collectives import grouped
 from planning.loops import expected_trips
 from planning.plan import make_plan
-from tests.planning.runs import LENGTH, PERIODS, ROWS, moe_run, moe_step_flops
+from tests.planning.runs import LENGTH, PERIODS, READABLE, ROWS, moe_run, moe_step_flops
 from train.loop import to_devices
 from train.state import init_state, plan_state
 
@@ -82,7 +81,7 @@ def test_collectives_of_the_experts_are_those_of_the_transport():
 
 
 def test_all_to_all_is_followed_through_the_conditional():
-    execution = ExecutionConfig(transport="all_to_all", capacity_factor=2.0, logits_chunks=2)
+    execution = dataclasses.replace(READABLE, transport="all_to_all", capacity_factor=2.0)
     run = dataclasses.replace(moe_run(expert=4), execution=execution)
     found = grouped(planned(run).collectives)["all-to-all", ("expert",)]
     rows = 4 * (ROWS * LENGTH // 4 * 2 * 2 // 4)  # four buffers of twice the balanced load

@@ -1,0 +1,178 @@
+"""The native CPU kernels against XLA's own products, in turn.
+
+R rows, E groups, D and F widths, K inputs, N outputs.
+"""
+
+import functools
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.ggml import Ggml
+from kernels.grouped_matmul import cpu, xla
+from kernels.quantize import Format, quantize, repack
+from kernels.quantized_matmul import quantized_matmul
+
+ROWS = 4096
+GROUPED = ((8, 512, 1024), (64, 256, 512), (128, 512, 1024))
+"""Groups, D, F."""
+QUANTIZED = ((4096, 4096, 1), (4096, 4096, 8), (1024, 1024, 1), (1024, 1024, 8))
+"""Inputs, outputs, rows."""
+CHAIN_BYTES = 128e6
+"""Float weights that one call passes through: more than caches hold, as in decoding."""
+PEER_KINDS: dict[Format, str] = {"int8": "q8_0", "int4": "q4_0"}
+"""llama.cpp's names for the same bytes."""
+SMOLLM2 = {
+    "q, o": (576, 576, 30),
+    "k, v": (576, 192, 30),
+    "gate, up": (576, 1536, 30),
+    "down": (1536, 576, 30),
+    "output layer": (576, 49_152, 2),
+}
+"""Inputs, outputs and copies of the matrices of SmolLM2-135M, which has 30 layers."""
+
+Program = Callable[[], jax.Array | np.ndarray]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One product in several programs."""
+
+    name: str
+    base: str
+    """The program that the others are compared with."""
+    seconds: dict[str, list[float]]
+    """By program, one figure per round."""
+    operations: float
+    """Multiplications and additions of the useful work."""
+
+    def ratio(self, program: str) -> tuple[float, float, float]:
+        """How many times as fast as the base: median, least and greatest over the rounds."""
+        pairs = zip(self.seconds[self.base], self.seconds[program], strict=True)
+        values = [base / ours for base, ours in pairs]
+        return statistics.median(values), min(values), max(values)
+
+    def gflops(self, program: str) -> float:
+        return self.operations / statistics.median(self.seconds[program]) / 1e9
+
+
+def in_turn(programs: dict[str, Program], rounds: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds per call of each, by round; each turn begins with a call that is not timed."""
+    seconds = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            jax.block_until_ready(program())
+            began = time.perf_counter()
+            for _ in range(repeats):
+                jax.block_until_ready(program())
+            seconds[name].append((time.perf_counter() - began) / repeats)
+    return seconds
+
+
+def grouped_comparisons(rounds: int) -> Iterator[Comparison]:
+    """The three contractions of grouped_matmul against one dense product of equal useful work."""
+    for num_groups, d_in, d_out in GROUPED:
+        random = np.random.RandomState(0)
+        shares_E = random.dirichlet(np.full(num_groups, 8.0))
+        sizes_E = jnp.array(random.multinomial(ROWS, shares_E), jnp.int32)
+        x_RD, dy_RF, w_EDF = (
+            jnp.array(random.standard_normal(shape), jnp.float32)
+            for shape in ((ROWS, d_in), (ROWS, d_out), (num_groups, d_in, d_out))
+        )
+        for name, programs in _contractions(x_RD, dy_RF, w_EDF, sizes_E).items():
+            seconds = in_turn(programs, rounds, repeats=2)
+            label = f"{num_groups} groups, {d_in} x {d_out}: {name}"
+            yield Comparison(label, "dense", seconds, 2.0 * ROWS * d_in * d_out)
+
+
+def _contractions(x_RD, dy_RF, w_EDF, sizes_E) -> dict[str, dict[str, Program]]:
+    def forward(implementation, transpose):
+        return functools.partial(implementation.rows_times_matrix, transpose=transpose)
+
+    parts = {
+        "forward": (lambda x, w: x @ w, (x_RD, w_EDF[0]), (x_RD, w_EDF, sizes_E)),
+        "gradient of x": (lambda dy, w: dy @ w.T, (dy_RF, w_EDF[0]), (dy_RF, w_EDF, sizes_E)),
+        "gradient of w": (lambda x, dy: x.T @ dy, (x_RD, dy_RF), (x_RD, dy_RF, sizes_E)),
+    }
+    programs = {}
+    for name, (dense, dense_operands, operands) in parts.items():
+        ours, plain = (
+            implementation.rows_times_rows
+            if name == "gradient of w"
+            else forward(implementation, name == "gradient of x")
+            for implementation in (cpu, xla)
+        )
+        programs[name] = {
+            "dense": functools.partial(jax.jit(dense), *dense_operands),
+            "native": functools.partial(jax.jit(ours), *operands),
+            "xla": functools.partial(jax.jit(plain), *operands),
+        }
+    return programs
+
+
+def quantized_comparisons(rounds: int) -> Iterator[Comparison]:
+    """Products of few rows with int8 and int4 weights against XLA's in float32."""
+    for num_inputs, num_outputs, num_rows in QUANTIZED:
+        random = np.random.RandomState(0)
+        count = max(1, round(CHAIN_BYTES / (4 * num_inputs * num_outputs)))
+        shape = (count, num_inputs, num_outputs)
+        w_LKN = jnp.array(random.standard_normal(shape), jnp.float32)
+        x_RK = jnp.array(random.standard_normal((num_rows, num_inputs)), jnp.float32)
+        programs = {"float32": _chain(lambda x, w: x @ w, x_RK, w_LKN)}
+        for format in ("int8", "int4"):
+            weights = repack(quantize(w_LKN, format), "panels")
+            for activations in ("float", "int8"):
+                product = functools.partial(
+                    quantized_matmul, activations=activations, implementation="cpu"
+                )
+                programs[f"{format}, {activations} activations"] = _chain(product, x_RK, weights)
+        seconds = in_turn(programs, rounds, repeats=2)
+        label = f"{num_rows} x {num_inputs} x {num_outputs}"
+        yield Comparison(label, "float32", seconds, 2.0 * num_rows * w_LKN.size)
+
+
+def decoding_comparisons(rounds: int) -> Iterator[Comparison]:
+    """The matrices of SmolLM2-135M in blocks of 32 with scales of 16 bits, against llama.cpp's."""
+    peer = Ggml(threads=os.cpu_count() or 1)
+    for name, (num_inputs, num_outputs, copies) in SMOLLM2.items():
+        for num_rows, (format, kind) in itertools.product((1, 8), PEER_KINDS.items()):
+            random = np.random.RandomState(0)
+            w_LKN = random.standard_normal((copies, num_inputs, num_outputs)).astype(np.float32)
+            x_RK = random.standard_normal((num_rows, num_inputs)).astype(np.float32)
+            rounded = quantize(jnp.array(w_LKN), format, block_size=32, scale_dtype="bfloat16")
+            weights = repack(rounded, "panels")
+            programs: dict[str, Program] = {}
+            programs["llama.cpp"] = peer.products(x_RK, list(w_LKN.swapaxes(1, 2)), kind)
+            for activations in ("float", "int8"):
+                product = functools.partial(
+                    quantized_matmul, activations=activations, implementation="cpu"
+                )
+                chain = _chain(product, jnp.array(x_RK), weights)
+                programs[f"{format}, {activations} activations"] = chain
+            seconds = in_turn(programs, rounds, repeats=3)
+            label = f"{name} {num_inputs} x {num_outputs}, {num_rows} rows, {format}"
+            yield Comparison(label, "llama.cpp", seconds, 2.0 * num_rows * w_LKN.size)
+
+
+def _chain(product: Callable, x_RK: jax.Array, weights) -> Program:
+    """x meets each matrix of a stack, one after the other; unrolled, so that none is copied."""
+    layers = [
+        jax.tree.map(lambda a: jnp.array(a[i]), weights)  # noqa: B023
+        for i in range(jax.tree.leaves(weights)[0].shape[0])
+    ]
+
+    def run(x_RK, layers):
+        total = jnp.float32(0)
+        for layer in layers:
+            # The next product waits for this one: it needs its sum.
+            total = product(x_RK + 0 * total, layer).sum()
+        return total
+
+    return functools.partial(jax.jit(run), x_RK, layers)

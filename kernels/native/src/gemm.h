@@ -1,0 +1,62 @@
+// Float32 matrix products of blocks that fit a core's caches.
+#ifndef MOESAIC_GEMM_H_
+#define MOESAIC_GEMM_H_
+
+#include <cstdint>
+#include <functional>
+
+namespace moesaic {
+
+// Rows of A and depth (inputs) that are packed at once: A's block stays in the second-level cache,
+// a panel of B's columns in the first.
+constexpr int64_t kBlockRows = 240;
+constexpr int64_t kBlockDepth = 256;
+constexpr int64_t kMaxTileRows = 12;
+constexpr int64_t kMaxTileCols = 32;
+constexpr int64_t kThinRows = 4;
+
+// A matrix in memory: element (i, j) lies at data[i * row_stride + j * col_stride]. One of the two
+// strides must be 1.
+struct Matrix {
+  const float* data;
+  int64_t row_stride;
+  int64_t col_stride;
+};
+
+// What one instruction set brings; see gemm_kernels.inl.
+struct GemmKernels {
+  const char* isa;
+  int64_t tile_rows;  // of A, divides kBlockRows
+  int64_t tile_cols;  // of B, a multiple of 16
+  // c[tile_rows, tile_cols] = a * b, or c += a * b. a is packed [depth, tile_rows], b [depth,
+  // tile_cols].
+  void (*tile)(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride,
+               bool accumulate);
+  // Packs `width` <= tile_rows (of A) or tile_cols (of B) vectors of `depth` elements as
+  // [depth, tile], zeros beside them. Element (k, i) lies at source[k * depth_stride + i * stride],
+  // and one of the strides is 1.
+  void (*pack_rows)(const float* source, int64_t depth_stride, int64_t stride, int64_t depth,
+                    int64_t width, float* packed);
+  void (*pack_cols)(const float* source, int64_t depth_stride, int64_t stride, int64_t depth,
+                    int64_t width, float* packed);
+  // c[rows, cols] = a[rows, depth] * b[depth, cols] for rows <= kThinRows, with b's rows read where
+  // they lie: so few rows would not repay packing them.
+  void (*thin)(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+               int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
+};
+
+// Packs b[k : k + depth, col : col + width] as [depth, tile_cols], zeros beside it; k and depth are
+// multiples of kBlockDepth but for the last, col is one of tile_cols.
+using PackCols =
+    std::function<void(int64_t k, int64_t depth, int64_t col, int64_t width, float* packed)>;
+
+// c[rows, cols] = a[rows, depth] * b[depth, cols]; zeros where depth is 0. rows <= kBlockRows.
+// Runs on the calling thread.
+void Gemm(const GemmKernels& kernels, Matrix a, const PackCols& pack_b, float* c, int64_t c_stride,
+          int64_t rows, int64_t cols, int64_t depth);
+void Gemm(const GemmKernels& kernels, Matrix a, Matrix b, float* c, int64_t c_stride, int64_t rows,
+          int64_t cols, int64_t depth);
+
+}  // namespace moesaic
+
+#endif  // MOESAIC_GEMM_H_

@@ -1,0 +1,57 @@
+// Products with matrices of 8 or 4 bits and a scale for each block of inputs.
+#ifndef MOESAIC_QUANTIZED_H_
+#define MOESAIC_QUANTIZED_H_
+
+#include <cstdint>
+
+namespace moesaic {
+
+// Outputs that a panel of packed weights holds side by side, and inputs of one byte group: a panel
+// is [inputs / 4][16 outputs][4 inputs] bytes for 8 bits; for 4 bits [inputs / 8][16 outputs][4
+// bytes], where a byte's low nibble belongs to the first four inputs, its high one to the last.
+// kernels/quantize/packing.py calls this order "panels".
+constexpr int64_t kPanelOutputs = 16;
+// Rows of x that one pass over a panel serves.
+constexpr int64_t kMaxRows = 8;
+
+// A packed matrix [inputs, outputs].
+struct QuantizedMatrix {
+  const uint8_t* values;  // panels, one after the other
+  const void* scales;     // [inputs / block, outputs], float32 or bfloat16
+  bool are_scales_bfloat16;
+  int64_t inputs, outputs;
+  int64_t block;  // inputs that share a scale; a multiple of 8
+  int bits;       // 8 or 4, two's complement
+
+  const uint8_t* Panel(int64_t panel) const {
+    return values + panel * kPanelOutputs * inputs * bits / 8;
+  }
+};
+
+// Rows of x, rounded to 8 bits block by block.
+struct RoundedRows {
+  const int8_t* values;   // [rows, inputs]
+  const float* scales;    // [rows, inputs / block]
+  const int32_t* sums;    // of each block's values, [rows, inputs / block]
+};
+
+// What one instruction set brings; see quantized_kernels.inl.
+struct QuantizedKernels {
+  // y[rows, 16] = x[rows, inputs] * one panel, with exact float32 x. rows <= kMaxRows.
+  void (*panel)(const QuantizedMatrix& w, int64_t panel, const float* x, int64_t rows, float* y,
+                int64_t y_stride);
+  // The same with x rounded: the products within a block are exact in integers.
+  void (*panel_rounded)(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x, int64_t rows,
+                        float* y, int64_t y_stride);
+  // One row of x rounded to 8 bits: see RoundedRows.
+  void (*round)(const float* x, int64_t inputs, int64_t block, int8_t* values, float* scales,
+                int32_t* sums);
+  // Inputs [begin, begin + depth) of a panel as floats, [depth, stride] of which 16 are written.
+  // begin and depth are multiples of 8.
+  void (*dequantize)(const QuantizedMatrix& w, int64_t panel, int64_t begin, int64_t depth,
+                     float* to, int64_t stride);
+};
+
+}  // namespace moesaic
+
+#endif  // MOESAIC_QUANTIZED_H_

@@ -1,0 +1,276 @@
+// Panels of quantised weights for one instruction set; included by isa_*.cc after
+// gemm_kernels.inl, whose vectors it uses.
+
+namespace moesaic {
+namespace MOESAIC_ISA {
+
+typedef uint16_t ShortVector __attribute__((vector_size(MOESAIC_VECTOR_BYTES / 2)));
+typedef int32_t IntVector __attribute__((vector_size(MOESAIC_VECTOR_BYTES)));
+
+// Vectors that hold a panel's 16 outputs.
+constexpr int64_t kParts = kPanelOutputs / kLanes;
+// Bytes of one input group of a panel: 16 outputs of 4 bytes.
+constexpr int64_t kGroupBytes = 4 * kPanelOutputs;
+
+MOESAIC_INLINE IntVector LoadInts(const void* from) {
+  IntVector vector;
+  __builtin_memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+MOESAIC_INLINE Vector ToFloat(IntVector vector) { return __builtin_convertvector(vector, Vector); }
+
+// The scales of kLanes outputs from `output` on, for inputs of one block.
+MOESAIC_INLINE Vector Scales(const QuantizedMatrix& w, int64_t block, int64_t output) {
+  const int64_t index = block * w.outputs + output;
+  if (!w.are_scales_bfloat16) return Load(static_cast<const float*>(w.scales) + index);
+  ShortVector upper;
+  __builtin_memcpy(&upper, static_cast<const uint16_t*>(w.scales) + index, sizeof(upper));
+  const IntVector bits = __builtin_convertvector(upper, IntVector) << 16;
+  return (Vector)bits;
+}
+
+// Of each lane's four bytes, the weight of input `index` of the group: byte `index` for 8 bits,
+// nibble `index` in the panel's order for 4.
+template <int kBits>
+MOESAIC_INLINE Vector Weight(IntVector group, int index) {
+  const int top = kBits == 8 ? 24 - 8 * index : index < 4 ? 28 - 8 * index : 24 - 8 * (index - 4);
+  return ToFloat((group << top) >> (32 - kBits));
+}
+
+template <int kBits, int kRows>
+static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, float* y,
+                       int64_t y_stride) {
+  constexpr int kInputs = 32 / kBits;  // of one group
+  // A lone row's sum is cut in four, for a sum waits for the one before it.
+  constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
+  const uint8_t* bytes = w.Panel(panel);
+  Vector total[kRows][kParts] = {};
+  for (int64_t block = 0; block < w.inputs / w.block; ++block) {
+    Vector sums[kRows][kParts][kChains] = {};
+    for (int64_t k = block * w.block; k < (block + 1) * w.block; k += kInputs, bytes += kGroupBytes) {
+#pragma GCC unroll 4
+      for (int64_t part = 0; part < kParts; ++part) {
+        const IntVector group = LoadInts(bytes + part * sizeof(IntVector));
+#pragma GCC unroll 8
+        for (int i = 0; i < kInputs; ++i) {
+          const Vector weight = Weight<kBits>(group, i);
+#pragma GCC unroll 8
+          for (int row = 0; row < kRows; ++row) {
+            sums[row][part][i % kChains] += Broadcast(x[row * w.inputs + k + i]) * weight;
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < kParts; ++part) {
+      const Vector scale = Scales(w, block, panel * kPanelOutputs + part * kLanes);
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        Vector sum = sums[row][part][0];
+        for (int chain = 1; chain < kChains; ++chain) sum += sums[row][part][chain];
+        total[row][part] += scale * sum;
+      }
+    }
+  }
+  for (int row = 0; row < kRows; ++row) {
+    for (int64_t part = 0; part < kParts; ++part) {
+      Store(y + row * y_stride + part * kLanes, total[row][part]);
+    }
+  }
+}
+
+// sums + the products of four bytes in each lane: x's (signed, the same in all lanes) with
+// weights': for 8 bits signed ones, for 4 bits unsigned ones.
+#if MOESAIC_VECTOR_BYTES == 64
+// This instruction takes one unsigned operand. Signed weights meet x + 128, and kOffset times the
+// weights' sum is taken off again.
+constexpr int32_t kOffset = 128;
+
+MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
+  const __m512i unsigned_x = _mm512_set1_epi32(x ^ static_cast<int32_t>(0x80808080));
+  return (IntVector)_mm512_dpbusd_epi32((__m512i)sums, unsigned_x, (__m512i)weights);
+}
+
+MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weights) {
+  return (IntVector)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(x));
+}
+#elif MOESAIC_VECTOR_BYTES == 32
+constexpr int32_t kOffset = 0;
+
+MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weights) {
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(x));
+  return sums + (IntVector)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+// |w| * (x with w's sign): at most 127 * 127 * 2 in a pair, which 16 bits hold. (x is never -128.)
+MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
+  const __m256i signed_x = _mm256_sign_epi8(_mm256_set1_epi32(x), (__m256i)weights);
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)weights), signed_x);
+  return sums + (IntVector)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#else
+constexpr int32_t kOffset = 0;
+
+MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) sums += ((weights << (24 - 8 * i)) >> 24) * ((x << (24 - 8 * i)) >> 24);
+  return sums;
+}
+
+MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weights) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) sums += ((weights >> (8 * i)) & 0xFF) * ((x << (24 - 8 * i)) >> 24);
+  return sums;
+}
+#endif
+
+MOESAIC_INLINE int32_t FourBytes(const int8_t* from) {
+  int32_t bytes;
+  __builtin_memcpy(&bytes, from, sizeof(bytes));
+  return bytes;
+}
+
+template <int kBits, int kRows>
+static void RoundedPanel(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x, float* y,
+                         int64_t y_stride) {
+  constexpr int kInputs = 32 / kBits;  // of one group
+  const int64_t blocks = w.inputs / w.block;
+  const uint8_t* bytes = w.Panel(panel);
+  Vector total[kRows][kParts] = {};
+  for (int64_t block = 0; block < blocks; ++block) {
+    IntVector sums[kRows][kParts] = {};
+    IntVector weight_sums[kParts] = {};  // times kOffset
+    for (int64_t k = block * w.block; k < (block + 1) * w.block; k += kInputs) {
+#pragma GCC unroll 4
+      for (int64_t part = 0; part < kParts; ++part, bytes += sizeof(IntVector)) {
+        const IntVector group = LoadInts(bytes);
+        if (kBits == 8) {
+          if (kOffset != 0) weight_sums[part] = DotSigned(weight_sums[part], 0, group);
+#pragma GCC unroll 8
+          for (int row = 0; row < kRows; ++row) {
+            const int8_t* inputs = x.values + row * w.inputs + k;
+            sums[row][part] = DotSigned(sums[row][part], FourBytes(inputs), group);
+          }
+        } else {
+          // Two's complement nibbles plus 8 are unsigned ones; 8 times x's sum is taken off below.
+          const IntVector unsigned_group = group ^ static_cast<int32_t>(0x88888888);
+          const IntVector low = unsigned_group & 0x0F0F0F0F;
+          const IntVector high = (unsigned_group >> 4) & 0x0F0F0F0F;
+#pragma GCC unroll 8
+          for (int row = 0; row < kRows; ++row) {
+            const int8_t* inputs = x.values + row * w.inputs + k;
+            sums[row][part] = DotUnsigned(sums[row][part], FourBytes(inputs), low);
+            sums[row][part] = DotUnsigned(sums[row][part], FourBytes(inputs + 4), high);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < kParts; ++part) {
+      const Vector scale = Scales(w, block, panel * kPanelOutputs + part * kLanes);
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        const float x_scale = x.scales[row * blocks + block];
+        const int32_t offset = kBits == 4 ? 8 * x.sums[row * blocks + block] : 0;
+        const IntVector sum = sums[row][part] - weight_sums[part] - offset;
+        total[row][part] += scale * x_scale * ToFloat(sum);
+      }
+    }
+  }
+  for (int row = 0; row < kRows; ++row) {
+    for (int64_t part = 0; part < kParts; ++part) {
+      Store(y + row * y_stride + part * kLanes, total[row][part]);
+    }
+  }
+}
+
+template <int kRows>
+static void PanelOfRows(const QuantizedMatrix& w, int64_t panel, const float* x, float* y,
+                        int64_t y_stride) {
+  if (w.bits == 8) {
+    ExactPanel<8, kRows>(w, panel, x, y, y_stride);
+  } else {
+    ExactPanel<4, kRows>(w, panel, x, y, y_stride);
+  }
+}
+
+template <int kRows>
+static void RoundedPanelOfRows(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x,
+                               float* y, int64_t y_stride) {
+  if (w.bits == 8) {
+    RoundedPanel<8, kRows>(w, panel, x, y, y_stride);
+  } else {
+    RoundedPanel<4, kRows>(w, panel, x, y, y_stride);
+  }
+}
+
+static void ExactRows(const QuantizedMatrix& w, int64_t panel, const float* x, int64_t rows,
+                      float* y, int64_t y_stride) {
+  static constexpr decltype(&PanelOfRows<1>) kByRows[] = {
+      PanelOfRows<1>, PanelOfRows<2>, PanelOfRows<3>, PanelOfRows<4>,
+      PanelOfRows<5>, PanelOfRows<6>, PanelOfRows<7>, PanelOfRows<8>};
+  kByRows[rows - 1](w, panel, x, y, y_stride);
+}
+
+static void RoundedRowsPanel(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x,
+                             int64_t rows, float* y, int64_t y_stride) {
+  static constexpr decltype(&RoundedPanelOfRows<1>) kByRows[] = {
+      RoundedPanelOfRows<1>, RoundedPanelOfRows<2>, RoundedPanelOfRows<3>, RoundedPanelOfRows<4>,
+      RoundedPanelOfRows<5>, RoundedPanelOfRows<6>, RoundedPanelOfRows<7>, RoundedPanelOfRows<8>};
+  kByRows[rows - 1](w, panel, x, y, y_stride);
+}
+
+static void Round(const float* x, int64_t inputs, int64_t block, int8_t* values, float* scales,
+                  int32_t* sums) {
+  for (int64_t begin = 0; begin < inputs; begin += block, ++scales, ++sums) {
+    float largest = 0.0f;
+    for (int64_t k = begin; k < begin + block; ++k) {
+      const float magnitude = __builtin_fabsf(x[k]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    *scales = largest / 127.0f;
+    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    int32_t sum = 0;
+    for (int64_t k = begin; k < begin + block; ++k) {
+      // Adding 1.5 * 2^23 leaves the nearest integer in the last bits of the mantissa.
+      const float shifted = x[k] * inverse + 12582912.0f;
+      const int32_t rounded = static_cast<int32_t>(shifted - 12582912.0f);
+      values[k] = static_cast<int8_t>(rounded);
+      sum += rounded;
+    }
+    *sums = sum;
+  }
+}
+
+template <int kBits>
+static void DequantizePanel(const QuantizedMatrix& w, int64_t panel, int64_t begin, int64_t depth,
+                            float* to, int64_t stride) {
+  constexpr int kInputs = 32 / kBits;  // of one group
+  const uint8_t* bytes = w.Panel(panel) + begin / kInputs * kGroupBytes;
+  for (int64_t k = begin; k < begin + depth; k += kInputs) {
+    for (int64_t part = 0; part < kParts; ++part, bytes += sizeof(IntVector)) {
+      const IntVector group = LoadInts(bytes);
+      const Vector scale = Scales(w, k / w.block, panel * kPanelOutputs + part * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kInputs; ++i) {
+        Store(to + (k - begin + i) * stride + part * kLanes, scale * Weight<kBits>(group, i));
+      }
+    }
+  }
+}
+
+static void Dequantize(const QuantizedMatrix& w, int64_t panel, int64_t begin, int64_t depth,
+                       float* to, int64_t stride) {
+  if (w.bits == 8) {
+    DequantizePanel<8>(w, panel, begin, depth, to, stride);
+  } else {
+    DequantizePanel<4>(w, panel, begin, depth, to, stride);
+  }
+}
+
+extern const QuantizedKernels kQuantizedKernels;
+const QuantizedKernels kQuantizedKernels = {ExactRows, RoundedRowsPanel, Round, Dequantize};
+
+}  // namespace MOESAIC_ISA
+}  // namespace moesaic

@@ -1,0 +1,238 @@
+// Products of ragged groups of rows with quantised matrices, plain and as a gated pair (SwiGLU).
+//
+// R rows sorted by group, E groups, K inputs, N outputs; x and y are float32.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "gemm.h"
+#include "isa.h"
+#include "parallel.h"
+#include "quantized.h"
+#include "tasks.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace moesaic {
+namespace {
+
+namespace ffi = xla::ffi;
+using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
+
+// From this many rows on, weights are made floats once per block and multiplied as such.
+constexpr int64_t kGemmRows = 24;
+
+// The matrices of all groups.
+struct Weights {
+  const uint8_t* values;
+  const char* scales;
+  bool are_scales_bfloat16;
+  int64_t groups, inputs, outputs, block;
+  int bits;
+
+  QuantizedMatrix Of(int64_t group) const {
+    const int64_t scale_bytes = are_scales_bfloat16 ? 2 : 4;
+    return {values + group * inputs * outputs * bits / 8,
+            scales + group * (inputs / block) * outputs * scale_bytes,
+            are_scales_bfloat16,
+            inputs,
+            outputs,
+            block,
+            bits};
+  }
+};
+
+// x as the kernels take it: rounded to 8 bits or as it is.
+struct Rows {
+  const float* exact;
+  std::vector<int8_t> values;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+  int64_t inputs, blocks;
+
+  bool IsRounded() const { return !values.empty(); }
+  RoundedRows Rounded(int64_t row) const {
+    return {values.data() + row * inputs, scales.data() + row * blocks, sums.data() + row * blocks};
+  }
+};
+
+Rows RowsOf(ffi::ThreadPool& pool, const F32& x, const Weights& weights, bool round) {
+  const int64_t num_rows = x.dimensions()[0];
+  Rows rows = {x.typed_data(), {}, {}, {}, weights.inputs, weights.inputs / weights.block};
+  if (!round) return rows;
+  rows.values.resize(num_rows * rows.inputs);
+  rows.scales.resize(num_rows * rows.blocks);
+  rows.sums.resize(num_rows * rows.blocks);
+  const auto round_row = [&](int64_t row) {
+    CurrentIsa().quantized->round(rows.exact + row * rows.inputs, rows.inputs, weights.block,
+                                  rows.values.data() + row * rows.inputs,
+                                  rows.scales.data() + row * rows.blocks,
+                                  rows.sums.data() + row * rows.blocks);
+  };
+  if (num_rows <= kMaxRows) {
+    for (int64_t row = 0; row < num_rows; ++row) round_row(row);
+  } else {
+    ParallelFor(pool, num_rows, round_row);
+  }
+  return rows;
+}
+
+// y[rows, 16] of one panel, for up to kMaxRows rows from `row` of x on.
+void PanelProduct(const QuantizedMatrix& w, int64_t panel, const Rows& x, int64_t row, int64_t rows,
+                  float* y, int64_t y_stride) {
+  const QuantizedKernels& kernels = *CurrentIsa().quantized;
+  if (x.IsRounded()) {
+    kernels.panel_rounded(w, panel, x.Rounded(row), rows, y, y_stride);
+  } else {
+    kernels.panel(w, panel, x.exact + row * x.inputs, rows, y, y_stride);
+  }
+}
+
+// y[rows, cols] from column `col` of w on, through floats.
+void FloatProduct(const QuantizedMatrix& w, const Rows& x, int64_t row, int64_t rows, int64_t col,
+                  int64_t cols, float* y, int64_t y_stride) {
+  const Isa& isa = CurrentIsa();
+  const int64_t tile_cols = isa.gemm->tile_cols;
+  const auto pack = [&](int64_t k, int64_t depth, int64_t j, int64_t width, float* packed) {
+    if (width < tile_cols) std::memset(packed, 0, depth * tile_cols * sizeof(float));
+    for (int64_t i = 0; i < width; i += kPanelOutputs) {
+      isa.quantized->dequantize(w, (col + j + i) / kPanelOutputs, k, depth, packed + i, tile_cols);
+    }
+  };
+  const Matrix a = {x.exact + row * x.inputs, x.inputs, 1};
+  Gemm(*isa.gemm, a, pack, y, y_stride, rows, cols, w.inputs);
+}
+
+// y[rows, cols] of one task.
+void Product(const QuantizedMatrix& w, const Rows& x, int64_t row, const Task& task, float* y,
+             int64_t y_stride) {
+  if (task.rows >= kGemmRows && !x.IsRounded()) {
+    FloatProduct(w, x, row, task.rows, task.col, task.cols, y, y_stride);
+    return;
+  }
+  for (int64_t col = 0; col < task.cols; col += kPanelOutputs) {
+    for (int64_t i = 0; i < task.rows; i += kMaxRows) {
+      PanelProduct(w, (task.col + col) / kPanelOutputs, x, row + i,
+                   std::min(kMaxRows, task.rows - i), y + i * y_stride + col, y_stride);
+    }
+  }
+}
+
+// gate becomes silu(gate) * up; both [rows, cols], of which up lies together.
+void Gate(float* gate, int64_t gate_stride, const float* up, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i, gate += gate_stride, up += cols) {
+    for (int64_t j = 0; j < cols; ++j) gate[j] *= up[j] / (1.0f + std::exp(-gate[j]));
+  }
+}
+
+// The weights in these buffers, or why they are none.
+ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuffer& scales,
+                                int64_t bits, int64_t block) {
+  const auto shape = values.dimensions();
+  const bool is_bfloat16 = scales.element_type() == ffi::BF16;
+  if (shape.size() != 3 || scales.dimensions().size() != 3 || (bits != 4 && bits != 8) ||
+      !(is_bfloat16 || scales.element_type() == ffi::F32)) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument(
+        "values and scales must be stacks of 4 or 8 bits and of float32 or bfloat16"));
+  }
+  const Weights weights = {static_cast<const uint8_t*>(values.untyped_data()),
+                           static_cast<const char*>(scales.untyped_data()),
+                           is_bfloat16,
+                           shape[0],
+                           shape[2] * 8 / bits,
+                           shape[1],
+                           block,
+                           static_cast<int>(bits)};
+  if (block <= 0 || block % 8 || weights.inputs % block || weights.outputs % kPanelOutputs ||
+      scales.dimensions()[0] != shape[0] || scales.dimensions()[1] != weights.inputs / block ||
+      scales.dimensions()[2] != shape[1]) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument(
+        "packed panels need outputs in sixteens, blocks of inputs in eights, a scale per block"));
+  }
+  return weights;
+}
+
+// y[r] = x[r] * w[group of r], or with an `up` silu(x[r] * gate[..]) * (x[r] * up[..]); rows past
+// the last group are zero.
+ffi::Error Run(ffi::ThreadPool& pool, const F32& x, const Weights& weights, const Weights* up,
+               const S32& group_sizes, ffi::ResultBuffer<ffi::F32>& y, bool round) {
+  const int64_t num_rows = x.dimensions()[0], outputs = weights.outputs;
+  if (x.dimensions()[1] != weights.inputs || y->dimensions()[1] != outputs ||
+      static_cast<int64_t>(group_sizes.element_count()) != weights.groups ||
+      (up != nullptr && (up->inputs != weights.inputs || up->outputs != outputs ||
+                         up->groups != weights.groups || up->block != weights.block))) {
+    return ffi::Error::InvalidArgument("x, the weights and y don't fit each other");
+  }
+  auto starts_or = Starts(group_sizes, num_rows);
+  if (!starts_or.has_value()) return starts_or.error();
+  const std::vector<int64_t>& starts = *starts_or;
+  const Rows rows = RowsOf(pool, x, weights, round);
+  const std::vector<Task> tasks =
+      CutIntoTasks(Sizes(starts), outputs, *CurrentIsa().gemm, pool.num_threads());
+  ParallelFor(pool, tasks.size(), [&](int64_t index) {
+    const Task& task = tasks[index];
+    const int64_t row = starts[task.group] + task.row;
+    float* to = y->typed_data() + row * outputs + task.col;
+    Product(weights.Of(task.group), rows, row, task, to, outputs);
+    if (up != nullptr) {
+      std::vector<float> scratch(task.rows * task.cols);
+      Product(up->Of(task.group), rows, row, task, scratch.data(), task.cols);
+      Gate(to, outputs, scratch.data(), task.rows, task.cols);
+    }
+  });
+  const int64_t used = starts.back();
+  std::memset(y->typed_data() + used * outputs, 0, (num_rows - used) * outputs * sizeof(float));
+  return ffi::Error::Success();
+}
+
+ffi::Error QuantizedMatmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
+                           S32 group_sizes, ffi::ResultBuffer<ffi::F32> y, int64_t bits,
+                           int64_t block, bool round) {
+  const auto weights = WeightsOf(values, scales, bits, block);
+  if (!weights.has_value()) return weights.error();
+  return Run(pool, x, *weights, nullptr, group_sizes, y, round);
+}
+
+ffi::Error QuantizedSwiglu(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer gate_values, ffi::AnyBuffer gate_scales,
+                           ffi::AnyBuffer up_values, ffi::AnyBuffer up_scales, S32 group_sizes,
+                           ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t block, bool round) {
+  const auto gate = WeightsOf(gate_values, gate_scales, bits, block);
+  if (!gate.has_value()) return gate.error();
+  const auto up = WeightsOf(up_values, up_scales, bits, block);
+  if (!up.has_value()) return up.error();
+  return Run(pool, x, *gate, &*up, group_sizes, y, round);
+}
+
+}  // namespace
+}  // namespace moesaic
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moesaic_quantized_matmul, moesaic::QuantizedMatmul,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("block")
+                                  .Attr<bool>("round"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moesaic_quantized_swiglu, moesaic::QuantizedSwiglu,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("block")
+                                  .Attr<bool>("round"));
+
+#pragma GCC visibility pop
