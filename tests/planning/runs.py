@@ -8,7 +8,7 @@ from tests import tiny
 
 PERIODS, ROWS, LENGTH = 6, 8, 32
 READABLE = ExecutionConfig(logits_chunks=2, grouped_matmul="xla", window_attention="xla")
-"""Plain XLA, as on a GPU: the CPU's native kernels would hide their work from the program's text."""
+"""Plain XLA, as on a GPU: native kernels would hide their work from the program's text."""
 
 
 def moe_run(remat: str = "none", **mesh: int) -> RunConfig:
