@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.training import make_step, mixtral_run, random_batch
-from configs.attention import AttentionConfig
 from configs.base import DataConfig, RunConfig
 from configs.feed_forward import MoEConfig
+from model.flops import training_flops_per_token
 from train.loop import mesh_of, to_devices
 from train.state import plan_state
 from train.step import make_train_step
@@ -60,20 +60,8 @@ SERIES: dict[str, tuple[Change, tuple[int, ...]]] = {
 
 
 def flops_per_token(run: RunConfig) -> float:
-    """Multiply-adds of forward and backward, times 2, that the mathematics asks for.
-
-    Six per weight a token meets (embedding look-up left out), and six per visible key and channel
-    for each of scores and values; the optimiser is left out.
-    """
-    model = run.model
-    weights = model.num_active_parameters - model.vocab_size * model.d_model
-    keys = 0.0
-    for spec in model.pattern:
-        assert isinstance(spec.attention, AttentionConfig)
-        window = spec.attention.window_size or run.data.seq_len
-        seen = np.minimum(np.arange(1, run.data.seq_len + 1), window).mean()
-        keys += seen * spec.attention.num_heads * spec.attention.head_dim * model.num_periods
-    return 6.0 * weights + 12.0 * keys
+    """FLOPs of forward and backward that the mathematics asks for; the optimiser is left out."""
+    return training_flops_per_token(run.model, run.data.seq_len)
 
 
 def print_series(name: str, rounds: int) -> None:

@@ -287,6 +287,20 @@ def deepseek_v2_lite() -> ModelConfig:
     )
 
 
+def mixtral_8x7b() -> ModelConfig:
+    """Mixtral 8x7B (2024), 46.7B parameters, 12.9B active: its published config."""
+    attention = AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128, rope_base=1_000_000.0)
+    ffn = MoEConfig(num_experts=8, d_ff=14_336, router=RouterConfig(top_k=2))
+    return ModelConfig(
+        vocab_size=32_000,
+        d_model=4096,
+        num_layers=32,
+        pattern=(LayerSpec(attention=attention, ffn=ffn),),
+        context_length=32_768,
+        norm_eps=1e-5,
+    )
+
+
 def _deepseek_router(top_k: int, num_groups: int, top_groups: int) -> RouterConfig:
     """Sigmoid scores, a bias without gradients, balance in each sequence (DeepSeek-V3, 2.1.2)."""
     return RouterConfig(

@@ -217,3 +217,20 @@ def deepseek_v3() -> RunConfig:
         data=dataclasses.replace(base.data, seq_len=4096),
         mesh=MeshConfig(data=16, expert=32),
     )
+
+
+def mixtral_8x7b() -> RunConfig:
+    """Mixtral 8x7B at full size, on 64 devices.
+
+    python -m scripts.train mixtral_8x7b: needs 64 accelerators; its shapes and shardings are
+    checked without allocating anything (tests/configs/test_runs.py).
+    """
+    base = v3_7b()
+    return dataclasses.replace(
+        base,
+        name="mixtral_8x7b",
+        batch_size=64,
+        model=models.mixtral_8x7b(),
+        data=dataclasses.replace(base.data, seq_len=4096),
+        execution=dataclasses.replace(base.execution, logits_chunks=8),
+    )

@@ -81,7 +81,7 @@ def generate(
     spare = draft.length if draft else 0
     slots = int(position_B.max()) + max_new_tokens + spare
     cache = init_cache(model.config, len(prompts), slots, model.execution.compute_dtype, spare)
-    token_B, cache = _prefill(
+    token_B, cache = prefill_step(
         model, sampling, variables, tokens_BL, positions_BL, cache, way.key, preference
     )
     rows = _Rows(len(prompts), max_new_tokens, stop_ids, on_tokens)
@@ -179,7 +179,7 @@ def _step(
         return _Step(tokens_BN, count_B, last_B, made.cache, None)
     place, layers_B = (token_B, position_B, cache, way.key), None
     if way.exit_threshold is None:
-        token_B, cache = _decode(model, way.sampling, variables, *place, way.preference)
+        token_B, cache = decode_step(model, way.sampling, variables, *place, way.preference)
     else:
         token_B, cache, layers = _decode_early(
             model, way.sampling, variables, *place, way.exit_threshold
@@ -240,7 +240,7 @@ def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _prefill(
+def prefill_step(
     model: Transformer,
     sampling: Sampling,
     variables: Variables,
@@ -260,7 +260,7 @@ def _prefill(
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _decode(
+def decode_step(
     model: Transformer,
     sampling: Sampling,
     variables: Variables,
@@ -289,7 +289,7 @@ def _decode_early(
     key: jax.Array,
     threshold: float,
 ) -> tuple[jax.Array, Cache, jax.Array]:
-    """As _decode, leaving at the first exit that is sure enough; and the layers run, [B]."""
+    """As decode_step, leaving at the first exit that is sure enough; and the layers run, [B]."""
     made = exit_step(model, variables, token_B, position_B, cache, threshold)
     token_B = sample(made.logits_BV, _at(key, position_B), sampling)
     return token_B, made.cache, made.layers_B

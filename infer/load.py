@@ -18,18 +18,13 @@ def load_model(
 ) -> tuple[Transformer, Variables]:
     """The run's model and its newest variables; optimiser state is not read.
 
-    The model is causal: its Mixture-of-Depths layers choose token by token.
-
     Args:
       mesh: where they go, whatever mesh they were trained on; None is the first device.
     Raises:
       UserError: no checkpoint, or one that can't be read.
       UserError: the mesh does not divide a dimension it splits.
     """
-    execution = dataclasses.replace(
-        run.execution, transport="gather", capacity_factor=None, remat="none"
-    )
-    model = Transformer(causal(run.model), execution)
+    model = inference_model(run)
     abstract, logical_axes = abstract_variables(model)
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
@@ -42,3 +37,13 @@ def load_model(
     )
     variables, _ = restore_variables(run_dir / "checkpoints", abstract)
     return model, variables
+
+
+def inference_model(run: RunConfig) -> Transformer:
+    """The run's model as it scores and generates: causal (its Mixture-of-Depths layers choose token
+    by token), nothing kept for a backward pass, tokens gathered where the experts are.
+    """
+    execution = dataclasses.replace(
+        run.execution, transport="gather", capacity_factor=None, remat="none"
+    )
+    return Transformer(causal(run.model), execution)

@@ -116,6 +116,12 @@ def apply_experts(
     return out_TD[:num_tokens], stats
 
 
+def rows_per_peer(num_tokens: int, top_k: int, capacity_factor: float, shards: int) -> int:
+    """all_to_all: rows of a device's buffer for one peer, Z, when it holds num_tokens."""
+    room = -(-num_tokens * top_k * capacity_factor // shards)
+    return min(num_tokens * top_k, int(room))
+
+
 def _pad_rows(x: jax.Array, rows: int, value: int) -> jax.Array:
     return jnp.pad(x, ((0, rows), (0, 0)), constant_values=value) if rows else x
 
@@ -158,8 +164,7 @@ def _all_to_all(
     """Only the rows meant for a peer go there; any overflow anywhere replays through `_gather`."""
     num_tokens, top_k = expert_ids_TK.shape
     assert plan.capacity_factor is not None
-    room = -(-num_tokens * top_k * plan.capacity_factor // plan.expert)
-    buffer_rows = min(num_tokens * top_k, int(room))
+    buffer_rows = rows_per_peer(num_tokens, top_k, plan.capacity_factor, plan.expert)
     experts_per_shard = plan.num_experts // plan.expert
 
     order_R, rank_TK = _sort_by_expert(expert_ids_TK, plan.num_experts)

@@ -286,3 +286,11 @@ def test_settings_that_contradict_each_other_fail_when_the_config_is_made():
     every_third = dataclasses.replace(dense, depth=MixtureOfDepthsConfig(capacity=0.5))
     with pytest.raises(UserError, match=r"num_layers=4 must be .* a multiple of the pattern's 3"):
         tiny.model(pattern=(dense, dense, every_third), num_layers=4)
+
+
+@pytest.mark.parametrize("kernel", ["grouped_matmul", "window_attention"])
+def test_native_kernels_have_no_bfloat16(kernel):
+    settings = {kernel: "cpu"}
+    with pytest.raises(UserError, match=f"{kernel}='cpu' computes in float32 only"):
+        ExecutionConfig(compute_dtype="bfloat16", **settings)  # pyright: ignore[reportArgumentType]
+    assert ExecutionConfig(**settings)  # pyright: ignore[reportArgumentType]

@@ -71,6 +71,13 @@ def test_public_models_have_the_published_counts(model, total, active):
     assert model.num_active_parameters - looked_up == pytest.approx(active, rel=0.025)
 
 
+def test_mixtral_has_the_published_counts():
+    """Published to three digits, active ones with both embeddings."""
+    model = models.mixtral_8x7b()
+    assert model.num_parameters == pytest.approx(46.7e9, rel=0.001)
+    assert model.num_active_parameters == pytest.approx(12.9e9, rel=0.005)
+
+
 def test_the_student_has_at_most_a_quarter_of_its_teacher():
     teacher, student = (known_runs()[n]().model for n in ("v31_nano", "v31_nano_student"))
     assert student.num_parameters <= teacher.num_parameters / 4

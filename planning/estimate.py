@@ -1,0 +1,175 @@
+"""A training step's memory and time by formulas, without compiling: good for ranking, not for more.
+
+What a compiled program would tell (fusion, the peak of its buffers, which collectives the
+partitioner chooses) is left out; planning/search.py compiles the best candidates for that.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from configs.architecture import LayerSpec
+from configs.base import RunConfig
+from configs.feed_forward import MoEConfig
+from model.flops import training_flops_per_token, visible_keys
+from model.transformer import Transformer, abstract_variables
+from parallel.expert import rows_per_peer
+from parallel.mesh import AXES, DATA, EXPERT, TENSOR
+from parallel.sharding import tree_shardings
+from parallel.topology import Accelerator
+from planning.collectives import Collective
+from planning.groups import groups_by_axes
+from train.optim import make_optimizer, make_schedule
+
+BACKWARD = 3.0
+"""What a layer's backward pass holds over what its forward pass makes: gradients and float32 copies
+beside the values. Compiled steps of DeepSeek-V3 and Mixtral have 2.9 and 4 (docs/planner.md).
+"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    memory: float
+    """Bytes on one device."""
+    seconds: float
+    """Arithmetic at the peak rate, then collectives at their links' bandwidth."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's parameters by shape and logical axes, and its optimiser's bytes over theirs."""
+
+    abstract: Any
+    logical_axes: Any
+    optimiser_ratio: float
+
+
+def weights_of(run: RunConfig) -> Weights:
+    """The same for every mesh; nothing is allocated."""
+    variables, axes = abstract_variables(Transformer(run.model, run.execution))
+    params = variables["params"]
+    optimizer = make_optimizer(
+        run.optimizer, make_schedule(run.optimizer, run.steps), axes["params"]
+    )
+    state = jax.eval_shape(optimizer.init, params)
+    return Weights(params, axes["params"], _num_bytes(state) / _num_bytes(params))
+
+
+def estimate(run: RunConfig, weights: Weights, accelerator: Accelerator) -> Estimate:
+    """
+    Raises:
+      UserError: the mesh does not divide a dimension it splits.
+    """
+    mesh = AbstractMesh(_sizes(run), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    shardings = tree_shardings(mesh, weights.logical_axes, weights.abstract)
+    local = [
+        (int(np.prod(s.shard_shape(x.shape))), s.spec)
+        for x, s in zip(jax.tree.leaves(weights.abstract), jax.tree.leaves(shardings), strict=True)
+    ]
+    masters = 4.0 * sum(size for size, _ in local)
+    state = masters * (2.0 + weights.optimiser_ratio)  # parameters, gradients, optimiser
+    flops = run.tokens_per_step * training_flops_per_token(run.model, run.data.seq_len)
+    repeated = 4 / 3 if run.execution.remat == "full" else 1.0
+    compute = repeated * flops / run.mesh.num_devices / accelerator.flops_16
+    network = sum(c.times * c.seconds(accelerator) for c in _traffic(run, local, mesh))
+    return Estimate(state + _activations(run), compute + network)
+
+
+def _sizes(run: RunConfig) -> tuple[int, int, int]:
+    return run.mesh.data, run.mesh.expert, run.mesh.tensor
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _width(run: RunConfig) -> int:
+    """Bytes of a number in the compute dtype."""
+    return jnp.dtype(run.execution.compute_dtype).itemsize
+
+
+def _local_tokens(run: RunConfig) -> float:
+    """Of a micro-batch on one device."""
+    return run.tokens_per_step / run.accumulation / (run.mesh.data * run.mesh.expert)
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def _activations(run: RunConfig) -> float:
+    """What is kept for the backward pass, one layer at work, and a chunk of logits."""
+    tokens, width = _local_tokens(run), _width(run)
+    layers = [_layer_bytes(run, spec) for spec in run.model.pattern]
+    if run.execution.remat == "full":
+        kept = run.model.num_periods * tokens * run.model.d_model * width
+        working = sum(layers)  # a period is computed again as a whole
+    else:
+        kept, working = run.model.num_periods * sum(layers), max(layers)
+    logits = tokens / run.execution.logits_chunks * run.model.vocab_size / run.mesh.tensor * 8
+    return kept + BACKWARD * working + logits
+
+
+def _layer_bytes(run: RunConfig, spec: LayerSpec) -> float:
+    """What the forward pass of a layer makes, roughly."""
+    tokens, width, tensor = _local_tokens(run), _width(run), run.mesh.tensor
+    attention, d_model = spec.attention, run.model.d_model
+    places = np.arange(1, run.data.seq_len + 1)
+    keys = float(visible_keys(attention, places).mean())
+    scores = tokens * keys * attention.num_heads / tensor * (4 + width)
+    heads = 4 * tokens * attention.out_width / tensor * width
+    if isinstance(spec.ffn, MoEConfig):
+        ffn = _expert_rows(run, spec.ffn) * (2 * d_model + 3 * spec.ffn.d_ff / tensor) * width
+    else:
+        ffn = 3 * tokens * spec.ffn.d_ff / tensor * width
+    return scores + heads + ffn + 4 * tokens * d_model * width
+
+
+def _expert_rows(run: RunConfig, ffn: MoEConfig) -> float:
+    """Rows of the largest buffer for experts: gathered ones, which the replay of an overflow has
+    too.
+    """
+    return _local_tokens(run) * run.mesh.expert * ffn.router.top_k
+
+
+# --- Network --------------------------------------------------------------------------------------
+
+
+def _traffic(
+    run: RunConfig, local: list[tuple[int, Any]], mesh: AbstractMesh
+) -> Iterator[Collective]:
+    """The collectives that the mathematics of a step needs."""
+    groups = groups_by_axes(mesh)
+
+    def one(kind: str, axis: str, payload: float, times: float) -> Iterator[Collective]:
+        if mesh.shape[axis] > 1:
+            yield Collective(kind, "", round(payload), groups[axis,], (axis,), times)
+
+    for size, spec in local:
+        axes = {axis for entry in spec for axis in np.atleast_1d(entry or [])}
+        if DATA in axes:  # gathered forward and backward, gradients scattered
+            yield from one("all-gather", DATA, size * _width(run), 2 * run.accumulation)
+            yield from one("all-gather", DATA, size * 4, run.accumulation)
+        if EXPERT not in axes:
+            yield from one("all-reduce", EXPERT, 4 * size, run.accumulation)
+    passes = (3 if run.execution.remat == "full" else 2) * run.accumulation * run.model.num_periods
+    tokens, row = _local_tokens(run), run.model.d_model * _width(run)
+    for spec in run.model.pattern:
+        yield from one("all-reduce", TENSOR, tokens * row, 2 * passes)
+        if isinstance(spec.ffn, MoEConfig):
+            yield from _dispatch(run, spec.ffn, one, tokens, row, passes)
+
+
+def _dispatch(run, ffn, one, tokens, row, passes) -> Iterator[Collective]:
+    """Tokens to experts and back, for each pass through the layer."""
+    execution, shards, top_k = run.execution, run.mesh.expert, ffn.router.top_k
+    if execution.transport == "all_to_all":
+        rows = rows_per_peer(int(tokens), top_k, execution.capacity_factor, shards) * shards
+        yield from one("all-to-all", EXPERT, rows * row, 2 * passes)
+    else:
+        yield from one("all-gather", EXPERT, tokens * row, passes)
+        yield from one("reduce-scatter", EXPERT, tokens * shards * run.model.d_model * 4, passes)
