@@ -31,7 +31,15 @@ def planned(run, step="train"):
     return make_plan(run, step, make_mesh(**dataclasses.asdict(run.mesh)), H100)
 
 
-@pytest.mark.parametrize(("mesh", "computed"), list(zip(MESHES, (1, 2, 2), strict=True)), ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "computed"),
+    [
+        (MESHES[0], 1),
+        pytest.param(MESHES[1], 2, marks=pytest.mark.slow),
+        pytest.param(MESHES[2], 2, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_flops_of_a_training_step_are_those_counted_by_hand(mesh, computed):
     """Two expert shards gather twice the rows that they need, so tiles are twice an expert's rows:
     64 rows in a tile of 128 on two devices, 32 in one of 64 on four.
@@ -41,6 +49,7 @@ def test_flops_of_a_training_step_are_those_counted_by_hand(mesh, computed):
     assert planned(run).flops == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 def test_recomputing_layers_costs_their_forward_pass_again():
     kept, again = planned(moe_run()), planned(moe_run(remat="full"))
     head = 6 * ROWS * LENGTH * 32 * 300
@@ -66,6 +75,7 @@ def test_arguments_are_what_a_real_run_holds(mesh):
     assert set(held.values()) == {sum(planned(run).memory.arguments.values())}
 
 
+@pytest.mark.slow
 def test_collectives_of_the_experts_are_those_of_the_transport():
     """Forward and backward of each of the six MoE layers, with bytes counted by hand."""
     run = moe_run(expert=4)
@@ -80,6 +90,7 @@ def test_collectives_of_the_experts_are_those_of_the_transport():
     assert sum(c.times for c in scatters if c.payload > 10_000) == 2 * PERIODS
 
 
+@pytest.mark.slow
 def test_all_to_all_is_followed_through_the_conditional():
     execution = dataclasses.replace(READABLE, transport="all_to_all", capacity_factor=2.0)
     run = dataclasses.replace(moe_run(expert=4), execution=execution)
@@ -165,6 +176,7 @@ print(status("VmHWM") - before, program.compiled.memory_analysis().temp_size_in_
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_temporaries_are_what_a_real_step_takes():
     """The peak of a process of two devices during a step, above what it held before."""

@@ -40,6 +40,7 @@ def test_what_fits_comes_before_what_is_faster():
     assert times == sorted(times)
 
 
+@pytest.mark.slow
 def test_recomputing_is_estimated_to_save_what_it_saves():
     """Both ways of remat on one mesh: the estimate's order is the compiled programs'."""
     ranked = {

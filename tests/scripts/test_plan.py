@@ -6,6 +6,7 @@ from tests.parallel.test_topology import HAS_PLUGIN, needs_plugin
 from tests.scripts.test_scripts import run
 
 
+@pytest.mark.slow
 def test_a_plan_of_host_devices_has_tables_and_a_page(tmp_path):
     out, _ = run(
         tmp_path,
