@@ -80,6 +80,7 @@ def test_stop_tokens_end_a_row_in_mid_draft(variables):
     assert told == made.tokens
 
 
+@pytest.mark.slow
 def test_without_spare_slots_the_window_would_be_lost(variables):
     """The wrong version: a ring without spare slots loses keys that a rejected draft wrote over."""
     tokens = np.random.RandomState(1).randint(0, 300, (1, 12)).astype(np.int32)

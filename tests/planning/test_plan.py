@@ -60,7 +60,11 @@ def test_recomputing_layers_costs_their_forward_pass_again():
     assert again.memory.kept < kept.memory.kept
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [MESHES[0], *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[1:])],
+    ids=str,
+)
 def test_arguments_are_what_a_real_run_holds(mesh):
     """To the byte: state and batch on each device."""
     run = moe_run(**mesh)

@@ -82,6 +82,7 @@ def test_training_leaves_what_it_promises(trained):
     assert not list((trained / "run").rglob("*tmp*"))
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_step_it_resumes_bit_for_bit(trained):
     victim, step = trained / "killed", random.Random().randrange(1, STEPS)
     print("killing after step", step)
@@ -192,6 +193,7 @@ def test_bad_input_ends_in_one_sentence(trained, name):
     assert (trained / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_named_and_the_one_before_still_works(trained):
     folder = trained / "damaged"
     subprocess.run(["cp", "-r", trained / "run", folder], check=True)
@@ -248,9 +250,8 @@ def test_files_that_may_not_grow_end_in_one_sentence_and_the_run_goes_on(trained
     assert [x["loss"] for x in lines(folder)] == [x["loss"] for x in lines(trained / "run")]
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(trained, number):
     folder = trained / f"signal {number}"
     arguments = ["v31_nano", "--run-dir", str(folder), *settings(trained), "--steps", "5000"]

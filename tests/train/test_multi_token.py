@@ -112,6 +112,7 @@ def trained(tmp_path, name, accumulation):
     return run, read_lines(tmp_path / name / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_run_logs_it_and_moves_the_modules_router(tmp_path):
     run, log = trained(tmp_path, "run", 1)
     assert log[0]["multi_token"] == pytest.approx(np.log(300), rel=0.3)
