@@ -101,6 +101,7 @@ def test_killed_at_a_random_step_it_resumes_bit_for_bit(trained):
     assert [x["loss"] for x in lines(victim)] == [x["loss"] for x in lines(trained / "run")]
 
 
+@pytest.mark.slow
 def test_distil_evaluate_and_generate(trained):
     student, teacher = trained / "student", trained / "run"
     arguments = ["--teacher", str(teacher), "--run-dir", str(student), *settings(trained)]
