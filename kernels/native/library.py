@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 MODULE = "moesaic_native"
 SOURCES = Path(__file__).parent / "src"
@@ -32,6 +33,14 @@ def is_available() -> bool:
     Where it isn't, one line says why and what to do, once.
     """
     return _library() is not None
+
+
+def serves(x: jax.Array) -> bool:
+    """Whether a program for the CPU would use these kernels on x, of which they take float32.
+
+    Where the CPU is not what this process computes on, nobody is told that they are missing.
+    """
+    return jax.default_backend() == "cpu" and x.dtype == jnp.float32 and is_available()
 
 
 def call(

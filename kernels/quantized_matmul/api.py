@@ -122,7 +122,7 @@ def _run(
         x_RK = reference.round_rows(x_RK, block_size) if activations == "int8" else x_RK
         return plain(x_RK, *rest)
 
-    if implementation == "auto" and lack is None and _has_native():
+    if implementation == "auto" and lack is None and native.serves(x_RK):
         return lax.platform_dependent(
             x_RK, *weights, group_sizes_E, cpu=native_one, default=rounding
         )
@@ -137,10 +137,6 @@ def _lacks_triton(weights: tuple[QTensor, ...], activations: Activations) -> str
     if activations == "int8":
         return "the Triton kernel does not round rows to int8: pass activations='float'"
     return pallas_triton_quantized.lacks(weight)
-
-
-def _has_native() -> bool:
-    return jax.default_backend() == "cpu" and native.is_available()
 
 
 def _check(x_RK: jax.Array, weights: tuple[QTensor, ...], group_sizes_E: jax.Array | None) -> None:

@@ -8,9 +8,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kernels import native
 from kernels.backend import current_target, takes_triton
 from kernels.window_attention import automatic, pallas_triton, reference, xla
-from kernels.window_attention.automatic import has_native
 
 Implementation = Literal["auto", "reference", "xla", "cpu", "triton"]
 
@@ -55,6 +55,23 @@ def window_attention(
       NotImplementedError: the implementation asked for can't do this here.
     Numerics: softmax in float32; float32 within 1e-5 of the reference.
     """
+    _check(q_BLHC, k_BLGC, v_BLGW, sink_logits_H)
+    rows = (q_BLHC, k_BLGC, v_BLGW, positions_BL, segments_BL)
+    reach = {"window_size": window_size, "num_sinks": num_sinks, "sink_logits_H": sink_logits_H}
+    if implementation == "reference":  # goes by the values of positions alone
+        return reference.window_attention(*rows, **reach)
+    if implementation == "cpu" and q_BLHC.dtype != jnp.float32:
+        raise NotImplementedError(f"the CPU kernels attend in float32, q is {q_BLHC.dtype}")
+    if takes_triton(implementation):
+        return pallas_triton.window_attention(*rows, **reach, target=current_target())
+    is_native = implementation == "cpu" or (implementation == "auto" and native.serves(q_BLHC))
+    chosen = automatic if is_native else xla
+    return chosen.window_attention(*rows, **reach, gaps=gaps)
+
+
+def _check(
+    q_BLHC: jax.Array, k_BLGC: jax.Array, v_BLGW: jax.Array, sink_logits_H: jax.Array | None
+) -> None:
     batch, length, heads, width = q_BLHC.shape
     kv_heads = k_BLGC.shape[2]
     fits = k_BLGC.shape == (batch, length, kv_heads, width)
@@ -69,14 +86,3 @@ def window_attention(
         raise ValueError(
             f"sink_logits {sink_logits_H.shape} must be one per query head, ({heads},)"
         )
-    rows = (q_BLHC, k_BLGC, v_BLGW, positions_BL, segments_BL)
-    reach = {"window_size": window_size, "num_sinks": num_sinks, "sink_logits_H": sink_logits_H}
-    if implementation == "reference":  # goes by the values of positions alone
-        return reference.window_attention(*rows, **reach)
-    if implementation == "cpu" and q_BLHC.dtype != jnp.float32:
-        raise NotImplementedError(f"the CPU kernels attend in float32, q is {q_BLHC.dtype}")
-    if takes_triton(implementation):
-        return pallas_triton.window_attention(*rows, **reach, target=current_target())
-    is_native = implementation == "cpu" or (implementation == "auto" and has_native(q_BLHC))
-    chosen = automatic if is_native else xla
-    return chosen.window_attention(*rows, **reach, gaps=gaps)

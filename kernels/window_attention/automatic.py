@@ -12,16 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels import native
 from kernels.window_attention import cpu, xla
 from kernels.window_attention.cpu import Operands, Reach
-
-
-def has_native(x: jax.Array) -> bool:
-    """Whether a program for the CPU would use the native kernels; where the CPU is not what this
-    process computes on, nobody is told that they are missing.
-    """
-    return jax.default_backend() == "cpu" and x.dtype == jnp.float32 and native.is_available()
 
 
 def window_attention(

@@ -19,7 +19,6 @@ from kernels.native import library
 pytestmark = pytest.mark.skipif(
     not native.is_available(), reason="the native library is not built: no C++ compiler"
 )
-ISAS = ("avx512", "avx2", "baseline")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-4}  # float32 sums of up to 600 products of size 1
 
 BLOCK_EDGES = {
@@ -31,15 +30,6 @@ BLOCK_EDGES = {
     "single": Case(rows=1, d_in=1, d_out=1, group_sizes=(1,)),
     "nothing": Case(rows=3, d_in=4, d_out=5, group_sizes=(0, 0)),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = native.isa()
-    if not native.use_isa(request.param):
-        pytest.skip(f"this processor or this build has no {request.param}")
-    yield request.param
-    native.use_isa(before)
 
 
 def draw(case: Case):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from kernels import native
 from kernels.window_attention import window_attention
-from kernels.window_attention.automatic import has_native
 from kernels.window_attention.cases import CASES, Case
 
 pytestmark = pytest.mark.skipif(
@@ -26,15 +25,6 @@ NATIVE_CASES = {
     "many_chunks": Case(batch=1, length=500, documents=(7, 480, 13), window_size=150, num_sinks=5),
     "sinks_far_behind": Case(batch=1, length=400, documents=(400,), window_size=9, num_sinks=30),
 }
-
-
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def isa(request):
-    before = native.isa()
-    if not native.use_isa(request.param):
-        pytest.skip(f"this processor or this build has no {request.param}")
-    yield request.param
-    native.use_isa(before)
 
 
 def draw(case: Case, value_width=None, seed=0):
@@ -186,7 +176,7 @@ def test_bfloat16_is_said_to_be_missing_and_goes_to_xla_by_itself():
     )
     with pytest.raises(NotImplementedError, match="attend in float32"):
         attend(implementation="cpu")
-    assert not has_native(q)
+    assert not native.serves(q)
     assert attend().dtype == jnp.bfloat16
 
 

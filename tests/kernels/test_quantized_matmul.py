@@ -19,15 +19,6 @@ needs_native = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def isa(request):
-    before = native.isa()
-    if not native.use_isa(request.param):
-        pytest.skip(f"this processor or this build has no {request.param}")
-    yield request.param
-    native.use_isa(before)
-
-
 # One program for each shape: operation by operation, compiling would take most of the tests' time.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def quantized(w, format, block_size, scale_dtype, packing):
