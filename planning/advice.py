@@ -50,13 +50,9 @@ def _on_memory(plan: Plan) -> list[str]:
 
 
 def _on_activations(plan: Plan) -> list[str]:
-    found, largest = [], plan.memory.largest[0]
-    if largest.is_replay:
-        found.append(
-            f"The largest arrays, such as {largest.array} ({gigabytes(largest.num_bytes)}), are "
-            "those of the overflow's replay, which gathers all tokens of a data shard: its buffers "
-            "are there although it hardly runs. A smaller expert axis shrinks them."
-        )
+    largest = plan.memory.largest[0]
+    size = gigabytes(largest.num_bytes)
+    found = [f"The largest arrays are like {largest.array}, {size}, of {largest.part}."]
     if plan.step == "train":
         rows = plan.run.batch_size // plan.run.accumulation
         rows //= plan.run.mesh.data * plan.run.mesh.expert

@@ -130,10 +130,12 @@ def _layer_bytes(run: RunConfig, spec: LayerSpec) -> float:
 
 
 def _expert_rows(run: RunConfig, ffn: MoEConfig) -> float:
-    """Rows of the largest buffer for experts: gathered ones, which the replay of an overflow has
-    too.
-    """
-    return _local_tokens(run) * run.mesh.expert * ffn.router.top_k
+    """Of the largest buffer for experts: for the tokens of all peers where they are gathered."""
+    tokens, shards, top_k = _local_tokens(run), run.mesh.expert, ffn.router.top_k
+    if run.execution.transport == "gather":
+        return tokens * shards * top_k
+    assert run.execution.capacity_factor is not None
+    return shards * rows_per_peer(int(tokens), top_k, run.execution.capacity_factor, shards)
 
 
 # --- Network --------------------------------------------------------------------------------------

@@ -26,8 +26,7 @@ class LargeArray:
 
     array: Array
     part: str
-    is_replay: bool
-    """Whether the replay of an overflow makes such arrays: then their buffers are there for it."""
+    """Of the model; see planning/parts.py."""
 
     @property
     def num_bytes(self) -> int:
@@ -126,11 +125,8 @@ def _is_update(module: Module, computation: Computation, x: Instruction) -> bool
 def _largest(executed: Iterable[Executed], count: int = 6) -> tuple[LargeArray, ...]:
     """The largest results, each shape once."""
     first: dict[Array, Executed] = {}
-    in_replay: set[Array] = set()
     for x in executed:
         for array in x.instruction.arrays:
             first.setdefault(array, x)
-            if not x.times:
-                in_replay.add(array)
     largest = sorted(first, key=lambda array: -array.num_bytes)[:count]
-    return tuple(LargeArray(a, part_of(first[a]), a in in_replay) for a in largest)
+    return tuple(LargeArray(array, part_of(first[array])) for array in largest)

@@ -23,7 +23,7 @@ def memory(**changes) -> Memory:
         gradients=0,
         temporaries=10**9,
         results=0,
-        largest=(LargeArray(Array("f32", (1000,)), "attention", is_replay=False),),
+        largest=(LargeArray(Array("f32", (1000,)), "attention"),),
     )
     return dataclasses.replace(base, **changes)
 
@@ -85,11 +85,10 @@ def test_activations_are_told_to_be_recomputed():
     assert "--execution.remat full" in text
 
 
-def test_buffers_of_the_replay_are_named():
-    largest = (LargeArray(Array("bf16", (1000, 1000)), "routed experts", is_replay=True),)
+def test_the_largest_array_is_named_with_its_part():
+    largest = (LargeArray(Array("bf16", (1000, 1000)), "routed experts"),)
     text = said(plan(memory=memory(temporaries=100 * 10**9, largest=largest)))
-    assert "bf16[1000,1000]" in text
-    assert "replay" in text
+    assert "bf16[1000,1000], 2 MB, of routed experts" in text
 
 
 @pytest.mark.parametrize(
