@@ -7,7 +7,7 @@ Sizes of what goes in come from shapes and shardings; everything else from XLA's
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from model.transformer import MAX_UNROLLED_PERIODS
+from model.transformer import is_scanned
 from planning.hlo import Array, Computation, Instruction, Module
 from planning.parts import part_of
 from planning.program import Program
@@ -66,7 +66,9 @@ class Memory:
 def memory_of(program: Program, module: Module, executed: Iterable[Executed]) -> Memory:
     """As the compiler assigned it."""
     analysis = program.compiled.memory_analysis()
-    kept, gradients = _stacks(module, program.run.model.num_periods)
+    model, kept, gradients = program.run.model, 0, 0
+    if is_scanned(model):
+        kept, gradients = _stacks(module, model.num_periods)
     if kept + gradients > analysis.temp_size_in_bytes:
         kept = gradients = 0  # some of them share buffers: don't tell them apart
     return Memory(
@@ -80,10 +82,8 @@ def memory_of(program: Program, module: Module, executed: Iterable[Executed]) ->
 
 
 def _stacks(module: Module, num_periods: int) -> tuple[int, int]:
-    """Bytes that loops over the layers' periods stack up, forward and backward; without loops 0."""
+    """Bytes that loops over the layers' periods stack up, forward and backward."""
     kept = gradients = 0
-    if num_periods <= MAX_UNROLLED_PERIODS:
-        return kept, gradients
     for computation in module.computations.values():
         for loop in computation.instructions.values():
             is_scan = loop.opcode == "while" and loop.trip_count == num_periods
