@@ -39,7 +39,7 @@ def plan(**changes) -> Plan:
         collectives=(),
         useful_flops=1e12,
         unknown={},
-        trips=0.0,
+        rows_per_expert=0.0,
         trace_seconds=1.0,
         compile_seconds=1.0,
         cpu_seconds=2.0,
