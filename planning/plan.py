@@ -5,6 +5,7 @@ the memory's bandwidth, and no collective faster than its links. Real kernels re
 """
 
 import dataclasses
+import functools
 import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from model.flops import decode_flops_per_token, forward_flops_per_token, trainin
 from parallel.topology import Accelerator
 from planning.collectives import Collective, collectives
 from planning.hlo import parse
+from planning.kernels import Assumed, mean_keys
 from planning.loops import balanced_load
 from planning.memory import Memory, memory_of
 from planning.parts import part_of
@@ -118,12 +120,13 @@ def read_plan(program: Program, accelerator: Accelerator | None) -> Plan:
     load = balanced_load(run, program.num_tokens)
     instructions = executed(module, lambda _: load.trips)
     found = collectives(instructions, mesh)
+    assumed = Assumed(load.rows, functools.partial(mean_keys, run.model))
     return Plan(
         run=run,
         step=step,
         accelerator=accelerator,
         memory=memory_of(program, module, instructions),
-        parts=_parts(instructions, found, load.rows, accelerator),
+        parts=_parts(instructions, found, assumed, accelerator),
         collectives=tuple(found),
         useful_flops=useful_flops(run, step) / mesh.size,
         unknown=unknown_calls(instructions),
@@ -148,10 +151,10 @@ def useful_flops(run: RunConfig, step: Step) -> float:
 def _parts(
     instructions: Iterable[Executed],
     found: Iterable[Collective],
-    rows: float,
+    assumed: Assumed,
     accelerator: Accelerator | None,
 ) -> tuple[Part, ...]:
-    pieces = [_kernel(x, rows, accelerator) for x in instructions]
+    pieces = [_kernel(x, assumed, accelerator) for x in instructions]
     pieces += [_exchange(x, accelerator) for x in found]
     sums: dict[str, Part] = {}
     for piece in pieces:
@@ -160,9 +163,9 @@ def _parts(
     return tuple(sorted(used, key=lambda p: (-p.kernel_seconds - p.network_seconds, -p.flops)))
 
 
-def _kernel(x: Executed, rows: float, accelerator: Accelerator | None) -> Part:
-    """All runs of one instruction in a step, when each expert gets these rows."""
-    work, moved = x.times * flops(x, rows), x.times * traffic(x, rows)
+def _kernel(x: Executed, assumed: Assumed, accelerator: Accelerator | None) -> Part:
+    """All runs of one instruction in a step."""
+    work, moved = x.times * flops(x, assumed), x.times * traffic(x, assumed)
     compute = memory = 0.0
     if accelerator is not None:
         compute = work / (accelerator.flops_16 if is_narrow(x) else accelerator.flops_32)

@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from planning.hlo import Array, Computation, Instruction, Module
-from planning.kernels import is_counted, kernel_flops, kernel_name, kernel_traffic, multiplied
+from planning.kernels import (
+    Assumed,
+    is_counted,
+    kernel_flops,
+    kernel_name,
+    kernel_traffic,
+    multiplied,
+)
 
 FREE = {
     "parameter",
@@ -112,7 +119,7 @@ def _taken(module: Module, branches: Iterable[str]) -> str:
     def weight(name: str) -> tuple[bool, float]:
         inside = list(_walk(module, module.computations[name], 1.0, lambda _: 1.0))
         exchanges = any(x.collective in ("all-to-all", "ragged-all-to-all") for x in inside)
-        return exchanges, sum(x.times * flops(x, 1.0) for x in inside)
+        return exchanges, sum(x.times * flops(x, Assumed(1.0, lambda *_: 1.0)) for x in inside)
 
     return max(branches, key=weight)
 
@@ -120,14 +127,10 @@ def _taken(module: Module, branches: Iterable[str]) -> str:
 # --- FLOPs ----------------------------------------------------------------------------------------
 
 
-def flops(executed: Executed, rows: float) -> float:
-    """Of the matrix products in one run of an instruction, fused ones included.
-
-    Args:
-      rows: that each expert gets, for our kernels.
-    """
+def flops(executed: Executed, assumed: Assumed) -> float:
+    """Of the matrix products in one run of an instruction, fused ones and our kernels' included."""
     if is_counted(executed.instruction):
-        return kernel_flops(executed.computation, executed.instruction, rows)
+        return kernel_flops(executed.computation, executed.instruction, assumed)
     return _flops(executed.module, executed.computation, executed.instruction)
 
 
@@ -195,17 +198,13 @@ def unknown_calls(program: Iterable[Executed]) -> dict[str, float]:
 # --- Memory traffic -------------------------------------------------------------------------------
 
 
-def traffic(executed: Executed, rows: float) -> float:
-    """Bytes that one run of an instruction reads and writes; 0 for a collective.
-
-    Args:
-      rows: that each expert gets, for our kernels.
-    """
+def traffic(executed: Executed, assumed: Assumed) -> float:
+    """Bytes that one run of an instruction reads and writes; 0 for a collective."""
     instruction, computation = executed.instruction, executed.computation
     if executed.collective is not None:
         return 0.0
     if is_counted(instruction):
-        return kernel_traffic(computation, instruction, rows)
+        return kernel_traffic(computation, instruction, assumed)
     operands, result = computation.operands(instruction), instruction.num_bytes
     if instruction.opcode == "custom-call" and _is_gemm(instruction):
         result = instruction.arrays[0].num_bytes  # behind it is working space
