@@ -17,7 +17,7 @@ constexpr int64_t kMaxRows = 8;
 // A packed matrix [inputs, outputs].
 struct QuantizedMatrix {
   const uint8_t* values;  // panels, one after the other
-  const void* scales;     // [inputs / block, outputs], float32 or bfloat16
+  const void* scales;     // [outputs / 16, inputs / block, 16], float32 or bfloat16
   bool are_scales_bfloat16;
   int64_t inputs, outputs;
   int64_t block;  // inputs that share a scale; a multiple of 8

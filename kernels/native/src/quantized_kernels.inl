@@ -20,9 +20,9 @@ MOESAIC_INLINE IntVector LoadInts(const void* from) {
 
 MOESAIC_INLINE Vector ToFloat(IntVector vector) { return __builtin_convertvector(vector, Vector); }
 
-// The scales of kLanes outputs from `output` on, for inputs of one block.
-MOESAIC_INLINE Vector Scales(const QuantizedMatrix& w, int64_t block, int64_t output) {
-  const int64_t index = block * w.outputs + output;
+// The scales of a part of a panel's outputs, for inputs of one block.
+MOESAIC_INLINE Vector Scales(const QuantizedMatrix& w, int64_t panel, int64_t block, int64_t part) {
+  const int64_t index = (panel * (w.inputs / w.block) + block) * kPanelOutputs + part * kLanes;
   if (!w.are_scales_bfloat16) return Load(static_cast<const float*>(w.scales) + index);
   ShortVector upper;
   __builtin_memcpy(&upper, static_cast<const uint16_t*>(w.scales) + index, sizeof(upper));
@@ -64,7 +64,7 @@ static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, 
     }
 #pragma GCC unroll 4
     for (int64_t part = 0; part < kParts; ++part) {
-      const Vector scale = Scales(w, block, panel * kPanelOutputs + part * kLanes);
+      const Vector scale = Scales(w, panel, block, part);
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
         Vector sum = sums[row][part][0];
@@ -81,19 +81,17 @@ static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, 
 }
 
 // sums + the products of four bytes in each lane: x's (signed, the same in all lanes) with
-// weights': for 8 bits signed ones, for 4 bits unsigned ones.
+// weights'. DotUnsigned takes unsigned weights of up to 15, DotSigned signed ones, and adds
+// kOffset times x's sum to their products.
 #if MOESAIC_VECTOR_BYTES == 64
-// This instruction takes one unsigned operand. Signed weights meet x + 128, and kOffset times the
-// weights' sum is taken off again.
-constexpr int32_t kOffset = 128;
-
-MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
-  const __m512i unsigned_x = _mm512_set1_epi32(x ^ static_cast<int32_t>(0x80808080));
-  return (IntVector)_mm512_dpbusd_epi32((__m512i)sums, unsigned_x, (__m512i)weights);
-}
+constexpr int32_t kOffset = 128;  // of the instruction's operands one is unsigned: it gets w + 128
 
 MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weights) {
   return (IntVector)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(x));
+}
+
+MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
+  return DotUnsigned(sums, x, weights ^ static_cast<int32_t>(0x80808080));
 }
 #elif MOESAIC_VECTOR_BYTES == 32
 constexpr int32_t kOffset = 0;
@@ -139,21 +137,25 @@ static void RoundedPanel(const QuantizedMatrix& w, int64_t panel, const RoundedR
   const uint8_t* bytes = w.Panel(panel);
   Vector total[kRows][kParts] = {};
   for (int64_t block = 0; block < blocks; ++block) {
-    IntVector sums[kRows][kParts] = {};
-    IntVector weight_sums[kParts] = {};  // times kOffset
+    IntVector sums[kRows][kParts];
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+      const int32_t offset = (kBits == 8 ? kOffset : 8) * x.sums[row * blocks + block];
+#pragma GCC unroll 4
+      for (int64_t part = 0; part < kParts; ++part) sums[row][part] = IntVector{} - offset;
+    }
     for (int64_t k = block * w.block; k < (block + 1) * w.block; k += kInputs) {
 #pragma GCC unroll 4
       for (int64_t part = 0; part < kParts; ++part, bytes += sizeof(IntVector)) {
         const IntVector group = LoadInts(bytes);
         if (kBits == 8) {
-          if (kOffset != 0) weight_sums[part] = DotSigned(weight_sums[part], 0, group);
 #pragma GCC unroll 8
           for (int row = 0; row < kRows; ++row) {
             const int8_t* inputs = x.values + row * w.inputs + k;
             sums[row][part] = DotSigned(sums[row][part], FourBytes(inputs), group);
           }
         } else {
-          // Two's complement nibbles plus 8 are unsigned ones; 8 times x's sum is taken off below.
+          // Two's complement nibbles plus 8 are unsigned ones; 8 times x's sum is taken off above.
           const IntVector unsigned_group = group ^ static_cast<int32_t>(0x88888888);
           const IntVector low = unsigned_group & 0x0F0F0F0F;
           const IntVector high = (unsigned_group >> 4) & 0x0F0F0F0F;
@@ -168,13 +170,11 @@ static void RoundedPanel(const QuantizedMatrix& w, int64_t panel, const RoundedR
     }
 #pragma GCC unroll 4
     for (int64_t part = 0; part < kParts; ++part) {
-      const Vector scale = Scales(w, block, panel * kPanelOutputs + part * kLanes);
+      const Vector scale = Scales(w, panel, block, part);
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
         const float x_scale = x.scales[row * blocks + block];
-        const int32_t offset = kBits == 4 ? 8 * x.sums[row * blocks + block] : 0;
-        const IntVector sum = sums[row][part] - weight_sums[part] - offset;
-        total[row][part] += scale * x_scale * ToFloat(sum);
+        total[row][part] += scale * x_scale * ToFloat(sums[row][part]);
       }
     }
   }
@@ -251,7 +251,7 @@ static void DequantizePanel(const QuantizedMatrix& w, int64_t panel, int64_t beg
   for (int64_t k = begin; k < begin + depth; k += kInputs) {
     for (int64_t part = 0; part < kParts; ++part, bytes += sizeof(IntVector)) {
       const IntVector group = LoadInts(bytes);
-      const Vector scale = Scales(w, k / w.block, panel * kPanelOutputs + part * kLanes);
+      const Vector scale = Scales(w, panel, k / w.block, part);
 #pragma GCC unroll 8
       for (int i = 0; i < kInputs; ++i) {
         Store(to + (k - begin + i) * stride + part * kLanes, scale * Weight<kBits>(group, i));

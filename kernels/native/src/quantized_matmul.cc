@@ -23,6 +23,9 @@ using S32 = ffi::Buffer<ffi::S32>;
 // From this many rows on, weights are made floats once per block and multiplied as such.
 constexpr int64_t kGemmRows = 24;
 
+// Bytes of weights, times rows of x, that are worth another thread's claim.
+constexpr int64_t kTaskBytes = 16 << 10;
+
 // The matrices of all groups.
 struct Weights {
   const uint8_t* values;
@@ -129,9 +132,9 @@ void Gate(float* gate, int64_t gate_stride, const float* up, int64_t rows, int64
 // The weights in these buffers, or why they are none.
 ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuffer& scales,
                                 int64_t bits, int64_t block) {
-  const auto shape = values.dimensions();
+  const auto shape = values.dimensions(), scale_shape = scales.dimensions();
   const bool is_bfloat16 = scales.element_type() == ffi::BF16;
-  if (shape.size() != 3 || scales.dimensions().size() != 3 || (bits != 4 && bits != 8) ||
+  if (shape.size() != 3 || scale_shape.size() != 4 || (bits != 4 && bits != 8) ||
       !(is_bfloat16 || scales.element_type() == ffi::F32)) {
     return ffi::Unexpected(ffi::Error::InvalidArgument(
         "values and scales must be stacks of 4 or 8 bits and of float32 or bfloat16"));
@@ -145,8 +148,8 @@ ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuff
                            block,
                            static_cast<int>(bits)};
   if (block <= 0 || block % 8 || weights.inputs % block || weights.outputs % kPanelOutputs ||
-      scales.dimensions()[0] != shape[0] || scales.dimensions()[1] != weights.inputs / block ||
-      scales.dimensions()[2] != shape[1]) {
+      scale_shape[0] != shape[0] || scale_shape[1] != shape[1] / kPanelOutputs ||
+      scale_shape[2] != weights.inputs / block || scale_shape[3] != kPanelOutputs) {
     return ffi::Unexpected(ffi::Error::InvalidArgument(
         "packed panels need outputs in sixteens, blocks of inputs in eights, a scale per block"));
   }
@@ -168,8 +171,10 @@ ffi::Error Run(ffi::ThreadPool& pool, const F32& x, const Weights& weights, cons
   if (!starts_or.has_value()) return starts_or.error();
   const std::vector<int64_t>& starts = *starts_or;
   const Rows rows = RowsOf(pool, x, weights, round);
+  const int64_t column_bytes = weights.inputs * weights.bits / 8 * std::min(num_rows, kMaxRows);
   const std::vector<Task> tasks =
-      CutIntoTasks(Sizes(starts), outputs, *CurrentIsa().gemm, pool.num_threads());
+      CutIntoTasks(Sizes(starts), outputs, *CurrentIsa().gemm, pool.num_threads(),
+                   kTaskBytes / std::max<int64_t>(column_bytes, 1));
   ParallelFor(pool, tasks.size(), [&](int64_t index) {
     const Task& task = tasks[index];
     const int64_t row = starts[task.group] + task.row;
