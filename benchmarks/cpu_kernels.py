@@ -29,14 +29,28 @@ CHAIN_BYTES = 128e6
 """Float weights that one call passes through: more than caches hold, as in decoding."""
 PEER_KINDS: dict[Format, str] = {"int8": "q8_0", "int4": "q4_0"}
 """llama.cpp's names for the same bytes."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One kind of a model's matrices."""
+
+    inputs: int
+    outputs: int
+    of_a_token: int
+    """How many of them a token passes."""
+    copies: int
+    """Of those that the comparison takes in turn: more than a core's own caches hold."""
+
+
 SMOLLM2 = {
-    "q, o": (576, 576, 30),
-    "k, v": (576, 192, 30),
-    "gate, up": (576, 1536, 30),
-    "down": (1536, 576, 30),
-    "output layer": (576, 49_152, 2),
+    "q, o": Matrix(576, 576, 60, 30),
+    "k, v": Matrix(576, 192, 60, 60),
+    "gate, up": Matrix(576, 1536, 60, 30),
+    "down": Matrix(1536, 576, 30, 30),
+    "output layer": Matrix(576, 49_152, 1, 2),
 }
-"""Inputs, outputs and copies of the matrices of SmolLM2-135M, which has 30 layers."""
+"""Of SmolLM2-135M, which has 30 layers."""
 
 Program = Callable[[], jax.Array | np.ndarray]
 
@@ -139,26 +153,46 @@ def quantized_comparisons(rounds: int) -> Iterator[Comparison]:
 
 
 def decoding_comparisons(rounds: int) -> Iterator[Comparison]:
-    """The matrices of SmolLM2-135M in blocks of 32 with scales of 16 bits, against llama.cpp's."""
+    """The matrices of SmolLM2-135M in blocks of 32 with scales of 16 bits, against llama.cpp's.
+
+    At the end of each kind what all of them take for a token.
+    """
     peer = Ggml(threads=os.cpu_count() or 1)
-    for name, (num_inputs, num_outputs, copies) in SMOLLM2.items():
-        for num_rows, (format, kind) in itertools.product((1, 8), PEER_KINDS.items()):
-            random = np.random.RandomState(0)
-            w_LKN = random.standard_normal((copies, num_inputs, num_outputs)).astype(np.float32)
-            x_RK = random.standard_normal((num_rows, num_inputs)).astype(np.float32)
-            rounded = quantize(jnp.array(w_LKN), format, block_size=32, scale_dtype="bfloat16")
-            weights = repack(rounded, "panels")
-            programs: dict[str, Program] = {}
-            programs["llama.cpp"] = peer.products(x_RK, list(w_LKN.swapaxes(1, 2)), kind)
-            for activations in ("float", "int8"):
-                product = functools.partial(
-                    quantized_matmul, activations=activations, implementation="cpu"
-                )
-                chain = _chain(product, jnp.array(x_RK), weights)
-                programs[f"{format}, {activations} activations"] = chain
-            seconds = in_turn(programs, rounds, repeats=3)
-            label = f"{name} {num_inputs} x {num_outputs}, {num_rows} rows, {format}"
-            yield Comparison(label, "llama.cpp", seconds, 2.0 * num_rows * w_LKN.size)
+    for num_rows, format in itertools.product((1, 8), PEER_KINDS):
+        label = f"{num_rows} rows, {format}"
+        token: dict[str, list[float]] = {}
+        operations = 0.0
+        for name, matrix in SMOLLM2.items():
+            seconds = in_turn(_decoding_programs(peer, matrix, num_rows, format), rounds, repeats=3)
+            work = 2.0 * num_rows * matrix.inputs * matrix.outputs
+            shape = f"{name} {matrix.inputs} x {matrix.outputs}"
+            yield Comparison(f"{shape}, {label}", "llama.cpp", seconds, work * matrix.copies)
+            share = matrix.of_a_token / matrix.copies
+            for program, values in seconds.items():
+                sums = token.get(program, [0.0] * rounds)
+                token[program] = [a + share * b for a, b in zip(sums, values, strict=True)]
+            operations += work * matrix.of_a_token
+        yield Comparison(f"all matrices of a token, {label}", "llama.cpp", token, operations)
+
+
+def _decoding_programs(
+    peer: Ggml, matrix: Matrix, num_rows: int, format: Format
+) -> dict[str, Program]:
+    random = np.random.RandomState(0)
+    shape = (matrix.copies, matrix.inputs, matrix.outputs)
+    w_LKN = random.standard_normal(shape).astype(np.float32)
+    x_RK = random.standard_normal((num_rows, matrix.inputs)).astype(np.float32)
+    rounded = quantize(jnp.array(w_LKN), format, block_size=32, scale_dtype="bfloat16")
+    weights = repack(rounded, "panels")
+    kind = PEER_KINDS[format]
+    programs: dict[str, Program] = {
+        "llama.cpp": peer.products(x_RK, list(w_LKN.swapaxes(1, 2)), kind)
+    }
+    for activations in ("float", "int8"):
+        product = functools.partial(quantized_matmul, activations=activations, implementation="cpu")
+        chain = _chain(product, jnp.array(x_RK), weights)
+        programs[f"{activations} activations"] = chain
+    return programs
 
 
 def _chain(product: Callable, x_RK: jax.Array, weights) -> Program:

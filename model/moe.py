@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
-from kernels.grouped_matmul import Implementation, grouped_matmul
+from kernels.grouped_matmul import Implementation, grouped_matmul, grouped_swiglu
 from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
 from model.cache import LayerCache
@@ -174,7 +174,6 @@ def swiglu_experts(
     """W_down(silu(W_gate x) * W_up x) of each row with its own expert's matrices, [R, D]."""
     w_gate_up_XD2F = weights["gate_up"]
     num_local, d_model, _, d_ff = w_gate_up_XD2F.shape
-    matmul = functools.partial(grouped_matmul, implementation=implementation)
-    h_R2F = matmul(x_RD, w_gate_up_XD2F.reshape(num_local, d_model, 2 * d_ff), group_sizes_X)
-    h_RF = jax.nn.silu(h_R2F[:, :d_ff]) * h_R2F[:, d_ff:]
-    return matmul(h_RF, weights["down"], group_sizes_X)
+    w_gate_up_XDC = w_gate_up_XD2F.reshape(num_local, d_model, 2 * d_ff)
+    h_RF = grouped_swiglu(x_RD, w_gate_up_XDC, group_sizes_X, implementation=implementation)
+    return grouped_matmul(h_RF, weights["down"], group_sizes_X, implementation=implementation)

@@ -140,8 +140,12 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def swiglu_of_halves(h_R2F: jax.Array) -> jax.Array:
-    """The same of the first and the second half of the columns, in float32 and back."""
-    return swiglu(*jnp.split(h_R2F.astype(jnp.float32), 2, axis=1)).astype(h_R2F.dtype)
+    """The same of the first and the second half of the columns, in float32 and back.
+
+    Where a gradient is taken it is of this form: swiglu's is 0 * inf for gates below -88.
+    """
+    gate_RF, up_RF = jnp.split(h_R2F.astype(jnp.float32), 2, axis=1)
+    return (jax.nn.silu(gate_RF) * up_RF).astype(h_R2F.dtype)
 
 
 # --- Rows times a matrix: the forward pass and the gradient of x ---------------------------------

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from kernels.quantize.packing import pack, unpack
+from kernels.quantize.packing import pack, unpack, unpack_scales
 from kernels.quantize.qtensor import FORMATS, Format, QTensor
 
 
@@ -56,7 +56,8 @@ def dequantize(weight: QTensor, dtype: str = "float32") -> jax.Array:
         values = unpack(values, weight.bits, weight.packing)
     w_NK = values.astype(jnp.float32)
     if weight.format != "bf16":
-        scale_NS = jnp.swapaxes(weight.scales.astype(jnp.float32), -1, -2)
+        scale_SN = unpack_scales(weight.scales.astype(jnp.float32), weight.packing)
+        scale_NS = jnp.swapaxes(scale_SN, -1, -2)
         w_NK *= jnp.repeat(scale_NS, weight.block_size, axis=-1)
     return jnp.swapaxes(w_NK, -1, -2).astype(dtype)
 

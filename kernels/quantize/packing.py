@@ -1,13 +1,13 @@
 """The orders in which backends keep values, so that unpacking moves none between lanes.
 
-K inputs, N outputs.
+K inputs, N outputs, S blocks of inputs.
 
 `canonical`: an output's inputs one after the other; of int4, byte b holds inputs 2b (low nibble)
 and 2b + 1. What checkpoints keep.
 `split_128` (Pallas-Triton, int4): within every 128 inputs, byte b holds inputs b (low) and b + 64.
 `panels` (native CPU kernels, int8 and int4): 16 outputs side by side with four inputs each, so that
 64 bytes are one instruction's operands: [N/16, K/4, 16, 4]; of int4 [N/16, K/8, 16, 4] bytes whose
-low nibbles are the first four of eight inputs.
+low nibbles are the first four of eight inputs. A panel's scales lie together too: [N/16, S, 16].
 """
 
 import dataclasses
@@ -71,13 +71,31 @@ def unpack(stored: jax.Array, bits: int, packing: Packing) -> jax.Array:
     return ordered.reshape(*leading, num_outputs, num_bytes * 8 // bits)
 
 
+def pack_scales(scales_SN: jax.Array, packing: Packing) -> jax.Array:
+    """Scales [..., S, N] as the order keeps them: [..., N/16, S, 16] for panels."""
+    if packing != "panels":
+        return scales_SN
+    *leading, num_blocks, num_outputs = scales_SN.shape
+    shape = (*leading, num_blocks, num_outputs // PANEL_OUTPUTS, PANEL_OUTPUTS)
+    return jnp.swapaxes(scales_SN.reshape(shape), -3, -2)
+
+
+def unpack_scales(scales: jax.Array, packing: Packing) -> jax.Array:
+    """The inverse of pack_scales."""
+    if packing != "panels":
+        return scales
+    *leading, num_panels, num_blocks, width = scales.shape
+    return jnp.swapaxes(scales, -3, -2).reshape(*leading, num_blocks, num_panels * width)
+
+
 def repack(weight: QTensor, packing: Packing) -> QTensor:
     """The same weights in another order; formats that have only one return as they are."""
     if weight.format not in ("int8", "int4") or weight.packing == packing:
         return weight
     plain = unpack(weight.values, weight.bits, weight.packing)
     values = pack(plain, weight.bits, packing)
-    return dataclasses.replace(weight, values=values, packing=packing)
+    scales = pack_scales(unpack_scales(weight.scales, weight.packing), packing)
+    return dataclasses.replace(weight, values=values, scales=scales, packing=packing)
 
 
 def _check(num_outputs: int, num_inputs: int, bits: int, packing: Packing) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 Format = Literal["bf16", "fp8_e4m3", "int8", "int4"]
 Packing = Literal["canonical", "panels", "split_128"]
-"""The order of the stored values; see packing.py."""
+"""The order of the stored values and scales; see packing.py."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class QTensor:
     """[..., N, K] in the format's dtype: an output's inputs lie together. int4: uint8
     [..., N, K/2], two's complement nibbles. Their order is what `packing` says."""
     scales: jax.Array
-    """float32 or bfloat16 [..., S, N]; bf16 has none: [..., 0, N]."""
+    """float32 or bfloat16 [..., S, N], of panels [..., N/16, S, 16]; bf16 has none: [..., 0, N]."""
     format: Format
     block_size: int
     """Inputs that share a scale; 0 for bf16."""

@@ -11,6 +11,8 @@ from kernels.quantize import QTensor
 from kernels.quantize.packing import PANEL_OUTPUTS
 
 FORMATS = ("int8", "int4")
+LARGEST_BLOCK = 1 << 16
+"""Inputs whose products of bytes, 128 * 255 at most, 32 bits can add up."""
 
 
 def why_not(x: jax.Array, *weights: QTensor) -> str | None:
@@ -23,10 +25,12 @@ def why_not(x: jax.Array, *weights: QTensor) -> str | None:
             return f"a weight is {weight.format}, they take {' and '.join(FORMATS)}"
         if weight.packing != "panels":
             return f'a weight is packed as {weight.packing}: repack(weight, "panels") once'
-        if weight.block_size % 8 or num_outputs % PANEL_OUTPUTS:
+        is_block = weight.block_size % 8 == 0 and weight.block_size <= LARGEST_BLOCK
+        if not is_block or num_outputs % PANEL_OUTPUTS:
             return (
                 f"{num_inputs} inputs in blocks of {weight.block_size} x {num_outputs} outputs, "
-                f"they take blocks of multiples of 8 and outputs in {PANEL_OUTPUTS}s"
+                f"they take blocks of multiples of 8 up to {LARGEST_BLOCK:,} and outputs in "
+                f"{PANEL_OUTPUTS}s"
             )
     return None
 

@@ -1,10 +1,13 @@
 """scripts.bench_cpu: what it compares computes the same, and its table says so."""
 
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
 
 from benchmarks import cpu_kernels
+from benchmarks.ggml import Ggml
 from configs.checks import UserError
 from kernels import native
 from scripts import bench_cpu
@@ -48,6 +51,45 @@ def test_the_table_names_every_program(capsys):
     out = capsys.readouterr().out
     assert "2 groups, 16 x 24: gradient of w" in out
     assert "int4, int8 activations" in out
+
+
+class Peer:
+    """Stands in for llama.cpp."""
+
+    def __init__(self, threads):
+        assert threads > 0
+
+    def products(self, x_RK, weights_NK, kind):
+        assert kind in ("q8_0", "q4_0")
+        return lambda: x_RK @ weights_NK[-1].T
+
+
+def test_a_token_takes_what_its_matrices_take(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "Ggml", Peer)
+    one, other = cpu_kernels.Matrix(64, 16, 3, 1), cpu_kernels.Matrix(32, 32, 1, 2)
+    monkeypatch.setattr(cpu_kernels, "SMOLLM2", {"one": one, "other": other})
+    *each, token = list(cpu_kernels.decoding_comparisons(1))[:3]
+    for program, (total,) in token.seconds.items():
+        (a,), (b,) = (comparison.seconds[program] for comparison in each)
+        assert total == pytest.approx(3 * a + b / 2)  # of `other`, two copies were timed
+    assert token.operations == 2 * (3 * 64 * 16 + 32 * 32)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None,
+    reason='llama.cpp is not there: pip install ".[llama]" builds it in ten minutes',
+)
+@pytest.mark.parametrize(("kind", "bits"), [("q8_0", 8), ("q4_0", 4)])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_llama_cpp_multiplies_what_it_is_given(kind, bits, rows):
+    random = np.random.RandomState(0)
+    x_RK = random.standard_normal((rows, 64)).astype(np.float32)
+    weights_NK = [random.standard_normal((16, 64)).astype(np.float32) for _ in range(2)]
+    y_RN = Ggml(threads=2).products(x_RK, weights_NK, kind)()
+    # Weights of up to 3 have errors of half a step, x is rounded to 8 bits; the signs of 64 of
+    # them vary, so that their sum stays below 8 times one.
+    error = 8 * (3 / 2**bits + 3 / 2**8) * 2
+    np.testing.assert_allclose(y_RN, x_RK @ weights_NK[-1].T, atol=error)
 
 
 def test_a_chain_passes_through_every_matrix():

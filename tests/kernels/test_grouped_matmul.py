@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels.grouped_matmul.cases import CASES, Case
 from kernels.grouped_matmul.xla import tile_rows
 
@@ -116,3 +116,10 @@ def test_what_does_not_fit_is_said(change, sentence):
     x, w, sizes, _, _ = draw(CASES["balanced"])
     with pytest.raises(ValueError, match=sentence):
         grouped_matmul(*change(x, w, sizes))
+
+
+def test_a_gate_far_below_zero_has_a_gradient_of_zero():
+    """exp(-gate) overflows there, and the formula's own derivative is 0 * inf."""
+    x, w = jnp.ones((1, 1)), jnp.array([[[-200.0, 3.0]]])
+    gradient = jax.grad(lambda x: grouped_swiglu(x, w, jnp.array([1])).sum())(x)
+    np.testing.assert_array_equal(gradient, [[0.0]])

@@ -107,15 +107,46 @@ def test_swiglu_is_two_products_and_a_gate(name, activations, isa):
 
 
 @needs_native
-def test_extreme_codes_do_not_overflow(isa):
-    """The largest products a block can have, of one sign: where sums of 16 bits would clip."""
-    x = np.full((1, 256), -1.0, np.float32)
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_extreme_codes_do_not_overflow(activations, isa):
+    """The largest products a block can have, of one sign: where sums of few bits would clip."""
+    x = np.full((1, 65536), -1.0, np.float32)
     for format in ("int8", "int4"):
         for sign in (1, -1):
-            w = np.full((256, 16), sign, np.float32)
-            weight = repack(quantize(w, format), "panels")
-            y = quantized_matmul(x, weight, activations="int8", implementation="cpu")
-            np.testing.assert_allclose(y, np.full((1, 16), -256.0 * sign), rtol=1e-6)
+            w = np.full((65536, 16), sign, np.float32)
+            weight = repack(quantize(w, format, block_size=65536), "panels")
+            y = quantized_matmul(x, weight, activations=activations, implementation="cpu")
+            np.testing.assert_allclose(y, np.full((1, 16), -65536.0 * sign), rtol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+def test_floats_in_digits_are_held_to_a_part_of_their_block_s_largest(rows, isa):
+    """Of values between 1e-6 and 1e6 in one block, next to an oracle in float64."""
+    random = np.random.RandomState(0)
+    x = random.standard_normal((rows, 64)) * 10 ** random.uniform(-6, 6, (rows, 64))
+    x = x.astype(np.float32)
+    w = random.standard_normal((64, 32)).astype(np.float32)
+    weight = repack(quantize(w, "int8", block_size=32), "panels")
+    y = quantized_matmul(x, weight, implementation="cpu")
+    exact_w = np.asarray(dequantize(weight), np.float64)
+    largest = np.repeat(np.abs(x.reshape(rows, 2, 32)).max(-1), 32, axis=1)
+    # And the float32 roundings of 64 products and sums.
+    bound = largest @ np.abs(exact_w) * (2.0**-23 + 2.0**-22)
+    assert (np.abs(y - x.astype(np.float64) @ exact_w) <= bound).all()
+
+
+@needs_native
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_what_is_not_finite_is_not_lost(value, rows, activations, isa):
+    x = np.ones((rows, 64), np.float32)
+    x[1, 40] = value
+    weight = repack(quantize(np.ones((64, 16), np.float32), "int8", block_size=32), "panels")
+    y = quantized_matmul(x, weight, activations=activations, implementation="cpu")
+    assert not np.isfinite(y[1]).any()
+    np.testing.assert_allclose(np.delete(y, 1, axis=0), 64.0, rtol=1e-6)
 
 
 @needs_native

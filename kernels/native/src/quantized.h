@@ -17,7 +17,7 @@ constexpr int64_t kMaxRows = 8;
 // A packed matrix [inputs, outputs].
 struct QuantizedMatrix {
   const uint8_t* values;  // panels, one after the other
-  const void* scales;     // [inputs / block, outputs], float32 or bfloat16
+  const void* scales;     // [outputs / 16, inputs / block, 16], float32 or bfloat16
   bool are_scales_bfloat16;
   int64_t inputs, outputs;
   int64_t block;  // inputs that share a scale; a multiple of 8
@@ -28,24 +28,31 @@ struct QuantizedMatrix {
   }
 };
 
-// Rows of x, rounded to 8 bits block by block.
+// Digits of 8 bits, base 256, that stand for a float to within 2^-23 of its block's largest, as
+// closely as a sum of floats is rounded; one digit stands for it to within 2^-7.
+constexpr int kExactDigits = 3;
+
+// Rows of x as whole numbers of one digit or kExactDigits, times a scale for each block.
 struct RoundedRows {
-  const int8_t* values;   // [rows, inputs]
+  const int8_t* values;   // [rows, digits, inputs], the least digit first
   const float* scales;    // [rows, inputs / block]
-  const int32_t* sums;    // of each block's values, [rows, inputs / block]
+  const int32_t* sums;    // of each block's digits, [rows, digits, inputs / block]
+  int digits;
 };
 
 // What one instruction set brings; see quantized_kernels.inl.
 struct QuantizedKernels {
+  // Up to how many rows kExactDigits are faster than floats; 0: never.
+  int64_t digit_rows;
   // y[rows, 16] = x[rows, inputs] * one panel, with exact float32 x. rows <= kMaxRows.
   void (*panel)(const QuantizedMatrix& w, int64_t panel, const float* x, int64_t rows, float* y,
                 int64_t y_stride);
   // The same with x rounded: the products within a block are exact in integers.
   void (*panel_rounded)(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x, int64_t rows,
                         float* y, int64_t y_stride);
-  // One row of x rounded to 8 bits: see RoundedRows.
-  void (*round)(const float* x, int64_t inputs, int64_t block, int8_t* values, float* scales,
-                int32_t* sums);
+  // One row of x rounded: see RoundedRows. Where x is not finite, its block's scale is NaN.
+  void (*round)(const float* x, int64_t inputs, int64_t block, int digits, int8_t* values,
+                float* scales, int32_t* sums);
   // Inputs [begin, begin + depth) of a panel as floats, [depth, stride] of which 16 are written.
   // begin and depth are multiples of 8.
   void (*dequantize)(const QuantizedMatrix& w, int64_t panel, int64_t begin, int64_t depth,

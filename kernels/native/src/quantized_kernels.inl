@@ -20,9 +20,9 @@ MOESAIC_INLINE IntVector LoadInts(const void* from) {
 
 MOESAIC_INLINE Vector ToFloat(IntVector vector) { return __builtin_convertvector(vector, Vector); }
 
-// The scales of kLanes outputs from `output` on, for inputs of one block.
-MOESAIC_INLINE Vector Scales(const QuantizedMatrix& w, int64_t block, int64_t output) {
-  const int64_t index = block * w.outputs + output;
+// The scales of a part of a panel's outputs, for inputs of one block.
+MOESAIC_INLINE Vector Scales(const QuantizedMatrix& w, int64_t panel, int64_t block, int64_t part) {
+  const int64_t index = (panel * (w.inputs / w.block) + block) * kPanelOutputs + part * kLanes;
   if (!w.are_scales_bfloat16) return Load(static_cast<const float*>(w.scales) + index);
   ShortVector upper;
   __builtin_memcpy(&upper, static_cast<const uint16_t*>(w.scales) + index, sizeof(upper));
@@ -64,7 +64,7 @@ static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, 
     }
 #pragma GCC unroll 4
     for (int64_t part = 0; part < kParts; ++part) {
-      const Vector scale = Scales(w, block, panel * kPanelOutputs + part * kLanes);
+      const Vector scale = Scales(w, panel, block, part);
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
         Vector sum = sums[row][part][0];
@@ -81,21 +81,21 @@ static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, 
 }
 
 // sums + the products of four bytes in each lane: x's (signed, the same in all lanes) with
-// weights': for 8 bits signed ones, for 4 bits unsigned ones.
+// weights'. DotUnsigned takes unsigned weights of up to 15, DotSigned signed ones, and adds
+// kOffset times x's sum to their products.
 #if MOESAIC_VECTOR_BYTES == 64
-// This instruction takes one unsigned operand. Signed weights meet x + 128, and kOffset times the
-// weights' sum is taken off again.
-constexpr int32_t kOffset = 128;
-
-MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
-  const __m512i unsigned_x = _mm512_set1_epi32(x ^ static_cast<int32_t>(0x80808080));
-  return (IntVector)_mm512_dpbusd_epi32((__m512i)sums, unsigned_x, (__m512i)weights);
-}
+constexpr int64_t kDigitRows = 4;
+constexpr int32_t kOffset = 128;  // of the instruction's operands one is unsigned: it gets w + 128
 
 MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weights) {
   return (IntVector)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(x));
 }
+
+MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
+  return DotUnsigned(sums, x, weights ^ static_cast<int32_t>(0x80808080));
+}
 #elif MOESAIC_VECTOR_BYTES == 32
+constexpr int64_t kDigitRows = 0;  // three digits take more instructions than a float
 constexpr int32_t kOffset = 0;
 
 MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weights) {
@@ -110,6 +110,7 @@ MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights)
   return sums + (IntVector)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #else
+constexpr int64_t kDigitRows = 0;  // three digits take more instructions than a float
 constexpr int32_t kOffset = 0;
 
 MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
@@ -131,50 +132,57 @@ MOESAIC_INLINE int32_t FourBytes(const int8_t* from) {
   return bytes;
 }
 
-template <int kBits, int kRows>
+template <int kBits, int kRows, int kDigits>
 static void RoundedPanel(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x, float* y,
                          int64_t y_stride) {
   constexpr int kInputs = 32 / kBits;  // of one group
+  constexpr int kSums = kRows * kDigits;
   const int64_t blocks = w.inputs / w.block;
   const uint8_t* bytes = w.Panel(panel);
   Vector total[kRows][kParts] = {};
   for (int64_t block = 0; block < blocks; ++block) {
-    IntVector sums[kRows][kParts] = {};
-    IntVector weight_sums[kParts] = {};  // times kOffset
+    IntVector sums[kSums][kParts];
+#pragma GCC unroll 24
+    for (int i = 0; i < kSums; ++i) {
+      const int32_t offset = (kBits == 8 ? kOffset : 8) * x.sums[i * blocks + block];
+#pragma GCC unroll 4
+      for (int64_t part = 0; part < kParts; ++part) sums[i][part] = IntVector{} - offset;
+    }
     for (int64_t k = block * w.block; k < (block + 1) * w.block; k += kInputs) {
 #pragma GCC unroll 4
       for (int64_t part = 0; part < kParts; ++part, bytes += sizeof(IntVector)) {
         const IntVector group = LoadInts(bytes);
         if (kBits == 8) {
-          if (kOffset != 0) weight_sums[part] = DotSigned(weight_sums[part], 0, group);
-#pragma GCC unroll 8
-          for (int row = 0; row < kRows; ++row) {
-            const int8_t* inputs = x.values + row * w.inputs + k;
-            sums[row][part] = DotSigned(sums[row][part], FourBytes(inputs), group);
+#pragma GCC unroll 24
+          for (int i = 0; i < kSums; ++i) {
+            const int8_t* inputs = x.values + i * w.inputs + k;
+            sums[i][part] = DotSigned(sums[i][part], FourBytes(inputs), group);
           }
         } else {
-          // Two's complement nibbles plus 8 are unsigned ones; 8 times x's sum is taken off below.
+          // Two's complement nibbles plus 8 are unsigned ones; 8 times x's sum is taken off above.
           const IntVector unsigned_group = group ^ static_cast<int32_t>(0x88888888);
           const IntVector low = unsigned_group & 0x0F0F0F0F;
           const IntVector high = (unsigned_group >> 4) & 0x0F0F0F0F;
-#pragma GCC unroll 8
-          for (int row = 0; row < kRows; ++row) {
-            const int8_t* inputs = x.values + row * w.inputs + k;
-            sums[row][part] = DotUnsigned(sums[row][part], FourBytes(inputs), low);
-            sums[row][part] = DotUnsigned(sums[row][part], FourBytes(inputs + 4), high);
+#pragma GCC unroll 24
+          for (int i = 0; i < kSums; ++i) {
+            const int8_t* inputs = x.values + i * w.inputs + k;
+            sums[i][part] = DotUnsigned(sums[i][part], FourBytes(inputs), low);
+            sums[i][part] = DotUnsigned(sums[i][part], FourBytes(inputs + 4), high);
           }
         }
       }
     }
 #pragma GCC unroll 4
     for (int64_t part = 0; part < kParts; ++part) {
-      const Vector scale = Scales(w, block, panel * kPanelOutputs + part * kLanes);
+      const Vector scale = Scales(w, panel, block, part);
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
-        const float x_scale = x.scales[row * blocks + block];
-        const int32_t offset = kBits == 4 ? 8 * x.sums[row * blocks + block] : 0;
-        const IntVector sum = sums[row][part] - weight_sums[part] - offset;
-        total[row][part] += scale * x_scale * ToFloat(sum);
+        Vector sum = ToFloat(sums[row * kDigits + kDigits - 1][part]);
+#pragma GCC unroll 3
+        for (int digit = kDigits - 2; digit >= 0; --digit) {
+          sum = 256.0f * sum + ToFloat(sums[row * kDigits + digit][part]);
+        }
+        total[row][part] += scale * x.scales[row * blocks + block] * sum;
       }
     }
   }
@@ -198,10 +206,20 @@ static void PanelOfRows(const QuantizedMatrix& w, int64_t panel, const float* x,
 template <int kRows>
 static void RoundedPanelOfRows(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x,
                                float* y, int64_t y_stride) {
+  if constexpr (kRows <= kDigitRows) {
+    if (x.digits == kExactDigits) {
+      if (w.bits == 8) {
+        RoundedPanel<8, kRows, kExactDigits>(w, panel, x, y, y_stride);
+      } else {
+        RoundedPanel<4, kRows, kExactDigits>(w, panel, x, y, y_stride);
+      }
+      return;
+    }
+  }
   if (w.bits == 8) {
-    RoundedPanel<8, kRows>(w, panel, x, y, y_stride);
+    RoundedPanel<8, kRows, 1>(w, panel, x, y, y_stride);
   } else {
-    RoundedPanel<4, kRows>(w, panel, x, y, y_stride);
+    RoundedPanel<4, kRows, 1>(w, panel, x, y, y_stride);
   }
 }
 
@@ -221,25 +239,41 @@ static void RoundedRowsPanel(const QuantizedMatrix& w, int64_t panel, const Roun
   kByRows[rows - 1](w, panel, x, y, y_stride);
 }
 
-static void Round(const float* x, int64_t inputs, int64_t block, int8_t* values, float* scales,
-                  int32_t* sums) {
-  for (int64_t begin = 0; begin < inputs; begin += block, ++scales, ++sums) {
-    float largest = 0.0f;
-    for (int64_t k = begin; k < begin + block; ++k) {
-      const float magnitude = __builtin_fabsf(x[k]);
-      largest = magnitude > largest ? magnitude : largest;
+// The block of x from `x` on as whole numbers of `kDigits` digits; returns its scale.
+template <int kDigits>
+static float RoundBlock(const float* x, int64_t inputs, int64_t block, int64_t blocks,
+                        int8_t* values, int32_t* sums) {
+  // The greatest digit 127; the lower ones have room for what rounding adds.
+  constexpr float kLargest = kDigits == 1 ? 127.0f : 127.0f * 65536.0f;
+  float largest = 0.0f, poison = 0.0f;
+  for (int64_t k = 0; k < block; ++k) {
+    const float magnitude = __builtin_fabsf(x[k]);
+    largest = magnitude > largest ? magnitude : largest;
+    poison += 0.0f * x[k];  // NaN where x is not finite
+  }
+  const float inverse = largest > 0.0f && poison == 0.0f ? kLargest / largest : 0.0f;
+  int32_t sum[kDigits] = {};
+  for (int64_t k = 0; k < block; ++k) {
+    const float scaled = inverse == 0.0f ? 0.0f : x[k] * inverse;
+    int32_t rest = static_cast<int32_t>(scaled + __builtin_copysignf(0.5f, scaled));
+    for (int digit = 0; digit < kDigits; ++digit) {
+      const int8_t low = static_cast<int8_t>(rest);  // signed: what is left is rounded to nearest
+      values[digit * inputs + k] = low;
+      sum[digit] += low;
+      rest = (rest - low) >> 8;
     }
-    *scales = largest / 127.0f;
-    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-    int32_t sum = 0;
-    for (int64_t k = begin; k < begin + block; ++k) {
-      // Adding 1.5 * 2^23 leaves the nearest integer in the last bits of the mantissa.
-      const float shifted = x[k] * inverse + 12582912.0f;
-      const int32_t rounded = static_cast<int32_t>(shifted - 12582912.0f);
-      values[k] = static_cast<int8_t>(rounded);
-      sum += rounded;
-    }
-    *sums = sum;
+  }
+  for (int digit = 0; digit < kDigits; ++digit) sums[digit * blocks] = sum[digit];
+  return largest / kLargest + poison;
+}
+
+static void Round(const float* x, int64_t inputs, int64_t block, int digits, int8_t* values,
+                  float* scales, int32_t* sums) {
+  const int64_t blocks = inputs / block;
+  for (int64_t i = 0; i < blocks; ++i, x += block, values += block) {
+    scales[i] = digits == 1
+                    ? RoundBlock<1>(x, inputs, block, blocks, values, sums + i)
+                    : RoundBlock<kExactDigits>(x, inputs, block, blocks, values, sums + i);
   }
 }
 
@@ -251,7 +285,7 @@ static void DequantizePanel(const QuantizedMatrix& w, int64_t panel, int64_t beg
   for (int64_t k = begin; k < begin + depth; k += kInputs) {
     for (int64_t part = 0; part < kParts; ++part, bytes += sizeof(IntVector)) {
       const IntVector group = LoadInts(bytes);
-      const Vector scale = Scales(w, k / w.block, panel * kPanelOutputs + part * kLanes);
+      const Vector scale = Scales(w, panel, k / w.block, part);
 #pragma GCC unroll 8
       for (int i = 0; i < kInputs; ++i) {
         Store(to + (k - begin + i) * stride + part * kLanes, scale * Weight<kBits>(group, i));
@@ -270,7 +304,7 @@ static void Dequantize(const QuantizedMatrix& w, int64_t panel, int64_t begin, i
 }
 
 extern const QuantizedKernels kQuantizedKernels;
-const QuantizedKernels kQuantizedKernels = {ExactRows, RoundedRowsPanel, Round, Dequantize};
+const QuantizedKernels kQuantizedKernels = {kDigitRows, ExactRows, RoundedRowsPanel, Round, Dequantize};
 
 }  // namespace MOESAIC_ISA
 }  // namespace moesaic

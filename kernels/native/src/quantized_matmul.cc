@@ -1,6 +1,7 @@
 // Products of ragged groups of rows with quantised matrices, plain and as a gated pair (SwiGLU).
 //
 // R rows sorted by group, E groups, K inputs, N outputs; x and y are float32.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -23,6 +24,9 @@ using S32 = ffi::Buffer<ffi::S32>;
 // From this many rows on, weights are made floats once per block and multiplied as such.
 constexpr int64_t kGemmRows = 24;
 
+// Bytes of weights, times rows of x, that are worth another thread's claim.
+constexpr int64_t kTaskBytes = 16 << 10;
+
 // The matrices of all groups.
 struct Weights {
   const uint8_t* values;
@@ -43,32 +47,33 @@ struct Weights {
   }
 };
 
-// x as the kernels take it: rounded to 8 bits or as it is.
+// x as the kernels take it: as it is, and in digits where these are used.
 struct Rows {
   const float* exact;
+  int64_t inputs, blocks;
+  int digits;  // 1, kExactDigits, or 0: there are none
   std::vector<int8_t> values;
   std::vector<float> scales;
   std::vector<int32_t> sums;
-  int64_t inputs, blocks;
 
-  bool IsRounded() const { return !values.empty(); }
   RoundedRows Rounded(int64_t row) const {
-    return {values.data() + row * inputs, scales.data() + row * blocks, sums.data() + row * blocks};
+    return {values.data() + row * digits * inputs, scales.data() + row * blocks,
+            sums.data() + row * digits * blocks, digits};
   }
 };
 
-Rows RowsOf(ffi::ThreadPool& pool, const F32& x, const Weights& weights, bool round) {
+Rows RowsOf(ffi::ThreadPool& pool, const F32& x, const Weights& weights, int digits) {
   const int64_t num_rows = x.dimensions()[0];
-  Rows rows = {x.typed_data(), {}, {}, {}, weights.inputs, weights.inputs / weights.block};
-  if (!round) return rows;
-  rows.values.resize(num_rows * rows.inputs);
+  Rows rows = {x.typed_data(), weights.inputs, weights.inputs / weights.block, digits, {}, {}, {}};
+  if (digits == 0) return rows;
+  rows.values.resize(num_rows * digits * rows.inputs);
   rows.scales.resize(num_rows * rows.blocks);
-  rows.sums.resize(num_rows * rows.blocks);
+  rows.sums.resize(num_rows * digits * rows.blocks);
   const auto round_row = [&](int64_t row) {
     CurrentIsa().quantized->round(rows.exact + row * rows.inputs, rows.inputs, weights.block,
-                                  rows.values.data() + row * rows.inputs,
+                                  digits, rows.values.data() + row * digits * rows.inputs,
                                   rows.scales.data() + row * rows.blocks,
-                                  rows.sums.data() + row * rows.blocks);
+                                  rows.sums.data() + row * digits * rows.blocks);
   };
   if (num_rows <= kMaxRows) {
     for (int64_t row = 0; row < num_rows; ++row) round_row(row);
@@ -78,15 +83,13 @@ Rows RowsOf(ffi::ThreadPool& pool, const F32& x, const Weights& weights, bool ro
   return rows;
 }
 
-// y[rows, 16] of one panel, for up to kMaxRows rows from `row` of x on.
-void PanelProduct(const QuantizedMatrix& w, int64_t panel, const Rows& x, int64_t row, int64_t rows,
-                  float* y, int64_t y_stride) {
-  const QuantizedKernels& kernels = *CurrentIsa().quantized;
-  if (x.IsRounded()) {
-    kernels.panel_rounded(w, panel, x.Rounded(row), rows, y, y_stride);
-  } else {
-    kernels.panel(w, panel, x.exact + row * x.inputs, rows, y, y_stride);
-  }
+// Digits of x for these tasks.
+int DigitsFor(const std::vector<Task>& tasks, bool round) {
+  if (round) return 1;
+  const auto takes_digits = [](const Task& task) {
+    return task.rows <= CurrentIsa().quantized->digit_rows;
+  };
+  return std::any_of(tasks.begin(), tasks.end(), takes_digits) ? kExactDigits : 0;
 }
 
 // y[rows, cols] from column `col` of w on, through floats.
@@ -107,14 +110,22 @@ void FloatProduct(const QuantizedMatrix& w, const Rows& x, int64_t row, int64_t 
 // y[rows, cols] of one task.
 void Product(const QuantizedMatrix& w, const Rows& x, int64_t row, const Task& task, float* y,
              int64_t y_stride) {
-  if (task.rows >= kGemmRows && !x.IsRounded()) {
+  const QuantizedKernels& kernels = *CurrentIsa().quantized;
+  const bool takes_digits = x.digits == 1 || task.rows <= kernels.digit_rows;
+  if (task.rows >= kGemmRows && !takes_digits) {
     FloatProduct(w, x, row, task.rows, task.col, task.cols, y, y_stride);
     return;
   }
   for (int64_t col = 0; col < task.cols; col += kPanelOutputs) {
+    const int64_t panel = (task.col + col) / kPanelOutputs;
     for (int64_t i = 0; i < task.rows; i += kMaxRows) {
-      PanelProduct(w, (task.col + col) / kPanelOutputs, x, row + i,
-                   std::min(kMaxRows, task.rows - i), y + i * y_stride + col, y_stride);
+      const int64_t rows = std::min(kMaxRows, task.rows - i);
+      float* to = y + i * y_stride + col;
+      if (takes_digits) {
+        kernels.panel_rounded(w, panel, x.Rounded(row + i), rows, to, y_stride);
+      } else {
+        kernels.panel(w, panel, x.exact + (row + i) * x.inputs, rows, to, y_stride);
+      }
     }
   }
 }
@@ -129,9 +140,9 @@ void Gate(float* gate, int64_t gate_stride, const float* up, int64_t rows, int64
 // The weights in these buffers, or why they are none.
 ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuffer& scales,
                                 int64_t bits, int64_t block) {
-  const auto shape = values.dimensions();
+  const auto shape = values.dimensions(), scale_shape = scales.dimensions();
   const bool is_bfloat16 = scales.element_type() == ffi::BF16;
-  if (shape.size() != 3 || scales.dimensions().size() != 3 || (bits != 4 && bits != 8) ||
+  if (shape.size() != 3 || scale_shape.size() != 4 || (bits != 4 && bits != 8) ||
       !(is_bfloat16 || scales.element_type() == ffi::F32)) {
     return ffi::Unexpected(ffi::Error::InvalidArgument(
         "values and scales must be stacks of 4 or 8 bits and of float32 or bfloat16"));
@@ -145,8 +156,8 @@ ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuff
                            block,
                            static_cast<int>(bits)};
   if (block <= 0 || block % 8 || weights.inputs % block || weights.outputs % kPanelOutputs ||
-      scales.dimensions()[0] != shape[0] || scales.dimensions()[1] != weights.inputs / block ||
-      scales.dimensions()[2] != shape[1]) {
+      scale_shape[0] != shape[0] || scale_shape[1] != shape[1] / kPanelOutputs ||
+      scale_shape[2] != weights.inputs / block || scale_shape[3] != kPanelOutputs) {
     return ffi::Unexpected(ffi::Error::InvalidArgument(
         "packed panels need outputs in sixteens, blocks of inputs in eights, a scale per block"));
   }
@@ -167,9 +178,11 @@ ffi::Error Run(ffi::ThreadPool& pool, const F32& x, const Weights& weights, cons
   auto starts_or = Starts(group_sizes, num_rows);
   if (!starts_or.has_value()) return starts_or.error();
   const std::vector<int64_t>& starts = *starts_or;
-  const Rows rows = RowsOf(pool, x, weights, round);
+  const int64_t column_bytes = weights.inputs * weights.bits / 8 * std::min(num_rows, kMaxRows);
   const std::vector<Task> tasks =
-      CutIntoTasks(Sizes(starts), outputs, *CurrentIsa().gemm, pool.num_threads());
+      CutIntoTasks(Sizes(starts), outputs, *CurrentIsa().gemm, pool.num_threads(),
+                   kTaskBytes / std::max<int64_t>(column_bytes, 1));
+  const Rows rows = RowsOf(pool, x, weights, DigitsFor(tasks, round));
   ParallelFor(pool, tasks.size(), [&](int64_t index) {
     const Task& task = tasks[index];
     const int64_t row = starts[task.group] + task.row;

@@ -14,12 +14,13 @@ int64_t RoundUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 }  // namespace
 
 std::vector<Task> CutIntoTasks(const std::vector<int64_t>& group_rows, int64_t cols,
-                               const GemmKernels& kernels, int64_t num_threads) {
+                               const GemmKernels& kernels, int64_t num_threads,
+                               int64_t min_cols) {
   int64_t num_blocks = 0;
   for (int64_t rows : group_rows) num_blocks += (rows + kBlockRows - 1) / kBlockRows;
   const int64_t wanted = kTasksPerThread * num_threads;
   const int64_t strips = num_blocks ? std::max<int64_t>(1, wanted / num_blocks) : 1;
-  const int64_t strip = RoundUp((cols + strips - 1) / strips, kernels.tile_cols);
+  const int64_t strip = RoundUp(std::max(min_cols, (cols + strips - 1) / strips), kernels.tile_cols);
   std::vector<Task> tasks;
   for (size_t group = 0; group < group_rows.size(); ++group) {
     const int64_t rows = group_rows[group];

@@ -19,9 +19,10 @@ struct Task {
 
 // Cuts the groups' outputs, group_rows[e] x cols, into blocks of rows, and these into strips of
 // columns only as far as there would be too few tasks: B is packed again for each block of rows, A
-// for each strip.
+// for each strip. A strip has at least min_cols columns: claiming one costs too.
 std::vector<Task> CutIntoTasks(const std::vector<int64_t>& group_rows, int64_t cols,
-                               const GemmKernels& kernels, int64_t num_threads);
+                               const GemmKernels& kernels, int64_t num_threads,
+                               int64_t min_cols = 1);
 
 // Where each group's rows begin, and at the end how many rows all groups have.
 xla::ffi::ErrorOr<std::vector<int64_t>> Starts(const xla::ffi::Buffer<xla::ffi::S32>& group_sizes,
