@@ -223,15 +223,15 @@ def _gather_in_slices(
     masters = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
 
     @_recomputed
-    def one_slice(masters, tokens):
-        cast = jax.tree.map(lambda w, like: w.astype(like.dtype), masters, weights)
-        return _gather(*tokens, cast, plan)
+    def one_slice(masters, x_TD, expert_ids_TK, gates_TK):
+        narrow = jax.tree.map(lambda w, like: w.astype(like.dtype), masters, weights)
+        return _gather(x_TD, expert_ids_TK, gates_TK, narrow, plan)
 
     def sliced(a: jax.Array) -> jax.Array:
         return a.reshape(num_slices, -1, a.shape[1])
 
     tokens = (sliced(x_TD), sliced(expert_ids_TK), sliced(gates_TK))
-    _, (out_STD, stats_S) = lax.scan(lambda _, t: (None, one_slice(masters, t)), None, tokens)
+    _, (out_STD, stats_S) = lax.scan(lambda _, t: (None, one_slice(masters, *t)), None, tokens)
     return out_STD.reshape(x_TD.shape), jax.tree.map(lambda a: a.sum(axis=0), stats_S)
 
 
