@@ -114,3 +114,13 @@ def test_a_slow_network_names_the_collective():
 
 def test_without_rates_nothing_is_advised():
     assert advice(plan(accelerator=None)) == []
+
+
+def test_a_kernel_that_the_program_has_is_not_asked_for():
+    run = moe_run(expert=2)
+    execution = dataclasses.replace(run.execution, grouped_matmul="auto")
+    waiting = (part("routed experts", compute=1e-3, traffic=5e-3),)
+    with_loops = plan(parts=waiting)
+    with_kernel = plan(parts=waiting, run=dataclasses.replace(run, execution=execution))
+    assert "grouped kernel" in said(with_loops)
+    assert "grouped kernel" not in said(with_kernel)
