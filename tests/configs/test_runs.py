@@ -25,7 +25,12 @@ def batch_of(run) -> dict[str, jax.ShapeDtypeStruct]:
     return batch
 
 
-@pytest.mark.parametrize("name", known_runs())
+SLOW = {"v31"}  # to trace its 24 layers takes as long as all others
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in known_runs()]
+)
 def test_a_run_builds_abstractly(name):
     run = known_runs()[name]()
     sizes = (run.mesh.data, run.mesh.expert, run.mesh.tensor)

@@ -53,6 +53,7 @@ def updates_of(config):
     return params, grads, updates
 
 
+@pytest.mark.slow
 def test_muon_orthogonalises_each_hidden_matrix_alone():
     """Singular values of an update are equal up to Newton-Schulz's spread (0.5 to 1.5 times)."""
     _, _, updates = updates_of(MUON)
