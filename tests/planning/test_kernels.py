@@ -135,8 +135,8 @@ print(json.dumps(found))
 @pytest.mark.slow
 @needs_plugin
 def test_a_plan_for_a_gpu_has_the_kernels_that_the_run_would_take():
-    """ "auto" is Triton there. Loops have tiles of twice the rows that an expert gets (test_plan.py);
-    kernels have its rows, and make gate and up again in the backward pass.
+    """ "auto" is Triton there. Loops run tiles of twice an expert's rows (test_plan.py); kernels
+    have its rows, and make gate and up again in the backward pass.
     """
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, check=True, capture_output=True, text=True
