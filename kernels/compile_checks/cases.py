@@ -1,6 +1,5 @@
 """The cases of every op as functions and the shapes of their operands."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -185,14 +184,24 @@ def _rows_of_attention(case: window_cases.CompiledCase, itemsize: int, target: T
 
 
 def _paged_attention(case: paged_cases.CompiledCase, target: Target) -> Program:
-    pages = (case.num_pages, case.page_size, case.num_kv_heads, case.head_dim)
+    shape = (case.num_pages, case.page_size, case.num_kv_heads, case.head_dim)
+    is_int8 = case.pages == "int8"
+    pages, scales = _array(shape, case.pages), _array(shape[:3], jnp.float32) if is_int8 else None
     operands = (
         _array((case.batch, case.num_heads, case.head_dim), jnp.bfloat16),
-        _array(pages, jnp.bfloat16),
-        _array(pages, jnp.bfloat16),
+        pages,
+        pages,
         _array((case.batch, case.max_pages), jnp.int32),
         _array((case.batch,), jnp.int32),
+        scales,
+        scales,
     )
     reach = {"window_size": case.window_size, "num_sinks": case.num_sinks}
-    function = functools.partial(paged.paged_attention, **reach, target=target)
-    return Program(function, operands, kernel="paged_attention", rows_of_dot=16)
+
+    def function(q, k, v, tables, lengths, k_scales, v_scales):
+        scales = {"k_scales_PSG": k_scales, "v_scales_PSG": v_scales}
+        operands = (q, k, v, tables, lengths)
+        return paged.paged_attention(*operands, **scales, **reach, target=target)
+
+    kernel = "paged_attention_int8" if is_int8 else "paged_attention"
+    return Program(function, operands, kernel=kernel, rows_of_dot=16)

@@ -1,6 +1,7 @@
 """Named shapes that the tests and the compile checks of paged_attention share."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class CompiledCase:
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
+    pages: Literal["bfloat16", "int8"] = "bfloat16"
     window_size: int | None = None
     num_sinks: int = 0
 
@@ -41,4 +43,7 @@ COMPILED = {
     "full": CompiledCase(),
     "window": CompiledCase(window_size=1024, num_sinks=4),
     "narrow": CompiledCase(head_dim=64, page_size=32, batch=4),
+    "int8": CompiledCase(pages="int8"),
+    "int8_window": CompiledCase(pages="int8", window_size=1024, num_sinks=4),
+    "int8_narrow": CompiledCase(pages="int8", head_dim=64, page_size=32, batch=4),
 }

@@ -17,6 +17,8 @@ def paged_attention(
     tables_BN: jax.Array,
     lengths_B: jax.Array,
     *,
+    k_scales_PSG: jax.Array | None = None,
+    v_scales_PSG: jax.Array | None = None,
     window_size: int | None,
     num_sinks: int,
     sink_logits_H: jax.Array | None,
@@ -26,7 +28,8 @@ def paged_attention(
     last_B1 = lengths_B[:, None] - 1
     reach = {"window_size": window_size, "num_sinks": num_sinks}
     mask_B1L = visible(last_B1, position_L[None], **reach)[:, None]
-    k_BLGC, v_BLGW = (_side_by_side(x, tables_BN) for x in (k_pages_PSGC, v_pages_PSGW))
+    k_BLGC = _side_by_side(k_pages_PSGC, k_scales_PSG, tables_BN).astype(q_BHC.dtype)
+    v_BLGW = _side_by_side(v_pages_PSGW, v_scales_PSG, tables_BN).astype(q_BHC.dtype)
     # Pages that no sequence has written may hold anything: 0 * NaN would be NaN.
     is_seen_BL11 = mask_B1L[:, 0, :, None, None]
     v_BLGW = jnp.where(is_seen_BL11, v_BLGW, 0)
@@ -34,8 +37,10 @@ def paged_attention(
     return jnp.where((last_B1 >= 0)[:, :, None], out_B1HW[:, 0], 0)
 
 
-def _side_by_side(pages_PSGC: jax.Array, tables_BN: jax.Array) -> jax.Array:
-    """The pages of each sequence in its order, [B, L, G, C]."""
-    pages_BNSGC = pages_PSGC[tables_BN]
-    batch, pages, size, *rest = pages_BNSGC.shape
-    return pages_BNSGC.reshape(batch, pages * size, *rest)
+def _side_by_side(pages: jax.Array, scales: jax.Array | None, tables_BN: jax.Array) -> jax.Array:
+    """The positions of each sequence in its order, [B, L, ...]; float32 where there are scales."""
+    positions = pages[tables_BN]
+    if scales is not None:
+        positions = positions.astype(jnp.float32) * scales[tables_BN][..., None].astype(jnp.float32)
+    batch, count, size, *rest = positions.shape
+    return positions.reshape(batch, count * size, *rest)
