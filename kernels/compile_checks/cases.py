@@ -16,6 +16,7 @@ from kernels.grouped_matmul import pallas_triton_quantized as quantized
 from kernels.grouped_matmul.scaled_rows import scale_rows
 from kernels.paged_attention import cases as paged_cases
 from kernels.paged_attention import pallas_triton as paged
+from kernels.paged_attention import pallas_triton_latent as latent
 from kernels.quantize import FORMATS, QTensor
 from kernels.window_attention import cases as window_cases
 from kernels.window_attention import pallas_triton as window
@@ -46,6 +47,7 @@ class Program:
 NAMES = [f"grouped_matmul/{name}" for name in grouped_cases.COMPILED]
 NAMES += [f"window_attention/{name}" for name in window_cases.COMPILED]
 NAMES += [f"paged_attention/{name}" for name in paged_cases.COMPILED]
+NAMES += [f"paged_latent_attention/{name}" for name in paged_cases.COMPILED_LATENT]
 
 
 def runs_on(name: str, device: Device) -> bool:
@@ -59,6 +61,8 @@ def program(name: str, device: Device) -> Program:
     op, case = name.split("/")
     if op == "paged_attention":
         return _paged_attention(paged_cases.COMPILED[case], device.target)
+    if op == "paged_latent_attention":
+        return _paged_latent_attention(paged_cases.COMPILED_LATENT[case], device.target)
     if op == "window_attention":
         return _window_attention(window_cases.COMPILED[case], device.target)
     return _grouped_matmul(grouped_cases.COMPILED[case], device)
@@ -205,3 +209,33 @@ def _paged_attention(case: paged_cases.CompiledCase, target: Target) -> Program:
 
     kernel = "paged_attention_int8" if is_int8 else "paged_attention"
     return Program(function, operands, kernel=kernel, rows_of_dot=16)
+
+
+def _paged_latent_attention(case: paged_cases.CompiledLatentCase, target: Target) -> Program:
+    heads, positions = (case.batch, case.num_heads), (case.num_pages, case.page_size)
+    is_int8 = case.pages == "int8"
+    operands = (
+        _array((*heads, case.latent_rank), jnp.bfloat16),
+        _array((*heads, case.rope_head_dim), jnp.bfloat16),
+        _array((*positions, case.latent_rank), case.pages),
+        _array((*positions, case.rope_head_dim), jnp.bfloat16),
+        _array((case.batch, case.max_pages), jnp.int32),
+        _array((case.batch,), jnp.int32),
+        _array(positions, jnp.float32) if is_int8 else None,
+    )
+    scale = (case.nope_head_dim + case.rope_head_dim) ** -0.5
+    reach = {"window_size": case.window_size, "num_sinks": case.num_sinks}
+
+    def function(*operands):
+        *operands, scales = operands
+        settings = {"latent_scales_PS": scales, "scale": scale, **reach}
+        return latent.paged_latent_attention(*operands, **settings, target=target)
+
+    block = latent.choose_block(case.num_heads, case.page_size, is_int8=is_int8)
+    return Program(
+        function,
+        operands,
+        kernel="paged_latent_attention" + ("_int8" if is_int8 else ""),
+        rows_of_dot=block.heads,
+        plain_loads=80,  # queries, once
+    )

@@ -56,8 +56,8 @@ def paged_attention(
       within (exp(2 d) - 1) max|v| + max scale_v / 2 of the floats' that were rounded.
     """
     _check(q_BHC, k_pages_PSGC, v_pages_PSGW, tables_BN, lengths_B)
-    _check_scales(k_pages_PSGC, k_scales_PSG)
-    _check_scales(v_pages_PSGW, v_scales_PSG)
+    check_scales(k_pages_PSGC, k_scales_PSG)
+    check_scales(v_pages_PSGW, v_scales_PSG)
     operands = (q_BHC, k_pages_PSGC, v_pages_PSGW, tables_BN, lengths_B.astype(jnp.int32))
     scales = {"k_scales_PSG": k_scales_PSG, "v_scales_PSG": v_scales_PSG}
     reach = {"window_size": window_size, "num_sinks": num_sinks, "sink_logits_H": sink_logits_H}
@@ -84,10 +84,11 @@ def _check(
         )
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} key/value heads")
-    _check_tables(q_BHC, tables_BN, lengths_B)
+    check_tables(q_BHC, tables_BN, lengths_B)
 
 
-def _check_tables(q: jax.Array, tables_BN: jax.Array, lengths_B: jax.Array) -> None:
+def check_tables(q: jax.Array, tables_BN: jax.Array, lengths_B: jax.Array) -> None:
+    """One row of pages and one length for each sequence of q."""
     if tables_BN.shape[0] != len(q) or lengths_B.shape != (len(q),):
         raise ValueError(
             f"tables {tables_BN.shape} and lengths {lengths_B.shape} must be [B, N] and [B] for q "
@@ -95,7 +96,7 @@ def _check_tables(q: jax.Array, tables_BN: jax.Array, lengths_B: jax.Array) -> N
         )
 
 
-def _check_scales(pages: jax.Array, scales: jax.Array | None) -> None:
+def check_scales(pages: jax.Array, scales: jax.Array | None) -> None:
     """Scales of every position and head where pages are int8, none where they are float."""
     is_int8, shape = pages.dtype == jnp.int8, None if scales is None else scales.shape
     if not is_int8 and not jnp.issubdtype(pages.dtype, jnp.floating):
