@@ -29,7 +29,6 @@ class CompiledCase:
 
     batch: int = 64
     max_pages: int = 128
-    num_pages: int = 4096
     page_size: int = 64
     num_heads: int = 32
     num_kv_heads: int = 8
@@ -37,6 +36,11 @@ class CompiledCase:
     pages: Literal["bfloat16", "int8"] = "bfloat16"
     window_size: int | None = None
     num_sinks: int = 0
+
+    @property
+    def num_pages(self) -> int:
+        """No sequence shares one."""
+        return self.batch * self.max_pages
 
 
 COMPILED = {
@@ -76,7 +80,6 @@ class CompiledLatentCase:
 
     batch: int = 64
     max_pages: int = 128
-    num_pages: int = 4096
     page_size: int = 64
     num_heads: int = 128
     latent_rank: int = 512
@@ -86,6 +89,11 @@ class CompiledLatentCase:
     """Of the latents; rotary keys are bfloat16."""
     window_size: int | None = None
     num_sinks: int = 0
+
+    @property
+    def num_pages(self) -> int:
+        """No sequence shares one."""
+        return self.batch * self.max_pages
 
 
 COMPILED_LATENT = {
