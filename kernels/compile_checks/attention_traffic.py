@@ -4,6 +4,7 @@ One document fills each row of window_attention. What a paged kernel leaves of e
 sequence is written, and read again by the sum over the parts.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -23,6 +24,7 @@ from kernels.window_attention.pallas_triton import Blocks, choose_kernels
 INT32 = FLOAT32 = 4
 
 
+@functools.cache
 def window_ratio(case: WindowCase, device: Device) -> float:
     """Bytes moved over the least."""
     itemsize = 2 if case.dtype == "bfloat16" else 4
@@ -92,6 +94,7 @@ def _over_queries(case: WindowCase, blocks: Blocks, itemsize: int) -> Iterator[A
 # --- Pages ---------------------------------------------------------------------------------------
 
 
+@functools.cache
 def paged_ratio(case: PagedCase | LatentCase, device: Device) -> float:
     """Bytes moved over the least, with what the parts leave for their sum."""
     if isinstance(case, LatentCase):

@@ -24,6 +24,7 @@ from kernels.grouped_matmul.tiles import (
     choose_gradient_tiles,
     choose_quantized_tiles,
     choose_tiles,
+    columns_of_strip,
 )
 
 
@@ -127,11 +128,12 @@ def _tiles(group_sizes: np.ndarray, tile_rows: int) -> tuple[list[int], list[int
 
 
 def _rows_times_rows(case: CompiledCase, tiles: Tiles) -> Iterator[Access]:
-    """Of the gradient of the matrices: a group's blocks row by row, each over all its rows."""
+    """Of the gradient of the matrices: a group's blocks, each over all its rows."""
     size = work.itemsize(case)
+    strip = columns_of_strip(case.rows // case.num_groups, tiles, size)
     across, down = -(-case.d_out // tiles.columns), -(-case.d_in // tiles.rows)
     for group, rows in enumerate(work.group_sizes(case)):
-        for i, j in itertools.product(range(down), range(across)):
+        for i, j in _strips(down, across, strip):
             height = min(tiles.rows, case.d_in - i * tiles.rows)
             width = min(tiles.columns, case.d_out - j * tiles.columns)
             yield Access(
@@ -141,3 +143,9 @@ def _rows_times_rows(case: CompiledCase, tiles: Tiles) -> Iterator[Access]:
                 },
                 {("dw", group, i, j): height * width * size},
             )
+
+
+def _strips(down: int, across: int, strip: int) -> Iterator[tuple[int, int]]:
+    """Row and column of each block, in the kernel's order."""
+    for first in range(0, across, strip):
+        yield from itertools.product(range(down), range(first, min(first + strip, across)))
