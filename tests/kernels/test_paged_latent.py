@@ -123,15 +123,16 @@ def test_wrong_versions_are_rejected(wrong):
 def test_int8_latents_equal_what_they_stand_for_and_stay_near_the_floats(function):
     case = LATENT_CASES["ragged"]
     (q_latent, q_rope, latent, rope, *rest), parts = draw(case)
-    values, scales = quantize_positions(np.nan_to_num(latent), "bfloat16")
+    quantized = jax.jit(quantize_positions, static_argnums=1)
+    values, scales = quantized(np.nan_to_num(latent), "bfloat16")
     restored = np.asarray(values, np.float32) * np.asarray(scales, np.float32)[..., None]
-    run = functools.partial(function, **settings(case))
+    run, floating = (jax.jit(functools.partial(f, **settings(case))) for f in (function, xla))
     is_written = ~np.isnan(latent[..., 0])
     nan_scales = jnp.where(is_written, scales, jnp.bfloat16(jnp.nan))
     found = run(q_latent, q_rope, values, rope, *rest, latent_scales_PS=nan_scales)
-    expected = xla(q_latent, q_rope, restored, rope, *rest, **settings(case))
+    expected = floating(q_latent, q_rope, restored, rope, *rest)
     np.testing.assert_allclose(found, expected, **TOLERANCE)
-    floats = xla(q_latent, q_rope, latent, rope, *rest, **settings(case))
+    floats = floating(q_latent, q_rope, latent, rope, *rest)
     # As of keys and values (test_paged_int8.py), whose query and channels are the latent's here.
     moved = np.abs(q_latent).sum(-1).max() * settings(case)["scale"]
     half_step = np.asarray(scales, np.float32).max() / 2
@@ -151,27 +152,38 @@ def test_a_model_decodes_the_same_from_pages(function):
         value_head_dim=VALUE,
     )
     layer = LatentAttention(config, ExecutionConfig(), norm_eps=1e-6, out_stddev=0.1)
-    x_BLD = jax.random.normal(jax.random.key(0), (1, 21, 40))
-    positions_BL = jnp.arange(21, dtype=jnp.int32)[None]
-    inputs = (x_BLD, positions_BL, jnp.zeros_like(positions_BL), None)
-    variables = layer.init(jax.random.key(1), *inputs)
-    out_BLD, _ = layer.apply(variables, *inputs)
 
-    weights = nn.unbox(variables["params"])
-    q_BHK = jnp.einsum("BD,DHK->BHK", x_BLD[:, -1], weights["q"])
-    down_BLC = jnp.einsum("BLD,DC->BLC", x_BLD, weights["kv_down"])
-    latent_BLC, rope_BL1E = down_BLC[..., :32], down_BLC[:, :, None, 32:]
-    latent_BLC = RMSNorm(1e-6).apply({"params": weights["kv_norm"]}, latent_BLC)
-    rope_BLE = rope(rope_BL1E, positions_BL, config.rope_base)[:, :, 0]
-    q_rope_BHE = rope(q_BHK[:, None, :, NOPE:], positions_BL[:, -1:], config.rope_base)[:, 0]
-    up_k_CHN, up_v_CHW = jnp.split(weights["kv_up"], [NOPE], axis=-1)
-    q_latent_BHC = jnp.einsum("BHN,CHN->BHC", q_BHK[..., :NOPE], up_k_CHN)
-    dense = (np.asarray(latent_BLC), np.asarray(rope_BLE))
+    @jax.jit
+    def of_layer(x_BLD):
+        """Its weights and its result, and by the equations what pages would hold and the query."""
+        positions_BL = jnp.arange(21, dtype=jnp.int32)[None]
+        inputs = (x_BLD, positions_BL, jnp.zeros_like(positions_BL), None)
+        (out_BLD, _), variables = layer.init_with_output(jax.random.key(1), *inputs)
+        weights = nn.unbox(variables["params"])
+        q_BHK = jnp.einsum("BD,DHK->BHK", x_BLD[:, -1], weights["q"])
+        down_BLC = jnp.einsum("BLD,DC->BLC", x_BLD, weights["kv_down"])
+        latent_BLC, rope_BL1E = down_BLC[..., :32], down_BLC[:, :, None, 32:]
+        latent_BLC = RMSNorm(1e-6).apply({"params": weights["kv_norm"]}, latent_BLC)
+        rope_BLE = rope(rope_BL1E, positions_BL, config.rope_base)[:, :, 0]
+        q_rope_BHE = rope(q_BHK[:, None, :, NOPE:], positions_BL[:, -1:], config.rope_base)[:, 0]
+        up_k_CHN, up_v_CHW = jnp.split(weights["kv_up"], [NOPE], axis=-1)
+        q_latent_BHC = jnp.einsum("BHN,CHN->BHC", q_BHK[..., :NOPE], up_k_CHN)
+        return (
+            (q_latent_BHC, q_rope_BHE),
+            (latent_BLC, rope_BLE),
+            (up_v_CHW, weights["o"]),
+            out_BLD[:, -1],
+        )
+
+    x_BLD = np.random.RandomState(3).randn(1, 21, 40).astype(np.float32)
+    queries, dense, ups, last_BD = of_layer(x_BLD)
+    dense = [np.asarray(x) for x in dense]
     pages = into_pages(dense, [21], 16, np.random.RandomState(0))
     reach = {"scale": config.query_head_dim**-0.5, "window_size": None, "num_sinks": 0}
-    summed_BHC = function(q_latent_BHC, q_rope_BHE, *pages, jnp.array([21]), **reach)
-    found_BD = jnp.einsum("BHC,CHW,HWD->BD", summed_BHC, up_v_CHW, weights["o"])
-    np.testing.assert_allclose(found_BD, out_BLD[:, -1], **TOLERANCE)
+    function = jax.jit(functools.partial(function, **reach))
+    summed_BHC = function(*queries, *pages, jnp.array([21]))
+    found_BD = np.einsum("BHC,CHW,HWD->BD", summed_BHC, *ups)
+    np.testing.assert_allclose(found_BD, last_BD, **TOLERANCE)
 
 
 def test_what_does_not_fit_is_said():
