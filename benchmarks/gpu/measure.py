@@ -64,7 +64,7 @@ class Timing:
         return None if self.bound is None else self.bound.seconds / self.median(program)
 
     def ratio(self, program: str) -> tuple[float, float, float]:
-        """How many times as fast as ours is the program: median, least and most over the rounds."""
+        """How many times as fast ours is as the program: median, least and most over the rounds."""
         pairs = zip(self.seconds["ours"], self.seconds[program], strict=True)
         values = [theirs / ours for ours, theirs in pairs]
         return statistics.median(values), min(values), max(values)
