@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,10 @@ class Accelerator:
     """Dense bfloat16 or float16 FLOP/s."""
     flops_32: float
     """FLOP/s of float32 products as XLA runs them by default: TF32, dense."""
+    flops_8: float
+    """Dense FLOP/s of products in fp8; 0 where there are none."""
+    flops_exact: float
+    """FLOP/s of float32 without tensor cores."""
     memory_bandwidth: float
     node_bandwidth: float
     """From one device to the others of its node."""
@@ -74,6 +78,8 @@ H100 = Accelerator(
     memory=_MEMORY_80GB,
     flops_16=989.4e12,
     flops_32=494.7e12,
+    flops_8=1978.9e12,
+    flops_exact=66.9e12,
     memory_bandwidth=3.35e12,
     node_bandwidth=450e9,
     network_bandwidth=50e9,
@@ -99,6 +105,8 @@ A100 = Accelerator(
     memory=_MEMORY_80GB,
     flops_16=312e12,
     flops_32=156e12,
+    flops_8=0.0,
+    flops_exact=19.5e12,
     memory_bandwidth=2.039e12,
     node_bandwidth=300e9,
     network_bandwidth=25e9,
@@ -120,6 +128,28 @@ A100 = Accelerator(
 )
 
 ACCELERATORS = {"h100": H100, "a100": A100}
+"""Those that programs are planned for."""
+
+H200 = replace(
+    H100,
+    name="h200",
+    memory=141_000_000_000,
+    memory_bandwidth=4.8e12,
+    sources="NVIDIA H200 SXM data sheet: the arithmetic of an H100, 141 GB at 4.8 TB/s",
+    target=H100.target.replace("3352320000000", "4800000000000")
+    .replace(str(_MEMORY_80GB), "141000000000")
+    .replace("NVIDIA H100 80GB HBM3", "NVIDIA H200"),
+)
+
+
+def accelerator_of(device_kind: str) -> Accelerator | None:
+    """The data sheet of a device by the kind that jax says it is; None: not known.
+
+    Those without NVLink (PCIe, NVL) have slower clocks or memory than the SXM ones known here.
+    """
+    if any(word in device_kind for word in ("PCIe", "NVL", "GH200", "40GB")):
+        return None
+    return next((x for x in (H100, H200, A100) if x.name.upper() in device_kind), None)
 
 
 def compile_only_mesh(

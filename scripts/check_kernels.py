@@ -7,7 +7,7 @@
 
 A case fails that spills, asks for too much shared memory, lacks the tensor-core instructions it
 should have, loads its operands synchronously, widens quantised weights in memory, moves more than
-1.15 times the least bytes, or got worse than the committed results.
+1.15 times the least bytes (1.2 where the case says so), or got worse than the committed results.
 """
 
 import json

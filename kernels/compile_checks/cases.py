@@ -1,6 +1,5 @@
 """The cases of every op as functions and the shapes of their operands."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.backend import Target
-from kernels.compile_checks import traffic
+from kernels.compile_checks import attention_traffic, traffic
 from kernels.compile_checks.devices import Device
 from kernels.grouped_matmul import cases as grouped_cases
 from kernels.grouped_matmul import pallas_triton as grouped
@@ -17,6 +16,7 @@ from kernels.grouped_matmul import pallas_triton_quantized as quantized
 from kernels.grouped_matmul.scaled_rows import scale_rows
 from kernels.paged_attention import cases as paged_cases
 from kernels.paged_attention import pallas_triton as paged
+from kernels.paged_attention import pallas_triton_latent as latent
 from kernels.quantize import FORMATS, QTensor
 from kernels.window_attention import cases as window_cases
 from kernels.window_attention import pallas_triton as window
@@ -41,12 +41,14 @@ class Program:
     """Most loads from global memory into registers: of tables and scales. A weight that is loaded
     so takes dozens (int4 by its own type: 129)."""
     traffic: float | None = None
-    """Bytes moved over the least that any order needs, by traffic.py."""
+    """Bytes moved over the least that any order needs, by traffic.py and attention_traffic.py."""
+    most_traffic: float = 1.15
 
 
 NAMES = [f"grouped_matmul/{name}" for name in grouped_cases.COMPILED]
 NAMES += [f"window_attention/{name}" for name in window_cases.COMPILED]
 NAMES += [f"paged_attention/{name}" for name in paged_cases.COMPILED]
+NAMES += [f"paged_latent_attention/{name}" for name in paged_cases.COMPILED_LATENT]
 
 
 def runs_on(name: str, device: Device) -> bool:
@@ -59,9 +61,11 @@ def runs_on(name: str, device: Device) -> bool:
 def program(name: str, device: Device) -> Program:
     op, case = name.split("/")
     if op == "paged_attention":
-        return _paged_attention(paged_cases.COMPILED[case], device.target)
+        return _paged_attention(paged_cases.COMPILED[case], device)
+    if op == "paged_latent_attention":
+        return _paged_latent_attention(paged_cases.COMPILED_LATENT[case], device)
     if op == "window_attention":
-        return _window_attention(window_cases.COMPILED[case], device.target)
+        return _window_attention(window_cases.COMPILED[case], device)
     return _grouped_matmul(grouped_cases.COMPILED[case], device)
 
 
@@ -109,7 +113,8 @@ def _grouped_matmul(case: grouped_cases.CompiledCase, device: Device) -> Program
         has_tensor_cores=dtype == jnp.bfloat16,
         has_fp8_products=case.fp8_rows,
         plain_loads=48 if case.fp8_rows else 16,  # a scale of each row
-        traffic=traffic.ratio(case, tiles, device) if is_forward else None,
+        traffic=traffic.ratio(case, tiles, device),
+        most_traffic=case.most_traffic,
     )
 
 
@@ -136,7 +141,8 @@ def _quantized_weight(case: grouped_cases.CompiledCase, columns: int) -> QTensor
 _SUFFIXES = {"forward": "", "gradient_q": "_dq", "gradient_kv": "_dkv"}
 
 
-def _window_attention(case: window_cases.CompiledCase, target: Target) -> Program:
+def _window_attention(case: window_cases.CompiledCase, device: Device) -> Program:
+    target = device.target
     dtype = jnp.dtype(case.dtype)
     value_dim = case.value_dim or case.head_dim
     q = _array((1, case.length, case.num_heads, case.head_dim), dtype)
@@ -174,6 +180,7 @@ def _window_attention(case: window_cases.CompiledCase, target: Target) -> Progra
         has_tensor_cores=dtype == jnp.bfloat16,
         plain_loads=80,  # queries, once; positions and segments, in two loops
         rows_of_dot=_rows_of_attention(case, dtype.itemsize, target),
+        traffic=attention_traffic.window_ratio(case, device),
     )
 
 
@@ -184,15 +191,59 @@ def _rows_of_attention(case: window_cases.CompiledCase, itemsize: int, target: T
     return (kernels.forward if case.kernel == "forward" else kernels.queries).queries
 
 
-def _paged_attention(case: paged_cases.CompiledCase, target: Target) -> Program:
-    pages = (case.num_pages, case.page_size, case.num_kv_heads, case.head_dim)
+def _paged_attention(case: paged_cases.CompiledCase, device: Device) -> Program:
+    target = device.target
+    shape = (case.num_pages, case.page_size, case.num_kv_heads, case.head_dim)
+    is_int8 = case.pages == "int8"
+    pages, scales = _array(shape, case.pages), _array(shape[:3], jnp.float32) if is_int8 else None
     operands = (
         _array((case.batch, case.num_heads, case.head_dim), jnp.bfloat16),
-        _array(pages, jnp.bfloat16),
-        _array(pages, jnp.bfloat16),
+        pages,
+        pages,
         _array((case.batch, case.max_pages), jnp.int32),
         _array((case.batch,), jnp.int32),
+        scales,
+        scales,
     )
     reach = {"window_size": case.window_size, "num_sinks": case.num_sinks}
-    function = functools.partial(paged.paged_attention, **reach, target=target)
-    return Program(function, operands, kernel="paged_attention", rows_of_dot=16)
+
+    def function(q, k, v, tables, lengths, k_scales, v_scales):
+        scales = {"k_scales_PSG": k_scales, "v_scales_PSG": v_scales}
+        operands = (q, k, v, tables, lengths)
+        return paged.paged_attention(*operands, **scales, **reach, target=target)
+
+    kernel = "paged_attention_int8" if is_int8 else "paged_attention"
+    ratio = attention_traffic.paged_ratio(case, device)
+    return Program(function, operands, kernel=kernel, rows_of_dot=16, traffic=ratio)
+
+
+def _paged_latent_attention(case: paged_cases.CompiledLatentCase, device: Device) -> Program:
+    target = device.target
+    heads, positions = (case.batch, case.num_heads), (case.num_pages, case.page_size)
+    is_int8 = case.pages == "int8"
+    operands = (
+        _array((*heads, case.latent_rank), jnp.bfloat16),
+        _array((*heads, case.rope_head_dim), jnp.bfloat16),
+        _array((*positions, case.latent_rank), case.pages),
+        _array((*positions, case.rope_head_dim), jnp.bfloat16),
+        _array((case.batch, case.max_pages), jnp.int32),
+        _array((case.batch,), jnp.int32),
+        _array(positions, jnp.float32) if is_int8 else None,
+    )
+    scale = (case.nope_head_dim + case.rope_head_dim) ** -0.5
+    reach = {"window_size": case.window_size, "num_sinks": case.num_sinks}
+
+    def function(*operands):
+        *operands, scales = operands
+        settings = {"latent_scales_PS": scales, "scale": scale, **reach}
+        return latent.paged_latent_attention(*operands, **settings, target=target)
+
+    block = latent.choose_block(case.num_heads, case.page_size, is_int8=is_int8)
+    return Program(
+        function,
+        operands,
+        kernel="paged_latent_attention" + ("_int8" if is_int8 else ""),
+        rows_of_dot=block.heads,
+        plain_loads=80,  # queries, once
+        traffic=attention_traffic.paged_ratio(case, device),
+    )

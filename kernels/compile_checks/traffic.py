@@ -1,17 +1,21 @@
-"""Bytes that grouped_matmul moves to and from memory, by a model of the L2 cache.
+"""Bytes that kernels move to and from memory, by a model of the L2 cache; grouped_matmul's grids.
 
 Programs run in the grid's order, as many at a time as the GPU has cores, and those of one wave
-share what they read: a tile of x or a block of the weights comes from memory once per wave, or not
-at all if it is among what L2 has used last. This judges an order of the grid, and gives no time.
+share what they read: a block of an operand comes from memory once per wave, or not at all if it is
+among what L2 has used last, results included. The cache is one, of the size that the data sheet
+has, and as good as its size: an A100's two halves may each hold what both need, and real programs
+drift apart. So this judges an order of the grid, and gives no time.
 """
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from kernels.backend import Target
+from kernels.compile_checks import work
 from kernels.compile_checks.devices import Device
 from kernels.grouped_matmul.cases import CompiledCase
 from kernels.grouped_matmul.tiles import (
@@ -20,13 +24,53 @@ from kernels.grouped_matmul.tiles import (
     choose_gradient_tiles,
     choose_quantized_tiles,
     choose_tiles,
+    columns_of_strip,
 )
-from kernels.quantize import FORMATS
+
+
+class Access(NamedTuple):
+    """Bytes of the blocks that one program reads, by name, and of those that it writes."""
+
+    reads: Mapping[Hashable, float]
+    writes: Mapping[Hashable, float]
+
+
+def moved(grid: Iterable[Access], device: Device) -> float:
+    """Bytes read from and written to memory by programs in this order."""
+    cache, written, programs = _Cache(device.l2_bytes), 0.0, iter(grid)
+    while wave := list(itertools.islice(programs, device.num_cores)):
+        reads, writes = {}, {}
+        for program in wave:
+            reads |= program.reads
+            writes |= program.writes
+        cache.use(reads, writes)
+        written += sum(writes.values())
+    return cache.missed + written
+
+
+class _Cache:
+    """Keeps what was used last."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.held, self.missed = capacity, 0.0, 0.0
+        self.blocks: OrderedDict[Hashable, float] = OrderedDict()
+
+    def use(self, reads: Mapping[Hashable, float], writes: Mapping[Hashable, float]) -> None:
+        self.missed += sum(size for key, size in reads.items() if key not in self.blocks)
+        for key, size in (*reads.items(), *writes.items()):
+            self.held += size - self.blocks.get(key, 0.0)
+            self.blocks[key] = size
+            self.blocks.move_to_end(key)
+        while self.held > self.capacity:
+            self.held -= self.blocks.popitem(last=False)[1]
+
+
+# --- Grouped products ----------------------------------------------------------------------------
 
 
 def tiles_of(case: CompiledCase, target: Target) -> Tiles:
     """The tiles that a call of this case takes."""
-    mean, itemsize = case.rows // case.num_groups, 4 if case.format == "float32" else 2
+    mean, itemsize = case.rows // case.num_groups, work.itemsize(case)
     transposed = case.contraction == "gradient_x"
     d_in, d_out = (case.d_out, case.d_in) if transposed else (case.d_in, case.d_out)
     if case.contraction == "gradient_w":
@@ -38,27 +82,30 @@ def tiles_of(case: CompiledCase, target: Target) -> Tiles:
 
 
 def ratio(case: CompiledCase, tiles: Tiles, device: Device) -> float:
-    """Bytes moved over the least: x, the used experts' weights and the result, each once."""
-    itemsize = 4 if case.format == "float32" else 2
-    row_bytes = case.d_in * (1 if case.fp8_rows else itemsize)
-    column_bytes = _column_bytes(case)
-    group_sizes = _group_sizes(case)
-    written = case.rows * case.d_out * itemsize
-    used = int((group_sizes > 0).sum())
-    least = case.rows * row_bytes + used * case.d_out * column_bytes + written
+    """Bytes moved over the least."""
+    is_gradient_w = case.contraction == "gradient_w"
+    grid = _rows_times_rows(case, tiles) if is_gradient_w else _rows_times_matrix(case, tiles)
+    return moved(grid, device) / work.grouped(case).least_bytes
 
-    cache = _Cache(device.l2_bytes)
-    groups, rows = _tiles(group_sizes, tiles.rows)
-    longest = max(1, SWEEP_BYTES // int(tiles.rows * row_bytes))
-    order = list(_order(groups, -(-case.d_out // tiles.columns), longest))
-    for wave in range(0, len(order), device.num_cores):
-        blocks = {}
-        for tile, column in order[wave : wave + device.num_cores]:
-            width = min(tiles.columns, case.d_out - column * tiles.columns)
-            blocks["x", tile, 0] = rows[tile] * row_bytes
-            blocks["w", groups[tile], column] = width * column_bytes
-        cache.read(blocks)
-    return (cache.missed + written) / least
+
+def _rows_times_matrix(case: CompiledCase, tiles: Tiles) -> Iterator[Access]:
+    """Of the forward pass and of the gradient of x, whose x is that of y."""
+    width, d_out = case.d_in, case.d_out
+    if case.contraction == "gradient_x":
+        width, d_out = d_out, width
+    column_bytes = width * work.bytes_per_weight(case) * (2 if case.gated else 1)
+    groups, rows = _tiles(work.group_sizes(case), tiles.rows)
+    itemsize = 1 if case.fp8_rows else work.itemsize(case)
+    longest = max(1, SWEEP_BYTES // (tiles.rows * width * itemsize))
+    for tile, column in _order(groups, -(-d_out // tiles.columns), longest):
+        columns = min(tiles.columns, d_out - column * tiles.columns)
+        yield Access(
+            {
+                ("x", tile): rows[tile] * width * work.bytes_per_input(case),
+                ("w", groups[tile], column): columns * column_bytes,
+            },
+            {("y", tile, column): rows[tile] * columns * work.itemsize(case)},
+        )
 
 
 def _order(groups: list[int], columns: int, longest: int) -> Iterator[tuple[int, int]]:
@@ -68,20 +115,6 @@ def _order(groups: list[int], columns: int, longest: int) -> Iterator[tuple[int,
         for first in range(0, len(tiles), longest):
             sweep = tiles[first : first + longest]
             yield from ((tile, column) for column in range(columns) for tile in sweep)
-
-
-def _column_bytes(case: CompiledCase) -> float:
-    """Of one output's weights and scales, or two where gated."""
-    matrices = 2 if case.gated else 1
-    if case.format in ("bf16", "float32"):
-        return matrices * case.d_in * (4 if case.format == "float32" else 2)
-    return matrices * (case.d_in * FORMATS[case.format].bits / 8 + case.d_in / 128 * 4)
-
-
-def _group_sizes(case: CompiledCase) -> np.ndarray:
-    """Each row's expert drawn by lot."""
-    even = np.full(case.num_groups, 1.0 / case.num_groups)
-    return np.random.RandomState(0).multinomial(case.rows, even)
 
 
 def _tiles(group_sizes: np.ndarray, tile_rows: int) -> tuple[list[int], list[int]]:
@@ -94,19 +127,25 @@ def _tiles(group_sizes: np.ndarray, tile_rows: int) -> tuple[list[int], list[int
     return groups, rows
 
 
-class _Cache:
-    """Keeps what was read last."""
+def _rows_times_rows(case: CompiledCase, tiles: Tiles) -> Iterator[Access]:
+    """Of the gradient of the matrices: a group's blocks, each over all its rows."""
+    size = work.itemsize(case)
+    strip = columns_of_strip(case.rows // case.num_groups, tiles, size)
+    across, down = -(-case.d_out // tiles.columns), -(-case.d_in // tiles.rows)
+    for group, rows in enumerate(work.group_sizes(case)):
+        for i, j in _strips(down, across, strip):
+            height = min(tiles.rows, case.d_in - i * tiles.rows)
+            width = min(tiles.columns, case.d_out - j * tiles.columns)
+            yield Access(
+                {
+                    ("x", group, i): rows * height * size,
+                    ("dy", group, j): rows * width * size,
+                },
+                {("dw", group, i, j): height * width * size},
+            )
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.held, self.missed = capacity, 0.0, 0.0
-        self.blocks: OrderedDict[tuple, float] = OrderedDict()
 
-    def read(self, wave: dict[tuple, float]) -> None:
-        for key, size in wave.items():
-            if key not in self.blocks:
-                self.missed += size
-                self.held += size
-            self.blocks[key] = size
-            self.blocks.move_to_end(key)
-        while self.held > self.capacity:
-            self.held -= self.blocks.popitem(last=False)[1]
+def _strips(down: int, across: int, strip: int) -> Iterator[tuple[int, int]]:
+    """Row and column of each block, in the kernel's order."""
+    for first in range(0, across, strip):
+        yield from itertools.product(range(down), range(first, min(first + strip, across)))

@@ -46,6 +46,8 @@ class CompiledCase:
     contraction: Literal["forward", "gradient_x", "gradient_w"] = "forward"
     gated: bool = False
     gathered: bool = False
+    most_traffic: float = 1.15
+    """Times the least bytes, by compile_checks/traffic.py."""
 
 
 DECODE, FEW, SOME, PREFILL = 8 * 64, 32 * 64, 128 * 64, 1024 * 64
@@ -63,6 +65,22 @@ COMPILED = {
     "bf16_swiglu_prefill": CompiledCase(rows=PREFILL, gated=True, gathered=True),
     "bf16_gradient_x": CompiledCase(rows=PREFILL, contraction="gradient_x"),
     "bf16_gradient_w": CompiledCase(rows=PREFILL, contraction="gradient_w"),
+    # An expert's rows are 29 MB and its matrix 117 MB. The grid's waves and the experts don't begin
+    # together, so that an expert's rows are read in two waves, and L2 can't hold them in between.
+    "mixtral_down": CompiledCase(
+        rows=8192, d_in=14_336, d_out=4096, num_groups=8, most_traffic=1.2
+    ),
+    "mixtral_gradient_x": CompiledCase(
+        rows=8192,
+        d_in=4096,
+        d_out=14_336,
+        num_groups=8,
+        contraction="gradient_x",
+        most_traffic=1.2,
+    ),
+    "mixtral_gradient_w": CompiledCase(
+        rows=16_384, d_in=4096, d_out=14_336, num_groups=8, contraction="gradient_w"
+    ),
     "float32_prefill": CompiledCase(rows=PREFILL, format="float32"),
     "int8_decode": CompiledCase(rows=DECODE, format="int8"),
     "int8_few": CompiledCase(rows=FEW, format="int8"),

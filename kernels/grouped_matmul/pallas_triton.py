@@ -22,6 +22,7 @@ from kernels.grouped_matmul.tiles import (
     Tiles,
     choose_gradient_tiles,
     choose_tiles,
+    columns_of_strip,
     place,
     read_rows,
     rows_of,
@@ -233,8 +234,9 @@ def _rows_times_rows(
     )
     ends_E = jnp.cumsum(group_sizes_E).astype(jnp.int32)
     blocks = pl.cdiv(d_in, tiles.rows) * pl.cdiv(d_out, tiles.columns)
+    strip = columns_of_strip(x_RD.shape[0] // num_groups, tiles, x_RD.dtype.itemsize)
     run = backend.triton_call(
-        functools.partial(_gradient_kernel, tiles=tiles),
+        functools.partial(_gradient_kernel, tiles=tiles, strip=strip),
         name="grouped_matmul_dw",
         num_programs=num_groups * blocks,
         out_shape=jax.ShapeDtypeStruct((num_groups, d_in, d_out), x_RD.dtype),
@@ -245,12 +247,12 @@ def _rows_times_rows(
     return run(ends_E - group_sizes_E.astype(jnp.int32), ends_E, x_RD, dy_RF)
 
 
-def _gradient_kernel(starts_E, ends_E, x_RD, dy_RF, dw_EDF, *, tiles):
+def _gradient_kernel(starts_E, ends_E, x_RD, dy_RF, dw_EDF, *, tiles, strip):
     """One block [M, N] of one group's gradient, over the rows K of the group."""
     _, d_in, d_out = dw_EDF.shape
-    num_columns = pl.cdiv(d_out, tiles.columns)
-    group, block = divide(pl.program_id(0), pl.cdiv(d_in, tiles.rows) * num_columns)
-    i, j = divide(block, num_columns)
+    num_rows, num_columns = pl.cdiv(d_in, tiles.rows), pl.cdiv(d_out, tiles.columns)
+    group, block = divide(pl.program_id(0), num_rows * num_columns)
+    i, j = _place_in_strips(block, num_rows, num_columns, strip)
     start, end = starts_E[group], ends_E[group]
     rows, columns = pl.ds(i * tiles.rows, tiles.rows), pl.ds(j * tiles.columns, tiles.columns)
     is_row_M = edge(i * tiles.rows, tiles.rows, d_in)
@@ -268,3 +270,15 @@ def _gradient_kernel(starts_E, ends_E, x_RD, dy_RF, dw_EDF, *, tiles):
     dw_MN = lax.fori_loop(0, steps, step, zeros_MN)
     mask_MN = mask_of(dw_MN.shape, is_row_M, is_column_N)
     store(dw_EDF.at[group, rows, columns], dw_MN, mask_MN)
+
+
+def _place_in_strips(
+    block: jax.Array, num_rows: int, num_columns: int, strip: int
+) -> tuple[jax.Array, jax.Array]:
+    """Row and column of a group's block: strip by strip of columns, each from row to row."""
+    if strip >= num_columns:
+        return divide(block, num_columns)
+    strip_index, in_strip = divide(block, num_rows * strip)
+    first = strip_index * strip
+    i, j = divide(in_strip, jnp.minimum(strip, num_columns - first))
+    return i, first + j

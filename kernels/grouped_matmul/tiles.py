@@ -79,6 +79,10 @@ def choose_tiles(
         tiles = Tiles(rows=32, columns=128, depth=64)
     elif mean_rows <= 128 or (gated and target.capability < 90):  # two sums: half the rows
         tiles = Tiles(rows=64, columns=128, depth=64, num_warps=8)
+    elif not gated and d_in > d_out and mean_rows * d_in * itemsize > SWEEP_BYTES // 2:
+        # A group's rows are read again for the columns that don't run at once with the first ones
+        # (Mixtral's down projection): wide tiles leave fewer of them.
+        tiles = Tiles(rows=128, columns=256, depth=64, num_warps=8)
     else:
         tiles = Tiles(rows=128, columns=128, depth=64, num_warps=8)
     return replace(tiles, columns=_at_most(tiles.columns, d_out), depth=_at_most(tiles.depth, d_in))
@@ -110,6 +114,12 @@ def choose_gradient_tiles(d_in: int, d_out: int, *, target: Target, itemsize: in
     else:
         tiles = Tiles(rows=128, columns=128, depth=64, num_warps=8)
     return replace(tiles, rows=_at_most(tiles.rows, d_in), columns=_at_most(tiles.columns, d_out))
+
+
+def columns_of_strip(mean_rows: int, tiles: Tiles, itemsize: int) -> int:
+    """Blocks of columns of a matrix's gradient that go together over all its rows: so many that
+    the part of dy they read stays in L2 while x passes by."""
+    return max(1, SWEEP_BYTES // max(1, mean_rows * tiles.columns * itemsize))
 
 
 def _at_most(size: int, needed: int) -> int:

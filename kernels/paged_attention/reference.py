@@ -1,13 +1,13 @@
-"""The definition of paged_attention: the pages of a sequence side by side, then dense attention.
+"""The definition of paged attention: the pages of a sequence side by side, then dense attention.
 
-B sequences, H query heads, G key/value heads, C head_dim, W width of values, P pages of S
-positions, N pages of a sequence, L = N * S positions.
+B sequences, H query heads, G key/value heads, C head_dim or latent_rank, E rope_head_dim, W width
+of values, P pages of S positions, N pages of a sequence, L = N * S positions.
 """
 
 import jax
 import jax.numpy as jnp
 
-from kernels.window_attention.reference import masked_attention, visible
+from kernels.window_attention.reference import MASKED, masked_attention, visible
 
 
 def paged_attention(
@@ -17,25 +17,65 @@ def paged_attention(
     tables_BN: jax.Array,
     lengths_B: jax.Array,
     *,
+    k_scales_PSG: jax.Array | None = None,
+    v_scales_PSG: jax.Array | None = None,
     window_size: int | None,
     num_sinks: int,
     sink_logits_H: jax.Array | None,
 ) -> jax.Array:
     """Returns softmax(q k^T / sqrt(C)) v over the visible positions, [B, H, W]."""
-    position_L = jnp.arange(tables_BN.shape[1] * k_pages_PSGC.shape[1], dtype=jnp.int32)
-    last_B1 = lengths_B[:, None] - 1
-    reach = {"window_size": window_size, "num_sinks": num_sinks}
-    mask_B1L = visible(last_B1, position_L[None], **reach)[:, None]
-    k_BLGC, v_BLGW = (_side_by_side(x, tables_BN) for x in (k_pages_PSGC, v_pages_PSGW))
+    num_positions = tables_BN.shape[1] * k_pages_PSGC.shape[1]
+    is_seen_BL = _seen(lengths_B, num_positions, window_size, num_sinks)
+    k_BLGC = _side_by_side(k_pages_PSGC, k_scales_PSG, tables_BN).astype(q_BHC.dtype)
+    v_BLGW = _side_by_side(v_pages_PSGW, v_scales_PSG, tables_BN).astype(q_BHC.dtype)
     # Pages that no sequence has written may hold anything: 0 * NaN would be NaN.
-    is_seen_BL11 = mask_B1L[:, 0, :, None, None]
-    v_BLGW = jnp.where(is_seen_BL11, v_BLGW, 0)
+    v_BLGW = jnp.where(is_seen_BL[..., None, None], v_BLGW, 0)
+    mask_B1L = is_seen_BL[:, None]
     out_B1HW = masked_attention(q_BHC[:, None], k_BLGC, v_BLGW, mask_B1L, sink_logits_H)
-    return jnp.where((last_B1 >= 0)[:, :, None], out_B1HW[:, 0], 0)
+    return jnp.where((lengths_B > 0)[:, None, None], out_B1HW[:, 0], 0)
 
 
-def _side_by_side(pages_PSGC: jax.Array, tables_BN: jax.Array) -> jax.Array:
-    """The pages of each sequence in its order, [B, L, G, C]."""
-    pages_BNSGC = pages_PSGC[tables_BN]
-    batch, pages, size, *rest = pages_BNSGC.shape
-    return pages_BNSGC.reshape(batch, pages * size, *rest)
+def paged_latent_attention(
+    q_latent_BHC: jax.Array,
+    q_rope_BHE: jax.Array,
+    latent_pages_PSC: jax.Array,
+    rope_pages_PSE: jax.Array,
+    tables_BN: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    latent_scales_PS: jax.Array | None = None,
+    scale: float,
+    window_size: int | None,
+    num_sinks: int,
+) -> jax.Array:
+    """Returns softmax(scale * (q_latent c^T + q_rope k_rope^T)) c, [B, H, C]."""
+    num_positions = tables_BN.shape[1] * latent_pages_PSC.shape[1]
+    is_seen_B1L = _seen(lengths_B, num_positions, window_size, num_sinks)[:, None]
+    latent_BLC = _side_by_side(latent_pages_PSC, latent_scales_PS, tables_BN)
+    latent_BLC = jnp.where(is_seen_B1L[:, 0, :, None], latent_BLC.astype(q_latent_BHC.dtype), 0)
+    rope_BLE = _side_by_side(rope_pages_PSE, None, tables_BN).astype(q_rope_BHE.dtype)
+    in_float32 = {"preferred_element_type": jnp.float32}
+    scores_BHL = jnp.einsum("BHC,BLC->BHL", q_latent_BHC, latent_BLC, **in_float32)
+    scores_BHL += jnp.einsum("BHE,BLE->BHL", q_rope_BHE, rope_BLE, **in_float32)
+    scores_BHL = jnp.where(is_seen_B1L, scores_BHL * scale, MASKED)
+    weights_BHL = jax.nn.softmax(scores_BHL, axis=-1).astype(latent_BLC.dtype)
+    out_BHC = jnp.einsum("BHL,BLC->BHC", weights_BHL, latent_BLC)
+    return jnp.where((lengths_B > 0)[:, None, None], out_BHC, 0)
+
+
+def _seen(
+    lengths_B: jax.Array, num_positions: int, window_size: int | None, num_sinks: int
+) -> jax.Array:
+    """Which positions the last one of each sequence sees, bool [B, L]."""
+    position_L = jnp.arange(num_positions, dtype=jnp.int32)
+    reach = {"window_size": window_size, "num_sinks": num_sinks}
+    return visible(lengths_B[:, None] - 1, position_L[None], **reach)
+
+
+def _side_by_side(pages: jax.Array, scales: jax.Array | None, tables_BN: jax.Array) -> jax.Array:
+    """The positions of each sequence in its order, [B, L, ...]; float32 where there are scales."""
+    positions = pages[tables_BN]
+    if scales is not None:
+        positions = positions.astype(jnp.float32) * scales[tables_BN][..., None].astype(jnp.float32)
+    batch, count, size, *rest = positions.shape
+    return positions.reshape(batch, count * size, *rest)

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 
 from kernels.backend import Target
-from kernels.compile_checks import facts, gate, run, traffic
+from kernels.compile_checks import attention_traffic, facts, gate, run, traffic, work
 from kernels.compile_checks.cases import NAMES, program, runs_on
 from kernels.compile_checks.devices import DEVICES, lowered
 from kernels.compile_checks.facts import Facts
+from kernels.grouped_matmul import pallas_triton as grouped
 from kernels.grouped_matmul import tiles as tiling
 from kernels.grouped_matmul.cases import COMPILED, CompiledCase
 from kernels.grouped_matmul.tiles import Tiles, place, tile_table
+from kernels.paged_attention.cases import CompiledLatentCase
+from kernels.window_attention import cases as window_cases
+from kernels.window_attention.pallas_triton import choose_kernels
 from scripts import check_kernels
 
 A100, H100 = DEVICES["sm_80"], DEVICES["sm_90a"]
@@ -166,10 +170,64 @@ def test_mixtral_reads_each_matrix_once_and_other_orders_do_not(monkeypatch):
         assert traffic.ratio(case, tiles, H100) > 1.5
 
 
-def test_a_cache_that_holds_everything_moves_the_least():
-    case = COMPILED["bf16_prefill"]
+def test_wide_tiles_read_mixtrals_down_projection_less_often():
+    case = COMPILED["mixtral_down"]
     tiles = traffic.tiles_of(case, H100.target)
-    assert traffic.ratio(case, tiles, dataclasses.replace(H100, l2_bytes=2**40)) == 1.0
+    assert traffic.ratio(case, tiles, H100) < case.most_traffic
+    assert traffic.ratio(case, dataclasses.replace(tiles, columns=128), H100) > 1.3
+
+
+def test_strips_keep_what_a_gradient_of_matrices_reads(monkeypatch):
+    """Mixtral's with 2048 rows to an expert: row by row, dy passes through L2 for every wave."""
+    case = COMPILED["mixtral_gradient_w"]
+    tiles = traffic.tiles_of(case, H100.target)
+    assert traffic.ratio(case, tiles, H100) < 1.1
+    monkeypatch.setattr(traffic, "columns_of_strip", lambda *shape: 1000)
+    assert traffic.ratio(case, tiles, H100) > 2
+
+
+def test_the_model_takes_the_strips_of_the_kernel():
+    down, across, strip = 3, 7, 3
+    blocks = jnp.arange(down * across, dtype=jnp.int32)
+    for width in (strip, 100):
+        at = jax.vmap(lambda i, w=width: grouped._place_in_strips(i, down, across, w))(blocks)
+        order = list(zip(*(x.tolist() for x in at), strict=True))
+        assert order == list(traffic._strips(down, across, width))
+
+
+def test_a_cache_that_holds_everything_moves_the_least():
+    endless = dataclasses.replace(H100, l2_bytes=2**40)
+    for name in ("bf16_prefill", "bf16_gradient_x", "mixtral_down", "mixtral_gradient_w"):
+        case = COMPILED[name]
+        tiles = traffic.tiles_of(case, H100.target)
+        np.testing.assert_allclose(traffic.ratio(case, tiles, endless), 1.0)
+    for case in window_cases.COMPILED.values():  # positions are read as keys' and as queries'
+        assert 1.0 <= attention_traffic.window_ratio(case, endless) < 1.01
+
+
+def test_the_model_sees_the_blocks_that_a_window_kernel_reads():
+    """128 queries and 64 keys to a block; window and sinks as the kernel's loops count them."""
+    case = dataclasses.replace(
+        window_cases.COMPILED["causal"], length=512, window_size=100, num_sinks=4
+    )
+    blocks = choose_kernels(128, 2, H100.target).forward
+    assert [attention_traffic._blocks_of_keys(case, first, blocks) for first in (0, 128, 384)] == [
+        [0, 1],
+        [0, 1, 2, 3],
+        [0, 4, 5, 6, 7],
+    ]
+
+
+def test_few_long_sequences_cost_little_more_than_their_pages():
+    """By hand: 2 x 4096 positions of 16 heads, in 16 parts that leave 16 x 514 floats each."""
+    case = CompiledLatentCase(batch=2, num_heads=16, max_pages=64)
+    positions = work.lengths(case)
+    pages = sum(-(-int(n) // 32) * 32 for n in positions) * 576 * 2
+    small = 2 * (16 * 576 * 2 + 4 * 65)
+    sums, result = 2 * 16 * 16 * 514 * 4, 2 * 16 * 512 * 2
+    least = sum(positions) * 576 * 2 + small + result
+    ratio = attention_traffic.paged_ratio(case, H100)
+    np.testing.assert_allclose(ratio, (pages + small + 2 * sums + result) / least)
 
 
 # --- Lowering ------------------------------------------------------------------------------------

@@ -59,6 +59,22 @@ def test_kernels_equal_reference_with_gradients(name):
         np.testing.assert_allclose(a, b, err_msg=what, **TOLERANCE)
 
 
+def test_a_gradient_in_strips_is_the_same(monkeypatch):
+    """Two rows of four blocks: strips of three, and the last of one."""
+    x, _, sizes, dy, _ = draw(Case(rows=40, d_in=40, d_out=128, group_sizes=(17, 20)))
+    plan = pallas_triton.Plan(INTERPRET, None)
+    whole = pallas_triton._rows_times_rows(plan, x, dy, sizes)
+    seen = []
+
+    def three(*shape):
+        seen.append(shape)
+        return 3
+
+    monkeypatch.setattr(pallas_triton, "columns_of_strip", three)
+    np.testing.assert_array_equal(pallas_triton._rows_times_rows(plan, x, dy, sizes), whole)
+    assert seen
+
+
 def test_bfloat16_sums_in_float32():
     x, w, sizes, _, _ = draw(CASES["skewed"], jnp.bfloat16)
     ours = jax.jit(interpreted)(x, w, sizes)
