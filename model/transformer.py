@@ -19,10 +19,16 @@ from model.layers import RMSNorm, document_segments, weight
 from model.multi_token import MultiTokenModule, ahead
 from parallel.sharding import constrain
 
-MAX_UNROLLED_PERIODS = 4
+MAX_UNROLLED_LAYERS = 8
 """Up to this depth the scan is unrolled: on CPU its stacked buffers cost a seventh of a training
 step. Deeper models are scanned, so that compile time does not grow with depth.
 """
+
+
+def is_scanned(config: ModelConfig) -> bool:
+    """Whether a loop runs the pattern's layers; if not, each period is compiled for itself."""
+    periods = config.num_periods
+    return periods > 1 and periods * len(config.pattern) > MAX_UNROLLED_LAYERS
 
 
 class Transformer(nn.Module):
@@ -65,7 +71,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=cast(Any, (0, nn.broadcast, nn.broadcast, 0, 0)),
             length=c.num_periods,
-            unroll=c.num_periods if c.num_periods <= MAX_UNROLLED_PERIODS else 1,
+            unroll=1 if is_scanned(c) else c.num_periods,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.execution)
         self.final_norm = RMSNorm(c.norm_eps)

@@ -7,12 +7,15 @@ compute arrives as `grouped_fn`. Two transports give the same result on any mesh
   experts' share, and the shares are summed back (psum_scatter). The baseline, best for few shards.
 - all_to_all: each shard sends every peer only the rows meant for it, in buffers of fixed size.
   Where a buffer is too small on any device, all devices replay the step through gather (the
-  predicate is summed over them), so the result is exact and the overflow is counted.
+  predicate is summed over them), so the result is exact and the overflow is counted. The replay
+  takes a slice of the tokens at a time, which needs no more memory than the buffers do.
 
 T tokens, D d_model, K experts per token, E experts, X experts of one shard, N expert shards. A row
 is one choice of one token: R rows sorted by expert, Z rows of a buffer for one peer.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -198,11 +201,38 @@ def _all_to_all(
         load_E = lax.all_gather(_sum_over_data(load_X, plan), EXPERT, tiled=True)
         return out_TD, ExpertStats(load_E, overflow, jnp.float32(sent))
 
+    @_recomputed  # else `fits` would write zeros in place of all that this would keep
     def overflows():
-        out_TD, stats = _gather(x_TD, expert_ids_TK, gates_TK, weights, plan)
+        out_TD, stats = _gather_in_slices(x_TD, expert_ids_TK, gates_TK, weights, plan)
         return out_TD, stats._replace(overflow_rows=overflow)
 
     return lax.cond(overflow > 0, overflows, fits)
+
+
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+"""Of such a function the backward pass keeps what goes in, and computes the rest again."""
+
+
+def _gather_in_slices(
+    x_TD: jax.Array, expert_ids_TK: jax.Array, gates_TK: jax.Array, weights: Any, plan: _Plan
+) -> tuple[jax.Array, ExpertStats]:
+    """`_gather`, a slice of the tokens after the other: no more come here at once than live here,
+    where `expert` divides them. The slices' gradients of the weights are summed in float32.
+    """
+    num_slices = math.gcd(x_TD.shape[0], plan.expert)
+    masters = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
+
+    @_recomputed
+    def one_slice(masters, x_TD, expert_ids_TK, gates_TK):
+        narrow = jax.tree.map(lambda w, like: w.astype(like.dtype), masters, weights)
+        return _gather(x_TD, expert_ids_TK, gates_TK, narrow, plan)
+
+    def sliced(a: jax.Array) -> jax.Array:
+        return a.reshape(num_slices, -1, a.shape[1])
+
+    tokens = (sliced(x_TD), sliced(expert_ids_TK), sliced(gates_TK))
+    _, (out_STD, stats_S) = lax.scan(lambda _, t: (None, one_slice(masters, *t)), None, tokens)
+    return out_STD.reshape(x_TD.shape), jax.tree.map(lambda a: a.sum(axis=0), stats_S)
 
 
 def _local_ids(expert_ids_TK: jax.Array, plan: _Plan) -> jax.Array:

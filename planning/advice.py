@@ -50,13 +50,9 @@ def _on_memory(plan: Plan) -> list[str]:
 
 
 def _on_activations(plan: Plan) -> list[str]:
-    found, largest = [], plan.memory.largest[0]
-    if largest.is_replay:
-        found.append(
-            f"The largest arrays, such as {largest.array} ({gigabytes(largest.num_bytes)}), are "
-            "those of the overflow's replay, which gathers all tokens of a data shard: its buffers "
-            "are there although it hardly runs. A smaller expert axis shrinks them."
-        )
+    largest = plan.memory.largest[0]
+    size = gigabytes(largest.num_bytes)
+    found = [f"The largest arrays are like {largest.array}, {size}, of {largest.part}."]
     if plan.step == "train":
         rows = plan.run.batch_size // plan.run.accumulation
         rows //= plan.run.mesh.data * plan.run.mesh.expert
@@ -85,18 +81,27 @@ def _on_time(plan: Plan) -> list[str]:
             f"{seconds(part.compute_seconds)} of it in {part.name}: what a faster step needs is "
             "more devices, less recomputation or fewer FLOPs."
         ]
-    hint = {
-        "routed experts": " Small row tiles read an expert's weights again and again: more rows "
-        "per expert, or a grouped kernel that keeps them on the chip.",
-        "attention": " Scores go through memory: a fused attention kernel keeps them on the chip.",
-        "optimiser and metrics": " It reads and writes the whole state: spread it wider, or do "
-        "more tokens per step.",
-    }
     return [
         f"Traffic to the device's own memory dominates: {seconds(waiting)} beyond what the "
-        f"arithmetic takes, {seconds(_waiting(part))} of it in {part.name}."
-        f"{hint.get(part.name, '')}"
+        f"arithmetic takes, {seconds(_waiting(part))} of it in {part.name}.{_hint(plan, part)}"
     ]
+
+
+def _hint(plan: Plan, part: Part) -> str:
+    """What makes the memory traffic of a part less."""
+    execution, plain = plan.run.execution, ("xla", "reference")
+    if part.name == "optimiser and metrics":
+        return " It reads and writes the whole state: spread it wider, or do more tokens per step."
+    if part.name == "attention" and execution.window_attention in plain:
+        return " Scores go through memory: a fused attention kernel keeps them on the chip."
+    if part.name == "routed experts" and execution.grouped_matmul in plain:
+        return (
+            " Small row tiles read an expert's weights again and again: more rows per expert, or a "
+            "grouped kernel that keeps them on the chip."
+        )
+    if part.name == "routed experts" and execution.transport == "all_to_all":
+        return " Rows go through buffers: a smaller capacity_factor makes those smaller."
+    return ""
 
 
 def _waiting(part: Part) -> float:

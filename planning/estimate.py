@@ -102,7 +102,9 @@ def _local_tokens(run: RunConfig) -> float:
 
 
 def _activations(run: RunConfig) -> float:
-    """What is kept for the backward pass, one layer at work, and a chunk of logits."""
+    """What is kept for the backward pass, one layer at work, the whole embedding and output layer
+    with their gradients, and a chunk of logits.
+    """
     tokens, width = _local_tokens(run), _width(run)
     layers = [_layer_bytes(run, spec) for spec in run.model.pattern]
     if run.execution.remat == "full":
@@ -110,8 +112,9 @@ def _activations(run: RunConfig) -> float:
         working = sum(layers)  # a period is computed again as a whole
     else:
         kept, working = run.model.num_periods * sum(layers), max(layers)
-    logits = tokens / run.execution.logits_chunks * run.model.vocab_size / run.mesh.tensor * 8
-    return kept + BACKWARD * working + logits
+    vocab = run.model.vocab_size / run.mesh.tensor
+    logits = tokens / run.execution.logits_chunks * vocab * 8
+    return kept + BACKWARD * working + 2 * vocab * run.model.d_model * (4 + width) + logits
 
 
 def _layer_bytes(run: RunConfig, spec: LayerSpec) -> float:
@@ -121,6 +124,8 @@ def _layer_bytes(run: RunConfig, spec: LayerSpec) -> float:
     places = np.arange(1, run.data.seq_len + 1)
     keys = float(visible_keys(attention, places).mean())
     scores = tokens * keys * attention.num_heads / tensor * (4 + width)
+    if run.execution.window_attention in ("auto", "triton"):
+        scores = 0.0  # they stay in the kernel
     heads = 4 * tokens * attention.out_width / tensor * width
     if isinstance(spec.ffn, MoEConfig):
         ffn = _expert_rows(run, spec.ffn) * (2 * d_model + 3 * spec.ffn.d_ff / tensor) * width
@@ -130,10 +135,12 @@ def _layer_bytes(run: RunConfig, spec: LayerSpec) -> float:
 
 
 def _expert_rows(run: RunConfig, ffn: MoEConfig) -> float:
-    """Rows of the largest buffer for experts: gathered ones, which the replay of an overflow has
-    too.
-    """
-    return _local_tokens(run) * run.mesh.expert * ffn.router.top_k
+    """Of the largest buffer for experts: for the tokens of all peers where they are gathered."""
+    tokens, shards, top_k = _local_tokens(run), run.mesh.expert, ffn.router.top_k
+    if run.execution.transport == "gather":
+        return tokens * shards * top_k
+    assert run.execution.capacity_factor is not None
+    return shards * rows_per_peer(int(tokens), top_k, run.execution.capacity_factor, shards)
 
 
 # --- Network --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How often the loops run whose length only the data decide: those over the row tiles of an expert.
+"""What only the data decide: the rows of an expert, and how often loops over their tiles run.
 
 kernels/grouped_matmul/xla.py runs ceil(rows of the expert / tile) times for each expert. Planning
 takes the balanced load, every expert the same rows, and counts rows / tile, not rounded up; real
@@ -8,6 +8,7 @@ runs one tile if it gets any: with chance 1 - exp(-rows), as if tokens chose ind
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from configs.base import RunConfig
 from configs.feed_forward import MoEConfig
@@ -15,21 +16,29 @@ from kernels.grouped_matmul.xla import tile_rows
 from parallel.expert import rows_per_peer
 
 
-def expected_trips(run: RunConfig, num_tokens: int) -> float:
-    """Tiles that an expert runs when the load is balanced; 0 for a model without experts.
+class Load(NamedTuple):
+    """What an expert gets when the load is balanced; zeros for a model without experts."""
 
+    rows: float
+    trips: float
+    """Tiles that it runs in kernels/grouped_matmul/xla.py."""
+
+
+def balanced_load(run: RunConfig, num_tokens: int) -> Load:
+    """
     Args:
       num_tokens: that go through the model at once, on all devices.
     Raises:
       NotImplementedError: MoE layers of the model differ in it.
     """
-    trips = {_trips(run, ffn, tokens) for ffn, tokens in _expert_layers(run, num_tokens)}
-    if len(trips) > 1:
+    loads = {_load(run, ffn, tokens) for ffn, tokens in _expert_layers(run, num_tokens)}
+    if len(loads) > 1:
         raise NotImplementedError(
-            f"the model's MoE layers would run {sorted(trips)} tiles per expert, and the compiled "
-            "program doesn't say which loop is whose: plan a model with one kind of MoE layer"
+            f"the model's MoE layers would give an expert {sorted(x.rows for x in loads)} rows, "
+            "and the compiled program doesn't say which loop is whose: plan a model with one kind "
+            "of MoE layer"
         )
-    return trips.pop() if trips else 0.0
+    return loads.pop() if loads else Load(0.0, 0.0)
 
 
 def _expert_layers(run: RunConfig, num_tokens: int) -> Iterator[tuple[MoEConfig, float]]:
@@ -39,8 +48,8 @@ def _expert_layers(run: RunConfig, num_tokens: int) -> Iterator[tuple[MoEConfig,
             yield spec.ffn, num_tokens * capacity
 
 
-def _trips(run: RunConfig, ffn: MoEConfig, num_tokens: float) -> float:
-    """Rows of an expert over the rows of a tile, or one tile for the few."""
+def _load(run: RunConfig, ffn: MoEConfig, num_tokens: float) -> Load:
+    """Trips: rows of an expert over the rows of a tile, or one tile for the few."""
     shards, top_k = run.mesh.expert, ffn.router.top_k
     tokens = -(-num_tokens // (run.mesh.data * shards))  # of one device
     if run.execution.transport == "all_to_all" and shards > 1:
@@ -51,4 +60,5 @@ def _trips(run: RunConfig, ffn: MoEConfig, num_tokens: float) -> float:
         rows = int(tokens) * shards * top_k
     local = ffn.num_experts // shards
     rows_per_expert = tokens * ffn.router.mean_k / local
-    return max(rows_per_expert / tile_rows(rows, local), 1 - math.exp(-rows_per_expert))
+    trips = max(rows_per_expert / tile_rows(rows, local), 1 - math.exp(-rows_per_expert))
+    return Load(rows_per_expert, trips)

@@ -7,7 +7,7 @@ Sizes of what goes in come from shapes and shardings; everything else from XLA's
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from model.transformer import MAX_UNROLLED_PERIODS
+from model.transformer import is_scanned
 from planning.hlo import Array, Computation, Instruction, Module
 from planning.parts import part_of
 from planning.program import Program
@@ -26,8 +26,7 @@ class LargeArray:
 
     array: Array
     part: str
-    is_replay: bool
-    """Whether the replay of an overflow makes such arrays: then their buffers are there for it."""
+    """Of the model; see planning/parts.py."""
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +66,9 @@ class Memory:
 def memory_of(program: Program, module: Module, executed: Iterable[Executed]) -> Memory:
     """As the compiler assigned it."""
     analysis = program.compiled.memory_analysis()
-    kept, gradients = _stacks(module, program.run.model.num_periods)
+    model, kept, gradients = program.run.model, 0, 0
+    if is_scanned(model):
+        kept, gradients = _stacks(module, model.num_periods)
     if kept + gradients > analysis.temp_size_in_bytes:
         kept = gradients = 0  # some of them share buffers: don't tell them apart
     return Memory(
@@ -81,10 +82,8 @@ def memory_of(program: Program, module: Module, executed: Iterable[Executed]) ->
 
 
 def _stacks(module: Module, num_periods: int) -> tuple[int, int]:
-    """Bytes that loops over the layers' periods stack up, forward and backward; without loops 0."""
+    """Bytes that loops over the layers' periods stack up, forward and backward."""
     kept = gradients = 0
-    if num_periods <= MAX_UNROLLED_PERIODS:
-        return kept, gradients
     for computation in module.computations.values():
         for loop in computation.instructions.values():
             is_scan = loop.opcode == "while" and loop.trip_count == num_periods
@@ -126,11 +125,8 @@ def _is_update(module: Module, computation: Computation, x: Instruction) -> bool
 def _largest(executed: Iterable[Executed], count: int = 6) -> tuple[LargeArray, ...]:
     """The largest results, each shape once."""
     first: dict[Array, Executed] = {}
-    in_replay: set[Array] = set()
     for x in executed:
         for array in x.instruction.arrays:
             first.setdefault(array, x)
-            if not x.times:
-                in_replay.add(array)
     largest = sorted(first, key=lambda array: -array.num_bytes)[:count]
-    return tuple(LargeArray(a, part_of(first[a]), a in in_replay) for a in largest)
+    return tuple(LargeArray(array, part_of(first[array])) for array in largest)

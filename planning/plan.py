@@ -5,6 +5,7 @@ the memory's bandwidth, and no collective faster than its links. Real kernels re
 """
 
 import dataclasses
+import functools
 import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from model.flops import decode_flops_per_token, forward_flops_per_token, trainin
 from parallel.topology import Accelerator
 from planning.collectives import Collective, collectives
 from planning.hlo import parse
-from planning.loops import expected_trips
+from planning.kernels import Assumed, mean_keys
+from planning.loops import balanced_load
 from planning.memory import Memory, memory_of
 from planning.parts import part_of
 from planning.program import Program, Step, compile_step
@@ -61,8 +63,8 @@ class Plan:
     """What the mathematics asks for (model/flops.py)."""
     unknown: dict[str, float]
     """Custom calls whose work is not counted, and how often they run."""
-    trips: float
-    """Row tiles per expert that were taken for the loops over them."""
+    rows_per_expert: float
+    """That were taken for what only the data decide: the balanced load."""
     trace_seconds: float
     compile_seconds: float
     cpu_seconds: float
@@ -115,19 +117,20 @@ def read_plan(program: Program, accelerator: Accelerator | None) -> Plan:
     """What a compiled step needs."""
     run, step, mesh = program.run, program.step, program.mesh
     module = parse(program.compiled.as_text())
-    trips = expected_trips(run, program.num_tokens)
-    instructions = executed(module, lambda _: trips)
+    load = balanced_load(run, program.num_tokens)
+    instructions = executed(module, lambda _: load.trips)
     found = collectives(instructions, mesh)
+    assumed = Assumed(load.rows, functools.partial(mean_keys, run.model))
     return Plan(
         run=run,
         step=step,
         accelerator=accelerator,
         memory=memory_of(program, module, instructions),
-        parts=_parts(instructions, found, accelerator),
+        parts=_parts(instructions, found, assumed, accelerator),
         collectives=tuple(found),
         useful_flops=useful_flops(run, step) / mesh.size,
         unknown=unknown_calls(instructions),
-        trips=trips,
+        rows_per_expert=load.rows,
         trace_seconds=program.trace_seconds,
         compile_seconds=program.compile_seconds,
         cpu_seconds=program.cpu_seconds,
@@ -148,9 +151,10 @@ def useful_flops(run: RunConfig, step: Step) -> float:
 def _parts(
     instructions: Iterable[Executed],
     found: Iterable[Collective],
+    assumed: Assumed,
     accelerator: Accelerator | None,
 ) -> tuple[Part, ...]:
-    pieces = [_kernel(x, accelerator) for x in instructions]
+    pieces = [_kernel(x, assumed, accelerator) for x in instructions]
     pieces += [_exchange(x, accelerator) for x in found]
     sums: dict[str, Part] = {}
     for piece in pieces:
@@ -159,9 +163,10 @@ def _parts(
     return tuple(sorted(used, key=lambda p: (-p.kernel_seconds - p.network_seconds, -p.flops)))
 
 
-def _kernel(x: Executed, accelerator: Accelerator | None) -> Part:
+def _kernel(x: Executed, assumed: Assumed, accelerator: Accelerator | None) -> Part:
     """All runs of one instruction in a step."""
-    work, moved, compute, memory = x.times * flops(x), x.times * traffic(x), 0.0, 0.0
+    work, moved = x.times * flops(x, assumed), x.times * traffic(x, assumed)
+    compute = memory = 0.0
     if accelerator is not None:
         compute = work / (accelerator.flops_16 if is_narrow(x) else accelerator.flops_32)
         memory = moved / accelerator.memory_bandwidth

@@ -61,9 +61,11 @@ def compile_step(run: RunConfig, step: Step, mesh: Mesh) -> Program:
       UserError: the mesh does not divide what it splits, or a student, whose step has a teacher's.
     """
     made = {"train": _train, "prefill": _prefill, "decode": _decode}[step](run, mesh)
-    platform = _lowering_platform(mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    platform = _lowering_platform(device.platform)
     began, cpu_began = time.monotonic(), time.process_time()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    # By the default device the run would choose its kernels (kernels/backend.py).
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_device(device):
         traced = made.function.trace(*made.arguments.values())
     lowered = traced.lower(lowering_platforms=(platform,))
     traced_at = time.monotonic()

@@ -92,10 +92,10 @@ def sentences(plan: Plan) -> list[str]:
     found = []
     if plan.accelerator is not None:
         found += [_time_sentence(plan), *advice(plan)]
-    if plan.trips:
+    if plan.rows_per_expert:
         found.append(
-            "Estimated, not read: loops over an expert's row tiles are taken to run "
-            f"{plan.trips:.3g} times, the balanced load (planning/loops.py)."
+            f"Estimated, not read: every expert gets {plan.rows_per_expert:,.4g} rows at a time, "
+            "the balanced load (planning/loops.py)."
         )
     if plan.unknown:
         names = ", ".join(f"{name} ({times:g} times)" for name, times in plan.unknown.items())

@@ -14,6 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from planning.hlo import Array, Computation, Instruction, Module
+from planning.kernels import (
+    Assumed,
+    is_counted,
+    kernel_flops,
+    kernel_name,
+    kernel_traffic,
+    multiplied,
+)
 
 FREE = {
     "parameter",
@@ -111,7 +119,7 @@ def _taken(module: Module, branches: Iterable[str]) -> str:
     def weight(name: str) -> tuple[bool, float]:
         inside = list(_walk(module, module.computations[name], 1.0, lambda _: 1.0))
         exchanges = any(x.collective in ("all-to-all", "ragged-all-to-all") for x in inside)
-        return exchanges, sum(x.times * flops(x) for x in inside)
+        return exchanges, sum(x.times * flops(x, Assumed(1.0, lambda *_: 1.0)) for x in inside)
 
     return max(branches, key=weight)
 
@@ -119,8 +127,10 @@ def _taken(module: Module, branches: Iterable[str]) -> str:
 # --- FLOPs ----------------------------------------------------------------------------------------
 
 
-def flops(executed: Executed) -> float:
-    """Of the matrix products in one run of an instruction, fused ones included."""
+def flops(executed: Executed, assumed: Assumed) -> float:
+    """Of the matrix products in one run of an instruction, fused ones and our kernels' included."""
+    if is_counted(executed.instruction):
+        return kernel_flops(executed.computation, executed.instruction, assumed)
     return _flops(executed.module, executed.computation, executed.instruction)
 
 
@@ -154,13 +164,15 @@ def _is_gemm(instruction: Instruction) -> bool:
 def is_narrow(executed: Executed) -> bool:
     """Whether the matrix products of an instruction read 16-bit numbers or smaller."""
     products = _products(executed.module, executed.computation, executed.instruction)
-    return all(left.dtype not in ("f32", "f64") for left in products)
+    return all(operand.dtype not in ("f32", "f64") for operand in products)
 
 
 def _products(
     module: Module, computation: Computation, instruction: Instruction
 ) -> Iterator[Array]:
-    """The left operands of the matrix products in an instruction."""
+    """An operand of each of the matrix products in an instruction."""
+    if is_counted(instruction):
+        yield multiplied(computation, instruction)
     if instruction.opcode == "dot" or _is_gemm(instruction):
         yield computation.operands(instruction)[0].arrays[0]
     name = instruction.callee("calls")
@@ -171,23 +183,28 @@ def _products(
 
 
 def unknown_calls(program: Iterable[Executed]) -> dict[str, float]:
-    """Custom calls that hide their work, by target, and how often they run."""
+    """Custom calls that hide their work, by kernel or target, and how often they run."""
     found: dict[str, float] = {}
     for x in program:
         target = re.search(r'custom_call_target="([^"]*)"', x.instruction.attributes)
-        if x.instruction.opcode == "custom-call" and target and not _is_gemm(x.instruction):
-            found[target[1]] = found.get(target[1], 0.0) + x.times
+        if x.instruction.opcode != "custom-call" or target is None:
+            continue
+        if not _is_gemm(x.instruction) and not is_counted(x.instruction):
+            name = kernel_name(x.instruction) or target[1]
+            found[name] = found.get(name, 0.0) + x.times
     return found
 
 
 # --- Memory traffic -------------------------------------------------------------------------------
 
 
-def traffic(executed: Executed) -> float:
+def traffic(executed: Executed, assumed: Assumed) -> float:
     """Bytes that one run of an instruction reads and writes; 0 for a collective."""
     instruction, computation = executed.instruction, executed.computation
     if executed.collective is not None:
         return 0.0
+    if is_counted(instruction):
+        return kernel_traffic(computation, instruction, assumed)
     operands, result = computation.operands(instruction), instruction.num_bytes
     if instruction.opcode == "custom-call" and _is_gemm(instruction):
         result = instruction.arrays[0].num_bytes  # behind it is working space

@@ -10,7 +10,7 @@ import pytest
 from configs.base import ExecutionConfig, MeshConfig
 from model.cache import init_cache
 from model.transformer import (
-    MAX_UNROLLED_PERIODS,
+    MAX_UNROLLED_LAYERS,
     Transformer,
     abstract_variables,
     hidden_and_router,
@@ -184,8 +184,8 @@ def test_bfloat16_stays_near_float32(variables):
 
 
 def test_scanned_and_unrolled_are_one_model():
-    """More periods than are unrolled: the loop must pick each layer's own weights."""
-    deep = tiny.model(num_layers=2 * (MAX_UNROLLED_PERIODS + 1))
+    """More layers than are unrolled: the loop must pick each layer's own weights."""
+    deep = tiny.model(num_layers=MAX_UNROLLED_LAYERS + 2)
     model = Transformer(deep)
     variables = jax.jit(lambda: init_variables(model, 3))()
     tokens, positions = tokens_of(24), positions_of(24)

@@ -23,7 +23,7 @@ def memory(**changes) -> Memory:
         gradients=0,
         temporaries=10**9,
         results=0,
-        largest=(LargeArray(Array("f32", (1000,)), "attention", is_replay=False),),
+        largest=(LargeArray(Array("f32", (1000,)), "attention"),),
     )
     return dataclasses.replace(base, **changes)
 
@@ -39,7 +39,7 @@ def plan(**changes) -> Plan:
         collectives=(),
         useful_flops=1e12,
         unknown={},
-        trips=0.0,
+        rows_per_expert=0.0,
         trace_seconds=1.0,
         compile_seconds=1.0,
         cpu_seconds=2.0,
@@ -85,11 +85,10 @@ def test_activations_are_told_to_be_recomputed():
     assert "--execution.remat full" in text
 
 
-def test_buffers_of_the_replay_are_named():
-    largest = (LargeArray(Array("bf16", (1000, 1000)), "routed experts", is_replay=True),)
+def test_the_largest_array_is_named_with_its_part():
+    largest = (LargeArray(Array("bf16", (1000, 1000)), "routed experts"),)
     text = said(plan(memory=memory(temporaries=100 * 10**9, largest=largest)))
-    assert "bf16[1000,1000]" in text
-    assert "replay" in text
+    assert "bf16[1000,1000], 2 MB, of routed experts" in text
 
 
 @pytest.mark.parametrize(
@@ -115,3 +114,13 @@ def test_a_slow_network_names_the_collective():
 
 def test_without_rates_nothing_is_advised():
     assert advice(plan(accelerator=None)) == []
+
+
+def test_a_kernel_that_the_program_has_is_not_asked_for():
+    run = moe_run(expert=2)
+    execution = dataclasses.replace(run.execution, grouped_matmul="auto")
+    waiting = (part("routed experts", compute=1e-3, traffic=5e-3),)
+    with_loops = plan(parts=waiting)
+    with_kernel = plan(parts=waiting, run=dataclasses.replace(run, execution=execution))
+    assert "grouped kernel" in said(with_loops)
+    assert "grouped kernel" not in said(with_kernel)

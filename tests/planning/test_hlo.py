@@ -3,7 +3,10 @@
 import pytest
 
 from planning.hlo import parse
+from planning.kernels import Assumed
 from planning.work import executed, flops, traffic, unknown_calls
+
+NOTHING = Assumed(0.0, lambda *_: 0.0)
 
 TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=4
 
@@ -89,14 +92,14 @@ def test_loops_multiply_and_unknown_ones_follow_the_rule(program):
 
 
 def test_flops_of_library_calls_and_of_products(program):
-    found = {name: flops(x) for name, x in by_name(program).items()}
+    found = {name: flops(x, NOTHING) for name, x in by_name(program).items()}
     assert found["gemm"] == 2 * 8 * 32 * 16
     assert found["square"] == 2 * 4 * 4 * 4
     assert sum(found.values()) == found["gemm"] + found["square"]
 
 
 def test_traffic_counts_slices_and_updates_in_place(program):
-    found = {name: traffic(x) for name, x in by_name(program).items()}
+    found = {name: traffic(x, NOTHING) for name, x in by_name(program).items()}
     layer = 16 * 32 * 2
     assert found["layer"] == layer + layer + 4  # a layer of the stack, its copy, the index
     assert found["next"] == 8 * 4 + 8 * 4 + 4  # a row read, the same row written, the index

@@ -15,7 +15,7 @@ from model.flops import training_flops_per_token
 from parallel.mesh import make_mesh
 from parallel.topology import H100
 from planning.collectives import grouped
-from planning.loops import expected_trips
+from planning.loops import balanced_load
 from planning.plan import make_plan
 from tests.planning.runs import LENGTH, PERIODS, READABLE, ROWS, moe_run, moe_step_flops
 from train.loop import to_devices
@@ -110,14 +110,14 @@ def test_trips_are_the_tiles_of_balanced_experts():
     tokens, local = ROWS * LENGTH, 4
     sizes = np.full(local, tokens * 2 / 2 / local)
     tile = tile_rows(4 * tokens * 2, local)
-    assert expected_trips(run, 4 * tokens) == pytest.approx((4 * sizes / tile).mean())
+    assert balanced_load(run, 4 * tokens).trips == pytest.approx((4 * sizes / tile).mean())
 
 
 def test_an_expert_with_few_rows_runs_a_tile_if_it_gets_any():
     """Against drawn choices: 4 tokens choose 2 of 8 experts, 1 row each on average."""
     chosen = np.random.RandomState(0).randint(0, 8, (10_000, 8))
     visited = np.mean([len(set(row)) for row in chosen]) / 8
-    assert expected_trips(moe_run(), 4) == pytest.approx(visited, rel=0.05)
+    assert balanced_load(moe_run(), 4).trips == pytest.approx(visited, rel=0.05)
 
 
 @pytest.mark.parametrize("step", ["prefill", "decode"])
