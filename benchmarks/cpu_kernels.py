@@ -29,6 +29,8 @@ CHAIN_BYTES = 128e6
 """Float weights that one call passes through: more than caches hold, as in decoding."""
 PEER_KINDS: dict[Format, str] = {"int8": "q8_0", "int4": "q4_0"}
 """llama.cpp's names for the same bytes."""
+PEER_RESTS = 0.3
+"""Seconds after which the threads of llama.cpp's pool, which spin for some 0.1, leave the cores."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,18 @@ class Comparison:
         return self.operations / statistics.median(self.seconds[program]) / 1e9
 
 
-def in_turn(programs: dict[str, Program], rounds: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds per call of each, by round; each turn begins with a call that is not timed."""
+def in_turn(
+    programs: dict[str, Program], rounds: int, repeats: int, rest: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds per call of each, by round; each turn begins with a call that is not timed.
+
+    Args:
+      rest: seconds before each turn, for the threads of the one before to go to sleep.
+    """
     seconds = {name: [] for name in programs}
     for _ in range(rounds):
         for name, program in programs.items():
+            time.sleep(rest)
             jax.block_until_ready(program())
             began = time.perf_counter()
             for _ in range(repeats):
@@ -163,7 +172,8 @@ def decoding_comparisons(rounds: int) -> Iterator[Comparison]:
         token: dict[str, list[float]] = {}
         operations = 0.0
         for name, matrix in SMOLLM2.items():
-            seconds = in_turn(_decoding_programs(peer, matrix, num_rows, format), rounds, repeats=3)
+            programs = _decoding_programs(peer, matrix, num_rows, format)
+            seconds = in_turn(programs, rounds, repeats=10, rest=PEER_RESTS)
             work = 2.0 * num_rows * matrix.inputs * matrix.outputs
             shape = f"{name} {matrix.inputs} x {matrix.outputs}"
             yield Comparison(f"{shape}, {label}", "llama.cpp", seconds, work * matrix.copies)
@@ -203,10 +213,10 @@ def _chain(product: Callable, x_RK: jax.Array, weights) -> Program:
     ]
 
     def run(x_RK, layers):
-        total = jnp.float32(0)
+        last = jnp.float32(0)
         for layer in layers:
-            # The next product waits for this one: it needs its sum.
-            total = product(x_RK + 0 * total, layer).sum()
-        return total
+            # The next product waits for this one: it needs an entry of it.
+            last = product(x_RK + 0 * last, layer)[-1, -1]
+        return last
 
     return functools.partial(jax.jit(run), x_RK, layers)

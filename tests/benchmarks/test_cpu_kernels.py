@@ -94,8 +94,8 @@ def test_llama_cpp_multiplies_what_it_is_given(kind, bits, rows):
 
 def test_a_chain_passes_through_every_matrix():
     w = np.stack([np.full((4, 4), value, np.float32) for value in (1, 2)])
-    total = cpu_kernels._chain(lambda x, w: x @ w, jax.numpy.ones((1, 4)), w)()
-    assert float(total) == 4 * 4 * 2  # the last matrix's
+    last = cpu_kernels._chain(lambda x, w: x @ w, jax.numpy.ones((1, 4)), w)()
+    assert float(last) == 4 * 2  # the last matrix's
 
 
 def test_rounds_must_be_some():

@@ -245,26 +245,39 @@ static float RoundBlock(const float* x, int64_t inputs, int64_t block, int64_t b
                         int8_t* values, int32_t* sums) {
   // The greatest digit 127; the lower ones have room for what rounding adds.
   constexpr float kLargest = kDigits == 1 ? 127.0f : 127.0f * 65536.0f;
-  float largest = 0.0f, poison = 0.0f;
+  // Magnitudes are in the order of their bits, and what is not finite is past all others: so no
+  // comparison of floats keeps the compiler from its vectors.
+  uint32_t largest_bits = 0;
   for (int64_t k = 0; k < block; ++k) {
-    const float magnitude = __builtin_fabsf(x[k]);
-    largest = magnitude > largest ? magnitude : largest;
-    poison += 0.0f * x[k];  // NaN where x is not finite
+    uint32_t bits;
+    __builtin_memcpy(&bits, x + k, sizeof(bits));
+    bits &= 0x7FFFFFFF;
+    largest_bits = bits > largest_bits ? bits : largest_bits;
   }
-  const float inverse = largest > 0.0f && poison == 0.0f ? kLargest / largest : 0.0f;
+  float largest;
+  __builtin_memcpy(&largest, &largest_bits, sizeof(largest));
+  const bool is_finite = largest_bits < 0x7F800000;
+  // Where 1 / largest would be infinite, every x is 0 for this purpose, too.
+  const float inverse = is_finite && largest > 1e-30f ? kLargest / largest : 0.0f;
   int32_t sum[kDigits] = {};
-  for (int64_t k = 0; k < block; ++k) {
-    const float scaled = inverse == 0.0f ? 0.0f : x[k] * inverse;
-    int32_t rest = static_cast<int32_t>(scaled + __builtin_copysignf(0.5f, scaled));
+  if (inverse == 0.0f) {
     for (int digit = 0; digit < kDigits; ++digit) {
-      const int8_t low = static_cast<int8_t>(rest);  // signed: what is left is rounded to nearest
-      values[digit * inputs + k] = low;
-      sum[digit] += low;
-      rest = (rest - low) >> 8;
+      for (int64_t k = 0; k < block; ++k) values[digit * inputs + k] = 0;
+    }
+  } else {
+    for (int64_t k = 0; k < block; ++k) {
+      const float scaled = x[k] * inverse;
+      int32_t rest = static_cast<int32_t>(scaled + __builtin_copysignf(0.5f, scaled));
+      for (int digit = 0; digit < kDigits; ++digit) {
+        const int8_t low = static_cast<int8_t>(rest);  // signed: the rest is rounded to nearest
+        values[digit * inputs + k] = low;
+        sum[digit] += low;
+        rest = (rest - low) >> 8;
+      }
     }
   }
   for (int digit = 0; digit < kDigits; ++digit) sums[digit * blocks] = sum[digit];
-  return largest / kLargest + poison;
+  return is_finite ? largest / kLargest : __builtin_nanf("");
 }
 
 static void Round(const float* x, int64_t inputs, int64_t block, int digits, int8_t* values,
