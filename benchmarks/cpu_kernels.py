@@ -31,6 +31,8 @@ PEER_KINDS: dict[Format, str] = {"int8": "q8_0", "int4": "q4_0"}
 """llama.cpp's names for the same bytes."""
 PEER_RESTS = 0.3
 """Seconds after which the threads of llama.cpp's pool, which spin for some 0.1, leave the cores."""
+WARM = 0.03
+"""Seconds until calls of a millisecond take equally long, for us and for llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,22 @@ class Comparison:
 
 
 def in_turn(
-    programs: dict[str, Program], rounds: int, repeats: int, rest: float = 0.0
+    programs: dict[str, Program], rounds: int, repeats: int, rest: float = 0.0, warm: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds per call of each, by round; each turn begins with a call that is not timed.
 
     Args:
       rest: seconds before each turn, for the threads of the one before to go to sleep.
+      warm: seconds of calls that are not timed, for its own to wake and the caches to fill.
     """
     seconds = {name: [] for name in programs}
     for _ in range(rounds):
         for name, program in programs.items():
             time.sleep(rest)
+            began = time.perf_counter()
             jax.block_until_ready(program())
+            while time.perf_counter() - began < warm:
+                jax.block_until_ready(program())
             began = time.perf_counter()
             for _ in range(repeats):
                 jax.block_until_ready(program())
@@ -173,7 +179,7 @@ def decoding_comparisons(rounds: int) -> Iterator[Comparison]:
         operations = 0.0
         for name, matrix in SMOLLM2.items():
             programs = _decoding_programs(peer, matrix, num_rows, format)
-            seconds = in_turn(programs, rounds, repeats=10, rest=PEER_RESTS)
+            seconds = in_turn(programs, rounds, repeats=10, rest=PEER_RESTS, warm=WARM)
             work = 2.0 * num_rows * matrix.inputs * matrix.outputs
             shape = f"{name} {matrix.inputs} x {matrix.outputs}"
             yield Comparison(f"{shape}, {label}", "llama.cpp", seconds, work * matrix.copies)
