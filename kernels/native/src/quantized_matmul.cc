@@ -25,7 +25,7 @@ using S32 = ffi::Buffer<ffi::S32>;
 constexpr int64_t kGemmRows = 24;
 
 // Bytes of weights, times rows of x, that are worth another thread's claim.
-constexpr int64_t kTaskBytes = 16 << 10;
+constexpr int64_t kTaskBytes = 32 << 10;
 
 // The matrices of all groups.
 struct Weights {
