@@ -11,6 +11,7 @@ from kernels.backend import Target
 from kernels.compile_checks import attention_traffic, traffic
 from kernels.compile_checks.devices import Device
 from kernels.grouped_matmul import cases as grouped_cases
+from kernels.grouped_matmul import pallas_mosaic_quantized as quantized_mosaic
 from kernels.grouped_matmul import pallas_triton as grouped
 from kernels.grouped_matmul import pallas_triton_quantized as quantized
 from kernels.grouped_matmul.scaled_rows import scale_rows
@@ -52,9 +53,12 @@ NAMES += [f"paged_latent_attention/{name}" for name in paged_cases.COMPILED_LATE
 
 
 def runs_on(name: str, device: Device) -> bool:
-    """Whether the case is for such a device: products in fp8 begin with Hopper."""
+    """Whether the case is for such a device: products in fp8, and Mosaic's kernels, need Hopper."""
     op, case = name.split("/")
-    needs_hopper = op == "grouped_matmul" and grouped_cases.COMPILED[case].fp8_rows
+    needs_hopper = False
+    if op == "grouped_matmul":
+        compiled = grouped_cases.COMPILED[case]
+        needs_hopper = compiled.fp8_rows or compiled.compiler == "mosaic"
     return device.target.capability >= 90 or not needs_hopper
 
 
@@ -91,9 +95,8 @@ def _grouped_matmul(case: grouped_cases.CompiledCase, device: Device) -> Program
 
     def forward(x, weight, sizes, rows):
         if is_quantized:
-            return quantized.grouped_matmul(
-                x, weight, sizes, rows_R=rows, gated=case.gated, target=target
-            )
+            op = quantized_mosaic if case.compiler == "mosaic" else quantized
+            return op.grouped_matmul(x, weight, sizes, rows_R=rows, gated=case.gated, target=target)
         chosen = grouped.grouped_swiglu if case.gated else grouped.grouped_matmul
         return chosen(x, weight, sizes, rows_R=rows, target=target)
 
@@ -122,7 +125,8 @@ def _kernel_name(case: grouped_cases.CompiledCase) -> str:
     suffix = {"forward": "", "gradient_x": "_dx", "gradient_w": "_dw"}[case.contraction]
     is_quantized = case.format not in ("bf16", "float32")
     suffix += f"_{case.format}" if is_quantized else ""
-    return f"grouped_matmul{suffix}" + ("_rows" if case.fp8_rows else "")
+    prefix = "mosaic_" if case.compiler == "mosaic" else ""
+    return f"{prefix}grouped_matmul{suffix}" + ("_rows" if case.fp8_rows else "")
 
 
 def _quantized_weight(case: grouped_cases.CompiledCase, columns: int) -> QTensor:
@@ -134,7 +138,7 @@ def _quantized_weight(case: grouped_cases.CompiledCase, columns: int) -> QTensor
         _array((case.num_groups, case.d_in // 128, columns), jnp.float32),  # pyright: ignore[reportArgumentType]
         case.format,
         128,
-        "split_128" if case.format == "int4" else "canonical",
+        "split_128" if case.format == "int4" and case.compiler == "triton" else "canonical",
     )
 
 

@@ -1,7 +1,8 @@
 """One case through the GPU compiler: registers, memory, and the instructions that came out.
 
 Runs in a process of its own, which a failing conversion in Triton may end, with XLA_FLAGS naming
-the folder for what XLA writes on the way.
+the folder for what XLA writes on the way, and MOSAIC_GPU_DUMP_TO the same: a Mosaic kernel is a
+custom call, whose PTX and launch XLA doesn't know.
 """
 
 import importlib.util
@@ -75,12 +76,15 @@ def _compile(case: Program, device: Device) -> Any:
     return lowered(case.function, operands, device).compile()
 
 
+_ENDINGS = r"_\d+|_mosaic_gpu_kernel"
+
+
 def _find(dump: Path, kernel: str) -> tuple[Path, str]:
-    """The PTX that has the kernel, and its name there, to which XLA may append a number."""
+    """The PTX that has the kernel, and its name there, to which the compilers append theirs."""
     found = [
         (path, entry)
         for path in sorted(dump.glob("*.ptx"))
-        for entry in re.findall(rf"\.entry ({kernel}(?:_\d+)?)\(", path.read_text())
+        for entry in re.findall(rf"\.entry ({kernel}(?:{_ENDINGS})?)\(", path.read_text())
     ]
     if len(found) != 1:
         raise RuntimeError(f"expected one kernel {kernel!r} in {dump}, found {found}")
@@ -139,9 +143,14 @@ def _matrix_products(ptx: str) -> dict[str, int]:
 
 
 def _dynamic_shared_bytes(dump: Path, entry: str) -> int:
-    """XLA's list of launches names the shared memory that each asks for."""
+    """XLA's list of launches names the shared memory of each; or Mosaic's launch does."""
     text = "".join(path.read_text() for path in dump.glob("*thunk_sequence.txt"))
-    return max(map(int, re.findall(rf"{entry}.*?shared_memory: (\d+)", text)), default=0)
+    found = re.findall(rf"{entry}.*?shared_memory: (\d+)", text)
+    for path in dump.glob(f"{entry.removesuffix('_mosaic_gpu_kernel')}_*.mlir-passes.log"):
+        launch = "dynamic_shared_memory_size %c"
+        with path.open() as log:
+            found += [line.split(launch)[1].split("_")[0] for line in log if launch in line][:1]
+    return max(map(int, found), default=0)
 
 
 def _count_machine_code(facts: Facts, cubin: Path, entry: str) -> Facts:
