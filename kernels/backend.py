@@ -183,6 +183,7 @@ def mosaic_call(
         num_threads=num_warpgroups,
         thread_name="warpgroup",
         kernel_name=name,
+        compiler_params=mosaic_gpu.CompilerParams(approx_math=True),  # exponentials, as Triton's
         interpret=InterpretGPUParams(**zeros) if is_interpreted else None,
     )
 

@@ -33,14 +33,31 @@ PACKED = {8: plgpu.Layout.WGMMA_UPCAST_2X, 4: plgpu.Layout.WGMMA_UPCAST_4X}
 COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
 """Of each thread of a warpgroup that copies, and of two that compute: together a core's."""
 
+SWIZZLED_ROWS = 8
+"""Rows over which the order of `swizzled` memory repeats."""
+
 
 def swizzled(width: int, bits: int) -> tuple[Any, ...]:
-    """How shared memory orders rows of `width` numbers, so that no two threads wait for a bank."""
+    """How shared memory orders rows of `width` numbers, so that no two threads wait for a bank.
+
+    A copy to it must begin at a row that SWIZZLED_ROWS divides, of an array whose rows it divides:
+    a GPU reads zeros otherwise, and the interpreter does not show it.
+    """
     swizzle = plgpu.find_swizzle(width * bits)
     return (
-        plgpu.TilingTransform((8, 8 * swizzle // bits)),
+        plgpu.TilingTransform((SWIZZLED_ROWS, 8 * swizzle // bits)),
         plgpu.SwizzleTransform(swizzle),
     )
+
+
+def pad_rows(x: jax.Array, axis: int, block: int, target: Target) -> jax.Array:
+    """x with rows of zeros up to a multiple of SWIZZLED_ROWS, as copies of blocks of it need.
+
+    A GPU clips a block that ends beyond an array; the interpreter would leave it out.
+    """
+    missing = -x.shape[axis] % (block if target.platform == "interpret" else SWIZZLED_ROWS)
+    widths = [(0, missing if dim == axis else 0) for dim in range(x.ndim)]
+    return jnp.pad(x, widths) if missing else x
 
 
 def spread(x: jax.Array, layout: Any, target: Target) -> jax.Array:

@@ -20,6 +20,7 @@ from kernels.paged_attention import pallas_triton as paged
 from kernels.paged_attention import pallas_triton_latent as latent
 from kernels.quantize import FORMATS, QTensor
 from kernels.window_attention import cases as window_cases
+from kernels.window_attention import pallas_mosaic as window_mosaic
 from kernels.window_attention import pallas_triton as window
 
 
@@ -55,11 +56,12 @@ NAMES += [f"paged_latent_attention/{name}" for name in paged_cases.COMPILED_LATE
 def runs_on(name: str, device: Device) -> bool:
     """Whether the case is for such a device: products in fp8, and Mosaic's kernels, need Hopper."""
     op, case = name.split("/")
-    needs_hopper = False
-    if op == "grouped_matmul":
-        compiled = grouped_cases.COMPILED[case]
-        needs_hopper = compiled.fp8_rows or compiled.compiler == "mosaic"
-    return device.target.capability >= 90 or not needs_hopper
+    if device.target.capability >= 90 or op == "paged_attention":
+        return True
+    if op == "window_attention":
+        return window_cases.COMPILED[case].compiler != "mosaic"
+    compiled = grouped_cases.COMPILED[case]
+    return not compiled.fp8_rows and compiled.compiler != "mosaic"
 
 
 def program(name: str, device: Device) -> Program:
@@ -157,7 +159,8 @@ def _window_attention(case: window_cases.CompiledCase, device: Device) -> Progra
     sinks = _array((case.num_heads,), jnp.float32) if case.learned_sinks else None
 
     def forward(q, k, v, positions, segments, sinks):
-        return window.window_attention(
+        op = window_mosaic if case.compiler == "mosaic" else window
+        return op.window_attention(
             q,
             k,
             v,
@@ -176,11 +179,12 @@ def _window_attention(case: window_cases.CompiledCase, device: Device) -> Progra
         return jax.vjp(lambda k, v: forward(q, k, v, *rest), k, v)[1](dout)
 
     operands = (q, k, v, row, row, sinks)
+    prefix = "mosaic_" if case.compiler == "mosaic" else ""
     is_forward = case.kernel == "forward"
     return Program(
         forward if is_forward else gradient,
         operands if is_forward else (*operands, dout),
-        kernel=f"window_attention{_SUFFIXES[case.kernel]}",
+        kernel=f"{prefix}window_attention{_SUFFIXES[case.kernel]}",
         has_tensor_cores=dtype == jnp.bfloat16,
         plain_loads=80,  # queries, once; positions and segments, in two loops
         rows_of_dot=_rows_of_attention(case, dtype.itemsize, target),
@@ -189,6 +193,8 @@ def _window_attention(case: window_cases.CompiledCase, device: Device) -> Progra
 
 
 def _rows_of_attention(case: window_cases.CompiledCase, itemsize: int, target: Target) -> int:
+    if case.compiler == "mosaic":
+        return window_mosaic.HOPPER.queries
     kernels = window.choose_kernels(case.head_dim, itemsize, target)
     if case.kernel == "gradient_kv":
         return kernels.keys.keys

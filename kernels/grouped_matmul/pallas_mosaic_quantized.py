@@ -7,8 +7,8 @@ columns. The weights are the left operand, widened in registers, and the rows of
 of a product: a tile may have as few as 16 of them. A scale multiplies the float32 sum over a step,
 never a weight.
 
-A tile begins at any row of x. What it reads beyond its group, or beyond the array, is never
-written: of the result, only the tile's own rows are copied out, in pieces whose sizes are powers of
+What is read for a tile begins at a multiple of 8 rows, and may end beyond the tile's group or the
+array. Of the result only the tile's own rows are copied out, in pieces whose sizes are powers of
 two, as a copy's size is part of the program.
 
 int4 is read in the canonical order, which is that of XLA's own int4: nothing is repacked.
@@ -39,10 +39,12 @@ from kernels.warpgroups import (
     OF_ROW,
     PACKED,
     SUMS,
+    SWIZZLED_ROWS,
     Ring,
     barriers,
     fill,
     give_back,
+    pad_rows,
     product,
     read,
     spread,
@@ -192,7 +194,8 @@ def _rows_times_outputs(
     d_out //= 2 if plan.gated else 1
     num_rows = x_RD.shape[0]
     tiles = plan.tiles or choose_tiles(num_rows // num_groups, gated=plan.gated, target=plan.target)
-    table = tile_table(group_sizes_E, num_rows, tiles, d_in * x_RD.dtype.itemsize)
+    row_bytes = d_in * x_RD.dtype.itemsize
+    table = tile_table(group_sizes_E, num_rows, tiles, row_bytes, alignment=SWIZZLED_ROWS)
     call = Call(tiles, weight.bits, weight.block_size, d_out, plan.gated, plan.target)
     values_ENK = readable(weight)
     run = backend.mosaic_call(
@@ -203,6 +206,7 @@ def _rows_times_outputs(
         scratch={"scratch": _scratch(call, x_RD.dtype, values_ENK.dtype, weight.scales.dtype)},
         target=plan.target,
     )
+    x_RD = pad_rows(x_RD, 0, tiles.rows, plan.target)
     return run(*table, x_RD, values_ENK, weight.scales)
 
 
@@ -276,7 +280,7 @@ def _copy_tile(
     call: Call, scratch: Scratch, x_RD, values_ENK, scales_ESN, at: Place, step, num_steps
 ) -> None:
     tiles = call.tiles
-    rows = pl.ds(at.first_row, tiles.rows)
+    rows = pl.ds(at.first_row - _rows_before(at), tiles.rows)
     start = at.column * tiles.columns
 
     def copy(k, _):
@@ -326,6 +330,11 @@ def _multiply_tile(
     _write_tile(call, at, warpgroup, y_NM, y_RF, scratch.y_WMN)
 
 
+def _rows_before(at: Place) -> jax.Array:
+    """Of what is read for the tile: it begins where copies to swizzled memory can."""
+    return lax.rem(at.first_row, jnp.int32(SWIZZLED_ROWS))
+
+
 def widen(codes_NK: jax.Array, dtype: jnp.dtype, target: Target) -> jax.Array:
     """Stored values as numbers, exactly, spread as a left operand."""
     codes_NK = spread(codes_NK, SUMS, target)  # while they are small: threads exchange them
@@ -353,6 +362,6 @@ def _write_tile(
         @pl.when(count & size != 0)
         def _copy(size=size, before=before):
             plgpu.copy_smem_to_gmem(
-                y_MN.at[pl.ds(before, size)],
+                y_MN.at[pl.ds(_rows_before(at) + before, size)],
                 y_RF.at[pl.ds(at.first_row + before, size), pl.ds(start, part)],
             )

@@ -236,6 +236,13 @@ ONE_OF_EACH = {program(name, H100).kernel: name for name in reversed(NAMES)}
 """A case of every kernel."""
 
 
+@pytest.mark.parametrize("kernel", sorted(k for k in ONE_OF_EACH if k.startswith("mosaic")))
+def test_kernels_are_written_in_what_mosaic_has(kernel):
+    """To the binary of Mosaic's dialects in XLA's program: layouts and copies fit each other."""
+    case = program(ONE_OF_EACH[kernel], H100)
+    assert "mosaic_gpu" in lowered(case.function, case.operands, H100).as_text()
+
+
 @pytest.mark.parametrize("target", [A100.target, Target("rocm")], ids=["cuda", "rocm"])
 @pytest.mark.parametrize("kernel", sorted(ONE_OF_EACH))
 def test_kernels_are_written_in_what_triton_has(kernel, target):
@@ -243,7 +250,7 @@ def test_kernels_are_written_in_what_triton_has(kernel, target):
     device = dataclasses.replace(H100, target=target)
     name = ONE_OF_EACH[kernel]
     if not runs_on(name, device):
-        pytest.skip("fp8 products need Hopper")
+        pytest.skip("fp8 products and Mosaic's kernels need Hopper")
     case = program(name, device)
     text = lowered(case.function, case.operands, device).as_text()
     assert f'name = "{kernel}"' in text
