@@ -173,7 +173,7 @@ def mosaic_call(
     run is compiled anew, and what it reads outside of an array is 0, as on a GPU.
     """
     is_interpreted = target.platform == "interpret"
-    zeros = {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"}
+    zeros = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
     return mosaic_gpu.kernel(
         kernel,
         out_type=out_type,
@@ -184,7 +184,7 @@ def mosaic_call(
         thread_name="warpgroup",
         kernel_name=name,
         compiler_params=mosaic_gpu.CompilerParams(approx_math=True),  # exponentials, as Triton's
-        interpret=InterpretGPUParams(**zeros) if is_interpreted else None,
+        interpret=zeros if is_interpreted else None,
     )
 
 

@@ -69,7 +69,7 @@ def read(
     ref: Any, layout: Any, target: Target, *, start: Any = 0, rows: int | None = None
 ) -> jax.Array:
     """Rows of shared memory from `start` on, or all, in a layout."""
-    rows = ref.shape[0] if rows is None else rows
+    rows = rows or ref.shape[0]
     if target.platform == "interpret":
         return lax.dynamic_slice_in_dim(ref[...], start, rows)
     part = ref if rows == ref.shape[0] else ref.at[pl.ds(start, rows)]
@@ -101,7 +101,9 @@ def product(a_MK: Any, b_NK: Any, target: Target) -> jax.Array:
         plgpu.wgmma(sums, a_MK, b_NK.T)
         return sums[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a_MK.shape[0], b_NK.shape[0]), jnp.float32))
+    return pl.run_scoped(
+        multiply, plgpu.WGMMAAccumulatorRef((a_MK.shape[0], b_NK.shape[0]), jnp.float32)
+    )
 
 
 def add_product(sums_MN: jax.Array, a_MK: jax.Array, b_KN: Any, target: Target) -> jax.Array:
@@ -112,7 +114,8 @@ def add_product(sums_MN: jax.Array, a_MK: jax.Array, b_KN: Any, target: Target) 
     def multiply(sums):
         plgpu.wgmma(sums, a_MK, b_KN)
 
-    return pl.run_state(multiply)(plgpu.ACC.init(sums_MN))
+    sums: Any = plgpu.WGMMAAccumulatorRef.init(sums_MN)
+    return pl.run_state(multiply)(sums)
 
 
 # --- Copies ahead of the computation -------------------------------------------------------------

@@ -250,18 +250,17 @@ def _outputs_kernel(call: Call, *refs, scratch: Scratch):
     num_programs = table.group_P.shape[0] * num_columns
     warpgroup = lax.axis_index("warpgroup")
 
-    def over_tiles(run):
+    def over_tiles(run) -> Any:
         """Calls run(place, step, steps of the place) for each of this core's; returns all steps."""
 
-        @plgpu.nd_loop((num_programs,), collective_axes="core", init_carry=jnp.int32(0))
-        def all_steps(loop, carry):
+        def each(loop, carry):
             at = place(loop.index[0], table, num_columns)
             has_work = (at.first_row < at.end_row) & (at.group < values_ENK.shape[0])
             num_steps = jnp.where(has_work, x_RD.shape[1] // call.tiles.depth, 0)
             run(at, carry, num_steps)
             return carry + num_steps
 
-        return all_steps
+        return plgpu.nd_loop((num_programs,), collective_axes="core", init_carry=jnp.int32(0))(each)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _copy():

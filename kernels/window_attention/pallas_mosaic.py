@@ -198,23 +198,20 @@ class Place(NamedTuple):
 
 
 def _kernel(reach: Reach, blocks: Blocks, *refs, scratch: Scratch):
-    q_BLHC, k_BLGC, v_BLGW, *rows, starts_BL = refs[:6]
-    sinks_H = refs[6] if len(refs) > 8 else None
-    *_, out_BLHW, log_sum_BHL = refs
+    (q_BLHC, k_BLGC, v_BLGW, *rows, starts_BL), (*sinks, out_BLHW, log_sum_BHL) = refs[:6], refs[6:]
+    sinks_H = sinks[0] if sinks else None
     batch, length, heads, _ = q_BLHC.shape
     num_queries = COMPUTE_WARPGROUPS * blocks.queries
     num_blocks = pl.cdiv(length, num_queries)
     warpgroup = lax.axis_index("warpgroup")  # asked for here first: the interpreter keeps it
 
-    def over_programs(run):
+    def over_programs(run) -> Any:
         """Calls run(place, programs before, steps before) for each of this core's programs.
 
         Returns how many programs and steps there were.
         """
-        none = (jnp.int32(0), jnp.int32(0))
 
-        @plgpu.nd_loop((batch * heads * num_blocks,), collective_axes="core", init_carry=none)
-        def all_steps(loop, carry):
+        def each(loop, carry):
             rest, head = divide(loop.index[0], heads)
             row, block = divide(rest, num_blocks)
             first = (num_blocks - 1 - block) * num_queries
@@ -222,7 +219,9 @@ def _kernel(reach: Reach, blocks: Blocks, *refs, scratch: Scratch):
             run(at, *carry)
             return carry[0] + 1, carry[1] + at.num_blocks
 
-        return all_steps
+        none = (jnp.int32(0), jnp.int32(0))
+        programs = (batch * heads * num_blocks,)
+        return plgpu.nd_loop(programs, collective_axes="core", init_carry=none)(each)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _copy():
