@@ -104,24 +104,22 @@ def runs_mosaic(target: Target) -> bool:
     )
 
 
-def takes_mosaic(implementation: str) -> bool:
-    """Whether an op's implementation is its Mosaic kernel, which "auto" never means.
+def require_mosaic() -> Target:
+    """Returns the default device's target, for Mosaic's kernels, which are taken by name alone.
 
-    On Hopper "auto" stays with Triton, the one whose interpreter runs all of a kernel, until both
-    have been timed on one.
+    On Hopper, too, "auto" takes Triton's, of which the interpreter runs every part, until both have
+    been timed on one.
 
     Raises:
-      NotImplementedError: it is named, and can't run on the default device.
+      NotImplementedError: they can't run there.
     """
-    if implementation != "mosaic":
-        return False
     target = current_target()
-    if not runs_mosaic(target):
-        raise NotImplementedError(
-            "implementation='mosaic' needs a Hopper GPU (compute capability 9.0), and the default "
-            f"device is {_described(target)}: take 'auto' or 'triton'"
-        )
-    return True
+    if runs_mosaic(target):
+        return target
+    raise NotImplementedError(
+        "implementation='mosaic' needs a Hopper GPU (compute capability 9.0), and the default "
+        f"device is {_described(target)}: take 'auto' or 'triton'"
+    )
 
 
 def _described(target: Target) -> str:
@@ -170,10 +168,12 @@ def mosaic_call(
 
     Refs of operands and results lie in global memory, those of `scratch` in shared memory. The
     kernel asks for its `core` and `warpgroup` (lax.axis_index). Interpreted, it runs once, as each
-    run is compiled anew, and what it reads outside of an array is 0, as on a GPU.
+    run is compiled anew; what it reads outside of an array is 0, as on a GPU, and races are found.
     """
     is_interpreted = target.platform == "interpret"
-    zeros = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+    interpreter = InterpretGPUParams(
+        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+    )
     return mosaic_gpu.kernel(
         kernel,
         out_type=out_type,
@@ -183,8 +183,11 @@ def mosaic_call(
         num_threads=num_warpgroups,
         thread_name="warpgroup",
         kernel_name=name,
-        compiler_params=mosaic_gpu.CompilerParams(approx_math=True),  # exponentials, as Triton's
-        interpret=zeros if is_interpreted else None,
+        compiler_params=mosaic_gpu.CompilerParams(
+            approx_math=True,  # exponentials, as Triton's
+            lowering_semantics=mosaic_gpu.LoweringSemantics.Lane,  # the layouts are the body's own
+        ),
+        interpret=interpreter if is_interpreted else None,
     )
 
 

@@ -69,10 +69,10 @@ def read(
     ref: Any, layout: Any, target: Target, *, start: Any = 0, rows: int | None = None
 ) -> jax.Array:
     """Rows of shared memory from `start` on, or all, in a layout."""
-    rows = rows or ref.shape[0]
+    size: int = rows or ref.shape[0]
     if target.platform == "interpret":
-        return lax.dynamic_slice_in_dim(ref[...], start, rows)
-    part = ref if rows == ref.shape[0] else ref.at[pl.ds(start, rows)]
+        return lax.dynamic_slice_in_dim(ref[...], start, size)
+    part = ref if size == ref.shape[0] else ref.at[pl.ds(start, size)]
     whole = {"idx": ()} if jax.__version_info__ < (0, 11) else {}
     # What isn't swizzled is a row or column of numbers, of which each thread reads a few.
     is_operand = len(ref.shape) > 1
@@ -80,11 +80,18 @@ def read(
 
 
 def write_transposed(ref_NM: Any, values_MN: jax.Array, target: Target) -> None:
-    """Writes the transpose of values that are spread as sums to shared memory."""
+    """Writes the transpose of values that are spread as sums to shared memory.
+
+    Not swizzled, where each row can be copied on by itself; threads wait for banks.
+    """
     if target.platform == "interpret":
         ref_NM[...] = values_MN.T
+        return
+    values_MN = plgpu.layout_cast(values_MN, plgpu.Layout.WGMMA_TRANSPOSED)
+    if jax.__version_info__ < (0, 11):
+        ref_NM.T[...] = values_MN
     else:
-        ref_NM.T[...] = plgpu.layout_cast(values_MN, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.store(ref_NM.T, values_MN, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def product(a_MK: Any, b_NK: Any, target: Target) -> jax.Array:

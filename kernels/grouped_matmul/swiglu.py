@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-from kernels.backend import current_target, takes_mosaic, takes_triton
+from kernels.backend import current_target, require_mosaic, takes_triton
 from kernels.grouped_matmul import (
     pallas_mosaic_quantized,
     pallas_triton,
@@ -42,13 +42,14 @@ def grouped_swiglu(
         it can't read; "mosaic" for an array.
     """
     is_quantized = isinstance(w_gate_up_ED2F, QTensor)
-    if takes_mosaic(implementation):
+    if implementation == "mosaic":
+        target = require_mosaic()
         if not is_quantized:
             raise NotImplementedError(
                 "the Mosaic kernel multiplies quantized weights: pass a QTensor, or take 'triton'"
             )
         return pallas_mosaic_quantized.grouped_matmul(
-            x_TD, w_gate_up_ED2F, group_sizes_E, rows_R=rows_R, gated=True, target=current_target()
+            x_TD, w_gate_up_ED2F, group_sizes_E, rows_R=rows_R, gated=True, target=target
         )
     can_read = not is_quantized or pallas_triton_quantized.lacks(w_gate_up_ED2F) is None
     if takes_triton(implementation) and (can_read or implementation == "triton"):

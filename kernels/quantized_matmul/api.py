@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import native
-from kernels.backend import current_target, takes_mosaic, takes_triton
+from kernels.backend import current_target, require_mosaic, takes_triton
 from kernels.grouped_matmul import pallas_mosaic_quantized, pallas_triton_quantized
 from kernels.quantize import QTensor
 from kernels.quantized_matmul import cpu, reference, xla
@@ -104,12 +104,12 @@ def _run(
         raise ValueError(
             f"activations='int8' needs weights in blocks, {weights[0].format} has none"
         )
-    if takes_mosaic(implementation):
-        lack = _lacks_kernel(weights, activations)
+    if implementation == "mosaic":
+        target, lack = require_mosaic(), _lacks_kernel(weights, activations)
         if lack is not None:
             raise NotImplementedError(lack)
         return pallas_mosaic_quantized.grouped_matmul(
-            x_RK, weights[0], group_sizes_E, target=current_target()
+            x_RK, weights[0], group_sizes_E, target=target
         )
     if takes_triton(implementation):
         lack = _lacks_kernel(weights, activations) or pallas_triton_quantized.lacks(weights[0])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import native
-from kernels.backend import current_target, takes_mosaic, takes_triton
+from kernels.backend import current_target, require_mosaic, takes_triton
 from kernels.window_attention import automatic, pallas_mosaic, pallas_triton, reference, xla
 
 Implementation = Literal["auto", "reference", "xla", "cpu", "triton", "mosaic"]
@@ -63,8 +63,8 @@ def window_attention(
         return reference.window_attention(*rows, **reach)
     if implementation == "cpu" and q_BLHC.dtype != jnp.float32:
         raise NotImplementedError(f"the CPU kernels attend in float32, q is {q_BLHC.dtype}")
-    if takes_mosaic(implementation):
-        return pallas_mosaic.window_attention(*rows, **reach, target=current_target())
+    if implementation == "mosaic":
+        return pallas_mosaic.window_attention(*rows, **reach, target=require_mosaic())
     if takes_triton(implementation):
         return pallas_triton.window_attention(*rows, **reach, target=current_target())
     is_native = implementation == "cpu" or (implementation == "auto" and native.serves(q_BLHC))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # what the interpreter found
 
 from kernels.backend import H100, INTERPRET
 from kernels.grouped_matmul import grouped_matmul, grouped_swiglu
@@ -65,6 +66,7 @@ def test_the_kernel_equals_the_reference_and_no_wrong_version(format, sizes, opt
     x, weight, sizes, _ = draw(format, sizes, **options)
     found = interpreted(x, weight, sizes)
     np.testing.assert_allclose(found, reference(x, weight, sizes), **TOLERANCE)
+    assert not gpu_callbacks.get_races().races_found
     other_block = dataclasses.replace(weight, scales=jnp.roll(weight.scales, 1, axis=1))
     one_row_on = jnp.roll(sizes, 1)
     for wrong in ((x, other_block, sizes), (x, weight, one_row_on)):
@@ -81,6 +83,20 @@ def test_the_gradient_of_x_is_that_of_the_triton_kernel_with_int4_repacked():
 
     for a, b in zip(with_gradient(interpreted), with_gradient(reference), strict=True):
         np.testing.assert_allclose(a, b, **TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_slot_given_back_too_early_is_a_race(monkeypatch):
+    def read_late(ring, step):
+        slot = wait_filled(ring, step)
+        give_back(ring, slot)
+        return slot
+
+    wait_filled, give_back = kernel.wait_filled, kernel.give_back
+    monkeypatch.setattr(kernel, "wait_filled", read_late)
+    monkeypatch.setattr(kernel, "give_back", lambda ring, slot: None)
+    interpreted(*draw("int8")[:3]).block_until_ready()
+    assert gpu_callbacks.get_races().races_found
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # what the interpreter found
 
 from kernels.backend import H100, INTERPRET
 from kernels.window_attention import pallas_mosaic, window_attention
@@ -55,6 +56,7 @@ def test_documents_windows_and_sinks_inside_of_blocks_with_gradients():
         return out, *pull(jnp.asarray(dout))
 
     ours, theirs = with_gradients(interpreted), with_gradients(reference)
+    assert not gpu_callbacks.get_races().races_found
     for a, b, what in zip(ours, theirs, "oqkvb", strict=True):
         np.testing.assert_allclose(a, b, err_msg=what, rtol=1e-5, atol=5e-5)
     for wrong in ({"window_size": 21}, {"num_sinks": 0}):
