@@ -56,12 +56,13 @@ NAMES += [f"paged_latent_attention/{name}" for name in paged_cases.COMPILED_LATE
 def runs_on(name: str, device: Device) -> bool:
     """Whether the case is for such a device: products in fp8, and Mosaic's kernels, need Hopper."""
     op, case = name.split("/")
-    if device.target.capability >= 90 or op == "paged_attention":
-        return True
+    needs_hopper = False
     if op == "window_attention":
-        return window_cases.COMPILED[case].compiler != "mosaic"
-    compiled = grouped_cases.COMPILED[case]
-    return not compiled.fp8_rows and compiled.compiler != "mosaic"
+        needs_hopper = window_cases.COMPILED[case].compiler == "mosaic"
+    if op == "grouped_matmul":
+        compiled = grouped_cases.COMPILED[case]
+        needs_hopper = compiled.fp8_rows or compiled.compiler == "mosaic"
+    return device.target.capability >= 90 or not needs_hopper
 
 
 def program(name: str, device: Device) -> Program:
