@@ -76,7 +76,8 @@ def _compile(case: Program, device: Device) -> Any:
     return lowered(case.function, operands, device).compile()
 
 
-_ENDINGS = r"_\d+|_mosaic_gpu_kernel"
+_MOSAIC = "_mosaic_gpu_kernel"
+_ENDINGS = rf"_\d+|{_MOSAIC}"
 
 
 def _find(dump: Path, kernel: str) -> tuple[Path, str]:
@@ -143,14 +144,17 @@ def _matrix_products(ptx: str) -> dict[str, int]:
 
 
 def _dynamic_shared_bytes(dump: Path, entry: str) -> int:
-    """XLA's list of launches names the shared memory of each; or Mosaic's launch does."""
+    """Of each launch, by XLA's list of them or the log of Mosaic's passes, whose first has it."""
+    if entry.endswith(_MOSAIC):
+        pattern = r"dynamic_shared_memory_size %c(\d+)_i32"
+        for path in dump.glob(f"{entry.removesuffix(_MOSAIC)}_*.mlir-passes.log"):
+            with path.open() as log:  # of some 20 MB
+                for line in log:
+                    if match := re.search(pattern, line):
+                        return int(match[1])
+        raise RuntimeError(f"the logs of Mosaic's passes in {dump} have no launch of {entry}")
     text = "".join(path.read_text() for path in dump.glob("*thunk_sequence.txt"))
-    found = re.findall(rf"{entry}.*?shared_memory: (\d+)", text)
-    for path in dump.glob(f"{entry.removesuffix('_mosaic_gpu_kernel')}_*.mlir-passes.log"):
-        launch = "dynamic_shared_memory_size %c"
-        with path.open() as log:
-            found += [line.split(launch)[1].split("_")[0] for line in log if launch in line][:1]
-    return max(map(int, found), default=0)
+    return max(map(int, re.findall(rf"{entry}.*?shared_memory: (\d+)", text)), default=0)
 
 
 def _count_machine_code(facts: Facts, cubin: Path, entry: str) -> Facts:

@@ -248,7 +248,7 @@ def _outputs_kernel(call: Call, *refs, scratch: Scratch):
     table = TileTable(*table)
     num_columns = pl.cdiv(call.d_out, call.tiles.columns)
     num_programs = table.group_P.shape[0] * num_columns
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index("warpgroup")  # asked for here first: the interpreter keeps it
 
     def over_tiles(run) -> Any:
         """Calls run(place, step, steps of the place) for each of this core's; returns all steps."""

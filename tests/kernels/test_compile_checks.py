@@ -110,6 +110,20 @@ def test_floats_as_large_as_the_weights_are_found_in_hlo():
     assert facts._widened(hlo, 0) == []
 
 
+def test_what_mosaic_wrote_is_found(tmp_path):
+    """A Mosaic kernel's PTX is in a file of its own, its launch in the log of Mosaic's passes."""
+    (tmp_path / "module_0001.ptx").write_text("")
+    (tmp_path / "mosaic_x_0.ptx").write_text(".entry mosaic_x_mosaic_gpu_kernel(")
+    log = "gpu.launch in (%c384) dynamic_shared_memory_size %c217152_i32 {\n"
+    (tmp_path / "mosaic_x_0.mlir-passes.log").write_text(f"func\n{log}{log.replace('2171', '9')}")
+    path, entry = facts._find(tmp_path, "mosaic_x")
+    assert (path.name, entry) == ("mosaic_x_0.ptx", "mosaic_x_mosaic_gpu_kernel")
+    assert facts._dynamic_shared_bytes(tmp_path, entry) == 217_152
+    (tmp_path / "mosaic_x_0.mlir-passes.log").write_text("another form of launch")
+    with pytest.raises(RuntimeError, match="no launch of mosaic_x_mosaic_gpu_kernel"):
+        facts._dynamic_shared_bytes(tmp_path, entry)
+
+
 def test_the_command_reports_what_a_process_said(monkeypatch, capsys):
     results = [("grouped_matmul/int8_prefill/sm_90a", SOUND), ("x/sm_80", "exit code -6: aborted")]
     monkeypatch.setattr(run, "compile_all", lambda keys: results)
