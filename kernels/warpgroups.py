@@ -169,6 +169,7 @@ def wait_filled(ring: Ring, step: Any) -> jax.Array:
 
 
 def give_back(ring: Ring, slot: jax.Array) -> None:
+    plgpu.commit_smem()  # what threads have read themselves is ordered before the next copy
     plgpu.barrier_arrive(ring.free.at[slot])
 
 

@@ -86,6 +86,7 @@ def test_the_gradient_of_x_is_that_of_the_triton_kernel_with_int4_repacked():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="a race is an exception from 0.11 on")
 def test_a_slot_given_back_too_early_is_a_race(monkeypatch):
     def read_late(ring, step):
         slot = wait_filled(ring, step)
