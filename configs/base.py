@@ -33,7 +33,7 @@ class ExecutionConfig:
     dropless.
     """
     grouped_matmul: Literal["auto", "reference", "xla", "cpu", "triton"] = "auto"
-    window_attention: Literal["auto", "reference", "xla", "cpu", "triton"] = "auto"
+    window_attention: Literal["auto", "reference", "xla", "cpu", "triton", "mosaic"] = "auto"
     sparse_attention: Literal["auto", "reference", "xla"] = "auto"
 
     def __post_init__(self) -> None:
@@ -44,6 +44,11 @@ class ExecutionConfig:
                 f"{name}='cpu' computes in float32 only, compute_dtype is {self.compute_dtype!r}: "
                 f"use {name}='auto' or compute_dtype='float32'",
             )
+        require(
+            self.window_attention != "mosaic" or self.compute_dtype == "bfloat16",
+            f"window_attention='mosaic' computes in bfloat16 only, compute_dtype is "
+            f"{self.compute_dtype!r}: use compute_dtype='bfloat16' or window_attention='auto'",
+        )
         if self.transport == "gather":
             require(
                 self.capacity_factor is None,

@@ -1,8 +1,8 @@
 """Which device a kernel is for, and how Pallas hands it to its compiler.
 
-The only module that names Pallas' GPU compiler and its parameters. jax 0.11 deprecates the one in
-use, Triton (Pallas changelog, July 2026): what replaces it changes this file and the bodies of
-kernels, and no caller.
+The only module that chooses between Pallas' GPU compilers and names their parameters. jax 0.11
+deprecates the one in general use, Triton (Pallas changelog, July 2026): what replaces it changes
+this file and the bodies of kernels, and no caller. The other, Mosaic, is for Hopper alone.
 """
 
 import functools
@@ -14,15 +14,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.triton import dialect as triton_dialect  # these two for dot_e4m3 alone
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from 0.12 on
 from jax._src.pallas.triton import lowering as triton_lowering
 from jax.core import ShapedArray
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 OLDEST_CUDA = 80
 """Compute capability, times ten, from which there are bfloat16 tensor cores (A100)."""
+HOPPER = 90
+"""That of the only GPUs with wgmma, which Mosaic's kernels are written in."""
+HOPPER_CORES = 132
+"""Of an H100 or H200 (SXM): the programs of a kernel whose programs loop over its work."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,10 @@ def require_triton(target: Target) -> None:
     """Raises NotImplementedError where Triton's kernels can't run."""
     if runs_triton(target):
         return
-    found = target.platform
-    if found == "cuda":
-        found = f"a GPU of compute capability {target.capability / 10}"
     raise NotImplementedError(
         f"implementation='triton' needs a ROCm GPU or a CUDA one of compute capability "
-        f"{OLDEST_CUDA / 10} or more, and the default device is {found}: take 'auto' or 'xla'"
+        f"{OLDEST_CUDA / 10} or more, and the default device is {_described(target)}: take "
+        "'auto' or 'xla'"
     )
 
 
@@ -92,6 +96,36 @@ def takes_triton(implementation: str) -> bool:
     if implementation == "triton":
         require_triton(target)
     return implementation == "triton" or (implementation == "auto" and auto_takes_triton(target))
+
+
+def runs_mosaic(target: Target) -> bool:
+    return target.platform == "interpret" or (
+        target.platform == "cuda" and target.capability == HOPPER
+    )
+
+
+def require_mosaic() -> Target:
+    """Returns the default device's target, for Mosaic's kernels, which are taken by name alone.
+
+    On Hopper, too, "auto" takes Triton's, of which the interpreter runs every part, until both have
+    been timed on one.
+
+    Raises:
+      NotImplementedError: they can't run there.
+    """
+    target = current_target()
+    if runs_mosaic(target):
+        return target
+    raise NotImplementedError(
+        "implementation='mosaic' needs a Hopper GPU (compute capability 9.0), and the default "
+        f"device is {_described(target)}: take 'auto' or 'triton'"
+    )
+
+
+def _described(target: Target) -> str:
+    if target.platform == "cuda":
+        return f"a GPU of compute capability {target.capability / 10}"
+    return target.platform
 
 
 def triton_call(
@@ -121,7 +155,43 @@ def triton_call(
     )
 
 
-# --- What kernels' bodies are made of ------------------------------------------------------------
+def mosaic_call(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    out_type: Any,
+    num_warpgroups: int,
+    scratch: dict[str, Any],
+    target: Target,
+) -> Callable[..., Any]:
+    """Returns a function of arrays that runs `kernel` once per core of the GPU.
+
+    Refs of operands and results lie in global memory, those of `scratch` in shared memory. The
+    kernel asks for its `core` and `warpgroup` (lax.axis_index). Interpreted, it runs once, as each
+    run is compiled anew; what it reads outside of an array is 0, as on a GPU, and races are found.
+    """
+    is_interpreted = target.platform == "interpret"
+    interpreter = InterpretGPUParams(
+        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+    )
+    return mosaic_gpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(1 if is_interpreted else HOPPER_CORES,),
+        grid_names=("core",),
+        num_threads=num_warpgroups,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=mosaic_gpu.CompilerParams(
+            approx_math=True,  # exponentials, as Triton's
+            lowering_semantics=mosaic_gpu.LoweringSemantics.Lane,  # the layouts are the body's own
+        ),
+        interpret=interpreter if is_interpreted else None,
+    )
+
+
+# --- What bodies of Triton kernels are made of -----------------------------------------------
 
 
 def divide(a: jax.Array, b: int | jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -78,7 +78,8 @@ def _draw_grouped(case: grouped_cases.CompiledCase) -> Operands:
     weight: Any = _normal(1, (case.num_groups, case.d_in, columns), dtype, case.d_in**-0.5)
     if case.format not in ("bf16", "float32"):
         rounded = quantize(weight, case.format)
-        weight = repack(rounded, "split_128") if case.format == "int4" else rounded
+        is_split = case.format == "int4" and case.compiler == "triton"
+        weight = repack(rounded, "split_128") if is_split else rounded
     sizes = jnp.asarray(work.group_sizes(case), jnp.int32)
     rows = None
     if case.gathered:

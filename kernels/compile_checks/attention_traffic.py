@@ -18,6 +18,7 @@ from kernels.paged_attention import pallas_triton_latent as latent_kernel
 from kernels.paged_attention.cases import CompiledCase as PagedCase
 from kernels.paged_attention.cases import CompiledLatentCase as LatentCase
 from kernels.paged_attention.parts import num_parts
+from kernels.window_attention import pallas_mosaic
 from kernels.window_attention.cases import CompiledCase as WindowCase
 from kernels.window_attention.pallas_triton import Blocks, choose_kernels
 
@@ -29,7 +30,11 @@ def window_ratio(case: WindowCase, device: Device) -> float:
     """Bytes moved over the least."""
     itemsize = 2 if case.dtype == "bfloat16" else 4
     kernels = choose_kernels(case.head_dim, itemsize, device.target)
-    if case.kernel == "gradient_kv":
+    if case.compiler == "mosaic":
+        of_core = pallas_mosaic.COMPUTE_WARPGROUPS * pallas_mosaic.HOPPER.queries
+        blocks = kernels.forward._replace(queries=of_core, keys=pallas_mosaic.HOPPER.keys)
+        grid = _over_keys(case, blocks, itemsize)
+    elif case.kernel == "gradient_kv":
         grid = _over_queries(case, kernels.keys, itemsize)
     else:
         is_forward = case.kernel == "forward"

@@ -11,6 +11,7 @@ from kernels.backend import Target
 from kernels.compile_checks import attention_traffic, traffic
 from kernels.compile_checks.devices import Device
 from kernels.grouped_matmul import cases as grouped_cases
+from kernels.grouped_matmul import pallas_mosaic_quantized as quantized_mosaic
 from kernels.grouped_matmul import pallas_triton as grouped
 from kernels.grouped_matmul import pallas_triton_quantized as quantized
 from kernels.grouped_matmul.scaled_rows import scale_rows
@@ -19,6 +20,7 @@ from kernels.paged_attention import pallas_triton as paged
 from kernels.paged_attention import pallas_triton_latent as latent
 from kernels.quantize import FORMATS, QTensor
 from kernels.window_attention import cases as window_cases
+from kernels.window_attention import pallas_mosaic as window_mosaic
 from kernels.window_attention import pallas_triton as window
 
 
@@ -52,9 +54,14 @@ NAMES += [f"paged_latent_attention/{name}" for name in paged_cases.COMPILED_LATE
 
 
 def runs_on(name: str, device: Device) -> bool:
-    """Whether the case is for such a device: products in fp8 begin with Hopper."""
+    """Whether the case is for such a device: products in fp8, and Mosaic's kernels, need Hopper."""
     op, case = name.split("/")
-    needs_hopper = op == "grouped_matmul" and grouped_cases.COMPILED[case].fp8_rows
+    needs_hopper = False
+    if op == "window_attention":
+        needs_hopper = window_cases.COMPILED[case].compiler == "mosaic"
+    if op == "grouped_matmul":
+        compiled = grouped_cases.COMPILED[case]
+        needs_hopper = compiled.fp8_rows or compiled.compiler == "mosaic"
     return device.target.capability >= 90 or not needs_hopper
 
 
@@ -91,9 +98,8 @@ def _grouped_matmul(case: grouped_cases.CompiledCase, device: Device) -> Program
 
     def forward(x, weight, sizes, rows):
         if is_quantized:
-            return quantized.grouped_matmul(
-                x, weight, sizes, rows_R=rows, gated=case.gated, target=target
-            )
+            op = quantized_mosaic if case.compiler == "mosaic" else quantized
+            return op.grouped_matmul(x, weight, sizes, rows_R=rows, gated=case.gated, target=target)
         chosen = grouped.grouped_swiglu if case.gated else grouped.grouped_matmul
         return chosen(x, weight, sizes, rows_R=rows, target=target)
 
@@ -122,7 +128,8 @@ def _kernel_name(case: grouped_cases.CompiledCase) -> str:
     suffix = {"forward": "", "gradient_x": "_dx", "gradient_w": "_dw"}[case.contraction]
     is_quantized = case.format not in ("bf16", "float32")
     suffix += f"_{case.format}" if is_quantized else ""
-    return f"grouped_matmul{suffix}" + ("_rows" if case.fp8_rows else "")
+    prefix = "mosaic_" if case.compiler == "mosaic" else ""
+    return f"{prefix}grouped_matmul{suffix}" + ("_rows" if case.fp8_rows else "")
 
 
 def _quantized_weight(case: grouped_cases.CompiledCase, columns: int) -> QTensor:
@@ -134,7 +141,7 @@ def _quantized_weight(case: grouped_cases.CompiledCase, columns: int) -> QTensor
         _array((case.num_groups, case.d_in // 128, columns), jnp.float32),  # pyright: ignore[reportArgumentType]
         case.format,
         128,
-        "split_128" if case.format == "int4" else "canonical",
+        "split_128" if case.format == "int4" and case.compiler == "triton" else "canonical",
     )
 
 
@@ -153,7 +160,8 @@ def _window_attention(case: window_cases.CompiledCase, device: Device) -> Progra
     sinks = _array((case.num_heads,), jnp.float32) if case.learned_sinks else None
 
     def forward(q, k, v, positions, segments, sinks):
-        return window.window_attention(
+        op = window_mosaic if case.compiler == "mosaic" else window
+        return op.window_attention(
             q,
             k,
             v,
@@ -172,11 +180,12 @@ def _window_attention(case: window_cases.CompiledCase, device: Device) -> Progra
         return jax.vjp(lambda k, v: forward(q, k, v, *rest), k, v)[1](dout)
 
     operands = (q, k, v, row, row, sinks)
+    prefix = "mosaic_" if case.compiler == "mosaic" else ""
     is_forward = case.kernel == "forward"
     return Program(
         forward if is_forward else gradient,
         operands if is_forward else (*operands, dout),
-        kernel=f"window_attention{_SUFFIXES[case.kernel]}",
+        kernel=f"{prefix}window_attention{_SUFFIXES[case.kernel]}",
         has_tensor_cores=dtype == jnp.bfloat16,
         plain_loads=80,  # queries, once; positions and segments, in two loops
         rows_of_dot=_rows_of_attention(case, dtype.itemsize, target),
@@ -185,6 +194,8 @@ def _window_attention(case: window_cases.CompiledCase, device: Device) -> Progra
 
 
 def _rows_of_attention(case: window_cases.CompiledCase, itemsize: int, target: Target) -> int:
+    if case.compiler == "mosaic":
+        return window_mosaic.HOPPER.queries
     kernels = window.choose_kernels(case.head_dim, itemsize, target)
     if case.kernel == "gradient_kv":
         return kernels.keys.keys

@@ -1,7 +1,8 @@
 """One case through the GPU compiler: registers, memory, and the instructions that came out.
 
 Runs in a process of its own, which a failing conversion in Triton may end, with XLA_FLAGS naming
-the folder for what XLA writes on the way.
+the folder for what XLA writes on the way, and MOSAIC_GPU_DUMP_TO the same: a Mosaic kernel is a
+custom call, whose PTX and launch XLA doesn't know.
 """
 
 import importlib.util
@@ -75,12 +76,16 @@ def _compile(case: Program, device: Device) -> Any:
     return lowered(case.function, operands, device).compile()
 
 
+_MOSAIC = "_mosaic_gpu_kernel"
+_ENDINGS = rf"_\d+|{_MOSAIC}"
+
+
 def _find(dump: Path, kernel: str) -> tuple[Path, str]:
-    """The PTX that has the kernel, and its name there, to which XLA may append a number."""
+    """The PTX that has the kernel, and its name there, to which the compilers append theirs."""
     found = [
         (path, entry)
         for path in sorted(dump.glob("*.ptx"))
-        for entry in re.findall(rf"\.entry ({kernel}(?:_\d+)?)\(", path.read_text())
+        for entry in re.findall(rf"\.entry ({kernel}(?:{_ENDINGS})?)\(", path.read_text())
     ]
     if len(found) != 1:
         raise RuntimeError(f"expected one kernel {kernel!r} in {dump}, found {found}")
@@ -139,7 +144,15 @@ def _matrix_products(ptx: str) -> dict[str, int]:
 
 
 def _dynamic_shared_bytes(dump: Path, entry: str) -> int:
-    """XLA's list of launches names the shared memory that each asks for."""
+    """Of each launch, by XLA's list of them or the log of Mosaic's passes, whose first has it."""
+    if entry.endswith(_MOSAIC):
+        pattern = r"dynamic_shared_memory_size %c(\d+)_i32"
+        for path in dump.glob(f"{entry.removesuffix(_MOSAIC)}_*.mlir-passes.log"):
+            with path.open() as log:  # of some 20 MB
+                for line in log:
+                    if match := re.search(pattern, line):
+                        return int(match[1])
+        raise RuntimeError(f"the logs of Mosaic's passes in {dump} have no launch of {entry}")
     text = "".join(path.read_text() for path in dump.glob("*thunk_sequence.txt"))
     return max(map(int, re.findall(rf"{entry}.*?shared_memory: (\d+)", text)), default=0)
 

@@ -87,6 +87,7 @@ def _in_a_process(key: str) -> Facts | str:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_dump_to={dump}",
+            "MOSAIC_GPU_DUMP_TO": dump,
         }
         try:
             done = subprocess.run(

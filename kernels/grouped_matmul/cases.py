@@ -44,6 +44,8 @@ class CompiledCase:
     fp8_rows: bool = False
     """Rows in fp8, which Hopper multiplies."""
     contraction: Literal["forward", "gradient_x", "gradient_w"] = "forward"
+    compiler: Literal["triton", "mosaic"] = "triton"
+    """Mosaic is for Hopper alone."""
     gated: bool = False
     gathered: bool = False
     most_traffic: float = 1.15
@@ -103,4 +105,31 @@ COMPILED = {
         rows=PREFILL, format="fp8_e4m3", fp8_rows=True, gated=True, gathered=True
     ),
     "fp8_gradient_x": CompiledCase(rows=PREFILL, format="fp8_e4m3", contraction="gradient_x"),
+    "mosaic_int8_decode": CompiledCase(rows=DECODE, format="int8", compiler="mosaic"),
+    "mosaic_int8_few": CompiledCase(rows=FEW, format="int8", compiler="mosaic"),
+    "mosaic_int8_some": CompiledCase(rows=SOME, format="int8", compiler="mosaic"),
+    "mosaic_int8_prefill": CompiledCase(rows=PREFILL, format="int8", compiler="mosaic"),
+    "mosaic_int8_swiglu_decode": CompiledCase(
+        rows=DECODE, format="int8", gated=True, compiler="mosaic"
+    ),
+    "mosaic_int8_swiglu_few": CompiledCase(rows=FEW, format="int8", gated=True, compiler="mosaic"),
+    "mosaic_int8_swiglu_prefill": CompiledCase(
+        rows=PREFILL, format="int8", gated=True, gathered=True, compiler="mosaic"
+    ),
+    "mosaic_int4_decode": CompiledCase(rows=DECODE, format="int4", compiler="mosaic"),
+    "mosaic_int4_prefill": CompiledCase(rows=PREFILL, format="int4", compiler="mosaic"),
+    "mosaic_int4_swiglu_decode": CompiledCase(
+        rows=DECODE, format="int4", gated=True, compiler="mosaic"
+    ),
+    "mosaic_int4_swiglu_prefill": CompiledCase(
+        rows=PREFILL, format="int4", gated=True, gathered=True, compiler="mosaic"
+    ),
+    "mosaic_fp8_decode": CompiledCase(rows=DECODE, format="fp8_e4m3", compiler="mosaic"),
+    "mosaic_fp8_prefill": CompiledCase(rows=PREFILL, format="fp8_e4m3", compiler="mosaic"),
+    "mosaic_fp8_swiglu_decode": CompiledCase(
+        rows=DECODE, format="fp8_e4m3", gated=True, compiler="mosaic"
+    ),
+    "mosaic_fp8_swiglu_prefill": CompiledCase(
+        rows=PREFILL, format="fp8_e4m3", gated=True, gathered=True, compiler="mosaic"
+    ),
 }

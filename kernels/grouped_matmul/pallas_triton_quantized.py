@@ -139,7 +139,7 @@ def _backward(plan, residuals, dy_RF):
         h_R2F = _rows_times_outputs(plain, x_TD, weight, group_sizes_E, rows_R)
         _, pull = jax.vjp(swiglu_of_halves, h_R2F)
         (dy_RF,) = pull(dy_RF)
-    dx_RD = _rows_times_inputs(plan, dy_RF, weight, group_sizes_E)
+    dx_RD = rows_times_inputs(plan, dy_RF, weight, group_sizes_E)
     return scatter_rows(dx_RD, rows_R, x_TD), None, None, None
 
 
@@ -263,7 +263,7 @@ def _outputs_kernel(
 # --- The gradient of x ---------------------------------------------------------------------------
 
 
-def _rows_times_inputs(
+def rows_times_inputs(
     plan: Plan, dy_RF: jax.Array, weight: QTensor, group_sizes_E: jax.Array
 ) -> jax.Array:
     """dy[r] @ dequantized(weight)[group of r]^T, [R, D]."""

@@ -3,10 +3,16 @@
 T tokens, R rows sorted by group, E groups (experts), D input width, F output width.
 """
 
+from typing import Literal
+
 import jax
 
-from kernels.backend import current_target, takes_triton
-from kernels.grouped_matmul import pallas_triton, pallas_triton_quantized
+from kernels.backend import current_target, require_mosaic, takes_triton
+from kernels.grouped_matmul import (
+    pallas_mosaic_quantized,
+    pallas_triton,
+    pallas_triton_quantized,
+)
 from kernels.grouped_matmul.api import Implementation, grouped_matmul
 from kernels.quantize import QTensor, dequantize
 
@@ -17,7 +23,7 @@ def grouped_swiglu(
     group_sizes_E: jax.Array,
     *,
     rows_R: jax.Array | None = None,
-    implementation: Implementation = "auto",
+    implementation: Implementation | Literal["mosaic"] = "auto",
 ) -> jax.Array:
     """Returns silu(gate[r]) * up[r], [R, F] in x's dtype: the halves of x[rows[r]] @ w[group of r].
 
@@ -29,12 +35,22 @@ def grouped_swiglu(
       group_sizes_E: int32 [E], of sorted rows, summing to at most R.
       rows_R: int32 in [0, T): the row of x that each sorted row is. None: x is sorted, and R is T.
       implementation: as in `grouped_matmul`. "triton" gathers the rows in the kernel, and gate and
-        up never leave it.
+        up never leave it; nor do they leave "mosaic", for a QTensor on Hopper alone.
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: "triton" without a GPU that runs it, or for a QTensor that it can't read.
+      NotImplementedError: "triton" or "mosaic" without a GPU that runs it, or for a QTensor that
+        it can't read; "mosaic" for an array.
     """
     is_quantized = isinstance(w_gate_up_ED2F, QTensor)
+    if implementation == "mosaic":
+        target = require_mosaic()
+        if not is_quantized:
+            raise NotImplementedError(
+                "the Mosaic kernel multiplies quantized weights: pass a QTensor, or take 'triton'"
+            )
+        return pallas_mosaic_quantized.grouped_matmul(
+            x_TD, w_gate_up_ED2F, group_sizes_E, rows_R=rows_R, gated=True, target=target
+        )
     can_read = not is_quantized or pallas_triton_quantized.lacks(w_gate_up_ED2F) is None
     if takes_triton(implementation) and (can_read or implementation == "triton"):
         target = current_target()

@@ -127,32 +127,46 @@ def _at_most(size: int, needed: int) -> int:
     return min(size, max(16, 1 << (needed - 1).bit_length()))
 
 
-def max_tiles(num_rows: int, num_groups: int, tile_rows: int) -> int:
-    """The most tiles that any group sizes need: each group wastes less than one tile."""
+def max_tiles(num_rows: int, num_groups: int, tile_rows: int, alignment: int = 1) -> int:
+    """The most tiles that any group sizes need: each group wastes less than one tile.
+
+    And less than `alignment` rows before its first one.
+    """
     groups = min(num_groups + 1, num_rows)  # one more: the rows past the last group
-    return (num_rows + groups * (tile_rows - 1)) // tile_rows
+    return (num_rows + groups * (tile_rows - 1 + alignment - 1)) // tile_rows
 
 
-def tile_table(group_sizes_E: jax.Array, num_rows: int, tiles: Tiles, row_bytes: int) -> TileTable:
+def tile_table(
+    group_sizes_E: jax.Array, num_rows: int, tiles: Tiles, row_bytes: int, alignment: int = 1
+) -> TileTable:
     """Returns the tiles in the order of their rows, as many as `max_tiles` says.
 
     G = E + 1 groups: the last is the rows that no group owns.
 
     Args:
       row_bytes: of a row of x.
+      alignment: tiles lie within tiles.rows rows that begin at a multiple of it, which divides
+        tiles.rows. A group's first tile has fewer rows for it, where the group begins in between.
     """
     num_groups, size = group_sizes_E.shape[0], tiles.rows
     sizes_E = group_sizes_E.astype(jnp.int32)
     sizes_G = jnp.concatenate([sizes_E, num_rows - sizes_E.sum(keepdims=True)])
     starts_G = jnp.cumsum(sizes_G) - sizes_G
-    tiles_G = (sizes_G + size - 1) // size
+    bases_G, spans_G = starts_G, sizes_G
+    if alignment > 1:
+        bases_G = starts_G - starts_G % alignment
+        spans_G = jnp.where(sizes_G > 0, starts_G + sizes_G - bases_G, 0)
+    tiles_G = (spans_G + size - 1) // size
     tile_ends_G = jnp.cumsum(tiles_G)
-    tile_P = jnp.arange(max_tiles(num_rows, num_groups, size), dtype=jnp.int32)
+    num_places = max_tiles(num_rows, num_groups, size, alignment)
+    tile_P = jnp.arange(num_places, dtype=jnp.int32)
     group_P = (tile_ends_G[None] <= tile_P[:, None]).sum(axis=1, dtype=jnp.int32)
     group_P = jnp.minimum(group_P, num_groups)
     place_P = tile_P - (tile_ends_G - tiles_G)[group_P]  # among the group's tiles
-    first_P = jnp.minimum(starts_G[group_P] + place_P * size, num_rows)
+    first_P = jnp.minimum(bases_G[group_P] + place_P * size, num_rows)
     end_P = jnp.minimum(first_P + size, (starts_G + sizes_G)[group_P])
+    if alignment > 1:
+        first_P = jnp.maximum(first_P, starts_G[group_P])
     longest = max(1, SWEEP_BYTES // (size * row_bytes))
     in_sweep_P = place_P % longest
     rest_P = tiles_G[group_P] - (place_P - in_sweep_P)  # of the group's tiles, from the sweep on

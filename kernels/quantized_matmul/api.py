@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import native
-from kernels.backend import current_target, takes_triton
-from kernels.grouped_matmul import pallas_triton_quantized
+from kernels.backend import current_target, require_mosaic, takes_triton
+from kernels.grouped_matmul import pallas_mosaic_quantized, pallas_triton_quantized
 from kernels.quantize import QTensor
 from kernels.quantized_matmul import cpu, reference, xla
 
-Implementation = Literal["auto", "reference", "xla", "cpu", "triton"]
+Implementation = Literal["auto", "reference", "xla", "cpu", "triton", "mosaic"]
 Activations = Literal["float", "int8"]
 
 
@@ -41,7 +41,8 @@ def quantized_matmul(
       implementation: "reference" makes floats of all weights and multiplies every row with every
         matrix; "xla" makes floats of them; "cpu" is C++ on int8 and int4 weights in the order
         "panels"; "triton" is a GPU kernel of one weight, whose int4 lie in the order "split_128";
-        "auto" takes "triton" or "cpu" where they can and "xla" elsewhere.
+        "mosaic" is one for Hopper alone, whose weights lie in the order "canonical"; "auto" takes
+        "triton" or "cpu" where they can and "xla" elsewhere, and never "mosaic".
     Raises:
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the implementation asked for can't do this here.
@@ -103,8 +104,15 @@ def _run(
         raise ValueError(
             f"activations='int8' needs weights in blocks, {weights[0].format} has none"
         )
+    if implementation == "mosaic":
+        target, lack = require_mosaic(), _lacks_kernel(weights, activations)
+        if lack is not None:
+            raise NotImplementedError(lack)
+        return pallas_mosaic_quantized.grouped_matmul(
+            x_RK, weights[0], group_sizes_E, target=target
+        )
     if takes_triton(implementation):
-        lack = _lacks_triton(weights, activations)
+        lack = _lacks_kernel(weights, activations) or pallas_triton_quantized.lacks(weights[0])
         if lack is None:
             return pallas_triton_quantized.grouped_matmul(
                 x_RK, weights[0], group_sizes_E, target=current_target()
@@ -131,14 +139,13 @@ def _run(
     return rounding(x_RK, *weights, group_sizes_E)
 
 
-def _lacks_triton(weights: tuple[QTensor, ...], activations: Activations) -> str | None:
-    """What keeps the Triton kernel from this product, in a sentence; None: nothing."""
-    weight, *others = weights
-    if others:
-        return "the Triton kernel takes gate and up as one weight: grouped_matmul.grouped_swiglu"
+def _lacks_kernel(weights: tuple[QTensor, ...], activations: Activations) -> str | None:
+    """What keeps GPU kernels from this product, in a sentence; None: nothing."""
+    if len(weights) > 1:
+        return "GPU kernels take gate and up as one weight: grouped_matmul.grouped_swiglu"
     if activations == "int8":
-        return "the Triton kernel does not round rows to int8: pass activations='float'"
-    return pallas_triton_quantized.lacks(weight)
+        return "GPU kernels do not round rows to int8: pass activations='float'"
+    return None
 
 
 def _check(x_RK: jax.Array, weights: tuple[QTensor, ...], group_sizes_E: jax.Array | None) -> None:

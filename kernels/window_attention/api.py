@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels import native
-from kernels.backend import current_target, takes_triton
-from kernels.window_attention import automatic, pallas_triton, reference, xla
+from kernels.backend import current_target, require_mosaic, takes_triton
+from kernels.window_attention import automatic, pallas_mosaic, pallas_triton, reference, xla
 
-Implementation = Literal["auto", "reference", "xla", "cpu", "triton"]
+Implementation = Literal["auto", "reference", "xla", "cpu", "triton", "mosaic"]
 
 
 def window_attention(
@@ -48,8 +48,9 @@ def window_attention(
         (gpt-oss, 2025); None for none.
       implementation: "reference" makes the whole [L, L] score matrix; "xla" skips blocks of keys
         that no query of a block can see; "cpu" is C++ that never writes scores out (float32);
-        "triton" is a GPU kernel; "auto" takes "triton" (kernels/backend.py) or "cpu" where it runs
-        and "xla" elsewhere.
+        "triton" is a GPU kernel; "mosaic" is one for Hopper alone (bfloat16, heads of 64 or 128
+        channels), with the gradients of "triton"; "auto" takes "triton" (kernels/backend.py) or
+        "cpu" where it runs and "xla" elsewhere, and never "mosaic".
     Raises:
       ValueError: shapes that do not fit.
       NotImplementedError: the implementation asked for can't do this here.
@@ -62,6 +63,8 @@ def window_attention(
         return reference.window_attention(*rows, **reach)
     if implementation == "cpu" and q_BLHC.dtype != jnp.float32:
         raise NotImplementedError(f"the CPU kernels attend in float32, q is {q_BLHC.dtype}")
+    if implementation == "mosaic":
+        return pallas_mosaic.window_attention(*rows, **reach, target=require_mosaic())
     if takes_triton(implementation):
         return pallas_triton.window_attention(*rows, **reach, target=current_target())
     is_native = implementation == "cpu" or (implementation == "auto" and native.serves(q_BLHC))

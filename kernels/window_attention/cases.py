@@ -48,6 +48,8 @@ class CompiledCase:
     learned_sinks: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     kernel: Literal["forward", "gradient_q", "gradient_kv"] = "forward"
+    compiler: Literal["triton", "mosaic"] = "triton"
+    """Mosaic is for Hopper alone."""
 
 
 COMPILED = {
@@ -73,4 +75,9 @@ COMPILED = {
     "latent_gradient_kv": CompiledCase(
         head_dim=192, value_dim=128, num_kv_heads=16, num_sinks=0, kernel="gradient_kv"
     ),
+    "mosaic_causal": CompiledCase(window_size=None, num_sinks=0, compiler="mosaic"),
+    "mosaic_sinks": CompiledCase(compiler="mosaic"),
+    "mosaic_narrow": CompiledCase(head_dim=64, learned_sinks=True, compiler="mosaic"),
+    "mosaic_ragged": CompiledCase(length=4001, learned_sinks=True, compiler="mosaic"),
+    "mosaic_narrow_values": CompiledCase(value_dim=64, compiler="mosaic"),
 }

@@ -89,11 +89,11 @@ def window_attention(
     Differentiable in q, k, v and sink_logits. A row that sees nothing gets zeros.
     """
     reach = Reach(window_size, num_sinks, target)
-    rows = _rows(positions_BL, segments_BL)
+    rows = rows_of(positions_BL, segments_BL)
     return _attention(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows)
 
 
-def _rows(positions_BL: jax.Array, segments_BL: jax.Array) -> Rows:
+def rows_of(positions_BL: jax.Array, segments_BL: jax.Array) -> Rows:
     length = segments_BL.shape[1]
     row_BL = lax.broadcasted_iota(jnp.int32, segments_BL.shape, 1)
     is_start_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)))
@@ -130,7 +130,8 @@ def _forward(reach, *operands):
     return out_BLHW, (*operands, out_BLHW, log_sum_BHL)
 
 
-def _backward(reach, residuals, dout_BLHW):
+def backward(reach, residuals, dout_BLHW):
+    """The gradients of q, k, v and the sinks' logits (none of rows), by `_forward`'s residuals."""
     q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows, out_BLHW, log_sum_BHL = residuals
     # Of a row's softmax: what its outputs' gradient weighs, subtracted from that of each score.
     product_BLHW = dout_BLHW.astype(jnp.float32) * out_BLHW.astype(jnp.float32)
@@ -148,7 +149,7 @@ def _backward(reach, residuals, dout_BLHW):
     return dq_BLHC, dk_BLGC, dv_BLGW, dsinks_H, None
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, backward)
 
 
 # --- Inside kernels ------------------------------------------------------------------------------

@@ -294,3 +294,9 @@ def test_native_kernels_have_no_bfloat16(kernel):
     with pytest.raises(UserError, match=f"{kernel}='cpu' computes in float32 only"):
         ExecutionConfig(compute_dtype="bfloat16", **settings)  # pyright: ignore[reportArgumentType]
     assert ExecutionConfig(**settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_hoppers_attention_has_no_float32():
+    with pytest.raises(UserError, match="window_attention='mosaic' computes in bfloat16 only"):
+        ExecutionConfig(window_attention="mosaic")
+    assert ExecutionConfig(window_attention="mosaic", compute_dtype="bfloat16")

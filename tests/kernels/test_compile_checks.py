@@ -110,6 +110,20 @@ def test_floats_as_large_as_the_weights_are_found_in_hlo():
     assert facts._widened(hlo, 0) == []
 
 
+def test_what_mosaic_wrote_is_found(tmp_path):
+    """A Mosaic kernel's PTX is in a file of its own, its launch in the log of Mosaic's passes."""
+    (tmp_path / "module_0001.ptx").write_text("")
+    (tmp_path / "mosaic_x_0.ptx").write_text(".entry mosaic_x_mosaic_gpu_kernel(")
+    log = "gpu.launch in (%c384) dynamic_shared_memory_size %c217152_i32 {\n"
+    (tmp_path / "mosaic_x_0.mlir-passes.log").write_text(f"func\n{log}{log.replace('2171', '9')}")
+    path, entry = facts._find(tmp_path, "mosaic_x")
+    assert (path.name, entry) == ("mosaic_x_0.ptx", "mosaic_x_mosaic_gpu_kernel")
+    assert facts._dynamic_shared_bytes(tmp_path, entry) == 217_152
+    (tmp_path / "mosaic_x_0.mlir-passes.log").write_text("another form of launch")
+    with pytest.raises(RuntimeError, match="no launch of mosaic_x_mosaic_gpu_kernel"):
+        facts._dynamic_shared_bytes(tmp_path, entry)
+
+
 def test_the_command_reports_what_a_process_said(monkeypatch, capsys):
     results = [("grouped_matmul/int8_prefill/sm_90a", SOUND), ("x/sm_80", "exit code -6: aborted")]
     monkeypatch.setattr(run, "compile_all", lambda keys: results)
@@ -236,6 +250,13 @@ ONE_OF_EACH = {program(name, H100).kernel: name for name in reversed(NAMES)}
 """A case of every kernel."""
 
 
+@pytest.mark.parametrize("kernel", sorted(k for k in ONE_OF_EACH if k.startswith("mosaic")))
+def test_kernels_are_written_in_what_mosaic_has(kernel):
+    """To the binary of Mosaic's dialects in XLA's program: layouts and copies fit each other."""
+    case = program(ONE_OF_EACH[kernel], H100)
+    assert "mosaic_gpu" in lowered(case.function, case.operands, H100).as_text()
+
+
 @pytest.mark.parametrize("target", [A100.target, Target("rocm")], ids=["cuda", "rocm"])
 @pytest.mark.parametrize("kernel", sorted(ONE_OF_EACH))
 def test_kernels_are_written_in_what_triton_has(kernel, target):
@@ -243,7 +264,7 @@ def test_kernels_are_written_in_what_triton_has(kernel, target):
     device = dataclasses.replace(H100, target=target)
     name = ONE_OF_EACH[kernel]
     if not runs_on(name, device):
-        pytest.skip("fp8 products need Hopper")
+        pytest.skip("fp8 products and Mosaic's kernels need Hopper")
     case = program(name, device)
     text = lowered(case.function, case.operands, device).as_text()
     assert f'name = "{kernel}"' in text

@@ -144,15 +144,15 @@ def test_without_a_gpu_the_op_is_its_parts():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 40), min_size=5, max_size=5), st.just(230))
-def test_every_row_lies_in_one_tile_of_its_group(group_sizes, rows):
-    table = jax.jit(tile_table, static_argnums=(1, 2, 3))(
-        np.array(group_sizes, np.int32), rows, TILES, 64
+@given(st.lists(st.integers(0, 40), min_size=5, max_size=5), st.just(230), st.sampled_from([1, 8]))
+def test_every_row_lies_in_one_tile_of_its_group(group_sizes, rows, alignment):
+    table = jax.jit(tile_table, static_argnums=(1, 2, 3, 4))(
+        np.array(group_sizes, np.int32), rows, TILES, 64, alignment
     )
     owner = np.repeat(np.arange(len(group_sizes) + 1), [*group_sizes, rows - sum(group_sizes)])
     seen = np.zeros(rows, int)
     for group, first, end in zip(*(np.asarray(a) for a in table[:3]), strict=True):
-        assert end - first <= 16
+        assert end - (first - first % alignment) <= 16
         if end > first:
             seen[first:end] += 1
             np.testing.assert_array_equal(owner[first:end], group)
