@@ -66,6 +66,8 @@ class Peer:
 
 def test_a_token_takes_what_its_matrices_take(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "Ggml", Peer)
+    monkeypatch.setattr(cpu_kernels, "PEER_RESTS", 0.0)
+    monkeypatch.setattr(cpu_kernels, "WARM", 0.0)
     one, other = cpu_kernels.Matrix(64, 16, 3, 1), cpu_kernels.Matrix(32, 32, 1, 2)
     monkeypatch.setattr(cpu_kernels, "SMOLLM2", {"one": one, "other": other})
     *each, token = list(cpu_kernels.decoding_comparisons(1))[:3]

@@ -40,7 +40,10 @@ def variables():
     return made
 
 
-@pytest.mark.parametrize("draft", [Draft(), Draft(exit=2, length=3), Draft(length=1)])
+@pytest.mark.parametrize(
+    "draft",
+    [pytest.param(Draft(), marks=pytest.mark.slow), Draft(exit=2, length=3), Draft(length=1)],
+)
 def test_the_text_is_the_whole_models(variables, draft):
     """Windows of 5 with drafts of 4: slots of a ring are written and taken back all the time."""
     expected = generate(MODEL, variables, PROMPTS, max_new_tokens=40)
@@ -54,6 +57,7 @@ def test_the_text_is_the_whole_models(variables, draft):
         assert 1 < accepted < draft.length, "drafts should be right at times and wrong at times"
 
 
+@pytest.mark.slow
 def test_an_unstacked_model_drafts_the_same(variables):
     expected = generate(MODEL, variables, PROMPTS, max_new_tokens=40, draft=Draft())
     made = generate(*unstack(MODEL, variables), PROMPTS, max_new_tokens=40, draft=Draft())

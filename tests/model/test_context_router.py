@@ -42,6 +42,7 @@ def test_decode_equals_full_forward(config, prefill):
     check_decode(config, drawn(config), LENGTH, prefill)
 
 
+@pytest.mark.slow
 def test_the_context_router_starts_as_the_plain_one():
     """Bit for bit, with the plain one's weights: its own matrix is zero at first."""
     tokens, positions = inputs(config_of(None), LENGTH)

@@ -203,7 +203,9 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("mesh_config", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "mesh_config", [pytest.param(MESHES[0], marks=pytest.mark.slow), *MESHES[1:]], ids=str
+)
 def test_any_mesh_gives_the_same_model_and_gradients(variables, mesh_config):
     tokens, positions = tokens_of(32, batch=4), positions_of(12, 20, batch=4)
 

@@ -133,6 +133,7 @@ def test_inference_plans_hold_weights_and_cache(step):
     assert weights == run.model.num_parameters * 4 / 2  # every weight has a d_model to split
 
 
+@pytest.mark.slow
 def test_bounds_follow_from_the_parts():
     plan = planned(moe_run(expert=2))
     for part in plan.parts:

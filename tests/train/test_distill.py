@@ -79,6 +79,7 @@ def test_the_cache_changes_rounding_only_and_is_filled_once(teacher):
     assert known.sum() == min(6 * 8, len(known))  # 6 steps of 8 rows
 
 
+@pytest.mark.slow
 def test_a_cached_run_resumes_bit_for_bit(teacher):
     run, tmp_path = teacher
     whole = train(teacher, "cached whole", top_k=8, cache=True)

@@ -91,7 +91,9 @@ def test_resumed_on_the_same_mesh_is_bit_for_bit(story):
     assert resume(story, "same", MeshConfig(expert=4)) == losses(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(expert=2), MeshConfig()], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(MeshConfig(expert=2), marks=pytest.mark.slow), MeshConfig()], ids=str
+)
 def test_resumed_on_another_mesh_stays_within_rounding(story, mesh):
     _, tmp_path = story
     name = f"mesh {mesh.data} {mesh.expert}"
