@@ -118,7 +118,7 @@ def _grouped_swiglu(plan, x_TD, w_ED2F, group_sizes_E, rows_R):
 
 def _swiglu_forward(plan, x_TD, w_ED2F, group_sizes_E, rows_R):
     h_R2F = _grouped_matmul(plan._replace(gated=False), x_TD, w_ED2F, group_sizes_E, rows_R)
-    return swiglu_of_halves(h_R2F), (x_TD, w_ED2F, group_sizes_E, rows_R, h_R2F)
+    return swiglu_of_halves(jnp.asarray(h_R2F)), (x_TD, w_ED2F, group_sizes_E, rows_R, h_R2F)
 
 
 def _swiglu_backward(plan, residuals, dy_RF):

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-4}  # float32 sums of up to 600 products of size 1
 
 BLOCK_EDGES = {
-    # More rows than a packed block (240), more depth than one (256), widths that no tile divides.
-    "blocks": Case(rows=700, d_in=300, d_out=70, group_sizes=(241, 0, 13, 446)),
+    # More rows than a packed block (360), more depth than one (256), widths that no tile divides.
+    "blocks": Case(rows=900, d_in=300, d_out=70, group_sizes=(361, 0, 13, 526)),
     "deep": Case(rows=30, d_in=513, d_out=33, group_sizes=(29, 1)),
     "wide": Case(rows=20, d_in=5, d_out=1030, group_sizes=(12, 8)),
     "few_rows": Case(rows=10, d_in=40, d_out=87, group_sizes=(1, 2, 3, 4)),

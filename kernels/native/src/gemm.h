@@ -9,7 +9,7 @@ namespace moesaic {
 
 // Rows of A and depth (inputs) that are packed at once: A's block stays in the second-level cache,
 // a panel of B's columns in the first.
-constexpr int64_t kBlockRows = 240;
+constexpr int64_t kBlockRows = 360;
 constexpr int64_t kBlockDepth = 256;
 constexpr int64_t kMaxTileRows = 12;
 constexpr int64_t kMaxTileCols = 32;

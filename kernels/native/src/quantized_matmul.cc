@@ -24,8 +24,10 @@ using S32 = ffi::Buffer<ffi::S32>;
 // From this many rows on, weights are made floats once per block and multiplied as such.
 constexpr int64_t kGemmRows = 24;
 
-// Bytes of weights, times rows of x, that are worth another thread's claim.
+// Bytes of weights, times rows of x, that are worth another thread's claim, and below which one
+// thread alone is done sooner.
 constexpr int64_t kTaskBytes = 32 << 10;
+constexpr int64_t kAloneBytes = 128 << 10;
 
 // The matrices of all groups.
 struct Weights {
@@ -178,10 +180,13 @@ ffi::Error Run(ffi::ThreadPool& pool, const F32& x, const Weights& weights, cons
   auto starts_or = Starts(group_sizes, num_rows);
   if (!starts_or.has_value()) return starts_or.error();
   const std::vector<int64_t>& starts = *starts_or;
-  const int64_t column_bytes = weights.inputs * weights.bits / 8 * std::min(num_rows, kMaxRows);
+  const int64_t column_bytes =
+      std::max<int64_t>(1, weights.inputs * weights.bits / 8 * std::min(num_rows, kMaxRows));
+  const bool is_alone = column_bytes * outputs < kAloneBytes;
+  const int64_t min_cols = is_alone ? outputs : kTaskBytes / column_bytes;
   const std::vector<Task> tasks =
       CutIntoTasks(Sizes(starts), outputs, *CurrentIsa().gemm, pool.num_threads(),
-                   kTaskBytes / std::max<int64_t>(column_bytes, 1));
+                   min_cols);
   const Rows rows = RowsOf(pool, x, weights, DigitsFor(tasks, round));
   ParallelFor(pool, tasks.size(), [&](int64_t index) {
     const Task& task = tasks[index];
