@@ -6,6 +6,7 @@ on from the one before.
 """
 
 import contextlib
+import functools
 import logging
 import sys
 import threading
@@ -172,9 +173,35 @@ def _cause(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Orbax from logging, and its worker threads from printing, what it raises anyway."""
+    _silence_workers()
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "orbax")]
     levels = [logger.level for logger in loggers]
-    thread_hook, unraisable_hook = threading.excepthook, sys.unraisablehook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@functools.cache
+def _silence_workers() -> None:
+    """From now on, Orbax's worker threads print no exceptions: the caller gets them.
+
+    For good, as reads under way when one has failed end later, in an event loop that is closed.
+    """
+    plain_hook, thread_hook, unraisable_hook = (
+        sys.excepthook,
+        threading.excepthook,
+        sys.unraisablehook,
+    )
+
+    def in_foreign_thread(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        """What C++ calls for its threads; Python calls it for the main one."""
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main or not _comes_from_orbax(trace):
+            plain_hook(kind, error, trace)
 
     def in_thread(failure: threading.ExceptHookArgs) -> None:
         if not _comes_from_orbax(failure.exc_traceback):
@@ -184,15 +211,8 @@ def _quiet() -> Iterator[None]:
         if not _comes_from_orbax(failure.exc_traceback):
             unraisable_hook(failure)
 
-    threading.excepthook, sys.unraisablehook = in_thread, unraisable
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        threading.excepthook, sys.unraisablehook = thread_hook, unraisable_hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    sys.excepthook, threading.excepthook = in_foreign_thread, in_thread
+    sys.unraisablehook = unraisable
 
 
 def _comes_from_orbax(trace: TracebackType | None) -> bool:

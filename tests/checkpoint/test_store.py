@@ -1,6 +1,8 @@
 """The checkpoint store: what is saved comes back, on any mesh, and damage is named."""
 
 import os
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +126,28 @@ def test_a_truncated_checkpoint_is_named_with_what_to_do(tmp_path, file, share, 
     with pytest.raises(UserError, match="can't be read"):
         restore_variables(tmp_path, {"params": layout(make_mesh()).params})
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_worker_that_ends_after_a_failed_load_prints_nothing(tmp_path, file, capfd):
+    """As tensorstore's threads do, whose event loop is closed by then; others still print."""
+    with pytest.raises(UserError):
+        restore_variables(tmp_path, {})
+    with CheckpointStore(tmp_path, keep=1) as store:
+        store.save(1, place(make_mesh(), 1), iterator_of(file))
+
+    def fail(where: str) -> None:
+        try:
+            exec(compile("1 / 0", where, "exec"))
+        except ZeroDivisionError as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+
+    for where in ("uvloop/loop.pyx", "elsewhere.py"):
+        thread = threading.Thread(target=fail, args=(where,))
+        thread.start()
+        thread.join()
+    err = capfd.readouterr().err
+    assert "elsewhere.py" in err
+    assert "uvloop" not in err
 
 
 def test_other_shapes_are_refused(tmp_path, file):
