@@ -28,7 +28,8 @@ from train.optim import make_optimizer, make_schedule
 
 BACKWARD = 3.0
 """What a layer's backward pass holds over what its forward pass makes: gradients and float32 copies
-beside the values. Compiled steps of DeepSeek-V3 and Mixtral have 2.9 and 4 (docs/planner.md).
+beside the values. Steps of DeepSeek-V3 and Mixtral had 2.9 and 4, compiled without our kernels;
+what the estimate is off by with them stands in docs/planner.md.
 """
 
 

@@ -85,13 +85,15 @@ Rows RowsOf(ffi::ThreadPool& pool, const F32& x, const Weights& weights, int dig
   return rows;
 }
 
+// Whether a task is done sooner with floats in digits.
+bool PrefersDigits(const Task& task) {
+  return task.rows <= CurrentIsa().quantized->digit_rows;
+}
+
 // Digits of x for these tasks.
 int DigitsFor(const std::vector<Task>& tasks, bool round) {
   if (round) return 1;
-  const auto takes_digits = [](const Task& task) {
-    return task.rows <= CurrentIsa().quantized->digit_rows;
-  };
-  return std::any_of(tasks.begin(), tasks.end(), takes_digits) ? kExactDigits : 0;
+  return std::any_of(tasks.begin(), tasks.end(), PrefersDigits) ? kExactDigits : 0;
 }
 
 // y[rows, cols] from column `col` of w on, through floats.
@@ -113,7 +115,7 @@ void FloatProduct(const QuantizedMatrix& w, const Rows& x, int64_t row, int64_t 
 void Product(const QuantizedMatrix& w, const Rows& x, int64_t row, const Task& task, float* y,
              int64_t y_stride) {
   const QuantizedKernels& kernels = *CurrentIsa().quantized;
-  const bool takes_digits = x.digits == 1 || task.rows <= kernels.digit_rows;
+  const bool takes_digits = x.digits == 1 || PrefersDigits(task);
   if (task.rows >= kGemmRows && !takes_digits) {
     FloatProduct(w, x, row, task.rows, task.col, task.cols, y, y_stride);
     return;
