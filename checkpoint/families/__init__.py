@@ -1,0 +1,1 @@
+"""One file per public family: its config's keys, and the tables of its tensors."""

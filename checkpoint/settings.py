@@ -1,0 +1,119 @@
+"""A public config.json, asked by name and type."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from configs.checks import UserError
+
+_NEEDED: Any = object()
+
+
+class Settings:
+    """The values of a config.json or of a part of it.
+
+    Each question takes all names that a setting ever had, the first that is there counts; null
+    counts as missing. A value of another type is a UserError that names file, key and value.
+    """
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        """
+        Args:
+          where: the file, for sentences.
+        """
+        self._values, self.where = values, where
+
+    @classmethod
+    def read(cls, path: Path) -> "Settings":
+        """
+        Raises:
+          UserError: no file, or no JSON object.
+        """
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{path} is missing: a checkpoint in Hugging Face form has one"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path} is a JSON {type(values).__name__}, expected an object")
+        return cls(values, str(path))
+
+    def __contains__(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def integer(self, *names: str, default: Any = _NEEDED, least: int = 1) -> Any:
+        """An int of at least `least`."""
+        name, value = self._find(names, default)
+        if name is None:
+            return value
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+            self._wrong(name, value, f"a whole number of at least {least}")
+        return value
+
+    def number(self, *names: str, default: Any = _NEEDED) -> Any:
+        """A finite float."""
+        name, value = self._find(names, default)
+        if name is None:
+            return value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            self._wrong(name, value, "a number")
+        return float(value)
+
+    def flag(self, *names: str, default: Any = _NEEDED) -> Any:
+        name, value = self._find(names, default)
+        if name is not None and not isinstance(value, bool):
+            self._wrong(name, value, "true or false")
+        return value
+
+    def text(self, *names: str, choices: tuple[str, ...] = (), default: Any = _NEEDED) -> Any:
+        """A string, one of `choices` where there are any."""
+        name, value = self._find(names, default)
+        if name is not None and (not isinstance(value, str) or (choices and value not in choices)):
+            self._wrong(name, value, f"one of {choices}" if choices else "a string")
+        return value
+
+    def items(self, *names: str, of: type, default: Any = _NEEDED) -> Any:
+        """A list whose items are all of one type."""
+        name, value = self._find(names, default)
+        if name is None:
+            return value
+        if not isinstance(value, list) or any(type(item) is not of for item in value):
+            self._wrong(name, value, f"a list of {of.__name__}")
+        return value
+
+    def part(self, *names: str) -> "Settings | None":
+        """An object inside this one; None where it is missing."""
+        name, value = self._find(names, None)
+        if name is None:
+            return None
+        if not isinstance(value, dict):
+            self._wrong(name, value, "an object")
+        return Settings(value, f"{self.where}: {name}")
+
+    def expect(self, name: str, *allowed: Any) -> None:
+        """What else than the allowed values (the first of which is meant when the key is missing)
+        would change what is computed.
+        """
+        value = self._values.get(name, allowed[0])
+        if value not in allowed:
+            self._wrong(name, value, f"{' or '.join(map(repr, allowed))}: nothing else is built")
+
+    def _find(self, names: tuple[str, ...], default: Any) -> tuple[str | None, Any]:
+        for name in names:
+            if name in self:
+                return name, self._values[name]
+        if default is _NEEDED:
+            others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
+            raise UserError(f"{self.where} lacks {names[0]}{others}, which its model needs")
+        return None, default
+
+    def _wrong(self, name: str, value: Any, expected: str) -> None:
+        shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
+        raise UserError(f"{self.where} has {name}={shown}, expected {expected}")
