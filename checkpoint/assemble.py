@@ -5,7 +5,7 @@ the tensors that it holds and handed over, so that the host holds the result (on
 of one parameter (on GPU), and a piece of one tensor.
 """
 
-import itertools
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ import numpy as np
 
 from checkpoint.families.base import Copy
 from checkpoint.tables import UNSAID, Entry, flatten
+from configs.architecture import ModelConfig
 from configs.checks import UserError
 
 PIECE_BYTES = 64 * 2**20
@@ -98,9 +99,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def expanded_copies(
-    copies: Sequence[Copy], tensors: Iterable[str]
-) -> list[tuple[str, str]]:
+def expanded_copies(copies: Sequence[Copy], tensors: Iterable[str]) -> list[tuple[str, str]]:
     """The copies among these tensors, (name, the one it repeats)."""
     rules = [(re.escape(copy.name).replace(r"\*", r"\d+"), copy.of) for copy in copies]
     return [(name, of) for name in tensors for rule, of in rules if re.fullmatch(rule, name)]
@@ -230,8 +229,25 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def saved(entries: Sequence[Entry], variables: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor of the table, in order.
+def written_copies(
+    entries: Sequence[Entry], copies: Sequence[Copy], config: ModelConfig
+) -> list[Entry]:
+    """Entries of the tensors that public checkpoints repeat for each multi-token module."""
+    if config.multi_token is None:
+        return []
+    by_name = {entry.name: entry for entry in entries}
+    return [
+        dataclasses.replace(by_name[copy.of], name=copy.name.replace("*", str(number)))
+        for number in range(config.num_layers, config.num_layers + config.multi_token.depth)
+        for copy in copies
+        if copy.is_written
+    ]
+
+
+def saved(
+    entries: Sequence[Entry], variables: Any, is_done: Callable[[str], bool]
+) -> Iterator[tuple[Entry, np.ndarray | None]]:
+    """Each entry and its tensor, in order; None for a tensor that is done.
 
     Raises:
       UserError: state that public checkpoints don't hold is not 0.
@@ -244,10 +260,13 @@ def saved(entries: Sequence[Entry], variables: Any) -> Iterator[tuple[str, np.nd
                 "directory"
             )
     for entry in entries:
+        if is_done(entry.name):
+            yield entry, None
+            continue
         place = tuple(slice(None) if at is None else at for at in entry.place)
-        yield entry.name, entry.to_public(leaves[entry.leaf][place])
+        yield entry, entry.to_public(leaves[entry.leaf][place])
 
 
 def count(entries: Iterable[Entry]) -> int:
     """Elements that `load` reads: the total for a progress bar, on one device."""
-    return sum(map(math.prod, itertools.chain(entry.shape for entry in entries)))
+    return sum(math.prod(entry.shape) for entry in entries)

@@ -1,7 +1,8 @@
 """Checkpoints in Hugging Face form: config.json and safetensors, read and written."""
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +14,10 @@ from checkpoint.families.base import Family
 from checkpoint.logical_tensors import LogicalTensors
 from checkpoint.public import PublicCheckpoint, find_family, read_model, write_model
 from checkpoint.settings import Settings
-from checkpoint.tables import expand, flatten
+from checkpoint.tables import Entry, expand, flatten
 from checkpoint.tensor_files import TensorWriter, open_tensors
 from configs.architecture import ModelConfig
+from configs.checks import UserError
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = {
@@ -63,12 +65,30 @@ def export(
     """
     values = write_model(family, config) | {"dtype": dtype, "torch_dtype": dtype} | extra
     entries = expand(family.rows, config, flatten(variables))
-    copied = assemble.written_copies(family.copies, config)
-    made = {entry.name: (entry, DTYPES[dtype]) for entry in entries}
-    plan = [(e.name, _dtype(e.name, DTYPES[dtype]), e.shape) for e in entries]
+    entries += assemble.written_copies(entries, family.copies, config)
+    plan = [(entry.name, _stored(entry, dtype), entry.shape) for entry in entries]
     writer = TensorWriter(folder, plan, max_shard_bytes=max_shard_bytes)
-    del made, copied
-    for name, tensor in assemble.saved(entries, variables):
-        writer.write(name, tensor)
-        progress(tensor.size)
+    for entry, tensor in assemble.saved(entries, variables, is_done=writer.done):
+        if tensor is not None:
+            writer.write(entry.name, _as(tensor, _stored(entry, dtype), entry.name))
+        progress(math.prod(entry.shape))
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    tokens = {name: extra[name] for name in ("bos_token_id", "eos_token_id") if name in extra}
+    generation = {"_from_model_config": True, **tokens}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _stored(entry: Entry, dtype: ExportDtype) -> np.dtype:
+    """State that steers the choice of experts stays float32, as DeepSeek ships it."""
+    return DTYPES["float32" if entry.leaf.startswith("router_state.") else dtype]
+
+
+def _as(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = tensor.astype(dtype)
+    if not np.isfinite(cast.astype(np.float32)).all():
+        raise UserError(
+            f"{name} has values up to {np.abs(tensor).max():.3g}, which {dtype} can't hold: export "
+            "in bfloat16 or float32"
+        )
+    return cast

@@ -74,7 +74,9 @@ def read_model(family: Family, settings: Settings, tensors: assemble.Tensors) ->
     except UserError as error:
         if settings.where in str(error):
             raise
-        raise UserError(f"{settings.where} describes no model that can be built: {error}") from error
+        raise UserError(
+            f"{settings.where} describes no model that can be built: {error}"
+        ) from error
     if family.multi_token is None:
         return config
     modules = 0

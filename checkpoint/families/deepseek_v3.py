@@ -1,4 +1,4 @@
-"""DeepSeek-V3, R1 and V3.1 (2024, 2025): sigmoid scores, a bias on the choice, multi-token modules."""
+"""DeepSeek-V3, R1, V3.1 (2024, 2025): sigmoid scores, a bias on the choice, multi-token modules."""
 
 from typing import Any
 

@@ -4,7 +4,7 @@
 
 Run it from another folder than the checkout's (transformers looks for a package named `kernels`).
 Each case gives CASE.json (config.json as transformers writes it, tensor names and shapes) and
-CASE.npz (tokens int32 [L], logits float32 [L, V]); the weights follow from their names (weights.py).
+CASE.npz (tokens int32 [L], logits float32 [L, V]); weights follow from their names (weights.py).
 """
 
 import json
@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from weights import draw  # noqa: E402
+from weights import draw
 
 HERE = Path(__file__).parent
 LENGTH = 40
