@@ -10,7 +10,7 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
-from checkpoint.store import STATE
+from checkpoint.store import STATE, restore_variables
 from configs.architecture import ModelConfig
 from configs.checks import UserError
 from configs.serialization import from_json, to_json
@@ -46,3 +46,13 @@ def write_model_folder(folder: Path, config: ModelConfig, variables: Any) -> Non
         (folder / CONFIG).write_text(to_json(config))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} can't be written: {error}") from error
+
+
+def restore_model_folder(folder: Path, abstract_variables: Any) -> Any:
+    """The variables, laid out and typed as the abstract ones.
+
+    Raises:
+      UserError: they are damaged, or of another model.
+    """
+    variables, _ = restore_variables((folder / VARIABLES).parent, abstract_variables)
+    return variables
