@@ -15,7 +15,8 @@ from checkpoint.logical_tensors import LogicalTensors
 from checkpoint.public import PublicCheckpoint, find_family, read_model, write_model
 from checkpoint.settings import Settings
 from checkpoint.tables import Entry, expand, flatten
-from checkpoint.tensor_files import TensorWriter, open_tensors
+from checkpoint.tensor_files import open_tensors
+from checkpoint.tensor_writer import TensorWriter
 from configs.architecture import ModelConfig
 from configs.checks import UserError
 
@@ -67,11 +68,11 @@ def export(
     entries = expand(family.rows, config, flatten(variables))
     entries += assemble.written_copies(entries, family.copies, config)
     plan = [(entry.name, _stored(entry, dtype), entry.shape) for entry in entries]
-    writer = TensorWriter(folder, plan, max_shard_bytes=max_shard_bytes)
-    for entry, tensor in assemble.saved(entries, variables, is_done=writer.done):
-        if tensor is not None:
-            writer.write(entry.name, _as(tensor, _stored(entry, dtype), entry.name))
-        progress(math.prod(entry.shape))
+    with TensorWriter(folder, plan, max_shard_bytes=max_shard_bytes) as writer:
+        for entry, tensor in assemble.saved(entries, variables, is_done=writer.done):
+            if tensor is not None:
+                writer.write(entry.name, _as(tensor, _stored(entry, dtype), entry.name))
+            progress(math.prod(entry.shape))
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     tokens = {name: extra[name] for name in ("bos_token_id", "eos_token_id") if name in extra}
     generation = {"_from_model_config": True, **tokens}

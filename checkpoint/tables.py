@@ -188,11 +188,10 @@ def _layers(config: ModelConfig) -> Iterator[_Layer]:
 
 def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> Iterator[Entry]:
     """The tensors of a row whose parameter is known; none where the model lacks it."""
-    leaf = next(
-        (x for x in (f"params.{row.parameter}", f"router_state.{row.parameter}") if x in shapes),
-        None,
-    )
-    if leaf is None:
+    leaf = _leaf(row.parameter, shapes)
+    is_barred = row.without is not None and _leaf(row.without, shapes) is not None
+    is_alone = row.beside is not None and _leaf(row.beside, shapes) is None
+    if leaf is None or is_barred or is_alone:
         return
     left, right = (side.strip() for side in row.pattern.split("->"))
     groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", left)]

@@ -6,9 +6,10 @@ from typing import Any
 
 from checkpoint.settings import Settings
 from configs.architecture import LayerSpec, ModelConfig
-from configs.attention import AttentionConfig, Llama3RopeConfig, YarnConfig
+from configs.attention import AttentionConfig
 from configs.checks import UserError
 from configs.feed_forward import MoEConfig, RouterConfig
+from configs.rope import Llama3RopeConfig, YarnConfig
 
 RopeScaling = YarnConfig | Llama3RopeConfig | None
 
