@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from checkpoint.atomic_folder import sync_folder
 from checkpoint.tensor_files import INDEX, SINGLE
 from checkpoint.tensor_header import encode_header, explain_os_errors
 from configs.checks import require
@@ -197,12 +198,3 @@ def _nbytes(planned: Planned) -> int:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
-
-
-def sync_folder(folder: Path) -> None:
-    """Returns when the names of the folder's files are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
