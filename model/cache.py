@@ -162,7 +162,7 @@ def rewind(cache: Cache, position_B: jax.Array) -> Cache:
     def emptied(path: tuple, x: jax.Array) -> jax.Array:
         if path[-1] != jax.tree_util.GetAttrKey("positions_BS"):
             return x
-        return jnp.where(x >= position_B[:, None], -1, x)
+        return jnp.where(x >= jnp.broadcast_to(position_B[:, None], x.shape), -1, x)
 
     return jax.tree_util.tree_map_with_path(emptied, cache)
 
