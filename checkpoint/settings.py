@@ -22,7 +22,7 @@ class Settings:
         Args:
           where: the file, for sentences.
         """
-        self._values, self.where = values, where
+        self.values, self.where = values, where
 
     @classmethod
     def read(cls, path: Path) -> "Settings":
@@ -43,7 +43,7 @@ class Settings:
         return cls(values, str(path))
 
     def __contains__(self, name: str) -> bool:
-        return self._values.get(name) is not None
+        return self.values.get(name) is not None
 
     def integer(self, *names: str, default: Any = _NEEDED, least: int = 1) -> Any:
         """An int of at least `least`."""
@@ -101,14 +101,14 @@ class Settings:
         """What else than the allowed values (the first of which is meant when the key is missing)
         would change what is computed.
         """
-        value = self._values.get(name, allowed[0])
+        value = self.values.get(name, allowed[0])
         if value not in allowed:
             self._wrong(name, value, f"{' or '.join(map(repr, allowed))}: nothing else is built")
 
     def _find(self, names: tuple[str, ...], default: Any) -> tuple[str | None, Any]:
         for name in names:
             if name in self:
-                return name, self._values[name]
+                return name, self.values[name]
         if default is _NEEDED:
             others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
             raise UserError(f"{self.where} lacks {names[0]}{others}, which its model needs")

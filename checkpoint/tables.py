@@ -43,6 +43,10 @@ class Row:
     pattern: str
     order: Order | None = None
     """How the entries along c are ordered anew (rotary pairs); None leaves them."""
+    beside: str | None = None
+    """A parameter of the same layer that must be there for this row to hold."""
+    without: str | None = None
+    """One that must not."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +144,24 @@ def expand(rows: Sequence[Row], config: ModelConfig, shapes: dict[str, Any]) -> 
             home = layer.homes.get(row.parameter.split("*")[0])
             if home is None:
                 continue
-            inner = row.parameter.split("*.")[1]
-            name = row.name.replace("*", str(layer.number))
-            numbered = dataclasses.replace(row, parameter=f"{home}.{inner}", name=name)
-            entries += _entries(numbered, shapes, layer)
+            entries += _entries(_numbered(row, layer.number, home), shapes, layer)
     _check_cover(entries, shapes)
     return entries
+
+
+def _numbered(row: Row, number: int, home: str) -> Row:
+    """The row of one layer, whose parameters lie at `home`."""
+
+    def at_home(parameter: str | None) -> str | None:
+        return None if parameter is None else f"{home}.{parameter.split('*.')[1]}"
+
+    return dataclasses.replace(
+        row,
+        parameter=f"{home}.{row.parameter.split('*.')[1]}",
+        name=row.name.replace("*", str(number)),
+        beside=at_home(row.beside),
+        without=at_home(row.without),
+    )
 
 
 @dataclass(frozen=True)
@@ -172,11 +188,10 @@ def _layers(config: ModelConfig) -> Iterator[_Layer]:
 
 def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> Iterator[Entry]:
     """The tensors of a row whose parameter is known; none where the model lacks it."""
-    leaf = next(
-        (x for x in (f"params.{row.parameter}", f"router_state.{row.parameter}") if x in shapes),
-        None,
-    )
-    if leaf is None:
+    leaf = _leaf(row.parameter, shapes)
+    is_barred = row.without is not None and _leaf(row.without, shapes) is not None
+    is_alone = row.beside is not None and _leaf(row.beside, shapes) is None
+    if leaf is None or is_barred or is_alone:
         return
     left, right = (side.strip() for side in row.pattern.split("->"))
     groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", left)]
@@ -204,6 +219,12 @@ def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> I
             order=order,
             order_axis=kept.index("c") if order is not None else 0,
         )
+
+
+def _leaf(parameter: str, shapes: dict[str, Any]) -> str | None:
+    """The path of a parameter, or of router state; None where the model lacks it."""
+    homes = (f"params.{parameter}", f"router_state.{parameter}")
+    return next((home for home in homes if home in shapes), None)
 
 
 def _check_cover(entries: Sequence[Entry], shapes: dict[str, Any]) -> None:

@@ -3,40 +3,11 @@
 Frozen and made of plain values, like all configs: see configs/base.py.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from configs.checks import require, require_positive
-
-
-@dataclass(frozen=True, kw_only=True)
-class YarnConfig:
-    """RoPE stretched to longer contexts (YaRN, Peng et al. 2023).
-
-    A pair that turns r times over original_length keeps its angle where r >= beta_fast, turns
-    `factor` times slower where r <= beta_slow, and something between in between; logits are
-    multiplied by (0.1 ln factor + 1)^2.
-    """
-
-    factor: float
-    """New context length over the original one."""
-    original_length: int
-    """Tokens of context the model was trained on."""
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_positive(self, "original_length", "beta_slow")
-        require(self.factor >= 1, f"yarn.factor={self.factor} must be at least 1")
-        require(
-            self.beta_slow < self.beta_fast,
-            f"yarn.beta_slow={self.beta_slow} must be below yarn.beta_fast={self.beta_fast}",
-        )
-
-    @property
-    def logit_scale(self) -> float:
-        return (0.1 * math.log(self.factor) + 1.0) ** 2
+from configs.rope import Llama3RopeConfig, YarnConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +27,17 @@ class AttentionConfig:
     """First tokens of a document that stay visible beyond the window (StreamingLLM, 2023)."""
     rope_base: float = 10_000.0
     """Base of the rotary angles: theta_d = base^(-2d / head_dim)."""
-    yarn: YarnConfig | None = None
+    rope_scaling: YarnConfig | Llama3RopeConfig | None = None
     learned_sinks: bool = False
     """Whether each query head has a learned logit that takes part in the softmax and has no value,
     so that a head may attend to nothing (gpt-oss, 2025)."""
+    bias: bool = False
+    """Whether queries, keys, values and the result have a bias (gpt-oss)."""
+    qk_norm: Literal["head", "all"] | None = None
+    """RMSNorm of queries and keys before RoPE: of each head by itself, with one scale for all heads
+    (Qwen3, 2025), or of all heads together, with a scale each (OLMoE, 2024)."""
+    clip_qkv: float | None = None
+    """Bound on the size of each entry of queries, keys and values, after the norm (OLMoE)."""
 
     def __post_init__(self) -> None:
         _check_heads(self)
@@ -73,6 +51,10 @@ class AttentionConfig:
             f"num_sinks={self.num_sinks} has no effect with window_size=None: set a window_size "
             "or num_sinks=0",
         )
+        require(
+            self.clip_qkv is None or self.clip_qkv > 0,
+            f"clip_qkv={self.clip_qkv} must be greater than 0, or None for no bound",
+        )
 
     @property
     def out_width(self) -> int:
@@ -80,9 +62,14 @@ class AttentionConfig:
         return self.num_heads * self.head_dim
 
     def num_parameters(self, d_model: int) -> int:
-        """Weights of one layer's attention: queries and output, keys and values, sink logits."""
-        matrices = 2 * d_model * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return matrices + (self.num_heads if self.learned_sinks else 0)
+        """Weights of one layer's attention: queries and output, keys and values, sink logits,
+        biases, norms.
+        """
+        heads, groups, width = self.num_heads, self.num_kv_heads, self.head_dim
+        matrices = 2 * d_model * width * (heads + groups)
+        biases = width * (heads + 2 * groups) + d_model if self.bias else 0
+        norms = {None: 0, "head": 2 * width, "all": width * (heads + groups)}[self.qk_norm]
+        return matrices + (heads if self.learned_sinks else 0) + biases + norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +138,27 @@ def _check_heads(config: AttentionConfig | LocalSparseAttentionConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IndexerConfig:
+    """Which keys a query of latent attention sees: those that a small attention of its own scores
+    best (DeepSeek-V3.2's sparse attention, 2025)."""
+
+    num_heads: int
+    """Heads that score, H_I."""
+    head_dim: int
+    """Width of their queries and of the one key they share, C_I."""
+    top_k: int
+    """Keys that a query sees."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_heads", "head_dim", "top_k")
+
+    def num_parameters(self, d_model: int, query_rank: int) -> int:
+        """Weights of queries, the key and its norm, and how much each head counts."""
+        queries = query_rank * self.num_heads * self.head_dim
+        return queries + d_model * (self.head_dim + self.num_heads) + 2 * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentAttentionConfig:
     """Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads are projections
     of one small vector per token, which alone is cached beside one rotary key."""
@@ -167,7 +175,9 @@ class LatentAttentionConfig:
     """Part with RoPE; its key is shared by all heads."""
     value_head_dim: int
     rope_base: float = 10_000.0
-    yarn: YarnConfig | None = None
+    rope_scaling: YarnConfig | Llama3RopeConfig | None = None
+    indexer: IndexerConfig | None = None
+    """Set for sparse attention: it chooses the keys."""
 
     def __post_init__(self) -> None:
         widths = ("latent_rank", "nope_head_dim", "rope_head_dim", "value_head_dim")
@@ -179,6 +189,19 @@ class LatentAttentionConfig:
         require(
             self.rope_head_dim % 2 == 0,
             f"rope_head_dim={self.rope_head_dim} must be even: RoPE turns pairs",
+        )
+        if self.indexer is not None:
+            self._check_indexer(self.indexer)
+
+    def _check_indexer(self, indexer: IndexerConfig) -> None:
+        require(
+            self.query_rank is not None,
+            "indexer reads the queries' bottleneck, and query_rank=None has none: set query_rank",
+        )
+        require(
+            indexer.head_dim >= self.rope_head_dim,
+            f"indexer.head_dim={indexer.head_dim} must be at least rope_head_dim="
+            f"{self.rope_head_dim}: so many of its entries are turned",
         )
 
     @property
@@ -196,7 +219,8 @@ class LatentAttentionConfig:
         queries = d_model * width if rank is None else rank * (d_model + width + 1)
         down = d_model * (self.latent_rank + self.rope_head_dim) + self.latent_rank
         up = self.latent_rank * heads * (self.nope_head_dim + self.value_head_dim)
-        return queries + down + up + self.out_width * d_model
+        chooser = self.indexer.num_parameters(d_model, rank) if self.indexer and rank else 0
+        return queries + down + up + self.out_width * d_model + chooser
 
 
 @dataclass(frozen=True, kw_only=True)

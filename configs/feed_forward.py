@@ -97,7 +97,12 @@ class RouterConfig:
     num_groups: int | None = None
     """Group-limited choice (DeepSeek-V3): experts lie in this many groups of neighbours ..."""
     top_groups: int | None = None
-    """... and only those in the groups with the best two experts' sums may be chosen."""
+    """... and only those in this many best groups may be chosen."""
+    group_score: Literal["best_two", "best"] = "best_two"
+    """What a group is judged by: the sum of its best two experts (DeepSeek-V3), or its best one
+    (DeepSeek-V2, whose gates are not rescaled: normalize_gates=False and gate_scale=16)."""
+    bias: bool = False
+    """Whether the logits have a learned bias (gpt-oss)."""
     num_null_experts: int = 0
     """Choices that may fall on no expert at all (AdaMoE, 2024): k is top_k - num_null_experts to
     top_k."""
@@ -153,6 +158,11 @@ class RouterConfig:
             groups is None or (best is not None and 0 < best < groups),
             f"router.top_groups={best} must lie between 1 and num_groups={groups} less one",
         )
+        require(
+            groups is not None or self.group_score == "best_two",
+            f"router.group_score={self.group_score!r} has no effect without router.num_groups: set "
+            "num_groups and top_groups, or leave it out",
+        )
 
     def _check_nulls(self) -> None:
         nulls, least = self.num_null_experts, self.top_k - self.num_null_experts
@@ -195,6 +205,16 @@ class MoEConfig:
     num_shared_experts: int = 0
     """Experts that are always on, held as one dense layer of num_shared_experts * d_ff."""
     router: RouterConfig
+    bias: bool = False
+    """Whether the routed experts' matrices have biases (gpt-oss)."""
+    activation: Literal["swiglu", "clamped_swiglu"] = "swiglu"
+    """Of the routed experts. swiglu: silu(gate) * up. clamped_swiglu (gpt-oss, 2025): gate is
+    bounded above and up both ways by swiglu_limit, then (up + 1) * gate * sigmoid(swiglu_alpha *
+    gate)."""
+    swiglu_limit: float | None = None
+    """clamped_swiglu only (gpt-oss: 7)."""
+    swiglu_alpha: float | None = None
+    """clamped_swiglu only (gpt-oss: 1.702)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "num_experts", "d_ff")
@@ -213,16 +233,17 @@ class MoEConfig:
             f"{warmup and warmup.factor}",
         )
         self._check_groups()
+        self._check_activation()
 
     def _check_groups(self) -> None:
         groups, best = self.router.num_groups, self.router.top_groups
         if groups is None or best is None:
             return
-        size = self.num_experts // groups
+        size, least = self.num_experts // groups, 2 if self.router.group_score == "best_two" else 1
         require(
-            self.num_experts % groups == 0 and size >= 2,
+            self.num_experts % groups == 0 and size >= least,
             f"num_experts={self.num_experts} must be divisible into router.num_groups={groups} "
-            "groups of at least 2",
+            f"groups of at least {least}",
         )
         require(
             self.router.top_k <= best * size,
@@ -230,12 +251,25 @@ class MoEConfig:
             f"router.top_groups={best} groups",
         )
 
+    def _check_activation(self) -> None:
+        is_clamped = self.activation == "clamped_swiglu"
+        for name in ("swiglu_limit", "swiglu_alpha"):
+            value = getattr(self, name)
+            require(
+                (value is not None) == is_clamped,
+                f"{name}={value} goes with activation='clamped_swiglu' and only with it, got "
+                f"activation={self.activation!r}",
+            )
+            require(value is None or value > 0, f"{name}={value} must be greater than 0")
+
     def _num_parameters(self, d_model: int, experts: float) -> int:
         ffns = round(3 * d_model * self.d_ff * (experts + self.num_shared_experts))
+        biases = round((2 * self.d_ff + d_model) * experts) if self.bias else 0
         context = self.router.context
         extra = context.num_parameters(d_model, self.num_experts) if context else 0
         own = 0 if context and context.kind == "correlation" else d_model * self.num_experts
-        return ffns + own + extra
+        own += self.num_experts if self.router.bias else 0
+        return ffns + biases + own + extra
 
     def num_parameters(self, d_model: int) -> int:
         return self._num_parameters(d_model, self.num_experts)

@@ -14,9 +14,9 @@ from configs.attention import (
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
-    YarnConfig,
 )
 from configs.feed_forward import ContextConfig, DenseConfig, MoEConfig, RouterConfig
+from configs.rope import YarnConfig
 
 
 def v1_1b() -> ModelConfig:
@@ -144,7 +144,7 @@ def v31() -> ModelConfig:
     base = v3_7b()
     yarn = YarnConfig(factor=3.2, original_length=base.context_length)
     attention = AttentionConfig(
-        num_heads=16, num_kv_heads=4, head_dim=128, rope_base=500_000.0, yarn=yarn
+        num_heads=16, num_kv_heads=4, head_dim=128, rope_base=500_000.0, rope_scaling=yarn
     )
     local = AttentionConfig(
         num_heads=16,
@@ -248,7 +248,7 @@ def deepseek_v3() -> ModelConfig:
         nope_head_dim=128,
         rope_head_dim=64,
         value_head_dim=128,
-        yarn=YarnConfig(factor=40.0, original_length=4096),
+        rope_scaling=YarnConfig(factor=40.0, original_length=4096),
     )
     router = _deepseek_router(top_k=8, num_groups=8, top_groups=4)
     ffn = MoEConfig(num_experts=256, d_ff=2048, num_shared_experts=1, router=router)
@@ -273,7 +273,7 @@ def deepseek_v2_lite() -> ModelConfig:
         nope_head_dim=128,
         rope_head_dim=64,
         value_head_dim=128,
-        yarn=YarnConfig(factor=40.0, original_length=4096),
+        rope_scaling=YarnConfig(factor=40.0, original_length=4096, mscale=0.707),
     )
     router = RouterConfig(top_k=6, normalize_gates=False)
     ffn = MoEConfig(num_experts=64, d_ff=1408, num_shared_experts=2, router=router)

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from checkpoint.store import restore_variables
-from configs.base import RunConfig
+from configs.base import ExecutionConfig, RunConfig
 from model.depth import causal
 from model.transformer import Transformer, Variables, abstract_variables
 from parallel.sharding import tree_shardings
@@ -43,7 +43,9 @@ def inference_model(run: RunConfig) -> Transformer:
     """The run's model as it scores and generates: causal (its Mixture-of-Depths layers choose token
     by token), nothing kept for a backward pass, tokens gathered where the experts are.
     """
-    execution = dataclasses.replace(
-        run.execution, transport="gather", capacity_factor=None, remat="none"
-    )
-    return Transformer(causal(run.model), execution)
+    return Transformer(causal(run.model), inference_execution(run.execution))
+
+
+def inference_execution(execution: ExecutionConfig = ExecutionConfig()) -> ExecutionConfig:
+    """Nothing kept for a backward pass, tokens gathered where the experts are."""
+    return dataclasses.replace(execution, transport="gather", capacity_factor=None, remat="none")

@@ -49,7 +49,9 @@ def _attention(
         return LocalSparseAttention(config, execution, out_stddev, name="attention")
     if isinstance(config, RelativeAttentionConfig):
         return RelativeAttention(config, out_stddev, name="attention")
-    return GroupedQueryAttention(config, execution, out_stddev, gaps=gaps, name="attention")
+    return GroupedQueryAttention(
+        config, execution, norm_eps, out_stddev, gaps=gaps, name="attention"
+    )
 
 
 class Block(nn.Module):
@@ -106,7 +108,7 @@ class Block(nn.Module):
         if isinstance(ffn, DenseConfig):
             update_BLD = SwiGLU(ffn, out_stddev, name="ffn")(h_BLD)
         else:
-            update_BLD, router_cache = MoE(ffn, self.execution, out_stddev, name="moe")(
+            update_BLD, router_cache = MoE(ffn, self.execution, eps, out_stddev, name="moe")(
                 h_BLD, positions_BL, segments_BL, router_cache, preference_BE
             )
         cache = None if attention_cache is None else BlockCache(attention_cache, router_cache)

@@ -36,6 +36,8 @@ class LayerCache(struct.PyTreeNode):
     k_BSGC: jax.Array
     v_BSGC: jax.Array
     positions_BS: jax.Array
+    index_k_BSC: jax.Array | None = None
+    """Keys of latent attention's indexer, where it has one."""
 
 
 class SummaryCache(struct.PyTreeNode):
@@ -101,10 +103,12 @@ def init_cache(
             heads, key, value = attention.num_heads, attention.head_dim, attention.head_dim
         else:
             heads, key, value = attention.num_kv_heads, attention.head_dim, attention.head_dim
+        indexer = getattr(attention, "indexer", None)
         return LayerCache(
             k_BSGC=jnp.zeros((*slots, heads, key), dtype),
             v_BSGC=jnp.zeros((*slots, heads, value), dtype),
             positions_BS=jnp.full(slots, -1, jnp.int32),
+            index_k_BSC=indexer and jnp.zeros((*slots, indexer.head_dim), dtype),
         )
 
     def of_layer(attention: Attention, stack: tuple[int, ...]) -> LayerCache | SummaryCache:
@@ -158,7 +162,7 @@ def rewind(cache: Cache, position_B: jax.Array) -> Cache:
     def emptied(path: tuple, x: jax.Array) -> jax.Array:
         if path[-1] != jax.tree_util.GetAttrKey("positions_BS"):
             return x
-        return jnp.where(x >= position_B[:, None], -1, x)
+        return jnp.where(x >= jnp.broadcast_to(position_B[:, None], x.shape), -1, x)
 
     return jax.tree_util.tree_map_with_path(emptied, cache)
 
@@ -169,17 +173,20 @@ def append(
     v_BLGC: jax.Array,
     positions_BL: jax.Array,
     num_sinks: int,
+    index_k_BLC: jax.Array | None = None,
 ) -> tuple[LayerCache, LayerCache]:
     """Returns the cache with the new tokens in it, and the old cache followed by the new tokens.
 
     The second one is what the new tokens attend to: writing first would overwrite keys that the
     earlier of them still see. Tokens at position -1 are padding and are not written; of those that
     share a ring slot, only the newest is.
+
+    Args:
+      index_k_BLC: the indexer's keys, for a cache that holds such.
     """
-    seen = LayerCache(
-        k_BSGC=jnp.concatenate([cache.k_BSGC, k_BLGC.astype(cache.k_BSGC.dtype)], axis=1),
-        v_BSGC=jnp.concatenate([cache.v_BSGC, v_BLGC.astype(cache.v_BSGC.dtype)], axis=1),
-        positions_BS=jnp.concatenate([cache.positions_BS, positions_BL], axis=1),
+    new = LayerCache(k_BLGC, v_BLGC, positions_BL, index_k_BLC)
+    seen = jax.tree.map(
+        lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1), cache, new
     )
     slots = cache.positions_BS.shape[1]
     ring = max(slots - num_sinks, 1)
@@ -194,9 +201,4 @@ def append(
     def write(old, new):
         return old.at[row_B1, slot_BL].set(new.astype(old.dtype), mode="drop")
 
-    written = LayerCache(
-        k_BSGC=write(cache.k_BSGC, k_BLGC),
-        v_BSGC=write(cache.v_BSGC, v_BLGC),
-        positions_BS=write(cache.positions_BS, positions_BL),
-    )
-    return written, seen
+    return jax.tree.map(write, cache, new), seen

@@ -1,8 +1,9 @@
 """FLOPs that the mathematics of a model asks for: the useful work that a machine is judged by.
 
 Two per weight that a token meets (the embedding is only looked up), and two per visible key and
-channel of each of scores and values. Norms, softmax and routing are left out, as is everything that
-a program does twice. A training step takes three times the forward pass.
+channel of each of scores and values; an indexer scores all keys before a query. Norms, softmax and
+routing are left out, as is everything that a program does twice. A training step takes three times
+the forward pass.
 """
 
 import numpy as np
@@ -54,13 +55,19 @@ def _attention_flops(spec: LayerSpec, places: np.ndarray) -> float:
     else:
         widths = 2 * attention.head_dim
     # A layer of a Mixture-of-Depths has fewer queries, and each of them fewer keys.
-    keys = float(visible_keys(attention, np.maximum(places * capacity, 1)).mean())
-    return 2.0 * capacity * keys * attention.num_heads * widths
+    places = np.maximum(places * capacity, 1)
+    keys = float(visible_keys(attention, places).mean())
+    work = keys * attention.num_heads * widths
+    if isinstance(attention, LatentAttentionConfig) and attention.indexer is not None:
+        work += places.mean() * attention.indexer.num_heads * attention.indexer.head_dim
+    return 2.0 * capacity * work
 
 
 def visible_keys(attention: Attention, places: np.ndarray) -> np.ndarray:
     """Keys that the query at each place sees, itself included."""
-    if isinstance(attention, LatentAttentionConfig) or attention.window_size is None:
+    if isinstance(attention, LatentAttentionConfig):
+        return places if attention.indexer is None else np.minimum(places, attention.indexer.top_k)
+    if attention.window_size is None:
         return places
     near = np.minimum(places, attention.window_size)
     if isinstance(attention, LocalSparseAttentionConfig):

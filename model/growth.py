@@ -34,6 +34,16 @@ from model.warmup import initial_warmup
 
 Operator = Literal["copy", "reserve", "split"]
 
+EXPERT_AND_WIDTH = {
+    "gate_up": (-4, -1),
+    "down": (-3, -2),
+    "gate_up_bias": (-3, -1),
+    "down_bias": (-2, None),
+}
+"""The dims of experts and of their hidden units: gate_up [..., E, D, 2, F], down [..., E, F, D],
+gate_up_bias [..., E, 2, F], down_bias [..., E, D].
+"""
+
 RESERVE_GAP = 2.0
 """By how much a reserved twin's bias lies below the lowest other one: more than scores, which lie
 in [0, 1], can make up for.
@@ -169,9 +179,14 @@ def grow(
         not drop or operator != "split",
         f"drop={drop} goes with 'copy' and 'reserve': experts that are split have no copies",
     )
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, x: grow_leaf(_names(path), x, operator, factor), variables["params"]
-    )
+
+    def grow_parameter(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        names = _names(path)
+        new = grow_leaf(names, x, operator, factor)
+        # Parts of an expert are summed, and each brings its share of the bias.
+        return new / factor if operator == "split" and names[-1] == "down_bias" else new
+
+    params = jax.tree_util.tree_map_with_path(grow_parameter, variables["params"])
     if drop:
 
         def redraw(name: str, layer: RoutedLayer, moe: Any) -> Any:
@@ -205,8 +220,8 @@ def grow_leaf(
 ) -> jax.Array:
     """The parameter of this path after growth, or a moment of it (train/growth.py).
 
-    Experts lie in dim -4 of gate_up [..., E, D, 2, F] and -3 of down [..., E, F, D], and in the
-    last dim of whatever makes router logits.
+    Experts lie in the dims that EXPERT_AND_WIDTH names, and in the last dim of whatever makes
+    router logits.
 
     Args:
       new_scale: what the entries of new experts are multiplied by.
@@ -214,7 +229,7 @@ def grow_leaf(
     if "moe" not in names or "shared" in names:
         return x
     leaf = names[-1]
-    expert_dim, width_dim = {"gate_up": (-4, -1), "down": (-3, -2)}.get(leaf, (-1, None))
+    expert_dim, width_dim = EXPERT_AND_WIDTH.get(leaf, (-1, None))
     if "context" in names and leaf != "o":
         return x
     if operator == "split" and width_dim is not None:
@@ -239,7 +254,7 @@ def _grown_state(
 
 
 def _redrawn(moe: dict[str, Any], num_old: int, drop: float, key: jax.Array) -> dict[str, Any]:
-    """gate_up and down with a share of each new expert's hidden units drawn anew.
+    """gate_up, its bias and down with a share of each new expert's hidden units drawn anew.
 
     One set of units per expert: the same columns of gate and up and rows of down. Each matrix is
     drawn from the normal distribution of the entries it loses.
@@ -254,7 +269,13 @@ def _redrawn(moe: dict[str, Any], num_old: int, drop: float, key: jax.Array) -> 
     columns, rows = is_lost[..., None, :], is_lost[..., :, None]
     gate = _drawn_like(gate_up[..., 0, :], columns, keys[0])
     up = _drawn_like(gate_up[..., 1, :], columns, keys[1])
-    return {"gate_up": jnp.stack([gate, up], axis=-2), "down": _drawn_like(down, rows, keys[2])}
+    new = {"gate_up": jnp.stack([gate, up], axis=-2), "down": _drawn_like(down, rows, keys[2])}
+    if "gate_up_bias" in moe:
+        halves = jnp.split(moe["gate_up_bias"], 2, axis=-2)  # [..., E, 1, F], one row each
+        own = [jax.random.fold_in(key, i) for i in range(2)]
+        drawn = [_drawn_like(x, columns, k) for x, k in zip(halves, own, strict=True)]
+        new["gate_up_bias"] = jnp.concatenate(drawn, axis=-2)
+    return new
 
 
 def _drawn_like(x: jax.Array, is_lost: jax.Array, key: jax.Array) -> jax.Array:

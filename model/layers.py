@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.attention import YarnConfig
 from configs.feed_forward import DenseConfig
+from configs.rope import Llama3RopeConfig, RopeScaling, YarnConfig
 
 
 def weight(
@@ -29,6 +29,14 @@ def weight(
     return cast(jax.Array, module.param(name, init, shape, jnp.float32))
 
 
+def zero_weight(
+    module: nn.Module, name: str, shape: tuple[int, ...], logical_axes: tuple[str | None, ...]
+) -> jax.Array:
+    """A float32 parameter that starts at zero: a bias."""
+    init = nn.with_logical_partitioning(nn.initializers.zeros, logical_axes)
+    return cast(jax.Array, module.param(name, init, shape, jnp.float32))
+
+
 def newest(_: Any, new: Any) -> Any:
     """For `sow`: keeps the value of the last call."""
     return new
@@ -43,33 +51,76 @@ def document_segments(positions_BL: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019); statistics in float32."""
+    """x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019); statistics in float32.
+
+    The mean is over the last dimensions, as many as `logical_axes` names; scale has their shape.
+    """
+
+    eps: float
+    logical_axes: tuple[str, ...] = ("embed",)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        count = len(self.logical_axes)
+        init = nn.with_logical_partitioning(nn.initializers.ones, self.logical_axes)
+        scale = cast(jax.Array, self.param("scale", init, x.shape[-count:], jnp.float32))
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x32 * x32, axis=tuple(range(-count, 0)), keepdims=True)
+        scale = jnp.expand_dims(scale, tuple(range(x.ndim - count)))
+        return (x32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias (Ba et al. 2016); statistics in float32."""
 
     eps: float
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-        scale_D = cast(jax.Array, self.param("scale", init, (x_BLD.shape[-1],), jnp.float32))
-        x32_BLD = x_BLD.astype(jnp.float32)
-        mean_square = jnp.mean(x32_BLD * x32_BLD, axis=-1, keepdims=True)
-        return (x32_BLD * jax.lax.rsqrt(mean_square + self.eps) * scale_D[None, None]).astype(
-            x_BLD.dtype
-        )
+    def __call__(self, x_BLC: jax.Array) -> jax.Array:
+        shape = x_BLC.shape[-1:]
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))
+        scale_C = cast(jax.Array, self.param("scale", ones, shape, jnp.float32))
+        bias_C = zero_weight(self, "bias", shape, ("head_dim",))
+        x32_BLC = x_BLC.astype(jnp.float32)
+        x32_BLC -= x32_BLC.mean(axis=-1, keepdims=True)
+        variance = jnp.mean(x32_BLC * x32_BLC, axis=-1, keepdims=True)
+        normed_BLC = x32_BLC * jax.lax.rsqrt(variance + self.eps)
+        return (normed_BLC * scale_C[None, None] + bias_C[None, None]).astype(x_BLC.dtype)
 
 
-def rope_frequencies(width: int, base: float, yarn: YarnConfig | None) -> np.ndarray:
-    """Radians per position of each pair, base^(-2d/C), stretched by YaRN; float32 [C/2]."""
+def rope_frequencies(width: int, base: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians per position of each pair, base^(-2d/C), stretched; float32 [C/2]."""
     frequency = base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
-    if yarn is not None:
-        turns = yarn.original_length * frequency / (2 * np.pi)
-        kept = np.clip((turns - yarn.beta_slow) / (yarn.beta_fast - yarn.beta_slow), 0.0, 1.0)
-        frequency *= kept + (1 - kept) / yarn.factor
+    if isinstance(scaling, YarnConfig):
+        kept = 1 - _yarn_ramp(width, base, scaling)
+        frequency *= kept + (1 - kept) / scaling.factor
+    elif isinstance(scaling, Llama3RopeConfig):
+        turns = scaling.original_length * frequency / (2 * np.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+        frequency *= kept + (1 - kept) / scaling.factor
     return frequency.astype(np.float32)
 
 
+def _yarn_ramp(width: int, base: float, yarn: YarnConfig) -> np.ndarray:
+    """How much of each pair is stretched, 0 to 1, [C/2]: linear in the pair's index between those
+    that turn beta_fast and beta_slow times. Ends are clipped as the published code clips them.
+    """
+
+    def pair_that_turns(times: float) -> float:
+        return width * np.log(yarn.original_length / (2 * np.pi * times)) / (2 * np.log(base))
+
+    first, last = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        first, last = np.floor(first), np.ceil(last)
+    first, last = max(first, 0.0), min(last, width - 1.0)
+    if first == last:
+        last += 0.001  # a step
+    return np.clip((np.arange(width // 2) - first) / (last - first), 0.0, 1.0)
+
+
 def rope(
-    x_BLHC: jax.Array, positions_BL: jax.Array, base: float, yarn: YarnConfig | None = None
+    x_BLHC: jax.Array, positions_BL: jax.Array, base: float, scaling: RopeScaling | None = None
 ) -> jax.Array:
     """Turns each pair (x[d], x[d + C/2]) by position * base^(-2d/C) (RoFormer, 2021; half-split).
 
@@ -79,7 +130,7 @@ def rope(
     Returns:
       [B, L, H, C] in x's dtype; angles and rotation in float32.
     """
-    frequency_C = jnp.asarray(rope_frequencies(x_BLHC.shape[-1], base, yarn))
+    frequency_C = jnp.asarray(rope_frequencies(x_BLHC.shape[-1], base, scaling))
     angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]
     cos, sin = jnp.cos(angle_BL1C), jnp.sin(angle_BL1C)
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)

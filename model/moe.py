@@ -1,10 +1,7 @@
 """The mixture-of-experts layer: router, routed experts, shared experts.
 
-B batch, L length, T tokens (B * L), D d_model, F d_ff, E experts, K experts per token, R rows
-sorted by expert, X experts of this shard.
+B batch, L length, T tokens (B * L), D d_model, E experts, K experts per token.
 """
-
-import functools
 
 import flax.linen as nn
 import jax
@@ -12,26 +9,25 @@ import jax.numpy as jnp
 
 from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
-from kernels.grouped_matmul import Implementation, grouped_matmul, grouped_swiglu
 from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
 from model.cache import LayerCache
-from model.layers import SwiGLU, newest, weight
+from model.experts import WEIGHT_AXES, expert_function, expert_weights
+from model.layers import SwiGLU, newest, weight, zero_weight
 from model.router import initial_state, needs_state, route, score_deviation
 from model.warmup import initial_warmup, warmup_stats
 from parallel.expert import apply_experts
 
-WEIGHT_AXES = {"gate_up": ("expert", "embed", None, "mlp"), "down": ("expert", "mlp", "embed")}
-
 
 class MoE(nn.Module):
-    """sum over the chosen experts of gate * SwiGLU_e(x), plus the shared experts.
+    """sum over the chosen experts of gate * expert(x), plus the shared experts.
 
     Sows "stats" (RouterStats) into the collection "router"; the losses live in train/losses.py.
     """
 
     config: MoEConfig
     execution: ExecutionConfig
+    norm_eps: float
     out_stddev: float
 
     @nn.compact
@@ -53,14 +49,7 @@ class MoE(nn.Module):
         router_logits_BLE, cache = self._router_logits(
             x_BLD.astype(jnp.float32), positions_BL, segments_BL, cache
         )
-        gate_up_shape = (c.num_experts, d_model, 2, c.d_ff)
-        down_shape = (c.num_experts, c.d_ff, d_model)
-        weights = {
-            "gate_up": weight(
-                self, "gate_up", gate_up_shape, WEIGHT_AXES["gate_up"], d_model**-0.5
-            ),
-            "down": weight(self, "down", down_shape, WEIGHT_AXES["down"], self.out_stddev),
-        }
+        weights = expert_weights(self, c, d_model, self.out_stddev)
         state = None
         if needs_state(c.router):
             state = self.variable("router_state", "state", initial_state, c.num_experts).value
@@ -78,11 +67,9 @@ class MoE(nn.Module):
             routing.expert_ids_TK,
             routing.gates_TK,
             jax.tree.map(lambda w: w.astype(dtype), weights),
-            grouped_fn=functools.partial(
-                swiglu_experts, implementation=self.execution.grouped_matmul
-            ),
+            grouped_fn=expert_function(c, self.execution.grouped_matmul),
             num_experts=c.num_experts,
-            weight_axes=WEIGHT_AXES,
+            weight_axes={name: WEIGHT_AXES[name] for name in weights},
             transport=self.execution.transport,
             capacity_factor=self.execution.capacity_factor,
         )
@@ -113,21 +100,21 @@ class MoE(nn.Module):
         """Float32 [B, L, E], and the context router's cache."""
         num_experts, context = self.config.num_experts, self.config.router.context
         if context is not None and context.kind == "correlation":
-            return ExpertCorrelation(num_experts, name="correlation")(x_BLD), cache
-        w_router_DE = weight(
-            self,
-            "router",
-            (x_BLD.shape[-1], num_experts),
-            ("embed", None),
-            x_BLD.shape[-1] ** -0.5,
-        )
-        logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD, w_router_DE)
-        if context is not None:
+            logits_BLE = ExpertCorrelation(num_experts, name="correlation")(x_BLD)
+        else:
+            d_model = x_BLD.shape[-1]
+            shape, axes = (d_model, num_experts), ("embed", None)
+            w_router_DE = weight(self, "router", shape, axes, d_model**-0.5)
+            logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD, w_router_DE)
+        if context is not None and context.kind == "causal":
             attention = GroupedQueryAttention(
-                context.attention(), self.execution, 0.0, num_experts, name="context"
+                context.attention(), self.execution, self.norm_eps, 0.0, num_experts, name="context"
             )
             update_BLE, cache = attention(x_BLD, positions_BL, segments_BL, cache)
             logits_BLE += update_BLE
+        if self.config.router.bias:
+            bias_E = zero_weight(self, "router_bias", (num_experts,), (None,))
+            logits_BLE += bias_E[None, None]
         return logits_BLE, cache
 
 
@@ -162,18 +149,3 @@ class ExpertCorrelation(nn.Module):
         q_BLE, k_BLE, v_BLE = qkv_BL3E[:, :, 0], qkv_BL3E[:, :, 1], qkv_BL3E[:, :, 2]
         affinity_BLEE = jax.nn.softmax(q_BLE[..., :, None] * k_BLE[..., None, :], axis=-1)
         return jnp.einsum("BLij,BLj->BLi", affinity_BLEE, v_BLE)
-
-
-def swiglu_experts(
-    x_RD: jax.Array,
-    group_sizes_X: jax.Array,
-    weights: dict[str, jax.Array],
-    *,
-    implementation: Implementation,
-) -> jax.Array:
-    """W_down(silu(W_gate x) * W_up x) of each row with its own expert's matrices, [R, D]."""
-    w_gate_up_XD2F = weights["gate_up"]
-    num_local, d_model, _, d_ff = w_gate_up_XD2F.shape
-    w_gate_up_XDC = w_gate_up_XD2F.reshape(num_local, d_model, 2 * d_ff)
-    h_RF = grouped_swiglu(x_RD, w_gate_up_XDC, group_sizes_X, implementation=implementation)
-    return grouped_matmul(h_RF, weights["down"], group_sizes_X, implementation=implementation)

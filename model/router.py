@@ -90,7 +90,7 @@ def route(
         biases.append(preference_E)
     choice_TE = sum((jnp.broadcast_to(b, scores_TE.shape) for b in biases), scores_TE)
     if config.num_groups is not None and config.top_groups is not None:
-        choice_TE = _keep_best_groups(choice_TE, config.num_groups, config.top_groups)
+        choice_TE = _keep_best_groups(choice_TE, config.num_groups, config.top_groups, config)
     choice = jnp.concatenate([choice_TE, scores[:, num_experts:]], axis=1)
     ids_TK, threshold_T = _choose(choice, config.top_k)
 
@@ -156,11 +156,16 @@ def _null_rivals(
     return softplus_TN + jnp.log(-jnp.expm1(-softplus_TN))
 
 
-def _keep_best_groups(choice_TE: jax.Array, num_groups: int, top_groups: int) -> jax.Array:
-    """-inf outside each token's best groups; a group's score is the sum of its best two."""
+def _keep_best_groups(
+    choice_TE: jax.Array, num_groups: int, top_groups: int, config: RouterConfig
+) -> jax.Array:
+    """-inf outside each token's best groups; a group's score is the sum of its best two, or its
+    best one.
+    """
     tokens, num_experts = choice_TE.shape
     choice_TJE = choice_TE.reshape(tokens, num_groups, num_experts // num_groups)
-    group_TJ = jax.lax.top_k(choice_TJE, 2)[0].sum(axis=-1)
+    judged = 2 if config.group_score == "best_two" else 1
+    group_TJ = jax.lax.top_k(choice_TJE, judged)[0].sum(axis=-1)
     _, best_TG = jax.lax.top_k(group_TJ, top_groups)
     is_best_TJ = jax.nn.one_hot(best_TG, num_groups, dtype=jnp.bool_).any(axis=1)
     return jnp.where(is_best_TJ[:, :, None], choice_TJE, -jnp.inf).reshape(tokens, num_experts)

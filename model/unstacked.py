@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from configs.architecture import ModelConfig
 from model.block import Preference
 from model.transformer import Transformer, Variables
 
@@ -21,18 +22,22 @@ def unstack(model: Transformer, variables: Variables) -> tuple[Transformer, Vari
     The weights of the layers are copied; the rest is shared.
     """
     config = model.config
-    unstacked = dataclasses.replace(
-        config,
-        pattern=config.pattern * config.num_periods,
-        exit_spacing=config.exit_spacing or len(config.pattern),
-    )
     split = {
         collection: tree | {"periods": split_periods(tree["periods"], len(config.pattern))}
         if "periods" in tree
         else tree
         for collection, tree in variables.items()
     }
-    return Transformer(unstacked, model.execution), split
+    return Transformer(unstacked_config(config), model.execution), split
+
+
+def unstacked_config(config: ModelConfig) -> ModelConfig:
+    """The same model with all its layers as a pattern of their own."""
+    return dataclasses.replace(
+        config,
+        pattern=config.pattern * config.num_periods,
+        exit_spacing=config.exit_spacing or len(config.pattern),
+    )
 
 
 def unstack_preference(model: Transformer, preference: Preference) -> Preference:

@@ -79,15 +79,36 @@ def rotate(vector, position, base):
     return out
 
 
-def attention(x, w, config: AttentionConfig, positions, documents, wrong_sink=""):
+def projections(x, w, config: AttentionConfig, eps=1e-6, wrong=""):
+    """Queries [L, H, C], keys and values [L, G, C], before RoPE. wrong: "clipped before the
+    norm"."""
+    q, k, v = (np.einsum("ld,dhc->lhc", x, m) for m in (w["q"], w["kv"][:, 0], w["kv"][:, 1]))
+    if config.bias:
+        q, k, v = q + w["q_bias"], k + w["kv_bias"][0], v + w["kv_bias"][1]
+    bound = np.inf if config.clip_qkv is None else config.clip_qkv
+    if wrong == "clipped before the norm":
+        q, k = np.clip(q, -bound, bound), np.clip(k, -bound, bound)
+    if config.qk_norm is not None:
+        axes = -1 if config.qk_norm == "head" else (-2, -1)
+        q, k = (
+            y / np.sqrt((y**2).mean(axes, keepdims=True) + eps) * w[name]["scale"]
+            for y, name in ((q, "q_norm"), (k, "k_norm"))
+        )
+    if wrong == "clipped before the norm":
+        return q, k, np.clip(v, -bound, bound)
+    return tuple(np.clip(y, -bound, bound) for y in (q, k, v))
+
+
+def attention(x, w, config: AttentionConfig, positions, documents, wrong_sink="", wrong=""):
     """wrong_sink: "of the group" takes the logit of the key/value head; "with a value" counts the
-    sink as one more token with the first one's value."""
+    sink as one more token with the first one's value. wrong: of `projections`."""
     length, (_, heads, width) = len(x), w["q"].shape
     out = np.zeros((length, w["o"].shape[-1]))
+    queries, keys, all_values = projections(x, w, config, wrong=wrong)
     for i in range(length):
         for head in range(heads):
             group = head // (heads // config.num_kv_heads)
-            q = rotate(x[i] @ w["q"][:, head], positions[i], config.rope_base)
+            q = rotate(queries[i, head], positions[i], config.rope_base)
             scores, values = [], []
             for j in range(length):
                 distance = positions[i] - positions[j]
@@ -96,9 +117,9 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong_sink=""
                 is_far = config.window_size is not None and distance >= config.window_size
                 if is_far and positions[j] >= config.num_sinks:
                     continue
-                k = rotate(x[j] @ w["kv"][:, 0, group], positions[j], config.rope_base)
+                k = rotate(keys[j, group], positions[j], config.rope_base)
                 scores.append(q @ k / np.sqrt(width))
-                values.append(x[j] @ w["kv"][:, 1, group])
+                values.append(all_values[j, group])
             weights = np.exp(np.array(scores) - max(scores))
             sink = 0.0
             if config.learned_sinks:
@@ -108,7 +129,7 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong_sink=""
             if wrong_sink == "with a value":
                 weights[0] += 1 - weights.sum()
             out[i] += (weights[:, None] * np.array(values)).sum(0) @ w["o"][head]
-    return out
+    return out + w["o_bias"] if config.bias else out
 
 
 def local_sparse_attention(
@@ -173,10 +194,10 @@ def _fenwick_buckets(i, size, window, wrong):
 
 
 def latent_attention(
-    x, w, config: LatentAttentionConfig, positions, documents, rope_everything=False
+    x, w, config: LatentAttentionConfig, positions, documents, rope_everything=False, wrong=""
 ):
     """Every head's own keys and values; `rope_everything` is a wrong version that turns all of a
-    key."""
+    key. wrong: of `indexed`."""
     nope, base, rank = config.nope_head_dim, config.rope_base, config.latent_rank
     down = x @ w["kv_down"]
     latent = rms_norm(down[:, :rank], w["kv_norm"]["scale"], 1e-6)
@@ -197,12 +218,41 @@ def latent_attention(
             own = rotate(q[:nope], positions[i], base) if rope_everything else q[:nope]
             q = np.concatenate([own, rotate(q[nope:], positions[i], base)])
             seen = [j for j in range(i + 1) if documents[j] == documents[i]]
+            if config.indexer is not None:
+                seen = indexed(i, seen, x, bottleneck, w["indexer"], config, positions, wrong)
             scores = np.array([q @ keys[j] / np.sqrt(len(q)) for j in seen])
             p = np.exp(scores - scores.max())
             p /= p.sum()
             mixed = sum(weight * values[j] for weight, j in zip(p, seen, strict=True))
             out[i] += mixed @ w["o"][head]
     return out
+
+
+def indexed(i, seen, x, bottleneck, w, config: LatentAttentionConfig, positions, wrong=""):
+    """The keys among `seen` that query i's indexer scores best. wrong: "no relu"; "last turned"
+    turns the last entries instead of the first; "no norm" leaves the keys as they are."""
+    turned, indexer = config.rope_head_dim, config.indexer
+
+    def turn(vector, position):
+        if wrong == "last turned":
+            return np.concatenate([vector[:-turned], rotate(vector[-turned:], position, base)])
+        return np.concatenate([rotate(vector[:turned], position, base), vector[turned:]])
+
+    base, scores = config.rope_base, []
+    for j in seen:
+        k = x[j] @ w["k"]
+        if wrong != "no norm":
+            k = (k - k.mean()) / np.sqrt(k.var() + 1e-6) * w["k_norm"]["scale"] + w["k_norm"][
+                "bias"
+            ]
+        k, score = turn(k, positions[j]), 0.0
+        for head in range(indexer.num_heads):
+            product = turn(bottleneck[i] @ w["q"][:, head], positions[i]) @ k
+            product = product if wrong == "no relu" else max(product, 0.0)
+            score += (x[i] @ w["weights"][:, head]) * product
+        scores.append(score)
+    best = np.argsort(-np.array(scores), kind="stable")[: indexer.top_k]
+    return [seen[j] for j in sorted(best)]
 
 
 def relative_attention(
@@ -250,29 +300,45 @@ def swiglu(x, gate_up, down):
 
 def router_logits(x, w, config: MoEConfig, positions, documents):
     context = config.router.context
+    bias = w["router_bias"] if config.router.bias else 0.0
     if context is None:
-        return x @ w["router"]
+        return x @ w["router"] + bias
     if context.kind == "causal":
         seen = attention(x, w["context"], context.attention(), positions, documents)
-        return x @ w["router"] + seen
+        return x @ w["router"] + seen + bias
     out = []
     for t in x:
         q, k, v = (t @ w["correlation"]["qkv"][:, i] for i in range(3))
         affinity = np.exp(np.outer(q, k))
         out.append(affinity / affinity.sum(1, keepdims=True) @ v)
-    return np.stack(out)
+    return np.stack(out) + bias
 
 
-def moe(x, logits, w, config: MoEConfig):
+def expert(x, w, e, config: MoEConfig, wrong=""):
+    """wrong: "up without 1"; "gate bounded below" too; "one bias" is the first expert's for all."""
+    gate, up = x @ w["gate_up"][e][:, 0], x @ w["gate_up"][e][:, 1]
+    of = 0 if wrong == "one bias" else e
+    if config.bias:
+        gate, up = gate + w["gate_up_bias"][of][0], up + w["gate_up_bias"][of][1]
+    if config.activation == "swiglu":
+        h = gate / (1 + np.exp(-gate)) * up
+    else:
+        limit = config.swiglu_limit
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        if wrong == "gate bounded below":
+            gate = np.maximum(gate, -limit)
+        h = (up + (wrong != "up without 1")) * gate / (1 + np.exp(-config.swiglu_alpha * gate))
+    return h @ w["down"][e] + (w["down_bias"][of] if config.bias else 0.0)
+
+
+def moe(x, logits, w, config: MoEConfig, wrong=""):
     scores = np.exp(logits - logits.max())
     scores /= scores.sum()
     chosen = np.argsort(-scores, kind="stable")[: config.router.top_k]
     gates = scores[chosen]
     if config.router.normalize_gates:
         gates = gates / gates.sum()
-    out = sum(
-        g * swiglu(x, w["gate_up"][e], w["down"][e]) for g, e in zip(gates, chosen, strict=True)
-    )
+    out = sum(g * expert(x, w, e, config, wrong) for g, e in zip(gates, chosen, strict=True))
     if config.num_shared_experts:
         out = out + swiglu(x, **w["shared"])
     return out

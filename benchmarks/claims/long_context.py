@@ -16,9 +16,10 @@ import numpy as np
 from benchmarks.claims.base import Finding, Report
 from benchmarks.claims.training import Trained, small_run, train
 from configs.architecture import LayerSpec, ModelConfig
-from configs.attention import AttentionConfig, YarnConfig
+from configs.attention import AttentionConfig
 from configs.base import RunConfig
 from configs.feed_forward import MoEConfig, RouterConfig
+from configs.rope import YarnConfig
 from data.corpora import read_documents
 from data.pipeline import Batch
 from model.cache import Cache, init_cache
@@ -40,12 +41,13 @@ CHUNK = 512
 def model(length: int, *, hybrid: bool = True) -> ModelConfig:
     """Five local layers to a global one, which YaRN stretches to `length`; or six global ones."""
     factor = max(length / TRAINED_LENGTH, 1.0)
+    yarn = YarnConfig(factor=factor, original_length=TRAINED_LENGTH) if factor > 1 else None
     everywhere = AttentionConfig(
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
         rope_base=100_000.0,
-        yarn=YarnConfig(factor=factor, original_length=TRAINED_LENGTH) if factor > 1 else None,
+        rope_scaling=yarn,
     )
     local = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window_size=32, num_sinks=4)
     ffn = MoEConfig(num_experts=8, d_ff=64, router=RouterConfig(top_k=2))

@@ -43,6 +43,8 @@ class Family:
     UserError where the family can't say what the model does."""
     rows: tuple[Row, ...]
     copies: tuple[Copy, ...] = ()
+    multi_token: str | None = None
+    """The tensor that each multi-token module has one of; None where the family has no modules."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of tensors that follow from the config."""
     gguf: GGUF | None = None

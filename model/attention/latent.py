@@ -9,6 +9,8 @@ so that attention runs over the cached (c, rotary key) as if over one wide key/v
 
 RoPE stands between query and key and can't be absorbed: that is why its part is separate.
 
+With an indexer (model/attention/indexer.py) a query sees the keys it chooses, and no others.
+
 B batch, L length, S slots, D d_model, H heads, N nope_head_dim, P rope_head_dim, W value_head_dim,
 Q query_rank, R latent_rank.
 """
@@ -20,9 +22,13 @@ import jax.numpy as jnp
 from configs.attention import LatentAttentionConfig
 from configs.base import ExecutionConfig
 from kernels.window_attention import masked_attention, visible
+from model.attention.indexer import Index, Indexer, chosen_keys
 from model.attention.windowed import sharded_window_attention
 from model.cache import LayerCache, append
 from model.layers import RMSNorm, rope, weight
+
+Pair = tuple[jax.Array, jax.Array]
+"""The part without position and the part with it; of the up-projections, keys' and values'."""
 
 
 class LatentAttention(nn.Module):
@@ -42,67 +48,116 @@ class LatentAttention(nn.Module):
         cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
-        heads, rank = c.num_heads, c.latent_rank
-        up_shape = (rank, heads, c.nope_head_dim + c.value_head_dim)
-        w_up_RHC = weight(self, "kv_up", up_shape, ("embed", "heads", "head_dim"), rank**-0.5)
-        w_o_HWD = weight(
-            self,
-            "o",
-            (heads, c.value_head_dim, d_model),
-            ("heads", "head_dim", "embed"),
-            self.out_stddev,
-        )
-        q_nope_BLHN, q_rope_BLHP = self._queries(x_BLD, positions_BL)
-        latent_BLR, k_rope_BL1P = self._latent(x_BLD, positions_BL)
-        w_up_RHC = w_up_RHC.astype(dtype)
-        w_uk_RHN, w_uv_RHW = jnp.split(w_up_RHC, [c.nope_head_dim], axis=-1)
+        up_shape = (c.latent_rank, c.num_heads, c.nope_head_dim + c.value_head_dim)
+        up_axes = ("embed", "heads", "head_dim")
+        w_up_RHC = weight(self, "kv_up", up_shape, up_axes, c.latent_rank**-0.5)
+        o_shape, o_axes = (c.num_heads, c.value_head_dim, d_model), ("heads", "head_dim", "embed")
+        w_o_HWD = weight(self, "o", o_shape, o_axes, self.out_stddev)
+        h_BLQ = self._query_latent(x_BLD)
+        queries = self._queries(h_BLQ, positions_BL)
+        keys = self._latent(x_BLD, positions_BL)
+        index = None
+        if c.indexer is not None:
+            index = Indexer(c, name="indexer")(x_BLD, h_BLQ, positions_BL)
+        w_ups = tuple(jnp.split(w_up_RHC.astype(dtype), [c.nope_head_dim], axis=-1))
         if cache is None:
-            k_nope_BLHN = jnp.einsum("BLR,RHN->BLHN", latent_BLR, w_uk_RHN)
-            k_rope_BLHP = jnp.broadcast_to(k_rope_BL1P, q_rope_BLHP.shape)
-            out_BLHW = sharded_window_attention(
-                jnp.concatenate([q_nope_BLHN, q_rope_BLHP], axis=-1),
-                jnp.concatenate([k_nope_BLHN, k_rope_BLHP], axis=-1),
-                jnp.einsum("BLR,RHW->BLHW", latent_BLR, w_uv_RHW),
-                positions_BL,
-                segments_BL,
-                implementation=self.execution.window_attention,
-            )
+            out_BLHW = self._over_row(queries, keys, index, w_ups, positions_BL, segments_BL)
         else:
-            key_BL1C = jnp.concatenate([latent_BLR[:, :, None], k_rope_BL1P], axis=-1)
-            cache, seen = append(cache, key_BL1C, key_BL1C[..., :0], positions_BL, 0)
-            q_latent_BLHR = jnp.einsum("BLHN,RHN->BLHR", q_nope_BLHN, w_uk_RHN)
-            q_BLHC = jnp.concatenate([q_latent_BLHR, q_rope_BLHP], axis=-1)
-            # Scores are divided by the root of this wide query's width, not of the head's.
-            q_BLHC *= (q_BLHC.shape[-1] / c.query_head_dim) ** 0.5
-            mask_BLS = visible(
-                positions_BL[:, :, None],
-                seen.positions_BS[:, None, :],
-                window_size=None,
-                num_sinks=0,
-            )
-            summed_BLHR = masked_attention(q_BLHC, seen.k_BSGC, seen.k_BSGC[..., :rank], mask_BLS)
-            out_BLHW = jnp.einsum("BLHR,RHW->BLHW", summed_BLHR, w_uv_RHW)
+            out_BLHW, cache = self._over_cache(queries, keys, index, w_ups, positions_BL, cache)
         return jnp.einsum("BLHW,HWD->BLD", out_BLHW, w_o_HWD.astype(dtype)), cache
 
-    def _queries(self, x_BLD: jax.Array, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _over_row(
+        self,
+        queries: Pair,
+        keys: Pair,
+        index: Index | None,
+        w_ups: Pair,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array,
+    ) -> jax.Array:
+        """Every head with keys and values of its own, in each document: [B, L, H, W]."""
+        (q_nope_BLHN, q_rope_BLHP), (latent_BLR, k_rope_BL1P) = queries, keys
+        w_uk_RHN, w_uv_RHW = w_ups
+        k_nope_BLHN = jnp.einsum("BLR,RHN->BLHN", latent_BLR, w_uk_RHN)
+        k_rope_BLHP = jnp.broadcast_to(k_rope_BL1P, q_rope_BLHP.shape)
+        q_BLHC = jnp.concatenate([q_nope_BLHN, q_rope_BLHP], axis=-1)
+        k_BLHC = jnp.concatenate([k_nope_BLHN, k_rope_BLHP], axis=-1)
+        v_BLHW = jnp.einsum("BLR,RHW->BLHW", latent_BLR, w_uv_RHW)
+        if not self._leaves_out(positions_BL.shape[1]):
+            rows, chosen = (positions_BL, segments_BL), self.execution.window_attention
+            return sharded_window_attention(q_BLHC, k_BLHC, v_BLHW, *rows, implementation=chosen)
+        mask_BLS = self._seen(index, index and index.k_BLC, positions_BL, positions_BL, segments_BL)
+        return masked_attention(q_BLHC, k_BLHC, v_BLHW, mask_BLS)
+
+    def _over_cache(
+        self,
+        queries: Pair,
+        keys: Pair,
+        index: Index | None,
+        w_ups: Pair,
+        positions_BL: jax.Array,
+        cache: LayerCache,
+    ) -> tuple[jax.Array, LayerCache]:
+        """One wide head over the cached latents: [B, L, H, W], and the cache with the tokens."""
+        (q_nope_BLHN, q_rope_BLHP), (latent_BLR, k_rope_BL1P) = queries, keys
+        w_uk_RHN, w_uv_RHW = w_ups
+        key_BL1C = jnp.concatenate([latent_BLR[:, :, None], k_rope_BL1P], axis=-1)
+        index_k_BLC = None if index is None else index.k_BLC
+        cache, seen = append(cache, key_BL1C, key_BL1C[..., :0], positions_BL, 0, index_k_BLC)
+        q_latent_BLHR = jnp.einsum("BLHN,RHN->BLHR", q_nope_BLHN, w_uk_RHN)
+        q_BLHC = jnp.concatenate([q_latent_BLHR, q_rope_BLHP], axis=-1)
+        # Scores are divided by the root of this wide query's width, not of the head's.
+        q_BLHC *= (q_BLHC.shape[-1] / self.config.query_head_dim) ** 0.5
+        mask_BLS = self._seen(index, seen.index_k_BSC, positions_BL, seen.positions_BS)
+        v_BS1R = seen.k_BSGC[..., : self.config.latent_rank]
+        summed_BLHR = masked_attention(q_BLHC, seen.k_BSGC, v_BS1R, mask_BLS)
+        return jnp.einsum("BLHR,RHW->BLHW", summed_BLHR, w_uv_RHW), cache
+
+    def _leaves_out(self, num_keys: int) -> bool:
+        """Whether an indexer chooses among so many keys."""
+        indexer = self.config.indexer
+        return indexer is not None and num_keys > indexer.top_k
+
+    def _seen(
+        self,
+        index: Index | None,
+        index_k_BSC: jax.Array | None,
+        positions_BL: jax.Array,
+        positions_BS: jax.Array,
+        segments_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """Which keys a query sees, bool [B, L, S]: those before it of its document that the indexer
+        chooses."""
+        places = (positions_BL[:, :, None], positions_BS[:, None, :])
+        mask_BLS = visible(*places, window_size=None, num_sinks=0)
+        if segments_BL is not None:
+            mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
+        if index is None or index_k_BSC is None or self.config.indexer is None:
+            return mask_BLS
+        return chosen_keys(index, index_k_BSC, mask_BLS, self.config.indexer.top_k)
+
+    def _query_latent(self, x_BLD: jax.Array) -> jax.Array:
+        """What queries are made of: their normed bottleneck [B, L, Q], or the token itself."""
+        c, d_model = self.config, x_BLD.shape[-1]
+        if c.query_rank is None:
+            return x_BLD
+        shape = (d_model, c.query_rank)
+        w_DQ = weight(self, "q_down", shape, ("embed", "latent"), d_model**-0.5)
+        h_BLQ = jnp.einsum("BLD,DQ->BLQ", x_BLD, w_DQ.astype(x_BLD.dtype))
+        return RMSNorm(self.norm_eps, name="q_norm")(h_BLQ)
+
+    def _queries(self, h_BLQ: jax.Array, positions_BL: jax.Array) -> Pair:
         """Queries without and with position, [B, L, H, N] and [B, L, H, P]."""
-        c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
-        h_BLQ, width = x_BLD, d_model
-        if c.query_rank is not None:
-            w_DQ = weight(
-                self, "q_down", (d_model, c.query_rank), ("embed", "latent"), d_model**-0.5
-            )
-            h_BLQ = jnp.einsum("BLD,DQ->BLQ", x_BLD, w_DQ.astype(dtype))
-            h_BLQ, width = RMSNorm(self.norm_eps, name="q_norm")(h_BLQ), c.query_rank
+        c, width = self.config, h_BLQ.shape[-1]
         shape = (width, c.num_heads, c.query_head_dim)
         w_QHC = weight(self, "q", shape, ("embed", "heads", "head_dim"), width**-0.5)
-        q_BLHC = jnp.einsum("BLQ,QHC->BLHC", h_BLQ, w_QHC.astype(dtype))
-        if c.yarn is not None:
-            q_BLHC *= c.yarn.logit_scale
+        q_BLHC = jnp.einsum("BLQ,QHC->BLHC", h_BLQ, w_QHC.astype(h_BLQ.dtype))
+        if c.rope_scaling is not None:
+            q_BLHC *= c.rope_scaling.logit_scale
         q_nope_BLHN, q_rope_BLHP = jnp.split(q_BLHC, [c.nope_head_dim], axis=-1)
-        return q_nope_BLHN, rope(q_rope_BLHP, positions_BL, c.rope_base, c.yarn)
+        return q_nope_BLHN, rope(q_rope_BLHP, positions_BL, c.rope_base, c.rope_scaling)
 
-    def _latent(self, x_BLD: jax.Array, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _latent(self, x_BLD: jax.Array, positions_BL: jax.Array) -> Pair:
         """What is cached: the normed latent [B, L, R] and the turned rotary key [B, L, 1, P]."""
         c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
         shape = (d_model, c.latent_rank + c.rope_head_dim)
@@ -110,4 +165,4 @@ class LatentAttention(nn.Module):
         down_BLC = jnp.einsum("BLD,DC->BLC", x_BLD, w_DC.astype(dtype))
         latent_BLR = RMSNorm(self.norm_eps, name="kv_norm")(down_BLC[..., : c.latent_rank])
         k_rope_BL1P = down_BLC[..., None, c.latent_rank :]
-        return latent_BLR, rope(k_rope_BL1P, positions_BL, c.rope_base, c.yarn)
+        return latent_BLR, rope(k_rope_BL1P, positions_BL, c.rope_base, c.rope_scaling)

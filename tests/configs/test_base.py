@@ -7,11 +7,12 @@ import pytest
 
 from configs import runs
 from configs.architecture import EarlyExitConfig, LayerSpec, MixtureOfDepthsConfig
-from configs.attention import AttentionConfig, RelativeAttentionConfig, YarnConfig
+from configs.attention import AttentionConfig, RelativeAttentionConfig
 from configs.base import DistillConfig, ExecutionConfig, MeshConfig, OptimizerConfig, RunConfig
 from configs.checks import UserError
 from configs.cli import describe_runs, known_runs, load_run
 from configs.feed_forward import ContextConfig, MoEConfig, RouterConfig
+from configs.rope import YarnConfig
 from configs.serialization import differences, from_json, to_json
 from model.growth import grown_config
 from tests import tiny

@@ -1,6 +1,4 @@
-"""Latent attention against every head's keys and values written out, and its absorbed decode;
-YaRN's frequencies against a table.
-"""
+"""Latent attention against every head's keys and values written out, and its absorbed decode."""
 
 import dataclasses
 
@@ -10,10 +8,10 @@ import numpy as np
 import pytest
 
 from configs.architecture import LayerSpec
-from configs.attention import LatentAttentionConfig, YarnConfig
+from configs.attention import LatentAttentionConfig
 from configs.feed_forward import DenseConfig
+from configs.rope import YarnConfig
 from model.cache import init_cache
-from model.layers import rope_frequencies
 from model.transformer import Transformer, abstract_variables, hidden_states
 from tests import oracle, tiny
 from tests.probes import check_causality, check_decode, drawn, inputs
@@ -92,44 +90,12 @@ def test_the_configs_count_is_the_models(latent):
     assert sum(x.size for x in jax.tree.leaves(abstract["params"])) == config.num_parameters
 
 
-# --- YaRN ---------------------------------------------------------------------------------------
-
-YARN = YarnConfig(factor=40.0, original_length=4096)
-
-
-def test_yarn_with_factor_one_changes_nothing():
-    one = YarnConfig(factor=1.0, original_length=4096)
-    assert one.logit_scale == 1.0
-    np.testing.assert_array_equal(
-        rope_frequencies(64, 10_000.0, one), rope_frequencies(64, 10_000.0, None)
-    )
-
-
-def test_yarn_keeps_the_fastest_and_stretches_the_slowest():
-    plain, stretched = rope_frequencies(64, 10_000.0, None), rope_frequencies(64, 10_000.0, YARN)
-    turns = 4096 * plain / (2 * np.pi)
-    np.testing.assert_array_equal(stretched[turns >= 32], plain[turns >= 32])
-    np.testing.assert_allclose(stretched[turns <= 1], plain[turns <= 1] / 40, rtol=1e-6)
-    assert (turns >= 32).any()
-    assert (turns <= 1).any()
-    assert (np.diff(stretched) < 0).all()
-
-
-def test_yarn_between_the_two_by_hand():
-    """base 10^4, width 64, pair 12: theta = 10^-1.5, 20.6 turns in 4096, kept (20.6 - 1) / 31."""
-    theta = 10**-1.5
-    kept = (4096 * theta / (2 * np.pi) - 1) / 31
-    expected = kept * theta + (1 - kept) * theta / 40
-    assert rope_frequencies(64, 10_000.0, YARN)[12] == pytest.approx(expected, rel=1e-6)
-    assert YARN.logit_scale == pytest.approx((0.1 * np.log(40) + 1) ** 2)
-
-
 def test_yarn_scales_the_logits_of_both_kinds_of_attention(latent):
     """With all keys equal the scale has no effect; with others it has: here by a plain rerun."""
     config, variables = latent
     tokens, positions = inputs(config, LENGTH)
     slow = YarnConfig(factor=4.0, original_length=8)
-    changed = config_of(dataclasses.replace(config.pattern[0].attention, yarn=slow))
+    changed = config_of(dataclasses.replace(config.pattern[0].attention, rope_scaling=slow))
     plain, _ = hidden_states(Transformer(config), variables, tokens, positions)
     stretched, _ = hidden_states(Transformer(changed), variables, tokens, positions)
     np.testing.assert_array_equal(plain[:, 0], stretched[:, 0])  # one key: nothing to weigh

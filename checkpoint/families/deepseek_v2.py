@@ -1,0 +1,51 @@
+"""DeepSeek-V2 and V2-Lite (2024): latent attention, softmax scores, groups by their best expert."""
+
+from typing import Any
+
+from checkpoint.families import latent, parts, rows
+from checkpoint.families.base import Family
+from checkpoint.settings import Settings
+from configs.architecture import ModelConfig
+from configs.feed_forward import RouterConfig
+
+
+def read_config(settings: Settings) -> ModelConfig:
+    settings.expect("scoring_func", "softmax")
+    settings.expect("norm_topk_prob", False)
+    method = settings.text(
+        "topk_method", choices=("greedy", "group_limited_greedy"), default="greedy"
+    )
+    groups = latent.read_groups(settings) if method == "group_limited_greedy" else {}
+    weight = settings.number("aux_loss_alpha", default=1e-3)
+    is_sequence = settings.flag("seq_aux", default=True)
+    router = RouterConfig(
+        top_k=settings.integer("num_experts_per_tok"),
+        normalize_gates=False,
+        gate_scale=settings.number("routed_scaling_factor", default=1.0),
+        **groups,
+        **({"group_score": "best"} if groups else {}),
+        load_balance_weight=0.0 if is_sequence else weight,
+        sequence_weight=weight if is_sequence else 0.0,
+        **parts.AUXILIARY_ONLY,
+    )
+    return latent.read_model(settings, router)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    router = parts.the_moe(config).router
+    is_sequence = router.sequence_weight > 0
+    return {
+        **latent.write_model(config),
+        "topk_method": "group_limited_greedy" if router.num_groups else "greedy",
+        "aux_loss_alpha": router.sequence_weight if is_sequence else router.load_balance_weight,
+        "seq_aux": is_sequence,
+    }
+
+
+DEEPSEEK_V2 = Family(
+    model_type="deepseek_v2",
+    architecture="DeepseekV2ForCausalLM",
+    read_config=read_config,
+    write_config=write_config,
+    rows=(*rows.EMBEDDING, *rows.LATENT, *rows.DEEPSEEK_MOE),
+)

@@ -1,0 +1,62 @@
+"""DeepSeek-V3, R1, V3.1 (2024, 2025): sigmoid scores, a bias on the choice, multi-token modules."""
+
+from typing import Any
+
+from checkpoint.families import latent, parts, rows
+from checkpoint.families.base import Copy, Family
+from checkpoint.settings import Settings
+from configs.architecture import ModelConfig
+from configs.feed_forward import RouterConfig
+
+
+def read_router(settings: Settings) -> RouterConfig:
+    """Transformers 5 leaves scoring_func and topk_method out: this family has no others."""
+    settings.expect("scoring_func", "sigmoid")
+    settings.expect("topk_method", "noaux_tc")
+    return RouterConfig(
+        top_k=settings.integer("num_experts_per_tok"),
+        scores="sigmoid",
+        normalize_gates=settings.flag("norm_topk_prob", default=True),
+        gate_scale=settings.number("routed_scaling_factor", default=2.5),
+        **latent.read_groups(settings),
+        balance="loss_free",
+        bias_rate=1e-3,
+        load_balance_weight=0.0,
+        sequence_weight=settings.number("aux_loss_alpha", default=1e-4),
+        **parts.AUXILIARY_ONLY,
+    )
+
+
+def read_config(settings: Settings) -> ModelConfig:
+    return latent.read_model(settings, read_router(settings))
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Other engines choose their router by topk_method and scoring_func."""
+    router = parts.the_moe(config).router
+    return {
+        **latent.write_model(config),
+        "topk_method": "noaux_tc",
+        "aux_loss_alpha": router.sequence_weight,
+        "seq_aux": True,
+        "num_nextn_predict_layers": config.multi_token.depth if config.multi_token else 0,
+        "ep_size": 1,
+    }
+
+
+COPIES = (
+    Copy(f"{rows.LAYER}.embed_tokens.weight", of="model.embed_tokens.weight", is_written=True),
+    Copy(f"{rows.LAYER}.shared_head.head.weight", of="lm_head.weight", is_written=True),
+)
+"""Released multi-token modules repeat the embedding and the output layer that they share."""
+
+DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    read_config=read_config,
+    write_config=write_config,
+    rows=rows.DEEPSEEK_V3,
+    copies=COPIES,
+    multi_token=rows.MULTI_TOKEN,
+    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+)

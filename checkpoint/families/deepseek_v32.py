@@ -1,0 +1,42 @@
+"""DeepSeek-V3.2 (2025): V3 whose attention looks only at the keys that an indexer chooses."""
+
+import dataclasses
+from typing import Any
+
+from checkpoint.families import deepseek_v3, latent, parts, rows
+from checkpoint.settings import Settings
+from configs.architecture import ModelConfig
+from configs.attention import IndexerConfig, LatentAttentionConfig
+from configs.checks import UserError
+
+
+def read_config(settings: Settings) -> ModelConfig:
+    indexer = IndexerConfig(
+        num_heads=settings.integer("index_n_heads", default=64),
+        head_dim=settings.integer("index_head_dim", default=128),
+        top_k=settings.integer("index_topk", default=2048),
+    )
+    return latent.read_model(settings, deepseek_v3.read_router(settings), indexer)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    attention = parts.the_one([layer.attention for layer in parts.unfolded(config)], "attention")
+    indexer = attention.indexer if isinstance(attention, LatentAttentionConfig) else None
+    if indexer is None:
+        raise UserError("deepseek_v32 has an indexer, the model has none: use deepseek_v3")
+    return {
+        **deepseek_v3.write_config(config),
+        "index_n_heads": indexer.num_heads,
+        "index_head_dim": indexer.head_dim,
+        "index_topk": indexer.top_k,
+    }
+
+
+DEEPSEEK_V32 = dataclasses.replace(
+    deepseek_v3.DEEPSEEK_V3,
+    model_type="deepseek_v32",
+    architecture="DeepseekV32ForCausalLM",
+    read_config=read_config,
+    write_config=write_config,
+    rows=rows.DEEPSEEK_V32,
+)

@@ -1,0 +1,98 @@
+"""gpt-oss (2025): biases everywhere, learned sinks, windows in every other layer, clamped experts.
+
+Released files hold the experts in MXFP4; checkpoint/logical_tensors.py gives them as the tensors
+named here.
+"""
+
+from typing import Any
+
+from checkpoint.families import parts, rows
+from checkpoint.families.base import Family
+from checkpoint.settings import Settings
+from checkpoint.tables import Row
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
+from configs.checks import UserError
+from configs.feed_forward import MoEConfig
+
+WINDOW, WHOLE = "sliding_attention", "full_attention"
+
+
+def read_config(settings: Settings) -> ModelConfig:
+    count = settings.integer("num_hidden_layers")
+    kinds = settings.items(
+        "layer_types", of=str, default=[WHOLE if i % 2 else WINDOW for i in range(count)]
+    )
+    if len(kinds) != count or not set(kinds) <= {WINDOW, WHOLE}:
+        raise UserError(
+            f"{settings.where} has layer_types={kinds}, expected {WINDOW!r} or {WHOLE!r} for each "
+            f"of num_hidden_layers={count}"
+        )
+    window = settings.integer("sliding_window", default=128)
+    ffn = MoEConfig(
+        num_experts=settings.integer("num_local_experts", "num_experts"),
+        d_ff=settings.integer("intermediate_size"),
+        router=parts.read_softmax_router(settings, normalize=True, auxiliary=1e-3, bias=True),
+        bias=True,
+        activation="clamped_swiglu",
+        swiglu_limit=settings.number("swiglu_limit", default=7.0),
+        swiglu_alpha=settings.number("swiglu_alpha", default=1.702),
+    )
+    layers = [
+        LayerSpec(attention=_attention(settings, window if kind == WINDOW else None), ffn=ffn)
+        for kind in kinds
+    ]
+    return parts.read_model(settings, layers, norm_eps=1e-5)
+
+
+def _attention(settings: Settings, window_size: int | None) -> AttentionConfig:
+    return parts.read_grouped_query(
+        settings, rope_base=150_000.0, window_size=window_size, learned_sinks=True
+    )
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    ffn, windows = parts.the_moe(config), []
+    for layer in parts.unfolded(config):
+        if not isinstance(layer.attention, AttentionConfig):
+            raise UserError(
+                "gpt-oss has attention.kind='grouped_query', the model has "
+                f"{layer.attention.kind!r}"
+            )
+        windows.append(layer.attention.window_size)
+    sizes = [size for size in windows if size is not None]
+    attention = config.pattern[0].attention
+    assert isinstance(attention, AttentionConfig)
+    return {
+        **parts.write_model(config),
+        **parts.write_grouped_query(attention),
+        **parts.write_softmax_router(ffn.router),
+        "num_local_experts": ffn.num_experts,
+        "experts_per_token": ffn.router.top_k,
+        "intermediate_size": ffn.d_ff,
+        "sliding_window": parts.the_one(sizes, "sliding window") if sizes else 128,
+        "layer_types": [WHOLE if size is None else WINDOW for size in windows],
+        "swiglu_limit": ffn.swiglu_limit,
+        "swiglu_alpha": ffn.swiglu_alpha,
+    }
+
+
+MOE = f"{rows.LAYER}.mlp"
+
+GPT_OSS = Family(
+    model_type="gpt_oss",
+    architecture="GptOssForCausalLM",
+    read_config=read_config,
+    write_config=write_config,
+    rows=(
+        *rows.EMBEDDING,
+        *rows.GROUPED_QUERY,
+        Row("layers.*.attention.sink_logits", f"{rows.ATTENTION}.sinks", "h -> h"),
+        Row("layers.*.moe.router", f"{MOE}.router.weight", "e d -> d e"),
+        Row("layers.*.moe.router_bias", f"{MOE}.router.bias", "e -> e"),
+        Row("layers.*.moe.gate_up", f"{MOE}.experts.gate_up_proj", "e d (f i) -> e d i f"),
+        Row("layers.*.moe.gate_up_bias", f"{MOE}.experts.gate_up_proj_bias", "e (f i) -> e i f"),
+        Row("layers.*.moe.down", f"{MOE}.experts.down_proj", "e f d -> e f d"),
+        Row("layers.*.moe.down_bias", f"{MOE}.experts.down_proj_bias", "e d -> e d"),
+    ),
+)

@@ -1,0 +1,94 @@
+"""What the DeepSeek families' config.json share: latent attention, dense layers before experts."""
+
+from typing import Any
+
+from checkpoint.families import parts
+from checkpoint.settings import Settings
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import IndexerConfig, LatentAttentionConfig
+from configs.checks import UserError
+from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+
+
+def read_model(
+    settings: Settings, router: RouterConfig, indexer: IndexerConfig | None = None
+) -> ModelConfig:
+    settings.expect("attention_bias", False)
+    settings.expect("rope_interleave", True)
+    settings.expect("moe_layer_freq", 1)
+    attention = _read_attention(settings, indexer)
+    moe = MoEConfig(
+        num_experts=settings.integer("n_routed_experts", "num_experts", "num_local_experts"),
+        d_ff=settings.integer("moe_intermediate_size"),
+        num_shared_experts=settings.integer("n_shared_experts", default=0, least=0),
+        router=router,
+    )
+    dense = DenseConfig(d_ff=settings.integer("intermediate_size"))
+    count = settings.integer("num_hidden_layers")
+    first = settings.integer("first_k_dense_replace", default=0, least=0)
+    layers = [LayerSpec(attention=attention, ffn=dense if i < first else moe) for i in range(count)]
+    return parts.read_model(settings, layers, norm_eps=1e-6)
+
+
+def _read_attention(settings: Settings, indexer: IndexerConfig | None) -> LatentAttentionConfig:
+    base, scaling = parts.read_rope(settings, 10_000.0)
+    return LatentAttentionConfig(
+        num_heads=settings.integer("num_attention_heads"),
+        query_rank=settings.integer("q_lora_rank", default=None),
+        latent_rank=settings.integer("kv_lora_rank"),
+        nope_head_dim=settings.integer("qk_nope_head_dim"),
+        rope_head_dim=settings.integer("qk_rope_head_dim"),
+        value_head_dim=settings.integer("v_head_dim"),
+        rope_base=base,
+        rope_scaling=scaling,
+        indexer=indexer,
+    )
+
+
+def write_model(config: ModelConfig) -> dict[str, Any]:
+    layers = parts.unfolded(config)
+    attention = parts.the_one([layer.attention for layer in layers], "attention")
+    if not isinstance(attention, LatentAttentionConfig):
+        raise UserError(f"DeepSeek has attention.kind='latent', the model has {attention.kind!r}")
+    moe, dense = parts.the_moe(config), [layer.ffn for layer in config.prefix]
+    width = parts.the_one(dense, "dense layer").d_ff if dense else moe.d_ff
+    return {
+        **parts.write_model(config),
+        **_write_attention(attention),
+        "intermediate_size": width,
+        "first_k_dense_replace": len(config.prefix),
+        "moe_layer_freq": 1,
+        "n_routed_experts": moe.num_experts,
+        "moe_intermediate_size": moe.d_ff,
+        "n_shared_experts": moe.num_shared_experts,
+        "num_experts_per_tok": moe.router.top_k,
+        "routed_scaling_factor": moe.router.gate_scale,
+        "norm_topk_prob": moe.router.normalize_gates,
+        "n_group": moe.router.num_groups or 1,
+        "topk_group": moe.router.top_groups or 1,
+        "scoring_func": moe.router.scores,
+    }
+
+
+def _write_attention(attention: LatentAttentionConfig) -> dict[str, Any]:
+    return {
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_heads,
+        "q_lora_rank": attention.query_rank,
+        "kv_lora_rank": attention.latent_rank,
+        "qk_nope_head_dim": attention.nope_head_dim,
+        "qk_rope_head_dim": attention.rope_head_dim,
+        "qk_head_dim": attention.query_head_dim,
+        "head_dim": attention.rope_head_dim,
+        "v_head_dim": attention.value_head_dim,
+        "attention_bias": False,
+        "rope_interleave": True,
+        **parts.write_rope(attention.rope_base, attention.rope_scaling, is_latent=True),
+    }
+
+
+def read_groups(settings: Settings) -> dict[str, int]:
+    """Of a router: nothing where there is one group, which limits nothing."""
+    groups = settings.integer("n_group", default=1)
+    best = settings.integer("topk_group", default=1)
+    return {} if groups == best else {"num_groups": groups, "top_groups": best}

@@ -1,0 +1,39 @@
+"""Llama 1 to 3, SmolLM2 and what else calls itself llama: dense, grouped-query attention."""
+
+from typing import Any
+
+from checkpoint.families import parts, rows
+from checkpoint.families.base import Family
+from checkpoint.settings import Settings
+from configs.architecture import LayerSpec, ModelConfig
+from configs.checks import UserError
+from configs.feed_forward import DenseConfig
+
+
+def read_config(settings: Settings) -> ModelConfig:
+    ffn = DenseConfig(d_ff=settings.integer("intermediate_size"))
+    layer = LayerSpec(attention=parts.read_grouped_query(settings), ffn=ffn)
+    layers = [layer] * settings.integer("num_hidden_layers")
+    return parts.read_model(settings, layers, norm_eps=1e-6)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    ffn = parts.the_one([layer.ffn for layer in parts.unfolded(config)], "feed-forward layer")
+    if not isinstance(ffn, DenseConfig):
+        raise UserError("llama has dense layers, the model has experts")
+    return {
+        **parts.write_model(config),
+        **parts.write_grouped_query(parts.grouped_query(config)),
+        "intermediate_size": ffn.d_ff,
+        "pretraining_tp": 1,
+    }
+
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    read_config=read_config,
+    write_config=write_config,
+    rows=(*rows.EMBEDDING, *rows.GROUPED_QUERY, *rows.DENSE),
+    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+)

@@ -1,0 +1,52 @@
+"""Mixtral (2024): every layer a mixture of experts, gates normalised."""
+
+from typing import Any
+
+from checkpoint.families import parts, rows
+from checkpoint.families.base import Family
+from checkpoint.settings import Settings
+from checkpoint.tables import Row
+from configs.architecture import LayerSpec, ModelConfig
+from configs.feed_forward import MoEConfig
+
+
+def read_config(settings: Settings) -> ModelConfig:
+    attention = parts.read_grouped_query(
+        settings, rope_base=1e6, window_size=settings.integer("sliding_window", default=None)
+    )
+    ffn = MoEConfig(
+        num_experts=settings.integer("num_local_experts", "num_experts"),
+        d_ff=settings.integer("intermediate_size"),
+        router=parts.read_softmax_router(settings, normalize=True, auxiliary=1e-3),
+    )
+    layers = [LayerSpec(attention=attention, ffn=ffn)] * settings.integer("num_hidden_layers")
+    return parts.read_model(settings, layers, norm_eps=1e-5)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    attention, ffn = parts.grouped_query(config), parts.the_moe(config)
+    return {
+        **parts.write_model(config),
+        **parts.write_grouped_query(attention),
+        **parts.write_softmax_router(ffn.router),
+        "num_local_experts": ffn.num_experts,
+        "intermediate_size": ffn.d_ff,
+        "sliding_window": attention.window_size,
+        "router_jitter_noise": 0.0,
+    }
+
+
+MOE = f"{rows.LAYER}.block_sparse_moe"
+
+MIXTRAL = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    read_config=read_config,
+    write_config=write_config,
+    rows=(
+        *rows.EMBEDDING,
+        *rows.GROUPED_QUERY,
+        Row("layers.*.moe.router", f"{MOE}.gate.weight", "e d -> d e"),
+        *rows.experts(f"{MOE}.experts.{{e}}", gate="w1", up="w3", down="w2"),
+    ),
+)

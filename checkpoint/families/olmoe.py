@@ -1,0 +1,53 @@
+"""OLMoE (2024): queries and keys normed over all heads together, gates as they are."""
+
+from typing import Any
+
+from checkpoint.families import parts, rows
+from checkpoint.families.base import Family
+from checkpoint.settings import Settings
+from checkpoint.tables import Row
+from configs.architecture import LayerSpec, ModelConfig
+from configs.feed_forward import MoEConfig
+
+
+def read_config(settings: Settings) -> ModelConfig:
+    attention = parts.read_grouped_query(
+        settings, qk_norm="all", clip_qkv=settings.number("clip_qkv", default=None)
+    )
+    normalize = settings.flag("norm_topk_prob", default=False)
+    ffn = MoEConfig(
+        num_experts=settings.integer("num_experts", "num_local_experts"),
+        d_ff=settings.integer("intermediate_size"),
+        router=parts.read_softmax_router(settings, normalize=normalize, auxiliary=1e-2),
+    )
+    layers = [LayerSpec(attention=attention, ffn=ffn)] * settings.integer("num_hidden_layers")
+    return parts.read_model(settings, layers, norm_eps=1e-5)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    attention, ffn = parts.grouped_query(config), parts.the_moe(config)
+    return {
+        **parts.write_model(config),
+        **parts.write_grouped_query(attention),
+        **parts.write_softmax_router(ffn.router),
+        "num_experts": ffn.num_experts,
+        "intermediate_size": ffn.d_ff,
+        "norm_topk_prob": ffn.router.normalize_gates,
+        "clip_qkv": attention.clip_qkv,
+    }
+
+
+OLMOE = Family(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    read_config=read_config,
+    write_config=write_config,
+    rows=(
+        *rows.EMBEDDING,
+        *rows.GROUPED_QUERY,
+        Row("layers.*.attention.q_norm.scale", f"{rows.ATTENTION}.q_norm.weight", "(h c) -> h c"),
+        Row("layers.*.attention.k_norm.scale", f"{rows.ATTENTION}.k_norm.weight", "(h c) -> h c"),
+        rows.ROUTER,
+        *rows.EXPERTS,
+    ),
+)

@@ -1,0 +1,256 @@
+"""Parts of config.json that several families share, each read and written side by side."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from checkpoint.settings import Settings
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
+from configs.checks import UserError
+from configs.feed_forward import MoEConfig, RouterConfig
+from configs.rope import Llama3RopeConfig, YarnConfig
+
+RopeScaling = YarnConfig | Llama3RopeConfig | None
+
+AUXILIARY_ONLY = {"z_loss_weight": 0.0}
+"""Of a router: no public family but OLMoE's was trained with more than the balance loss."""
+
+
+def read_model(
+    settings: Settings, layers: Sequence[LayerSpec], *, norm_eps: float, **extra: Any
+) -> ModelConfig:
+    """What every family has, around its layers.
+
+    Args:
+      norm_eps: the family's own, where the config doesn't say.
+    """
+    settings.expect("hidden_act", "silu", "swish")
+    settings.expect("mlp_bias", False)
+    prefix, pattern = folded(layers)
+    return ModelConfig(
+        vocab_size=settings.integer("vocab_size"),
+        d_model=settings.integer("hidden_size"),
+        num_layers=len(layers),
+        prefix=prefix,
+        pattern=pattern,
+        context_length=settings.integer("max_position_embeddings"),
+        tie_embeddings=settings.flag("tie_word_embeddings", default=False),
+        norm_eps=settings.number("rms_norm_eps", default=norm_eps),
+        **extra,
+    )
+
+
+def write_model(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "max_position_embeddings": config.context_length,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu",
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+
+
+def folded(layers: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec, ...]]:
+    """(prefix, pattern): dense layers before the first experts, then the shortest period of the
+    rest.
+    """
+    moe = [i for i, layer in enumerate(layers) if isinstance(layer.ffn, MoEConfig)]
+    first = moe[0] if moe else 0
+    rest = tuple(layers[first:])
+    period = next(n for n in range(1, len(rest) + 1) if len(rest) % n == 0 and _repeats(rest, n))
+    return tuple(layers[:first]), rest[:period]
+
+
+def _repeats(layers: Sequence[LayerSpec], period: int) -> bool:
+    return all(layer == layers[i % period] for i, layer in enumerate(layers))
+
+
+def unfolded(config: ModelConfig) -> list[LayerSpec]:
+    """Every layer in order: what `folded` was given."""
+    return [*config.prefix, *config.pattern * config.num_periods]
+
+
+def the_one(values: Sequence[Any], what: str) -> Any:
+    """The value that all layers share.
+
+    Raises:
+      UserError: layers differ, or none has such a part: the family can't say it.
+    """
+    if not values or any(value != values[0] for value in values):
+        count = f"{len(set(values))} kinds of it" if values else "no layer with it"
+        raise UserError(f"this family has one {what} for all layers, the model has {count}")
+    return values[0]
+
+
+def read_grouped_query(
+    settings: Settings, *, rope_base: float = 10_000.0, **extra: Any
+) -> AttentionConfig:
+    """
+    Args:
+      rope_base: the family's own, where the config doesn't say.
+    """
+    heads = settings.integer("num_attention_heads")
+    base, scaling = read_rope(settings, rope_base)
+    return AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=settings.integer("num_key_value_heads", default=heads),
+        head_dim=settings.integer("head_dim", default=settings.integer("hidden_size") // heads),
+        rope_base=base,
+        rope_scaling=scaling,
+        bias=settings.flag("attention_bias", default=False),
+        **extra,
+    )
+
+
+def write_grouped_query(attention: AttentionConfig) -> dict[str, Any]:
+    return {
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "attention_bias": attention.bias,
+        **write_rope(attention.rope_base, attention.rope_scaling),
+    }
+
+
+def grouped_query(config: ModelConfig) -> AttentionConfig:
+    """The one attention of a model whose layers share it.
+
+    Raises:
+      UserError: they don't, or it is of another kind.
+    """
+    attention = the_one([layer.attention for layer in unfolded(config)], "attention")
+    if not isinstance(attention, AttentionConfig):
+        raise UserError(
+            f"this family has attention.kind='grouped_query', the model has {attention.kind!r}"
+        )
+    return attention
+
+
+def read_softmax_router(
+    settings: Settings, *, normalize: bool, auxiliary: float, bias: bool = False
+) -> RouterConfig:
+    """The router of Mixtral, Qwen3-MoE, OLMoE and gpt-oss."""
+    return RouterConfig(
+        top_k=settings.integer("num_experts_per_tok"),
+        normalize_gates=normalize,
+        load_balance_weight=settings.number("router_aux_loss_coef", default=auxiliary),
+        bias=bias,
+        **AUXILIARY_ONLY,
+    )
+
+
+def write_softmax_router(router: RouterConfig) -> dict[str, Any]:
+    return {
+        "num_experts_per_tok": router.top_k,
+        "router_aux_loss_coef": router.load_balance_weight,
+        "output_router_logits": False,
+    }
+
+
+def the_moe(config: ModelConfig) -> MoEConfig:
+    """The experts that all MoE layers share."""
+    ffns = [layer.ffn for layer in unfolded(config) if isinstance(layer.ffn, MoEConfig)]
+    return the_one(ffns, "form of its MoE layers")
+
+
+def read_rope(settings: Settings, base: float) -> tuple[float, RopeScaling]:
+    """RoPE's base and scaling, from the keys of transformers 5 (rope_parameters) or from the older
+    ones (rope_theta, rope_scaling).
+    """
+    new, old = settings.part("rope_parameters"), settings.part("rope_scaling")
+    settings.expect("partial_rotary_factor", 1.0)
+    given = new or old
+    default = settings.number("rope_theta", default=base)
+    theta = new.number("rope_theta", default=default) if new else default
+    if given is None:
+        return theta, None
+    kind = given.text("rope_type", "type", choices=("default", "yarn", "llama3"), default="default")
+    if kind == "llama3":
+        return theta, _read_llama3(given)
+    return theta, _read_yarn(given, settings) if kind == "yarn" else None
+
+
+def _read_llama3(given: Settings) -> Llama3RopeConfig:
+    return Llama3RopeConfig(
+        factor=given.number("factor"),
+        low_freq_factor=given.number("low_freq_factor"),
+        high_freq_factor=given.number("high_freq_factor"),
+        original_length=given.integer("original_max_position_embeddings"),
+    )
+
+
+def _read_yarn(given: Settings, settings: Settings) -> YarnConfig:
+    original = given.integer("original_max_position_embeddings")
+    whole = settings.integer("max_position_embeddings")
+    factor = given.number("factor", default=whole / original)
+    return YarnConfig(
+        factor=factor,
+        original_length=original,
+        beta_fast=given.number("beta_fast", default=32.0),
+        beta_slow=given.number("beta_slow", default=1.0),
+        mscale=_mscale(given, factor, is_latent="kv_lora_rank" in settings),
+        truncate=given.flag("truncate", default=True),
+    )
+
+
+def _mscale(given: Settings, factor: float, *, is_latent: bool) -> float:
+    """m of the factor (0.1 m ln(factor) + 1)^2 on the logits.
+
+    Two factors stand for it in the wild: attention_factor on sines and cosines, which turn all of a
+    head in grouped-query attention, but a part of it in latent attention; and there mscale_all_dim
+    on the scores (DeepSeek), with the sines' own divided out.
+    """
+    growth = 0.1 * math.log(factor) if factor > 1 else 0.0
+    turned, whole = given.number("mscale", default=0.0), given.number("mscale_all_dim", default=0.0)
+    both = bool(turned and whole)
+    ratio = (growth * turned + 1) / (growth * whole + 1) if both else growth + 1
+    ratio = given.number("attention_factor", default=ratio)
+    if not growth:
+        return 1.0
+    if not is_latent:
+        return (ratio - 1) / growth
+    if not math.isclose(ratio, 1.0):
+        raise UserError(
+            f"{given.where} has mscale={turned} and mscale_all_dim={whole}, whose rotary part is "
+            "scaled apart: only equal ones, as all DeepSeek models have, are built"
+        )
+    return whole
+
+
+def write_rope(base: float, scaling: RopeScaling, *, is_latent: bool = False) -> dict[str, Any]:
+    """Both generations of keys: other engines read one or the other."""
+    if scaling is None:
+        parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+        return {"rope_theta": base, "rope_scaling": None, "rope_parameters": parameters}
+    parameters = {
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_length,
+    }
+    if isinstance(scaling, Llama3RopeConfig):
+        parameters |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+        }
+    else:
+        parameters |= {
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "truncate": scaling.truncate,
+        }
+        if is_latent:
+            parameters |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale}
+        elif scaling.mscale != 1.0:
+            parameters["attention_factor"] = 0.1 * scaling.mscale * math.log(scaling.factor) + 1
+    kinds = {"rope_type": scaling.kind, "type": scaling.kind}
+    return {
+        "rope_theta": base,
+        "rope_scaling": parameters | kinds,
+        "rope_parameters": parameters | {"rope_type": scaling.kind, "rope_theta": base},
+    }

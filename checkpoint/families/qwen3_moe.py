@@ -1,0 +1,65 @@
+"""Qwen3-MoE (2025): heads normed before RoPE, experts in all layers or in some."""
+
+from typing import Any
+
+from checkpoint.families import parts, rows
+from checkpoint.families.base import Family
+from checkpoint.settings import Settings
+from checkpoint.tables import Row
+from configs.architecture import LayerSpec, ModelConfig
+from configs.feed_forward import DenseConfig, MoEConfig
+
+
+def read_config(settings: Settings) -> ModelConfig:
+    settings.expect("use_sliding_window", False)
+    attention = parts.read_grouped_query(settings, qk_norm="head")
+    normalize = settings.flag("norm_topk_prob", default=False)
+    moe = MoEConfig(
+        num_experts=settings.integer("num_experts", "num_local_experts"),
+        d_ff=settings.integer("moe_intermediate_size"),
+        router=parts.read_softmax_router(settings, normalize=normalize, auxiliary=1e-3),
+    )
+    dense = DenseConfig(d_ff=settings.integer("intermediate_size"))
+    every = settings.integer("decoder_sparse_step", default=1)
+    without = settings.items("mlp_only_layers", of=int, default=[])
+    layers = [
+        LayerSpec(attention=attention, ffn=dense if i in without or (i + 1) % every else moe)
+        for i in range(settings.integer("num_hidden_layers"))
+    ]
+    return parts.read_model(settings, layers, norm_eps=1e-6)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    moe, ffns = parts.the_moe(config), [layer.ffn for layer in parts.unfolded(config)]
+    dense = [ffn for ffn in ffns if isinstance(ffn, DenseConfig)]
+    width = parts.the_one(dense, "dense layer").d_ff if dense else moe.d_ff
+    return {
+        **parts.write_model(config),
+        **parts.write_grouped_query(parts.grouped_query(config)),
+        **parts.write_softmax_router(moe.router),
+        "num_experts": moe.num_experts,
+        "moe_intermediate_size": moe.d_ff,
+        "intermediate_size": width,
+        "norm_topk_prob": moe.router.normalize_gates,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i, ffn in enumerate(ffns) if isinstance(ffn, DenseConfig)],
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    read_config=read_config,
+    write_config=write_config,
+    rows=(
+        *rows.EMBEDDING,
+        *rows.GROUPED_QUERY,
+        Row("layers.*.attention.q_norm.scale", f"{rows.ATTENTION}.q_norm.weight", "c -> c"),
+        Row("layers.*.attention.k_norm.scale", f"{rows.ATTENTION}.k_norm.weight", "c -> c"),
+        *rows.DENSE,
+        rows.ROUTER,
+        *rows.EXPERTS,
+    ),
+)

@@ -1,0 +1,270 @@
+"""The tensors of a checkpoint as the model means them: scales applied, finite, in the dtype asked.
+
+A quantised weight is stored as two tensors; each tensor of the files belongs to exactly one of
+those presented here, or opening ends with its name. What `quantization_config` may say:
+
+    fp8    NAME (float8) and NAME_scale_inv        presented as NAME
+    mxfp4  NAME_blocks and NAME_scales [E, N, ..]  presented as NAME [E, K, N]: the last two dims
+           are swapped, as transformers holds the weights that gpt-oss stores so
+
+Decoding goes by rows read from the file: beside the result there are a few blocks of rows.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from checkpoint.packed_floats import E8M0, FP8, GROUP, decode_fp8, decode_mxfp4, fp8_scales_shape
+from checkpoint.tensor_files import TensorFiles
+from checkpoint.tensor_header import TensorInfo, quote
+from configs.checks import require
+
+SCALE_INV, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"
+
+_CHUNK = 2**22  # values at a time
+_PACKED_ONLY = (FP8, E8M0, np.dtype(ml_dtypes.float8_e5m2))
+_FP8_SCALES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), E8M0)
+Block = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Logical:
+    """One tensor presented: what it is read from, and how (`method` None: as it is)."""
+
+    shape: tuple[int, ...]
+    method: str | None
+    values: TensorInfo
+    scales: TensorInfo | None = None
+
+
+class LogicalTensors:
+    """Decoded tensors by their logical names."""
+
+    def __init__(self, files: TensorFiles, quantization: Mapping[str, Any] | None) -> None:
+        """Pairs weights with scales and checks their shapes and dtypes; reads nothing.
+
+        Args:
+          quantization: config.json's `quantization_config`, None if it has none.
+        Raises:
+          UserError: another method, a weight without scale or a scale without weight, or shapes
+            that don't belong together.
+        """
+        self._files = files
+        method = _method(quantization)
+        self._block: Block = (1, 1)
+        if method == "fp8":
+            self._block = _fp8_block(quantization or {})
+            self._tensors = _pair_fp8(files.tensors, self._block)
+        elif method == "mxfp4":
+            self._tensors = _pair_mxfp4(files.tensors)
+        else:
+            self._tensors = {n: _plain(info, method) for n, info in files.tensors.items()}
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The names in the files of what the tensor is read from."""
+        tensor = self._tensors[name]
+        return tuple(info.name for info in (tensor.values, tensor.scales) if info is not None)
+
+    def file(self, name: str) -> Path:
+        """The file that holds the tensor; its values, if the scales lie elsewhere."""
+        return self._tensors[name].values.file
+
+    def read(self, name: str, dtype: Any = np.float32) -> np.ndarray:
+        """A whole tensor, decoded.
+
+        Raises:
+          UserError: NaN or infinity in `dtype`, or files that changed since they were opened.
+        """
+        shape = self.shapes[name]
+        if shape:
+            return self.read_rows(name, 0, shape[0], dtype)
+        value = self._files.read(name).astype(dtype)
+        self._refuse_non_finite(name, value.reshape(1), 0)
+        return value
+
+    def read_rows(self, name: str, start: int, stop: int, dtype: Any = np.float32) -> np.ndarray:
+        """Rows [start, stop) of the first dim, decoded; otherwise as `read`."""
+        tensor = self._tensors[name]
+        rows = np.empty((stop - start, *tensor.shape[1:]), dtype)
+        is_integer = tensor.values.dtype.kind in "biu" and tensor.scales is None
+        assert is_integer or rows.dtype.kind not in "biu", f"{name} has fractions"
+        with np.errstate(over="ignore"):  # beyond the dtype: infinite, and refused below
+            if tensor.method == "mxfp4":
+                self._fill_mxfp4(tensor, start, rows)
+            elif tensor.method is None and rows.dtype == tensor.values.dtype:
+                rows = self._files.read_rows(name, start, stop)
+            else:
+                for part in _parts(rows.shape):
+                    rows[part] = self._decode(tensor, start + part.start, start + part.stop)
+        self._refuse_non_finite(name, rows, start)
+        return rows
+
+    def _decode(self, tensor: _Logical, start: int, stop: int) -> np.ndarray:
+        values = self._files.read_rows(tensor.values.name, start, stop)
+        if tensor.scales is None:
+            return values
+        if values.ndim > 2:
+            scales = self._files.read_rows(tensor.scales.name, start, stop)
+            return decode_fp8(values, scales, self._block)
+        first, last = start // self._block[0], -(-stop // self._block[0])
+        scales = self._files.read_rows(tensor.scales.name, first, last)
+        return decode_fp8(values, scales, self._block, first_row=start - first * self._block[0])
+
+    def _fill_mxfp4(self, tensor: _Logical, start: int, rows_EKN: np.ndarray) -> None:
+        assert tensor.scales is not None
+        for e, expert_KN in enumerate(rows_EKN, start):
+            blocks_NG = self._files.read_rows(tensor.values.name, e, e + 1)[0]
+            scales_NG = self._files.read_rows(tensor.scales.name, e, e + 1)[0]
+            for part in _parts(expert_KN.T.shape):
+                expert_KN[:, part] = decode_mxfp4(blocks_NG[part], scales_NG[part]).T
+
+    def _refuse_non_finite(self, name: str, rows: np.ndarray, start: int) -> None:
+        if rows.dtype.kind in "biu":
+            return
+        count, first = 0, None
+        for part in _parts(rows.shape):
+            bad = ~np.isfinite(rows[part])
+            found = int(np.count_nonzero(bad))
+            if found and first is None:
+                row, *rest = (int(i) for i in np.unravel_index(np.argmax(bad), bad.shape))
+                first = (start + part.start + row, *rest)
+            count += found
+        tensor = self._tensors[name]
+        require(
+            count == 0,
+            f"{tensor.values.file}: tensor {quote(name)} has {count} values that are NaN or "
+            f"infinite as {rows.dtype}, the first at {list(first or ())}: the file is damaged, get "
+            "it again",
+        )
+
+
+def _method(quantization: Mapping[str, Any] | None) -> str | None:
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    require(
+        method in ("fp8", "mxfp4"),
+        f"quantization_config is {quote(quantization)}; the quant_method that can be read is fp8 "
+        "(float8 blocks) or mxfp4: get the checkpoint in one of them, or in bfloat16",
+    )
+    return method
+
+
+def _fp8_block(quantization: Mapping[str, Any]) -> Block:
+    block = quantization.get("weight_block_size")
+    require(
+        isinstance(block, list)
+        and len(block) == 2
+        and all(type(b) is int and b > 0 for b in block),
+        f"quantization_config: weight_block_size is {quote(block)}, and must be two whole numbers "
+        "above 0, as in [128, 128]",
+    )
+    for key, needed in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
+        found = quantization.get(key, needed)
+        require(
+            found == needed,
+            f"quantization_config: {key} is {quote(found)}; only {needed} can be read",
+        )
+    assert isinstance(block, list)  # for the type checker
+    return block[0], block[1]
+
+
+def _plain(info: TensorInfo, method: str | None) -> _Logical:
+    needed = "a quantization_config with fp8" if method is None else "one with fp8"
+    require(
+        info.dtype not in _PACKED_ONLY,
+        f"{info.file}: tensor {quote(info.name)} is {info.dtype}, which needs scales: config.json "
+        f"must have {needed}, and the files its {quote(info.name + SCALE_INV)}",
+    )
+    return _Logical(info.shape, None, info)
+
+
+def _pair_fp8(tensors: Mapping[str, TensorInfo], block: Block) -> dict[str, _Logical]:
+    logical = {}
+    for name, info in tensors.items():
+        if name.endswith(SCALE_INV):
+            weight = tensors.get(name.removesuffix(SCALE_INV))
+            require(
+                weight is not None and weight.dtype == FP8,
+                f"{info.file}: {quote(name)} is the scale of a float8 weight, and "
+                f"{quote(name.removesuffix(SCALE_INV))} is "
+                f"{weight.dtype if weight else 'missing'}: get the files again",
+            )
+        elif info.dtype == FP8:
+            logical[name] = _fp8_pair(info, tensors.get(name + SCALE_INV), block)
+        else:
+            logical[name] = _plain(info, "fp8")
+    return logical
+
+
+def _fp8_pair(weight: TensorInfo, scales: TensorInfo | None, block: Block) -> _Logical:
+    where = f"{weight.file}: float8 tensor {quote(weight.name)}"
+    require(
+        scales is not None, f"{where} has no scales: {quote(weight.name + SCALE_INV)} is missing"
+    )
+    require(
+        len(weight.shape) >= 2,
+        f"{where} has shape {list(weight.shape)}, and needs two dims or more",
+    )
+    assert scales is not None  # for the type checker
+    needed = fp8_scales_shape(weight.shape, block)
+    require(
+        scales.shape == needed and scales.dtype in _FP8_SCALES,
+        f"{where} of shape {list(weight.shape)}, in blocks of {list(block)}, needs scales of shape "
+        f"{list(needed)} in F32, BF16 or F8_E8M0; {quote(scales.name)} is {scales.dtype} "
+        f"{list(scales.shape)}",
+    )
+    return _Logical(weight.shape, "fp8", weight, scales)
+
+
+def _pair_mxfp4(tensors: Mapping[str, TensorInfo]) -> dict[str, _Logical]:
+    logical = {}
+    for name, info in tensors.items():
+        if name.endswith(BLOCKS):
+            stem = name.removesuffix(BLOCKS)
+            require(
+                stem not in tensors,
+                f"{info.file}: {quote(name)} and {quote(stem)} are the same tensor twice",
+            )
+            logical[stem] = _mxfp4_pair(info, tensors.get(stem + SCALES))
+        elif name.endswith(SCALES):
+            blocks = name.removesuffix(SCALES) + BLOCKS
+            require(
+                blocks in tensors,
+                f"{info.file}: {quote(name)} is the scale of {quote(blocks)}, which is missing: "
+                "get the files again",
+            )
+        else:
+            logical[name] = _plain(info, "mxfp4")
+    return logical
+
+
+def _mxfp4_pair(blocks: TensorInfo, scales: TensorInfo | None) -> _Logical:
+    where = f"{blocks.file}: MXFP4 tensor {quote(blocks.name)}"
+    require(scales is not None, f"{where} has no scales: the tensor named ..{SCALES} is missing")
+    assert scales is not None  # for the type checker
+    bytes_dtype = np.dtype(np.uint8)
+    require(
+        len(blocks.shape) == 4 and blocks.shape[-1] == GROUP // 2 and blocks.dtype == bytes_dtype,
+        f"{where} is {blocks.dtype} {list(blocks.shape)}, and must be U8 [experts, rows, groups, "
+        f"{GROUP // 2}]",
+    )
+    require(
+        scales.shape == blocks.shape[:-1] and scales.dtype == bytes_dtype,
+        f"{where} needs scales of U8 {list(blocks.shape[:-1])}; {quote(scales.name)} is "
+        f"{scales.dtype} {list(scales.shape)}",
+    )
+    experts, rows, groups, _ = blocks.shape
+    return _Logical((experts, groups * GROUP, rows), "mxfp4", blocks, scales)
+
+
+def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first dim with about _CHUNK values each."""
+    step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+    return (slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step))

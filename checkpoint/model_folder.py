@@ -1,0 +1,58 @@
+"""A model by itself in our own form: model.json, its variables, its tokenizer's files.
+
+What a conversion writes and what training may begin with; a run directory (run_directory.py) holds
+an experiment instead. The variables lie as in a run's checkpoint, so both are restored by one
+function, at any device count.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+from checkpoint.store import STATE, restore_variables
+from configs.architecture import ModelConfig
+from configs.checks import UserError
+from configs.serialization import from_json, to_json
+
+CONFIG = "model.json"
+VARIABLES = "checkpoints/0"
+
+
+def is_model_folder(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = folder / CONFIG
+    return from_json(ModelConfig, path.read_text(), where=str(path))
+
+
+def write_model_folder(folder: Path, config: ModelConfig, variables: Any) -> None:
+    """Writes model.json and the variables into a folder that has neither.
+
+    Raises:
+      UserError: the disk is full, or may not be written.
+    """
+    target = (folder / VARIABLES).absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: part for name, part in variables.items() if part}
+        ocp.save_checkpointables(target, {STATE: state}, overwrite=True)
+        (folder / CONFIG).write_text(to_json(config))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} can't be written: {error}") from error
+
+
+def restore_model_folder(folder: Path, abstract_variables: Any) -> Any:
+    """The variables, laid out and typed as the abstract ones.
+
+    Raises:
+      UserError: they are damaged, or of another model.
+    """
+    variables, _ = restore_variables((folder / VARIABLES).parent, abstract_variables)
+    return variables

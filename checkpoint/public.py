@@ -1,0 +1,148 @@
+"""A checkpoint in a public form, opened: its family, its model, and the way to its variables."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint import assemble
+from checkpoint.families import FAMILIES
+from checkpoint.families.base import Family
+from checkpoint.settings import Settings
+from checkpoint.tables import Row, expand, flatten
+from configs.architecture import ModelConfig, MultiTokenConfig
+from configs.checks import UserError
+from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+from configs.serialization import differences
+
+
+@dataclass(frozen=True)
+class PublicCheckpoint:
+    """What reading the headers told; no tensor has been read."""
+
+    path: Path
+    family: Family
+    settings: Settings
+    """Its config.json, or what stands for one."""
+    config: ModelConfig
+    rows: Sequence[Row]
+    tensors: assemble.Tensors
+
+    def load(self, abstract_variables: Any, progress: assemble.Progress = lambda _: None) -> Any:
+        """The variables of `config`'s model, each tensor read once for each shard it lies in.
+
+        Args:
+          abstract_variables: of that model: ShapeDtypeStructs with shardings.
+        Raises:
+          UserError: a tensor is missing, unknown, of another shape, truncated or not finite.
+        """
+        entries = expand(self.rows, self.config, flatten(abstract_variables))
+        copies = assemble.expanded_copies(self.family.copies, self.tensors.shapes)
+        assemble.check_names(entries, self.tensors, copies, self.family.ignored, self.path)
+        assemble.check_copies(copies, self.tensors)
+        return assemble.load(entries, self.tensors, abstract_variables, progress)
+
+    def num_elements(self, abstract_variables: Any) -> int:
+        """What `load` reports in all as progress."""
+        return assemble.count(expand(self.rows, self.config, flatten(abstract_variables)))
+
+
+def find_family(settings: Settings) -> Family:
+    """The family that a config.json names.
+
+    Raises:
+      UserError: none of ours.
+    """
+    known = {family.model_type: family for family in FAMILIES}
+    classes = {family.architecture: family for family in FAMILIES}
+    name = settings.text("model_type", default=None)
+    architecture = (settings.items("architectures", of=str, default=[]) or [None])[0]
+    family = known.get(name) or (classes.get(architecture) if name is None else None)
+    if family is None:
+        raise UserError(
+            f"{settings.where} has model_type={name!r}, architectures={architecture!r}; the "
+            f"families that can be read are {', '.join(known)}"
+        )
+    return family
+
+
+def read_model(family: Family, settings: Settings, tensors: assemble.Tensors) -> ModelConfig:
+    """The model of a config.json, with as many multi-token modules as the checkpoint holds."""
+    try:
+        config = family.read_config(settings)
+    except UserError as error:
+        if settings.where in str(error):
+            raise
+        raise UserError(
+            f"{settings.where} describes no model that can be built: {error}"
+        ) from error
+    if family.multi_token is None:
+        return config
+    modules = 0
+    while family.multi_token.replace("*", str(config.num_layers + modules)) in tensors.shapes:
+        modules += 1
+    if modules == 0:
+        return config
+    multi_token = MultiTokenConfig(depth=modules, layer=config.pattern[-1])
+    return dataclasses.replace(config, multi_token=multi_token)
+
+
+def write_model(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model, read back to see that it says all of it.
+
+    Raises:
+      UserError: the model does something that the family has no words for.
+    """
+    values = family.write_config(config)
+    written = {"model_type": family.model_type, "architectures": [family.architecture], **values}
+    again = family.read_config(Settings(written, "the exported config.json"))
+    lost = differences(_function(config), _function(again))
+    if lost:
+        raise UserError(
+            f"the family {family.model_type} can't say all that this model does: "
+            f"{'; '.join(lost[:3])}. Choose another family, or keep the model as a run directory"
+        )
+    return written
+
+
+def export_family(config: ModelConfig, wanted: str | None = None) -> Family:
+    """The family whose config.json says all that the model does.
+
+    Args:
+      wanted: its model_type, if the caller knows.
+    Raises:
+      UserError: there is none.
+    """
+    families = [family for family in FAMILIES if wanted in (None, family.model_type)]
+    if not families:
+        names = ", ".join(family.model_type for family in FAMILIES)
+        raise UserError(f"family {wanted!r} is unknown: there are {names}")
+    reasons = []
+    for family in families:
+        try:
+            write_model(family, config)
+            return family
+        except UserError as error:
+            reasons.append(f"{family.model_type}: {error}")
+    raise UserError(f"no public family holds this model ({'; '.join(reasons[-2:])})")
+
+
+def _function(config: ModelConfig) -> ModelConfig:
+    """The config without what only training reads, and with each layer by itself."""
+
+    def bare(ffn: DenseConfig | MoEConfig) -> DenseConfig | MoEConfig:
+        if isinstance(ffn, DenseConfig):
+            return ffn
+        router, defaults = ffn.router, RouterConfig(top_k=1)
+        names = ("load_balance_weight", "sequence_weight", "entropy_weight", "z_loss_weight")
+        weights = {name: getattr(defaults, name) for name in names}
+        if router.balance != "none":
+            weights |= {"balance": "loss_free", "bias_rate": 1e-3}
+        return dataclasses.replace(ffn, router=dataclasses.replace(router, **weights, warmup=None))
+
+    layers = (*config.prefix, *config.pattern * config.num_periods)
+    layers = tuple(dataclasses.replace(layer, ffn=bare(layer.ffn)) for layer in layers)
+    return dataclasses.replace(
+        config, prefix=(), pattern=layers, multi_token=None, early_exit=None, exit_spacing=None
+    )

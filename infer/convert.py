@@ -1,0 +1,160 @@
+"""A model from one form into another: Hugging Face's, GGUF, or our own folder."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from checkpoint import gguf, huggingface
+from checkpoint.atomic_folder import partial_folder
+from checkpoint.model_folder import write_model_folder
+from checkpoint.public import export_family
+from configs.checks import UserError, require
+from data.public_tokenizer import PublicTokenizer, write_public_tokenizer
+from infer.sources import Dtype, Progress, Source
+
+Form = Literal["huggingface", "gguf", "orbax"]
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What to make of a source."""
+
+    to: Form
+    family: str | None = None
+    """model_type of the public family; None finds one that fits."""
+    dtype: huggingface.ExportDtype | None = None
+    """Of the tensors written; None keeps the source's. GGUF has `quantization` instead."""
+    quantization: Literal["F16", "Q8_0"] = "F16"
+    """GGUF only."""
+    max_shard_bytes: int = 5_000_000_000
+    """Hugging Face only: of one file."""
+
+
+def convert(
+    source: Source,
+    target: Path,
+    conversion: Conversion,
+    *,
+    reading: Progress = lambda done, total: None,
+    writing: Progress = lambda done, total: None,
+) -> None:
+    """Writes the target, whole or not at all; a kept part of an interrupted one is gone on with.
+
+    Raises:
+      UserError: the source can't be read, the target is there, or the form can't hold the model.
+    """
+    is_gguf = conversion.to == "gguf"
+    require(
+        is_gguf == (target.suffix == ".gguf"),
+        f"{target} and the form {conversion.to!r} don't go together: a GGUF is a file that ends in "
+        ".gguf, everything else a folder",
+    )
+    require(not (is_gguf and target.exists()), f"{target} is there already: give another name")
+    family = None if conversion.to == "orbax" else export_family(source.config, conversion.family)
+    if is_gguf and family is not None and family.gguf is None:
+        raise UserError(f"llama.cpp does not know the family {family.model_type}: use huggingface")
+    dtype = conversion.dtype or kept_dtype(source)
+    tokenizer = _tokenizer(source)
+    loaded_as: Dtype = "bfloat16" if dtype == "bfloat16" and not is_gguf else "float32"
+
+    def load() -> Any:
+        return source.load(dtype=loaded_as, progress=reading)
+
+    if is_gguf:
+        assert family is not None
+        model, variables = load()
+        gguf.export(
+            target,
+            family,
+            model.config,
+            variables,
+            tokenizer,
+            conversion.quantization,
+            _counter(writing, model.config.num_parameters),
+        )
+        return
+    with partial_folder(target, _fingerprint(source, conversion, dtype)) as folder:
+        model, variables = load()
+        _copy_tokenizer(source, tokenizer, folder)
+        if family is None:
+            write_model_folder(folder, source.config, variables)
+            return
+        huggingface.export(
+            folder,
+            family,
+            model.config,
+            variables,
+            dtype=dtype,
+            extra=token_ids(tokenizer),
+            max_shard_bytes=conversion.max_shard_bytes,
+            progress=_counter(writing, model.config.num_parameters),
+        )
+
+
+def kept_dtype(source: Source) -> huggingface.ExportDtype:
+    """That of a Hugging Face source; bfloat16 for its packed formats, float32 for all others."""
+    if source.kind != "huggingface" or source.public is None:
+        return "float32"
+    settings = source.public.settings
+    if "quantization_config" in settings:
+        return "bfloat16"
+    return settings.text(
+        "dtype", "torch_dtype", choices=tuple(huggingface.DTYPES), default="float32"
+    )
+
+
+def token_ids(tokenizer: PublicTokenizer | None) -> Mapping[str, Any]:
+    """config.json's ids of the tokens that begin and end a text."""
+    if tokenizer is None:
+        return {}
+    ends = sorted(tokenizer.eos_ids)
+    ids: dict[str, Any] = {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
+    return ids | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
+
+
+def _tokenizer(source: Source) -> PublicTokenizer | None:
+    """None for a public folder that has no tokenizer: its weights convert all the same."""
+    has_files = source.kind in ("huggingface", "model_folder")
+    if has_files and not (source.path / "tokenizer.json").exists():
+        return None
+    return source.tokenizer()
+
+
+def _copy_tokenizer(source: Source, tokenizer: PublicTokenizer | None, folder: Path) -> None:
+    if tokenizer is None:
+        return
+    if source.kind in ("huggingface", "model_folder"):
+        for name in TOKENIZER_FILES:
+            if (source.path / name).exists():
+                shutil.copyfile(source.path / name, folder / name)
+    else:
+        write_public_tokenizer(folder, tokenizer)
+
+
+def _fingerprint(source: Source, conversion: Conversion, dtype: str) -> str:
+    """Of everything that the result depends on: another one begins afresh."""
+    files = [source.path] if source.path.is_file() else sorted(source.path.rglob("*"))
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    said = json.dumps([stats, repr(conversion), dtype])
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _counter(progress: Progress, total: int):
+    done = 0
+
+    def count(elements: int) -> None:
+        nonlocal done
+        done += elements
+        progress(min(done, total), total)
+
+    return count

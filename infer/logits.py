@@ -1,0 +1,81 @@
+"""The logits of one text, every position: what parity checks compare.
+
+L length, V vocab.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.checks import UserError
+from model.cache import init_cache, init_memory
+from model.transformer import Transformer, Variables, hidden_states, output_weights
+
+
+def check_tokens(model: Transformer, tokens: Sequence[int]) -> None:
+    """
+    Raises:
+      UserError: no tokens, too many, or ids outside the vocabulary.
+    """
+    config = model.config
+    if not len(tokens):
+        raise UserError("there are no tokens: give at least one")
+    if min(tokens) < 0 or max(tokens) >= config.vocab_size:
+        raise UserError(
+            f"tokens lie in [{min(tokens)}, {max(tokens)}], the model's vocabulary is "
+            f"[0, {config.vocab_size}): they are of another tokenizer"
+        )
+    if len(tokens) > config.context_length:
+        raise UserError(
+            f"{len(tokens)} tokens exceed the model's context_length={config.context_length}: "
+            "give fewer"
+        )
+
+
+def full_logits(model: Transformer, variables: Variables, tokens: Sequence[int]) -> np.ndarray:
+    """Float32 [L, V]: row t predicts token t + 1 from tokens 0 to t, all in one pass.
+
+    Raises:
+      UserError: see check_tokens.
+    """
+    check_tokens(model, tokens)
+    tokens_BL = np.asarray([tokens], np.int32)
+    return np.asarray(_full(model, variables, tokens_BL))
+
+
+@partial(jax.jit, static_argnums=0)
+def _full(model: Transformer, variables: Variables, tokens_BL: jax.Array) -> jax.Array:
+    positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
+    memory = init_memory(model.config, 1, model.execution.compute_dtype)
+    hidden_BLD, _ = hidden_states(model, variables, tokens_BL, positions_BL, memory)
+    return _logits(model, variables, hidden_BLD)
+
+
+def cached_logits(
+    model: Transformer, variables: Variables, tokens: Sequence[int], *, prompt: int = 1
+) -> np.ndarray:
+    """As `full_logits`, the first `prompt` tokens at once and then one by one through the cache."""
+    check_tokens(model, tokens)
+    cache = init_cache(model.config, 1, len(tokens), model.execution.compute_dtype)
+    rows, begin = [], 0
+    for end in [prompt, *range(prompt + 1, len(tokens) + 1)]:
+        tokens_BL = np.asarray([tokens[begin:end]], np.int32)
+        positions_BL = np.arange(begin, end, dtype=np.int32)[None]
+        logits_LV, cache = _step(model, variables, tokens_BL, positions_BL, cache)
+        rows.append(np.asarray(logits_LV))
+        begin = end
+    return np.concatenate(rows)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _step(model, variables, tokens_BL, positions_BL, cache):
+    hidden_BLD, cache = hidden_states(model, variables, tokens_BL, positions_BL, cache)
+    return _logits(model, variables, hidden_BLD), cache
+
+
+def _logits(model: Transformer, variables: Variables, hidden_BLD: jax.Array) -> jax.Array:
+    w_DV = output_weights(model, variables)
+    return jnp.einsum("LD,DV->LV", hidden_BLD[0], w_DV, preferred_element_type=jnp.float32)

@@ -1,0 +1,29 @@
+"""Logits by transformers: python transformers_logits.py CHECKPOINT TOKENS_JSON OUT.npy
+
+A program, not a module: it runs in another folder than the checkout's.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def main(checkpoint: Path, tokens: list[int], out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    where = {"pretrained_model_name_or_path": checkpoint}
+    if checkpoint.is_file():
+        where = {"pretrained_model_name_or_path": checkpoint.parent, "gguf_file": checkpoint.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, attn_implementation="eager", dtype=torch.float32
+    )
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([tokens])).logits[0]
+    np.save(out, logits.float().numpy())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3]))

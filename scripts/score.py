@@ -1,0 +1,58 @@
+"""Writes the logits of a list of tokens, for any model that can be read, without converting it.
+
+    python -m scripts.score models/mixtral --tokens-file tokens.json --logits logits.npy
+
+The first is a JSON list of token ids, the second float32 [tokens, vocabulary]: row t predicts token
+t + 1. SRC is a run directory, a folder in Hugging Face form, a GGUF file, or smollm2.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from configs.checks import UserError
+from infer.logits import full_logits
+from infer.sources import open_source
+from scripts import command
+from scripts.reading import reading
+
+
+def main(argv: list[str]) -> None:
+    parser = command.parser(__doc__)
+    parser.add_argument("source", metavar="SRC")
+    parser.add_argument("--tokens-file", type=Path, required=True, help="JSON list of token ids")
+    parser.add_argument("--logits", type=Path, required=True, help=".npy file to write")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    arguments = parser.parse_args(argv)
+    tokens = read_tokens(arguments.tokens_file)
+    source = open_source(arguments.source)
+    with reading(source) as progress:
+        model, variables = source.load(dtype=arguments.dtype, progress=progress)
+    logits_LV = full_logits(model, variables, tokens)
+    arguments.logits.parent.mkdir(parents=True, exist_ok=True)
+    partial = arguments.logits.with_name(arguments.logits.name + ".partial")
+    with partial.open("wb") as file:
+        np.save(file, logits_LV)
+    partial.replace(arguments.logits)
+    print(f"{arguments.logits}: float32 {list(logits_LV.shape)}")
+
+
+def read_tokens(path: Path) -> list[int]:
+    """
+    Raises:
+      UserError: no file, or no JSON list of ids.
+    """
+    try:
+        tokens = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: write the token ids there, as a JSON list") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
+        raise UserError(f"{path} holds {str(tokens)[:60]}, expected a JSON list of token ids")
+    return tokens
+
+
+if __name__ == "__main__":
+    command.execute(main)

@@ -1,0 +1,203 @@
+"""Records what transformers computes on tiny models of each family: needs the `parity` extra.
+
+    python tests/checkpoint/parity/record.py [CASE ...]
+
+Run it from another folder than the checkout's (transformers looks for a package named `kernels`).
+Each case gives CASE.json (config.json as transformers writes it, tensor names and shapes) and
+CASE.npz (tokens int32 [L], logits float32 [L, V]); weights follow from their names (weights.py).
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from weights import draw
+
+HERE = Path(__file__).parent
+LENGTH = 40
+
+BASE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+}
+LATENT = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+}
+V2 = LATENT | {"n_shared_experts": 2, "num_experts_per_tok": 3, "q_lora_rank": 24}
+V3 = LATENT | {
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "q_lora_rank": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+}
+QWEN = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+CASES = {
+    "llama": ("llama", {"intermediate_size": 96, "num_key_value_heads": 2}),
+    "llama3_biased": (
+        "llama",
+        {
+            "intermediate_size": 96,
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    "smollm2": (
+        "llama",
+        {
+            "intermediate_size": 96,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "mixtral": (
+        "mixtral",
+        {
+            "intermediate_size": 48,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+        },
+    ),
+    "qwen3_moe": ("qwen3_moe", QWEN | {"norm_topk_prob": True, "attention_bias": True}),
+    "qwen3_moe_mixed": (
+        "qwen3_moe",
+        QWEN | {"norm_topk_prob": False, "mlp_only_layers": [0, 2], "num_hidden_layers": 4},
+    ),
+    "olmoe": (
+        "olmoe",
+        {
+            "intermediate_size": 32,
+            "num_key_value_heads": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "clip_qkv": 1.0,
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "intermediate_size": 48,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+        },
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        V2
+        | {
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 4.0,
+            "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek_v2_lite": (
+        "deepseek_v2",
+        V2 | {"q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.0},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        V3 | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "deepseek_v32": (
+        "deepseek_v32",
+        V3 | {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 4},
+    ),
+}
+
+
+def build(model_type: str, settings: dict) -> tuple[dict, dict[str, list[int]], np.ndarray]:
+    """(config.json, tensor shapes by name, logits [L, V]) of a model with drawn weights."""
+    config = AutoConfig.for_model(model_type, **(BASE | settings))
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        path = Path(folder) / "model.safetensors"
+        shapes = read_shapes(path)
+        save_file({name: draw(name, tuple(shape)) for name, shape in shapes.items()}, path)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(report.values()), report
+        with torch.no_grad():
+            logits = model.eval()(torch.from_numpy(tokens()[None].astype(np.int64))).logits[0]
+        written = json.loads((Path(folder) / "config.json").read_text())
+    return written, shapes, logits.numpy()
+
+
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """Of a safetensors file, by its header."""
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return {name: value["shape"] for name, value in header.items() if name != "__metadata__"}
+
+
+def tokens() -> np.ndarray:
+    return np.random.RandomState(0).randint(0, BASE["vocab_size"], LENGTH).astype(np.int32)
+
+
+def main(names: list[str]) -> None:
+    for name in names or CASES:
+        config, shapes, logits = build(*CASES[name])
+        case = {
+            "made_with": f"transformers {transformers.__version__}, torch {torch.__version__}",
+            "config": config,
+            "tensors": shapes,
+        }
+        (HERE / f"{name}.json").write_text(json.dumps(case, indent=1, sort_keys=True) + "\n")
+        np.savez_compressed(HERE / f"{name}.npz", tokens=tokens(), logits=logits)
+        print(f"{name}: logits {logits.shape}, std {logits.std():.3f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

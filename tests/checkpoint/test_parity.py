@@ -1,0 +1,188 @@
+"""Public families against what transformers computes on tiny models with random weights.
+
+Recorded by parity/record.py; every norm, bias, sink and router bias is random. Tolerance 1e-4 on
+logits of deviation 1, float32 both: what is left is the order of sums (measured: below 1e-5).
+"""
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from checkpoint import huggingface
+from checkpoint.public import PublicCheckpoint, export_family, write_model
+from checkpoint.tensor_files import open_tensors
+from configs.checks import UserError
+from infer.logits import cached_logits, full_logits
+from infer.sources import open_source
+from tests.checkpoint.cases import CASES, read_case, write_case
+from tests.checkpoint.parity.weights import draw
+
+TOLERANCE = 1e-4
+
+
+@functools.cache
+def loaded(case: str):
+    """(model, variables, checkpoint, tokens, transformers' logits)."""
+    folder = Path(tempfile.mkdtemp()) / case
+    tokens, logits = write_case(case, folder)
+    source = open_source(str(folder))
+    model, variables = source.load()
+    return model, variables, source.public, tokens.tolist(), logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(case):
+    model, variables, _, tokens, expected = loaded(case)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(full_logits(model, variables, tokens), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_token_by_token_through_the_cache_too(case):
+    model, variables, _, tokens, expected = loaded(case)
+    np.testing.assert_allclose(cached_logits(model, variables, tokens), expected, atol=TOLERANCE)
+
+
+def test_a_table_with_gate_and_up_exchanged_would_fail():
+    model, variables, _, tokens, expected = loaded("llama")
+
+    def exchange(path, x):
+        return x[..., ::-1, :] if jax.tree_util.keystr(path).endswith("['gate_up']") else x
+
+    wrong = jax.tree_util.tree_map_with_path(exchange, variables)
+    assert np.abs(full_logits(model, wrong, tokens) - expected).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_export_gives_the_same_tensors_back(case, tmp_path):
+    _, variables, checkpoint, _, _ = loaded(case)
+    export(checkpoint, variables, tmp_path)
+    before, after = open_tensors(checkpoint.path), open_tensors(tmp_path)
+    assert set(before.tensors) == set(after.tensors)
+    for name in before.tensors:
+        np.testing.assert_array_equal(before.read(name), after.read(name), err_msg=name)
+    assert huggingface.open_checkpoint(tmp_path).config == checkpoint.config
+
+
+def export(checkpoint: PublicCheckpoint, variables, folder: Path) -> None:
+    huggingface.export(
+        folder,
+        export_family(checkpoint.config),
+        checkpoint.config,
+        variables,
+        dtype="float32",
+        extra={},
+        max_shard_bytes=200_000,
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_exported_config_has_what_transformers_wrote(case):
+    """Whatever both write is equal, and the keys that other engines route on are there."""
+    config, _, _, _ = read_case(case)
+    checkpoint = loaded(case)[2]
+    ours = write_model(checkpoint.family, checkpoint.config)
+    free = {"rope_parameters", "num_nextn_predict_layers"}
+    if "deepseek" not in case and case != "qwen3_moe_mixed" and "moe_intermediate_size" in config:
+        free.add("intermediate_size")  # of dense layers, and there are none
+    for key in set(ours) & set(config) - free:
+        assert config[key] is None or ours[key] == config[key], key
+    wanted = config["rope_parameters"]
+    assert {key: ours["rope_parameters"].get(key) for key in wanted} == wanted
+    assert ours["rope_theta"] == wanted["rope_theta"]
+    if config["model_type"].startswith("deepseek_v3"):
+        assert (ours["topk_method"], ours["scoring_func"]) == ("noaux_tc", "sigmoid")
+
+
+OLD_KEYS = {"num_local_experts": "num_experts", "dtype": "torch_dtype"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_configs_with_the_older_keys_mean_the_same(case, tmp_path):
+    config, _, _, _ = read_case(case)
+    rope = config.pop("rope_parameters")
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    old = {OLD_KEYS.get(key, key): value for key, value in config.items()}
+    old |= {"rope_theta": theta}
+    old |= {"rope_scaling": None if kind == "default" else rope | {"type": kind}}
+    write_case(case, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert huggingface.open_checkpoint(tmp_path).config == loaded(case)[2].config
+
+
+def test_multi_token_modules_are_read_and_written(tmp_path):
+    """A checkpoint as DeepSeek releases it: a layer more, whose embedding and head are copies."""
+    _, shapes, _, _ = read_case("deepseek_v3")
+    model, _, _, tokens, expected = loaded("deepseek_v3")
+    write_case("deepseek_v3", tmp_path / "public")
+    width, vocab = model.config.d_model, model.config.vocab_size
+    module = "model.layers.2."
+    names = {name.replace("layers.1.", "layers.2."): name for name in shapes if "layers.1." in name}
+    tensors = {name: draw(name, tuple(shape)) for name, shape in shapes.items()}
+    tensors |= {name: draw(name, tuple(shapes[old])) for name, old in names.items()}
+    tensors |= {
+        f"{module}{norm}.weight": draw(norm, (width,))
+        for norm in ("enorm", "hnorm", "shared_head.norm")
+    }
+    both = draw("eh_proj", (width, 2 * width))
+    tensors[f"{module}eh_proj.weight"] = both
+    tensors[f"{module}embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+    tensors[f"{module}shared_head.head.weight"] = tensors["lm_head.weight"]
+    assert tensors["lm_head.weight"].shape == (vocab, width)
+    save_file(tensors, tmp_path / "public" / "model.safetensors")
+
+    source = open_source(str(tmp_path / "public"))
+    model, variables = source.load()
+    assert model.config.multi_token is not None
+    np.testing.assert_allclose(full_logits(model, variables, tokens), expected, atol=TOLERANCE)
+    projection = variables["params"]["multi_token_0"]["projection"]
+    # Theirs multiplies [embedding; hidden], ours [hidden; embedding].
+    np.testing.assert_array_equal(
+        projection[:width], draw("eh_proj", (width, 2 * width))[:, width:].T
+    )
+    assert source.public is not None
+    export(source.public, variables, tmp_path / "exported")
+    after = open_tensors(tmp_path / "exported")
+    assert set(after.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(after.read(name), tensor, err_msg=name)
+    written = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 1
+
+    tensors[f"{module}embed_tokens.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, tmp_path / "public" / "model.safetensors")
+    with pytest.raises(UserError, match=r"layers\.2\.embed_tokens\.weight should repeat"):
+        open_source(str(tmp_path / "public")).load()
+
+
+SCRIPT = Path(__file__).parent / "parity" / "compare.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None,
+    reason="transformers is missing: pip install -c constraints.txt '.[parity]'",
+)
+def test_transformers_gives_the_same_logits_on_what_was_exported(tmp_path):
+    for case in CASES:
+        _, variables, checkpoint, _, _ = loaded(case)
+        export(checkpoint, variables, tmp_path / case)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, str(tmp_path), *CASES],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    differences = json.loads(done.stdout.splitlines()[-1])
+    assert set(differences) == set(CASES)
+    assert max(differences.values()) < TOLERANCE, differences

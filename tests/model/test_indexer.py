@@ -1,0 +1,163 @@
+"""DeepSeek-V3.2's sparse attention: which keys a query of latent attention sees."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.architecture import LayerSpec
+from configs.attention import IndexerConfig, LatentAttentionConfig
+from configs.checks import UserError
+from configs.feed_forward import DenseConfig
+from model.attention.indexer import Index, chosen_keys
+from model.cache import init_cache, rewind
+from model.flops import decode_flops_per_token
+from model.transformer import Transformer, abstract_variables, hidden_states
+from tests import oracle, tiny
+from tests.probes import check_causality, check_decode, drawn, inputs
+
+SPARSE = LatentAttentionConfig(
+    num_heads=3,
+    query_rank=12,
+    latent_rank=10,
+    nope_head_dim=8,
+    rope_head_dim=4,
+    value_head_dim=6,
+    indexer=IndexerConfig(num_heads=3, head_dim=6, top_k=5),
+)
+LENGTH = 24
+
+
+def config_of(attention: LatentAttentionConfig):
+    dense = LayerSpec(attention=attention, ffn=DenseConfig(d_ff=16))
+    return tiny.model(prefix=(dense,), pattern=(dense,), num_layers=2)
+
+
+CONFIG = config_of(SPARSE)
+
+
+def with_top_k(top_k: int):
+    indexer = dataclasses.replace(SPARSE.indexer, top_k=top_k)
+    return config_of(dataclasses.replace(SPARSE, indexer=indexer))
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return drawn(CONFIG)
+
+
+def read(config, variables, tokens, positions, cache=None):
+    model = Transformer(config)
+    step = jax.jit(lambda v, t, p, c: hidden_states(model, v, t, p, c))
+    return step(variables, tokens, positions, cache)
+
+
+def test_equals_the_numpy_oracle(variables):
+    """Two documents in the row; the second has more keys than a query may see."""
+    tokens, positions = inputs(CONFIG, LENGTH)
+    packed = np.concatenate([positions[:, :7], positions[:, : LENGTH - 7]], axis=1)
+    hidden, _ = read(CONFIG, variables, tokens, packed)
+    params = jax.device_get(variables["params"])
+    expected, _ = oracle.transformer(params, CONFIG, tokens[0], packed[0])
+    np.testing.assert_allclose(hidden[0], expected, atol=3e-5)
+
+
+@pytest.mark.parametrize("wrong", ["no relu", "last turned", "no norm"])
+def test_wrong_indexers_are_told_apart(variables, wrong):
+    layer = jax.device_get(variables["params"])["prefix_0"]["attention"]
+    w = jax.tree.map(lambda x: np.asarray(x, np.float64), layer)
+    x, documents = np.random.RandomState(0).randn(LENGTH, 32), np.zeros(LENGTH)
+    right = oracle.latent_attention(x, w, SPARSE, np.arange(LENGTH), documents)
+    other = oracle.latent_attention(x, w, SPARSE, np.arange(LENGTH), documents, wrong=wrong)
+    assert np.abs(right - other).max() > 1e-2
+
+
+def test_with_room_for_all_keys_it_is_plain_latent_attention(variables):
+    """Bitwise where no row is longer than top_k; to rounding where only no document is."""
+    tokens, positions = inputs(CONFIG, LENGTH)
+    plain = config_of(dataclasses.replace(SPARSE, indexer=None))
+    expected, _ = read(plain, variables, tokens, positions)
+    hidden, _ = read(with_top_k(LENGTH), variables, tokens, positions)
+    np.testing.assert_array_equal(hidden, expected)
+    assert np.abs(read(CONFIG, variables, tokens, positions)[0] - expected).max() > 1e-2
+    short = np.arange(LENGTH, dtype=np.int32)[None] % 5
+    expected, _ = read(plain, variables, tokens, short)
+    hidden, _ = read(CONFIG, variables, tokens, short)
+    np.testing.assert_allclose(hidden, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefill", [4, pytest.param(15, marks=pytest.mark.slow)])
+def test_absorbed_decode_equals_full_forward(variables, prefill):
+    check_decode(CONFIG, variables, LENGTH, prefill)
+
+
+def test_padding_and_pieces_change_nothing(variables):
+    """Rows of 9 and 14 tokens padded to 16, then pieces of 3: each row as if it were alone."""
+    tokens = np.random.RandomState(2).randint(0, 300, (2, LENGTH)).astype(np.int32)
+    cache, lengths = init_cache(CONFIG, 2, LENGTH, "float32"), np.array([[9], [14]])
+    places = np.arange(16, dtype=np.int32)[None]
+    positions = np.where(places < lengths, places, -1).astype(np.int32)
+    _, cache = read(CONFIG, variables, tokens[:, :16], positions, cache)
+    more = (lengths + np.arange(3)).astype(np.int32)
+    hidden, _ = read(CONFIG, variables, np.take_along_axis(tokens, more, 1), more, cache)
+    for row, length in enumerate((9, 14)):
+        alone = np.arange(length + 3, dtype=np.int32)[None]
+        expected, _ = read(CONFIG, variables, tokens[row, : length + 3][None], alone)
+        np.testing.assert_allclose(hidden[row], expected[0, length:], atol=1e-4)
+
+
+def test_tokens_that_were_taken_back_are_not_chosen(variables):
+    """Ten tokens, of which the last four are replaced by others."""
+    tokens, positions = inputs(CONFIG, LENGTH)
+    cache = init_cache(CONFIG, 1, LENGTH, "float32", spare=4)
+    _, cache = read(CONFIG, variables, tokens[:, :10], positions[:, :10], cache)
+    cache = rewind(cache, jnp.array([6]))
+    changed = np.concatenate([tokens[:, :6], (tokens[:, 6:] + 7) % 300], axis=1)
+    hidden, _ = read(CONFIG, variables, changed[:, 6:], positions[:, 6:], cache)
+    expected, _ = read(CONFIG, variables, changed, positions)
+    np.testing.assert_allclose(hidden, expected[:, 6:], atol=1e-4)
+
+
+def test_future_tokens_change_nothing_before_them(variables):
+    check_causality(CONFIG, variables, LENGTH)
+
+
+def test_of_equal_scores_the_first_keys_are_chosen():
+    """Scores of six visible keys and a better one that is not, of which three are chosen."""
+    scores = np.array([0, 2, 0, 0, 3, 0, 9], np.float32)
+    index = Index(jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)))
+    visible = jnp.asarray([[[True] * 6 + [False]]])
+    chosen = chosen_keys(index, jnp.asarray(scores)[None, :, None], visible, 3)
+    assert np.flatnonzero(chosen[0, 0]).tolist() == [0, 1, 4]
+    few = jnp.asarray([[[True, False, True] + [False] * 4]])
+    chosen = chosen_keys(index, jnp.asarray(scores)[None, :, None], few, 3)
+    assert np.flatnonzero(chosen[0, 0]).tolist() == [0, 2]
+
+
+def test_shapes_counts_and_the_cache():
+    abstract, _ = abstract_variables(Transformer(CONFIG))
+    assert sum(x.size for x in jax.tree.leaves(abstract["params"])) == CONFIG.num_parameters
+    own = jax.tree.map(jnp.shape, abstract["params"]["prefix_0"]["attention"]["indexer"])
+    norm = {"scale": (6,), "bias": (6,)}
+    assert own == {"q": (12, 3, 6), "k": (32, 6), "k_norm": norm, "weights": (32, 3)}
+    cache = init_cache(CONFIG, 1, LENGTH, "float32")
+    sizes = [x.size for x in jax.tree.leaves(cache) if x.dtype == jnp.float32]
+    assert sum(sizes) == 2 * LENGTH * (10 + 4 + 6)
+
+
+def test_work_is_bounded_but_for_the_scores():
+    """Each of 40 more keys before a query: two layers, two flops, three heads of six."""
+    longer = decode_flops_per_token(CONFIG, 60) - decode_flops_per_token(CONFIG, 20)
+    assert longer == 2 * 2 * 40 * 3 * 6
+
+
+def test_what_it_can_not_do_is_said(tmp_path):
+    with pytest.raises(UserError, match="query_rank=None has none"):
+        dataclasses.replace(SPARSE, query_rank=None)
+    indexer = dataclasses.replace(SPARSE.indexer, head_dim=2)
+    with pytest.raises(UserError, match=r"indexer.head_dim=2 must be at least rope_head_dim=4"):
+        dataclasses.replace(SPARSE, indexer=indexer)
+    with pytest.raises(UserError, match=r"attention.indexer can be scored .* but not trained"):
+        tiny.run(tmp_path, model=CONFIG)

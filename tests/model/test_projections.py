@@ -1,0 +1,102 @@
+"""Grouped-query attention with biases, normed and bounded queries and keys: against numpy, through
+the cache, and on a mesh.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs.architecture import LayerSpec
+from configs.feed_forward import DenseConfig
+from model.transformer import Transformer, abstract_variables, hidden_states, init_variables
+from parallel.mesh import make_mesh
+from parallel.sharding import tree_shardings
+from tests import oracle, tiny
+from tests.probes import check_causality, check_decode, drawn, inputs
+
+EVERYWHERE = tiny.attention(window_size=None, num_sinks=0)
+OLMOE = dataclasses.replace(EVERYWHERE, qk_norm="all", clip_qkv=0.4)
+LAYERS = {
+    "gpt-oss": tiny.attention(bias=True, learned_sinks=True),
+    "Qwen3": dataclasses.replace(EVERYWHERE, qk_norm="head"),
+    "OLMoE": OLMOE,
+    "everything": tiny.attention(bias=True, qk_norm="head", clip_qkv=0.5, learned_sinks=True),
+}
+CONFIG = tiny.model(
+    num_layers=4,
+    pattern=tuple(LayerSpec(attention=a, ffn=DenseConfig(d_ff=16)) for a in LAYERS.values()),
+)
+LENGTH = 26
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return drawn(CONFIG)
+
+
+def test_equals_the_numpy_oracle(variables):
+    model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
+    packed = np.concatenate([positions[:, :7], positions[:, : LENGTH - 7]], axis=1)
+    hidden, _ = jax.jit(lambda v: hidden_states(model, v, tokens, packed))(variables)
+    params = jax.device_get(variables["params"])
+    expected, _ = oracle.transformer(params, CONFIG, tokens[0], packed[0])
+    np.testing.assert_allclose(hidden[0], expected, atol=3e-5)  # float32 through four layers
+
+
+def test_bounds_before_the_norm_are_told_apart(variables):
+    layer = jax.device_get(variables["params"])["periods"]["layer_2"]["attention"]
+    w = jax.tree.map(lambda x: np.asarray(x[0], np.float64), layer)
+    x, places, documents = np.random.RandomState(0).randn(9, 32), np.arange(9), np.zeros(9)
+    right = oracle.attention(x, w, OLMOE, places, documents)
+    for config, wrong in (
+        (OLMOE, "clipped before the norm"),
+        (dataclasses.replace(OLMOE, clip_qkv=None), ""),
+    ):
+        other = oracle.attention(x, w, config, places, documents, wrong=wrong)
+        assert np.abs(right - other).max() > 3e-3
+    by_head = dataclasses.replace(OLMOE, qk_norm="head")
+    assert np.abs(right - oracle.attention(x, w, by_head, places, documents)).max() > 3e-3
+
+
+def test_decode_equals_full_forward(variables):
+    check_decode(CONFIG, variables, LENGTH, 15)
+
+
+def test_future_tokens_change_nothing_before_them(variables):
+    check_causality(CONFIG, variables, LENGTH)
+
+
+def test_heads_over_two_devices_give_the_same(variables):
+    """The norm of all heads together reads what both devices hold."""
+    model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
+    rows = [np.repeat(x, 2, axis=0) for x in (tokens, positions)]
+    read = jax.jit(lambda v: hidden_states(model, v, *rows)[0])
+    expected, mesh = read(variables), make_mesh(2, 1, 2)
+    abstract, axes = abstract_variables(model)
+    placed = jax.device_put(variables, tree_shardings(mesh, axes, abstract))
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(read(placed), expected, atol=2e-5)
+
+
+def test_shapes_starts_and_counts():
+    abstract, axes = abstract_variables(Transformer(CONFIG))
+    assert sum(x.size for x in jax.tree.leaves(abstract["params"])) == CONFIG.num_parameters
+    layers, names = abstract["params"]["periods"], axes["params"]["periods"]
+    shapes = jax.tree.map(lambda x: x.shape[1:], layers)
+    biased, by_head, together = (shapes[f"layer_{i}"]["attention"] for i in range(3))
+    assert biased["q_bias"] == (4, 8)
+    assert biased["kv_bias"] == (2, 2, 8)
+    assert biased["o_bias"] == (32,)
+    assert by_head["q_norm"]["scale"] == by_head["k_norm"]["scale"] == (8,)
+    assert together["q_norm"]["scale"] == (4, 8)
+    assert together["k_norm"]["scale"] == (2, 8)
+    together = names["layer_2"]["attention"]
+    assert together["q_norm"]["scale"] == ("layers", "heads", "head_dim")
+    assert together["k_norm"]["scale"] == ("layers", "kv_heads", "head_dim")
+    start = jax.jit(lambda: init_variables(Transformer(CONFIG), 0)["params"])()
+    biases = start["periods"]["layer_0"]["attention"]
+    assert all((biases[name] == 0).all() for name in ("q_bias", "kv_bias", "o_bias"))
+    scale = start["periods"]["layer_1"]["attention"]["q_norm"]["scale"]
+    np.testing.assert_array_equal(scale, np.ones((1, 8)))
