@@ -14,7 +14,6 @@ from configs.base import DataConfig
 from configs.checks import UserError
 from data.corpora import name_hash, read_documents, split
 from data.packing import PackedRows, StreamRows, TokenFile, write_tokens
-from data.tokenizer_sources import load_public_tokenizer
 from data.tokenizer import (
     check_vocabulary,
     fingerprint,
@@ -22,6 +21,7 @@ from data.tokenizer import (
     plain,
     train_tokenizer,
 )
+from data.tokenizer_sources import load_public_tokenizer
 
 Batch = dict[str, np.ndarray]
 
