@@ -9,8 +9,8 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import DTypeLike
 
-from checkpoint.gguf_header import TensorPlace, read_header
 from configs.checks import UserError
+from data.gguf_header import TensorPlace, read_header
 
 _ENTRIES = 1 << 22
 """Decoded at once: what a read holds beside its result is a few copies of these in float32."""
@@ -23,7 +23,7 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         """
         Raises:
-          UserError: see `gguf_header.read_header`.
+          UserError: see `data.gguf_header.read_header`.
         """
         self.path = path
         header = read_header(path)

@@ -1,4 +1,5 @@
-"""Latent attention's kv_b in newer GGUF files: keys' and values' parts apart, as llama.cpp computes.
+"""Latent attention's kv_b in newer GGUF files: the parts of keys and values apart, as llama.cpp
+computes with them.
 
 N nope_head_dim, V value_head_dim, R latent_rank, H heads; attn_kv_b is [H * (N + V), R], and
 attn_k_b [H, R, N] and attn_v_b [H, V, R] are its rows head by head.

@@ -1,4 +1,4 @@
-"""The tensors of GGUF files, a table for each of llama.cpp's architectures: see checkpoint/tables.py
+"""The tensors of GGUF files, a table for each architecture of llama.cpp: see checkpoint/tables.py
 for how rows read. Shapes are in numpy's order; letters are those of families/rows.py.
 """
 

@@ -93,6 +93,7 @@ def read_header(path: Path, file: BinaryIO, file_bytes: int) -> dict[str, Tensor
 
 def _parse_header(path: Path, text: bytes, data_bytes: int) -> dict[str, TensorInfo]:
     where = f"the header of {path}"
+    require(text[:1] == b"{", f"{where} begins with {quote(text[:8])}: it is no safetensors file")
     entries = parse_object(text, where)
     metadata = entries.pop(_METADATA, {})
     require(

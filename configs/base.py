@@ -93,6 +93,9 @@ class DataConfig:
     """'stdlib' (this Python's own library) or a folder of text files."""
     suffix: str = ".py"
     """Files of `source` to read."""
+    tokenizer: str | None = None
+    """A public one: "smollm2", a GGUF file, a tokenizer.json or its folder; None trains one on the
+    corpus."""
     directory: str = "runs/corpora/stdlib"
     """Where the tokenizer and the token files lie; made from `source` when missing."""
     seq_len: int = 256
@@ -189,6 +192,26 @@ class AlarmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """The weights a run begins with."""
+
+    source: str | None = None
+    """A trained model: "smollm2", a folder of Hugging Face's form, a GGUF file, a model folder of
+    ours or a run's. Dense, where the run's model has experts, it is upcycled (model/upcycle.py).
+    None: weights drawn from the run's seed."""
+    drop: float = 0.0
+    """Upcycled only: share of each expert's hidden units that are drawn anew; 0 begins as the same
+    function."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.drop < 1, f"init.drop={self.drop} must lie in [0, 1)")
+        require(
+            self.source is not None or not self.drop,
+            f"init.drop={self.drop} has no effect without init.source: name a dense model there",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """Forward KL from a frozen teacher plus cross-entropy on the data."""
 
@@ -227,6 +250,7 @@ class RunConfig:
     """Micro-batches one step is split into."""
     seed: int = 0
     model: ModelConfig
+    init: InitConfig = InitConfig()
     optimizer: OptimizerConfig
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()

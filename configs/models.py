@@ -301,6 +301,31 @@ def mixtral_8x7b() -> ModelConfig:
     )
 
 
+def smollm2_135m() -> ModelConfig:
+    """SmolLM2-135M (2025), 134.5M parameters: its published config."""
+    return _smollm2_135m(DenseConfig(d_ff=1536))
+
+
+def smollm2_4x135m() -> ModelConfig:
+    """SmolLM2-135M upcycled: four experts in each layer, two for each token; 373M parameters, 214M
+    of them active.
+    """
+    return _smollm2_135m(MoEConfig(num_experts=4, d_ff=1536, router=RouterConfig(top_k=2)))
+
+
+def _smollm2_135m(ffn: DenseConfig | MoEConfig) -> ModelConfig:
+    attention = AttentionConfig(num_heads=9, num_kv_heads=3, head_dim=64, rope_base=100_000.0)
+    return ModelConfig(
+        vocab_size=49_152,
+        d_model=576,
+        num_layers=30,
+        pattern=(LayerSpec(attention=attention, ffn=ffn),),
+        context_length=8192,
+        tie_embeddings=True,
+        norm_eps=1e-5,
+    )
+
+
 def _deepseek_router(top_k: int, num_groups: int, top_groups: int) -> RouterConfig:
     """Sigmoid scores, a bias without gradients, balance in each sequence (DeepSeek-V3, 2.1.2)."""
     return RouterConfig(

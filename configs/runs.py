@@ -8,6 +8,7 @@ from configs.base import (
     DataConfig,
     DistillConfig,
     ExecutionConfig,
+    InitConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
@@ -233,4 +234,36 @@ def mixtral_8x7b() -> RunConfig:
         model=models.mixtral_8x7b(),
         data=dataclasses.replace(base.data, seq_len=4096),
         execution=dataclasses.replace(base.execution, logits_chunks=8),
+    )
+
+
+def smollm2_code() -> RunConfig:
+    """SmolLM2-135M trained further on the standard library: what upcycling is compared with.
+
+    python -m scripts.train smollm2_code: half an hour on two CPU cores.
+    """
+    return RunConfig(
+        name="smollm2_code",
+        steps=80,
+        batch_size=8,
+        model=models.smollm2_135m(),
+        init=InitConfig(source="smollm2"),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-4, schedule="wsd", warmup_steps=8, decay_fraction=0.5
+        ),
+        data=DataConfig(
+            tokenizer="smollm2", directory="runs/corpora/stdlib_smollm2", holdout_fraction=0.01
+        ),
+        mesh=MeshConfig(expert=2),
+        execution=ExecutionConfig(logits_chunks=8),
+    )
+
+
+def smollm2_upcycled_code() -> RunConfig:
+    """SmolLM2-135M upcycled to four experts and trained as smollm2_code: the same steps and tokens.
+
+    python -m scripts.train smollm2_upcycled_code: half an hour on two CPU cores, and 16 GB.
+    """
+    return dataclasses.replace(
+        smollm2_code(), name="smollm2_upcycled_code", model=models.smollm2_4x135m()
     )

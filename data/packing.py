@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from configs.checks import UserError
 from data.corpora import Document
-from data.tokenizer import END_OF_TEXT_ID
+from data.tokenizer import END_OF_TEXT_ID, end_of_text_id
 
 FORMAT = 1
 
@@ -36,6 +36,7 @@ class Sidecar:
     starts: list[int]
     """Index of each document's end-of-text token."""
     byte_counts: list[int]
+    end_of_text_id: int = END_OF_TEXT_ID
 
 
 def write_tokens(
@@ -43,10 +44,11 @@ def write_tokens(
 ) -> Sidecar:
     """Encodes the documents into path (.bin) and its sidecar (.json)."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    begin = end_of_text_id(tokenizer)
     names, starts, byte_counts, num_tokens = [], [], [], 0
     with path.open("wb") as file:
         for document in documents:
-            ids = [END_OF_TEXT_ID, *tokenizer.encode(document.text).ids]
+            ids = [begin, *tokenizer.encode(document.text).ids]
             np.asarray(ids, dtype).tofile(file)
             names.append(document.name)
             starts.append(num_tokens)
@@ -61,6 +63,7 @@ def write_tokens(
         names=names,
         starts=starts,
         byte_counts=byte_counts,
+        end_of_text_id=begin,
     )
     path.with_suffix(".json").write_text(json.dumps(asdict(sidecar)))
     return sidecar
@@ -144,7 +147,7 @@ class PackedRows:
         return {
             "tokens": tokens,
             "targets": targets,
-            "positions": document_positions(tokens),
+            "positions": document_positions(tokens, self.file.sidecar.end_of_text_id),
             "row": np.int32(row),
         }
 
@@ -197,8 +200,8 @@ class StreamRows:
         return f"StreamRows({self.rows}, {self.batch_size} streams)"
 
 
-def document_positions(tokens_L: np.ndarray) -> np.ndarray:
+def document_positions(tokens_L: np.ndarray, end_of_text_id: int) -> np.ndarray:
     """Each token's distance from the start of its document, or of the row."""
     places_L = np.arange(len(tokens_L), dtype=np.int32)
-    starts_L = np.where(tokens_L == END_OF_TEXT_ID, places_L, 0)
+    starts_L = np.where(tokens_L == end_of_text_id, places_L, 0)
     return places_L - np.maximum.accumulate(starts_L)

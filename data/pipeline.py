@@ -14,7 +14,14 @@ from configs.base import DataConfig
 from configs.checks import UserError
 from data.corpora import name_hash, read_documents, split
 from data.packing import PackedRows, StreamRows, TokenFile, write_tokens
-from data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from data.tokenizer import (
+    check_vocabulary,
+    fingerprint,
+    load_tokenizer,
+    plain,
+    train_tokenizer,
+)
+from data.tokenizer_sources import load_public_tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -48,7 +55,8 @@ def prepare_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     that looks whole.
 
     Raises:
-      UserError: the folder holds a corpus made with other settings, or the source has no text.
+      UserError: the folder holds a corpus made with other settings, the source has no text, or
+        config.tokenizer can't be read or has more tokens than vocab_size.
     """
     directory = Path(config.directory)
     settings = {
@@ -56,6 +64,7 @@ def prepare_corpus(config: DataConfig, vocab_size: int) -> Corpus:
         "suffix": config.suffix,
         "holdout_fraction": config.holdout_fraction,
         "vocab_size": vocab_size,
+        "tokenizer": config.tokenizer,
     }
     if directory.exists():
         _check_settings(directory, settings)
@@ -84,19 +93,30 @@ def _check_settings(directory: Path, settings: dict[str, object]) -> None:
                 "asks for "
                 f"{wanted!r}: set --data.directory to another folder"
             )
+    sha256, corpus = found.get("tokenizer_sha256"), Corpus(directory)
+    if sha256 is not None and corpus.tokenizer_path.exists():
+        if fingerprint(corpus.tokenizer_path) != sha256:
+            raise UserError(
+                f"{corpus.tokenizer_path} is not the tokenizer that the token files beside it were "
+                f"made with: delete the folder {directory}, it will be made again"
+            )
 
 
 def _build(directory: Path, settings: dict) -> None:
     documents = read_documents(settings["source"], settings["suffix"])
     training, held_out = split(documents, settings["holdout_fraction"])
     training.sort(key=lambda document: name_hash("order of " + document.name))
-    tokenizer = train_tokenizer((d.text for d in training), settings["vocab_size"])
-    corpus = Corpus(directory)
+    corpus, name, vocab_size = Corpus(directory), settings["tokenizer"], settings["vocab_size"]
+    if name is None:
+        tokenizer = train_tokenizer((d.text for d in training), vocab_size)
+    else:
+        tokenizer = plain(load_public_tokenizer(name))
+        check_vocabulary(tokenizer, vocab_size, name)
     tokenizer.save(str(corpus.tokenizer_path))
     tokenizer, sha256 = corpus.tokenizer(), fingerprint(corpus.tokenizer_path)
     write_tokens(directory / "train.bin", training, tokenizer, sha256)
     write_tokens(directory / "held_out.bin", held_out, tokenizer, sha256)
-    (directory / "corpus.json").write_text(json.dumps(settings))
+    (directory / "corpus.json").write_text(json.dumps(settings | {"tokenizer_sha256": sha256}))
 
 
 def batches(

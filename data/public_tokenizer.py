@@ -154,3 +154,19 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
             "list with one named default"
         )
     return template
+
+
+def write_public_tokenizer(folder: Path, tokenizer: PublicTokenizer) -> None:
+    """Writes tokenizer.json and tokenizer_config.json as transformers reads them."""
+    ends = sorted(tokenizer.eos_ids)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": tokenizer.add_bos,
+        "bos_token": tokenizer.text_of(tokenizer.bos_id) or None,
+        "eos_token": tokenizer.text_of(ends[0]) if ends else None,
+        "chat_template": tokenizer.chat_template,
+    }
+    said = {name: value for name, value in config.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
+    tokenizer.tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,6 +1,9 @@
-"""A byte-level BPE tokenizer: any text goes in and comes out unchanged."""
+"""Tokenizers of corpora: a byte-level BPE trained here, through which any text goes unchanged, or a
+public model's.
+"""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +14,10 @@ from configs.checks import UserError
 END_OF_TEXT = "<|endoftext|>"
 """Begins every document and so ends the one before it."""
 END_OF_TEXT_ID = 0
+"""Of a tokenizer trained here; `end_of_text_id` says it of any."""
+PUBLIC_ENDS = (END_OF_TEXT, "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<bos>", "<s>")
+"""What public models have between their documents: GPT-2's, SmolLM2's and Qwen's name, then those
+of Llama 3, DeepSeek, Gemma, Llama 2 and Mixtral. The first that a tokenizer has is meant."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -51,6 +58,44 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{path} is no tokenizer ({error}): prepare the corpus again") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The token that begins every document and so ends the one before it.
+
+    Raises:
+      UserError: the tokenizer has none of the names in PUBLIC_ENDS.
+    """
+    ids = [tokenizer.token_to_id(name) for name in PUBLIC_ENDS]
+    found = [i for i in ids if i is not None]
+    if not found:
+        raise UserError(
+            "the tokenizer has no token that stands between documents, expected one of "
+            f"{', '.join(PUBLIC_ENDS)}: add it to its tokenizer.json, or leave data.tokenizer out"
+        )
+    return found[0]
+
+
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    """A public tokenizer without what it does for requests: it adds no special tokens, cuts and
+    fills up nothing, and its offsets hold every character.
+    """
+    tree = json.loads(tokenizer.to_str())
+    tree |= {"post_processor": None, "truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps(tree))
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
+    """
+    Raises:
+      UserError: an id that a model with this vocab_size has no embedding for.
+    """
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > vocab_size:
+        raise UserError(
+            f"data.tokenizer={name!r} has {needed} tokens, model.vocab_size={vocab_size} is below "
+            "that: raise it, or use the tokenizer of the model"
+        )
 
 
 def fingerprint(path: Path) -> str:

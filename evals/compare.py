@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoint.run_directory import read_run
 from data.pipeline import prepare_corpus
-from data.tokenizer import END_OF_TEXT_ID
+from data.tokenizer import end_of_text_id
 from evals.run import TASKS, Progress, evaluate
 from evals.tasks.base import Result
 from infer.generate import generate
@@ -42,8 +42,9 @@ def complete(run_dir: Path, prompts: Sequence[str], *, max_new_tokens: int) -> d
     run = read_run(run_dir)
     model, variables = load_model(run, run_dir)
     tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
-    tokens = [[END_OF_TEXT_ID, *tokenizer.encode(prompt).ids] for prompt in prompts]
-    stop_ids = frozenset({END_OF_TEXT_ID})
+    end = end_of_text_id(tokenizer)
+    tokens = [[end, *tokenizer.encode(prompt).ids] for prompt in prompts]
+    stop_ids = frozenset({end})
     result = generate(
         model,
         variables,

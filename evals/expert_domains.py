@@ -157,7 +157,8 @@ def _count(
     stream = np.concatenate([documents[i][1] for i in places])
     look = jax.jit(functools.partial(_choices, model))
     total: dict[str, np.ndarray] = {}
-    for tokens_BL, positions_BL in _batches(stream, length):
+    end = file.sidecar.end_of_text_id
+    for tokens_BL, positions_BL in _batches(stream, length, end):
         for name, counts_PE in look(variables, tokens_BL, positions_BL).items():
             total[name] = total.get(name, 0) + np.asarray(counts_PE, np.int64)
     return total
@@ -169,13 +170,15 @@ def _choices(model: Transformer, variables: Variables, tokens_BL, positions_BL):
     return {name: x.of(sown["router"])["stats"].counts_E for name, x in layers.items()}
 
 
-def _batches(stream: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _batches(
+    stream: np.ndarray, length: int, end_of_text_id: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows cut from the stream, the last one padded with position -1."""
     rows = max(TOKENS_AT_ONCE // length, 1)
     for begin in range(0, len(stream), rows * length):
         part = stream[begin : begin + rows * length]
         tokens_BL = np.pad(part, (0, rows * length - len(part))).reshape(rows, length)
-        positions_BL = np.stack([document_positions(row) for row in tokens_BL])
+        positions_BL = np.stack([document_positions(row, end_of_text_id) for row in tokens_BL])
         is_padding_BL = np.arange(rows * length).reshape(rows, length) >= len(part)
         yield tokens_BL, np.where(is_padding_BL, -1, positions_BL).astype(np.int32)
 

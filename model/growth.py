@@ -191,7 +191,7 @@ def grow(
 
         def redraw(name: str, layer: RoutedLayer, moe: Any) -> Any:
             key = jax.random.fold_in(jax.random.key(seed), sorted(grown).index(name))
-            return moe | _redrawn(moe, layer.config.num_experts, drop, key)
+            return moe | redraw_units(moe, layer.config.num_experts, drop, key)
 
         params = map_layers(config, params, redraw)
 
@@ -253,7 +253,7 @@ def _grown_state(
     return state.replace(bias_E=jnp.concatenate([bias_E, *[twin_E] * (factor - 1)], axis=-1))
 
 
-def _redrawn(moe: dict[str, Any], num_old: int, drop: float, key: jax.Array) -> dict[str, Any]:
+def redraw_units(moe: dict[str, Any], num_old: int, drop: float, key: jax.Array) -> dict[str, Any]:
     """gate_up, its bias and down with a share of each new expert's hidden units drawn anew.
 
     One set of units per expert: the same columns of gate and up and rows of down. Each matrix is

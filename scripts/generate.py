@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from checkpoint.run_directory import read_run
 from configs.checks import require
 from data.pipeline import prepare_corpus
-from data.tokenizer import END_OF_TEXT_ID
+from data.tokenizer import end_of_text_id
 from evals.expert_domains import read_preference
 from infer.generate import generate
 from infer.load import load_model
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
     if preference is not None:
         preference = unstack_preference(stacked, preference)
     tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
-    prompt = [END_OF_TEXT_ID, *tokenizer.encode(arguments.prompt).ids]
+    end = end_of_text_id(tokenizer)
+    prompt = [end, *tokenizer.encode(arguments.prompt).ids]
     result = generate(
         model,
         variables,
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,
-        stop_ids=frozenset({END_OF_TEXT_ID}),
+        stop_ids=frozenset({end}),
         on_tokens=_Printer(arguments.prompt, tokenizer).show,
         exit_threshold=arguments.exit_threshold,
         draft=draft,

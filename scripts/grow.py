@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from checkpoint.run_directory import read_run
+from configs.base import InitConfig
 from infer.load import load_model
 from model.growth import Operator, grow, grown_config
 from scripts import command
@@ -35,9 +36,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     parent, how = read_run(arguments.parent), (arguments.operator, arguments.factor)
     model = grown_config(parent.model, *how, warmup_steps=arguments.warmup)
-    run = dataclasses.replace(
-        parent, name=f"{parent.name}_grown", steps=arguments.steps, model=model, distill=None
-    )
+    own = {"name": f"{parent.name}_grown", "steps": arguments.steps, "model": model}
+    run = dataclasses.replace(parent, **own, init=InitConfig(), distill=None)
     run_dir = arguments.run_dir or arguments.parent.with_name(f"{arguments.parent.name}_grown")
     command.use_host_devices(run.mesh.num_devices)
     describe(run)

@@ -2,7 +2,9 @@
 
     python -m scripts.train v31_nano --steps 500 --mesh.expert 4
 
-The run's folder receives config.json, metrics.jsonl, checkpoints/, pictures and report.html.
+A run whose init.source names a trained model begins with its weights, any other with weights drawn
+from its seed. The run's folder receives config.json, metrics.jsonl, checkpoints/, pictures and
+report.html.
 """
 
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from configs.base import RunConfig
 from configs.cli import load_run
 from scripts import command
+from scripts.sources import beginning
 from train.loop import FitResult, fit
 from train.report import write_report
 
@@ -19,7 +22,7 @@ def main(argv: list[str]) -> int:
     run = load_run(arguments.run, overrides)
     command.use_host_devices(run.mesh.num_devices)
     describe(run)
-    result = fit(run, arguments.run_dir)
+    result = fit(run, arguments.run_dir, variables=beginning(run, arguments.run_dir))
     write_report(arguments.run_dir)
     return finish(run, arguments.run_dir, result)
 

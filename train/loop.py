@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from checkpoint.run_directory import open_run_dir
 from checkpoint.store import CheckpointStore, abstract_like
 from configs.base import RunConfig
+from configs.checks import require
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
 from model.routed_layers import routed_layers
 from model.transformer import Variables
@@ -59,7 +60,8 @@ def fit(
 
     Args:
       make_extend: called with the mesh in use; see Extend.
-      variables: what a new run begins with, if not with weights drawn from its seed.
+      variables: what a new run begins with, if not with weights drawn from its seed: those of
+        run.init (train/initial.py).
       opt_state: the optimiser's state it begins with beside these variables; None is a fresh one.
     Raises:
       UserError: a run_dir with another experiment, a corpus or checkpoint that can't be read, no
@@ -142,6 +144,11 @@ def _start(
 ) -> tuple[TrainState, int]:
     """The state to begin with and the steps it has behind it."""
     if store.latest_step is None:
+        require(
+            run.init.source is None or variables is not None,
+            f"init.source={run.init.source!r} is read by scripts.train only: this verb begins "
+            "another way, leave it out",
+        )
         return init_state(trainee, run.seed, variables, opt_state), 0
     wanted = abstract_like(trainee.abstract_state.to_dict(), trainee.shardings.to_dict())
     state = TrainState(**store.restore(wanted, iterator))

@@ -59,7 +59,8 @@ class LatentAttention(nn.Module):
         index = None
         if c.indexer is not None:
             index = Indexer(c, name="indexer")(x_BLD, h_BLQ, positions_BL)
-        w_ups = tuple(jnp.split(w_up_RHC.astype(dtype), [c.nope_head_dim], axis=-1))
+        w_uk_RHN, w_uv_RHW = jnp.split(w_up_RHC.astype(dtype), [c.nope_head_dim], axis=-1)
+        w_ups = (w_uk_RHN, w_uv_RHW)
         if cache is None:
             out_BLHW = self._over_row(queries, keys, index, w_ups, positions_BL, segments_BL)
         else:

@@ -12,7 +12,7 @@ from configs.base import DistillConfig, ExecutionConfig, MeshConfig, OptimizerCo
 from configs.checks import UserError
 from configs.cli import describe_runs, known_runs, load_run
 from configs.feed_forward import ContextConfig, MoEConfig, RouterConfig
-from configs.rope import YarnConfig
+from configs.rope import Llama3RopeConfig, YarnConfig
 from configs.serialization import differences, from_json, to_json
 from model.growth import grown_config
 from tests import tiny
@@ -90,6 +90,36 @@ def test_experts_that_the_mesh_does_not_divide():
         dataclasses.replace(runs.v31_nano(), batch_size=48, mesh=MeshConfig(expert=3))
 
 
+def llama3(**changes) -> Llama3RopeConfig:
+    base = Llama3RopeConfig(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.mark.parametrize("scaling", [YarnConfig(factor=4.0, original_length=64), llama3()])
+def test_the_kind_of_rope_scaling_survives_the_file(tmp_path, scaling):
+    pattern = tiny.model().pattern
+    layer = dataclasses.replace(pattern[0], attention=tiny.attention(rope_scaling=scaling))
+    run = tiny.run(tmp_path, model=tiny.model(pattern=(layer, pattern[1])))
+    assert from_json(RunConfig, to_json(run), where="config.json") == run
+
+
+def test_experts_that_contradict_themselves():
+    with pytest.raises(UserError, match="swiglu_limit=None goes with activation='clamped_swiglu'"):
+        tiny.moe(activation="clamped_swiglu", swiglu_alpha=1.702)
+    with pytest.raises(UserError, match=r"swiglu_alpha=1.702 goes with .*got activation='swiglu'"):
+        tiny.moe(swiglu_alpha=1.702)
+    with pytest.raises(UserError, match=r"clip_qkv=0.0 must be greater than 0"):
+        tiny.attention(clip_qkv=0.0)
+    with pytest.raises(UserError, match="group_score='best' has no effect without"):
+        RouterConfig(top_k=2, group_score="best")
+    grouped = RouterConfig(top_k=2, num_groups=8, top_groups=3)
+    with pytest.raises(UserError, match=r"router.num_groups=8 groups of at least 2"):
+        tiny.moe(router=grouped)
+    tiny.moe(router=dataclasses.replace(grouped, group_score="best"))
+
+
 def test_routers_that_contradict_themselves():
     with pytest.raises(UserError, match="window_size=None goes with kind='causal'"):
         ContextConfig(kind="causal")
@@ -106,6 +136,10 @@ def test_routers_that_contradict_themselves():
         MoEConfig(num_experts=12, d_ff=8, router=grouped)
     with pytest.raises(UserError, match=r"yarn.factor=0.5 must be at least 1"):
         YarnConfig(factor=0.5, original_length=4096)
+    with pytest.raises(UserError, match=r"yarn.mscale=-1.0 must not be negative"):
+        YarnConfig(factor=4.0, original_length=4096, mscale=-1.0)
+    with pytest.raises(UserError, match=r"low_freq_factor=4.0 must be below .*high_freq_factor=4"):
+        llama3(low_freq_factor=4.0)
     moe = LayerSpec(attention=tiny.attention(), ffn=tiny.moe())
     with pytest.raises(UserError, match="layers before the pattern must be dense"):
         tiny.model(prefix=(moe,), num_layers=3)

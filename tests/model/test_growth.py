@@ -52,9 +52,19 @@ POSITIONS = np.broadcast_to(np.arange(24, dtype=np.int32), (2, 24))
 TOLERANCE = 2e-5  # float32 sums in another order
 
 
-def config_of(router: RouterConfig):
+def config_of(router: RouterConfig, **ffn):
     windowed, dense = tiny.model().pattern
-    return tiny.model(pattern=(dataclasses.replace(windowed, ffn=tiny.moe(router=router)), dense))
+    moe = tiny.moe(router=router, **ffn)
+    return tiny.model(pattern=(dataclasses.replace(windowed, ffn=moe), dense))
+
+
+GPT_OSS = config_of(
+    RouterConfig(top_k=2, bias=True, **BIAS),
+    bias=True,
+    activation="clamped_swiglu",
+    swiglu_limit=0.7,
+    swiglu_alpha=1.702,
+)
 
 
 def log_probabilities(config, variables):
@@ -78,6 +88,21 @@ def test_the_grown_model_is_the_same_function(name, operator, factor):
     before_BLV, after_BLV = log_probabilities(config, variables), log_probabilities(grown, after)
     np.testing.assert_allclose(after_BLV, before_BLV, atol=TOLERANCE)
     assert divergence(before_BLV, after_BLV) < 1e-6
+
+
+@pytest.mark.parametrize(("operator", "factor"), [("copy", 2), ("split", 4), ("reserve", 3)])
+def test_biases_grow_too(operator, factor):
+    """Whole in each part of a split expert, they would count as often as there are parts."""
+    variables, grown = drawn(GPT_OSS), grown_config(GPT_OSS, operator, factor)
+    after = grow(variables, GPT_OSS, operator, factor)
+    abstract, _ = abstract_variables(Transformer(grown))
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, abstract)
+    before_BLV, after_BLV = log_probabilities(GPT_OSS, variables), log_probabilities(grown, after)
+    np.testing.assert_allclose(after_BLV, before_BLV, atol=TOLERANCE)
+    if operator == "split":
+        moe = after["params"]["periods"]["layer_0"]["moe"]
+        moe["down_bias"] = factor * moe["down_bias"]
+        assert np.abs(log_probabilities(grown, after) - before_BLV).max() > 50 * TOLERANCE
 
 
 def test_copies_with_the_same_top_k_are_another_function():
@@ -125,6 +150,19 @@ def test_multi_token_modules_grow_too(operator):
     np.testing.assert_allclose(now, before, atol=TOLERANCE)
     if operator == "reserve":
         assert sown[1]["router"]["multi_token_0"]["layer"]["moe"]["stats"].counts_E[8:].sum() == 0
+
+
+def test_dropped_units_lose_their_biases():
+    """The same units of gate, up and their biases; biases of the output stay."""
+    variables = drawn(GPT_OSS)
+    after = grow(variables, GPT_OSS, "reserve", drop=0.5)
+    before, moe = (x["params"]["periods"]["layer_0"]["moe"] for x in (variables, after))
+    kept = {name: np.concatenate([x, x], axis=1) for name, x in before.items() if name != "router"}
+    lost_EF = (moe["gate_up"] != kept["gate_up"])[0, :, :, 0].any(axis=1)
+    changed_E2F = np.asarray(moe["gate_up_bias"] != kept["gate_up_bias"])[0]
+    for changed_EF in (changed_E2F[:, 0], changed_E2F[:, 1]):
+        np.testing.assert_array_equal(changed_EF, lost_EF)
+    np.testing.assert_array_equal(moe["down_bias"], kept["down_bias"])
 
 
 def test_dropped_units_are_one_set_for_all_three_matrices():

@@ -1,6 +1,7 @@
 """DeepSeek-V3.2's sparse attention: which keys a query of latent attention sees."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,10 +49,14 @@ def variables():
     return drawn(CONFIG)
 
 
-def read(config, variables, tokens, positions, cache=None):
+@functools.cache
+def step_of(config):
     model = Transformer(config)
-    step = jax.jit(lambda v, t, p, c: hidden_states(model, v, t, p, c))
-    return step(variables, tokens, positions, cache)
+    return jax.jit(lambda v, t, p, c: hidden_states(model, v, t, p, c))
+
+
+def read(config, variables, tokens, positions, cache=None):
+    return step_of(config)(variables, tokens, positions, cache)
 
 
 def test_equals_the_numpy_oracle(variables):
@@ -93,31 +98,22 @@ def test_absorbed_decode_equals_full_forward(variables, prefill):
     check_decode(CONFIG, variables, LENGTH, prefill)
 
 
-def test_padding_and_pieces_change_nothing(variables):
-    """Rows of 9 and 14 tokens padded to 16, then pieces of 3: each row as if it were alone."""
+@pytest.mark.parametrize("taken_back", [0, 3])
+def test_padding_and_tokens_taken_back_are_not_chosen(variables, taken_back):
+    """Rows of 9 and 14 tokens padded to 16, of which the last are replaced by others."""
     tokens = np.random.RandomState(2).randint(0, 300, (2, LENGTH)).astype(np.int32)
-    cache, lengths = init_cache(CONFIG, 2, LENGTH, "float32"), np.array([[9], [14]])
-    places = np.arange(16, dtype=np.int32)[None]
-    positions = np.where(places < lengths, places, -1).astype(np.int32)
+    cache, lengths = init_cache(CONFIG, 2, LENGTH, "float32", spare=3), np.array([[9], [14]])
+    places = np.arange(LENGTH, dtype=np.int32)[None].repeat(2, axis=0)
+    positions = np.where(places < lengths, places, -1)[:, :16]
     _, cache = read(CONFIG, variables, tokens[:, :16], positions, cache)
-    more = (lengths + np.arange(3)).astype(np.int32)
-    hidden, _ = read(CONFIG, variables, np.take_along_axis(tokens, more, 1), more, cache)
-    for row, length in enumerate((9, 14)):
-        alone = np.arange(length + 3, dtype=np.int32)[None]
-        expected, _ = read(CONFIG, variables, tokens[row, : length + 3][None], alone)
-        np.testing.assert_allclose(hidden[row], expected[0, length:], atol=1e-4)
-
-
-def test_tokens_that_were_taken_back_are_not_chosen(variables):
-    """Ten tokens, of which the last four are replaced by others."""
-    tokens, positions = inputs(CONFIG, LENGTH)
-    cache = init_cache(CONFIG, 1, LENGTH, "float32", spare=4)
-    _, cache = read(CONFIG, variables, tokens[:, :10], positions[:, :10], cache)
-    cache = rewind(cache, jnp.array([6]))
-    changed = np.concatenate([tokens[:, :6], (tokens[:, 6:] + 7) % 300], axis=1)
-    hidden, _ = read(CONFIG, variables, changed[:, 6:], positions[:, 6:], cache)
-    expected, _ = read(CONFIG, variables, changed, positions)
-    np.testing.assert_allclose(hidden, expected[:, 6:], atol=1e-4)
+    starts = lengths - taken_back
+    cache = rewind(cache, jnp.asarray(starts[:, 0]))
+    changed = np.where(places < starts, tokens, (tokens + 7) % 300)
+    more = (starts + np.arange(3)).astype(np.int32)
+    hidden, _ = read(CONFIG, variables, np.take_along_axis(changed, more, 1), more, cache)
+    expected, _ = read(CONFIG, variables, changed, places)
+    expected = np.take_along_axis(np.asarray(expected), more[:, :, None], 1)
+    np.testing.assert_allclose(hidden, expected, atol=1e-4)
 
 
 def test_future_tokens_change_nothing_before_them(variables):

@@ -1,5 +1,7 @@
 """The router and the load figures against double loops and closed forms."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,7 +157,9 @@ def route_one(x, config: RouterConfig, bias, null_logit):
     if config.num_groups:
         size = len(x) // config.num_groups
         groups = [range(j * size, (j + 1) * size) for j in range(config.num_groups)]
-        best = sorted(groups, key=lambda g: -sum(sorted(wanted[list(g)])[-2:]))[: config.top_groups]
+        judged = {"best_two": 2, "best": 1}[config.group_score]
+        ranked = sorted(groups, key=lambda g: -sum(sorted(wanted[list(g)])[-judged:]))
+        best = ranked[: config.top_groups]
         allowed = {e for group in best for e in group} | set(range(len(x), len(everything)))
     chosen = sorted(allowed, key=lambda e: -wanted[e])[: config.top_k]
     real = [e for e in chosen if e < len(x)]
@@ -182,6 +186,15 @@ VARIANTS = {
         top_k=3, num_null_experts=2, target_k=2.0, balance="quantile", bias_rate=1.0
     ),
     "groups without bias": RouterConfig(top_k=2, num_groups=2, top_groups=1, normalize_gates=False),
+    "DeepSeek-V2": RouterConfig(
+        top_k=3,
+        num_groups=4,
+        top_groups=2,
+        group_score="best",
+        normalize_gates=False,
+        gate_scale=16.0,
+    ),
+    "groups of one": RouterConfig(top_k=2, num_groups=8, top_groups=3, group_score="best"),
 }
 WIDE = np.random.RandomState(5).randn(200, 8).astype(np.float32)
 BIAS = 0.3 * np.random.RandomState(6).randn(8).astype(np.float32)
@@ -231,6 +244,13 @@ def test_tokens_stay_in_their_best_groups():
     config = VARIANTS["DeepSeek-V3"]
     ids = np.asarray(route(jnp.asarray(WIDE), config, state_of(config)).expert_ids_TK)
     assert max(len(set(row // 2)) for row in ids) <= 2
+
+
+def test_judging_groups_by_two_experts_is_told_apart_from_the_best_one():
+    config = VARIANTS["DeepSeek-V2"]
+    other = dataclasses.replace(config, group_score="best_two")
+    chosen = [route(jnp.asarray(WIDE), c).expert_ids_TK for c in (config, other)]
+    assert (chosen[0] != chosen[1]).any(axis=1).mean() > 0.1
 
 
 @pytest.mark.parametrize("null_logit", [-9.0, 0.0, 0.7, 9.0])

@@ -1,0 +1,66 @@
+"""Loading streams: a sharded checkpoint of 1.1 GB, made here, read in a process of its own."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoint.families import MIXTRAL
+from checkpoint.public import write_model
+from checkpoint.tables import expand, flatten
+from checkpoint.tensor_writer import TensorWriter
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
+from configs.feed_forward import MoEConfig, RouterConfig
+from model.transformer import Transformer, abstract_variables
+
+pytestmark = pytest.mark.slow
+
+
+def model() -> ModelConfig:
+    """275M parameters; the largest tensor is the embedding, 65 MB in float32."""
+    attention = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=64)
+    ffn = MoEConfig(num_experts=8, d_ff=1536, router=RouterConfig(top_k=2, z_loss_weight=0.0))
+    return ModelConfig(
+        vocab_size=32_000,
+        d_model=512,
+        num_layers=12,
+        pattern=(LayerSpec(attention=attention, ffn=ffn),),
+        context_length=1024,
+        norm_eps=1e-5,
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder, config = tmp_path_factory.mktemp("large"), model()
+    shapes = flatten(abstract_variables(Transformer(config))[0])
+    entries = expand(MIXTRAL.rows, config, shapes)
+    plan = [(entry.name, np.dtype(np.float32), entry.shape) for entry in entries]
+    draw = np.random.default_rng(0)
+    with TensorWriter(folder, plan, max_shard_bytes=300_000_000) as writer:
+        for name, _, shape in plan:
+            writer.write(name, draw.standard_normal(shape, np.float32))
+    (folder / "config.json").write_text(json.dumps(write_model(MIXTRAL, config)))
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) > 2**30
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mesh"),
+    [("float32", ()), ("bfloat16", ()), ("float32", ("2", "2", "1")), ("float32", ("1", "2", "2"))],
+)
+def test_peak_memory_is_the_result_and_a_piece(checkpoint, dtype, mesh):
+    command = [sys.executable, "-m", "tests.checkpoint.peak_memory", str(checkpoint), dtype, *mesh]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    used = json.loads(done.stdout.splitlines()[-1])
+    largest = 4 * math.prod((32_000, 512))
+    whole = (2 if dtype == "bfloat16" else 4) * model().num_parameters
+    assert used["result"] >= whole
+    assert whole * 0.9 < used["peak"] <= 1.3 * whole + largest, used
