@@ -1,13 +1,124 @@
-"""stub"""
+"""Checkpoints in llama.cpp's form: one GGUF file with model and tokenizer, read and written."""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoint import assemble
+from checkpoint.families.base import Family
+from checkpoint.gguf_config import ROPE_FREQS, config_from_gguf, config_to_gguf, llama3_frequencies
+from checkpoint.gguf_files import GGUFFile
+from checkpoint.gguf_latent import JoinedTensors, split
+from checkpoint.gguf_write import Quantization, Tensor, write_gguf
+from checkpoint.public import PublicCheckpoint, find_family, lost_settings, read_model, write_model
+from checkpoint.settings import Settings
+from checkpoint.tables import Entry, expand, flatten
+from configs.architecture import ModelConfig
+from configs.attention import LatentAttentionConfig
+from configs.checks import UserError
+from data.gguf_tokenizer import tokenizer_from_gguf
+from data.gguf_tokenizer_write import tokenizer_to_gguf
+from data.public_tokenizer import PublicTokenizer
+
+IGNORED = (r"rope_freqs\.weight", r"blk\.\d+\.rope_freqs\.weight")
+"""What the settings were read from."""
 
 
-def open_checkpoint(path):
-    raise NotImplementedError
+def open_checkpoint(path: Path) -> PublicCheckpoint:
+    """Reads metadata and the tensors' places; no tensor but the rotary factors.
+
+    Raises:
+      UserError: no GGUF file, an architecture that is not built, or damage.
+    """
+    file = GGUFFile(path)
+    values = config_from_gguf(file.metadata, file.shapes, file.read, str(path))
+    settings = Settings(values, str(path))
+    family = find_family(settings)
+    assert family.gguf is not None
+    tensors = JoinedTensors(file)
+    config = read_model(family, settings, tensors)
+    family = dataclasses.replace(family, copies=(), ignored=IGNORED)
+    return PublicCheckpoint(path, family, settings, config, family.gguf.rows, tensors)
 
 
-def tokenizer(path):
-    raise NotImplementedError
+def tokenizer(path: Path) -> PublicTokenizer:
+    """
+    Raises:
+      UserError: a kind of tokenizer that is not built.
+    """
+    return tokenizer_from_gguf(GGUFFile(path).metadata, str(path))
 
 
-def export(*a):
-    raise NotImplementedError
+def export(
+    path: Path,
+    family: Family,
+    config: ModelConfig,
+    variables: Any,
+    tokenizer: PublicTokenizer | None,
+    quantization: Quantization,
+    progress: assemble.Progress = lambda _: None,
+) -> None:
+    """Writes one file that llama.cpp loads. Modules that only training uses are left out.
+
+    Args:
+      variables: arrays of one device.
+      progress: is told elements.
+    Raises:
+      UserError: llama.cpp can't say what the model does, or a value does not fit.
+    """
+    if family.gguf is None:
+        raise UserError(f"llama.cpp does not know the family {family.model_type}")
+    config = dataclasses.replace(config, multi_token=None)
+    leaves = {
+        name: leaf
+        for name, leaf in flatten(variables).items()
+        if not name.split(".")[1].startswith("multi_token_")
+    }
+    values = write_model(family, config)
+    metadata = config_to_gguf(family.model_type, values)
+    if tokenizer is not None:
+        metadata |= tokenizer_to_gguf(tokenizer, config.vocab_size)
+    entries = expand(family.gguf.rows, config, leaves)
+    tensors = [_tensor(entry, leaves, progress) for entry in entries]
+    frequencies_C = llama3_frequencies(values)
+    if frequencies_C is not None:
+        tensors.insert(0, (ROPE_FREQS, frequencies_C.shape, lambda: frequencies_C))
+    attention = config.pattern[0].attention
+    _check_said(family, config, metadata, tensors, path)
+    if isinstance(attention, LatentAttentionConfig):
+        tensors = list(split(tensors, attention.nope_head_dim, attention.value_head_dim))
+    write_gguf(path, metadata, tensors, quantization)
+
+
+def _check_said(
+    family: Family,
+    config: ModelConfig,
+    metadata: dict[str, Any],
+    tensors: list[Tensor],
+    path: Path,
+) -> None:
+    """Reads the metadata back: it must say all that the model does."""
+    shapes = {name: shape for name, shape, _ in tensors}
+    reads = {name: read for name, _, read in tensors}
+    values = config_from_gguf(metadata, shapes, lambda name: reads[name](), str(path))
+    lost = lost_settings(config, family.read_config(Settings(values, str(path))))
+    if values["model_type"] != family.model_type or lost:
+        raise UserError(
+            f"llama.cpp's {metadata['general.architecture']} can't say all that this model does: "
+            f"{'; '.join(lost[:3])}"
+        )
+
+
+def _tensor(entry: Entry, leaves: dict[str, Any], progress: assemble.Progress) -> Tensor:
+    return entry.name, entry.shape, functools.partial(_read, entry, leaves, progress)
+
+
+def _read(entry: Entry, leaves: dict[str, Any], progress: assemble.Progress) -> np.ndarray:
+    place = tuple(slice(None) if at is None else at for at in entry.place)
+    part = np.asarray(leaves[entry.leaf][place], np.float32)
+    progress(math.prod(entry.shape))
+    return entry.to_public(part)

@@ -97,7 +97,7 @@ def write_model(family: Family, config: ModelConfig) -> dict[str, Any]:
     values = family.write_config(config)
     written = {"model_type": family.model_type, "architectures": [family.architecture], **values}
     again = family.read_config(Settings(written, "the exported config.json"))
-    lost = differences(_function(config), _function(again))
+    lost = lost_settings(config, again)
     if lost:
         raise UserError(
             f"the family {family.model_type} can't say all that this model does: "
@@ -126,6 +126,11 @@ def export_family(config: ModelConfig, wanted: str | None = None) -> Family:
         except UserError as error:
             reasons.append(f"{family.model_type}: {error}")
     raise UserError(f"no public family holds this model ({'; '.join(reasons[-2:])})")
+
+
+def lost_settings(config: ModelConfig, again: ModelConfig) -> list[str]:
+    """What a public form, read back as `again`, does not say of what the model does."""
+    return differences(_function(config), _function(again))
 
 
 def _function(config: ModelConfig) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, in both directions.
+"""The tokenizer inside a GGUF file.
 
 llama.cpp names how a text is cut before its merges (`tokenizer.ggml.pre`); the cut itself is in the
 table below, as the models' own tokenizer.json have it.
@@ -21,8 +21,8 @@ from tokenizers import (
 from configs.checks import UserError
 from data.public_tokenizer import PublicTokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-"""Token types of llama.cpp, of which 5 marks unused ones."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""Token types of llama.cpp."""
 
 LONGEST_TOKEN = 2048
 """Letters; runs of spaces are the longest, some hundred."""
@@ -186,12 +186,13 @@ def _byte_level(values: _Values, tokens: list[str]) -> tuple[Tokenizer, bool]:
     tokenizer = Tokenizer(model)
     if cut.is_composed:
         tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.pre_tokenizer = _pre_tokenizer(cut)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizer(cut)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     return tokenizer, cut.adds_bos
 
 
-def _pre_tokenizer(cut: Cut) -> Any:
+def pre_tokenizer(cut: Cut) -> Any:
+    """Of the tokenizers package."""
     splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in cut.patterns]
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([*splits, bytes_])

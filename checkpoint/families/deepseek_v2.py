@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from checkpoint import gguf_tables
 from checkpoint.families import latent, parts, rows
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from checkpoint.settings import Settings
 from configs.architecture import ModelConfig
 from configs.feed_forward import RouterConfig
@@ -50,4 +51,5 @@ DEEPSEEK_V2 = Family(
     read_config=read_config,
     write_config=write_config,
     rows=(*rows.EMBEDDING, *rows.LATENT, *rows.DEEPSEEK_MOE),
+    gguf=GGUF("deepseek2", gguf_tables.DEEPSEEK2),
 )

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from checkpoint import gguf_tables
 from checkpoint.families import latent, parts, rows
-from checkpoint.families.base import Copy, Family
+from checkpoint.families.base import GGUF, Copy, Family
 from checkpoint.settings import Settings
 from configs.architecture import ModelConfig
 from configs.feed_forward import RouterConfig
@@ -61,4 +62,5 @@ DEEPSEEK_V3 = Family(
     copies=COPIES,
     multi_token=rows.MULTI_TOKEN,
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    gguf=GGUF("deepseek2", gguf_tables.DEEPSEEK2),
 )

@@ -39,4 +39,5 @@ DEEPSEEK_V32 = dataclasses.replace(
     read_config=read_config,
     write_config=write_config,
     rows=rows.DEEPSEEK_V32,
+    gguf=None,
 )

@@ -6,8 +6,9 @@ named here.
 
 from typing import Any
 
+from checkpoint import gguf_tables
 from checkpoint.families import parts, rows
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from checkpoint.settings import Settings
 from checkpoint.tables import Row
 from configs.architecture import LayerSpec, ModelConfig
@@ -95,4 +96,5 @@ GPT_OSS = Family(
         Row("layers.*.moe.down", f"{MOE}.experts.down_proj", "e f d -> e f d"),
         Row("layers.*.moe.down_bias", f"{MOE}.experts.down_proj_bias", "e d -> e d"),
     ),
+    gguf=GGUF("gpt-oss", gguf_tables.GPT_OSS),
 )

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from checkpoint import gguf_tables
 from checkpoint.families import parts, rows
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from checkpoint.settings import Settings
 from configs.architecture import LayerSpec, ModelConfig
 from configs.checks import UserError
@@ -36,4 +37,5 @@ LLAMA = Family(
     write_config=write_config,
     rows=(*rows.EMBEDDING, *rows.GROUPED_QUERY, *rows.DENSE),
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    gguf=GGUF("llama", gguf_tables.LLAMA),
 )

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from checkpoint import gguf_tables
 from checkpoint.families import parts, rows
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from checkpoint.settings import Settings
 from checkpoint.tables import Row
 from configs.architecture import LayerSpec, ModelConfig
@@ -49,4 +50,5 @@ MIXTRAL = Family(
         Row("layers.*.moe.router", f"{MOE}.gate.weight", "e d -> d e"),
         *rows.experts(f"{MOE}.experts.{{e}}", gate="w1", up="w3", down="w2"),
     ),
+    gguf=GGUF("llama", gguf_tables.LLAMA_MOE),
 )

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from checkpoint import gguf_tables
 from checkpoint.families import parts, rows
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from checkpoint.settings import Settings
 from checkpoint.tables import Row
 from configs.architecture import LayerSpec, ModelConfig
@@ -50,4 +51,5 @@ OLMOE = Family(
         rows.ROUTER,
         *rows.EXPERTS,
     ),
+    gguf=GGUF("olmoe", gguf_tables.OLMOE),
 )

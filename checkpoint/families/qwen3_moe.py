@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from checkpoint import gguf_tables
 from checkpoint.families import parts, rows
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from checkpoint.settings import Settings
 from checkpoint.tables import Row
 from configs.architecture import LayerSpec, ModelConfig
@@ -62,4 +63,5 @@ QWEN3_MOE = Family(
         rows.ROUTER,
         *rows.EXPERTS,
     ),
+    gguf=GGUF("qwen3moe", gguf_tables.QWEN3_MOE),
 )

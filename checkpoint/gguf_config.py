@@ -1,0 +1,347 @@
+"""A model's settings in a GGUF file's metadata and in a config.json, in both directions.
+
+Each family has a table of pairs (llama.cpp's key, config.json's name); what is no pair stands in
+the functions: widths of heads, rotary scaling, DeepSeek's latent attention.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf.constants import ExpertGatingFuncType, Keys
+
+from configs.checks import UserError
+
+LLM, ATTENTION, ROPE = Keys.LLM, Keys.Attention, Keys.Rope
+Shapes = Mapping[str, tuple[int, ...]]
+Pairs = tuple[tuple[str, str], ...]
+
+ROPE_FREQS = "rope_freqs.weight"
+"""Llama 3's scaling as a factor for each pair, float32 [head_dim / 2]."""
+
+_COMMON: Pairs = (
+    (LLM.CONTEXT_LENGTH, "max_position_embeddings"),
+    (LLM.EMBEDDING_LENGTH, "hidden_size"),
+    (LLM.BLOCK_COUNT, "num_hidden_layers"),
+    (LLM.FEED_FORWARD_LENGTH, "intermediate_size"),
+    (LLM.EXPERT_USED_COUNT, "num_experts_per_tok"),
+    (ATTENTION.HEAD_COUNT, "num_attention_heads"),
+    (ATTENTION.LAYERNORM_RMS_EPS, "rms_norm_eps"),
+    (ROPE.FREQ_BASE, "rope_theta"),
+)
+_GROUPED: Pairs = (*_COMMON, (ATTENTION.HEAD_COUNT_KV, "num_key_value_heads"))
+_HEAD_KEYS = (ATTENTION.KEY_LENGTH, ATTENTION.VALUE_LENGTH, ROPE.DIMENSION_COUNT)
+"""Each is head_dim, but in latent attention."""
+_SCALING_KEYS = (
+    ROPE.SCALING_TYPE,
+    ROPE.SCALING_FACTOR,
+    ROPE.SCALING_ORIG_CTX_LEN,
+    ROPE.SCALING_YARN_BETA_FAST,
+    ROPE.SCALING_YARN_BETA_SLOW,
+    ROPE.SCALING_YARN_LOG_MUL,
+)
+_IDLE = (
+    LLM.VOCAB_SIZE,  # the embedding says it
+    LLM.TENSOR_DATA_LAYOUT,
+    ROPE.SCALING_FINETUNED,
+    LLM.NEXTN_PREDICT_LAYERS,  # checked apart
+)
+"""Keys that change nothing that is computed."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A family as llama.cpp knows it."""
+
+    architecture: str
+    pairs: Pairs
+    fixed: Mapping[str, Any]
+    """What llama.cpp does without a key for it."""
+
+
+_DEEPSEEK: Pairs = (
+    *_COMMON,
+    (LLM.LEADING_DENSE_BLOCK_COUNT, "first_k_dense_replace"),
+    (LLM.EXPERT_FEED_FORWARD_LENGTH, "moe_intermediate_size"),
+    (LLM.EXPERT_COUNT, "n_routed_experts"),
+    (LLM.EXPERT_SHARED_COUNT, "n_shared_experts"),
+    (LLM.EXPERT_WEIGHTS_SCALE, "routed_scaling_factor"),
+    (LLM.EXPERT_WEIGHTS_NORM, "norm_topk_prob"),
+    (LLM.EXPERT_GROUP_COUNT, "n_group"),
+    (LLM.EXPERT_GROUP_USED_COUNT, "topk_group"),
+    (ATTENTION.Q_LORA_RANK, "q_lora_rank"),
+    (ATTENTION.KV_LORA_RANK, "kv_lora_rank"),
+    (ROPE.DIMENSION_COUNT, "qk_rope_head_dim"),
+)
+_LATENT_KEYS = (
+    ATTENTION.HEAD_COUNT_KV,
+    ATTENTION.KEY_LENGTH,
+    ATTENTION.VALUE_LENGTH,
+    ATTENTION.KEY_LENGTH_MLA,
+    ATTENTION.VALUE_LENGTH_MLA,
+    LLM.EXPERT_GATING_FUNC,
+)
+
+FORMS = {
+    "llama": Form("llama", _GROUPED, {}),
+    "mixtral": Form("llama", (*_GROUPED, (LLM.EXPERT_COUNT, "num_local_experts")), {}),
+    "qwen3_moe": Form(
+        "qwen3moe",
+        (
+            *_GROUPED,
+            (LLM.EXPERT_COUNT, "num_experts"),
+            (LLM.EXPERT_FEED_FORWARD_LENGTH, "moe_intermediate_size"),
+        ),
+        {"norm_topk_prob": True},
+    ),
+    "olmoe": Form(
+        "olmoe",
+        (*_GROUPED, (LLM.EXPERT_COUNT, "num_experts"), (ATTENTION.CLAMP_KQV, "clip_qkv")),
+        {"norm_topk_prob": False},
+    ),
+    "gpt_oss": Form(
+        "gpt-oss",
+        (
+            *_GROUPED,
+            (LLM.EXPERT_COUNT, "num_local_experts"),
+            (LLM.EXPERT_FEED_FORWARD_LENGTH, "intermediate_size"),
+            (ATTENTION.SLIDING_WINDOW, "sliding_window"),
+        ),
+        {"attention_bias": True, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+    ),
+    "deepseek_v2": Form("deepseek2", _DEEPSEEK, {"scoring_func": "softmax"}),
+    "deepseek_v3": Form(
+        "deepseek2", _DEEPSEEK, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    ),
+}
+"""By config.json's model_type."""
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any], shapes: Shapes, read: Callable[[str], np.ndarray], where: str
+) -> dict[str, Any]:
+    """The config.json that says what a GGUF file's metadata says.
+
+    Args:
+      shapes: of its tensors.
+      read: gives a tensor; asked for `ROPE_FREQS` alone.
+      where: the file, for sentences.
+    Raises:
+      UserError: an architecture that is not built, or a key that may change what is computed.
+    """
+    model_type = _model_type(metadata, where)
+    form = FORMS[model_type]
+
+    def get(key: str, default: Any = None) -> Any:
+        return _plain(metadata.get(key.format(arch=form.architecture), default))
+
+    _check_known(metadata, form, where)
+    values = {name: get(key) for key, name in form.pairs if get(key) is not None}
+    values = {"model_type": model_type, "rope_theta": 10_000.0, **form.fixed, **values}
+    values["tie_word_embeddings"] = "output.weight" not in shapes
+    if "token_embd.weight" in shapes:
+        values["vocab_size"] = shapes["token_embd.weight"][0]
+    values["rope_scaling"] = _read_scaling(get, form, where)
+    if form.architecture == "deepseek2":
+        values |= _read_latent(get, where)
+    else:
+        values |= _read_heads(get, values, where)
+    if ROPE_FREQS in shapes:
+        values["rope_scaling"] = _read_llama3(read(ROPE_FREQS), values, where)
+    return values
+
+
+def config_to_gguf(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp's metadata for a config.json as the families write it.
+
+    Raises:
+      UserError: a family, or a setting, that llama.cpp doesn't know.
+    """
+    if model_type not in FORMS:
+        raise UserError(
+            f"llama.cpp has no architecture for {model_type}: it has one for {', '.join(FORMS)}"
+        )
+    form = FORMS[model_type]
+    metadata: dict[str, Any] = {Keys.General.ARCHITECTURE: form.architecture}
+    said = {key: values[name] for key, name in form.pairs if values.get(name) is not None}
+    said[LLM.VOCAB_SIZE] = values["vocab_size"]
+    said |= _written_scaling(values)
+    if form.architecture == "deepseek2":
+        said |= _written_latent(model_type, values)
+    else:
+        said |= dict.fromkeys(_HEAD_KEYS, values["head_dim"])
+    return metadata | {key.format(arch=form.architecture): value for key, value in said.items()}
+
+
+def llama3_frequencies(values: Mapping[str, Any]) -> np.ndarray | None:
+    """What `ROPE_FREQS` holds for a config.json: how much slower each pair turns; None for models
+    without Llama 3's scaling.
+    """
+    scaling = values.get("rope_scaling")
+    if not scaling or scaling["rope_type"] != "llama3":
+        return None
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    width, base = values["head_dim"], values["rope_theta"]
+    turns_C = base ** (-np.arange(0, width, 2) / width) / (2 * np.pi)
+    turns_C *= scaling["original_max_position_embeddings"]
+    kept_C = np.clip((turns_C - low) / (high - low), 0, 1)
+    return (1 / (kept_C + (1 - kept_C) / scaling["factor"])).astype(np.float32)
+
+
+def _model_type(metadata: Mapping[str, Any], where: str) -> str:
+    architecture = metadata.get(Keys.General.ARCHITECTURE)
+    if architecture == "llama":
+        return "mixtral" if metadata.get("llama.expert_count") else "llama"
+    if architecture == "deepseek2":
+        gating = metadata.get(LLM.EXPERT_GATING_FUNC.format(arch=architecture))
+        return "deepseek_v3" if gating == ExpertGatingFuncType.SIGMOID else "deepseek_v2"
+    for model_type, form in FORMS.items():
+        if form.architecture == architecture:
+            return model_type
+    known = ", ".join(sorted({form.architecture for form in FORMS.values()}))
+    raise UserError(
+        f"{where} has general.architecture={architecture!r}; those that can be read are {known}"
+    )
+
+
+def _check_known(metadata: Mapping[str, Any], form: Form, where: str) -> None:
+    """A key that nothing here reads may change what is computed."""
+    known = {*(key for key, _ in form.pairs), *_HEAD_KEYS, *_SCALING_KEYS, *_IDLE}
+    if form.architecture == "deepseek2":
+        known |= {*_LATENT_KEYS}
+    known = {key.format(arch=form.architecture) for key in known}
+    known.add(LLM.EXPERT_COUNT.format(arch=form.architecture))
+    for key, value in metadata.items():
+        if key.startswith(f"{form.architecture}.") and key not in known:
+            raise UserError(
+                f"{where} has {key}={str(value)[:60]}, which may change what the model computes "
+                "and is not built"
+            )
+    modules = metadata.get(LLM.NEXTN_PREDICT_LAYERS.format(arch=form.architecture), 0)
+    if modules != 0:
+        raise UserError(
+            f"{where} has {modules} layers of multi-token prediction, which are not read from "
+            "GGUF: read the model's Hugging Face form"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Floats as they were meant: 1e-5, which float32 keeps as 9.99999974e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _read_heads(get: Callable[..., Any], values: dict[str, Any], where: str) -> dict[str, Any]:
+    heads, width = get(ATTENTION.HEAD_COUNT), get(LLM.EMBEDDING_LENGTH)
+    head_dim = get(ATTENTION.KEY_LENGTH)
+    if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
+        head_dim = width // heads
+    for key in _HEAD_KEYS:
+        if get(key, head_dim) != head_dim:
+            raise UserError(
+                f"{where} has {key.format(arch='*')}={get(key)} and heads of width {head_dim}: "
+                "only models with one width for all of a head are built"
+            )
+    return {"num_key_value_heads": heads, **values, "head_dim": head_dim}
+
+
+def _read_latent(get: Callable[..., Any], where: str) -> dict[str, Any]:
+    """Newer files have key_length of the cached vector and key_length_mla of a head; older ones
+    have key_length of a head.
+    """
+    key = get(ATTENTION.KEY_LENGTH_MLA, get(ATTENTION.KEY_LENGTH))
+    value = get(ATTENTION.VALUE_LENGTH_MLA, get(ATTENTION.VALUE_LENGTH))
+    rotary = get(ROPE.DIMENSION_COUNT)
+    if not all(isinstance(x, int) for x in (key, value, rotary)):
+        raise UserError(
+            f"{where} has key_length={key}, value_length={value}, rope.dimension_count={rotary}, "
+            "expected whole numbers"
+        )
+    groups, best = get(LLM.EXPERT_GROUP_COUNT, 1), get(LLM.EXPERT_GROUP_USED_COUNT, 1)
+    latent = {"qk_nope_head_dim": key - rotary, "v_head_dim": value}
+    latent["num_key_value_heads"] = get(ATTENTION.HEAD_COUNT)
+    if get(LLM.EXPERT_GATING_FUNC) != ExpertGatingFuncType.SIGMOID:
+        latent["topk_method"] = "greedy" if groups == best else "group_limited_greedy"
+    return latent
+
+
+def _read_scaling(get: Callable[..., Any], form: Form, where: str) -> dict[str, Any] | None:
+    kind = get(ROPE.SCALING_TYPE, "none")
+    if kind == "none" or (kind == "linear" and get(ROPE.SCALING_FACTOR, 1.0) == 1.0):
+        return None
+    if kind != "yarn":
+        raise UserError(f"{where} has rope.scaling.type={kind!r}: only 'yarn' and 'none' are built")
+    scaling = {
+        "rope_type": "yarn",
+        "factor": get(ROPE.SCALING_FACTOR),
+        "original_max_position_embeddings": get(ROPE.SCALING_ORIG_CTX_LEN),
+        "beta_fast": get(ROPE.SCALING_YARN_BETA_FAST, 32.0),
+        "beta_slow": get(ROPE.SCALING_YARN_BETA_SLOW, 1.0),
+        "truncate": form.architecture != "gpt-oss",
+    }
+    multiplier = get(ROPE.SCALING_YARN_LOG_MUL, 0.0)
+    if form.architecture == "deepseek2":
+        mscale = round(multiplier / 0.1, 6)
+        scaling |= {"mscale": mscale, "mscale_all_dim": mscale, "attention_factor": 1.0}
+    elif multiplier:
+        raise UserError(f"{where} has rope.scaling.yarn_log_multiplier={multiplier}: not built")
+    return scaling
+
+
+def _written_scaling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Llama 3's is a tensor instead: see `llama3_frequencies`."""
+    scaling = values.get("rope_scaling")
+    if not scaling or scaling["rope_type"] == "llama3":
+        return {}
+    return {
+        ROPE.SCALING_TYPE: scaling["rope_type"],
+        ROPE.SCALING_FACTOR: float(scaling["factor"]),
+        ROPE.SCALING_ORIG_CTX_LEN: scaling["original_max_position_embeddings"],
+        ROPE.SCALING_YARN_BETA_FAST: float(scaling["beta_fast"]),
+        ROPE.SCALING_YARN_BETA_SLOW: float(scaling["beta_slow"]),
+    }
+
+
+def _written_latent(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    if values.get("topk_method") == "group_limited_greedy":
+        raise UserError(
+            "llama.cpp judges a group by its best two experts, DeepSeek-V2's groups go by their "
+            "best one: the model can't be written as GGUF"
+        )
+    rank, rotary = values["kv_lora_rank"], values["qk_rope_head_dim"]
+    is_sigmoid = model_type == "deepseek_v3"
+    gating = ExpertGatingFuncType.SIGMOID if is_sigmoid else ExpertGatingFuncType.SOFTMAX
+    written = {
+        ATTENTION.HEAD_COUNT_KV: 1,
+        ATTENTION.KEY_LENGTH: rank + rotary,
+        ATTENTION.VALUE_LENGTH: rank,
+        ATTENTION.KEY_LENGTH_MLA: values["qk_nope_head_dim"] + rotary,
+        ATTENTION.VALUE_LENGTH_MLA: values["v_head_dim"],
+        LLM.EXPERT_GATING_FUNC: int(gating),
+    }
+    scaling = values.get("rope_scaling")
+    if scaling:
+        written[ROPE.SCALING_YARN_LOG_MUL] = 0.1 * scaling["mscale_all_dim"]
+    return written
+
+
+def _read_llama3(factors_C: np.ndarray, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The scaling whose factors the tensor has: the file keeps only what it makes of it, and all
+    Llama models share the rest.
+    """
+    scaling = {
+        "rope_type": "llama3",
+        "factor": _plain(float(factors_C.max())),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    again = llama3_frequencies({**values, "rope_scaling": scaling})
+    if again is None or again.shape != factors_C.shape or not np.allclose(again, factors_C, 1e-3):
+        raise UserError(
+            f"{where} has {ROPE_FREQS} that is not Llama 3's scaling by factors of 1 to "
+            f"{factors_C.max():.3g}: read the model's Hugging Face form"
+        )
+    assert math.isfinite(scaling["factor"])
+    return scaling

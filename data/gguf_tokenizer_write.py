@@ -1,0 +1,127 @@
+"""The metadata that gives llama.cpp a tokenizer: the way back of data/gguf_tokenizer.py."""
+
+import json
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from configs.checks import UserError
+from data.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    CUTS,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    pre_tokenizer,
+    tokenizer_from_gguf,
+)
+from data.public_tokenizer import PublicTokenizer
+
+PROBE = (
+    "I'LL we'll don't  3 33 3333 x=12345;\n\n\t  foo(bar)\r\n HTTPServer camelCase's über naïve "
+    "日本語テキスト 한국어 العربية हिन्दी ½² //path/to\n... !important café\u3000ab <0x0A> ▁   "
+)
+"""A text on which the cuts differ, and tokenizers that only look alike."""
+
+
+def tokenizer_to_gguf(tokenizer: PublicTokenizer, vocab_size: int) -> dict[str, Any]:
+    """Metadata for a model of that many tokens, from which the same tokenizer can be made.
+
+    Raises:
+      UserError: a tokenizer that llama.cpp has no kind for.
+    """
+    state = json.loads(tokenizer.tokenizer.to_str())
+    model = state["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"the tokenizer is of the kind {model['type']}, expected BPE")
+    tokens, types = _tokens(state, vocab_size)
+    values: dict[str, Any] = {"tokens": tokens, "token_type": types}
+    values |= (
+        _pieces(model, state, tokens) if model.get("byte_fallback") else _bytes(tokenizer, model)
+    )
+    values |= _specials(tokenizer)
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in values.items()}
+    if tokenizer.chat_template is not None:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    _check_same(tokenizer, tokenizer_from_gguf(metadata, "the metadata"))
+    return metadata
+
+
+def _tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """By id, and their types; ids that the model has and the tokenizer lacks are unused."""
+    vocab = dict(state["model"]["vocab"]) | {t["content"]: t["id"] for t in state["added_tokens"]}
+    if max(vocab.values(), default=0) >= vocab_size:
+        raise UserError(
+            f"the tokenizer has token {max(vocab.values())}, the model vocab_size={vocab_size}"
+        )
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for token, i in vocab.items():
+        tokens[i], types[i] = token, NORMAL
+    for added in state["added_tokens"]:
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    return tokens, types
+
+
+def _bytes(tokenizer: PublicTokenizer, model: dict[str, Any]) -> dict[str, Any]:
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    pre = _cut(tokenizer.tokenizer, bool(model.get("ignore_merges")))
+    return {"model": "gpt2", "pre": pre, "merges": merges, "add_space_prefix": False}
+
+
+def _cut(tokenizer: Tokenizer, ignores_merges: bool) -> str:
+    """The name of the cut that does on the probe what the tokenizer does."""
+    normalizer: Any = tokenizer.normalizer
+    cutter: Any = tokenizer.pre_tokenizer
+    is_composed = normalizer is not None and normalizer.normalize_str("e\u0301") == "é"
+    pieces = cutter.pre_tokenize_str(PROBE) if cutter is not None else None
+    for name, cut in CUTS.items():
+        is_like = (cut.is_composed, cut.ignores_merges) == (is_composed, ignores_merges)
+        if is_like and pre_tokenizer(cut).pre_tokenize_str(PROBE) == pieces:
+            return name
+    raise UserError(
+        f"llama.cpp has no name for how this tokenizer cuts text: those known are {', '.join(CUTS)}"
+    )
+
+
+def _pieces(model: dict[str, Any], state: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    """Scores that put the tokens in the order of the merges that make them."""
+    scores = dict.fromkeys(tokens, -1e9)
+    for rank, merge in enumerate(model["merges"]):
+        token = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        if scores.get(token) == -1e9:
+            scores[token] = -float(rank)
+    has_prefix = "Prepend" in json.dumps(state["normalizer"])
+    kinds = {f"<0x{i:02X}>": BYTE for i in range(256)} | {model["unk_token"]: UNKNOWN}
+    added = {token["content"]: token["special"] for token in state["added_tokens"]}
+    types = [
+        kinds.get(t, {True: CONTROL, False: USER_DEFINED}.get(added.get(t), NORMAL)) for t in tokens
+    ]
+    values = {"model": "llama", "scores": list(scores.values()), "token_type": types}
+    return values | {"add_space_prefix": has_prefix}
+
+
+def _specials(tokenizer: PublicTokenizer) -> dict[str, Any]:
+    ends = sorted(tokenizer.eos_ids)
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    if len(ends) > len(names):
+        raise UserError(
+            f"the tokenizer has {len(ends)} tokens that end an answer, GGUF can name {len(names)}"
+        )
+    values: dict[str, Any] = dict(zip(names, ends, strict=False))
+    if tokenizer.bos_id is not None:
+        values["bos_token_id"] = tokenizer.bos_id
+    return values | {"add_bos_token": tokenizer.add_bos}
+
+
+def _check_same(before: PublicTokenizer, after: PublicTokenizer) -> None:
+    texts = [PROBE, *(f"a {before.text_of(i)} b" for i in before.eos_ids)]
+    for text in texts:
+        for specials in (False, True):
+            if before.encode(text, specials=specials) != after.encode(text, specials=specials):
+                raise UserError(
+                    "llama.cpp would read text otherwise than this tokenizer does: the model can "
+                    "be written as GGUF only without it"
+                )
