@@ -157,7 +157,8 @@ def test_dropped_units_lose_their_biases():
     variables = drawn(GPT_OSS)
     after = grow(variables, GPT_OSS, "reserve", drop=0.5)
     before, moe = (x["params"]["periods"]["layer_0"]["moe"] for x in (variables, after))
-    kept = {name: np.concatenate([x, x], axis=1) for name, x in before.items() if name != "router"}
+    names = ("gate_up", "gate_up_bias", "down_bias")
+    kept = {name: np.concatenate([before[name]] * 2, axis=1) for name in names}
     lost_EF = (moe["gate_up"] != kept["gate_up"])[0, :, :, 0].any(axis=1)
     changed_E2F = np.asarray(moe["gate_up_bias"] != kept["gate_up_bias"])[0]
     for changed_EF in (changed_E2F[:, 0], changed_E2F[:, 1]):
