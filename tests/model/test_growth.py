@@ -90,7 +90,13 @@ def test_the_grown_model_is_the_same_function(name, operator, factor):
     assert divergence(before_BLV, after_BLV) < 1e-6
 
 
-@pytest.mark.parametrize(("operator", "factor"), [("copy", 2), ("split", 4), ("reserve", 3)])
+CASES_OF_COPIES = (("copy", 2), ("reserve", 3))
+
+
+@pytest.mark.parametrize(
+    ("operator", "factor"),
+    [("split", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES_OF_COPIES)],
+)
 def test_biases_grow_too(operator, factor):
     """Whole in each part of a split expert, they would count as often as there are parts."""
     variables, grown = drawn(GPT_OSS), grown_config(GPT_OSS, operator, factor)
