@@ -252,10 +252,10 @@ def smollm2_code() -> RunConfig:
             learning_rate=1e-4, schedule="wsd", warmup_steps=8, decay_fraction=0.5
         ),
         data=DataConfig(
-            tokenizer="smollm2", directory="runs/corpora/stdlib_smollm2", holdout_fraction=0.01
+            tokenizer="smollm2", directory="runs/corpora/stdlib_smollm2", holdout_fraction=0.02
         ),
         mesh=MeshConfig(expert=2),
-        execution=ExecutionConfig(logits_chunks=8),
+        execution=ExecutionConfig(remat="full", logits_chunks=8),
     )
 
 

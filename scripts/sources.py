@@ -10,19 +10,31 @@ from checkpoint.run_directory import read_run
 from checkpoint.store import latest_step, restore_variables
 from configs.architecture import ModelConfig
 from configs.base import RunConfig
+from configs.checks import UserError
 from model.transformer import Transformer, Variables, abstract_variables
 from train.initial import initial_variables
 
 
-def beginning(run: RunConfig, run_dir: Path) -> Variables | None:
+def first_variables(run: RunConfig, run_dir: Path) -> Variables | None:
     """What a new run begins with; None where it goes on, or draws its weights from its seed.
 
     Raises:
-      UserError: init.source can't be read, or is no beginning of the run's model.
+      UserError: as beginning.
     """
     if run.init.source is None or latest_step(run_dir / "checkpoints") is not None:
         return None
     print(f"beginning with the weights of {run.init.source}", flush=True)
+    return beginning(run)
+
+
+def beginning(run: RunConfig) -> Variables:
+    """The variables that run.init says.
+
+    Raises:
+      UserError: init.source is not set, can't be read, or is no beginning of the run's model.
+    """
+    if run.init.source is None:
+        raise UserError(f"{run.name} began with random weights: it has no init.source")
     return initial_variables(run, *load_source(run.init.source))
 
 
