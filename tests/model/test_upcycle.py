@@ -33,12 +33,14 @@ WINDOWED = LayerSpec(attention=tiny.attention(), ffn=DenseConfig(d_ff=48))
 GLOBAL = LayerSpec(
     attention=tiny.attention(window_size=None, num_sinks=0), ffn=DenseConfig(d_ff=40)
 )
-DENSE = tiny.model(pattern=(GLOBAL,), num_layers=4, tie_embeddings=True)
+DENSE = tiny.model(pattern=(GLOBAL,), num_layers=2, tie_embeddings=True)
+UPCYCLED = upcycled_config(DENSE, num_experts=4, top_k=2)
 SHAPES = {
-    "one kind of layer": (DENSE, 1),
-    "every second layer": (DENSE, 2),
-    "two kinds of layers": (tiny.model(pattern=(WINDOWED, GLOBAL), num_layers=4), 1),
-    "a dense prefix": (tiny.model(prefix=(WINDOWED,), pattern=(GLOBAL,), num_layers=5), 2),
+    "every second layer": (tiny.model(pattern=(GLOBAL,), num_layers=4), 2),
+    "behind a prefix": (  # two kinds of layers, every fourth
+        tiny.model(prefix=(WINDOWED,), pattern=(WINDOWED, GLOBAL), num_layers=5),
+        4,
+    ),
 }
 ROUTERS = {
     "sigmoid with bias": RouterConfig(
@@ -87,33 +89,36 @@ def check_the_same_function(dense, upcycled, mesh=None):
     )
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name", ["every second layer", pytest.param("behind a prefix", marks=pytest.mark.slow)]
+)
 def test_the_upcycled_model_is_the_same_function(name):
     dense, every = SHAPES[name]
     check_the_same_function(dense, upcycled_config(dense, num_experts=4, top_k=2, every=every))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROUTERS)
 def test_other_routers_are_exact_too(name):
-    upcycled = upcycled_config(DENSE, num_experts=4, top_k=2, every=2)
-    check_the_same_function(DENSE, with_router(upcycled, ROUTERS[name]))
+    check_the_same_function(DENSE, with_router(UPCYCLED, ROUTERS[name]))
 
 
 def test_it_is_the_same_function_on_expert_shards():
-    upcycled = upcycled_config(DENSE, num_experts=4, top_k=2)
-    check_the_same_function(DENSE, upcycled, make_mesh(1, 4, 1))
+    check_the_same_function(DENSE, UPCYCLED, make_mesh(1, 4, 1))
 
 
-def test_gates_that_do_not_sum_to_one_are_another_function_and_are_refused():
+@pytest.fixture(scope="module")
+def after():
+    return upcycle(drawn(DENSE), DENSE, UPCYCLED, seed=5)
+
+
+def test_gates_that_do_not_sum_to_one_are_another_function_and_are_refused(after):
     """The plausible mistake: softmax gates as OLMoE has them."""
-    upcycled = upcycled_config(DENSE, num_experts=4, top_k=2)
-    variables = drawn(DENSE)
-    after = upcycle(variables, DENSE, upcycled)
-    wrong = with_router(upcycled, RouterConfig(top_k=2, normalize_gates=False))
-    error = np.abs(hidden(wrong, after) - hidden(DENSE, variables)).max()
+    wrong = with_router(UPCYCLED, RouterConfig(top_k=2, normalize_gates=False))
+    error = np.abs(hidden(wrong, after) - hidden(DENSE, drawn(DENSE))).max()
     assert error > 100 * TOLERANCE
     with pytest.raises(UserError, match="gates that don't sum to 1"):
-        upcycle(variables, DENSE, wrong)
+        upcycle(drawn(DENSE), DENSE, wrong)
 
 
 def changed_units(new, old):
@@ -126,14 +131,11 @@ def changed_units(new, old):
     }
 
 
-def test_drop_draws_whole_units_one_set_for_each_expert():
-    upcycled = upcycled_config(DENSE, num_experts=4, top_k=2)
-    variables = drawn(DENSE)
+def test_drop_draws_whole_units_one_set_for_each_expert(after):
+    dropped = upcycle(drawn(DENSE), DENSE, UPCYCLED, drop=0.25, seed=5)
     moe, kept = (
-        upcycle(variables, DENSE, upcycled, drop=drop, seed=5)["params"]["periods"]["layer_0"][
-            "moe"
-        ]
-        for drop in (0.25, 0.0)
+        jax.tree.map(np.asarray, variables["params"]["periods"]["layer_0"]["moe"])
+        for variables in (dropped, after)
     )
     np.testing.assert_array_equal(moe["router"], kept["router"])
     changed = changed_units(moe, kept)
@@ -142,9 +144,9 @@ def test_drop_draws_whole_units_one_set_for_each_expert():
         np.testing.assert_array_equal(units, lost_PEF)
     assert (lost_PEF.sum(axis=-1) == 10).all()  # a quarter of 40
     sets = {tuple(np.flatnonzero(row)) for row in lost_PEF.reshape(-1, 40)}
-    assert len(sets) == 4 * 4  # each expert of each layer has its own
+    assert len(sets) == 2 * 4  # each expert of each layer has its own
     columns = np.broadcast_to(lost_PEF[:, :, None], moe["gate_up"][..., 1, :].shape)
-    new, old = (np.asarray(x["gate_up"][..., 1, :])[columns] for x in (moe, kept))
+    new, old = (x["gate_up"][..., 1, :][columns] for x in (moe, kept))
     assert new.std() == pytest.approx(old.std(), rel=0.05)
 
 
@@ -162,24 +164,20 @@ def test_the_check_of_whole_units_sees_sets_that_differ():
     assert (changed["gate"] != changed["up"]).any()
 
 
-def test_routers_are_drawn_layer_by_layer_and_from_the_seed():
-    upcycled = upcycled_config(DENSE, num_experts=4, top_k=2)
+def test_routers_are_drawn_layer_by_layer_and_from_the_seed(after):
+    again, other = (upcycle(drawn(DENSE), DENSE, UPCYCLED, seed=seed) for seed in (5, 6))
     first, again, other = (
-        upcycle(drawn(DENSE), DENSE, upcycled, seed=seed)["params"]["periods"]["layer_0"]["moe"][
-            "router"
-        ]
-        for seed in (0, 0, 1)
+        np.asarray(variables["params"]["periods"]["layer_0"]["moe"]["router"])
+        for variables in (after, again, other)
     )
     np.testing.assert_array_equal(first, again)
     assert (first != other).all()
-    assert float(jnp.std(first)) == pytest.approx(32**-0.5, rel=0.15)
-    assert len({float(x) for x in first[:, 0, 0]}) == 4  # periods don't share one
+    assert first.std() == pytest.approx(32**-0.5, rel=0.2)
+    assert (first[0] != first[1]).all()  # periods don't share one
 
 
-def test_gradients_reach_every_expert_and_the_balance_the_router():
-    upcycled = upcycled_config(DENSE, num_experts=4, top_k=2)
-    model = Transformer(upcycled)
-    variables = upcycle(drawn(DENSE), DENSE, upcycled)
+def test_gradients_reach_every_expert_and_not_yet_the_router(after):
+    model = Transformer(UPCYCLED)
 
     def loss(params):
         state = {"params": params, "router_state": {}}
@@ -189,7 +187,7 @@ def test_gradients_reach_every_expert_and_the_balance_the_router():
         stats = sown["router"]["periods"]["layer_0"]["moe"]["stats"]
         return nats.mean(), stats.counts_E
 
-    gradients, counts_PE = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    gradients, counts_PE = jax.jit(jax.grad(loss, has_aux=True))(after["params"])
     moe = gradients["periods"]["layer_0"]["moe"]
     assert (np.asarray(counts_PE) > 0).all()
     for name, dims in (("gate_up", (2, 3, 4)), ("down", (2, 3))):
@@ -216,21 +214,19 @@ def test_both_arms_differ_in_the_model_alone():
 
 def test_what_is_no_upcycling_is_refused():
     variables = drawn(DENSE)
-    upcycled = upcycled_config(DENSE, num_experts=4, top_k=2)
     wider = dataclasses.replace(GLOBAL, ffn=DenseConfig(d_ff=44))
-    other = upcycled_config(tiny.model(pattern=(wider,), num_layers=4), num_experts=4, top_k=2)
-    sentence = r"tie_embeddings was True, now False.*pattern.0.ffn.d_ff was 40, now 44|"
-    sentence += r"pattern.0.ffn.d_ff was 40, now 44.*tie_embeddings was True, now False"
+    other = upcycled_config(tiny.model(pattern=(wider,), num_layers=2), num_experts=4, top_k=2)
+    sentence = r"pattern.0.ffn.d_ff was 40, now 44; model.tie_embeddings was True, now False"
     with pytest.raises(UserError, match=sentence):
         upcycle(variables, DENSE, other)
     with pytest.raises(UserError, match=r"drop=1.0 must lie in \[0, 1\)"):
-        upcycle(variables, DENSE, upcycled, drop=1.0)
-    with pytest.raises(UserError, match="every=3 must divide the 4 layers"):
+        upcycle(variables, DENSE, UPCYCLED, drop=1.0)
+    with pytest.raises(UserError, match="every=3 must divide the 2 layers"):
         upcycled_config(DENSE, num_experts=4, top_k=2, every=3)
     with pytest.raises(UserError, match="found no dense layer"):
-        upcycled_config(upcycled, num_experts=4, top_k=2)
+        upcycled_config(UPCYCLED, num_experts=4, top_k=2)
     with pytest.raises(UserError, match="multiple of the dense model's 2 layers, got 1"):
-        upcycle(variables, SHAPES["two kinds of layers"][0], upcycled)
+        upcycle(variables, tiny.model(pattern=(WINDOWED, GLOBAL)), UPCYCLED)
     shared = dataclasses.replace(GLOBAL, ffn=tiny.moe(d_ff=40))
     with pytest.raises(UserError, match="num_shared_experts=1"):
         upcycle(variables, DENSE, dataclasses.replace(DENSE, pattern=(shared,)))
