@@ -93,12 +93,11 @@ def _check_settings(directory: Path, settings: dict[str, object]) -> None:
                 "asks for "
                 f"{wanted!r}: set --data.directory to another folder"
             )
-    sha256, corpus = found.get("tokenizer_sha256"), Corpus(directory)
-    is_known = sha256 is not None and corpus.tokenizer_path.exists()
-    if is_known and fingerprint(corpus.tokenizer_path) != sha256:
+    path = Corpus(directory).tokenizer_path
+    if path.exists() and found.get("tokenizer_sha256") not in (None, fingerprint(path)):
         raise UserError(
-            f"{corpus.tokenizer_path} is not the tokenizer that the token files beside it were "
-            f"made with: delete the folder {directory}, it will be made again"
+            f"{path} is not the tokenizer that the token files beside it were made with: delete "
+            f"the folder {directory}, it will be made again"
         )
 
 

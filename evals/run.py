@@ -13,7 +13,7 @@ from configs.checks import UserError
 from data.pipeline import prepare_corpus
 from evals.tasks import line_completion, stdlib_bpb
 from evals.tasks.base import Result, Subject
-from infer.load import load_model
+from infer.load import inference_model, load_model
 from infer.score import TokenScores, num_rows, score_documents
 from model.transformer import Transformer, Variables
 
@@ -39,18 +39,26 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def evaluate(
-    run_dir: Path, tasks: Sequence[str], progress: Callable[[str], Progress]
+    run_dir: Path,
+    tasks: Sequence[str],
+    progress: Callable[[str], Progress],
+    beginning: Variables | None = None,
 ) -> list[Result]:
     """Runs the tasks and writes run_dir/evals.json.
 
     Args:
       progress: called with a task's name; gives the function that receives its progress.
+      beginning: what the run began with, to be scored in place of its newest variables; the results
+        go to evals_beginning.json.
     Raises:
       UserError: an unknown task, a run without checkpoint or corpus.
     """
     check_tasks(tasks)
     run = read_run(run_dir)
-    model, variables = load_model(run, run_dir)
+    if beginning is None:
+        model, variables = load_model(run, run_dir)
+    else:
+        model, variables = inference_model(run), beginning
     corpus = prepare_corpus(run.data, run.model.vocab_size)
     results = []
     for name in tasks:
@@ -63,7 +71,8 @@ def evaluate(
         )
         results.append(TASKS[name](subject))
     written = [dataclasses.asdict(result) for result in results]
-    (run_dir / "evals.json").write_text(json.dumps(written, indent=2) + "\n")
+    name = "evals.json" if beginning is None else "evals_beginning.json"
+    (run_dir / name).write_text(json.dumps(written, indent=2) + "\n")
     return results
 
 

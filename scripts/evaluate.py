@@ -1,6 +1,10 @@
 """Runs benchmarks on a trained run and writes its evals.json.
 
-python -m scripts.evaluate runs/v31_nano --tasks stdlib_bpb,line_completion
+    python -m scripts.evaluate runs/v31_nano --tasks stdlib_bpb,line_completion
+    python -m scripts.evaluate runs/smollm2_code --beginning
+
+With --beginning it is the trained model the run began with (init.source), upcycled where the run's
+is; evals_beginning.json has the results.
 """
 
 from collections.abc import Iterable
@@ -9,9 +13,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from checkpoint.run_directory import read_run
 from evals.run import TASKS, Progress, check_tasks, evaluate
 from evals.tasks.base import Result
 from scripts import command
+from scripts.sources import beginning
 from train.progress import ProgressBar
 
 
@@ -19,10 +25,12 @@ def main(argv: list[str]) -> None:
     parser = command.parser(__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a trained run")
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated (default: all)")
+    parser.add_argument("--beginning", action="store_true", help="the weights the run began with")
     arguments = parser.parse_args(argv)
     names = arguments.tasks.split(",")
     check_tasks(names)
-    show(str(arguments.run_dir), evaluate(arguments.run_dir, names, progress_bar))
+    first = beginning(read_run(arguments.run_dir)) if arguments.beginning else None
+    show(str(arguments.run_dir), evaluate(arguments.run_dir, names, progress_bar, first))
 
 
 def progress_bar(name: str) -> Progress:

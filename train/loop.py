@@ -82,6 +82,7 @@ def fit(
         began = time.monotonic()
         iterator = _batches(run, corpus)
         state, done = _start(run, trainee, store, iterator, variables, opt_state)
+        del variables, opt_state  # the state has its own; these may be as large
         step = make_train_step(run, trainee, chunk_loss)
         extend = make_extend(mesh) if make_extend else None
         log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
@@ -146,8 +147,8 @@ def _start(
     if store.latest_step is None:
         require(
             run.init.source is None or variables is not None,
-            f"init.source={run.init.source!r} is read by scripts.train only: this verb begins "
-            "another way, leave it out",
+            f"init.source={run.init.source!r} is read by scripts.train and scripts.upcycle: this "
+            "verb begins another way, leave it out",
         )
         return init_state(trainee, run.seed, variables, opt_state), 0
     wanted = abstract_like(trainee.abstract_state.to_dict(), trainee.shardings.to_dict())

@@ -96,7 +96,9 @@ def test_rows_cover_the_file_and_targets_follow(corpus):
 
 def test_positions_restart_at_every_document():
     tokens = np.array([5, 6, END_OF_TEXT_ID, 7, 8, END_OF_TEXT_ID, END_OF_TEXT_ID, 9])
-    np.testing.assert_array_equal(document_positions(tokens), [0, 1, 0, 1, 2, 0, 0, 1])
+    np.testing.assert_array_equal(
+        document_positions(tokens, END_OF_TEXT_ID), [0, 1, 0, 1, 2, 0, 0, 1]
+    )
 
 
 def test_a_prepared_corpus_is_reused_and_another_one_refused(tmp_path):

@@ -65,7 +65,7 @@ def test_the_built_in_domains_do_not_overlap():
 
 def test_rows_hold_every_token_once():
     stream = np.arange(1, 10_001, dtype=np.int32)
-    rows = [(t[p >= 0], p) for t, p in _batches(stream, 64)]
+    rows = [(t[p >= 0], p) for t, p in _batches(stream, 64, 0)]
     np.testing.assert_array_equal(np.concatenate([t for t, _ in rows]), stream)
     assert all(p.shape == (64, 64) for _, p in rows)
 

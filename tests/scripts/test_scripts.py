@@ -177,6 +177,7 @@ BAD = {
         ["grow", "{run}", "--steps", "3", "--factor", "1"],
         "it must be an integer of at least 2",
     ),
+    "upcycling random weights": (["upcycle", "v1_nano"], "upcycling needs trained ones"),
     "unknown option": (["generate", "{run}", "--promt", "x"], "--prompt"),
 }
 
@@ -192,6 +193,25 @@ def test_bad_input_ends_in_one_sentence(trained, name):
     assert err.startswith("error: ")
     assert err.count("\n") == 1, err
     assert (trained / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_an_upcycled_run_begins_where_its_dense_source_ended(trained):
+    """On expert shards; its bits per byte before the first step are the source's."""
+    dense, upcycled = trained / "dense", trained / "upcycled"
+    small = [*settings(trained), "--data.tokenizer", "None", "--execution.logits-chunks", "2"]
+    arguments = ["smollm2_code", "--run-dir", str(dense), "--init.source", "None", *small]
+    run(trained, "train", *arguments)
+    own = ["smollm2_code", "--run-dir", str(upcycled), "--init.source", str(dense)]
+    run(trained, "upcycle", *own, "--experts", "4", "--every", "2", *small)
+    config = json.loads((upcycled / "config.json").read_text())
+    assert [x["ffn"]["kind"] for x in config["model"]["pattern"]] == ["dense", "moe"]
+    bits = []
+    for folder, options in ((dense, []), (upcycled, ["--beginning"])):
+        run(trained, "evaluate", str(folder), "--tasks", "stdlib_bpb", *options)
+        name = "evals_beginning.json" if options else "evals.json"
+        bits.append(json.loads((folder / name).read_text())[0]["value"])
+    assert bits[1] == pytest.approx(bits[0], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -271,7 +291,8 @@ def test_a_signal_saves_and_says_how_to_go_on(trained, number):
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "distill", "evaluate", "generate", "grow", "label_experts", "quickstart"]
+    "verb",
+    ["train", "distill", "evaluate", "generate", "grow", "label_experts", "quickstart", "upcycle"],
 )
 def test_every_verb_has_help(tmp_path, verb):
     out, _ = run(tmp_path, verb, "--help")
