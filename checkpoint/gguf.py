@@ -80,7 +80,9 @@ def export(
     }
     values = write_model(family, config)
     metadata = config_to_gguf(family.model_type, values)
-    if tokenizer is not None:
+    if tokenizer is None:
+        metadata["tokenizer.ggml.model"] = "no_vocab"
+    else:
         metadata |= tokenizer_to_gguf(tokenizer, config.vocab_size)
     entries = expand(family.gguf.rows, config, leaves)
     tensors = [_tensor(entry, leaves, progress) for entry in entries]
