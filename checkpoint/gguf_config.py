@@ -21,6 +21,9 @@ Pairs = tuple[tuple[str, str], ...]
 ROPE_FREQS = "rope_freqs.weight"
 """Llama 3's scaling as a factor for each pair, float32 [head_dim / 2]."""
 
+LITE_LAYERS = (26, 27)
+"""By which llama.cpp tells that queries have no rank of their own."""
+
 _COMMON: Pairs = (
     (LLM.CONTEXT_LENGTH, "max_position_embeddings"),
     (LLM.EMBEDDING_LENGTH, "hidden_size"),
@@ -308,6 +311,11 @@ def _written_latent(model_type: str, values: Mapping[str, Any]) -> dict[str, Any
         raise UserError(
             "llama.cpp judges a group by its best two experts, DeepSeek-V2's groups go by their "
             "best one: the model can't be written as GGUF"
+        )
+    if values["q_lora_rank"] is None and values["num_hidden_layers"] not in LITE_LAYERS:
+        raise UserError(
+            f"llama.cpp takes DeepSeek without a query rank for V2-Lite, of {LITE_LAYERS} layers, "
+            f"the model has {values['num_hidden_layers']}: it can't be written as GGUF"
         )
     rank, rotary = values["kv_lora_rank"], values["qk_rope_head_dim"]
     is_sigmoid = model_type == "deepseek_v3"
