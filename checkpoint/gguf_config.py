@@ -101,7 +101,7 @@ FORMS = {
     ),
     "olmoe": Form(
         "olmoe",
-        (*_GROUPED, (LLM.EXPERT_COUNT, "num_experts"), (ATTENTION.CLAMP_KQV, "clip_qkv")),
+        (*_GROUPED, (LLM.EXPERT_COUNT, "num_experts")),
         {"norm_topk_prob": False},
     ),
     "gpt_oss": Form(

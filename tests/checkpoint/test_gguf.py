@@ -64,6 +64,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+GPT_OSS = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
+"""As released: llama.cpp's ramp begins and ends at whole pairs all the same, which shows sooner in
+shorter contexts."""
 CASES: dict[str, dict[str, Any]] = {
     "llama": {**COMMON, "rope_theta": 5e5, "rope_scaling": LLAMA3},
     "llama tied": {**COMMON, "tie_word_embeddings": True, "head_dim": 16},
@@ -81,7 +89,6 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "num_key_value_heads": 4,
         "head_dim": 16,
-        "clip_qkv": 1.5,
     },
     "gpt_oss": {
         **COMMON,
@@ -89,7 +96,8 @@ CASES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "sliding_window": 8,
         "attention_bias": True,
-        "rope_scaling": YARN | {"truncate": False},
+        "rope_theta": 150_000.0,
+        "rope_scaling": GPT_OSS,
     },
     "deepseek_v2": {
         **LATENT,
@@ -239,6 +247,16 @@ def test_other_settings_are_told(
 
     with pytest.raises(UserError, match=sentence):
         load()
+
+
+def test_what_llama_cpp_leaves_out_is_told(tmp_path: Path):
+    """It has a key for clipping, which OLMoE's graph doesn't read."""
+    family, config, variables = built("olmoe")
+    layer = config.pattern[0]
+    clipped = dataclasses.replace(layer.attention, clip_qkv=8.0)  # pyright: ignore
+    other = dataclasses.replace(config, pattern=(dataclasses.replace(layer, attention=clipped),))
+    with pytest.raises(UserError, match=r"can't say all that this model does: .*clip_qkv"):
+        gguf.export(tmp_path / "it.gguf", family, other, variables, None, "F16")
 
 
 def test_what_llama_cpp_cannot_say_is_told(tmp_path: Path):
