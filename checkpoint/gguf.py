@@ -41,8 +41,9 @@ def open_checkpoint(path: Path) -> PublicCheckpoint:
     assert family.gguf is not None
     tensors = JoinedTensors(file)
     config = read_model(family, settings, tensors)
+    rows = family.gguf.rows
     family = dataclasses.replace(family, copies=(), ignored=IGNORED)
-    return PublicCheckpoint(path, family, settings, config, family.gguf.rows, tensors)
+    return PublicCheckpoint(path, family, settings, config, rows, tensors)
 
 
 def tokenizer(path: Path) -> PublicTokenizer:
