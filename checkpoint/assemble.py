@@ -114,8 +114,8 @@ def check_copies(copies: Sequence[tuple[str, str]], tensors: Tensors) -> None:
         shape = tuple(tensors.shapes[name])
         same = of in tensors.shapes and tuple(tensors.shapes[of]) == shape
         for start, stop in _pieces(shape) if same else ():
-            pair = (tensors.read_rows(each, start, stop) for each in (name, of))
-            same = same and np.array_equal(*pair)
+            mine, other = (tensors.read_rows(each, start, stop) for each in (name, of))
+            same = same and np.array_equal(mine, other)
         if not same:
             raise UserError(
                 f"{tensors.file(name)}: {name} should repeat {of} and does not: a model with an "

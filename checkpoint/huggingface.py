@@ -64,7 +64,8 @@ def export(
     Raises:
       UserError: the family can't say what the model does, or a value does not fit the dtype.
     """
-    values = write_model(family, config) | {"dtype": dtype, "torch_dtype": dtype} | extra
+    kinds = {"dtype": dtype, "torch_dtype": dtype}
+    values = {**write_model(family, config), **kinds, **extra}
     entries = expand(family.rows, config, flatten(variables))
     entries += assemble.written_copies(entries, family.copies, config)
     plan = [(entry.name, _stored(entry, dtype), entry.shape) for entry in entries]

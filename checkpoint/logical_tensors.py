@@ -90,22 +90,28 @@ class LogicalTensors:
 
     def read_rows(self, name: str, start: int, stop: int, dtype: Any = np.float32) -> np.ndarray:
         """Rows [start, stop) of the first dim, decoded; otherwise as `read`."""
-        tensor = self._tensors[name]
-        rows = np.empty((stop - start, *tensor.shape[1:]), dtype)
+        tensor, dtype = self._tensors[name], np.dtype(dtype)
         is_integer = tensor.values.dtype.kind in "biu" and tensor.scales is None
-        assert is_integer or rows.dtype.kind not in "biu", f"{name} has fractions"
-        with np.errstate(over="ignore"):  # beyond the dtype: infinite, and refused below
-            if tensor.method == "mxfp4":
-                self._fill_mxfp4(tensor, start, rows)
-            elif tensor.method is None and rows.dtype == tensor.values.dtype:
-                rows = self._files.read_rows(name, start, stop)
-            else:
-                for part in _parts(rows.shape):
-                    rows[part] = self._decode(tensor, start + part.start, start + part.stop)
+        assert is_integer or dtype.kind not in "biu", f"{name} has fractions"
+        if tensor.method is None and dtype == tensor.values.dtype:
+            rows = self._files.read_rows(name, start, stop)
+        else:
+            rows = self._decode(tensor, start, stop, dtype)
         self._refuse_non_finite(name, rows, start)
         return rows
 
-    def _decode(self, tensor: _Logical, start: int, stop: int) -> np.ndarray:
+    def _decode(self, tensor: _Logical, start: int, stop: int, dtype: np.dtype[Any]) -> np.ndarray:
+        """Rows of the first dim, made in pieces."""
+        rows = np.empty((stop - start, *tensor.shape[1:]), dtype)
+        with np.errstate(over="ignore"):  # beyond the dtype: infinite, and refused by the caller
+            if tensor.method == "mxfp4":
+                self._fill_mxfp4(tensor, start, rows)
+            else:
+                for part in _parts(rows.shape):
+                    rows[part] = self._piece(tensor, start + part.start, start + part.stop)
+        return rows
+
+    def _piece(self, tensor: _Logical, start: int, stop: int) -> np.ndarray:
         values = self._files.read_rows(tensor.values.name, start, stop)
         if tensor.scales is None:
             return values

@@ -38,11 +38,11 @@ def write_model_folder(folder: Path, config: ModelConfig, variables: Any) -> Non
     Raises:
       UserError: the disk is full, or may not be written.
     """
-    target = (folder / VARIABLES).absolute()
+    target = folder.absolute() / VARIABLES
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         state = {name: part for name, part in variables.items() if part}
-        ocp.save_checkpointables(target, {STATE: state}, overwrite=True)
+        ocp.save_checkpointables(str(target), {STATE: state}, overwrite=True)
         (folder / CONFIG).write_text(to_json(config))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} can't be written: {error}") from error

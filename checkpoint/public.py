@@ -58,7 +58,7 @@ def find_family(settings: Settings) -> Family:
     classes = {family.architecture: family for family in FAMILIES}
     name = settings.text("model_type", default=None)
     architecture = (settings.items("architectures", of=str, default=[]) or [None])[0]
-    family = known.get(name) or (classes.get(architecture) if name is None else None)
+    family = classes.get(str(architecture)) if name is None else known.get(name)
     if family is None:
         raise UserError(
             f"{settings.where} has model_type={name!r}, architectures={architecture!r}; the "

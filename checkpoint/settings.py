@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class Settings:
         if value not in allowed:
             self._wrong(name, value, f"{' or '.join(map(repr, allowed))}: nothing else is built")
 
-    def _find(self, names: tuple[str, ...], default: Any) -> tuple[str | None, Any]:
+    def _find(self, names: Sequence[str], default: Any) -> tuple[str | None, Any]:
         for name in names:
             if name in self:
                 return name, self.values[name]

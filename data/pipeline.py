@@ -94,12 +94,12 @@ def _check_settings(directory: Path, settings: dict[str, object]) -> None:
                 f"{wanted!r}: set --data.directory to another folder"
             )
     sha256, corpus = found.get("tokenizer_sha256"), Corpus(directory)
-    if sha256 is not None and corpus.tokenizer_path.exists():
-        if fingerprint(corpus.tokenizer_path) != sha256:
-            raise UserError(
-                f"{corpus.tokenizer_path} is not the tokenizer that the token files beside it were "
-                f"made with: delete the folder {directory}, it will be made again"
-            )
+    is_known = sha256 is not None and corpus.tokenizer_path.exists()
+    if is_known and fingerprint(corpus.tokenizer_path) != sha256:
+        raise UserError(
+            f"{corpus.tokenizer_path} is not the tokenizer that the token files beside it were "
+            f"made with: delete the folder {directory}, it will be made again"
+        )
 
 
 def _build(directory: Path, settings: dict) -> None:

@@ -22,10 +22,12 @@ from checkpoint.public import PublicCheckpoint
 from checkpoint.run_directory import read_run
 from checkpoint.store import restore_variables
 from configs.architecture import ModelConfig
+from configs.base import RunConfig
 from configs.checks import UserError
 from data.pipeline import prepare_corpus
 from data.public_tokenizer import PublicTokenizer, read_public_tokenizer
 from data.smollm2 import packaged_gguf
+from data.tokenizer import end_of_text_id
 from infer.load import inference_execution
 from model.depth import causal
 from model.transformer import Transformer, Variables, abstract_variables
@@ -134,8 +136,15 @@ def _run(name: str, path: Path) -> Source:
         config=run.model,
         public=None,
         _restore=lambda abstract: restore_variables(path / "checkpoints", abstract)[0],
-        _tokenizer=lambda: prepare_corpus(run.data, run.model.vocab_size).public_tokenizer(),
+        _tokenizer=lambda: run_tokenizer(run),
     )
+
+
+def run_tokenizer(run: RunConfig) -> PublicTokenizer:
+    """That of the run's corpus, whose documents begin with the end of text."""
+    tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
+    end = end_of_text_id(tokenizer)
+    return PublicTokenizer(tokenizer, bos_id=end, eos_ids=frozenset({end}), add_bos=True)
 
 
 def _public(

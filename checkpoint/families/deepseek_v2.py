@@ -16,18 +16,20 @@ def read_config(settings: Settings) -> ModelConfig:
     method = settings.text(
         "topk_method", choices=("greedy", "group_limited_greedy"), default="greedy"
     )
-    groups = latent.read_groups(settings) if method == "group_limited_greedy" else {}
+    is_limited = method == "group_limited_greedy"
+    groups, best = latent.read_groups(settings) if is_limited else (None, None)
     weight = settings.number("aux_loss_alpha", default=1e-3)
     is_sequence = settings.flag("seq_aux", default=True)
     router = RouterConfig(
         top_k=settings.integer("num_experts_per_tok"),
         normalize_gates=False,
         gate_scale=settings.number("routed_scaling_factor", default=1.0),
-        **groups,
-        **({"group_score": "best"} if groups else {}),
+        num_groups=groups,
+        top_groups=best,
+        group_score="best" if groups else "best_two",
         load_balance_weight=0.0 if is_sequence else weight,
         sequence_weight=weight if is_sequence else 0.0,
-        **parts.AUXILIARY_ONLY,
+        z_loss_weight=0.0,
     )
     return latent.read_model(settings, router)
 

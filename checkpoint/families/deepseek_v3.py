@@ -14,17 +14,19 @@ def read_router(settings: Settings) -> RouterConfig:
     """Transformers 5 leaves scoring_func and topk_method out: this family has no others."""
     settings.expect("scoring_func", "sigmoid")
     settings.expect("topk_method", "noaux_tc")
+    groups, best = latent.read_groups(settings)
     return RouterConfig(
         top_k=settings.integer("num_experts_per_tok"),
         scores="sigmoid",
         normalize_gates=settings.flag("norm_topk_prob", default=True),
         gate_scale=settings.number("routed_scaling_factor", default=2.5),
-        **latent.read_groups(settings),
+        num_groups=groups,
+        top_groups=best,
         balance="loss_free",
         bias_rate=1e-3,
         load_balance_weight=0.0,
         sequence_weight=settings.number("aux_loss_alpha", default=1e-4),
-        **parts.AUXILIARY_ONLY,
+        z_loss_weight=0.0,
     )
 
 

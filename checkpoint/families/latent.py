@@ -87,8 +87,8 @@ def _write_attention(attention: LatentAttentionConfig) -> dict[str, Any]:
     }
 
 
-def read_groups(settings: Settings) -> dict[str, int]:
-    """Of a router: nothing where there is one group, which limits nothing."""
+def read_groups(settings: Settings) -> tuple[int | None, int | None]:
+    """A router's num_groups and top_groups; None where all groups may be chosen from."""
     groups = settings.integer("n_group", default=1)
     best = settings.integer("topk_group", default=1)
-    return {} if groups == best else {"num_groups": groups, "top_groups": best}
+    return (None, None) if groups == best else (groups, best)

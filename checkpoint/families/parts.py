@@ -13,9 +13,6 @@ from configs.rope import Llama3RopeConfig, YarnConfig
 
 RopeScaling = YarnConfig | Llama3RopeConfig | None
 
-AUXILIARY_ONLY = {"z_loss_weight": 0.0}
-"""Of a router: no public family but OLMoE's was trained with more than the balance loss."""
-
 
 def read_model(
     settings: Settings, layers: Sequence[LayerSpec], *, norm_eps: float, **extra: Any
@@ -142,7 +139,7 @@ def read_softmax_router(
         normalize_gates=normalize,
         load_balance_weight=settings.number("router_aux_loss_coef", default=auxiliary),
         bias=bias,
-        **AUXILIARY_ONLY,
+        z_loss_weight=0.0,
     )
 
 

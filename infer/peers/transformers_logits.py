@@ -11,8 +11,8 @@ import numpy as np
 
 
 def main(checkpoint: Path, tokens: list[int], out: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]  (the `parity` extra)
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
     where = {"pretrained_model_name_or_path": checkpoint}
     if checkpoint.is_file():

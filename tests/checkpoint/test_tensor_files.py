@@ -1,6 +1,7 @@
 """Safetensors files: as the public library writes them, and refused in a sentence when damaged."""
 
 import json
+import resource
 import struct
 import tracemalloc
 
@@ -397,6 +398,19 @@ def test_writer_refuses_another_checkpoint_and_removes_nothing(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(UserError, match="can't be written: File exists"):
         write(tmp_path / SHARD, arrays)
+
+
+def test_a_disk_that_takes_no_more_is_named(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = TensorWriter(tmp_path, [("x", np.float32, (100_000,))])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"model\.safetensors can't be written: File too large"):
+            writer.write("x", np.zeros(100_000, np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not writer.done("x")
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_writer_refuses_an_array_that_was_not_planned(tmp_path):

@@ -20,7 +20,7 @@ MAX_BYTES = 20_000_000
 """Far below what a header may claim; the files have at most some thousand bytes."""
 
 FUZZ = settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 QUANTIZATION = {
     None: None,

@@ -90,7 +90,13 @@ def test_the_grown_model_is_the_same_function(name, operator, factor):
     assert divergence(before_BLV, after_BLV) < 1e-6
 
 
-@pytest.mark.parametrize(("operator", "factor"), [("copy", 2), ("split", 4), ("reserve", 3)])
+CASES_OF_COPIES = (("copy", 2), ("reserve", 3))
+
+
+@pytest.mark.parametrize(
+    ("operator", "factor"),
+    [("split", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES_OF_COPIES)],
+)
 def test_biases_grow_too(operator, factor):
     """Whole in each part of a split expert, they would count as often as there are parts."""
     variables, grown = drawn(GPT_OSS), grown_config(GPT_OSS, operator, factor)
@@ -157,7 +163,8 @@ def test_dropped_units_lose_their_biases():
     variables = drawn(GPT_OSS)
     after = grow(variables, GPT_OSS, "reserve", drop=0.5)
     before, moe = (x["params"]["periods"]["layer_0"]["moe"] for x in (variables, after))
-    kept = {name: np.concatenate([x, x], axis=1) for name, x in before.items() if name != "router"}
+    names = ("gate_up", "gate_up_bias", "down_bias")
+    kept = {name: np.concatenate([before[name]] * 2, axis=1) for name in names}
     lost_EF = (moe["gate_up"] != kept["gate_up"])[0, :, :, 0].any(axis=1)
     changed_E2F = np.asarray(moe["gate_up_bias"] != kept["gate_up_bias"])[0]
     for changed_EF in (changed_E2F[:, 0], changed_E2F[:, 1]):

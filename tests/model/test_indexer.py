@@ -98,7 +98,7 @@ def test_absorbed_decode_equals_full_forward(variables, prefill):
     check_decode(CONFIG, variables, LENGTH, prefill)
 
 
-@pytest.mark.parametrize("taken_back", [0, 3])
+@pytest.mark.parametrize("taken_back", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_padding_and_tokens_taken_back_are_not_chosen(variables, taken_back):
     """Rows of 9 and 14 tokens padded to 16, of which the last are replaced by others."""
     tokens = np.random.RandomState(2).randint(0, 300, (2, LENGTH)).astype(np.int32)
