@@ -41,8 +41,9 @@ def open_checkpoint(path: Path) -> PublicCheckpoint:
     assert family.gguf is not None
     tensors = JoinedTensors(file)
     config = read_model(family, settings, tensors)
+    rows = family.gguf.rows
     family = dataclasses.replace(family, copies=(), ignored=IGNORED)
-    return PublicCheckpoint(path, family, settings, config, family.gguf.rows, tensors)
+    return PublicCheckpoint(path, family, settings, config, rows, tensors)
 
 
 def tokenizer(path: Path) -> PublicTokenizer:
@@ -80,7 +81,9 @@ def export(
     }
     values = write_model(family, config)
     metadata = config_to_gguf(family.model_type, values)
-    if tokenizer is not None:
+    if tokenizer is None:
+        metadata["tokenizer.ggml.model"] = "no_vocab"
+    else:
         metadata |= tokenizer_to_gguf(tokenizer, config.vocab_size)
     entries = expand(family.gguf.rows, config, leaves)
     tensors = [_tensor(entry, leaves, progress) for entry in entries]

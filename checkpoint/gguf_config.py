@@ -4,7 +4,6 @@ Each family has a table of pairs (llama.cpp's key, config.json's name); what is 
 the functions: widths of heads, rotary scaling, DeepSeek's latent attention.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import ExpertGatingFuncType, Keys
 
+from checkpoint.settings import Settings
 from configs.checks import UserError
 
 LLM, ATTENTION, ROPE = Keys.LLM, Keys.Attention, Keys.Rope
@@ -20,6 +20,9 @@ Pairs = tuple[tuple[str, str], ...]
 
 ROPE_FREQS = "rope_freqs.weight"
 """Llama 3's scaling as a factor for each pair, float32 [head_dim / 2]."""
+
+LITE_LAYERS = (26, 27)
+"""By which llama.cpp tells that queries have no rank of their own."""
 
 _COMMON: Pairs = (
     (LLM.CONTEXT_LENGTH, "max_position_embeddings"),
@@ -98,7 +101,7 @@ FORMS = {
     ),
     "olmoe": Form(
         "olmoe",
-        (*_GROUPED, (LLM.EXPERT_COUNT, "num_experts"), (ATTENTION.CLAMP_KQV, "clip_qkv")),
+        (*_GROUPED, (LLM.EXPERT_COUNT, "num_experts")),
         {"norm_topk_prob": False},
     ),
     "gpt_oss": Form(
@@ -143,7 +146,8 @@ def config_from_gguf(
     values["tie_word_embeddings"] = "output.weight" not in shapes
     if "token_embd.weight" in shapes:
         values["vocab_size"] = shapes["token_embd.weight"][0]
-    values["rope_scaling"] = _read_scaling(get, form, where)
+    asked = Settings({key: _plain(value) for key, value in metadata.items()}, where)
+    values["rope_scaling"] = _read_scaling(asked, form)
     if form.architecture == "deepseek2":
         values |= _read_latent(get, where)
     else:
@@ -229,7 +233,8 @@ def _check_known(metadata: Mapping[str, Any], form: Form, where: str) -> None:
 
 def _plain(value: Any) -> Any:
     """Floats as they were meant: 1e-5, which float32 keeps as 9.99999974e-06."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _read_heads(get: Callable[..., Any], values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -253,7 +258,7 @@ def _read_latent(get: Callable[..., Any], where: str) -> dict[str, Any]:
     key = get(ATTENTION.KEY_LENGTH_MLA, get(ATTENTION.KEY_LENGTH))
     value = get(ATTENTION.VALUE_LENGTH_MLA, get(ATTENTION.VALUE_LENGTH))
     rotary = get(ROPE.DIMENSION_COUNT)
-    if not all(isinstance(x, int) for x in (key, value, rotary)):
+    if any(type(x) is not int for x in (key, value, rotary)):
         raise UserError(
             f"{where} has key_length={key}, value_length={value}, rope.dimension_count={rotary}, "
             "expected whole numbers"
@@ -266,26 +271,34 @@ def _read_latent(get: Callable[..., Any], where: str) -> dict[str, Any]:
     return latent
 
 
-def _read_scaling(get: Callable[..., Any], form: Form, where: str) -> dict[str, Any] | None:
-    kind = get(ROPE.SCALING_TYPE, "none")
-    if kind == "none" or (kind == "linear" and get(ROPE.SCALING_FACTOR, 1.0) == 1.0):
+def _read_scaling(asked: Settings, form: Form) -> dict[str, Any] | None:
+    def name(key: str) -> str:
+        return key.format(arch=form.architecture)
+
+    kind = asked.text(name(ROPE.SCALING_TYPE), default="none")
+    factor = asked.number(name(ROPE.SCALING_FACTOR), default=1.0)
+    if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
     if kind != "yarn":
-        raise UserError(f"{where} has rope.scaling.type={kind!r}: only 'yarn' and 'none' are built")
+        raise UserError(
+            f"{asked.where} has rope.scaling.type={kind!r}: only 'yarn' and 'none' are built"
+        )
     scaling = {
         "rope_type": "yarn",
-        "factor": get(ROPE.SCALING_FACTOR),
-        "original_max_position_embeddings": get(ROPE.SCALING_ORIG_CTX_LEN),
-        "beta_fast": get(ROPE.SCALING_YARN_BETA_FAST, 32.0),
-        "beta_slow": get(ROPE.SCALING_YARN_BETA_SLOW, 1.0),
+        "factor": factor,
+        "original_max_position_embeddings": asked.integer(name(ROPE.SCALING_ORIG_CTX_LEN)),
+        "beta_fast": asked.number(name(ROPE.SCALING_YARN_BETA_FAST), default=32.0),
+        "beta_slow": asked.number(name(ROPE.SCALING_YARN_BETA_SLOW), default=1.0),
         "truncate": form.architecture != "gpt-oss",
     }
-    multiplier = get(ROPE.SCALING_YARN_LOG_MUL, 0.0)
+    multiplier = asked.number(name(ROPE.SCALING_YARN_LOG_MUL), default=0.0)
     if form.architecture == "deepseek2":
         mscale = round(multiplier / 0.1, 6)
         scaling |= {"mscale": mscale, "mscale_all_dim": mscale, "attention_factor": 1.0}
     elif multiplier:
-        raise UserError(f"{where} has rope.scaling.yarn_log_multiplier={multiplier}: not built")
+        raise UserError(
+            f"{asked.where} has rope.scaling.yarn_log_multiplier={multiplier}: not built"
+        )
     return scaling
 
 
@@ -309,6 +322,11 @@ def _written_latent(model_type: str, values: Mapping[str, Any]) -> dict[str, Any
             "llama.cpp judges a group by its best two experts, DeepSeek-V2's groups go by their "
             "best one: the model can't be written as GGUF"
         )
+    if values["q_lora_rank"] is None and values["num_hidden_layers"] not in LITE_LAYERS:
+        raise UserError(
+            f"llama.cpp takes DeepSeek without a query rank for V2-Lite, of {LITE_LAYERS} layers, "
+            f"the model has {values['num_hidden_layers']}: it can't be written as GGUF"
+        )
     rank, rotary = values["kv_lora_rank"], values["qk_rope_head_dim"]
     is_sigmoid = model_type == "deepseek_v3"
     gating = ExpertGatingFuncType.SIGMOID if is_sigmoid else ExpertGatingFuncType.SOFTMAX
@@ -330,6 +348,10 @@ def _read_llama3(factors_C: np.ndarray, values: Mapping[str, Any], where: str) -
     """The scaling whose factors the tensor has: the file keeps only what it makes of it, and all
     Llama models share the rest.
     """
+    asked = Settings(dict(values), where)
+    asked.integer("head_dim", least=2)
+    if asked.number("rope_theta") <= 1:
+        raise UserError(f"{where} has rope.freq_base={values['rope_theta']}, expected more than 1")
     scaling = {
         "rope_type": "llama3",
         "factor": _plain(float(factors_C.max())),
@@ -343,5 +365,4 @@ def _read_llama3(factors_C: np.ndarray, values: Mapping[str, Any], where: str) -
             f"{where} has {ROPE_FREQS} that is not Llama 3's scaling by factors of 1 to "
             f"{factors_C.max():.3g}: read the model's Hugging Face form"
         )
-    assert math.isfinite(scaling["factor"])
     return scaling

@@ -35,12 +35,9 @@ class JoinedTensors:
     def _join(self, layer: str) -> None:
         keys = self._shapes.pop(layer + KEYS)
         values = self._shapes.pop(layer + VALUES, None)
-        fits = values is not None and len(keys) == len(values) == 3
-        if (
-            not fits
-            or (keys[0], keys[1]) != (values[0], values[2])
-            or layer + JOINED in self._shapes
-        ):
+        is_pair = values is not None and len(keys) == len(values) == 3
+        is_pair = is_pair and layer + JOINED not in self._shapes
+        if values is None or not is_pair or (keys[0], keys[1]) != (values[0], values[2]):
             raise UserError(
                 f"{self._file.path} has {layer}{KEYS} of shape {keys} and {layer}{VALUES} of "
                 f"shape {values}, expected [heads, rank, width] and [heads, width, rank], and no "

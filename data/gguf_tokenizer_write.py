@@ -95,10 +95,11 @@ def _pieces(model: dict[str, Any], state: dict[str, Any], tokens: list[str]) -> 
             scores[token] = -float(rank)
     has_prefix = "Prepend" in json.dumps(state["normalizer"])
     kinds = {f"<0x{i:02X}>": BYTE for i in range(256)} | {model["unk_token"]: UNKNOWN}
-    added = {token["content"]: token["special"] for token in state["added_tokens"]}
-    types = [
-        kinds.get(t, {True: CONTROL, False: USER_DEFINED}.get(added.get(t), NORMAL)) for t in tokens
-    ]
+    added = {
+        token["content"]: CONTROL if token["special"] else USER_DEFINED
+        for token in state["added_tokens"]
+    }
+    types = [kinds.get(token, added.get(token, NORMAL)) for token in tokens]
     values = {"model": "llama", "scores": list(scores.values()), "token_type": types}
     return values | {"add_space_prefix": has_prefix}
 

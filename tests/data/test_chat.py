@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs.checks import UserError
 from data import chat
@@ -118,3 +120,20 @@ def test_a_worker_that_died_between_is_started_anew():
     process.kill()
     process.wait()
     assert render(HELLO, "{{ messages | length }}") == "1"
+
+
+PIECES = st.sampled_from([
+    "{{ ", " }}", "{% ", " %}", "for i in range(9)", "endfor", "if x", "endif", "messages", "[0]",
+    ".content", " | tojson", " ~ ", "'a'", " * ", "99999", "macro m()", "endmacro", "m()", "é",
+    "set x = ", "namespace(a=1)", "(", ")", "\n", "{#", "#}", ".__class__", "{% generation %}",
+])  # fmt: skip
+
+
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None)
+@given(pieces=st.lists(PIECES, max_size=14))
+def test_random_templates_render_or_are_told(pieces: list[str]):
+    try:
+        assert isinstance(render(HELLO, "".join(pieces)), str)
+    except UserError as error:
+        assert str(error).startswith("the chat template can't be rendered")  # noqa: PT017

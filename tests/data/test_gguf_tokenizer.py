@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from checkpoint.gguf_files import GGUFFile
 from configs.checks import UserError
 from data.gguf_tokenizer import CUTS, tokenizer_from_gguf
+from data.gguf_tokenizer_write import tokenizer_to_gguf
 from data.smollm2 import packaged_gguf
 
 HERE = Path(__file__).parent
@@ -68,6 +70,35 @@ def test_sentencepiece_as_llama_cpp(prefix: bool):
         assert tokenizer.encode(text, specials=True) == ids[-1], text
         if "<repo_name>" not in text:  # the text after it gets a space of its own
             assert tokenizer.decode(ids[0]) == text
+
+
+@pytest.mark.parametrize("pre", [*CUTS, "llama True", "llama False"])
+def test_written_and_read_back(pre: str):
+    """The same ids, by a cut of the same kind; a tokenizer without a known cut is refused."""
+    if pre.startswith("llama "):
+        values = metadata("llama", add_space_prefix=pre == "llama True")
+    else:
+        values = metadata("gpt2", pre)
+    tokenizer = tokenizer_from_gguf(values, "here")
+    again = tokenizer_to_gguf(tokenizer, tokenizer.vocab_size + 3)
+    read = tokenizer_from_gguf(again, "here")
+    if pre in CUTS:
+        assert CUTS[again["tokenizer.ggml.pre"]] == CUTS[pre]
+    assert again["tokenizer.ggml.tokens"][-3:] == [f"[PAD{read.vocab_size - i}]" for i in (3, 2, 1)]
+    assert again["tokenizer.ggml.token_type"][:-3] == values["tokenizer.ggml.token_type"]
+    for text in TEXTS:
+        assert read.encode(text, specials=True) == tokenizer.encode(text, specials=True)
+
+
+def test_what_llama_cpp_has_no_name_for_is_refused():
+    values = metadata("gpt2", "gpt-2")
+    tokenizer = tokenizer_from_gguf(values, "here")
+    whitespace: Any = pre_tokenizers.Whitespace()
+    tokenizer.tokenizer.pre_tokenizer = whitespace  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(UserError, match="no name for how this tokenizer cuts text"):
+        tokenizer_to_gguf(tokenizer, tokenizer.vocab_size)
+    with pytest.raises(UserError, match="the model vocab_size=7"):
+        tokenizer_to_gguf(tokenizer, 7)
 
 
 def test_special_tokens_of_a_user_stay_text():

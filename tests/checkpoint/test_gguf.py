@@ -1,0 +1,365 @@
+"""GGUF in both directions: against llama.cpp's own rules in numpy, and (slow) against llama.cpp."""
+
+import dataclasses
+import functools
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf as public
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from checkpoint import gguf
+from checkpoint.families import FAMILIES
+from checkpoint.families.base import Family
+from checkpoint.gguf_files import GGUFFile
+from checkpoint.settings import Settings
+from checkpoint.tables import expand, flatten
+from configs.architecture import ModelConfig
+from configs.checks import UserError
+from data.gguf_tokenizer import tokenizer_from_gguf
+from data.public_tokenizer import PublicTokenizer
+from data.smollm2 import packaged_gguf
+from data.tokenizer import train_tokenizer
+from infer.load import inference_execution
+from model.transformer import Transformer, abstract_variables
+
+HERE = Path(__file__).parent
+COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    **COMMON,
+    **EXPERTS,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+GPT_OSS = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
+"""As released: llama.cpp's ramp begins and ends at whole pairs all the same, which shows sooner in
+shorter contexts."""
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {**COMMON, "rope_theta": 5e5, "rope_scaling": LLAMA3},
+    "llama tied": {**COMMON, "tie_word_embeddings": True, "head_dim": 16},
+    "mixtral": {**COMMON, **EXPERTS, "num_local_experts": 4},
+    "qwen3_moe": {
+        **COMMON,
+        **EXPERTS,
+        "num_experts": 4,
+        "norm_topk_prob": True,
+        "rope_scaling": YARN,
+    },
+    "olmoe": {
+        **COMMON,
+        **EXPERTS,
+        "num_experts": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    },
+    "gpt_oss": {
+        **COMMON,
+        **EXPERTS,
+        "num_local_experts": 4,
+        "sliding_window": 8,
+        "attention_bias": True,
+        "rope_theta": 150_000.0,
+        "rope_scaling": GPT_OSS,
+    },
+    "deepseek_v2": {
+        **LATENT,
+        "norm_topk_prob": False,
+        "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v3": {
+        **LATENT,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+}
+
+
+@functools.cache
+def built(case: str) -> tuple[Family, ModelConfig, Any]:
+    """The family, a tiny model of it, and values that float16 holds exactly."""
+    family = next(f for f in FAMILIES if f.model_type == case.split()[0])
+    config = family.read_config(Settings(CASES[case], case))
+    shapes, _ = abstract_variables(Transformer(config, execution()))
+    random = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        values = random.standard_normal(leaf.shape) * (0.4 if "router" in name else 0.15)
+        values += 1.0 if name.endswith("scale") else 0.0
+        values *= 0.0 if name.endswith("null_logit") else 1.0
+        return jnp.asarray(values.astype(np.float16).astype(np.float32))
+
+    return family, config, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def execution() -> Any:
+    return dataclasses.replace(inference_execution(), compute_dtype="float32")
+
+
+def placed(variables: Any) -> Any:
+    home = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), variables)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_written_and_read_back(case: str, tmp_path: Path):
+    """The model's settings and every value come back, and each name is one that llama.cpp's own
+    package has for the architecture."""
+    family, config, variables = built(case)
+    path = tmp_path / "it.gguf"
+    gguf.export(path, family, config, variables, None, "F16")
+    checkpoint = gguf.open_checkpoint(path)
+    assert checkpoint.family.model_type == family.model_type
+    read = checkpoint.load(placed(variables))
+    jax.tree.map(np.testing.assert_array_equal, read, variables)
+    assert list(tmp_path.iterdir()) == [path]
+    assert family.gguf is not None
+    names = {arch: kind for kind, arch in public.MODEL_ARCH_NAMES.items()}
+    known = {public.TENSOR_NAMES[t] for t in public.MODEL_TENSORS[names[family.gguf.architecture]]}
+    for name in GGUFFile(path).shapes:
+        plain = name.rsplit(".", 1)[0]
+        plain = plain.replace("blk.0", "blk.{bid}").replace("blk.1", "blk.{bid}")
+        assert plain in known, name
+
+
+def written(case: str, tmp_path: Path) -> tuple[GGUFFile, dict[str, np.ndarray]]:
+    """A GGUF, and the same model's tensors in Hugging Face form."""
+    family, config, variables = built(case)
+    gguf.export(tmp_path / "it.gguf", family, config, variables, None, "F16")
+    leaves = flatten(variables)
+    tensors = {}
+    for entry in expand(family.rows, config, leaves):
+        place = tuple(slice(None) if at is None else at for at in entry.place)
+        tensors[entry.name] = entry.to_public(np.asarray(leaves[entry.leaf])[place])
+    return GGUFFile(tmp_path / "it.gguf"), tensors
+
+
+def test_llama_heads_are_permuted_as_the_converter_does(tmp_path: Path):
+    file, tensors = written("llama", tmp_path)
+    for name, ours, heads in (("q", "attn_q", 4), ("k", "attn_k", 2)):
+        w_OD = tensors[f"model.layers.1.self_attn.{name}_proj.weight"]
+        halves = w_OD.reshape(heads, 2, 16, 64)
+        permuted = halves.swapaxes(1, 2).reshape(w_OD.shape)
+        np.testing.assert_array_equal(file.read(f"blk.1.{ours}.weight"), permuted)
+        assert not np.array_equal(permuted, w_OD)
+    value = tensors["model.layers.1.self_attn.v_proj.weight"]
+    np.testing.assert_array_equal(file.read("blk.1.attn_v.weight"), value)
+
+
+def test_experts_are_stacked(tmp_path: Path):
+    file, tensors = written("mixtral", tmp_path)
+    for name, ours in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+        prefix = "model.layers.1.block_sparse_moe.experts"
+        stacked = np.stack([tensors[f"{prefix}.{e}.{name}.weight"] for e in range(4)])
+        np.testing.assert_array_equal(file.read(f"blk.1.ffn_{ours}_exps.weight"), stacked)
+
+
+def test_latent_projections_lie_apart(tmp_path: Path):
+    """As llama.cpp's converter splits kv_b; the classic file is read too."""
+    file, tensors = written("deepseek_v3", tmp_path)
+    kv = tensors["model.layers.1.self_attn.kv_b_proj.weight"].reshape(4, 16 + 12, 16)
+    np.testing.assert_array_equal(file.read("blk.1.attn_k_b.weight"), kv[:, :16].transpose(0, 2, 1))
+    np.testing.assert_array_equal(file.read("blk.1.attn_v_b.weight"), kv[:, 16:])
+    assert file.kind("blk.1.ffn_gate_inp.weight").name == "F32"
+    assert file.kind("blk.1.exp_probs_b.bias").name == "F32"
+    assert file.kind("blk.1.attn_v_b.weight").name == "F16"
+
+
+def test_rotary_factors_are_llama_3s(tmp_path: Path):
+    """Slow pairs 8 times slower, fast ones as they are."""
+    file, _ = written("llama", tmp_path)
+    factors = file.read("rope_freqs.weight")
+    assert factors.shape == (16,)
+    assert (factors[0], factors[-1]) == (1.0, 8.0)
+    assert (np.diff(factors) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"llama.attention.sliding_window": 7}, "may change what the model computes"),
+        ({"general.architecture": "gemma"}, "general.architecture='gemma'; those that can be"),
+        ({"llama.block_count": 3}, "tensors are missing"),
+        ({"llama.block_count": "two"}, "num_hidden_layers='two', expected a whole number"),
+        ({"llama.attention.value_length": 8}, "heads of width 32"),
+        ({"llama.rope.scaling.type": "longrope"}, "only 'yarn' and 'none'"),
+        ({"llama.embedding_length": 128}, "its config asks for"),
+    ],
+)
+def test_other_settings_are_told(
+    change: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    family, config, variables = built("llama")
+    path = tmp_path / "it.gguf"
+    gguf.export(path, family, config, variables, None, "F16")
+
+    class Changed(GGUFFile):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self.metadata |= change
+
+    monkeypatch.setattr(gguf, "GGUFFile", Changed)
+
+    def load() -> None:
+        checkpoint = gguf.open_checkpoint(path)
+        shapes, _ = abstract_variables(Transformer(checkpoint.config, execution()))
+        checkpoint.load(placed(shapes))
+
+    with pytest.raises(UserError, match=sentence):
+        load()
+
+
+def test_what_llama_cpp_leaves_out_is_told(tmp_path: Path):
+    """It has a key for clipping, which OLMoE's graph doesn't read."""
+    family, config, variables = built("olmoe")
+    layer = config.pattern[0]
+    clipped = dataclasses.replace(layer.attention, clip_qkv=8.0)  # pyright: ignore
+    other = dataclasses.replace(config, pattern=(dataclasses.replace(layer, attention=clipped),))
+    with pytest.raises(UserError, match=r"can't say all that this model does: .*clip_qkv"):
+        gguf.export(tmp_path / "it.gguf", family, other, variables, None, "F16")
+
+
+def test_what_llama_cpp_cannot_say_is_told(tmp_path: Path):
+    family, config, variables = built("qwen3_moe")
+    layer = config.pattern[0]
+    router = dataclasses.replace(layer.ffn.router, normalize_gates=False)  # pyright: ignore
+    ffn = dataclasses.replace(layer.ffn, router=router)
+    other = dataclasses.replace(config, pattern=(dataclasses.replace(layer, ffn=ffn),))
+    with pytest.raises(UserError, match=r"can't say all that this model does: .*normalize_gates"):
+        gguf.export(tmp_path / "it.gguf", family, other, variables, None, "F16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_beyond_float16_are_told(tmp_path: Path):
+    family, config, variables = built("llama")
+    wide = variables["params"]["embedding"].at[3, 3].set(1e5)
+    variables = {**variables, "params": {**variables["params"], "embedding": wide}}
+    with pytest.raises(UserError, match=r"token_embd.weight has the value 100000"):
+        gguf.export(tmp_path / "it.gguf", family, config, variables, None, "F16")
+    assert not list(tmp_path.iterdir())
+    gguf.export(tmp_path / "it.gguf", family, config, variables, None, "Q8_0")
+
+
+def test_eight_bits_round_as_they_should(tmp_path: Path):
+    """Half a step of each block of 32, and float16's rounding of the step."""
+    family, config, variables = built("llama")
+    gguf.export(tmp_path / "it.gguf", family, config, variables, None, "Q8_0")
+    file = GGUFFile(tmp_path / "it.gguf")
+    assert file.kind("token_embd.weight").name == "Q8_0"
+    assert file.kind("blk.0.attn_norm.weight").name == "F32"
+    want = np.asarray(variables["params"]["embedding"])
+    steps = np.abs(want).reshape(256, 2, 32).max(-1, keepdims=True) / 127
+    error = np.abs(file.read("token_embd.weight") - want).reshape(256, 2, 32)
+    assert (error <= steps * (0.5 + 127 * 2.0**-11)).all()
+    assert error.max() > steps.min() / 4
+
+
+def test_the_tokenizer_goes_along(tmp_path: Path):
+    family, config, _ = built("llama")
+    config = dataclasses.replace(config, vocab_size=300)
+    model = Transformer(config, execution())
+    variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_variables(model)[0])
+    plain = train_tokenizer(["to be or not to be"] * 3, 260)
+    plain.add_special_tokens(["</s>"])
+    plain.encode_special_tokens = True
+    tokenizer = PublicTokenizer(plain, 0, frozenset({0, 260}), True, "{{ messages }}")
+    path = tmp_path / "it.gguf"
+    gguf.export(path, family, config, variables, tokenizer, "F16")
+    read = gguf.tokenizer(path)
+    assert (read.bos_id, read.eos_ids, read.add_bos) == (0, {0, 260}, True)
+    assert read.chat_template == "{{ messages }}"
+    text = "not to be, über 123</s>"
+    assert read.encode(text) == tokenizer.encode(text)
+    assert read.encode(text, specials=True) == tokenizer.encode(text, specials=True)
+    assert read.vocab_size == 300
+    with pytest.raises(UserError, match="has token 260, the model vocab_size=256"):
+        gguf.export(path, *built("llama"), tokenizer, "F16")
+
+
+def llama_cpp(path: Path, out: Path, *arguments: Any) -> np.ndarray:
+    if importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama.cpp is not there: pip install '.[llama]' brings it")
+    command = [sys.executable, str(HERE / "llama_peer.py"), str(path), str(out)]
+    subprocess.run([*command, *map(str, arguments)], check=True, capture_output=True)
+    return np.load(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_the_same(case: str, tmp_path: Path):
+    """Logits of 40 tokens within 0.03 of a spread of 1.2: llama.cpp rounds what it multiplies and
+    caches to float16, 11 bits. A model with its heads in another order is out by 1."""
+    family, config, variables = built(case)
+    path = tmp_path / "it.gguf"
+    gguf.export(path, family, config, variables, None, "F16")
+    tokens = np.random.default_rng(1).integers(3, 250, 40)
+    theirs = llama_cpp(path, tmp_path / "out.npy", "logits", *tokens)
+    model = Transformer(config, execution())
+    hidden_BLD, _ = model.apply(variables, jnp.asarray(tokens)[None], jnp.arange(40)[None])
+    params = variables["params"]
+    output = params["embedding"].T if config.tie_embeddings else params["output"]
+    np.testing.assert_allclose(theirs, np.asarray(hidden_BLD[0] @ output), atol=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["F16", "Q8_0"])
+def test_smollm2_written_again_answers_alike(quantization: Any, tmp_path: Path):
+    """llama.cpp gives the same tokens for the packaged file and for what we make of it."""
+    try:
+        packaged = packaged_gguf()
+    except UserError as error:
+        pytest.skip(str(error))
+    checkpoint, tokenizer = gguf.open_checkpoint(packaged), gguf.tokenizer(packaged)
+    shapes, _ = abstract_variables(Transformer(checkpoint.config, execution()))
+    variables = checkpoint.load(placed(shapes))
+    path = tmp_path / "it.gguf"
+    family = next(f for f in FAMILIES if f.model_type == checkpoint.family.model_type)
+    gguf.export(path, family, checkpoint.config, variables, tokenizer, quantization)
+    before, after = GGUFFile(packaged).metadata, GGUFFile(path).metadata
+    for name in ("tokens", "merges", "token_type", "pre", "bos_token_id", "eos_token_id"):
+        assert before[f"tokenizer.ggml.{name}"] == after[f"tokenizer.ggml.{name}"], name
+    text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer_from_gguf(after, "it").encode(text, specials=True)
+    said = [llama_cpp(p, tmp_path / "out.npy", "greedy", 24, *ids) for p in (packaged, path)]
+    np.testing.assert_array_equal(*said)
+    assert "Paris" in tokenizer.decode(said[0].tolist())
