@@ -27,6 +27,9 @@ from model.transformer import (
     output_weights,
 )
 
+SLOTS = 256
+"""Caches have a whole multiple of them: each size is compiled for itself."""
+
 OnTokens = Callable[[np.ndarray], None]
 """Called with each row's new token, int32 [B]; -1 for rows that have none."""
 
@@ -79,7 +82,7 @@ def generate(
     tokens_BL, positions_BL = _pad(prompts)
     position_B = np.array([len(prompt) for prompt in prompts], np.int32)
     spare = draft.length if draft else 0
-    slots = int(position_B.max()) + max_new_tokens + spare
+    slots = _slots(model, int(position_B.max()) + max_new_tokens + spare)
     cache = init_cache(model.config, len(prompts), slots, model.execution.compute_dtype, spare)
     token_B, cache = prefill_step(
         model, sampling, variables, tokens_BL, positions_BL, cache, way.key, preference
@@ -223,6 +226,12 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens:
                 "model's "
                 f"context_length={config.context_length}: shorten the prompt or ask for fewer"
             )
+
+
+def _slots(model: Transformer, needed: int) -> int:
+    """Slots of the caches: a conversation that grows is compiled anew only now and then."""
+    longest = max(needed, model.config.context_length)
+    return min(-(-needed // SLOTS) * SLOTS, longest)
 
 
 def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

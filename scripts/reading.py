@@ -1,9 +1,13 @@
-"""The progress bar of a model being read."""
+"""A model on its way in, and text on its way out: the bar and the printer of several verbs."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 
+import numpy as np
+
+from data.public_tokenizer import PublicTokenizer
 from infer.sources import Progress, Source
 from train.progress import ProgressBar
 
@@ -17,14 +21,37 @@ def reading(source: Source, title: str = "") -> Iterator[Progress]:
     if source.config.num_parameters < MIN_PARAMETERS:
         yield lambda done, total: None
         return
-    with ProgressBar(title or f"reading {source.name}", total=0, unit="M parameters") as bar:
+    million = 1_000_000
+    total = source.config.num_parameters // million
+    with ProgressBar(title or f"reading {source.name}", total=total, unit="M parameters") as bar:
         last = 0.0
 
-        def update(done: int, total: int) -> None:
+        def update(done: int, whole: int) -> None:
             nonlocal last
-            if done == total or time.monotonic() - last > 0.1:
+            if done == whole or time.monotonic() - last > 0.1:
                 last = time.monotonic()
-                bar.total = total // 1_000_000
-                bar.update(done // 1_000_000)
+                bar.update(total if done == whole else done // million)
 
         yield update
+
+
+class Printer:
+    """Shows a text as it grows, the prompt with the first token: what can't be done is said before
+    it.
+    """
+
+    def __init__(self, prompt: str, tokenizer: PublicTokenizer) -> None:
+        self._prompt, self._tokenizer = prompt, tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def show(self, token_B: np.ndarray) -> None:
+        """Prints what the new token adds; a character whose bytes are incomplete waits."""
+        sys.stdout.write(self._prompt)
+        self._prompt = ""
+        self._ids.extend(token_B[token_B >= 0].tolist())
+        text = self._tokenizer.decode(self._ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            sys.stdout.write(text[self._shown :])
+            sys.stdout.flush()
+            self._shown = len(text)

@@ -44,7 +44,9 @@ def main() -> None:
     result = {
         "made_with": f"transformers {transformers.__version__}, torch {torch.__version__}",
         "prompts": [generate(model, tokenizer, prompt) for prompt in PROMPTS],
-        "texts": [score(model, tokenizer, HERE / name) for name in ("prose.txt", "code.txt", "talk.txt")],
+        "texts": [
+            score(model, tokenizer, HERE / name) for name in ("prose.txt", "code.txt", "talk.txt")
+        ],
     }
     (HERE / "expected.json").write_text(json.dumps(result, indent=1) + "\n")
 
