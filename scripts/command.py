@@ -86,7 +86,7 @@ def use_host_devices(count: int) -> None:
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs in the user's cache folder: a model's second start takes seconds less."""
+    """Keeps compiled programs in the user's cache folder: a second start is quicker."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesaic" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

