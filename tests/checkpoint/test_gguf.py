@@ -224,8 +224,11 @@ def test_rotary_factors_are_llama_3s(tmp_path: Path):
         ({"llama.attention.value_length": 8}, "heads of width 32"),
         (
             dict.fromkeys(
-                ["llama.attention.key_length", "llama.attention.value_length"]
-                + ["llama.rope.dimension_count"],
+                [
+                    "llama.attention.key_length",
+                    "llama.attention.value_length",
+                    "llama.rope.dimension_count",
+                ],
                 2**31 - 2,
             ),
             "expected one factor for each two",
