@@ -349,9 +349,13 @@ def _read_llama3(factors_C: np.ndarray, values: Mapping[str, Any], where: str) -
     Llama models share the rest.
     """
     asked = Settings(dict(values), where)
-    asked.integer("head_dim", least=2)
     if asked.number("rope_theta") <= 1:
         raise UserError(f"{where} has rope.freq_base={values['rope_theta']}, expected more than 1")
+    if factors_C.ndim != 1 or asked.integer("head_dim") != 2 * factors_C.size:
+        raise UserError(
+            f"{where} has {ROPE_FREQS} of shape {factors_C.shape} and heads of width "
+            f"{values['head_dim']}, expected one factor for each two"
+        )
     scaling = {
         "rope_type": "llama3",
         "factor": _plain(float(factors_C.max())),

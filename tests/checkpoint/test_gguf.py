@@ -222,6 +222,17 @@ def test_rotary_factors_are_llama_3s(tmp_path: Path):
         ({"llama.block_count": 3}, "tensors are missing"),
         ({"llama.block_count": "two"}, "num_hidden_layers='two', expected a whole number"),
         ({"llama.attention.value_length": 8}, "heads of width 32"),
+        (
+            dict.fromkeys(
+                [
+                    "llama.attention.key_length",
+                    "llama.attention.value_length",
+                    "llama.rope.dimension_count",
+                ],
+                2**31 - 2,
+            ),
+            "expected one factor for each two",
+        ),
         ({"llama.rope.scaling.type": "longrope"}, "only 'yarn' and 'none'"),
         ({"llama.embedding_length": 128}, "its config asks for"),
     ],
