@@ -36,6 +36,7 @@ GLOBAL = LayerSpec(
 DENSE = tiny.model(pattern=(GLOBAL,), num_layers=2, tie_embeddings=True)
 UPCYCLED = upcycled_config(DENSE, num_experts=4, top_k=2)
 SHAPES = {
+    "one kind of layer": (DENSE, 1),
     "every second layer": (tiny.model(pattern=(GLOBAL,), num_layers=4), 2),
     "behind a prefix": (  # two kinds of layers, every fourth
         tiny.model(prefix=(WINDOWED,), pattern=(WINDOWED, GLOBAL), num_layers=5),
@@ -89,9 +90,8 @@ def check_the_same_function(dense, upcycled, mesh=None):
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["every second layer", pytest.param("behind a prefix", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
 def test_the_upcycled_model_is_the_same_function(name):
     dense, every = SHAPES[name]
     check_the_same_function(dense, upcycled_config(dense, num_experts=4, top_k=2, every=every))
@@ -104,7 +104,9 @@ def test_other_routers_are_exact_too(name):
 
 
 def test_it_is_the_same_function_on_expert_shards():
-    check_the_same_function(DENSE, UPCYCLED, make_mesh(1, 4, 1))
+    dense, every = SHAPES["every second layer"]
+    upcycled = upcycled_config(dense, num_experts=4, top_k=2, every=every)
+    check_the_same_function(dense, upcycled, make_mesh(1, 4, 1))
 
 
 @pytest.fixture(scope="module")
