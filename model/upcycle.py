@@ -134,6 +134,10 @@ def _check_exact(ffn: MoEConfig) -> None:
         f"upcycling fills routed experts only, got num_shared_experts={ffn.num_shared_experts}: a "
         "shared copy would count twice",
     )
+    require(
+        ffn.activation == "swiglu",
+        f"upcycling copies SwiGLU layers, got activation={ffn.activation!r}: use 'swiglu'",
+    )
 
 
 def _pairs(dense: ModelConfig, upcycled: ModelConfig) -> list[tuple[LayerSpec, LayerSpec]]:

@@ -13,9 +13,10 @@ from configs.base import InitConfig, MeshConfig, OptimizerConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
 from data.pipeline import batches, prepare_corpus
+from infer.sources import open_source
 from model.transformer import Transformer, hidden_states, output_weights
 from model.upcycle import upcycled_config
-from scripts.sources import beginning, first_variables, load_source
+from scripts.sources import beginning, first_variables
 from tests import tiny
 from tests.probes import drawn
 from train.initial import initial_variables
@@ -48,15 +49,16 @@ def a_run(source, model, **changes):
 
 
 def test_a_model_folder_is_read_as_it_was_written(source):
-    config, variables = load_source(str(source / "dense"))
+    found = open_source(str(source / "dense"))
+    config, (_, variables) = found.config, found.load()
     assert config.context_length == 128
     taken = initial_variables(a_run(source, DENSE), config, variables)
     for ours, theirs in zip(
         jax.tree.leaves(taken), jax.tree.leaves(small(drawn(DENSE))), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
-    with pytest.raises(UserError, match="is no run directory"):
-        load_source(str(source / "nowhere"))
+    with pytest.raises(UserError, match="is no folder and no file"):
+        open_source(str(source / "nowhere"))
 
 
 def test_the_upcycled_run_begins_with_the_dense_models_loss_and_is_a_source_itself(source):
