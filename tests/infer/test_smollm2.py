@@ -1,4 +1,4 @@
-"""The packaged SmolLM2-135M against what transformers makes of the same file (smollm2/record.py)."""
+"""The packaged SmolLM2-135M against what transformers makes of its file (smollm2/record.py)."""
 
 import json
 import math
