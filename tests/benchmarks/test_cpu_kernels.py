@@ -64,6 +64,7 @@ class Peer:
         return lambda: x_RK @ weights_NK[-1].T
 
 
+@pytest.mark.slow
 def test_a_token_takes_what_its_matrices_take(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "Ggml", Peer)
     monkeypatch.setattr(cpu_kernels, "PEER_RESTS", 0.0)

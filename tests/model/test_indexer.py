@@ -98,6 +98,7 @@ def test_absorbed_decode_equals_full_forward(variables, prefill):
     check_decode(CONFIG, variables, LENGTH, prefill)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken_back", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_padding_and_tokens_taken_back_are_not_chosen(variables, taken_back):
     """Rows of 9 and 14 tokens padded to 16, of which the last are replaced by others."""

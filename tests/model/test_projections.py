@@ -60,10 +60,12 @@ def test_bounds_before_the_norm_are_told_apart(variables):
     assert np.abs(right - oracle.attention(x, w, by_head, places, documents)).max() > 3e-3
 
 
+@pytest.mark.slow
 def test_decode_equals_full_forward(variables):
     check_decode(CONFIG, variables, LENGTH, 15)
 
 
+@pytest.mark.slow
 def test_heads_over_two_devices_give_the_same(variables):
     """The norm of all heads together reads what both devices hold."""
     model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)

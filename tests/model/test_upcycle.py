@@ -133,6 +133,7 @@ def changed_units(new, old):
     }
 
 
+@pytest.mark.slow
 def test_drop_draws_whole_units_one_set_for_each_expert(after):
     dropped = upcycle(drawn(DENSE), DENSE, UPCYCLED, drop=0.25, seed=5)
     moe, kept = (

@@ -61,6 +61,7 @@ def test_a_model_folder_is_read_as_it_was_written(source):
         open_source(str(source / "nowhere"))
 
 
+@pytest.mark.slow
 def test_the_upcycled_run_begins_with_the_dense_models_loss_and_is_a_source_itself(source):
     """Trained on expert shards; the dense model's loss on the same batch is computed here."""
     run = a_run(source, UPCYCLED, mesh=MeshConfig(expert=2), optimizer=ONE_STEP, steps=1)
