@@ -14,7 +14,7 @@ from checkpoint.model_folder import write_model_folder
 from checkpoint.public import export_family
 from configs.checks import UserError, require
 from data.public_tokenizer import PublicTokenizer, write_public_tokenizer
-from infer.sources import Dtype, Progress, Source
+from infer.sources import Dtype, Progress, Source, counted
 
 Form = Literal["huggingface", "gguf", "orbax"]
 TOKENIZER_FILES = (
@@ -80,7 +80,7 @@ def convert(
             variables,
             tokenizer,
             conversion.quantization,
-            _counter(writing, model.config.num_parameters),
+            counted(writing, model.config.num_parameters),
         )
         return
     with partial_folder(target, _fingerprint(source, conversion, dtype)) as folder:
@@ -97,7 +97,7 @@ def convert(
             dtype=dtype,
             extra=token_ids(tokenizer),
             max_shard_bytes=conversion.max_shard_bytes,
-            progress=_counter(writing, model.config.num_parameters),
+            progress=counted(writing, model.config.num_parameters),
         )
 
 
@@ -147,14 +147,3 @@ def _fingerprint(source: Source, conversion: Conversion, dtype: str) -> str:
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     said = json.dumps([stats, repr(conversion), dtype])
     return hashlib.sha256(said.encode()).hexdigest()
-
-
-def _counter(progress: Progress, total: int):
-    done = 0
-
-    def count(elements: int) -> None:
-        nonlocal done
-        done += elements
-        progress(min(done, total), total)
-
-    return count

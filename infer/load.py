@@ -2,8 +2,10 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from checkpoint.store import restore_variables
@@ -11,6 +13,9 @@ from configs.base import ExecutionConfig, RunConfig
 from model.depth import causal
 from model.transformer import Transformer, Variables, abstract_variables
 from parallel.sharding import tree_shardings
+
+Dtype = Literal["float32", "bfloat16"]
+"""Of parameters and of the computation; routers stay float32."""
 
 
 def load_model(
@@ -25,17 +30,7 @@ def load_model(
       UserError: the mesh does not divide a dimension it splits.
     """
     model = inference_model(run)
-    abstract, logical_axes = abstract_variables(model)
-    if mesh is None:
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
-    else:
-        shardings = tree_shardings(mesh, logical_axes, abstract)
-    abstract = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )
-    variables, _ = restore_variables(run_dir / "checkpoints", abstract)
+    variables, _ = restore_variables(run_dir / "checkpoints", placed(model, mesh))
     return model, variables
 
 
@@ -49,3 +44,26 @@ def inference_model(run: RunConfig) -> Transformer:
 def inference_execution(execution: ExecutionConfig = ExecutionConfig()) -> ExecutionConfig:
     """Nothing kept for a backward pass, tokens gathered where the experts are."""
     return dataclasses.replace(execution, transport="gather", capacity_factor=None, remat="none")
+
+
+def placed(model: Transformer, mesh: Mesh | None, dtype: Dtype = "float32") -> Variables:
+    """The model's abstract variables with shardings, its parameters in the dtype.
+
+    Args:
+      mesh: where they go; None is the first device.
+    Raises:
+      UserError: the mesh does not divide a dimension it splits.
+    """
+    abstract, axes = abstract_variables(model)
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
+    else:
+        shardings = tree_shardings(mesh, axes, abstract)
+
+    def one(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        kept = path[0].key != "params"
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype if kept else jnp.dtype(dtype), sharding=sharding
+        )
+
+    return cast(Any, jax.tree_util.tree_map_with_path(one, abstract, shardings))

@@ -10,11 +10,9 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from checkpoint import gguf, huggingface
 from checkpoint.model_folder import is_model_folder, read_model_config, restore_model_folder
@@ -22,21 +20,19 @@ from checkpoint.public import PublicCheckpoint
 from checkpoint.run_directory import read_run
 from checkpoint.store import restore_variables
 from configs.architecture import ModelConfig
-from configs.base import RunConfig
+from configs.base import ExecutionConfig, RunConfig
 from configs.checks import UserError
 from data.pipeline import prepare_corpus
 from data.public_tokenizer import PublicTokenizer, read_public_tokenizer
 from data.smollm2 import packaged_gguf
 from data.tokenizer import end_of_text_id
-from infer.load import inference_execution
+from infer.load import Dtype, inference_execution, placed
 from model.depth import causal
-from model.transformer import Transformer, Variables, abstract_variables
+from model.transformer import Transformer, Variables
 from model.unstacked import unstack, unstacked_config
-from parallel.sharding import tree_shardings
 
 PACKAGED = "smollm2"
 
-Dtype = Literal["float32", "bfloat16"]
 Progress = Callable[[int, int], None]
 """Called with elements read and elements in all."""
 
@@ -49,6 +45,7 @@ class Source:
     kind: Literal["run", "model_folder", "huggingface", "gguf"]
     path: Path
     config: ModelConfig
+    execution: ExecutionConfig
     public: PublicCheckpoint | None
     _restore: Callable[[Any], Variables]
     """From abstract variables; of public checkpoints unused."""
@@ -65,7 +62,7 @@ class Source:
         self,
         *,
         mesh: Mesh | None = None,
-        dtype: Dtype = "float32",
+        dtype: Dtype | None = None,
         progress: Progress = lambda done, total: None,
         for_decoding: bool = False,
     ) -> tuple[Transformer, Variables]:
@@ -73,28 +70,37 @@ class Source:
 
         Args:
           mesh: where they go; None is the first device.
-          dtype: of the parameters and of the computation; routers stay float32.
+          dtype: of the parameters and of the computation; routers stay float32. None computes as
+            the run was trained, everything else in float32, from float32 parameters.
           for_decoding: whether each layer's weights lie apart (model/unstacked.py).
         Raises:
           UserError: what is there can't be read, or the mesh does not divide it.
         """
         config = causal(self.config)
-        execution = dataclasses.replace(inference_execution(), compute_dtype=dtype)
+        compute = dtype or self.execution.compute_dtype
+        execution = dataclasses.replace(inference_execution(self.execution), compute_dtype=compute)
         is_apart = for_decoding and self.public is not None
         model = Transformer(unstacked_config(config) if is_apart else config, execution)
-        abstract = _placed(model, mesh, dtype)
+        abstract = placed(model, mesh, dtype or "float32")
         if self.public is None:
             variables = self._restore(abstract)
             return unstack(model, variables) if for_decoding else (model, variables)
         checkpoint = dataclasses.replace(self.public, config=model.config)
-        total, done = checkpoint.num_elements(abstract), 0
+        return model, checkpoint.load(
+            abstract, counted(progress, checkpoint.num_elements(abstract))
+        )
 
-        def count(elements: int) -> None:
-            nonlocal done
-            done += elements
-            progress(min(done, total), total)
 
-        return model, checkpoint.load(abstract, count)
+def counted(progress: Progress, total: int) -> Callable[[int], None]:
+    """Takes elements as they are done and tells how many that makes."""
+    done = 0
+
+    def count(elements: int) -> None:
+        nonlocal done
+        done += elements
+        progress(min(done, total), total)
+
+    return count
 
 
 def open_source(name: str) -> Source:
@@ -117,6 +123,7 @@ def open_source(name: str) -> Source:
             kind="model_folder",
             path=path,
             config=read_model_config(path),
+            execution=ExecutionConfig(),
             public=None,
             _restore=lambda abstract: restore_model_folder(path, abstract),
             _tokenizer=lambda: read_public_tokenizer(path),
@@ -134,6 +141,7 @@ def _run(name: str, path: Path) -> Source:
         kind="run",
         path=path,
         config=run.model,
+        execution=run.execution,
         public=None,
         _restore=lambda abstract: restore_variables(path / "checkpoints", abstract)[0],
         _tokenizer=lambda: run_tokenizer(run),
@@ -157,21 +165,5 @@ def _public(
     def restore(_: Any) -> Variables:
         raise AssertionError("public checkpoints load by themselves")
 
-    return Source(name, kind, path, checkpoint.config, checkpoint, restore, tokenizer)
-
-
-def _placed(model: Transformer, mesh: Mesh | None, dtype: Dtype) -> Any:
-    """The model's abstract variables with shardings, floats of `params` in the dtype."""
-    abstract, axes = abstract_variables(model)
-    if mesh is None:
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
-    else:
-        shardings = tree_shardings(mesh, axes, abstract)
-
-    def one(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        kept = path[0].key != "params"
-        return jax.ShapeDtypeStruct(
-            x.shape, x.dtype if kept else jnp.dtype(dtype), sharding=sharding
-        )
-
-    return cast(Any, jax.tree_util.tree_map_with_path(one, abstract, shardings))
+    execution = ExecutionConfig()
+    return Source(name, kind, path, checkpoint.config, execution, checkpoint, restore, tokenizer)

@@ -6,11 +6,13 @@ SRC is a model that was trained to chat (default: smollm2). Type a message; /new
 empty line or Ctrl-D ends. Each answer is followed by the time to its first token and its speed.
 """
 
+from data.chat import Messages
+from data.public_tokenizer import PublicTokenizer
+from infer.chat import chat_ids, without_oldest
 from infer.generate import generate
 from infer.sampling import Sampling
 from infer.sources import open_source
 from scripts import command
-from scripts.generate import chat_ids
 from scripts.reading import Printer, reading
 
 
@@ -64,11 +66,10 @@ def _asked() -> str:
         return ""
 
 
-def _fitting(tokenizer, messages: list[dict], room: int) -> list[int]:
+def _fitting(tokenizer: PublicTokenizer, messages: Messages, room: int) -> list[int]:
     """The conversation's tokens; its oldest exchanges are forgotten where it outgrows the model."""
     while len(ids := chat_ids(tokenizer, messages)) > room and len(messages) > 2:
-        oldest = 1 if messages[0]["role"] == "system" else 0
-        del messages[oldest : oldest + 2]
+        messages[:] = without_oldest(messages)
         print("[the oldest exchange no longer fits and is forgotten]")
     return ids
 

@@ -11,9 +11,8 @@ import argparse
 
 from checkpoint.run_directory import read_run
 from configs.checks import require
-from data.chat import render
-from data.public_tokenizer import PublicTokenizer
 from evals.expert_domains import read_preference
+from infer.chat import chat_ids
 from infer.generate import generate
 from infer.sampling import Sampling
 from infer.self_speculative import Draft
@@ -35,7 +34,8 @@ def main(argv: list[str]) -> None:
     with reading(source) as progress:
         model, variables = source.load(dtype=arguments.dtype, progress=progress, for_decoding=True)
     tokenizer = source.tokenizer()
-    ids = _prompt_ids(tokenizer, arguments.prompt, is_chat=arguments.chat)
+    message = {"role": "user", "content": arguments.prompt}
+    ids = chat_ids(tokenizer, [message]) if arguments.chat else tokenizer.encode(arguments.prompt)
     result = generate(
         model,
         variables,
@@ -56,33 +56,6 @@ def main(argv: list[str]) -> None:
         f"\n--- {len(result.tokens[0])} tokens; first after {result.first_token_seconds:.2f} s "
         f"(compilation included), then {result.tokens_per_second:.1f} tokens/s{depth}"
     )
-
-
-def _prompt_ids(tokenizer: PublicTokenizer, prompt: str, *, is_chat: bool) -> list[int]:
-    """The prompt as the model reads it; as a user's message in its chat template, or as it is."""
-    if not is_chat:
-        return tokenizer.encode(prompt)
-    return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
-
-
-def chat_ids(tokenizer: PublicTokenizer, messages: list[dict]) -> list[int]:
-    """The conversation in the model's chat template, up to where its answer begins.
-
-    Raises:
-      UserError: the model has no template, or it can't be rendered.
-    """
-    require(
-        tokenizer.chat_template is not None,
-        "this model has no chat template: leave --chat out, or name one that was trained to chat",
-    )
-    (end,) = sorted(tokenizer.eos_ids)[:1] or [None]
-    text = render(
-        messages,
-        tokenizer.chat_template or "",
-        bos=tokenizer.text_of(tokenizer.bos_id),
-        eos=tokenizer.text_of(end),
-    )
-    return tokenizer.encode(text, specials=True, bos=False)
 
 
 def _draft(exit: int | None, length: int | None) -> Draft | None:
@@ -112,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument(
         "--exit-threshold", type=float, help="leave at the first exit this sure (above 1: never)"
     )

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("--tokens-file", type=Path, required=True, help="JSON list of token ids")
     parser.add_argument("--logits", type=Path, required=True, help=".npy file to write")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     arguments = parser.parse_args(argv)
     tokens = read_tokens(arguments.tokens_file)
     source = open_source(arguments.source)

@@ -1,0 +1,33 @@
+"""Conversations as token lists, in the chat template that the model was trained with."""
+
+from configs.checks import require
+from data.chat import Messages, render
+from data.public_tokenizer import PublicTokenizer
+
+
+def chat_ids(tokenizer: PublicTokenizer, messages: Messages) -> list[int]:
+    """The conversation's tokens, up to where the model's answer begins.
+
+    Args:
+      messages: {"role": "system" | "user" | "assistant", "content": text} each.
+    Raises:
+      UserError: the model has no chat template, or it can't be rendered.
+    """
+    require(
+        tokenizer.chat_template is not None,
+        "this model has no chat template: give it a plain prompt, or name one that was trained to "
+        "chat",
+    )
+    text = render(
+        messages,
+        tokenizer.chat_template or "",
+        bos=tokenizer.text_of(tokenizer.bos_id),
+        eos=tokenizer.text_of(min(tokenizer.eos_ids, default=None)),
+    )
+    return tokenizer.encode(text, specials=True, bos=False)
+
+
+def without_oldest(messages: Messages) -> Messages:
+    """The conversation less its oldest exchange; what the system was told stays."""
+    first = 1 if messages[0]["role"] == "system" else 0
+    return [*messages[:first], *messages[first + 2 :]]
