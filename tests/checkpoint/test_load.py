@@ -10,12 +10,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from checkpoint import huggingface
-from checkpoint.public import export_family, write_model
+from checkpoint.public import export_family, find_family, lost_settings, write_model
 from checkpoint.settings import Settings
 from checkpoint.tables import Row, expand, flatten, interleaved
 from configs.attention import LatentAttentionConfig
 from configs.checks import UserError
-from configs.models import deepseek_v3, deepseek_v3_nano, mixtral_8x7b, v31_dynamic_nano
+from configs.models import (
+    deepseek_v2_lite,
+    deepseek_v3,
+    deepseek_v3_nano,
+    mixtral_8x7b,
+    smollm2_135m,
+    v31_dynamic_nano,
+)
 from infer.logits import full_logits
 from infer.sources import open_source
 from model.transformer import Transformer, abstract_variables
@@ -198,3 +205,138 @@ def test_settings_read_what_transformers_wrote_without_surprises(case, tmp_path)
     config = huggingface.open_checkpoint(Path(tmp_path)).config
     assert config.vocab_size == settings.integer("vocab_size")
     assert config.num_layers == settings.integer("num_hidden_layers")
+
+
+YARN_40 = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
+LATENT = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_layer_freq": 1,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+}
+PUBLISHED = [
+    (
+        deepseek_v3,
+        LATENT
+        | {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "aux_loss_alpha": 0.001,
+            "first_k_dense_replace": 3,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "model_type": "deepseek_v3",
+            "moe_intermediate_size": 2048,
+            "n_group": 8,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_attention_heads": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 61,
+            "num_key_value_heads": 128,
+            "num_nextn_predict_layers": 1,
+            "q_lora_rank": 1536,
+            "rope_scaling": YARN_40 | {"mscale": 1.0, "mscale_all_dim": 1.0},
+            "routed_scaling_factor": 2.5,
+            "scoring_func": "sigmoid",
+            "topk_group": 4,
+            "topk_method": "noaux_tc",
+            "vocab_size": 129280,
+        },
+    ),
+    (
+        deepseek_v2_lite,
+        LATENT
+        | {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "aux_loss_alpha": 0.001,
+            "first_k_dense_replace": 1,
+            "hidden_size": 2048,
+            "intermediate_size": 10944,
+            "model_type": "deepseek_v2",
+            "moe_intermediate_size": 1408,
+            "n_group": 1,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "num_attention_heads": 16,
+            "num_experts_per_tok": 6,
+            "num_hidden_layers": 27,
+            "num_key_value_heads": 16,
+            "q_lora_rank": None,
+            "rope_scaling": YARN_40 | {"mscale": 0.707, "mscale_all_dim": 0.707},
+            "routed_scaling_factor": 1.0,
+            "scoring_func": "softmax",
+            "topk_group": 1,
+            "topk_method": "greedy",
+            "vocab_size": 102400,
+        },
+    ),
+    (
+        mixtral_8x7b,
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "model_type": "mixtral",
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 32000,
+        },
+    ),
+    (
+        smollm2_135m,
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "max_position_embeddings": 8192,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 49152,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("ours", "published"), PUBLISHED, ids=lambda x: getattr(x, "__name__", ""))
+def test_a_published_config_is_the_model_of_that_name(ours, published):
+    """Our named sizes and the config.json that those models were released with say the same."""
+    settings = Settings(published, "config.json")
+    assert lost_settings(ours(), find_family(settings).read_config(settings)) == []
