@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from configs.checks import UserError
+from configs.small_files import read_small_file
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,14 @@ def read_public_tokenizer(folder: Path) -> PublicTokenizer:
 
 def _read_tokenizer_json(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return Tokenizer.from_str(read_small_file(path))
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing: other forms of a tokenizer are not read, save it with "
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         ) from error
+    except UserError:
+        raise
     except Exception as error:  # the library raises bare Exception for a malformed file
         raise UserError(f"{path} is no tokenizer ({error}): download it again") from error
 
@@ -103,9 +106,11 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is missing."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_small_file(path))
     except FileNotFoundError:
         return {}
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
     if not isinstance(values, dict):
@@ -139,11 +144,8 @@ def _check_ids(ids: Iterable[Any], tokenizer: Tokenizer, path: Path) -> None:
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """A file of its own goes before the configuration's; of several, the one named default."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is no UTF-8 text: download it again") from error
+    if path.exists():
+        return read_small_file(path)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

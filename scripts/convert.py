@@ -14,7 +14,7 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from checkpoint.huggingface import ExportDtype
+from checkpoint.storage import ExportDtype
 from infer.convert import Conversion, Form, convert
 from infer.sources import Source, open_source
 from infer.verify import verify

@@ -11,6 +11,9 @@ from configs.checks import UserError
 from configs.feed_forward import MoEConfig, RouterConfig
 from configs.rope import Llama3RopeConfig, YarnConfig
 
+MAX_LAYERS = 4096
+"""More than any model has."""
+
 RopeScaling = YarnConfig | Llama3RopeConfig | None
 
 
@@ -36,6 +39,11 @@ def read_model(
         norm_eps=settings.number("rms_norm_eps", default=norm_eps),
         **extra,
     )
+
+
+def read_num_layers(settings: Settings) -> int:
+    """Bounded: each layer is a value of its own on the way to a ModelConfig."""
+    return settings.integer("num_hidden_layers", most=MAX_LAYERS)
 
 
 def write_model(config: ModelConfig) -> dict[str, Any]:
