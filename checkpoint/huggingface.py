@@ -54,8 +54,8 @@ def export(
       max_shard_bytes: of one file.
       progress: is told elements.
     Raises:
-      UserError: the family can't say what the model does, or is not released in this dtype, or a value
-        does not fit it.
+      UserError: the family can't say what the model does, or is not released in this dtype, or a
+        value does not fit it.
     """
     storage = choose_storage(family, dtype, like)
     values = {**write_model(family, config), **storage.settings(), **extra}

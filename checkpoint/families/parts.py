@@ -214,6 +214,8 @@ def _mscale(given: Settings, factor: float, *, is_latent: bool) -> float:
     """
     growth = 0.1 * math.log(factor) if factor > 1 else 0.0
     turned, whole = given.number("mscale", default=0.0), given.number("mscale_all_dim", default=0.0)
+    if turned < 0 or whole < 0:
+        raise UserError(f"{given.where} has mscale={turned}, mscale_all_dim={whole}, below 0")
     both = bool(turned and whole)
     ratio = (growth * turned + 1) / (growth * whole + 1) if both else growth + 1
     ratio = given.number("attention_factor", default=ratio)
