@@ -1,8 +1,9 @@
 """Tokenizers of public models: their text, special tokens and chat template in one object."""
 
+import contextlib
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def read_public_tokenizer(folder: Path) -> PublicTokenizer:
     _check_ids(ends, tokenizer, folder / "generation_config.json")
     add_bos = config.get("add_bos_token")
     if not isinstance(add_bos, bool):
-        add_bos = bos_id is not None and tokenizer.encode("a").ids[:1] == [bos_id]
+        with _malformed(folder / "tokenizer.json"):
+            add_bos = bos_id is not None and tokenizer.encode("a").ids[:1] == [bos_id]
     tokenizer.encode_special_tokens = True
     return PublicTokenizer(
         tokenizer=tokenizer,
@@ -91,15 +93,26 @@ def read_public_tokenizer(folder: Path) -> PublicTokenizer:
 
 def _read_tokenizer_json(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_str(read_small_file(path))
+        text = read_small_file(path)
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing: other forms of a tokenizer are not read, save it with "
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         ) from error
-    except UserError:
-        raise
-    except Exception as error:  # the library raises bare Exception for a malformed file
+    with _malformed(path):
+        return Tokenizer.from_str(text)
+
+
+@contextlib.contextmanager
+def _malformed(path: Path) -> Iterator[None]:
+    """The library raises bare Exception for a malformed file, and where it panics (PyO3) what is
+    not even that.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"{path} is no tokenizer ({error}): download it again") from error
 
 
