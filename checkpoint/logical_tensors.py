@@ -58,7 +58,7 @@ class LogicalTensors:
         method = _method(quantization)
         self._block: Block = (1, 1)
         if method == "fp8":
-            self._block = _fp8_block(quantization or {})
+            self._block = fp8_block(quantization or {})
             self._tensors = _pair_fp8(files.tensors, self._block)
         elif method == "mxfp4":
             self._tensors = _pair_mxfp4(files.tensors)
@@ -162,7 +162,12 @@ def _method(quantization: Mapping[str, Any] | None) -> str | None:
     return method
 
 
-def _fp8_block(quantization: Mapping[str, Any]) -> Block:
+def fp8_block(quantization: Mapping[str, Any]) -> Block:
+    """Rows and columns that share a scale.
+
+    Raises:
+      UserError: not said, or another kind of float8.
+    """
     block = quantization.get("weight_block_size")
     require(
         isinstance(block, list)

@@ -23,6 +23,7 @@ GROUP = 32
 """Values that share a scale in MXFP4."""
 
 _FP8_MAX = 448.0
+_FP8_CLOSE = 2.0**-20  # of the largest: further away, weights were not decoded from FP8
 _FP4_MAX = 6.0
 _CHUNK = 2**20  # values at a time, where blocks leave the choice
 _FP4_HALF = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -53,8 +54,7 @@ def decode_fp8(
     with np.errstate(over="ignore", invalid="ignore"):
         for lead in np.ndindex(values_NK.shape[:-2]):
             for rows, i in _block_rows(values_NK.shape[-2], block[0], first_row):
-                # A block may be given as wider than the weight, by any number.
-                scale_K = np.repeat(scales_nk[lead][i], min(block[1], columns))[:columns]
+                scale_K = _spread(scales_nk[lead][i], block[1], columns)
                 part_RK = values_NK[lead][rows].astype(np.float32)
                 np.multiply(part_RK, scale_K, out=weight_NK[lead][rows])
     return weight_NK
@@ -69,7 +69,9 @@ def encode_fp8(
       weight_NK: float32 [..., N, K], finite.
       power_of_two: scales rounded up to powers of two and kept as E8M0 (`scale_fmt: ue8m0`).
     Returns:
-      float8_e4m3 [..., N, K] and float32 or E8M0 [..., n, k]. A block of zeros has scale 1.
+      float8_e4m3 [..., N, K] and float32 or E8M0 [..., n, k]. A block of zeros has scale 1. What
+      was decoded from blocks whose largest is 448 (for powers of two: above 224) is encoded as it
+      was.
     """
     values_NK = np.empty(weight_NK.shape, FP8)
     scales_nk = np.empty(fp8_scales_shape(weight_NK.shape, block), np.float32)
@@ -80,10 +82,49 @@ def encode_fp8(
             largest_K = np.abs(part_RK).max(axis=0)
             largest_k = np.maximum.reduceat(largest_K, np.arange(0, columns, block[1]))
             scale_k = _scale(largest_k, _FP8_MAX, power_of_two)
+            if not power_of_two:
+                scale_k = _nearest_scale(part_RK, scale_k, largest_k, block[1])
             scales_nk[lead][i] = scale_k
-            scaled_RK = part_RK / np.repeat(scale_k, min(block[1], columns))[:columns]
-            values_NK[lead][rows] = np.clip(scaled_RK, -_FP8_MAX, _FP8_MAX).astype(FP8)
+            values_NK[lead][rows] = _rounded(part_RK, _spread(scale_k, block[1], columns))
     return values_NK, scales_nk.astype(E8M0) if power_of_two else scales_nk
+
+
+def _nearest_scale(
+    part_RK: np.ndarray, scale_k: np.ndarray, largest_k: np.ndarray, width: int
+) -> np.ndarray:
+    """The scales, or their neighbours where those give the weights back.
+
+    Largest = 448 scale was rounded, so that the division may end beside the scale it came from: by
+    one place at most, as 448 is 7 times a power of two. Weights that never were float8 keep theirs.
+    """
+    columns, starts = part_RK.shape[1], np.arange(0, part_RK.shape[1], width)
+
+    def error_k(scale_k: np.ndarray) -> np.ndarray:
+        scale_K = _spread(scale_k, width, columns)
+        error_RK = np.abs(_rounded(part_RK, scale_K).astype(np.float32) * scale_K - part_RK)
+        return np.maximum.reduceat(error_RK.max(axis=0), starts)
+
+    error = error_k(scale_k)
+    was_fp8 = error <= _FP8_CLOSE * largest_k
+    if not (was_fp8 & (error > 0)).any():
+        return scale_k
+    for end in (0, np.inf):
+        near_k = np.nextafter(scale_k, np.float32(end))
+        near_error = error_k(near_k)
+        scale_k = np.where(was_fp8 & (near_error < error), near_k, scale_k)
+        error = np.minimum(error, near_error)
+    return scale_k
+
+
+def _rounded(part_RK: np.ndarray, scale_K: np.ndarray) -> np.ndarray:
+    return np.clip(part_RK / scale_K, -_FP8_MAX, _FP8_MAX).astype(FP8)
+
+
+def _spread(scale_k: np.ndarray, width: int, columns: int) -> np.ndarray:
+    """Each block's scale for its columns; a block may be given as wider than the weight, by any
+    number.
+    """
+    return np.repeat(scale_k, min(width, columns))[:columns]
 
 
 def decode_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

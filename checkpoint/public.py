@@ -1,6 +1,7 @@
 """A checkpoint in a public form, opened: its family, its model, and the way to its variables."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,11 @@ def find_family(settings: Settings) -> Family:
 
 
 def read_model(family: Family, settings: Settings, tensors: assemble.Tensors) -> ModelConfig:
-    """The model of a config.json, with as many multi-token modules as the checkpoint holds."""
+    """The model of a config.json, with as many multi-token modules as the checkpoint holds.
+
+    Raises:
+      UserError: the config can't be meant, or is of another model by far.
+    """
     try:
         config = family.read_config(settings)
     except UserError as error:
@@ -77,6 +82,7 @@ def read_model(family: Family, settings: Settings, tensors: assemble.Tensors) ->
         raise UserError(
             f"{settings.where} describes no model that can be built: {error}"
         ) from error
+    _check_size(config, settings, tensors)
     if family.multi_token is None:
         return config
     modules = 0
@@ -86,6 +92,18 @@ def read_model(family: Family, settings: Settings, tensors: assemble.Tensors) ->
         return config
     multi_token = MultiTokenConfig(depth=modules, layer=config.pattern[-1])
     return dataclasses.replace(config, multi_token=multi_token)
+
+
+def _check_size(config: ModelConfig, settings: Settings, tensors: assemble.Tensors) -> None:
+    """Ends here what would take for ever later: tables have a line for each expert. What is missing
+    of a model of about this size is told by name.
+    """
+    held = sum(math.prod(shape) for shape in tensors.shapes.values())
+    if config.num_parameters > 2 * held + 2**20:
+        raise UserError(
+            f"{settings.where} describes a model of {config.num_parameters:,} parameters, and its "
+            f"files hold {held:,}: config and tensors are of two models, or files are missing"
+        )
 
 
 def write_model(family: Family, config: ModelConfig) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """A public config.json, asked by name and type."""
 
 import json
-import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.checks import UserError
+from configs.small_files import read_small_file
 
 _NEEDED: Any = object()
 
@@ -32,11 +33,13 @@ class Settings:
           UserError: no file, or no JSON object.
         """
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(read_small_file(path))
         except FileNotFoundError as error:
             raise UserError(
                 f"{path} is missing: a checkpoint in Hugging Face form has one"
             ) from error
+        except UserError:
+            raise
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
         if not isinstance(values, dict):
@@ -46,15 +49,17 @@ class Settings:
     def __contains__(self, name: str) -> bool:
         return self.values.get(name) is not None
 
-    def integer(self, *names: str, default: Any = _NEEDED, least: int = 1) -> Any:
-        """An int of at least `least`."""
+    def integer(
+        self, *names: str, default: Any = _NEEDED, least: int = 1, most: int = 2**31 - 1
+    ) -> Any:
+        """An int from `least` to `most`."""
         name, value = self._find(names, default)
         if name is None:
             return value
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-            self._wrong(name, value, f"a whole number of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            self._wrong(name, value, f"a whole number from {least} to {most}")
         return value
 
     def number(self, *names: str, default: Any = _NEEDED) -> Any:
@@ -63,7 +68,7 @@ class Settings:
         if name is None:
             return value
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
+        if not is_number or not abs(value) <= sys.float_info.max:  # NaN too; ints have no end
             self._wrong(name, value, "a number")
         return float(value)
 

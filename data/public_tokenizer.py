@@ -1,8 +1,9 @@
 """Tokenizers of public models: their text, special tokens and chat template in one object."""
 
+import contextlib
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from configs.checks import UserError
+from configs.small_files import read_small_file
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def read_public_tokenizer(folder: Path) -> PublicTokenizer:
     _check_ids(ends, tokenizer, folder / "generation_config.json")
     add_bos = config.get("add_bos_token")
     if not isinstance(add_bos, bool):
-        add_bos = bos_id is not None and tokenizer.encode("a").ids[:1] == [bos_id]
+        with _malformed(folder / "tokenizer.json"):
+            add_bos = bos_id is not None and tokenizer.encode("a").ids[:1] == [bos_id]
     tokenizer.encode_special_tokens = True
     return PublicTokenizer(
         tokenizer=tokenizer,
@@ -90,22 +93,37 @@ def read_public_tokenizer(folder: Path) -> PublicTokenizer:
 
 def _read_tokenizer_json(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = read_small_file(path)
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing: other forms of a tokenizer are not read, save it with "
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         ) from error
-    except Exception as error:  # the library raises bare Exception for a malformed file
+    with _malformed(path):
+        return Tokenizer.from_str(text)
+
+
+@contextlib.contextmanager
+def _malformed(path: Path) -> Iterator[None]:
+    """The library raises bare Exception for a malformed file, and where it panics (PyO3) what is
+    not even that.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"{path} is no tokenizer ({error}): download it again") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is missing."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_small_file(path))
     except FileNotFoundError:
         return {}
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
     if not isinstance(values, dict):
@@ -139,11 +157,8 @@ def _check_ids(ids: Iterable[Any], tokenizer: Tokenizer, path: Path) -> None:
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """A file of its own goes before the configuration's; of several, the one named default."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is no UTF-8 text: download it again") from error
+    if path.exists():
+        return read_small_file(path)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

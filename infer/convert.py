@@ -12,6 +12,7 @@ from checkpoint import gguf, huggingface
 from checkpoint.atomic_folder import partial_folder
 from checkpoint.model_folder import write_model_folder
 from checkpoint.public import export_family
+from checkpoint.storage import DTYPES, ExportDtype, choose_storage
 from configs.checks import UserError, require
 from data.public_tokenizer import PublicTokenizer, write_public_tokenizer
 from infer.sources import Dtype, Progress, Source, counted
@@ -32,8 +33,9 @@ class Conversion:
     to: Form
     family: str | None = None
     """model_type of the public family; None finds one that fits."""
-    dtype: huggingface.ExportDtype | None = None
-    """Of the tensors written; None keeps the source's. GGUF has `quantization` instead."""
+    dtype: ExportDtype | None = None
+    """Of the tensors written; None keeps the source's, bfloat16 for packed ones. float8 and mxfp4
+    are Hugging Face's only; GGUF has `quantization` instead."""
     quantization: Literal["F16", "Q8_0"] = "F16"
     """GGUF only."""
     max_shard_bytes: int = 5_000_000_000
@@ -64,6 +66,14 @@ def convert(
     if is_gguf and family is not None and family.gguf is None:
         raise UserError(f"llama.cpp does not know the family {family.model_type}: use huggingface")
     dtype = conversion.dtype or kept_dtype(source)
+    require(
+        conversion.to == "huggingface" or dtype in DTYPES,
+        f"{dtype} is a form of huggingface folders only, not of {conversion.to}: leave it out, or "
+        "take huggingface",
+    )
+    like = _quantization(source)
+    if conversion.to == "huggingface" and family is not None:
+        choose_storage(family, dtype, like)  # refuses before anything is read
     tokenizer = _tokenizer(source)
     loaded_as: Dtype = "bfloat16" if dtype == "bfloat16" and not is_gguf else "float32"
 
@@ -96,21 +106,27 @@ def convert(
             variables,
             dtype=dtype,
             extra=token_ids(tokenizer),
+            like=like,
             max_shard_bytes=conversion.max_shard_bytes,
             progress=counted(writing, model.config.num_parameters),
         )
 
 
-def kept_dtype(source: Source) -> huggingface.ExportDtype:
+def kept_dtype(source: Source) -> ExportDtype:
     """That of a Hugging Face source; bfloat16 for its packed formats, float32 for all others."""
     if source.kind != "huggingface" or source.public is None:
         return "float32"
     settings = source.public.settings
     if "quantization_config" in settings:
         return "bfloat16"
-    return settings.text(
-        "dtype", "torch_dtype", choices=tuple(huggingface.DTYPES), default="float32"
-    )
+    return settings.text("dtype", "torch_dtype", choices=tuple(DTYPES), default="float32")
+
+
+def _quantization(source: Source) -> Mapping[str, Any] | None:
+    """config.json's quantization_config, of a source that has one."""
+    public = source.public if source.kind == "huggingface" else None
+    said = public.settings.part("quantization_config") if public is not None else None
+    return said.values if said is not None else None
 
 
 def token_ids(tokenizer: PublicTokenizer | None) -> Mapping[str, Any]:

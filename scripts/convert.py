@@ -2,6 +2,7 @@
 
     python -m scripts.convert models/mixtral models/mixtral_ours --to orbax --verify
     python -m scripts.convert runs/v31_nano exported --to huggingface --dtype bfloat16
+    python -m scripts.convert runs/deepseek exported --to huggingface --dtype float8
     python -m scripts.convert smollm2 smollm2.gguf --to gguf --quantization Q8_0
 
 Nothing appears under the name DST before it is whole. Interrupted, the same command goes on: whole
@@ -14,14 +15,21 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from checkpoint.huggingface import ExportDtype
+from checkpoint.storage import ExportDtype
 from infer.convert import Conversion, Form, convert
 from infer.sources import Source, open_source
 from infer.verify import verify
 from scripts import command
 from scripts.reading import reading
 
-LOSS = {"F16": 2e-3, "Q8_0": 5e-2, "bfloat16": 5e-2, "float16": 2e-3}
+LOSS = {
+    "F16": 2e-3,
+    "Q8_0": 5e-2,
+    "bfloat16": 5e-2,
+    "float16": 2e-3,
+    "float8": 0.2,
+    "mxfp4": 0.4,
+}
 """What a format may move logits by, as a share of the largest: its rounding, through the layers."""
 
 

@@ -1,8 +1,9 @@
 """What a family's file says."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from checkpoint.settings import Settings
 from checkpoint.tables import Row
@@ -17,6 +18,20 @@ class Copy:
     """May have * for the layer's number."""
     of: str
     is_written: bool = False
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What of a family's released files is small floats with scales (checkpoint/storage.py)."""
+
+    dtype: Literal["float8", "mxfp4"]
+    names: str
+    """Regular expression of the tensors stored so."""
+    plain_modules: tuple[str, ...] = ()
+    """config.json's modules_to_not_convert, by which others know the rest."""
+
+    def holds(self, name: str) -> bool:
+        return re.fullmatch(self.names, name) is not None
 
 
 @dataclass(frozen=True)
@@ -47,4 +62,6 @@ class Family:
     """The tensor that each multi-token module has one of; None where the family has no modules."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of tensors that follow from the config."""
+    packed: Packed | None = None
+    """None where released files are in plain floats."""
     gguf: GGUF | None = None

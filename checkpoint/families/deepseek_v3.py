@@ -4,7 +4,7 @@ from typing import Any
 
 from checkpoint import gguf_tables
 from checkpoint.families import latent, parts, rows
-from checkpoint.families.base import GGUF, Copy, Family
+from checkpoint.families.base import GGUF, Copy, Family, Packed
 from checkpoint.settings import Settings
 from configs.architecture import ModelConfig
 from configs.feed_forward import RouterConfig
@@ -53,6 +53,17 @@ COPIES = (
 )
 """Released multi-token modules repeat the embedding and the output layer that they share."""
 
+PACKED = Packed(
+    "float8",
+    r"model\.layers\.\d+\.("
+    r"self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
+    r"|self_attn\.indexer\.(wq_b|wk)"
+    r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate|up|down)_proj"
+    r")\.weight",
+)
+"""Attention, the indexer's wide projections and every SwiGLU; eh_proj, the router, norms, embedding
+and output layer stay bfloat16 (DeepSeek-V3, 2024, section 3.3)."""
+
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
@@ -62,5 +73,6 @@ DEEPSEEK_V3 = Family(
     copies=COPIES,
     multi_token=rows.MULTI_TOKEN,
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    packed=PACKED,
     gguf=GGUF("deepseek2", gguf_tables.DEEPSEEK2),
 )

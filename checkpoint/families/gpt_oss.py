@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoint import gguf_tables
 from checkpoint.families import parts, rows
-from checkpoint.families.base import GGUF, Family
+from checkpoint.families.base import GGUF, Family, Packed
 from checkpoint.settings import Settings
 from checkpoint.tables import Row
 from configs.architecture import LayerSpec, ModelConfig
@@ -20,7 +20,7 @@ WINDOW, WHOLE = "sliding_attention", "full_attention"
 
 
 def read_config(settings: Settings) -> ModelConfig:
-    count = settings.integer("num_hidden_layers")
+    count = parts.read_num_layers(settings)
     kinds = settings.items(
         "layer_types", of=str, default=[WHOLE if i % 2 else WINDOW for i in range(count)]
     )
@@ -95,6 +95,16 @@ GPT_OSS = Family(
         Row("layers.*.moe.gate_up_bias", f"{MOE}.experts.gate_up_proj_bias", "e (f i) -> e i f"),
         Row("layers.*.moe.down", f"{MOE}.experts.down_proj", "e f d -> e f d"),
         Row("layers.*.moe.down_bias", f"{MOE}.experts.down_proj_bias", "e d -> e d"),
+    ),
+    packed=Packed(
+        "mxfp4",
+        r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj",
+        plain_modules=(
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ),
     ),
     gguf=GGUF("gpt-oss", gguf_tables.GPT_OSS),
 )

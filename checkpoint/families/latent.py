@@ -24,7 +24,7 @@ def read_model(
         router=router,
     )
     dense = DenseConfig(d_ff=settings.integer("intermediate_size"))
-    count = settings.integer("num_hidden_layers")
+    count = parts.read_num_layers(settings)
     first = settings.integer("first_k_dense_replace", default=0, least=0)
     layers = [LayerSpec(attention=attention, ffn=dense if i < first else moe) for i in range(count)]
     return parts.read_model(settings, layers, norm_eps=1e-6)

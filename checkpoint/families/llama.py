@@ -14,7 +14,7 @@ from configs.feed_forward import DenseConfig
 def read_config(settings: Settings) -> ModelConfig:
     ffn = DenseConfig(d_ff=settings.integer("intermediate_size"))
     layer = LayerSpec(attention=parts.read_grouped_query(settings), ffn=ffn)
-    layers = [layer] * settings.integer("num_hidden_layers")
+    layers = [layer] * parts.read_num_layers(settings)
     return parts.read_model(settings, layers, norm_eps=1e-6)
 
 

@@ -20,7 +20,7 @@ def read_config(settings: Settings) -> ModelConfig:
         d_ff=settings.integer("intermediate_size"),
         router=parts.read_softmax_router(settings, normalize=True, auxiliary=1e-3),
     )
-    layers = [LayerSpec(attention=attention, ffn=ffn)] * settings.integer("num_hidden_layers")
+    layers = [LayerSpec(attention=attention, ffn=ffn)] * parts.read_num_layers(settings)
     return parts.read_model(settings, layers, norm_eps=1e-5)
 
 

@@ -21,7 +21,7 @@ def read_config(settings: Settings) -> ModelConfig:
         d_ff=settings.integer("intermediate_size"),
         router=parts.read_softmax_router(settings, normalize=normalize, auxiliary=1e-2),
     )
-    layers = [LayerSpec(attention=attention, ffn=ffn)] * settings.integer("num_hidden_layers")
+    layers = [LayerSpec(attention=attention, ffn=ffn)] * parts.read_num_layers(settings)
     return parts.read_model(settings, layers, norm_eps=1e-5)
 
 

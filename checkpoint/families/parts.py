@@ -11,6 +11,9 @@ from configs.checks import UserError
 from configs.feed_forward import MoEConfig, RouterConfig
 from configs.rope import Llama3RopeConfig, YarnConfig
 
+MAX_LAYERS = 4096
+"""More than any model has."""
+
 RopeScaling = YarnConfig | Llama3RopeConfig | None
 
 
@@ -36,6 +39,11 @@ def read_model(
         norm_eps=settings.number("rms_norm_eps", default=norm_eps),
         **extra,
     )
+
+
+def read_num_layers(settings: Settings) -> int:
+    """Bounded: each layer is a value of its own on the way to a ModelConfig."""
+    return settings.integer("num_hidden_layers", most=MAX_LAYERS)
 
 
 def write_model(config: ModelConfig) -> dict[str, Any]:
@@ -206,6 +214,8 @@ def _mscale(given: Settings, factor: float, *, is_latent: bool) -> float:
     """
     growth = 0.1 * math.log(factor) if factor > 1 else 0.0
     turned, whole = given.number("mscale", default=0.0), given.number("mscale_all_dim", default=0.0)
+    if turned < 0 or whole < 0:
+        raise UserError(f"{given.where} has mscale={turned}, mscale_all_dim={whole}, below 0")
     both = bool(turned and whole)
     ratio = (growth * turned + 1) / (growth * whole + 1) if both else growth + 1
     ratio = given.number("attention_factor", default=ratio)

@@ -25,7 +25,7 @@ def read_config(settings: Settings) -> ModelConfig:
     without = settings.items("mlp_only_layers", of=int, default=[])
     layers = [
         LayerSpec(attention=attention, ffn=dense if i in without or (i + 1) % every else moe)
-        for i in range(settings.integer("num_hidden_layers"))
+        for i in range(parts.read_num_layers(settings))
     ]
     return parts.read_model(settings, layers, norm_eps=1e-6)
 

@@ -21,7 +21,8 @@ def main(checkpoint: Path, tokens: list[int], out: Path) -> None:
         **where, attn_implementation="eager", dtype=torch.float32
     )
     with torch.no_grad():
-        logits = model.eval()(torch.tensor([tokens])).logits[0]
+        # What stands beside packed weights stays bfloat16 there, whatever dtype was asked for.
+        logits = model.float().eval()(torch.tensor([tokens])).logits[0]
     np.save(out, logits.float().numpy())
 
 
