@@ -20,6 +20,7 @@ from tokenizers import (
 
 from configs.checks import UserError
 from data.public_tokenizer import PublicTokenizer
+from data.tokenizer import malformed
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of llama.cpp."""
@@ -213,10 +214,8 @@ def _split_merges(values: _Values) -> list[tuple[str, str]]:
 def _bpe(
     values: _Values, vocab: dict[str, int], merges: Sequence[tuple[str, str]], **settings: Any
 ) -> models.BPE:
-    try:
+    with malformed(f"{values.where} has merges that don't fit its tokens", "download it again"):
         return models.BPE(vocab=vocab, merges=list(merges), **settings)
-    except Exception as error:  # the library raises bare Exception for merges of unknown pieces
-        raise UserError(f"{values.where} has merges that don't fit its tokens ({error})") from error
 
 
 def _sentencepiece(values: _Values, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:

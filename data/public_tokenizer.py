@@ -1,9 +1,8 @@
 """Tokenizers of public models: their text, special tokens and chat template in one object."""
 
-import contextlib
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer
 
 from configs.checks import UserError
 from configs.small_files import read_small_file
+from data.tokenizer import malformed
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def read_public_tokenizer(folder: Path) -> PublicTokenizer:
     _check_ids(ends, tokenizer, folder / "generation_config.json")
     add_bos = config.get("add_bos_token")
     if not isinstance(add_bos, bool):
-        with _malformed(folder / "tokenizer.json"):
+        with malformed(f"{folder / 'tokenizer.json'} is no tokenizer", "download it again"):
             add_bos = bos_id is not None and tokenizer.encode("a").ids[:1] == [bos_id]
     tokenizer.encode_special_tokens = True
     return PublicTokenizer(
@@ -99,21 +99,8 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
             f"{path} is missing: other forms of a tokenizer are not read, save it with "
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         ) from error
-    with _malformed(path):
+    with malformed(f"{path} is no tokenizer", "download it again"):
         return Tokenizer.from_str(text)
-
-
-@contextlib.contextmanager
-def _malformed(path: Path) -> Iterator[None]:
-    """The library raises bare Exception for a malformed file, and where it panics (PyO3) what is
-    not even that.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{path} is no tokenizer ({error}): download it again") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 public model's.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -51,13 +52,29 @@ def load_tokenizer(path: Path) -> Tokenizer:
       UserError: the file is missing or is no tokenizer.
     """
     try:
-        tokenizer = Tokenizer.from_str(path.read_text())
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: prepare the corpus again") from error
-    except Exception as error:  # the library raises bare Exception for a malformed file
-        raise UserError(f"{path} is no tokenizer ({error}): prepare the corpus again") from error
+    with malformed(f"{path} is no tokenizer", "prepare the corpus again"):
+        tokenizer = Tokenizer.from_str(data.decode())
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+@contextlib.contextmanager
+def malformed(what: str, advice: str) -> Iterator[None]:
+    """Makes a sentence of what the tokenizers library raises for values that don't fit: a bare
+    Exception, and where it panics (PyO3) what is not even that.
+
+    Raises:
+      UserError: "WHAT (the library's reason): ADVICE".
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({error}): {advice}") from error
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
