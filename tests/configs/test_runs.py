@@ -25,7 +25,7 @@ def batch_of(run) -> dict[str, jax.ShapeDtypeStruct]:
     return batch
 
 
-SLOW = {"v31"}  # to trace its 24 layers takes as long as all others
+SLOW = {"v31", "v31_small"}  # to trace 24 layers takes as long as all others
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_the_kernel_equals_the_reference_and_no_wrong_version(format, sizes, opt
             assert np.abs(found - reference(*wrong)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_gradient_of_x_is_that_of_the_triton_kernel_with_int4_repacked():
     x, weight, sizes, dy = draw("int4")
 

@@ -172,6 +172,7 @@ def test_dropped_units_lose_their_biases():
     np.testing.assert_array_equal(moe["down_bias"], kept["down_bias"])
 
 
+@pytest.mark.slow
 def test_dropped_units_are_one_set_for_all_three_matrices():
     """Half of each twin's units, drawn with the deviation of what was there; parents keep theirs,
     and under reserve the function is the same."""

@@ -97,6 +97,7 @@ def test_a_place_sees_the_tokens_up_to_its_own_reach(variables):
             assert (before[k, :, t] != after[k, :, t]).any()
 
 
+@pytest.mark.slow
 def test_without_being_asked_nothing_is_computed(variables):
     tokens, positions = inputs(CONFIG, LENGTH)
     plain = dataclasses.replace(CONFIG, multi_token=None)

@@ -1,8 +1,10 @@
 """The verbs as a user types them: the whole road, kill -9, and bad input in one sentence."""
 
+import importlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.checks import UserError
+from scripts import command
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,17 +186,40 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_in_one_sentence(trained, name):
-    arguments, sentence = BAD[name]
+AS_A_USER = ("another config", "no such folder", "unknown option", "unknown run", "context")
+"""Tried in processes of their own, whose exit code and output are looked at; a process takes four
+seconds to start, so the other sentences are those of `main`."""
+
+
+@pytest.fixture
+def places(trained):
+    """What stands in braces in BAD; the run there must not change."""
     (trained / "empty").mkdir(exist_ok=True)
-    places = {"tmp": trained, "run": trained / "run", "empty": trained / "empty"}
     before = (trained / "run" / "metrics.jsonl").read_bytes()
-    _, err = run(trained, *(a.format(**places) for a in arguments), code=2)
+    yield {"tmp": trained, "run": trained / "run", "empty": trained / "empty"}
+    assert (trained / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", AS_A_USER)
+def test_bad_input_ends_in_one_sentence(places, name):
+    arguments, sentence = BAD[name]
+    _, err = run(places["tmp"], *(a.format(**places) for a in arguments), code=2)
     assert sentence in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1, err
-    assert (trained / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", sorted(set(BAD) - set(AS_A_USER)))
+def test_bad_input_is_refused(places, name, monkeypatch):
+    (verb, *arguments), sentence = BAD[name]
+    monkeypatch.setattr(command, "use_host_devices", lambda count: None)  # they are there
+    with pytest.raises(UserError, match=re.escape(sentence)) as refused:
+        main_of(verb)([a.format(**places) for a in arguments])
+    assert "\n" not in str(refused.value)
+
+
+def main_of(verb: str) -> command.Main:
+    return importlib.import_module(f"scripts.{verb}").main
 
 
 @pytest.mark.slow
@@ -290,10 +317,17 @@ def test_a_signal_saves_and_says_how_to_go_on(trained, number):
     assert (folder / "checkpoints" / str(done)).is_dir()
 
 
-@pytest.mark.parametrize(
-    "verb",
-    ["train", "distill", "evaluate", "generate", "grow", "label_experts", "quickstart", "upcycle"],
+VERBS = sorted(
+    path.stem
+    for path in (ROOT / "scripts").glob("*.py")
+    if "command.execute(main" in path.read_text()
 )
-def test_every_verb_has_help(tmp_path, verb):
-    out, _ = run(tmp_path, verb, "--help")
-    assert f"python -m scripts.{verb}" in out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main_of(verb)(["--help"])
+    assert ended.value.code == 0
+    first_line = (sys.modules[f"scripts.{verb}"].__doc__ or "none").splitlines()[0]
+    assert first_line in capsys.readouterr().out

@@ -97,6 +97,7 @@ def test_a_cached_run_resumes_bit_for_bit(teacher):
     assert losses(tmp_path / "cached halves") == whole
 
 
+@pytest.mark.slow
 def test_another_teachers_cache_is_refused(teacher):
     run, tmp_path = teacher
     train(teacher, "first teacher", top_k=8, cache=True)

@@ -56,6 +56,7 @@ def test_it_learns_and_resumes_bit_for_bit(story):
     assert resume(story, run.mesh) == unbroken
 
 
+@pytest.mark.slow
 def test_resumed_on_another_mesh_stays_within_rounding(story):
     unbroken = losses(story[1] / "unbroken")
     # The rounding of 14 steps grows through the updates; 1e-5 is that of the sums of one.
