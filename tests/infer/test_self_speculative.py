@@ -42,7 +42,11 @@ def variables():
 
 @pytest.mark.parametrize(
     "draft",
-    [pytest.param(Draft(), marks=pytest.mark.slow), Draft(exit=2, length=3), Draft(length=1)],
+    [
+        pytest.param(Draft(), marks=pytest.mark.slow),
+        pytest.param(Draft(exit=2, length=3), marks=pytest.mark.slow),
+        Draft(length=1),
+    ],
 )
 def test_the_text_is_the_whole_models(variables, draft):
     """Windows of 5 with drafts of 4: slots of a ring are written and taken back all the time."""

@@ -63,6 +63,7 @@ def test_exits_stay_where_they_were(models):
     assert (np.asarray(made[0].layers_B) == 7).all()
 
 
+@pytest.mark.slow
 def test_preferences_follow_their_layers(models):
     model, variables, flat, own = models
     wanted = np.random.RandomState(2).randn(3, 1, 8).astype(np.float32) * 5

@@ -145,6 +145,7 @@ def test_bounds_follow_from_the_parts():
     assert plan.mfu(1e-3) == pytest.approx(useful / (1e-3 * 989.4e12))
 
 
+@pytest.mark.slow
 def test_parts_of_the_model_have_names():
     plan = planned(moe_run(expert=2))
     names = {part.name for part in plan.parts}
