@@ -308,6 +308,9 @@ class RunConfig:
             f"data.seq_len={self.data.seq_len}",
         )
         self._check_memory()
+        self._check_layers()
+
+    def _check_layers(self) -> None:
         for spec in self.model.layer_kinds:
             require(
                 getattr(spec.attention, "indexer", None) is None,

@@ -10,12 +10,15 @@ from typing import Any, Literal
 
 from checkpoint import gguf, huggingface
 from checkpoint.atomic_folder import partial_folder
+from checkpoint.families.base import Family
 from checkpoint.model_folder import write_model_folder
 from checkpoint.public import export_family
 from checkpoint.storage import DTYPES, ExportDtype, choose_storage
-from configs.checks import UserError, require
+from configs.architecture import ModelConfig
+from configs.checks import require
 from data.public_tokenizer import PublicTokenizer, write_public_tokenizer
-from infer.sources import Dtype, Progress, Source, counted
+from infer.sources import Progress, Source, counted
+from model.transformer import Variables
 
 Form = Literal["huggingface", "gguf", "orbax"]
 TOKENIZER_FILES = (
@@ -36,8 +39,8 @@ class Conversion:
     dtype: ExportDtype | None = None
     """Of the tensors written; None keeps the source's, bfloat16 for packed ones. float8 and mxfp4
     are Hugging Face's only; GGUF has `quantization` instead."""
-    quantization: Literal["F16", "Q8_0"] = "F16"
-    """GGUF only."""
+    quantization: Literal["F16", "Q8_0"] | None = None
+    """GGUF only, F16 if None."""
     max_shard_bytes: int = 5_000_000_000
     """Hugging Face only: of one file."""
 
@@ -55,46 +58,23 @@ def convert(
     Raises:
       UserError: the source can't be read, the target is there, or the form can't hold the model.
     """
-    is_gguf = conversion.to == "gguf"
-    require(
-        is_gguf == (target.suffix == ".gguf"),
-        f"{target} and the form {conversion.to!r} don't go together: a GGUF is a file that ends in "
-        ".gguf, everything else a folder",
-    )
-    require(not (is_gguf and target.exists()), f"{target} is there already: give another name")
-    family = None if conversion.to == "orbax" else export_family(source.config, conversion.family)
-    if is_gguf and family is not None and family.gguf is None:
-        raise UserError(f"llama.cpp does not know the family {family.model_type}: use huggingface")
+    family = _family(source, target, conversion)
     dtype = conversion.dtype or kept_dtype(source)
-    require(
-        conversion.to == "huggingface" or dtype in DTYPES,
-        f"{dtype} is a form of huggingface folders only, not of {conversion.to}: leave it out, or "
-        "take huggingface",
-    )
-    like = _quantization(source)
-    if conversion.to == "huggingface" and family is not None:
-        choose_storage(family, dtype, like)  # refuses before anything is read
-    tokenizer = _tokenizer(source)
-    loaded_as: Dtype = "bfloat16" if dtype == "bfloat16" and not is_gguf else "float32"
+    is_halved = dtype == "bfloat16" and conversion.to != "gguf"
+    tokenizer, loaded_as = _tokenizer(source), "bfloat16" if is_halved else "float32"
 
-    def load() -> Any:
-        return source.load(dtype=loaded_as, progress=reading)
+    def load() -> tuple[ModelConfig, Variables]:
+        model, variables = source.load(dtype=loaded_as, progress=reading)
+        return model.config, variables
 
-    if is_gguf:
+    written = counted(writing, source.config.num_parameters)
+    if conversion.to == "gguf":
         assert family is not None
-        model, variables = load()
-        gguf.export(
-            target,
-            family,
-            model.config,
-            variables,
-            tokenizer,
-            conversion.quantization,
-            counted(writing, model.config.num_parameters),
-        )
+        kind = conversion.quantization or "F16"
+        gguf.export(target, family, *load(), tokenizer, kind, written)
         return
     with partial_folder(target, _fingerprint(source, conversion, dtype)) as folder:
-        model, variables = load()
+        config, variables = load()
         _copy_tokenizer(source, tokenizer, folder)
         if family is None:
             write_model_folder(folder, source.config, variables)
@@ -102,14 +82,50 @@ def convert(
         huggingface.export(
             folder,
             family,
-            model.config,
+            config,
             variables,
             dtype=dtype,
             extra=token_ids(tokenizer),
-            like=like,
+            like=_quantization(source),
             max_shard_bytes=conversion.max_shard_bytes,
-            progress=counted(writing, model.config.num_parameters),
+            progress=written,
         )
+
+
+def _family(source: Source, target: Path, conversion: Conversion) -> Family | None:
+    """The public family to write, None for our own form; refuses before anything is read."""
+    to, dtype = conversion.to, conversion.dtype
+    require(
+        (to == "gguf") == (target.suffix == ".gguf"),
+        f"{target} and the form {to!r} don't go together: a GGUF is a file that ends in .gguf, "
+        "everything else a folder",
+    )
+    require(
+        to == "gguf" or conversion.quantization is None,
+        f"quantization={conversion.quantization!r} is of a GGUF, not of {to}: leave it out",
+    )
+    if to == "orbax":
+        require(
+            dtype is None or dtype in ("float32", "bfloat16"),
+            f"{dtype} is a form of huggingface folders only, not of orbax: leave it out, or take "
+            "huggingface",
+        )
+        require(conversion.family is None, "orbax holds any model: leave the family out")
+        return None
+    family = export_family(source.config, conversion.family)
+    if to == "huggingface":
+        choose_storage(family, dtype or kept_dtype(source), _quantization(source))
+        return family
+    require(
+        dtype is None,
+        f"{dtype} is a form of huggingface folders only, not of gguf: a GGUF has a quantization",
+    )
+    require(
+        family.gguf is not None,
+        f"llama.cpp does not know the family {family.model_type}: use huggingface",
+    )
+    require(not target.exists(), f"{target} is there already: give another name")
+    return family
 
 
 def kept_dtype(source: Source) -> ExportDtype:

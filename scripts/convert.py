@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--to", choices=get_args(Form), default="orbax")
     parser.add_argument("--family", help="model_type to export as (default: one that fits)")
     parser.add_argument("--dtype", choices=get_args(ExportDtype), help="default: the source's")
-    parser.add_argument("--quantization", choices=("F16", "Q8_0"), default="F16", help="of a GGUF")
+    parser.add_argument("--quantization", choices=("F16", "Q8_0"), help="of a GGUF (F16)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0)
     parser.add_argument("--verify", action="store_true", help="compare logits of both sides")
     arguments = parser.parse_args(argv)
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     with reading(source) as read, reading(source, title) as written:
         convert(source, arguments.target, conversion, reading=read, writing=written)
     print(f"{arguments.target}: written")
-    kind = arguments.quantization if arguments.to == "gguf" else arguments.dtype
+    kind = (arguments.quantization or "F16") if arguments.to == "gguf" else arguments.dtype
     return check(source, arguments.target, LOSS.get(kind, 0.0)) if arguments.verify else 0
 
 

@@ -74,6 +74,9 @@ REFUSALS = [
     (["{llama}", "{llama}", "--to", "huggingface"], "exists already"),
     (["{llama}", "x.gguf"], "don't go together"),
     (["{llama}", "x", "--to", "gguf"], "ends in .gguf"),
+    (["{llama}", "x", "--quantization", "Q8_0"], "is of a GGUF, not of orbax"),
+    (["{llama}", "x", "--family", "llama"], "orbax holds any model"),
+    (["{llama}", "x.gguf", "--to", "gguf", "--dtype", "bfloat16"], "a GGUF has a quantization"),
     (["{llama}", "x", "--to", "huggingface", "--family", "mixtral"], "no layer with it"),
     (["{llama}", "x", "--to", "huggingface", "--family", "bert"], "there are llama, mixtral"),
 ]
