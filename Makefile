@@ -46,7 +46,7 @@ kernels: $(COMPILER)/installed  ## compiles GPU kernels without a GPU: what chan
 .venv: $(VENV)/installed     ## only sets up
 
 $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/native/src/*)
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)  # another Python than before would leave a mixture
 	$(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check ".[dev]"
 	touch $@
 
