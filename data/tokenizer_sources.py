@@ -8,10 +8,7 @@ from configs.checks import UserError
 from data.gguf_header import read_header
 from data.gguf_tokenizer import tokenizer_from_gguf
 from data.public_tokenizer import read_public_tokenizer
-from data.smollm2 import packaged_gguf
-
-SMOLLM2 = "smollm2"
-"""The name of the packaged model's."""
+from data.smollm2 import NAME, packaged_gguf
 
 
 def load_public_tokenizer(source: str) -> Tokenizer:
@@ -20,13 +17,13 @@ def load_public_tokenizer(source: str) -> Tokenizer:
     Raises:
       UserError: none of these, or a file that can't be read.
     """
-    path = packaged_gguf() if source == SMOLLM2 else Path(source).expanduser()
+    path = packaged_gguf() if source == NAME else Path(source).expanduser()
     if path.suffix == ".gguf":
         return tokenizer_from_gguf(read_header(path).metadata, str(path)).tokenizer
     folder = path.parent if path.name == "tokenizer.json" else path
     if not folder.is_dir():
         raise UserError(
             f"data.tokenizer={source!r} is no tokenizer: give a folder with a tokenizer.json, a "
-            f"GGUF file, or {SMOLLM2!r}"
+            f"GGUF file, or {NAME!r}"
         )
     return read_public_tokenizer(folder).tokenizer

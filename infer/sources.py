@@ -24,14 +24,12 @@ from configs.base import ExecutionConfig, RunConfig
 from configs.checks import UserError
 from data.pipeline import prepare_corpus
 from data.public_tokenizer import PublicTokenizer, read_public_tokenizer
-from data.smollm2 import packaged_gguf
+from data.smollm2 import NAME, packaged_gguf
 from data.tokenizer import end_of_text_id
 from infer.load import Dtype, inference_execution, placed
 from model.depth import causal
 from model.transformer import Transformer, Variables
 from model.unstacked import unstack, unstacked_config
-
-PACKAGED = "smollm2"
 
 Progress = Callable[[int, int], None]
 """Called with elements read and elements in all."""
@@ -109,13 +107,13 @@ def open_source(name: str) -> Source:
     Raises:
       UserError: nothing that can be read.
     """
-    path = packaged_gguf() if name == PACKAGED else Path(name)
+    path = packaged_gguf() if name == NAME else Path(name)
     if path.is_file():
         return _public(name, "gguf", path, gguf.open_checkpoint(path), lambda: gguf.tokenizer(path))
     if not path.is_dir():
         raise UserError(
             f"{name} is no folder and no file: give a run directory, a folder in Hugging Face "
-            f"form, a GGUF file, or {PACKAGED!r}"
+            f"form, a GGUF file, or {NAME!r}"
         )
     if is_model_folder(path):
         return Source(

@@ -80,7 +80,6 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_road_from_labels_to_a_preference(trained):
     run, run_dir = trained
     with pytest.raises(UserError, match=r"python -m scripts.label_experts .* labels them"):

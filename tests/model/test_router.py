@@ -350,7 +350,6 @@ def test_a_single_loss_free_step_is_the_sign_of_the_load_error():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_mean_number_of_experts_is_held_under_a_shift():
     config = RouterConfig(top_k=3, num_null_experts=2, target_k=2.0)
 
