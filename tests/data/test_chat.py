@@ -71,8 +71,11 @@ HOSTILE = {
     ),
     "a wide field": ("{{ '%99999999999d' % 1 }}", "MemoryError|memory|Error"),
     "a list of lists": ("{% set x = [0] * 10**9 %}", "memory"),
-    "a large power": ("{{ 9**(9**9) }}", "takes more than"),
-    "much text": ("{{ 'ab' * 9000000 }}", "it wrote 18000000 letters"),
+    "a large power": ("{{ 9**(9**9) }}", "takes more than 0.2 s"),
+    "much text": (
+        "{% for i in range(9000) %}{{ 'ab' * 1000 }}{% endfor %}",
+        "it wrote 18000000 letters",
+    ),
     "a macro in itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
     "brackets": ("{{ " + "(" * 30000 + " }}", "RecursionError"),
     "blocks": ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "Error|ended with status"),
@@ -85,8 +88,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_templates_are_told(case: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(chat, "SECONDS", 0.2)
     template, sentence = HOSTILE[case]
+    if "takes more" in sentence:  # the others end by themselves, late on a busy machine
+        monkeypatch.setattr(chat, "SECONDS", 0.2)
     began = time.monotonic()
     with pytest.raises(UserError, match=f"^the chat template can't be rendered: .*({sentence})"):
         render(HELLO, template)
