@@ -2,13 +2,14 @@
 
 Loading goes leaf by leaf and shard by shard: each local device's part of a parameter is filled from
 the tensors that it holds and handed over, so that the host holds the result (on CPU) or one shard
-of one parameter (on GPU), and a piece of one tensor.
+of one parameter (on GPU), and a piece of one tensor. A conversion needs no whole model: `unread`
+parameters are read part by part, as the tensors to write ask for them.
 """
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 
 from checkpoint.families.base import Copy
-from checkpoint.tables import UNSAID, Entry, flatten
+from checkpoint.tables import UNSAID, Entry, flatten, leaf_name
 from configs.architecture import ModelConfig
 from configs.checks import UserError
 
@@ -47,88 +48,12 @@ class Tensors(Protocol):
     def file(self, name: str) -> Path: ...
 
 
-def check_names(
-    entries: Sequence[Entry],
-    tensors: Tensors,
-    copies: Sequence[tuple[str, str]],
-    ignored: Sequence[str],
-    where: Path,
-) -> None:
-    """Every tensor has a use, and every use its tensor, of the right shape: told by the headers,
-    before anything is read.
-
-    Args:
-      copies: (tensor, the one it repeats); they need not be there.
-      ignored: regular expressions.
-    Raises:
-      UserError: tensors that are missing, unknown, or of another shape.
-    """
-    expected = {entry.name: entry.shape for entry in entries}
-    allowed = expected.keys() | {name for name, _ in copies}
-    missing = [name for name in expected if name not in tensors.shapes]
-    unknown = [
-        name
-        for name in tensors.shapes
-        if name not in allowed and not any(re.fullmatch(rule, name) for rule in ignored)
-    ]
-    if missing or unknown:
-        raise UserError(f"{where} does not fit its config: {_said(missing, unknown, tensors)}")
-    for name, shape in expected.items():
-        found = tuple(tensors.shapes[name])
-        if found != shape:
-            raise UserError(
-                f"{tensors.file(name)}: {name} has the shape {list(found)}, its config asks for "
-                f"{list(shape)}: config and tensors are of two models"
-            )
-
-
-def _said(missing: list[str], unknown: list[str], tensors: Tensors) -> str:
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} tensors are missing ({_some(missing)})")
-    if unknown:
-        files = sorted({tensors.file(name).name for name in unknown[:100]})
-        parts.append(
-            f"{len(unknown)} tensors in {_some(files)} belong to nothing in the model "
-            f"({_some(unknown)})"
-        )
-    return "; ".join(parts)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def expanded_copies(copies: Sequence[Copy], tensors: Iterable[str]) -> list[tuple[str, str]]:
-    """The copies among these tensors, (name, the one it repeats)."""
-    rules = [(re.escape(copy.name).replace(r"\*", r"\d+"), copy.of) for copy in copies]
-    return [(name, of) for name in tensors for rule, of in rules if re.fullmatch(rule, name)]
-
-
-def check_copies(copies: Sequence[tuple[str, str]], tensors: Tensors) -> None:
-    """
-    Raises:
-      UserError: a tensor that should repeat another one, and doesn't.
-    """
-    for name, of in copies:
-        shape = tuple(tensors.shapes[name])
-        same = of in tensors.shapes and tuple(tensors.shapes[of]) == shape
-        for start, stop in _pieces(shape) if same else ():
-            mine, other = (tensors.read_rows(each, start, stop) for each in (name, of))
-            same = same and np.array_equal(mine, other)
-        if not same:
-            raise UserError(
-                f"{tensors.file(name)}: {name} should repeat {of} and does not: a model with an "
-                "output layer of its own there is not built"
-            )
-
-
-def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Ranges of the first dim, each of about PIECE_BYTES in float32."""
+def pieces(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Ranges of [first, last) of the first dim, each of about PIECE_BYTES in float32."""
     row = 4 * math.prod(shape[1:])
     step = max(PIECE_BYTES // max(row, 1), 1)
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
+    for start in range(first, last, step):
+        yield start, min(start + step, last)
 
 
 def load(
@@ -142,19 +67,64 @@ def load(
     Args:
       abstract_variables: ShapeDtypeStructs with shardings.
     """
-    by_leaf: dict[str, list[Entry]] = {leaf: [] for leaf in flatten(abstract_variables)}
-    for entry in entries:
-        by_leaf[entry.leaf].append(entry)
+    by_leaf = _by_leaf(entries, abstract_variables)
 
     def one(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return _load_leaf(by_leaf[name], tensors, leaf, progress)
+        return _load_leaf(by_leaf[leaf_name(path)], tensors, leaf, progress)
 
     return jax.tree_util.tree_map_with_path(one, abstract_variables)
 
 
+def unread(entries: Sequence[Entry], tensors: Tensors, abstract_variables: Any) -> Any:
+    """The same tree with an `Unread` for each array."""
+    by_leaf = _by_leaf(entries, abstract_variables)
+
+    def one(path: Any, leaf: jax.ShapeDtypeStruct) -> Unread:
+        return Unread(by_leaf[leaf_name(path)], tensors, leaf.shape, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, abstract_variables)
+
+
+def _by_leaf(entries: Sequence[Entry], abstract_variables: Any) -> dict[str, list[Entry]]:
+    by_leaf: dict[str, list[Entry]] = {leaf: [] for leaf in flatten(abstract_variables)}
+    for entry in entries:
+        by_leaf[entry.leaf].append(entry)
+    return by_leaf
+
+
 Window = tuple[tuple[int, int], ...]
-"""The part of a parameter that a device holds: (start, stop) of each dim."""
+"""A part of a parameter, such as a device holds: (start, stop) of each dim."""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A parameter that lies in a checkpoint still."""
+
+    entries: Sequence[Entry]
+    """Those that fill it."""
+    tensors: Tensors
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def part(self, place: tuple[int | None, ...]) -> np.ndarray:
+        """What lies at an entry's place: see `Entry.place`.
+
+        Raises:
+          UserError: a tensor is damaged.
+        """
+        sizes = zip(place, self.shape, strict=True)
+        window = tuple((0, size) if at is None else (at, at + 1) for at, size in sizes)
+        part = _load_window(self.entries, self.tensors, window, self.dtype)
+        return part.reshape(
+            [size for at, size in zip(place, self.shape, strict=True) if at is None]
+        )
+
+
+def part_of(leaf: Any, place: tuple[int | None, ...]) -> np.ndarray:
+    """The part of a parameter at an entry's place, whether it is an array or `Unread`."""
+    if isinstance(leaf, Unread):
+        return leaf.part(place)
+    return np.asarray(leaf)[tuple(slice(None) if at is None else at for at in place)]
 
 
 def _load_leaf(
@@ -173,7 +143,11 @@ def _load_leaf(
 
 
 def _load_window(
-    entries: list[Entry], tensors: Tensors, window: Window, dtype: Any, progress: Progress
+    entries: Sequence[Entry],
+    tensors: Tensors,
+    window: Window,
+    dtype: Any,
+    progress: Progress = lambda _: None,
 ) -> np.ndarray:
     out = _aligned([stop - start for start, stop in window], np.dtype(dtype))
     if not entries:  # state that public checkpoints don't hold (UNSAID)
@@ -185,12 +159,19 @@ def _load_window(
         if not entry.is_sliceable:
             _put(entry.to_parameter(tensors.read(entry.name)), entry, None, out, window)
         else:
-            for start, stop in _pieces(entry.shape):
+            for start, stop in pieces(entry.shape, *_rows_inside(entry, window)):
                 piece, dim = entry.rows(start, stop)
                 rows = tensors.read_rows(entry.name, start, stop)
                 _put(piece.to_parameter(rows), piece, (dim, start), out, window)
         progress(math.prod(entry.shape))
     return out
+
+
+def _rows_inside(entry: Entry, window: Window) -> tuple[int, int]:
+    """Which of the public tensor's rows lie in the window."""
+    _, dim = entry.rows(0, entry.shape[0])
+    whole = [ranges for at, ranges in zip(entry.place, window, strict=True) if at is None]
+    return whole[dim]
 
 
 def _put(
@@ -252,9 +233,9 @@ def saved(
     Raises:
       UserError: state that public checkpoints don't hold is not 0.
     """
-    leaves = {name: np.asarray(leaf) for name, leaf in flatten(variables).items()}
+    leaves = flatten(variables)
     for name, leaf in leaves.items():
-        if name.endswith(UNSAID) and leaf.any():
+        if name.endswith(UNSAID) and part_of(leaf, (None,) * len(leaf.shape)).any():
             raise UserError(
                 f"{name} is not 0, and no public family has null experts: keep the model as a run "
                 "directory"
@@ -263,8 +244,7 @@ def saved(
         if is_done(entry.name):
             yield entry, None
             continue
-        place = tuple(slice(None) if at is None else at for at in entry.place)
-        yield entry, entry.to_public(leaves[entry.leaf][place])
+        yield entry, entry.to_public(part_of(leaves[entry.leaf], entry.place))
 
 
 def count(entries: Iterable[Entry]) -> int:

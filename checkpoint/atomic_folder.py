@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when all of it is on the disk."""
+"""A folder, or a file, that appears under its name only when all of it is on the disk."""
 
 import contextlib
 import fcntl
@@ -29,8 +29,36 @@ def partial_folder(destination: Path, fingerprint: str) -> Iterator[Path]:
     Raises:
       UserError: the destination is taken, somebody else is at work on it, or the disk refuses.
     """
-    assert fingerprint, "an empty one can't tell a new folder from a kept one"
     destination = Path(os.path.normpath(destination.absolute()))
+    with _kept(destination, fingerprint) as partial:
+        yield partial
+        _refuse_taken(destination)
+        with explain_os_errors(destination, "be made"):
+            _sync(partial)
+            partial.rename(destination)
+            sync_folder(destination.parent)
+            (destination / FINGERPRINT).unlink()
+
+
+@contextlib.contextmanager
+def partial_file(destination: Path, fingerprint: str) -> Iterator[Path]:
+    """As `partial_folder`, for one file: gives its path in such a folder, where notes may lie
+    beside it, and moves it to `destination`, which must not exist.
+    """
+    destination = Path(os.path.normpath(destination.absolute()))
+    with _kept(destination, fingerprint) as partial:
+        yield partial / destination.name
+        _refuse_taken(destination)
+        with explain_os_errors(destination, "be made"):
+            _sync(partial)
+            (partial / destination.name).rename(destination)
+            sync_folder(destination.parent)
+
+
+@contextlib.contextmanager
+def _kept(destination: Path, fingerprint: str) -> Iterator[Path]:
+    """The folder to work in, this process's alone."""
+    assert fingerprint, "an empty one can't tell a new folder from a kept one"
     _refuse_taken(destination)
     partial = destination.with_name(destination.name + SUFFIX)
     with explain_os_errors(partial, "be made"):
@@ -41,13 +69,13 @@ def partial_folder(destination: Path, fingerprint: str) -> Iterator[Path]:
         with explain_os_errors(partial, "be made"):
             _lock(lock, partial)
             _start_or_go_on(lock, partial, fingerprint)
-        yield partial
-        _refuse_taken(destination)
-        with explain_os_errors(destination, "be made"):
-            _sync(partial)
-            partial.rename(destination)
-            sync_folder(destination.parent)
-            (destination / FINGERPRINT).unlink()
+        try:
+            yield partial
+        finally:
+            if partial.exists() and os.listdir(partial) == [
+                FINGERPRINT
+            ]:  # all that was made is away
+                shutil.rmtree(partial)
 
 
 def _refuse_taken(destination: Path) -> None:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.constants import Keys
 
 from checkpoint import assemble
 from checkpoint.families.base import Family
@@ -26,6 +26,8 @@ from data.public_tokenizer import PublicTokenizer
 
 IGNORED = (r"rope_freqs\.weight", r"blk\.\d+\.rope_freqs\.weight")
 """What the settings were read from."""
+NO_TOKENIZER = "no_vocab"
+"""llama.cpp's name for the kind of tokenizer of a file that has none."""
 
 
 def open_checkpoint(path: Path) -> PublicCheckpoint:
@@ -54,6 +56,11 @@ def tokenizer(path: Path) -> PublicTokenizer:
     return tokenizer_from_gguf(GGUFFile(path).metadata, str(path))
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether the file has a vocabulary, of whatever kind."""
+    return GGUFFile(path).metadata.get(Keys.Tokenizer.MODEL, NO_TOKENIZER) != NO_TOKENIZER
+
+
 def export(
     path: Path,
     family: Family,
@@ -63,10 +70,11 @@ def export(
     quantization: Quantization,
     progress: assemble.Progress = lambda _: None,
 ) -> None:
-    """Writes one file that llama.cpp loads. Modules that only training uses are left out.
+    """Writes one file that llama.cpp loads, or goes on with it (see `write_gguf`). Modules that
+    only training uses are left out.
 
     Args:
-      variables: arrays of one device.
+      variables: arrays of one device, or `assemble.Unread`.
       progress: is told elements.
     Raises:
       UserError: llama.cpp can't say what the model does, or a value does not fit.
@@ -82,11 +90,11 @@ def export(
     values = write_model(family, config)
     metadata = config_to_gguf(family.model_type, values)
     if tokenizer is None:
-        metadata["tokenizer.ggml.model"] = "no_vocab"
+        metadata[Keys.Tokenizer.MODEL] = NO_TOKENIZER
     else:
         metadata |= tokenizer_to_gguf(tokenizer, config.vocab_size)
     entries = expand(family.gguf.rows, config, leaves)
-    tensors = [_tensor(entry, leaves, progress) for entry in entries]
+    tensors = [_tensor(entry, leaves) for entry in entries]
     frequencies_C = llama3_frequencies(values)
     if frequencies_C is not None:
         tensors.insert(0, (ROPE_FREQS, frequencies_C.shape, lambda: frequencies_C))
@@ -94,7 +102,7 @@ def export(
     _check_said(family, config, metadata, tensors, path)
     if isinstance(attention, LatentAttentionConfig):
         tensors = list(split(tensors, attention.nope_head_dim, attention.value_head_dim))
-    write_gguf(path, metadata, tensors, quantization)
+    write_gguf(path, metadata, tensors, quantization, progress)
 
 
 def _check_said(
@@ -116,12 +124,10 @@ def _check_said(
         )
 
 
-def _tensor(entry: Entry, leaves: dict[str, Any], progress: assemble.Progress) -> Tensor:
-    return entry.name, entry.shape, functools.partial(_read, entry, leaves, progress)
+def _tensor(entry: Entry, leaves: dict[str, Any]) -> Tensor:
+    return entry.name, entry.shape, functools.partial(_read, entry, leaves)
 
 
-def _read(entry: Entry, leaves: dict[str, Any], progress: assemble.Progress) -> np.ndarray:
-    place = tuple(slice(None) if at is None else at for at in entry.place)
-    part = np.asarray(leaves[entry.leaf][place], np.float32)
-    progress(math.prod(entry.shape))
-    return entry.to_public(part)
+def _read(entry: Entry, leaves: dict[str, Any]) -> np.ndarray:
+    part = assemble.part_of(leaves[entry.leaf], entry.place)
+    return entry.to_public(part.astype(np.float32, copy=False))

@@ -1,10 +1,16 @@
-"""Writing GGUF files for llama.cpp, one tensor in memory at a time."""
+"""Writing GGUF files for llama.cpp, one tensor in memory at a time.
 
+The header follows from names, shapes and metadata alone, so a killed writer can go on.
+"""
+
+import contextlib
+import itertools
 import math
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from gguf import GGUFWriter
@@ -18,12 +24,16 @@ from gguf.constants import (
 )
 from gguf.quants import quantize
 
+from checkpoint.tensor_header import explain_os_errors
 from configs.checks import UserError
+from data.gguf_header import DEFAULT_ALIGNMENT
 
 Quantization = Literal["F16", "Q8_0"]
 Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
 """Name, shape in numpy's order, and what reads it as float32 when its turn comes."""
 
+MARKED_BYTES = 1 << 28
+"""After as many, those before are made to lie on the disk: what a killed writer does again."""
 _ENTRIES = 1 << 22
 """Quantised at once."""
 _FILE_TYPES = {"F16": LlamaFileType.MOSTLY_F16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
@@ -34,48 +44,100 @@ def write_gguf(
     metadata: dict[str, Any],
     tensors: Sequence[Tensor],
     quantization: Quantization,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Writes a model under another name and gives it its own when it is whole.
+    """Writes a file, or goes on with one that was to become the same: tensors that are in it are
+    not read again. Beside it lies meanwhile how many are, `<path>.done`.
 
     Args:
       metadata: with "general.architecture". Whole numbers become uint32, or int32 in a list (as
         llama.cpp asks for token types); floats float32; empty lists are left out.
       quantization: of matrices. Vectors, biases and routers are float32 in either, as llama.cpp
         computes with them; Q8_0 needs rows of whole blocks of 32, others are F16.
+      progress: is told elements.
     Raises:
       UserError: a value that float16 can't hold, or a disk that can't.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        _write(partial, metadata, tensors, quantization)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    kinds = [_kind(name, shape, quantization) for name, shape, _ in tensors]
+    sizes = [_num_bytes(shape, kind) for (_, shape, _), kind in zip(tensors, kinds, strict=True)]
+    with explain_os_errors(path, "be written"):
+        header = _header(path, metadata, tensors, kinds, quantization)
+        ends = list(itertools.accumulate(map(_padded, sizes), initial=len(header)))
+        file, done = _go_on(path, header, ends)
+        with file:
+            for i, ((name, shape, read), kind) in enumerate(zip(tensors, kinds, strict=True)):
+                if i >= done:
+                    tensor = read()
+                    assert tensor.shape == tuple(shape), f"{name}: {tensor.shape} is not {shape}"
+                    file.write(_packed(name, tensor, kind).data)
+                    file.write(bytes(ends[i + 1] - ends[i] - sizes[i]))
+                    if ends[i + 1] - ends[done] >= MARKED_BYTES:
+                        _mark(path, file, i + 1)
+                        done = i + 1
+                progress(math.prod(shape))
+            os.fsync(file.fileno())
+        _marks(path).unlink(missing_ok=True)
 
 
-def _write(
-    path: Path, metadata: dict[str, Any], tensors: Sequence[Tensor], quantization: Quantization
-) -> None:
-    writer = GGUFWriter(path, metadata[Keys.General.ARCHITECTURE])
-    try:
-        _add_metadata(writer, metadata, quantization)
-        kinds = [_kind(name, shape, quantization) for name, shape, _ in tensors]
-        for (name, shape, _), kind in zip(tensors, kinds, strict=True):
-            block, size = GGML_QUANT_SIZES[kind]
-            count = math.prod(shape) // block * size
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), count, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for (name, shape, read), kind in zip(tensors, kinds, strict=True):
-            tensor = read()
-            assert tensor.shape == tuple(shape), f"{name}: {tensor.shape} is not {shape}"
-            writer.write_tensor_data(_packed(name, tensor, kind))
-        writer.flush()
-    finally:
-        writer.close()
+def _header(
+    path: Path,
+    metadata: dict[str, Any],
+    tensors: Sequence[Tensor],
+    kinds: Sequence[GGMLQuantizationType],
+    quantization: Quantization,
+) -> bytes:
+    """All that comes before the first tensor."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        writer = GGUFWriter(Path(scratch) / "header", metadata[Keys.General.ARCHITECTURE])
+        try:
+            _add_metadata(writer, metadata, quantization)
+            for (name, shape, _), kind in zip(tensors, kinds, strict=True):
+                size = _num_bytes(shape, kind)
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+        header = (Path(scratch) / "header").read_bytes()
+    return header.ljust(_padded(len(header)), b"\0")
+
+
+def _go_on(path: Path, header: bytes, ends: Sequence[int]) -> tuple[BinaryIO, int]:
+    """The file, open where the next tensor goes, and how many are in it."""
+    done = 0
+    with contextlib.suppress(OSError, ValueError):
+        done = int(_marks(path).read_text())
+    if done and path.is_file() and done < len(ends) and path.stat().st_size >= ends[done]:
+        file = path.open("r+b")
+        if file.read(len(header)) == header:
+            file.truncate(ends[done])
+            file.seek(ends[done])
+            return file, done
+        file.close()
+    file = path.open("wb")
+    file.write(header)
+    return file, 0
+
+
+def _mark(path: Path, file: BinaryIO, done: int) -> None:
+    """Notes how many tensors are on the disk, when they are."""
+    file.flush()
+    os.fsync(file.fileno())
+    _marks(path).write_text(str(done))
+
+
+def _marks(path: Path) -> Path:
+    return path.with_name(path.name + ".done")
+
+
+def _num_bytes(shape: Sequence[int], kind: GGMLQuantizationType) -> int:
+    block, size = GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // block * size
+
+
+def _padded(size: int) -> int:
+    return -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 
 
 def _add_metadata(writer: GGUFWriter, metadata: dict[str, Any], quantization: Quantization) -> None:

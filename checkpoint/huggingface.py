@@ -48,7 +48,7 @@ def export(
     that may hold some of them already: whole shards are kept.
 
     Args:
-      variables: arrays of one device; router state stays float32.
+      variables: arrays of one device, or `assemble.Unread`; router state stays float32.
       extra: token ids for config.json: bos_token_id, eos_token_id.
       like: the source's quantization_config: see `choose_storage`.
       max_shard_bytes: of one file.

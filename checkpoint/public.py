@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint import assemble
+from checkpoint import assemble, coverage
 from checkpoint.families import FAMILIES
 from checkpoint.families.base import Family
 from checkpoint.settings import Settings
-from checkpoint.tables import Row, expand, flatten
+from checkpoint.tables import Entry, Row, expand, flatten
 from configs.architecture import ModelConfig, MultiTokenConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
@@ -38,11 +38,22 @@ class PublicCheckpoint:
         Raises:
           UserError: a tensor is missing, unknown, of another shape, truncated or not finite.
         """
-        entries = expand(self.rows, self.config, flatten(abstract_variables))
-        copies = assemble.expanded_copies(self.family.copies, self.tensors.shapes)
-        assemble.check_names(entries, self.tensors, copies, self.family.ignored, self.path)
-        assemble.check_copies(copies, self.tensors)
+        entries = self._checked_entries(abstract_variables)
         return assemble.load(entries, self.tensors, abstract_variables, progress)
+
+    def unread(self, abstract_variables: Any) -> Any:
+        """As `load`, with an `assemble.Unread` for each array: what is damaged is told later, when
+        it is read.
+        """
+        entries = self._checked_entries(abstract_variables)
+        return assemble.unread(entries, self.tensors, abstract_variables)
+
+    def _checked_entries(self, abstract_variables: Any) -> list[Entry]:
+        entries = expand(self.rows, self.config, flatten(abstract_variables))
+        copies = coverage.expanded_copies(self.family.copies, self.tensors.shapes)
+        coverage.check_names(entries, self.tensors, copies, self.family.ignored, self.path)
+        coverage.check_copies(copies, self.tensors)
+        return entries
 
     def num_elements(self, abstract_variables: Any) -> int:
         """What `load` reports in all as progress."""

@@ -126,8 +126,12 @@ def swapped_halves(size: int, layer: LayerSpec) -> np.ndarray:
 
 def flatten(variables: Any) -> dict[str, Any]:
     """The leaves of a tree of variables (or of their shapes) by path, "params.embedding"."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
-    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+    return {leaf_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+
+
+def leaf_name(path: Any) -> str:
+    """The path that jax gives a leaf, as one name."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def expand(rows: Sequence[Row], config: ModelConfig, shapes: dict[str, Any]) -> list[Entry]:

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoint import gguf, huggingface
-from checkpoint.atomic_folder import partial_folder
+from checkpoint.atomic_folder import partial_file, partial_folder
 from checkpoint.families.base import Family
 from checkpoint.model_folder import write_model_folder
 from checkpoint.public import export_family
 from checkpoint.storage import DTYPES, ExportDtype, choose_storage
-from configs.architecture import ModelConfig
 from configs.checks import require
 from data.public_tokenizer import PublicTokenizer, write_public_tokenizer
 from infer.sources import Progress, Source, counted
-from model.transformer import Variables
 
 Form = Literal["huggingface", "gguf", "orbax"]
 TOKENIZER_FILES = (
@@ -55,30 +53,33 @@ def convert(
 ) -> None:
     """Writes the target, whole or not at all; a kept part of an interrupted one is gone on with.
 
+    A public checkpoint is never in memory as a whole on its way to a public form: tensors are read
+    as those to write ask for them.
+
     Raises:
       UserError: the source can't be read, the target is there, or the form can't hold the model.
     """
     family = _family(source, target, conversion)
     dtype = conversion.dtype or kept_dtype(source)
     is_halved = dtype == "bfloat16" and conversion.to != "gguf"
-    tokenizer, loaded_as = _tokenizer(source), "bfloat16" if is_halved else "float32"
-
-    def load() -> tuple[ModelConfig, Variables]:
-        model, variables = source.load(dtype=loaded_as, progress=reading)
-        return model.config, variables
-
+    loaded_as = "bfloat16" if is_halved else "float32"
+    tokenizer = _tokenizer(source)
     written = counted(writing, source.config.num_parameters)
+    fingerprint = _fingerprint(source, conversion, dtype)
     if conversion.to == "gguf":
         assert family is not None
-        kind = conversion.quantization or "F16"
-        gguf.export(target, family, *load(), tokenizer, kind, written)
+        with partial_file(target, fingerprint) as path:
+            config, variables = source.load_or_leave(dtype=loaded_as, progress=reading)
+            kind = conversion.quantization or "F16"
+            gguf.export(path, family, config, variables, tokenizer, kind, written)
         return
-    with partial_folder(target, _fingerprint(source, conversion, dtype)) as folder:
-        config, variables = load()
+    with partial_folder(target, fingerprint) as folder:
         _copy_tokenizer(source, tokenizer, folder)
         if family is None:
+            _, variables = source.load(dtype=loaded_as, progress=reading)
             write_model_folder(folder, source.config, variables)
             return
+        config, variables = source.load_or_leave(dtype=loaded_as, progress=reading)
         huggingface.export(
             folder,
             family,
@@ -124,7 +125,6 @@ def _family(source: Source, target: Path, conversion: Conversion) -> Family | No
         family.gguf is not None,
         f"llama.cpp does not know the family {family.model_type}: use huggingface",
     )
-    require(not target.exists(), f"{target} is there already: give another name")
     return family
 
 
@@ -155,11 +155,12 @@ def token_ids(tokenizer: PublicTokenizer | None) -> Mapping[str, Any]:
 
 
 def _tokenizer(source: Source) -> PublicTokenizer | None:
-    """None for a public folder that has no tokenizer: its weights convert all the same."""
-    has_files = source.kind in ("huggingface", "model_folder")
-    if has_files and not (source.path / "tokenizer.json").exists():
-        return None
-    return source.tokenizer()
+    """None for a checkpoint that has none: its weights convert all the same."""
+    if source.kind in ("huggingface", "model_folder"):
+        has_one = (source.path / "tokenizer.json").exists()
+    else:
+        has_one = source.kind == "run" or gguf.has_tokenizer(source.path)
+    return source.tokenizer() if has_one else None
 
 
 def _copy_tokenizer(source: Source, tokenizer: PublicTokenizer | None, folder: Path) -> None:
@@ -175,7 +176,12 @@ def _copy_tokenizer(source: Source, tokenizer: PublicTokenizer | None, folder: P
 
 def _fingerprint(source: Source, conversion: Conversion, dtype: str) -> str:
     """Of everything that the result depends on: another one begins afresh."""
-    files = [source.path] if source.path.is_file() else sorted(source.path.rglob("*"))
+    if source.path.is_dir():
+        files = sorted(source.path.rglob("*"))
+    else:
+        assert source.public is not None
+        tensors = source.public.tensors
+        files = sorted({tensors.file(name) for name in tensors.shapes})
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     said = json.dumps([stats, repr(conversion), dtype])
     return hashlib.sha256(said.encode()).hexdigest()

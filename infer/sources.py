@@ -74,11 +74,7 @@ class Source:
         Raises:
           UserError: what is there can't be read, or the mesh does not divide it.
         """
-        config = causal(self.config)
-        compute = dtype or self.execution.compute_dtype
-        execution = dataclasses.replace(inference_execution(self.execution), compute_dtype=compute)
-        is_apart = for_decoding and self.public is not None
-        model = Transformer(unstacked_config(config) if is_apart else config, execution)
+        model = self._model(dtype, is_apart=for_decoding and self.public is not None)
         abstract = placed(model, mesh, dtype or "float32")
         if self.public is None:
             variables = self._restore(abstract)
@@ -87,6 +83,28 @@ class Source:
         return model, checkpoint.load(
             abstract, counted(progress, checkpoint.num_elements(abstract))
         )
+
+    def load_or_leave(
+        self, *, dtype: Dtype, progress: Progress = lambda done, total: None
+    ) -> tuple[ModelConfig, Variables]:
+        """For who needs each parameter once, part by part: a public checkpoint's stay in its files
+        (`checkpoint.assemble.Unread`, each layer apart), others are loaded.
+
+        Raises:
+          UserError: as `load`; of values in a public checkpoint only when they are read.
+        """
+        if self.public is None:
+            model, variables = self.load(dtype=dtype, progress=progress)
+            return model.config, variables
+        model = self._model(dtype, is_apart=True)
+        checkpoint = dataclasses.replace(self.public, config=model.config)
+        return model.config, checkpoint.unread(placed(model, None, dtype))
+
+    def _model(self, dtype: Dtype | None, *, is_apart: bool) -> Transformer:
+        config = causal(self.config)
+        compute = dtype or self.execution.compute_dtype
+        execution = dataclasses.replace(inference_execution(self.execution), compute_dtype=compute)
+        return Transformer(unstacked_config(config) if is_apart else config, execution)
 
 
 def counted(progress: Progress, total: int) -> Callable[[int], None]:

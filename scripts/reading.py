@@ -17,17 +17,23 @@ MIN_PARAMETERS = 50_000_000
 
 @contextlib.contextmanager
 def reading(source: Source, title: str = "") -> Iterator[Progress]:
-    """What `Source.load` tells its progress to."""
+    """What `Source.load` tells its progress to; a bar is shown with the first that it tells."""
     if source.config.num_parameters < MIN_PARAMETERS:
         yield lambda done, total: None
         return
     million = 1_000_000
     total = source.config.num_parameters // million
-    with ProgressBar(title or f"reading {source.name}", total=total, unit="M parameters") as bar:
-        last = 0.0
+    bar: ProgressBar | None = None
+    last = 0.0
+    with contextlib.ExitStack() as shown:
 
         def update(done: int, whole: int) -> None:
-            nonlocal last
+            nonlocal bar, last
+            if bar is None:
+                bar = ProgressBar(
+                    title or f"reading {source.name}", total=total, unit="M parameters"
+                )
+                shown.enter_context(bar)
             if done == whole or time.monotonic() - last > 0.1:
                 last = time.monotonic()
                 bar.update(total if done == whole else done // million)

@@ -1,6 +1,7 @@
-"""Loads FOLDER in a process of its own and prints, in bytes, what that took: JSON.
+"""Loads or converts FOLDER in a process of its own and prints, in bytes, what that took: JSON.
 
     python -m tests.checkpoint.peak_memory FOLDER DTYPE [DATA EXPERT TENSOR]
+    python -m tests.checkpoint.peak_memory FOLDER to FORM TARGET
 
 With mesh sizes, onto that many CPU devices.
 """
@@ -9,10 +10,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from infer.sources import open_source
+from infer.convert import Conversion, convert
+from infer.sources import Source, open_source
 from parallel.mesh import make_mesh
 
 
@@ -23,17 +26,29 @@ def resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def main(folder: str, dtype: str, *sizes: str) -> None:
+def started(folder: str) -> tuple[Source, int]:
+    """The source, and what is resident before anything is read."""
+    jax.block_until_ready(jax.numpy.zeros(8) + 1)  # the runtime's own threads and buffers
+    source = open_source(folder)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    return source, before
+
+
+def convert_to(folder: str, form: Any, target: str) -> None:
+    source, before = started(folder)
+    convert(source, Path(target), Conversion(to=form))
+    print(json.dumps({"peak": resident("VmHWM") - before}))
+
+
+def load(folder: str, dtype: Any, *sizes: str) -> None:
     mesh = None
     if sizes:
         data, expert, tensor = map(int, sizes)
         jax.config.update("jax_num_cpu_devices", data * expert * tensor)
         mesh = make_mesh(data, expert, tensor)
-    jax.block_until_ready(jax.numpy.zeros(8) + 1)  # the runtime's own threads and buffers
-    source = open_source(folder)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    _, variables = source.load(mesh=mesh, dtype=dtype)  # type: ignore[arg-type]
+    source, before = started(folder)
+    _, variables = source.load(mesh=mesh, dtype=dtype)
     jax.block_until_ready(variables)
     arrays = jax.tree.leaves(variables)
     result = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
@@ -46,4 +61,8 @@ def main(folder: str, dtype: str, *sizes: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    _, folder, what, *rest = sys.argv
+    if what == "to":
+        convert_to(folder, *rest)
+    else:
+        load(folder, what, *rest)

@@ -20,6 +20,9 @@ from model.transformer import Transformer, abstract_variables
 
 pytestmark = pytest.mark.slow
 
+LARGEST = 4 * math.prod((32_000, 512))
+"""Bytes of the largest tensor, the embedding."""
+
 
 def model() -> ModelConfig:
     """275M parameters; the largest tensor is the embedding, 65 MB in float32."""
@@ -56,11 +59,20 @@ def checkpoint(tmp_path_factory) -> Path:
     [("float32", ()), ("bfloat16", ()), ("float32", ("2", "2", "1")), ("float32", ("1", "2", "2"))],
 )
 def test_peak_memory_is_the_result_and_a_piece(checkpoint, dtype, mesh):
-    command = [sys.executable, "-m", "tests.checkpoint.peak_memory", str(checkpoint), dtype, *mesh]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    used = json.loads(done.stdout.splitlines()[-1])
-    largest = 4 * math.prod((32_000, 512))
+    used = measured(checkpoint, dtype, *mesh)
     whole = (2 if dtype == "bfloat16" else 4) * model().num_parameters
     assert used["result"] >= whole
-    assert whole * 0.9 < used["peak"] <= 1.3 * whole + largest, used
+    assert whole * 0.9 < used["peak"] <= 1.3 * whole + LARGEST, used
+
+
+@pytest.mark.parametrize("form", ["huggingface", "gguf"])
+def test_a_conversion_needs_a_few_tensors(checkpoint, form, tmp_path):
+    used = measured(checkpoint, "to", form, str(tmp_path / f"it.{form}"))
+    assert used["peak"] < 4 * LARGEST < model().num_parameters, used
+
+
+def measured(checkpoint, *arguments: str) -> dict[str, int]:
+    command = [sys.executable, "-m", "tests.checkpoint.peak_memory", str(checkpoint), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
