@@ -1,4 +1,4 @@
-"""Reading the tensors of a GGUF file, llama.cpp's format, whatever they are quantised to."""
+"""Reading the tensors of a model in GGUF, llama.cpp's format, whatever they are quantised to."""
 
 import math
 from pathlib import Path
@@ -10,23 +10,26 @@ from gguf.quants import dequantize
 from numpy.typing import DTypeLike
 
 from configs.checks import UserError
-from data.gguf_header import TensorPlace, read_header
+from data.gguf_header import TensorPlace
+from data.gguf_parts import read_model_header
 
 _ENTRIES = 1 << 22
 """Decoded at once: what a read holds beside its result is a few copies of these in float32."""
 
 
 class GGUFFile:
-    """One file's metadata and tensors. Tensors are read when asked for, rows at a time, so memory
+    """A model's metadata and tensors. Tensors are read when asked for, rows at a time, so memory
     holds the result and a few MB."""
 
     def __init__(self, path: Path) -> None:
         """
+        Args:
+          path: the file, or one of its parts.
         Raises:
-          UserError: see `data.gguf_header.read_header`.
+          UserError: see `data.gguf_parts.read_model_header`.
         """
         self.path = path
-        header = read_header(path)
+        header = read_model_header(path)
         self.metadata: dict[str, Any] = header.metadata
         self._places = header.tensors
         self.shapes = {name: place.shape for name, place in header.tensors.items()}
@@ -34,8 +37,7 @@ class GGUFFile:
 
     def file(self, name: str) -> Path:
         """Where the tensor lies, for sentences."""
-        assert name in self._places
-        return self.path
+        return self._places[name].file
 
     def kind(self, name: str) -> GGMLQuantizationType:
         return self._places[name].kind
@@ -84,7 +86,7 @@ class GGUFFile:
                 is_finite = np.isfinite(part).all()
             if not is_finite:
                 raise UserError(
-                    f"tensor {name!r} in {self.path} has values that are not finite as "
+                    f"tensor {name!r} in {place.file} has values that are not finite as "
                     f"{np.dtype(dtype).name}: download the file again"
                 )
         return result
@@ -94,7 +96,7 @@ class GGUFFile:
             return dequantize(self._bytes(name, start, stop), place.kind)
         except NotImplementedError as error:
             raise UserError(
-                f"tensor {name!r} in {self.path} has the type {place.kind.name}, for which there "
+                f"tensor {name!r} in {place.file} has the type {place.kind.name}, for which there "
                 "is no decoder: choose a file with another quantisation"
             ) from error
 
@@ -102,7 +104,7 @@ class GGUFFile:
         """Rows as they lie in the file, uint8 [stop - start, bytes of a row]."""
         place = self._places[name]
         count = (stop - start) * place.row_bytes
-        with self.path.open("rb", buffering=0) as file:
+        with place.file.open("rb", buffering=0) as file:
             file.seek(place.start + start * place.row_bytes)
             data = bytearray(count)
             view, done = memoryview(data), 0
@@ -110,6 +112,6 @@ class GGUFFile:
                 done += more
         if done < count:
             raise UserError(
-                f"{self.path} became shorter while {name!r} was read: download it again"
+                f"{place.file} became shorter while {name!r} was read: download it again"
             )
         return np.frombuffer(data, np.uint8).reshape(stop - start, place.row_bytes)

@@ -50,8 +50,9 @@ class JoinedTensors:
         return self._shapes
 
     def file(self, name: str) -> Path:
-        del name
-        return self._file.path
+        return self._file.file(
+            name.replace(JOINED, KEYS) if name not in self._file.shapes else name
+        )
 
     def read(self, name: str) -> np.ndarray:
         if name in self._file.shapes:

@@ -4,6 +4,7 @@ Every count and length is held against the bytes that the file has left before m
 it, so a damaged or hostile file ends in a sentence at once.
 """
 
+import dataclasses
 import math
 import os
 import struct
@@ -47,6 +48,7 @@ _NUMBERS = {
 class TensorPlace:
     """Where a tensor lies and how it is packed."""
 
+    file: Path
     shape: tuple[int, ...]
     """In numpy's order, the fastest dim last."""
     kind: GGMLQuantizationType
@@ -70,10 +72,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """
+    """Of this file alone: see data/gguf_parts.py for models in several.
+
     Raises:
-      UserError: no file, no GGUF, one of several parts of a model, or a header that contradicts
-        itself or the file's size.
+      UserError: no file, no GGUF, or a header that contradicts itself or the file's size.
     """
     try:
         with path.open("rb") as file:
@@ -148,12 +150,6 @@ def _parse(cursor: _Cursor) -> Header:
     num_tensors = cursor.count(8 + 1 + 4 + 8 + 4 + 8, "tensors")
     num_keys = cursor.count(8 + 1 + 4 + 1, "metadata keys")
     metadata = _read_metadata(cursor, num_keys)
-    parts = metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1)
-    if parts != 1:
-        raise UserError(
-            f"{cursor.path} is one of {parts} parts of a model: join them first with llama.cpp's "
-            "llama-gguf-split --merge"
-        )
     return Header(metadata, _read_tensors(cursor, num_tensors, _alignment(cursor, metadata)))
 
 
@@ -221,7 +217,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
         offsets[name] = _read_tensor(cursor, name)
     data = -(-cursor.place // alignment) * alignment
     tensors = {
-        name: TensorPlace(place.shape, place.kind, data + place.start)
+        name: dataclasses.replace(place, start=data + place.start)
         for name, place in offsets.items()
     }
     _check_places(cursor, tensors, data, alignment)
@@ -246,7 +242,8 @@ def _read_tensor(cursor: _Cursor, name: str) -> TensorPlace:
             f"tensor {name!r} of type {kind.name} has the shape {dims[::-1]}, expected sizes of at "
             f"least 1 and a last one divisible by {block}"
         )
-    return TensorPlace(dims[::-1], kind, cursor.number("<Q", f"the place of {name!r}"))
+    start = cursor.number("<Q", f"the place of {name!r}")
+    return TensorPlace(cursor.path, dims[::-1], kind, start)
 
 
 def _check_places(

@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from configs.checks import UserError
-from data.gguf_header import read_header
+from data.gguf_parts import read_model_header
 from data.gguf_tokenizer import tokenizer_from_gguf
 from data.public_tokenizer import read_public_tokenizer
 from data.smollm2 import NAME, packaged_gguf
@@ -19,7 +19,7 @@ def load_public_tokenizer(source: str) -> Tokenizer:
     """
     path = packaged_gguf() if source == NAME else Path(source).expanduser()
     if path.suffix == ".gguf":
-        return tokenizer_from_gguf(read_header(path).metadata, str(path)).tokenizer
+        return tokenizer_from_gguf(read_model_header(path).metadata, str(path)).tokenizer
     folder = path.parent if path.name == "tokenizer.json" else path
     if not folder.is_dir():
         raise UserError(

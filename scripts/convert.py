@@ -5,8 +5,8 @@
     python -m scripts.convert runs/deepseek exported --to huggingface --dtype float8
     python -m scripts.convert smollm2 smollm2.gguf --to gguf --quantization Q8_0
 
-Nothing appears under the name DST before it is whole. Interrupted, the same command goes on with the
-whole files of a Hugging Face export and the tensors of a GGUF; --to orbax begins again.
+Nothing appears under the name DST before it is whole. Interrupted, the same command goes on with
+the whole files of a Hugging Face export and the tensors of a GGUF; --to orbax begins again.
 """
 
 from pathlib import Path

@@ -102,7 +102,7 @@ WRONG = {
     "a key twice": (gguf((pair("k", BOOL, b"\x01"),) * 2), "metadata key 'k' twice"),
     "parts": (
         gguf((pair("split.count", 2, struct.pack("<H", 3)),)),
-        "one of 3 parts of a model: join them",
+        "one of 3 parts of a model, and its name does not say which",
     ),
     "odd alignment": (
         gguf((pair("general.alignment", U32, struct.pack("<I", 24)),)),
