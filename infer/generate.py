@@ -4,7 +4,7 @@ B prompts, L tokens of the padded prompt, N tokens of a step, V vocab.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -15,6 +15,7 @@ import numpy as np
 
 from configs.checks import UserError, require
 from infer.early_exit import check_exits, exit_step
+from infer.generation import Figures, Generation, OnTokens, Rows
 from infer.sampling import Sampling, sample
 from infer.self_speculative import Draft, Verified, check_draft, draft_and_verify
 from model.cache import init_cache
@@ -29,23 +30,6 @@ from model.transformer import (
 
 SLOTS = 256
 """Caches have a whole multiple of them: each size is compiled for itself."""
-
-OnTokens = Callable[[np.ndarray], None]
-"""Called with each row's new token, int32 [B]; -1 for rows that have none."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    tokens: list[list[int]]
-    """New tokens of each prompt, without the one that stopped it."""
-    first_token_seconds: float
-    """From the call to the first token, compilation included."""
-    tokens_per_second: float
-    """Over all rows that have not ended, after the first token; compilation left out."""
-    mean_layers: float | None = None
-    """With exit_threshold: layers that a token after the first went through, on average."""
-    mean_accepted: float | None = None
-    """With draft: tokens that a step of one row gave, on average."""
 
 
 def generate(
@@ -76,72 +60,24 @@ def generate(
         options that can't go together.
     """
     _check(model, prompts, max_new_tokens)
-    began = time.monotonic()
     way = _Way(sampling, jax.random.key(seed), exit_threshold, draft, preference)
     _check_way(model, way)
-    tokens_BL, positions_BL = _pad(prompts)
+    began = time.monotonic()
     position_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    spare = draft.length if draft else 0
-    slots = _slots(model, int(position_B.max()) + max_new_tokens + spare)
-    cache = init_cache(model.config, len(prompts), slots, model.execution.compute_dtype, spare)
-    token_B, cache = prefill_step(
-        model, sampling, variables, tokens_BL, positions_BL, cache, way.key, preference
-    )
-    rows = _Rows(len(prompts), max_new_tokens, stop_ids, on_tokens)
+    token_B, cache = _prefill(model, variables, way, prompts, max_new_tokens)
+    rows = Rows(len(prompts), max_new_tokens, stop_ids, on_tokens)
     rows.add(np.asarray(token_B)[:, None], np.ones(len(prompts), int))
-    first_seconds = time.monotonic() - began
-
-    steps: list[tuple[float, int]] = []  # seconds, new tokens
-    layers_run: list[int] = []
-    accepted: list[int] = []
+    figures = Figures(first_token_seconds=time.monotonic() - began)
     while not rows.is_done_B.all():
         step_began, is_live_B = time.monotonic(), ~rows.is_done_B
         step = _step(model, variables, way, token_B, position_B, cache)
         token_B, cache = step.token_B, step.cache
-        if step.layers_B is not None:
-            layers_run += step.layers_B[is_live_B].tolist()
-        if draft is not None:
-            accepted += step.count_B[is_live_B].tolist()
         added = rows.add(step.tokens_BN, step.count_B)
         # A row that has ended stays where it is, and so within its cache.
         position_B = position_B + np.where(is_live_B, step.count_B, 0).astype(np.int32)
-        steps.append((time.monotonic() - step_began, added))
-    seconds, counts = np.array(steps[1:] or [(1.0, 0)]).T
-    return Generation(
-        rows.outputs,
-        first_seconds,
-        float(counts.sum() / seconds.sum()),
-        float(np.mean(layers_run)) if layers_run else None,
-        float(np.mean(accepted)) if accepted else None,
-    )
-
-
-class _Rows:
-    """The texts under way."""
-
-    def __init__(
-        self, count: int, max_new_tokens: int, stop_ids: frozenset[int], on_tokens: OnTokens
-    ) -> None:
-        self.outputs: list[list[int]] = [[] for _ in range(count)]
-        self.is_done_B = np.zeros(count, bool)
-        self._most, self._stop_ids, self._on_tokens = max_new_tokens, stop_ids, on_tokens
-
-    def add(self, tokens_BN: np.ndarray, count_B: np.ndarray) -> int:
-        """Each row's first count_B tokens, up to its end; how many there were."""
-        added = 0
-        for n in range(count_B.max()):
-            shown_B = np.full(len(count_B), -1, np.int32)
-            for row in np.flatnonzero(~self.is_done_B & (n < count_B)):
-                token = int(tokens_BN[row, n])
-                added += 1
-                if token in self._stop_ids:
-                    self.is_done_B[row] = True
-                    continue
-                self.outputs[row].append(token)
-                shown_B[row] = token
-                self.is_done_B[row] = len(self.outputs[row]) == self._most
-            self._on_tokens(shown_B)
-        return added
+        layers_N = None if step.layers_B is None else step.layers_B[is_live_B]
+        figures.add(time.monotonic() - step_began, added, step.count_B[is_live_B], layers_N)
+    return figures.generation(rows.outputs, has_draft=draft is not None)
 
 
 @dataclass(frozen=True)
@@ -164,6 +100,23 @@ class _Step(NamedTuple):
     cache: Cache
     layers_B: np.ndarray | None
     """With exit_threshold: layers run."""
+
+
+def _prefill(
+    model: Transformer,
+    variables: Variables,
+    way: _Way,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+) -> tuple[jax.Array, Cache]:
+    """Each row's first token, and caches that hold the prompts and have room for the rest."""
+    tokens_BL, positions_BL = _pad(prompts)
+    spare = way.draft.length if way.draft else 0
+    slots = _slots(model, max(map(len, prompts)) + max_new_tokens + spare)
+    cache = init_cache(model.config, len(prompts), slots, model.execution.compute_dtype, spare)
+    return prefill_step(
+        model, way.sampling, variables, tokens_BL, positions_BL, cache, way.key, way.preference
+    )
 
 
 def _step(

@@ -20,7 +20,8 @@ from configs.feed_forward import DenseConfig
 from data.corpora import read_documents, split
 from data.pipeline import Batch
 from infer.certificate import FULL_MODEL, certify, exit_risks, window_losses
-from infer.generate import Generation, generate
+from infer.generate import generate
+from infer.generation import Generation
 from infer.self_speculative import Draft
 from model.transformer import Transformer, Variables
 from model.unstacked import unstack
