@@ -115,6 +115,14 @@ class Block(nn.Module):
         return x_BLD, attended_BLD, update_BLD, cache
 
 
+_TracedOnce = nn.jit(Block)
+"""Equal layers share one trace and one function of the program: thirty with weights of their own
+(model/unstacked.py) are traced in a sixth of the time."""
+
+SHAPES_ALONE = "shapes_alone"
+"""A key of this name says that what initialisation draws is thrown away."""
+
+
 class Period(nn.Module):
     """The pattern's layers once: what the scan repeats.
 
@@ -138,8 +146,12 @@ class Period(nn.Module):
         before_BLD, caches = x_BLD, []
         if is_dropped_B is not None:  # padding: no expert works on it, no router counts it
             positions_BL = jnp.where(is_dropped_B[:, None], -1, positions_BL)
+        # Inside a function of its own, a layer would draw other values from the same seed.
+        is_drawing = self.is_initializing() and not self.has_rng(SHAPES_ALONE)
+        has_equals = len(set(self.model.pattern)) < len(self.model.pattern)
+        kind = _TracedOnce if has_equals and not is_drawing else Block
         for i, spec in enumerate(self.model.pattern):
-            block = Block(spec, self.model, self.execution, name=f"layer_{i}")
+            block = kind(spec, self.model, self.execution, name=f"layer_{i}")
             layer_cache = None if cache is None else cache[i]
             wanted_BE = None if preference is None else preference.get(f"layer_{i}")
             x_BLD, layer_cache = block(x_BLD, positions_BL, segments_BL, layer_cache, wanted_BE)

@@ -12,7 +12,7 @@ import numpy as np
 
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig
-from model.block import Block, Period, Preference
+from model.block import SHAPES_ALONE, Block, Period, Preference
 from model.cache import BlockCache, Cache
 from model.early_exit import dropout_rates
 from model.layers import RMSNorm, document_segments, weight
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
         self.periods = nn.scan(
             period,
             variable_axes={"params": 0, "router_state": 0, "router": 0, "exits": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, SHAPES_ALONE: False},
             in_axes=cast(Any, (0, nn.broadcast, nn.broadcast, 0, 0)),
             length=c.num_periods,
             unroll=1 if is_scanned(c) else c.num_periods,
@@ -211,7 +211,8 @@ def output_weights(model: Transformer, variables: Variables) -> jax.Array:
 def abstract_variables(model: Transformer) -> tuple[Variables, Variables]:
     """Variables as ShapeDtypeStructs and the tree of their logical axes; nothing is allocated."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    boxed = _kept(jax.eval_shape(model.init, jax.random.key(0), tokens, tokens))
+    keys = dict.fromkeys(("params", SHAPES_ALONE), jax.random.key(0))
+    boxed = _kept(jax.eval_shape(model.init, keys, tokens, tokens))
     specs = nn.get_partition_spec(boxed["params"])
     axes = {
         "params": jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, tuple)),

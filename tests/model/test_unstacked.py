@@ -9,8 +9,9 @@ import pytest
 from configs.architecture import LayerSpec
 from configs.feed_forward import DenseConfig
 from infer.early_exit import check_exits, exit_step
+from model import block
 from model.cache import init_cache
-from model.transformer import Transformer, abstract_variables, hidden_states
+from model.transformer import Transformer, abstract_variables, hidden_states, init_variables
 from model.unstacked import unstack, unstack_preference
 from tests import tiny
 from tests.probes import drawn
@@ -48,6 +49,31 @@ def test_it_is_the_same_model(models):
     hidden, _ = jax.jit(lambda v: hidden_states(flat, v, TOKENS, POSITIONS))(own)
     # The same sums in programs that XLA fuses differently.
     np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_layers_are_traced_once(models, monkeypatch):
+    *_, flat, own = models
+    traced = []
+    attention = block._attention
+
+    def counted(*arguments, **settings):
+        traced.append(arguments)
+        return attention(*arguments, **settings)
+
+    monkeypatch.setattr(block, "_attention", counted)
+    tokens, positions = TOKENS[:, :7], POSITIONS[:, :7]  # a length that no other test has traced
+    jax.eval_shape(lambda v: hidden_states(flat, v, tokens, positions), own)
+    assert len(traced) < flat.config.num_layers == 7
+
+
+@pytest.mark.slow
+def test_shared_layers_do_not_change_what_a_seed_draws(monkeypatch):
+    config = tiny.model(pattern=CONFIG.pattern[1:] * 2, num_layers=2)
+    draw = jax.jit(init_variables, static_argnums=(0, 1))
+    shared = draw(Transformer(config), 0)
+    monkeypatch.setattr(block, "_TracedOnce", block.Block)
+    draw.clear_cache()
+    jax.tree.map(np.testing.assert_array_equal, shared, draw(Transformer(config), 0))
 
 
 def test_exits_stay_where_they_were(models):
