@@ -14,7 +14,7 @@ test: .venv                  ## everything that takes seconds
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: model             ## what takes minutes
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -n 2 --dist loadfile -m slow
 
 chat: model                  ## a conversation with SmolLM2-135M in the terminal; ARGS as scripts.chat's
 	$(RUN) -m scripts.chat $(ARGS)

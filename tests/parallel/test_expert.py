@@ -28,6 +28,8 @@ MESHES = {
     "expert=2 tensor=2": (1, 2, 2),
     "data=2 expert=2 tensor=2": (2, 2, 2),
 }
+PARTS_OF_OTHERS = ("expert=2", "data=2 expert=2", "data=2 expert=4", "expert=2 tensor=2")
+"""Their axes are split in other meshes, too: tried in the slow tests."""
 TRANSPORTS = {
     "gather": {"transport": "gather"},
     "roomy buffers": {"transport": "all_to_all", "capacity_factor": 8.0},
@@ -124,7 +126,10 @@ def test_without_a_mesh_it_is_a_loop_over_tokens(routing):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize(
+    "mesh_name",
+    [pytest.param(m, marks=pytest.mark.slow) if m in PARTS_OF_OTHERS else m for m in MESHES],
+)
 def test_any_mesh_equals_no_mesh(mesh_name, transport):
     """Forward, gradients and load, for every routing, with 16 tokens and with 13 that don't
     divide.

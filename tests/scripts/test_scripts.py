@@ -186,7 +186,7 @@ BAD = {
 }
 
 
-AS_A_USER = ("another config", "no such folder", "unknown option", "unknown run", "context")
+AS_A_USER = ("no such folder", "unknown option", "unknown run", "context")
 """Tried in processes of their own, whose exit code and output are looked at; a process takes four
 seconds to start, so the other sentences are those of `main`."""
 
