@@ -171,7 +171,7 @@ def config_to_gguf(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]
     metadata: dict[str, Any] = {Keys.General.ARCHITECTURE: form.architecture}
     said = {key: values[name] for key, name in form.pairs if values.get(name) is not None}
     said[LLM.VOCAB_SIZE] = values["vocab_size"]
-    said |= _written_scaling(values)
+    said |= _written_scaling(values, form)
     if form.architecture == "deepseek2":
         said |= _written_latent(model_type, values)
     else:
@@ -275,13 +275,16 @@ def _read_scaling(asked: Settings, form: Form) -> dict[str, Any] | None:
     def name(key: str) -> str:
         return key.format(arch=form.architecture)
 
-    kind = asked.text(name(ROPE.SCALING_TYPE), default="none")
+    kind = asked.text(name(ROPE.SCALING_TYPE), default="linear")
     factor = asked.number(name(ROPE.SCALING_FACTOR), default=1.0)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
+    if kind == "linear" and form.architecture != "deepseek2":  # which scales its scores too then
+        return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         raise UserError(
-            f"{asked.where} has rope.scaling.type={kind!r}: only 'yarn' and 'none' are built"
+            f"{asked.where} has rope.scaling.type={kind!r}: only 'yarn', 'linear' (but for "
+            "DeepSeek) and 'none' are built"
         )
     scaling = {
         "rope_type": "yarn",
@@ -302,14 +305,25 @@ def _read_scaling(asked: Settings, form: Form) -> dict[str, Any] | None:
     return scaling
 
 
-def _written_scaling(values: Mapping[str, Any]) -> dict[str, Any]:
+def _written_scaling(values: Mapping[str, Any], form: Form) -> dict[str, Any]:
     """Llama 3's is a tensor instead: see `llama3_frequencies`."""
     scaling = values.get("rope_scaling")
-    if not scaling or scaling["rope_type"] == "llama3":
+    if not scaling:
         return {}
-    return {
+    if scaling["rope_type"] == "llama3":
+        if form.architecture != "llama":
+            raise UserError(
+                f"llama.cpp's {form.architecture} has no rope_scaling of the type 'llama3': the "
+                "model can't be written as GGUF"
+            )
+        return {}
+    said = {
         ROPE.SCALING_TYPE: scaling["rope_type"],
         ROPE.SCALING_FACTOR: float(scaling["factor"]),
+    }
+    if scaling["rope_type"] == "linear":
+        return said
+    return said | {
         ROPE.SCALING_ORIG_CTX_LEN: scaling["original_max_position_embeddings"],
         ROPE.SCALING_YARN_BETA_FAST: float(scaling["beta_fast"]),
         ROPE.SCALING_YARN_BETA_SLOW: float(scaling["beta_slow"]),
@@ -339,7 +353,7 @@ def _written_latent(model_type: str, values: Mapping[str, Any]) -> dict[str, Any
         LLM.EXPERT_GATING_FUNC: int(gating),
     }
     scaling = values.get("rope_scaling")
-    if scaling:
+    if scaling and scaling["rope_type"] == "yarn":
         written[ROPE.SCALING_YARN_LOG_MUL] = 0.1 * scaling["mscale_all_dim"]
     return written
 

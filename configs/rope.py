@@ -80,4 +80,21 @@ class Llama3RopeConfig:
         return 1.0
 
 
-RopeScaling = YarnConfig | Llama3RopeConfig
+@dataclass(frozen=True, kw_only=True)
+class LinearRopeConfig:
+    """RoPE by positions divided by `factor` (position interpolation, Chen et al. 2023): every pair
+    turns slower alike; logits keep their scale."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float
+    """New context length over the original one (deepseek-coder: 4)."""
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, f"linear.factor={self.factor} must be at least 1")
+
+    @property
+    def logit_scale(self) -> float:
+        return 1.0
+
+
+RopeScaling = YarnConfig | Llama3RopeConfig | LinearRopeConfig

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.feed_forward import DenseConfig
-from configs.rope import Llama3RopeConfig, RopeScaling, YarnConfig
+from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
 
 
 def weight(
@@ -99,6 +99,8 @@ def rope_frequencies(width: int, base: float, scaling: RopeScaling | None) -> np
         span = scaling.high_freq_factor - scaling.low_freq_factor
         kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
         frequency *= kept + (1 - kept) / scaling.factor
+    elif isinstance(scaling, LinearRopeConfig):
+        frequency /= scaling.factor
     return frequency.astype(np.float32)
 
 

@@ -9,12 +9,12 @@ from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.checks import UserError
 from configs.feed_forward import MoEConfig, RouterConfig
-from configs.rope import Llama3RopeConfig, YarnConfig
+from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
 
 MAX_LAYERS = 4096
 """More than any model has."""
 
-RopeScaling = YarnConfig | Llama3RopeConfig | None
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 def read_model(
@@ -165,7 +165,7 @@ def the_moe(config: ModelConfig) -> MoEConfig:
     return the_one(ffns, "form of its MoE layers")
 
 
-def read_rope(settings: Settings, base: float) -> tuple[float, RopeScaling]:
+def read_rope(settings: Settings, base: float) -> tuple[float, RopeScaling | None]:
     """RoPE's base and scaling, from the keys of transformers 5 (rope_parameters) or from the older
     ones (rope_theta, rope_scaling).
     """
@@ -176,9 +176,14 @@ def read_rope(settings: Settings, base: float) -> tuple[float, RopeScaling]:
     theta = new.number("rope_theta", default=default) if new else default
     if given is None:
         return theta, None
-    kind = given.text("rope_type", "type", choices=("default", "yarn", "llama3"), default="default")
+    given.expect("partial_rotary_factor", 1.0)
+    kind = given.text("rope_type", "type", choices=ROPE_TYPES, default="default")
+    if kind not in ("default", "yarn") and "kv_lora_rank" in settings:
+        given.expect("mscale_all_dim", None, 0)  # transformers scales latent attention by it
     if kind == "llama3":
         return theta, _read_llama3(given)
+    if kind == "linear":
+        return theta, LinearRopeConfig(factor=given.number("factor"))
     return theta, _read_yarn(given, settings) if kind == "yarn" else None
 
 
@@ -231,21 +236,22 @@ def _mscale(given: Settings, factor: float, *, is_latent: bool) -> float:
     return whole
 
 
-def write_rope(base: float, scaling: RopeScaling, *, is_latent: bool = False) -> dict[str, Any]:
+def write_rope(
+    base: float, scaling: RopeScaling | None, *, is_latent: bool = False
+) -> dict[str, Any]:
     """Both generations of keys: other engines read one or the other."""
     if scaling is None:
         parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
         return {"rope_theta": base, "rope_scaling": None, "rope_parameters": parameters}
-    parameters = {
-        "factor": scaling.factor,
-        "original_max_position_embeddings": scaling.original_length,
-    }
+    parameters = {"factor": scaling.factor}
+    if not isinstance(scaling, LinearRopeConfig):
+        parameters["original_max_position_embeddings"] = scaling.original_length
     if isinstance(scaling, Llama3RopeConfig):
         parameters |= {
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
         }
-    else:
+    elif isinstance(scaling, YarnConfig):
         parameters |= {
             "beta_fast": scaling.beta_fast,
             "beta_slow": scaling.beta_slow,
