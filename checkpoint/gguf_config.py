@@ -299,6 +299,11 @@ def _read_scaling(asked: Settings, form: Form) -> dict[str, Any] | None:
         mscale = round(multiplier / 0.1, 6)
         scaling |= {"mscale": mscale, "mscale_all_dim": mscale, "attention_factor": 1.0}
     elif multiplier:
+        if not multiplier:
+            raise UserError(
+                f"{asked.where} has no rope.scaling.yarn_log_multiplier, and llama.cpp then scales "
+                "the rotary part of latent attention apart: not built for GGUF"
+            )
         raise UserError(
             f"{asked.where} has rope.scaling.yarn_log_multiplier={multiplier}: not built"
         )

@@ -124,7 +124,8 @@ def _yarn_ramp(width: int, base: float, yarn: YarnConfig) -> np.ndarray:
 def rope(
     x_BLHC: jax.Array, positions_BL: jax.Array, base: float, scaling: RopeScaling | None = None
 ) -> jax.Array:
-    """Turns each pair (x[d], x[d + C/2]) by position * base^(-2d/C) (RoFormer, 2021; half-split).
+    """Turns each pair (x[d], x[d + C/2]) by position * base^(-2d/C) (RoFormer, 2021; half-split),
+    and scales it by YaRN's rotary_scale.
 
     Args:
       x_BLHC: float [B, L, H, C], C even.
@@ -135,6 +136,8 @@ def rope(
     frequency_C = jnp.asarray(rope_frequencies(x_BLHC.shape[-1], base, scaling))
     angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]
     cos, sin = jnp.cos(angle_BL1C), jnp.sin(angle_BL1C)
+    if isinstance(scaling, YarnConfig) and scaling.rotary_scale != 1.0:
+        cos, sin = scaling.rotary_scale * cos, scaling.rotary_scale * sin
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BLHC.dtype)

@@ -14,7 +14,12 @@ from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnCo
 MAX_LAYERS = 4096
 """More than any model has."""
 
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+ROPE_TYPES = ("default", "dynamic", "linear", "yarn", "llama3")
+"""Dynamic is plain RoPE here: its base begins to grow past max_position_embeddings, where a model's
+context_length ends, whatever else it says (transformers' modeling_rope_utils)."""
+
+PLACES = 12
+"""Of mscale worked out of factors: without the last digits, what is written reads back the same."""
 
 
 def read_model(
@@ -204,36 +209,56 @@ def _read_yarn(given: Settings, settings: Settings) -> YarnConfig:
         factor=factor,
         original_length=original,
         beta_fast=given.number("beta_fast", default=32.0),
+    mscale, rotary_scale = _read_scales(given, factor, is_latent="kv_lora_rank" in settings)
         beta_slow=given.number("beta_slow", default=1.0),
-        mscale=_mscale(given, factor, is_latent="kv_lora_rank" in settings),
+        mscale=mscale,
+        rotary_scale=rotary_scale,
         truncate=given.flag("truncate", default=True),
     )
 
 
-def _mscale(given: Settings, factor: float, *, is_latent: bool) -> float:
-    """m of the factor (0.1 m ln(factor) + 1)^2 on the logits.
+def _read_scales(given: Settings, factor: float, *, is_latent: bool) -> tuple[float, float]:
+    """YaRN's mscale and rotary_scale.
 
-    Two factors stand for it in the wild: attention_factor on sines and cosines, which turn all of a
-    head in grouped-query attention, but a part of it in latent attention; and there mscale_all_dim
-    on the scores (DeepSeek), with the sines' own divided out.
+    Two factors stand for them in the wild: attention_factor on sines and cosines, which turn all of
+    a head in grouped-query attention, so that its square is the logits', but a part of a head in
+    latent attention; and mscale_all_dim on latent attention's scores (DeepSeek), with the sines'
+    own divided out of attention_factor.
     """
-    growth = 0.1 * math.log(factor) if factor > 1 else 0.0
+    growth = _growth(factor)
     turned, whole = given.number("mscale", default=0.0), given.number("mscale_all_dim", default=0.0)
-    if turned < 0 or whole < 0:
-        raise UserError(f"{given.where} has mscale={turned}, mscale_all_dim={whole}, below 0")
+    if whole < 0:
+        raise UserError(f"{given.where} has mscale_all_dim={whole}, below 0")
     both = bool(turned and whole)
     ratio = (growth * turned + 1) / (growth * whole + 1) if both else growth + 1
     ratio = given.number("attention_factor", default=ratio)
-    if not growth:
-        return 1.0
-    if not is_latent:
-        return (ratio - 1) / growth
-    if not math.isclose(ratio, 1.0):
+    if ratio <= 0:
         raise UserError(
-            f"{given.where} has mscale={turned} and mscale_all_dim={whole}, whose rotary part is "
-            "scaled apart: only equal ones, as all DeepSeek models have, are built"
+            f"{given.where} has mscale={turned} or attention_factor={ratio}, which leave nothing "
+            "of the scores: the factor must be greater than 0"
         )
-    return whole
+    if is_latent or not growth:
+        return (whole if growth else 1.0), ratio
+    return round((ratio - 1) / growth, PLACES), 1.0
+
+
+def _write_scales(yarn: YarnConfig, *, is_latent: bool) -> dict[str, float]:
+    """mscale says it to engines that know no attention_factor, as DeepSeek's own code."""
+    growth = _growth(yarn.factor)
+    root = growth * yarn.mscale + 1
+    if not is_latent:
+        is_default = yarn.mscale == yarn.rotary_scale == 1.0
+        return {} if is_default else {"attention_factor": root * yarn.rotary_scale}
+    scales = {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale}
+    if growth and yarn.rotary_scale != 1.0:
+        scales["mscale"] = round((root * yarn.rotary_scale - 1) / growth, PLACES)
+    if yarn.rotary_scale != 1.0 or yarn.mscale == 0.0:
+        scales["attention_factor"] = yarn.rotary_scale
+    return scales
+
+
+def _growth(factor: float) -> float:
+    return 0.1 * math.log(factor) if factor > 1 else 0.0
 
 
 def write_rope(
@@ -257,10 +282,7 @@ def write_rope(
             "beta_slow": scaling.beta_slow,
             "truncate": scaling.truncate,
         }
-        if is_latent:
-            parameters |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale}
-        elif scaling.mscale != 1.0:
-            parameters["attention_factor"] = 0.1 * scaling.mscale * math.log(scaling.factor) + 1
+        parameters |= _write_scales(scaling, is_latent=is_latent)
     kinds = {"rope_type": scaling.kind, "type": scaling.kind}
     return {
         "rope_theta": base,

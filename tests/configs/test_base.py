@@ -139,8 +139,12 @@ def test_routers_that_contradict_themselves():
         MoEConfig(num_experts=12, d_ff=8, router=grouped)
     with pytest.raises(UserError, match=r"yarn.factor=0.5 must be at least 1"):
         YarnConfig(factor=0.5, original_length=4096)
-    with pytest.raises(UserError, match=r"yarn.mscale=-1.0 must not be negative"):
-        YarnConfig(factor=4.0, original_length=4096, mscale=-1.0)
+    with pytest.raises(
+        UserError, match=r"yarn.mscale=-8.0 makes .*ln.factor. . 1 = -0.109 of factor=4.0"
+    ):
+        YarnConfig(factor=4.0, original_length=4096, mscale=-8.0)
+    with pytest.raises(UserError, match=r"rotary_scale=0.0 must be greater than 0"):
+        YarnConfig(factor=4.0, original_length=4096, rotary_scale=0.0)
     with pytest.raises(UserError, match=r"linear.factor=0.5 must be at least 1"):
         LinearRopeConfig(factor=0.5)
     with pytest.raises(UserError, match=r"low_freq_factor=4.0 must be below .*high_freq_factor=4"):
