@@ -178,6 +178,9 @@ class LatentAttentionConfig:
     rope_scaling: RopeScaling | None = None
     indexer: IndexerConfig | None = None
     """Set for sparse attention: it chooses the keys."""
+    bias: bool = False
+    """Whether the projections down and out have biases; those up have none (DeepSeek's
+    attention_bias)."""
 
     def __post_init__(self) -> None:
         widths = ("latent_rank", "nope_head_dim", "rope_head_dim", "value_head_dim")
@@ -220,7 +223,8 @@ class LatentAttentionConfig:
         down = d_model * (self.latent_rank + self.rope_head_dim) + self.latent_rank
         up = self.latent_rank * heads * (self.nope_head_dim + self.value_head_dim)
         chooser = self.indexer.num_parameters(d_model, rank) if self.indexer and rank else 0
-        return queries + down + up + self.out_width * d_model + chooser
+        biases = (rank or 0) + self.latent_rank + self.rope_head_dim + d_model if self.bias else 0
+        return queries + down + up + self.out_width * d_model + chooser + biases
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,14 @@ LATENT = (
         interleaved("rope_head_dim"),
         without="layers.*.attention.q_down",
     ),
+    Row("layers.*.attention.q_down_bias", f"{ATTENTION}.q_a_proj.bias", "q -> q"),
+    Row(
+        "layers.*.attention.kv_down_bias",
+        f"{ATTENTION}.kv_a_proj_with_mqa.bias",
+        "c -> c",
+        interleaved("rope_head_dim"),
+    ),
+    Row("layers.*.attention.o_bias", f"{ATTENTION}.o_proj.bias", "d -> d"),
 )
 
 

@@ -164,6 +164,17 @@ def build(model_type: str, settings: dict) -> tuple[dict, dict[str, list[int]], 
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         path = Path(folder) / "model.safetensors"
         shapes = read_shapes(path)
+    "deepseek_v32_biased": (
+        "deepseek_v32",
+        V3
+        | {
+            "index_topk": 8,
+            "index_head_dim": 16,
+            "index_n_heads": 8,
+            "attention_bias": True,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+        },
+    ),
         save_file({name: draw(name, tuple(shape)) for name, shape in shapes.items()}, path)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
