@@ -146,6 +146,9 @@ def config_from_gguf(
     values["tie_word_embeddings"] = "output.weight" not in shapes
     if "token_embd.weight" in shapes:
         values["vocab_size"] = shapes["token_embd.weight"][0]
+    if model_type == "llama":  # its biases are optional, and no key tells of them
+        values["attention_bias"] = "blk.0.attn_q.bias" in shapes
+        values["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
     asked = Settings({key: _plain(value) for key, value in metadata.items()}, where)
     values["rope_scaling"] = _read_scaling(asked, form)
     if form.architecture == "deepseek2":
@@ -296,14 +299,14 @@ def _read_scaling(asked: Settings, form: Form) -> dict[str, Any] | None:
     }
     multiplier = asked.number(name(ROPE.SCALING_YARN_LOG_MUL), default=0.0)
     if form.architecture == "deepseek2":
-        mscale = round(multiplier / 0.1, 6)
-        scaling |= {"mscale": mscale, "mscale_all_dim": mscale, "attention_factor": 1.0}
-    elif multiplier:
         if not multiplier:
             raise UserError(
                 f"{asked.where} has no rope.scaling.yarn_log_multiplier, and llama.cpp then scales "
                 "the rotary part of latent attention apart: not built for GGUF"
             )
+        mscale = round(multiplier / 0.1, 6)
+        scaling |= {"mscale": mscale, "mscale_all_dim": mscale, "attention_factor": 1.0}
+    elif multiplier:
         raise UserError(
             f"{asked.where} has rope.scaling.yarn_log_multiplier={multiplier}: not built"
         )

@@ -144,7 +144,9 @@ def rope(
 
 
 class SwiGLU(nn.Module):
-    """W_down(silu(W_gate x) * W_up x) (Shazeer 2020): a dense layer, and the shared experts."""
+    """W_down(silu(W_gate x) * W_up x) (Shazeer 2020): a dense layer, and the shared experts. With
+    config.bias each product has one added.
+    """
 
     config: DenseConfig
     out_stddev: float
@@ -157,5 +159,12 @@ class SwiGLU(nn.Module):
         )
         w_down_FD = weight(self, "down", (d_ff, d_model), ("mlp", "embed"), self.out_stddev)
         h_BL2F = jnp.einsum("BLD,DiF->BLiF", x_BLD, w_gate_up_D2F.astype(dtype))
+        if self.config.bias:
+            bias_2F = zero_weight(self, "gate_up_bias", (2, d_ff), (None, "mlp"))
+            h_BL2F += bias_2F.astype(dtype)[None, None]
         h_BLF = jax.nn.silu(h_BL2F[:, :, 0]) * h_BL2F[:, :, 1]
-        return jnp.einsum("BLF,FD->BLD", h_BLF, w_down_FD.astype(dtype))
+        out_BLD = jnp.einsum("BLF,FD->BLD", h_BLF, w_down_FD.astype(dtype))
+        if self.config.bias:
+            bias_D = zero_weight(self, "down_bias", (d_model,), ("embed",))
+            out_BLD += bias_D.astype(dtype)[None, None]
+        return out_BLD

@@ -297,9 +297,9 @@ ATTENTIONS = {
 }
 
 
-def swiglu(x, gate_up, down):
-    gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
-    return (gate / (1 + np.exp(-gate)) * up) @ down
+def swiglu(x, gate_up, down, gate_up_bias=(0.0, 0.0), down_bias=0.0):
+    gate, up = x @ gate_up[:, 0] + gate_up_bias[0], x @ gate_up[:, 1] + gate_up_bias[1]
+    return (gate / (1 + np.exp(-gate)) * up) @ down + down_bias
 
 
 def router_logits(x, w, config: MoEConfig, positions, documents):

@@ -8,7 +8,7 @@ from checkpoint.settings import Settings
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.checks import UserError
-from configs.feed_forward import MoEConfig, RouterConfig
+from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
 
 MAX_LAYERS = 4096
@@ -31,7 +31,7 @@ def read_model(
       norm_eps: the family's own, where the config doesn't say.
     """
     settings.expect("hidden_act", "silu", "swish")
-    settings.expect("mlp_bias", False)
+    settings.expect("mlp_bias", _has_dense_bias(layers))
     prefix, pattern = folded(layers)
     return ModelConfig(
         vocab_size=settings.integer("vocab_size"),
@@ -60,11 +60,15 @@ def write_model(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
-        "mlp_bias": False,
+        "mlp_bias": _has_dense_bias(unfolded(config)),
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
     }
+
+
+def _has_dense_bias(layers: Sequence[LayerSpec]) -> bool:
+    return any(isinstance(layer.ffn, DenseConfig) and layer.ffn.bias for layer in layers)
 
 
 def folded(layers: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec, ...]]:
@@ -205,11 +209,11 @@ def _read_yarn(given: Settings, settings: Settings) -> YarnConfig:
     original = given.integer("original_max_position_embeddings")
     whole = settings.integer("max_position_embeddings")
     factor = given.number("factor", default=whole / original)
+    mscale, rotary_scale = _read_scales(given, factor, is_latent="kv_lora_rank" in settings)
     return YarnConfig(
         factor=factor,
         original_length=original,
         beta_fast=given.number("beta_fast", default=32.0),
-    mscale, rotary_scale = _read_scales(given, factor, is_latent="kv_lora_rank" in settings)
         beta_slow=given.number("beta_slow", default=1.0),
         mscale=mscale,
         rotary_scale=rotary_scale,

@@ -76,7 +76,13 @@ shorter contexts."""
 CASES: dict[str, dict[str, Any]] = {
     "llama": {**COMMON, "rope_theta": 5e5, "rope_scaling": LLAMA3},
     "llama tied": {**COMMON, "tie_word_embeddings": True, "head_dim": 16},
-    "llama stretched": {**COMMON, "head_dim": 16, "rope_scaling": LINEAR},
+    "llama stretched": {
+        **COMMON,
+        "head_dim": 16,
+        "rope_scaling": LINEAR,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "mixtral": {**COMMON, **EXPERTS, "num_local_experts": 4},
     "qwen3_moe": {
         **COMMON,

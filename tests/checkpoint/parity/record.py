@@ -85,6 +85,16 @@ CASES = {
             },
         },
     ),
+    "llama_stretched": (
+        "llama",
+        {
+            "intermediate_size": 96,
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
     "smollm2": (
         "llama",
         {
@@ -154,16 +164,6 @@ CASES = {
         "deepseek_v32",
         V3 | {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 4},
     ),
-}
-
-
-def build(model_type: str, settings: dict) -> tuple[dict, dict[str, list[int]], np.ndarray]:
-    """(config.json, tensor shapes by name, logits [L, V]) of a model with drawn weights."""
-    config = AutoConfig.for_model(model_type, **(BASE | settings))
-    with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        path = Path(folder) / "model.safetensors"
-        shapes = read_shapes(path)
     "deepseek_v32_biased": (
         "deepseek_v32",
         V3
@@ -175,6 +175,16 @@ def build(model_type: str, settings: dict) -> tuple[dict, dict[str, list[int]], 
             "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
         },
     ),
+}
+
+
+def build(model_type: str, settings: dict) -> tuple[dict, dict[str, list[int]], np.ndarray]:
+    """(config.json, tensor shapes by name, logits [L, V]) of a model with drawn weights."""
+    config = AutoConfig.for_model(model_type, **(BASE | settings))
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        path = Path(folder) / "model.safetensors"
+        shapes = read_shapes(path)
         save_file({name: draw(name, tuple(shape)) for name, shape in shapes.items()}, path)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
