@@ -27,6 +27,10 @@ from model.attention.windowed import sharded_window_attention
 from model.cache import LayerCache, append
 from model.layers import RMSNorm, rope, weight, zero_weight
 
+LATENT_NORM_EPS = 1e-6
+"""Of the bottlenecks' norms, whatever rms_norm_eps a model has for the others (DeepSeek's published
+modelling code)."""
+
 Pair = tuple[jax.Array, jax.Array]
 """The part without position and the part with it; of the up-projections, keys' and values'."""
 
@@ -36,7 +40,6 @@ class LatentAttention(nn.Module):
 
     config: LatentAttentionConfig
     execution: ExecutionConfig
-    norm_eps: float
     out_stddev: float
 
     @nn.compact
@@ -151,7 +154,7 @@ class LatentAttention(nn.Module):
         if c.bias:
             bias_Q = zero_weight(self, "q_down_bias", shape[1:], ("latent",))
             h_BLQ += bias_Q.astype(x_BLD.dtype)[None, None]
-        return RMSNorm(self.norm_eps, name="q_norm")(h_BLQ)
+        return RMSNorm(LATENT_NORM_EPS, name="q_norm")(h_BLQ)
 
     def _queries(self, h_BLQ: jax.Array, positions_BL: jax.Array) -> Pair:
         """Queries without and with position, [B, L, H, N] and [B, L, H, P]."""
@@ -173,6 +176,6 @@ class LatentAttention(nn.Module):
         if c.bias:
             bias_C = zero_weight(self, "kv_down_bias", shape[1:], ("latent",))
             down_BLC += bias_C.astype(dtype)[None, None]
-        latent_BLR = RMSNorm(self.norm_eps, name="kv_norm")(down_BLC[..., : c.latent_rank])
+        latent_BLR = RMSNorm(LATENT_NORM_EPS, name="kv_norm")(down_BLC[..., : c.latent_rank])
         k_rope_BL1P = down_BLC[..., None, c.latent_rank :]
         return latent_BLR, rope(k_rope_BL1P, positions_BL, c.rope_base, c.rope_scaling)

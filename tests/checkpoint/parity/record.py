@@ -172,6 +172,7 @@ CASES = {
             "index_head_dim": 16,
             "index_n_heads": 8,
             "attention_bias": True,
+            "rms_norm_eps": 1e-2,
             "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
         },
     ),
