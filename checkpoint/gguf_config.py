@@ -146,6 +146,9 @@ def config_from_gguf(
     values["tie_word_embeddings"] = "output.weight" not in shapes
     if "token_embd.weight" in shapes:
         values["vocab_size"] = shapes["token_embd.weight"][0]
+    if model_type == "llama":  # its biases are optional, and no key tells of them
+        values["attention_bias"] = "blk.0.attn_q.bias" in shapes
+        values["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
     asked = Settings({key: _plain(value) for key, value in metadata.items()}, where)
     values["rope_scaling"] = _read_scaling(asked, form)
     if form.architecture == "deepseek2":
@@ -171,7 +174,7 @@ def config_to_gguf(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]
     metadata: dict[str, Any] = {Keys.General.ARCHITECTURE: form.architecture}
     said = {key: values[name] for key, name in form.pairs if values.get(name) is not None}
     said[LLM.VOCAB_SIZE] = values["vocab_size"]
-    said |= _written_scaling(values)
+    said |= _written_scaling(values, form)
     if form.architecture == "deepseek2":
         said |= _written_latent(model_type, values)
     else:
@@ -275,13 +278,16 @@ def _read_scaling(asked: Settings, form: Form) -> dict[str, Any] | None:
     def name(key: str) -> str:
         return key.format(arch=form.architecture)
 
-    kind = asked.text(name(ROPE.SCALING_TYPE), default="none")
+    kind = asked.text(name(ROPE.SCALING_TYPE), default="linear")
     factor = asked.number(name(ROPE.SCALING_FACTOR), default=1.0)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
+    if kind == "linear" and form.architecture != "deepseek2":  # which scales its scores too then
+        return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         raise UserError(
-            f"{asked.where} has rope.scaling.type={kind!r}: only 'yarn' and 'none' are built"
+            f"{asked.where} has rope.scaling.type={kind!r}: only 'yarn', 'linear' (but for "
+            "DeepSeek) and 'none' are built"
         )
     scaling = {
         "rope_type": "yarn",
@@ -293,6 +299,11 @@ def _read_scaling(asked: Settings, form: Form) -> dict[str, Any] | None:
     }
     multiplier = asked.number(name(ROPE.SCALING_YARN_LOG_MUL), default=0.0)
     if form.architecture == "deepseek2":
+        if not multiplier:
+            raise UserError(
+                f"{asked.where} has no rope.scaling.yarn_log_multiplier, and llama.cpp then scales "
+                "the rotary part of latent attention apart: not built for GGUF"
+            )
         mscale = round(multiplier / 0.1, 6)
         scaling |= {"mscale": mscale, "mscale_all_dim": mscale, "attention_factor": 1.0}
     elif multiplier:
@@ -302,14 +313,25 @@ def _read_scaling(asked: Settings, form: Form) -> dict[str, Any] | None:
     return scaling
 
 
-def _written_scaling(values: Mapping[str, Any]) -> dict[str, Any]:
+def _written_scaling(values: Mapping[str, Any], form: Form) -> dict[str, Any]:
     """Llama 3's is a tensor instead: see `llama3_frequencies`."""
     scaling = values.get("rope_scaling")
-    if not scaling or scaling["rope_type"] == "llama3":
+    if not scaling:
         return {}
-    return {
+    if scaling["rope_type"] == "llama3":
+        if form.architecture != "llama":
+            raise UserError(
+                f"llama.cpp's {form.architecture} has no rope_scaling of the type 'llama3': the "
+                "model can't be written as GGUF"
+            )
+        return {}
+    said = {
         ROPE.SCALING_TYPE: scaling["rope_type"],
         ROPE.SCALING_FACTOR: float(scaling["factor"]),
+    }
+    if scaling["rope_type"] == "linear":
+        return said
+    return said | {
         ROPE.SCALING_ORIG_CTX_LEN: scaling["original_max_position_embeddings"],
         ROPE.SCALING_YARN_BETA_FAST: float(scaling["beta_fast"]),
         ROPE.SCALING_YARN_BETA_SLOW: float(scaling["beta_slow"]),
@@ -339,7 +361,7 @@ def _written_latent(model_type: str, values: Mapping[str, Any]) -> dict[str, Any
         LLM.EXPERT_GATING_FUNC: int(gating),
     }
     scaling = values.get("rope_scaling")
-    if scaling:
+    if scaling and scaling["rope_type"] == "yarn":
         written[ROPE.SCALING_YARN_LOG_MUL] = 0.1 * scaling["mscale_all_dim"]
     return written
 

@@ -53,7 +53,15 @@ EXPERTS = (
     Row("layers.*.moe.down", f"{BLOCK}.ffn_down_exps.weight", "e d f -> e f d"),
 )
 
-LLAMA = (*EMBEDDING, *NORMS, *grouped_query(interleaved("head_dim")), *DENSE)
+LLAMA = (
+    *EMBEDDING,
+    *NORMS,
+    *grouped_query(interleaved("head_dim")),
+    *DENSE,
+    Row("layers.*.ffn.gate_up_bias", f"{BLOCK}.ffn_gate.bias", "f -> 0 f"),
+    Row("layers.*.ffn.gate_up_bias", f"{BLOCK}.ffn_up.bias", "f -> 1 f"),
+    Row("layers.*.ffn.down_bias", f"{BLOCK}.ffn_down.bias", "d -> d"),
+)
 """Heads turn pairs side by side, where the Hugging Face form has halves."""
 
 LLAMA_MOE = (*EMBEDDING, *NORMS, *grouped_query(interleaved("head_dim")), *EXPERTS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.checks import require, require_positive
-from configs.rope import Llama3RopeConfig, YarnConfig
+from configs.rope import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class AttentionConfig:
     """First tokens of a document that stay visible beyond the window (StreamingLLM, 2023)."""
     rope_base: float = 10_000.0
     """Base of the rotary angles: theta_d = base^(-2d / head_dim)."""
-    rope_scaling: YarnConfig | Llama3RopeConfig | None = None
+    rope_scaling: RopeScaling | None = None
     learned_sinks: bool = False
     """Whether each query head has a learned logit that takes part in the softmax and has no value,
     so that a head may attend to nothing (gpt-oss, 2025)."""
@@ -175,9 +175,12 @@ class LatentAttentionConfig:
     """Part with RoPE; its key is shared by all heads."""
     value_head_dim: int
     rope_base: float = 10_000.0
-    rope_scaling: YarnConfig | Llama3RopeConfig | None = None
+    rope_scaling: RopeScaling | None = None
     indexer: IndexerConfig | None = None
     """Set for sparse attention: it chooses the keys."""
+    bias: bool = False
+    """Whether the projections down and out have biases; those up have none (DeepSeek's
+    attention_bias)."""
 
     def __post_init__(self) -> None:
         widths = ("latent_rank", "nope_head_dim", "rope_head_dim", "value_head_dim")
@@ -220,7 +223,8 @@ class LatentAttentionConfig:
         down = d_model * (self.latent_rank + self.rope_head_dim) + self.latent_rank
         up = self.latent_rank * heads * (self.nope_head_dim + self.value_head_dim)
         chooser = self.indexer.num_parameters(d_model, rank) if self.indexer and rank else 0
-        return queries + down + up + self.out_width * d_model + chooser
+        biases = (rank or 0) + self.latent_rank + self.rope_head_dim + d_model if self.bias else 0
+        return queries + down + up + self.out_width * d_model + chooser + biases
 
 
 @dataclass(frozen=True, kw_only=True)

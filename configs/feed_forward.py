@@ -17,12 +17,15 @@ class DenseConfig:
     kind: Literal["dense"] = "dense"
     d_ff: int
     """Hidden width, F."""
+    bias: bool = False
+    """Whether the three matrices have biases (granite-8b-code)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "d_ff")
 
     def num_parameters(self, d_model: int) -> int:
-        return 3 * d_model * self.d_ff
+        biases = 2 * self.d_ff + d_model if self.bias else 0
+        return 3 * d_model * self.d_ff + biases
 
     def num_active_parameters(self, d_model: int) -> int:
         return self.num_parameters(d_model)

@@ -30,6 +30,8 @@ class YarnConfig:
     mscale: float = 1.0
     """Of the logits' factor (0.1 mscale ln factor + 1)^2; 0 leaves them alone (DeepSeek-V2-Lite:
     0.707)."""
+    rotary_scale: float = 1.0
+    """Of sines and cosines besides: in latent attention it weighs the part with position."""
     truncate: bool = True
     """Whether the ramp begins and ends at whole pairs (gpt-oss: between them)."""
 
@@ -40,11 +42,20 @@ class YarnConfig:
             self.beta_slow < self.beta_fast,
             f"yarn.beta_slow={self.beta_slow} must be below yarn.beta_fast={self.beta_fast}",
         )
-        require(self.mscale >= 0, f"yarn.mscale={self.mscale} must not be negative")
+        require_positive(self, "rotary_scale")
+        require(
+            0 < self._root < math.inf,
+            f"yarn.mscale={self.mscale} makes 0.1 mscale ln(factor) + 1 = {self._root:.3g} of "
+            f"factor={self.factor}, which must be a number greater than 0",
+        )
+
+    @property
+    def _root(self) -> float:
+        return 0.1 * self.mscale * math.log(self.factor) + 1.0
 
     @property
     def logit_scale(self) -> float:
-        return (0.1 * self.mscale * math.log(self.factor) + 1.0) ** 2
+        return self._root * self._root
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,4 +91,21 @@ class Llama3RopeConfig:
         return 1.0
 
 
-RopeScaling = YarnConfig | Llama3RopeConfig
+@dataclass(frozen=True, kw_only=True)
+class LinearRopeConfig:
+    """RoPE by positions divided by `factor` (position interpolation, Chen et al. 2023): every pair
+    turns slower alike; logits keep their scale."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float
+    """New context length over the original one (deepseek-coder: 4)."""
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, f"linear.factor={self.factor} must be at least 1")
+
+    @property
+    def logit_scale(self) -> float:
+        return 1.0
+
+
+RopeScaling = YarnConfig | Llama3RopeConfig | LinearRopeConfig

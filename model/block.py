@@ -44,7 +44,7 @@ def _attention(
 ) -> Callable[..., tuple[jax.Array, Any]]:
     """The layer's attention, which takes and returns its own kind of cache."""
     if isinstance(config, LatentAttentionConfig):
-        return LatentAttention(config, execution, norm_eps, out_stddev, name="attention")
+        return LatentAttention(config, execution, out_stddev, name="attention")
     if isinstance(config, LocalSparseAttentionConfig):
         return LocalSparseAttention(config, execution, out_stddev, name="attention")
     if isinstance(config, RelativeAttentionConfig):

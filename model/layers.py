@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.feed_forward import DenseConfig
-from configs.rope import Llama3RopeConfig, RopeScaling, YarnConfig
+from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
 
 
 def weight(
@@ -99,6 +99,8 @@ def rope_frequencies(width: int, base: float, scaling: RopeScaling | None) -> np
         span = scaling.high_freq_factor - scaling.low_freq_factor
         kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
         frequency *= kept + (1 - kept) / scaling.factor
+    elif isinstance(scaling, LinearRopeConfig):
+        frequency /= scaling.factor
     return frequency.astype(np.float32)
 
 
@@ -122,7 +124,8 @@ def _yarn_ramp(width: int, base: float, yarn: YarnConfig) -> np.ndarray:
 def rope(
     x_BLHC: jax.Array, positions_BL: jax.Array, base: float, scaling: RopeScaling | None = None
 ) -> jax.Array:
-    """Turns each pair (x[d], x[d + C/2]) by position * base^(-2d/C) (RoFormer, 2021; half-split).
+    """Turns each pair (x[d], x[d + C/2]) by position * base^(-2d/C) (RoFormer, 2021; half-split),
+    and scales it by YaRN's rotary_scale.
 
     Args:
       x_BLHC: float [B, L, H, C], C even.
@@ -133,13 +136,17 @@ def rope(
     frequency_C = jnp.asarray(rope_frequencies(x_BLHC.shape[-1], base, scaling))
     angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]
     cos, sin = jnp.cos(angle_BL1C), jnp.sin(angle_BL1C)
+    if isinstance(scaling, YarnConfig) and scaling.rotary_scale != 1.0:
+        cos, sin = scaling.rotary_scale * cos, scaling.rotary_scale * sin
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BLHC.dtype)
 
 
 class SwiGLU(nn.Module):
-    """W_down(silu(W_gate x) * W_up x) (Shazeer 2020): a dense layer, and the shared experts."""
+    """W_down(silu(W_gate x) * W_up x) (Shazeer 2020): a dense layer, and the shared experts. With
+    config.bias each product has one added.
+    """
 
     config: DenseConfig
     out_stddev: float
@@ -152,5 +159,12 @@ class SwiGLU(nn.Module):
         )
         w_down_FD = weight(self, "down", (d_ff, d_model), ("mlp", "embed"), self.out_stddev)
         h_BL2F = jnp.einsum("BLD,DiF->BLiF", x_BLD, w_gate_up_D2F.astype(dtype))
+        if self.config.bias:
+            bias_2F = zero_weight(self, "gate_up_bias", (2, d_ff), (None, "mlp"))
+            h_BL2F += bias_2F.astype(dtype)[None, None]
         h_BLF = jax.nn.silu(h_BL2F[:, :, 0]) * h_BL2F[:, :, 1]
-        return jnp.einsum("BLF,FD->BLD", h_BLF, w_down_FD.astype(dtype))
+        out_BLD = jnp.einsum("BLF,FD->BLD", h_BLF, w_down_FD.astype(dtype))
+        if self.config.bias:
+            bias_D = zero_weight(self, "down_bias", (d_model,), ("embed",))
+            out_BLD += bias_D.astype(dtype)[None, None]
+        return out_BLD

@@ -51,7 +51,8 @@ def upcycled_config(
     def upcycled(i: int, spec: LayerSpec) -> LayerSpec:
         if not isinstance(spec.ffn, DenseConfig) or (i + 1) % every:
             return spec
-        ffn = MoEConfig(num_experts=num_experts, d_ff=spec.ffn.d_ff, router=router)
+        old = spec.ffn
+        ffn = MoEConfig(num_experts=num_experts, d_ff=old.d_ff, router=router, bias=old.bias)
         return dataclasses.replace(spec, ffn=ffn)
 
     pattern = tuple(upcycled(i, spec) for i, spec in enumerate(layers))
@@ -166,7 +167,7 @@ def _new_layers(dense: ModelConfig, upcycled: ModelConfig) -> list[tuple[int, Mo
 def _without_experts(old: LayerSpec, new: LayerSpec) -> LayerSpec:
     """The new layer as it was before it got experts."""
     if isinstance(old.ffn, DenseConfig) and isinstance(new.ffn, MoEConfig):
-        return dataclasses.replace(new, ffn=DenseConfig(d_ff=new.ffn.d_ff))
+        return dataclasses.replace(new, ffn=DenseConfig(d_ff=new.ffn.d_ff, bias=new.ffn.bias))
     return new
 
 
@@ -185,7 +186,9 @@ def _regrouped(
 
 
 def _copies(ffn: dict[str, jax.Array], num_experts: int) -> dict[str, jax.Array]:
-    """gate_up [P, E, D, 2, F] and down [P, E, F, D] of a layer's [P, D, 2, F] and [P, F, D]."""
+    """gate_up [P, E, D, 2, F] and down [P, E, F, D] of a layer's [P, D, 2, F] and [P, F, D], and
+    the biases of a layer that has them: gates sum to 1, so that each counts once.
+    """
     return {name: jnp.repeat(jnp.asarray(x)[:, None], num_experts, 1) for name, x in ffn.items()}
 
 
@@ -203,7 +206,7 @@ def _routers(config: ModelConfig, seed: int) -> dict[str, dict[str, Any]]:
             }
             for collection in ("params", "router_state")
         }
-        experts = ("gate_up", "down")
+        experts = ("gate_up", "down", "gate_up_bias", "down_bias")
         for name, layer in moe["params"].items():
             moe["params"][name] = {k: x for k, x in layer.items() if k not in experts}
         return moe

@@ -197,13 +197,17 @@ def latent_attention(
     x, w, config: LatentAttentionConfig, positions, documents, rope_everything=False, wrong=""
 ):
     """Every head's own keys and values; `rope_everything` is a wrong version that turns all of a
-    key. wrong: of `indexed`."""
+    key. wrong: of `indexed`; "bias past norm" of the latents."""
     nope, base, rank = config.nope_head_dim, config.rope_base, config.latent_rank
-    down = x @ w["kv_down"]
+    bias = w["kv_down_bias"] if config.bias else np.zeros(rank + config.rope_head_dim)
+    down = x @ w["kv_down"] + bias
     latent = rms_norm(down[:, :rank], w["kv_norm"]["scale"], 1e-6)
+    if wrong == "bias past norm":
+        latent = rms_norm((x @ w["kv_down"])[:, :rank], w["kv_norm"]["scale"], 1e-6) + bias[:rank]
     bottleneck = x
     if config.query_rank is not None:
-        bottleneck = rms_norm(x @ w["q_down"], w["q_norm"]["scale"], 1e-6)
+        bias = w["q_down_bias"] if config.bias else 0.0
+        bottleneck = rms_norm(x @ w["q_down"] + bias, w["q_norm"]["scale"], 1e-6)
     out = np.zeros_like(x)
     for head in range(config.num_heads):
         keys, values = [], []
@@ -225,7 +229,7 @@ def latent_attention(
             p /= p.sum()
             mixed = sum(weight * values[j] for weight, j in zip(p, seen, strict=True))
             out[i] += mixed @ w["o"][head]
-    return out
+    return out + w["o_bias"] if config.bias else out
 
 
 def indexed(i, seen, x, bottleneck, w, config: LatentAttentionConfig, positions, wrong=""):
@@ -293,9 +297,9 @@ ATTENTIONS = {
 }
 
 
-def swiglu(x, gate_up, down):
-    gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
-    return (gate / (1 + np.exp(-gate)) * up) @ down
+def swiglu(x, gate_up, down, gate_up_bias=(0.0, 0.0), down_bias=0.0):
+    gate, up = x @ gate_up[:, 0] + gate_up_bias[0], x @ gate_up[:, 1] + gate_up_bias[1]
+    return (gate / (1 + np.exp(-gate)) * up) @ down + down_bias
 
 
 def router_logits(x, w, config: MoEConfig, positions, documents):

@@ -13,7 +13,6 @@ from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 def read_model(
     settings: Settings, router: RouterConfig, indexer: IndexerConfig | None = None
 ) -> ModelConfig:
-    settings.expect("attention_bias", False)
     settings.expect("rope_interleave", True)
     settings.expect("moe_layer_freq", 1)
     attention = _read_attention(settings, indexer)
@@ -42,6 +41,7 @@ def _read_attention(settings: Settings, indexer: IndexerConfig | None) -> Latent
         rope_base=base,
         rope_scaling=scaling,
         indexer=indexer,
+        bias=settings.flag("attention_bias", default=False),
     )
 
 
@@ -81,7 +81,7 @@ def _write_attention(attention: LatentAttentionConfig) -> dict[str, Any]:
         "qk_head_dim": attention.query_head_dim,
         "head_dim": attention.rope_head_dim,
         "v_head_dim": attention.value_head_dim,
-        "attention_bias": False,
+        "attention_bias": attention.bias,
         "rope_interleave": True,
         **parts.write_rope(attention.rope_base, attention.rope_scaling, is_latent=True),
     }

@@ -12,7 +12,9 @@ from configs.feed_forward import DenseConfig
 
 
 def read_config(settings: Settings) -> ModelConfig:
-    ffn = DenseConfig(d_ff=settings.integer("intermediate_size"))
+    ffn = DenseConfig(
+        d_ff=settings.integer("intermediate_size"), bias=settings.flag("mlp_bias", default=False)
+    )
     layer = LayerSpec(attention=parts.read_grouped_query(settings), ffn=ffn)
     layers = [layer] * parts.read_num_layers(settings)
     return parts.read_model(settings, layers, norm_eps=1e-6)

@@ -8,13 +8,18 @@ from checkpoint.settings import Settings
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.checks import UserError
-from configs.feed_forward import MoEConfig, RouterConfig
-from configs.rope import Llama3RopeConfig, YarnConfig
+from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
 
 MAX_LAYERS = 4096
 """More than any model has."""
 
-RopeScaling = YarnConfig | Llama3RopeConfig | None
+ROPE_TYPES = ("default", "dynamic", "linear", "yarn", "llama3")
+"""Dynamic is plain RoPE here: its base begins to grow past max_position_embeddings, where a model's
+context_length ends, whatever else it says (transformers' modeling_rope_utils)."""
+
+PLACES = 12
+"""Of mscale worked out of factors: without the last digits, what is written reads back the same."""
 
 
 def read_model(
@@ -26,7 +31,7 @@ def read_model(
       norm_eps: the family's own, where the config doesn't say.
     """
     settings.expect("hidden_act", "silu", "swish")
-    settings.expect("mlp_bias", False)
+    settings.expect("mlp_bias", _has_dense_bias(layers))
     prefix, pattern = folded(layers)
     return ModelConfig(
         vocab_size=settings.integer("vocab_size"),
@@ -55,11 +60,15 @@ def write_model(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
-        "mlp_bias": False,
+        "mlp_bias": _has_dense_bias(unfolded(config)),
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
     }
+
+
+def _has_dense_bias(layers: Sequence[LayerSpec]) -> bool:
+    return any(isinstance(layer.ffn, DenseConfig) and layer.ffn.bias for layer in layers)
 
 
 def folded(layers: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec, ...]]:
@@ -165,7 +174,7 @@ def the_moe(config: ModelConfig) -> MoEConfig:
     return the_one(ffns, "form of its MoE layers")
 
 
-def read_rope(settings: Settings, base: float) -> tuple[float, RopeScaling]:
+def read_rope(settings: Settings, base: float) -> tuple[float, RopeScaling | None]:
     """RoPE's base and scaling, from the keys of transformers 5 (rope_parameters) or from the older
     ones (rope_theta, rope_scaling).
     """
@@ -176,9 +185,14 @@ def read_rope(settings: Settings, base: float) -> tuple[float, RopeScaling]:
     theta = new.number("rope_theta", default=default) if new else default
     if given is None:
         return theta, None
-    kind = given.text("rope_type", "type", choices=("default", "yarn", "llama3"), default="default")
+    given.expect("partial_rotary_factor", 1.0)
+    kind = given.text("rope_type", "type", choices=ROPE_TYPES, default="default")
+    if kind not in ("default", "yarn") and "kv_lora_rank" in settings:
+        given.expect("mscale_all_dim", None, 0)  # transformers scales latent attention by it
     if kind == "llama3":
         return theta, _read_llama3(given)
+    if kind == "linear":
+        return theta, LinearRopeConfig(factor=given.number("factor"))
     return theta, _read_yarn(given, settings) if kind == "yarn" else None
 
 
@@ -195,66 +209,84 @@ def _read_yarn(given: Settings, settings: Settings) -> YarnConfig:
     original = given.integer("original_max_position_embeddings")
     whole = settings.integer("max_position_embeddings")
     factor = given.number("factor", default=whole / original)
+    mscale, rotary_scale = _read_scales(given, factor, is_latent="kv_lora_rank" in settings)
     return YarnConfig(
         factor=factor,
         original_length=original,
         beta_fast=given.number("beta_fast", default=32.0),
         beta_slow=given.number("beta_slow", default=1.0),
-        mscale=_mscale(given, factor, is_latent="kv_lora_rank" in settings),
+        mscale=mscale,
+        rotary_scale=rotary_scale,
         truncate=given.flag("truncate", default=True),
     )
 
 
-def _mscale(given: Settings, factor: float, *, is_latent: bool) -> float:
-    """m of the factor (0.1 m ln(factor) + 1)^2 on the logits.
+def _read_scales(given: Settings, factor: float, *, is_latent: bool) -> tuple[float, float]:
+    """YaRN's mscale and rotary_scale.
 
-    Two factors stand for it in the wild: attention_factor on sines and cosines, which turn all of a
-    head in grouped-query attention, but a part of it in latent attention; and there mscale_all_dim
-    on the scores (DeepSeek), with the sines' own divided out.
+    Two factors stand for them in the wild: attention_factor on sines and cosines, which turn all of
+    a head in grouped-query attention, so that its square is the logits', but a part of a head in
+    latent attention; and mscale_all_dim on latent attention's scores (DeepSeek), with the sines'
+    own divided out of attention_factor.
     """
-    growth = 0.1 * math.log(factor) if factor > 1 else 0.0
+    growth = _growth(factor)
     turned, whole = given.number("mscale", default=0.0), given.number("mscale_all_dim", default=0.0)
-    if turned < 0 or whole < 0:
-        raise UserError(f"{given.where} has mscale={turned}, mscale_all_dim={whole}, below 0")
+    if whole < 0:
+        raise UserError(f"{given.where} has mscale_all_dim={whole}, below 0")
     both = bool(turned and whole)
     ratio = (growth * turned + 1) / (growth * whole + 1) if both else growth + 1
     ratio = given.number("attention_factor", default=ratio)
-    if not growth:
-        return 1.0
-    if not is_latent:
-        return (ratio - 1) / growth
-    if not math.isclose(ratio, 1.0):
+    if ratio <= 0:
         raise UserError(
-            f"{given.where} has mscale={turned} and mscale_all_dim={whole}, whose rotary part is "
-            "scaled apart: only equal ones, as all DeepSeek models have, are built"
+            f"{given.where} has mscale={turned} or attention_factor={ratio}, which leave nothing "
+            "of the scores: the factor must be greater than 0"
         )
-    return whole
+    if is_latent or not growth:
+        return (whole if growth else 1.0), ratio
+    return round((ratio - 1) / growth, PLACES), 1.0
 
 
-def write_rope(base: float, scaling: RopeScaling, *, is_latent: bool = False) -> dict[str, Any]:
+def _write_scales(yarn: YarnConfig, *, is_latent: bool) -> dict[str, float]:
+    """mscale says it to engines that know no attention_factor, as DeepSeek's own code."""
+    growth = _growth(yarn.factor)
+    root = growth * yarn.mscale + 1
+    if not is_latent:
+        is_default = yarn.mscale == yarn.rotary_scale == 1.0
+        return {} if is_default else {"attention_factor": root * yarn.rotary_scale}
+    scales = {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale}
+    if growth and yarn.rotary_scale != 1.0:
+        scales["mscale"] = round((root * yarn.rotary_scale - 1) / growth, PLACES)
+    if yarn.rotary_scale != 1.0 or yarn.mscale == 0.0:
+        scales["attention_factor"] = yarn.rotary_scale
+    return scales
+
+
+def _growth(factor: float) -> float:
+    return 0.1 * math.log(factor) if factor > 1 else 0.0
+
+
+def write_rope(
+    base: float, scaling: RopeScaling | None, *, is_latent: bool = False
+) -> dict[str, Any]:
     """Both generations of keys: other engines read one or the other."""
     if scaling is None:
         parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
         return {"rope_theta": base, "rope_scaling": None, "rope_parameters": parameters}
-    parameters = {
-        "factor": scaling.factor,
-        "original_max_position_embeddings": scaling.original_length,
-    }
+    parameters = {"factor": scaling.factor}
+    if not isinstance(scaling, LinearRopeConfig):
+        parameters["original_max_position_embeddings"] = scaling.original_length
     if isinstance(scaling, Llama3RopeConfig):
         parameters |= {
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
         }
-    else:
+    elif isinstance(scaling, YarnConfig):
         parameters |= {
             "beta_fast": scaling.beta_fast,
             "beta_slow": scaling.beta_slow,
             "truncate": scaling.truncate,
         }
-        if is_latent:
-            parameters |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale}
-        elif scaling.mscale != 1.0:
-            parameters["attention_factor"] = 0.1 * scaling.mscale * math.log(scaling.factor) + 1
+        parameters |= _write_scales(scaling, is_latent=is_latent)
     kinds = {"rope_type": scaling.kind, "type": scaling.kind}
     return {
         "rope_theta": base,

@@ -59,6 +59,14 @@ LATENT = (
         interleaved("rope_head_dim"),
         without="layers.*.attention.q_down",
     ),
+    Row("layers.*.attention.q_down_bias", f"{ATTENTION}.q_a_proj.bias", "q -> q"),
+    Row(
+        "layers.*.attention.kv_down_bias",
+        f"{ATTENTION}.kv_a_proj_with_mqa.bias",
+        "c -> c",
+        interleaved("rope_head_dim"),
+    ),
+    Row("layers.*.attention.o_bias", f"{ATTENTION}.o_proj.bias", "d -> d"),
 )
 
 
@@ -68,6 +76,9 @@ def swiglu(parameter: str, name: str) -> tuple[Row, ...]:
         Row(f"{parameter}.gate_up", f"{name}.gate_proj.weight", "f d -> d 0 f"),
         Row(f"{parameter}.gate_up", f"{name}.up_proj.weight", "f d -> d 1 f"),
         Row(f"{parameter}.down", f"{name}.down_proj.weight", "d f -> f d"),
+        Row(f"{parameter}.gate_up_bias", f"{name}.gate_proj.bias", "f -> 0 f"),
+        Row(f"{parameter}.gate_up_bias", f"{name}.up_proj.bias", "f -> 1 f"),
+        Row(f"{parameter}.down_bias", f"{name}.down_proj.bias", "d -> d"),
     )
 
 

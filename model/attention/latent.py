@@ -25,7 +25,11 @@ from kernels.window_attention import masked_attention, visible
 from model.attention.indexer import Index, Indexer, chosen_keys
 from model.attention.windowed import sharded_window_attention
 from model.cache import LayerCache, append
-from model.layers import RMSNorm, rope, weight
+from model.layers import RMSNorm, rope, weight, zero_weight
+
+LATENT_NORM_EPS = 1e-6
+"""Of the bottlenecks' norms, whatever rms_norm_eps a model has for the others (DeepSeek's published
+modelling code)."""
 
 Pair = tuple[jax.Array, jax.Array]
 """The part without position and the part with it; of the up-projections, keys' and values'."""
@@ -36,7 +40,6 @@ class LatentAttention(nn.Module):
 
     config: LatentAttentionConfig
     execution: ExecutionConfig
-    norm_eps: float
     out_stddev: float
 
     @nn.compact
@@ -65,7 +68,10 @@ class LatentAttention(nn.Module):
             out_BLHW = self._over_row(queries, keys, index, w_ups, positions_BL, segments_BL)
         else:
             out_BLHW, cache = self._over_cache(queries, keys, index, w_ups, positions_BL, cache)
-        return jnp.einsum("BLHW,HWD->BLD", out_BLHW, w_o_HWD.astype(dtype)), cache
+        out_BLD = jnp.einsum("BLHW,HWD->BLD", out_BLHW, w_o_HWD.astype(dtype))
+        if c.bias:
+            out_BLD += zero_weight(self, "o_bias", (d_model,), ("embed",)).astype(dtype)[None, None]
+        return out_BLD, cache
 
     def _over_row(
         self,
@@ -145,7 +151,10 @@ class LatentAttention(nn.Module):
         shape = (d_model, c.query_rank)
         w_DQ = weight(self, "q_down", shape, ("embed", "latent"), d_model**-0.5)
         h_BLQ = jnp.einsum("BLD,DQ->BLQ", x_BLD, w_DQ.astype(x_BLD.dtype))
-        return RMSNorm(self.norm_eps, name="q_norm")(h_BLQ)
+        if c.bias:
+            bias_Q = zero_weight(self, "q_down_bias", shape[1:], ("latent",))
+            h_BLQ += bias_Q.astype(x_BLD.dtype)[None, None]
+        return RMSNorm(LATENT_NORM_EPS, name="q_norm")(h_BLQ)
 
     def _queries(self, h_BLQ: jax.Array, positions_BL: jax.Array) -> Pair:
         """Queries without and with position, [B, L, H, N] and [B, L, H, P]."""
@@ -164,6 +173,9 @@ class LatentAttention(nn.Module):
         shape = (d_model, c.latent_rank + c.rope_head_dim)
         w_DC = weight(self, "kv_down", shape, ("embed", "latent"), d_model**-0.5)
         down_BLC = jnp.einsum("BLD,DC->BLC", x_BLD, w_DC.astype(dtype))
-        latent_BLR = RMSNorm(self.norm_eps, name="kv_norm")(down_BLC[..., : c.latent_rank])
+        if c.bias:
+            bias_C = zero_weight(self, "kv_down_bias", shape[1:], ("latent",))
+            down_BLC += bias_C.astype(dtype)[None, None]
+        latent_BLR = RMSNorm(LATENT_NORM_EPS, name="kv_norm")(down_BLC[..., : c.latent_rank])
         k_rope_BL1P = down_BLC[..., None, c.latent_rank :]
         return latent_BLR, rope(k_rope_BL1P, positions_BL, c.rope_base, c.rope_scaling)

@@ -63,6 +63,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 GPT_OSS = {
     "rope_type": "yarn",
@@ -75,6 +76,13 @@ shorter contexts."""
 CASES: dict[str, dict[str, Any]] = {
     "llama": {**COMMON, "rope_theta": 5e5, "rope_scaling": LLAMA3},
     "llama tied": {**COMMON, "tie_word_embeddings": True, "head_dim": 16},
+    "llama stretched": {
+        **COMMON,
+        "head_dim": 16,
+        "rope_scaling": LINEAR,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "mixtral": {**COMMON, **EXPERTS, "num_local_experts": 4},
     "qwen3_moe": {
         **COMMON,
@@ -233,7 +241,7 @@ def test_rotary_factors_are_llama_3s(tmp_path: Path):
             ),
             "expected one factor for each two",
         ),
-        ({"llama.rope.scaling.type": "longrope"}, "only 'yarn' and 'none'"),
+        ({"llama.rope.scaling.type": "longrope"}, "only 'yarn', 'linear'"),
         ({"llama.embedding_length": 128}, "its config asks for"),
     ],
 )
@@ -268,6 +276,20 @@ def test_what_llama_cpp_leaves_out_is_told(tmp_path: Path):
     other = dataclasses.replace(config, pattern=(dataclasses.replace(layer, attention=clipped),))
     with pytest.raises(UserError, match=r"can't say all that this model does: .*clip_qkv"):
         gguf.export(tmp_path / "it.gguf", family, other, variables, None, "F16")
+
+
+@pytest.mark.parametrize(
+    ("case", "scaling"), [("qwen3_moe", LLAMA3), ("deepseek_v3", LLAMA3), ("deepseek_v3", LINEAR)]
+)
+def test_rotary_scaling_that_llama_cpp_computes_otherwise_is_told(
+    case: str, scaling: dict[str, Any], tmp_path: Path
+):
+    """Only its llama reads Llama 3's factors, and its deepseek2 scales scores with any factor."""
+    family, _, variables = built(case)
+    config = family.read_config(Settings(CASES[case] | {"rope_scaling": scaling}, case))
+    with pytest.raises(UserError, match=r"can't be written as GGUF|'linear' \(but for DeepSeek\)"):
+        gguf.export(tmp_path / "it.gguf", family, config, variables, None, "F16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_llama_cpp_cannot_say_is_told(tmp_path: Path):

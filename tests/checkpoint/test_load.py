@@ -119,7 +119,7 @@ WRONG_CONFIGS = [
     ({"num_hidden_layers": 10**12}, r"num_hidden_layers=1000000000000"),
     ({"vocab_size": None}, r"lacks vocab_size"),
     ({"hidden_act": "gelu"}, r"hidden_act='gelu', expected 'silu'"),
-    ({"mlp_bias": True}, r"mlp_bias=True"),
+    ({"mlp_bias": 1}, r"mlp_bias=1, expected true or false"),
     ({"num_attention_heads": 3}, r"describes no model that can be built: .*divisible"),
     ({"rope_parameters": [1]}, r"rope_parameters=\[1\], expected an object"),
     ({"rope_parameters": {"rope_type": "longrope"}}, r"rope_type='longrope'"),
@@ -137,6 +137,15 @@ def test_a_config_that_can_not_be_meant_is_refused(changes, sentence, tmp_path):
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=sentence):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("case", ["deepseek_v2", "mixtral"])
+def test_only_llamas_dense_layers_have_biases(case, tmp_path):
+    write_case(case, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"mlp_bias": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="mlp_bias=True, expected False"):
         open_source(str(tmp_path))
 
 

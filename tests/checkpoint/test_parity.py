@@ -46,7 +46,15 @@ def test_logits_equal_those_of_transformers(case):
     np.testing.assert_allclose(full_logits(model, variables, tokens), expected, atol=TOLERANCE)
 
 
-UNCACHED = ("deepseek_v2_lite", "deepseek_v3", "llama", "llama3_biased", "qwen3_moe")
+UNCACHED = (
+    "deepseek_v2_lite",
+    "deepseek_v3",
+    "deepseek_v32",
+    "llama",
+    "llama_stretched",
+    "llama3_biased",
+    "qwen3_moe",
+)
 """What the other cases have too: tried in the slow tests."""
 
 

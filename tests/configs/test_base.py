@@ -12,7 +12,7 @@ from configs.base import DistillConfig, ExecutionConfig, MeshConfig, OptimizerCo
 from configs.checks import UserError
 from configs.cli import describe_runs, known_runs, load_run
 from configs.feed_forward import ContextConfig, MoEConfig, RouterConfig
-from configs.rope import Llama3RopeConfig, YarnConfig
+from configs.rope import LinearRopeConfig, Llama3RopeConfig, YarnConfig
 from configs.serialization import differences, from_json, to_json
 from model.growth import grown_config
 from tests import tiny
@@ -97,7 +97,10 @@ def llama3(**changes) -> Llama3RopeConfig:
     return dataclasses.replace(base, **changes)
 
 
-@pytest.mark.parametrize("scaling", [YarnConfig(factor=4.0, original_length=64), llama3()])
+@pytest.mark.parametrize(
+    "scaling",
+    [YarnConfig(factor=4.0, original_length=64), llama3(), LinearRopeConfig(factor=4.0)],
+)
 def test_the_kind_of_rope_scaling_survives_the_file(tmp_path, scaling):
     pattern = tiny.model().pattern
     layer = dataclasses.replace(pattern[0], attention=tiny.attention(rope_scaling=scaling))
@@ -136,8 +139,14 @@ def test_routers_that_contradict_themselves():
         MoEConfig(num_experts=12, d_ff=8, router=grouped)
     with pytest.raises(UserError, match=r"yarn.factor=0.5 must be at least 1"):
         YarnConfig(factor=0.5, original_length=4096)
-    with pytest.raises(UserError, match=r"yarn.mscale=-1.0 must not be negative"):
-        YarnConfig(factor=4.0, original_length=4096, mscale=-1.0)
+    with pytest.raises(
+        UserError, match=r"yarn.mscale=-8.0 makes .*ln.factor. . 1 = -0.109 of factor=4.0"
+    ):
+        YarnConfig(factor=4.0, original_length=4096, mscale=-8.0)
+    with pytest.raises(UserError, match=r"rotary_scale=0.0 must be greater than 0"):
+        YarnConfig(factor=4.0, original_length=4096, rotary_scale=0.0)
+    with pytest.raises(UserError, match=r"linear.factor=0.5 must be at least 1"):
+        LinearRopeConfig(factor=0.5)
     with pytest.raises(UserError, match=r"low_freq_factor=4.0 must be below .*high_freq_factor=4"):
         llama3(low_freq_factor=4.0)
     moe = LayerSpec(attention=tiny.attention(), ffn=tiny.moe())

@@ -151,7 +151,7 @@ def test_a_model_decodes_the_same_from_pages(function):
         rope_head_dim=16,
         value_head_dim=VALUE,
     )
-    layer = LatentAttention(config, ExecutionConfig(), norm_eps=1e-6, out_stddev=0.1)
+    layer = LatentAttention(config, ExecutionConfig(), out_stddev=0.1)
 
     @jax.jit
     def of_layer(x_BLD):

@@ -35,7 +35,7 @@ def config_of(attention: LatentAttentionConfig):
 
 
 ATTENTIONS = {
-    "DeepSeek-V3": LATENT,
+    "DeepSeek-V3, biased": dataclasses.replace(LATENT, bias=True),
     "V2-Lite, direct queries": dataclasses.replace(LATENT, query_rank=None),
 }
 
@@ -59,13 +59,16 @@ def test_equals_the_numpy_oracle(latent):
 def test_turning_the_part_without_position_is_told_apart():
     """The mistake that absorption can't survive: RoPE on all of the key."""
     random = np.random.RandomState(0)
-    config = dataclasses.replace(LATENT, query_rank=None)
+    config = dataclasses.replace(LATENT, query_rank=None, bias=True)
     shapes = {"kv_down": (32, 14), "kv_up": (10, 3, 14), "q": (32, 3, 12), "o": (3, 6, 32)}
+    shapes |= {"kv_down_bias": (14,), "o_bias": (32,)}
     w = {name: random.randn(*shape) * shape[0] ** -0.5 for name, shape in shapes.items()}
     w["kv_norm"] = {"scale": np.ones(10)}
     x, positions, documents = random.randn(9, 32), np.arange(9), np.zeros(9)
     right = oracle.latent_attention(x, w, config, positions, documents)
     wrong = oracle.latent_attention(x, w, config, positions, documents, rope_everything=True)
+    assert np.abs(right - wrong).max() > 1e-2
+    wrong = oracle.latent_attention(x, w, config, positions, documents, wrong="bias past norm")
     assert np.abs(right - wrong).max() > 1e-2
 
 

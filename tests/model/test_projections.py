@@ -1,5 +1,5 @@
-"""Grouped-query attention with biases, normed and bounded queries and keys: against numpy, through
-the cache, and on a mesh.
+"""Grouped-query attention with biases, normed and bounded queries and keys, and dense layers with
+biases: against numpy, through the cache, and on a mesh.
 """
 
 import dataclasses
@@ -26,7 +26,9 @@ LAYERS = {
 }
 CONFIG = tiny.model(
     num_layers=4,
-    pattern=tuple(LayerSpec(attention=a, ffn=DenseConfig(d_ff=16)) for a in LAYERS.values()),
+    pattern=tuple(
+        LayerSpec(attention=a, ffn=DenseConfig(d_ff=16, bias=a.bias)) for a in LAYERS.values()
+    ),
 )
 LENGTH = 26
 
@@ -67,7 +69,7 @@ def test_decode_equals_full_forward(variables):
 
 @pytest.mark.slow
 def test_heads_over_two_devices_give_the_same(variables):
-    """The norm of all heads together reads what both devices hold."""
+    """The norm of all heads together reads what both devices hold; biases count once."""
     model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
     rows = [np.repeat(x, 2, axis=0) for x in (tokens, positions)]
     read = jax.jit(lambda v: hidden_states(model, v, *rows)[0])
@@ -90,6 +92,12 @@ def test_shapes_starts_and_counts():
     assert by_head["q_norm"]["scale"] == by_head["k_norm"]["scale"] == (8,)
     assert together["q_norm"]["scale"] == (4, 8)
     assert together["k_norm"]["scale"] == (2, 8)
+    assert shapes["layer_0"]["ffn"]["gate_up_bias"] == (2, 16)
+    assert shapes["layer_0"]["ffn"]["down_bias"] == (32,)
+    assert "down_bias" not in shapes["layer_1"]["ffn"]
+    ffn = names["layer_0"]["ffn"]
+    assert ffn["gate_up_bias"] == ("layers", None, "mlp")
+    assert ffn["down_bias"] == ("layers", "embed")
     together = names["layer_2"]["attention"]
     assert together["q_norm"]["scale"] == ("layers", "heads", "head_dim")
     assert together["k_norm"]["scale"] == ("layers", "kv_heads", "head_dim")

@@ -1,12 +1,13 @@
 """Stretched RoPE against tables worked out by hand and against the equations, pair by pair."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from configs.rope import Llama3RopeConfig, YarnConfig
-from model.layers import rope_frequencies
+from configs.rope import LinearRopeConfig, Llama3RopeConfig, YarnConfig
+from model.layers import rope, rope_frequencies
 
 DEEPSEEK_V3 = YarnConfig(factor=40.0, original_length=4096)
 GPT_OSS = YarnConfig(factor=32.0, original_length=4096, truncate=False)
@@ -24,6 +25,7 @@ def plain(width: int, base: float) -> np.ndarray:
     [
         YarnConfig(factor=1.0, original_length=4096),
         Llama3RopeConfig(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=64),
+        LinearRopeConfig(factor=1.0),
     ],
 )
 def test_a_factor_of_one_changes_nothing(scaling):
@@ -87,6 +89,24 @@ def test_llama_3s_mix_is_linear_in_turns():
         assert ours[d] == pytest.approx(expected, rel=1e-6)
     assert len(kinds) == 3
     assert LLAMA_31.logit_scale == 1.0
+
+
+def test_linear_scaling_divides_the_positions():
+    """deepseek-coder: token 4 p stands where token p did, in every pair; dynamic scaling, which
+    changes the base instead, leaves the first pair alone."""
+    coder = LinearRopeConfig(factor=4.0)
+    ours = rope_frequencies(128, 100_000.0, coder)
+    np.testing.assert_allclose(4 * ours, plain(128, 100_000.0), rtol=1e-6)
+    assert ours[0] == 0.25
+    assert coder.logit_scale == 1.0
+
+
+def test_what_is_turned_is_scaled_by_rotary_scale():
+    x = np.random.RandomState(0).randn(1, 5, 2, 8).astype(np.float32)
+    positions, plain = np.arange(5)[None], YarnConfig(factor=4.0, original_length=64)
+    scaled = dataclasses.replace(plain, rotary_scale=0.8)
+    turned = 0.8 * rope(x, positions, 10_000.0, plain)
+    np.testing.assert_allclose(rope(x, positions, 10_000.0, scaled), turned, rtol=1e-6)
 
 
 def test_logits_are_scaled_by_mscale():

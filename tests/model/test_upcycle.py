@@ -33,11 +33,12 @@ WINDOWED = LayerSpec(attention=tiny.attention(), ffn=DenseConfig(d_ff=48))
 GLOBAL = LayerSpec(
     attention=tiny.attention(window_size=None, num_sinks=0), ffn=DenseConfig(d_ff=40)
 )
+BIASED = dataclasses.replace(GLOBAL, ffn=DenseConfig(d_ff=40, bias=True))
 DENSE = tiny.model(pattern=(GLOBAL,), num_layers=2, tie_embeddings=True)
 UPCYCLED = upcycled_config(DENSE, num_experts=4, top_k=2)
 SHAPES = {
     "one kind of layer": (DENSE, 1),
-    "every second layer": (tiny.model(pattern=(GLOBAL,), num_layers=4), 2),
+    "every second layer": (tiny.model(pattern=(BIASED,), num_layers=4), 2),
     "behind a prefix": (  # two kinds of layers, every fourth
         tiny.model(prefix=(WINDOWED,), pattern=(WINDOWED, GLOBAL), num_layers=5),
         4,

@@ -85,6 +85,16 @@ CASES = {
             },
         },
     ),
+    "llama_stretched": (
+        "llama",
+        {
+            "intermediate_size": 96,
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
     "smollm2": (
         "llama",
         {
@@ -153,6 +163,18 @@ CASES = {
     "deepseek_v32": (
         "deepseek_v32",
         V3 | {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 4},
+    ),
+    "deepseek_v32_biased": (
+        "deepseek_v32",
+        V3
+        | {
+            "index_topk": 8,
+            "index_head_dim": 16,
+            "index_n_heads": 8,
+            "attention_bias": True,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+        },
     ),
 }
 
