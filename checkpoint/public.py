@@ -135,15 +135,19 @@ def write_model(family: Family, config: ModelConfig) -> dict[str, Any]:
     return written
 
 
-def export_family(config: ModelConfig, wanted: str | None = None) -> Family:
+def export_family(
+    config: ModelConfig, wanted: str | None = None, own: Family | None = None
+) -> Family:
     """The family whose config.json says all that the model does.
 
     Args:
       wanted: its model_type, if the caller knows.
+      own: the family that the model came from; it is tried first.
     Raises:
       UserError: there is none.
     """
     families = [family for family in FAMILIES if wanted in (None, family.model_type)]
+    families.sort(key=lambda family: family is not own)
     if not families:
         names = ", ".join(family.model_type for family in FAMILIES)
         raise UserError(f"family {wanted!r} is unknown: there are {names}")
@@ -154,7 +158,8 @@ def export_family(config: ModelConfig, wanted: str | None = None) -> Family:
             return family
         except UserError as error:
             reasons.append(f"{family.model_type}: {error}")
-    raise UserError(f"no public family holds this model ({'; '.join(reasons[-2:])})")
+    told = reasons[:1] if own is not None else reasons[-2:]
+    raise UserError(f"no public family holds this model ({'; '.join(told)})")
 
 
 def lost_settings(config: ModelConfig, again: ModelConfig) -> list[str]:

@@ -12,7 +12,7 @@ from checkpoint import gguf, huggingface
 from checkpoint.atomic_folder import partial_file, partial_folder
 from checkpoint.families.base import Family
 from checkpoint.model_folder import write_model_folder
-from checkpoint.public import export_family
+from checkpoint.public import export_family, find_family
 from checkpoint.storage import DTYPES, ExportDtype, choose_storage
 from configs.checks import require
 from data.public_tokenizer import PublicTokenizer, write_public_tokenizer
@@ -113,7 +113,8 @@ def _family(source: Source, target: Path, conversion: Conversion) -> Family | No
         )
         require(conversion.family is None, "orbax holds any model: leave the family out")
         return None
-    family = export_family(source.config, conversion.family)
+    own = find_family(source.public.settings) if source.public is not None else None
+    family = export_family(source.config, conversion.family, own)
     if to == "huggingface":
         choose_storage(family, dtype or kept_dtype(source), _quantization(source))
         return family
