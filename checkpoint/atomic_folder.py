@@ -46,6 +46,7 @@ def partial_file(destination: Path, fingerprint: str) -> Iterator[Path]:
     beside it, and moves it to `destination`, which must not exist.
     """
     destination = Path(os.path.normpath(destination.absolute()))
+    require(not destination.is_dir(), f"{destination} is a folder: choose another name")
     with _kept(destination, fingerprint) as partial:
         yield partial / destination.name
         _refuse_taken(destination)
@@ -53,6 +54,7 @@ def partial_file(destination: Path, fingerprint: str) -> Iterator[Path]:
             _sync(partial)
             (partial / destination.name).rename(destination)
             sync_folder(destination.parent)
+            shutil.rmtree(partial)
 
 
 @contextlib.contextmanager
@@ -72,10 +74,8 @@ def _kept(destination: Path, fingerprint: str) -> Iterator[Path]:
         try:
             yield partial
         finally:
-            if partial.exists() and os.listdir(partial) == [
-                FINGERPRINT
-            ]:  # all that was made is away
-                shutil.rmtree(partial)
+            if partial.exists() and {path.name for path in partial.iterdir()} == {FINGERPRINT}:
+                shutil.rmtree(partial)  # nothing was made, or it is away
 
 
 def _refuse_taken(destination: Path) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -75,6 +74,7 @@ def write_gguf(
                         _mark(path, file, i + 1)
                         done = i + 1
                 progress(math.prod(shape))
+            file.flush()
             os.fsync(file.fileno())
         _marks(path).unlink(missing_ok=True)
 
@@ -87,19 +87,21 @@ def _header(
     quantization: Quantization,
 ) -> bytes:
     """All that comes before the first tensor."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        writer = GGUFWriter(Path(scratch) / "header", metadata[Keys.General.ARCHITECTURE])
-        try:
-            _add_metadata(writer, metadata, quantization)
-            for (name, shape, _), kind in zip(tensors, kinds, strict=True):
-                size = _num_bytes(shape, kind)
-                writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-        finally:
-            writer.close()
-        header = (Path(scratch) / "header").read_bytes()
+    scratch = path.with_name(path.name + ".header")
+    writer = GGUFWriter(scratch, metadata[Keys.General.ARCHITECTURE])
+    try:
+        _add_metadata(writer, metadata, quantization)
+        for (name, shape, _), kind in zip(tensors, kinds, strict=True):
+            size = _num_bytes(shape, kind)
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = scratch.read_bytes()
+    finally:
+        writer.close()
+        scratch.unlink(missing_ok=True)
     return header.ljust(_padded(len(header)), b"\0")
 
 

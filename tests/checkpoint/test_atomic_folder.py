@@ -1,5 +1,6 @@
 """A folder appears whole or not at all, and unfinished work is found again."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint.atomic_folder import partial_folder
+from checkpoint.atomic_folder import partial_file, partial_folder
 from checkpoint.tensor_files import open_tensors
 from configs.checks import UserError
 
@@ -136,3 +137,29 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     make_file(tmp_path / "file")
     with pytest.raises(UserError, match="can't be made"):
         partial_folder(tmp_path / "file" / "out", "a").__enter__()
+
+
+def test_a_file_comes_alone_out_of_its_folder(tmp_path):
+    destination = tmp_path / "out.gguf"
+    with contextlib.suppress(Stopped), partial_file(destination, "settings") as path:
+        path.write_text("half")
+        (path.parent / "notes").write_text("1")
+        raise Stopped
+    assert os.listdir(tmp_path) == ["out.gguf.partial"]
+    with partial_file(destination, "settings") as path:
+        assert path.read_text() == "half"
+        path.write_text("whole")
+    assert os.listdir(tmp_path) == ["out.gguf"]
+    assert destination.read_text() == "whole"
+    with pytest.raises(UserError, match="exists already"):
+        partial_file(destination, "settings").__enter__()
+    (tmp_path / "folder.gguf").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        partial_file(tmp_path / "folder.gguf", "settings").__enter__()
+
+
+def test_a_refusal_leaves_nothing(tmp_path):
+    for kept in (partial_file, partial_folder):
+        with pytest.raises(Stopped), kept(tmp_path / "out", "settings"):
+            raise Stopped
+        assert not os.listdir(tmp_path)
