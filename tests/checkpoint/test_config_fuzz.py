@@ -119,7 +119,7 @@ def check(folder: Path, text: str) -> None:
 def lay_out(source: Source) -> None:
     assert source.public is not None
     with contextlib.suppress(UserError):
-        source.public.num_elements(abstract_variables(Transformer(source.config))[0])
+        source.public.unread(abstract_variables(Transformer(source.config))[0])
 
 
 @pytest.mark.slow
