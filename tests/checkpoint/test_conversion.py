@@ -87,7 +87,9 @@ def test_there_and_back_each_tensor_is_read_once(case: str, tmp_path: Path):
             times = 2 if is_rounded and any(part in name for part in SPLIT) else 1
             assert elements == times * math.prod(tensors.shapes[name]), name
         assert len(tensors.elements) == len(tensors.shapes)
-    before, after = open_tensors(tmp_path / "first"), open_tensors(tmp_path / "last")
+    first, last = (open_source(str(tmp_path / name)) for name in ("first", "last"))
+    assert last.config == first.config
+    before, after = open_tensors(first.path), open_tensors(last.path)
     assert set(before.tensors) == set(after.tensors)
     for name in before.tensors:
         wanted, found = before.read(name), after.read(name)
