@@ -67,6 +67,7 @@ def test_peak_memory_is_the_result_and_a_piece(checkpoint, dtype, mesh):
 
 @pytest.mark.parametrize("form", ["huggingface", "gguf"])
 def test_a_conversion_needs_a_few_tensors(checkpoint, form, tmp_path):
+    """A tensor as it is read, as it is written, a piece of 64 MiB, and the program's own growth."""
     used = measured(checkpoint, "to", form, str(tmp_path / f"it.{form}"))
     assert used["peak"] < 4 * LARGEST < model().num_parameters, used
 
