@@ -6,8 +6,11 @@ this file and the bodies of kernels, and no caller. The other, Mosaic, is for Ho
 """
 
 import functools
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -105,10 +108,7 @@ def runs_mosaic(target: Target) -> bool:
 
 
 def require_mosaic() -> Target:
-    """Returns the default device's target, for Mosaic's kernels, which are taken by name alone.
-
-    On Hopper, too, "auto" takes Triton's, of which the interpreter runs every part, until both have
-    been timed on one.
+    """Returns the default device's target, for Mosaic's kernels asked for by name.
 
     Raises:
       NotImplementedError: they can't run there.
@@ -120,6 +120,32 @@ def require_mosaic() -> Target:
         "implementation='mosaic' needs a Hopper GPU (compute capability 9.0), and the default "
         f"device is {_described(target)}: take 'auto' or 'triton'"
     )
+
+
+MEASURED = Path(__file__).with_name("measured.json")
+"""Microseconds by capability, op, case and compiler, as scripts/gpu_report.py --write left them."""
+
+
+@functools.cache
+def measured() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """What MEASURED holds; nothing where it is missing."""
+    return json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+
+
+def prefers_mosaic(op: str, target: Target) -> bool:
+    """Whether "auto" takes Mosaic's kernel of an op where it can do what is asked.
+
+    So it does where both compilers' kernels were timed on such a GPU, and Mosaic's took less time
+    by the geometric mean over the cases.
+
+    Args:
+      op: "window_attention", or "grouped_matmul/" and a format of weights.
+    """
+    if target.platform != "cuda" or not runs_mosaic(target):
+        return False
+    cases = measured().get(str(target.capability), {}).get(op, {})
+    ratios = [case["mosaic"] / case["triton"] for case in cases.values()]
+    return math.prod(ratios) < 1.0 if ratios else False
 
 
 def _described(target: Target) -> str:

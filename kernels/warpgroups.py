@@ -10,7 +10,7 @@ One warpgroup copies to shared memory what the others compute with, through a Ri
 wgmma there is `swizzled`. M, N and K are a product's rows, columns and contraction.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -88,24 +88,29 @@ def write_transposed(ref_NM: Any, values_MN: jax.Array, target: Target) -> None:
         ref_NM[...] = values_MN.T
         return
     values_MN = plgpu.layout_cast(values_MN, plgpu.Layout.WGMMA_TRANSPOSED)
-    if jax.__version_info__ < (0, 11):
-        ref_NM.T[...] = values_MN
-    else:
+    if hasattr(plgpu, "store"):  # from jax 0.12 on
         plgpu.store(ref_NM.T, values_MN, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        ref_NM.T[...] = values_MN
 
 
-def product(a_MK: Any, b_NK: Any, target: Target) -> jax.Array:
+def product(
+    a_MK: Any, b_NK: Any, target: Target, meanwhile: Callable[[], None] = lambda: None
+) -> jax.Array:
     """a b^T, float32 [M, N].
 
     Args:
       a_MK: an array spread as sums, or a ref.
       b_NK: a ref.
+      meanwhile: done once the product has begun, before its result is waited for.
     """
     if target.platform == "interpret":
+        meanwhile()
         return _dot(a_MK[...], b_NK[...].T)
 
     def multiply(sums):
         plgpu.wgmma(sums, a_MK, b_NK.T)
+        meanwhile()
         return sums[...]
 
     return pl.run_scoped(

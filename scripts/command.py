@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 
 from configs.checks import UserError
-from configs.cli import describe_runs
 from train.metrics import TrainingAlarm
 
 Main = Callable[[list[str]], int | None]
@@ -50,15 +49,19 @@ def parser(doc: str | None, *, run: bool = False) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=not run,
-        epilog=f"runs:\n{describe_runs()}\n\nRUN --help lists the settings of a run."
-        if run
-        else None,
+        epilog=_runs() if run else None,
     )
     made.error = _raise_user_error  # type: ignore[method-assign]
     if run:
         made.add_argument("run", nargs="?", metavar="RUN", help="name of a run in configs/runs.py")
         made.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/RUN)")
     return made
+
+
+def _runs() -> str:
+    from configs.cli import describe_runs  # what reads overrides is not everywhere: gpu_report
+
+    return f"runs:\n{describe_runs()}\n\nRUN --help lists the settings of a run."
 
 
 def split_run_arguments(

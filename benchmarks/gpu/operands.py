@@ -4,6 +4,7 @@ The expected results are float32, by each op's own XLA implementation or referen
 hold to the equations.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ from kernels.window_attention import cases as window_cases
 from kernels.window_attention import xla as window_xla
 
 Operands = tuple[Any, ...]
+UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""Options of references' compilation: trying products out takes longer than running them once."""
 
 
 def draw(case: Case) -> Operands:
@@ -45,7 +48,9 @@ def expected(case: Case, operands: Operands) -> Any:
             function = _expect_window(case)
         else:
             function = _expect_latent(case) if _is_latent(case) else _expect_paged(case)
-        return jax.block_until_ready(jax.jit(function)(*operands))
+        options: Any = {} if jax.default_backend() == "cpu" else UNTUNED
+        compiled = jax.jit(function).lower(*operands).compile(compiler_options=options)
+        return jax.block_until_ready(compiled(*operands))
 
 
 def error(found: Any, wanted: Any) -> float:
@@ -60,6 +65,11 @@ def _difference(ours: jax.Array, theirs: jax.Array) -> float:
 
 
 def _normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16, scale: float = 1.0):
+    return _drawn(seed, shape, jnp.dtype(dtype), scale)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _drawn(seed: int, shape: tuple[int, ...], dtype: Any, scale: float) -> jax.Array:
     return (jax.random.normal(jax.random.key(seed), shape, jnp.float32) * scale).astype(dtype)
 
 
@@ -77,7 +87,7 @@ def _draw_grouped(case: grouped_cases.CompiledCase) -> Operands:
     x: Any = _normal(0, (num_tokens, case.d_in), dtype)
     weight: Any = _normal(1, (case.num_groups, case.d_in, columns), dtype, case.d_in**-0.5)
     if case.format not in ("bf16", "float32"):
-        rounded = quantize(weight, case.format)
+        rounded = jax.jit(quantize, static_argnums=1)(weight, case.format)
         is_split = case.format == "int4" and case.compiler == "triton"
         weight = repack(rounded, "split_128") if is_split else rounded
     sizes = jnp.asarray(work.group_sizes(case), jnp.int32)

@@ -6,11 +6,10 @@ that can't run on the device is reported with what it said.
 B sequences, H query heads, G key/value heads, C head_dim, L positions.
 """
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +26,22 @@ from kernels.quantize import QTensor, dequantize
 from kernels.window_attention import cases as window_cases
 
 PALLAS = "jax.experimental.pallas.ops.gpu"
-Peer = Callable[[], Any]
+MOST_SECONDS = 0.05
+"""Of a peer, as estimated: lax.ragged_dot multiplies every row with every matrix on a GPU."""
+ASSUMED_FLOPS = 400e12
+MOST_SCORES = 2**32
+"""Bytes of scores that XLA's attention may write out."""
+
+
+class Peer(NamedTuple):
+    """A function and its operands, trees of arrays."""
+
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
 
 
 def peers(case: Case, operands: Operands, capability: int) -> dict[str, Peer]:
-    """Programs by name, none of which has been called.
+    """Peers by name, none of which has been called.
 
     Args:
       capability: CUDA's compute capability times ten; 0: none.
@@ -46,7 +56,7 @@ def peers(case: Case, operands: Operands, capability: int) -> dict[str, Peer]:
 
 
 def _bound(function: Callable[..., Any], *operands: Any) -> Peer:
-    return functools.partial(jax.jit(function), *operands)
+    return Peer(function, operands)
 
 
 def _pallas(name: str) -> Any:
@@ -71,6 +81,8 @@ def _of_grouped(
     x = x if rows is None else x[rows]
     plain = dequantize(weight, dtype.__name__) if isinstance(weight, QTensor) else weight
     found: dict[str, Peer] = {}
+    if weight is not plain and case.rows <= 128 * case.num_groups:
+        return found  # a product reads one matrix in bfloat16 where the case reads all of 8 bits
     if case.contraction == "gradient_x":
         found["one dense product"] = _bound(lambda dy, w: dy @ w.T, *dy, plain[0])
     elif case.contraction == "gradient_w":
@@ -90,7 +102,8 @@ def _forward_of_grouped(
         return lambda *a: swiglu_of_halves(product(*a)) if case.gated else product(*a)
 
     found: dict[str, Peer] = {"one dense product": _bound(after(lambda x, w: x @ w), x, plain[0])}
-    found["lax.ragged_dot"] = _bound(after(lax.ragged_dot), x, plain, sizes)
+    if plain.shape[0] * 2 * x.shape[0] * plain[0].size < MOST_SECONDS * ASSUMED_FLOPS:
+        found["lax.ragged_dot"] = _bound(after(lax.ragged_dot), x, plain, sizes)
     if capability >= 90 and x.dtype == jnp.bfloat16:
         found["jax ragged_dot_mgpu"] = _bound(after(_ragged_dot_mgpu), x, plain, sizes)
     tokamax = _tokamax()
@@ -125,12 +138,14 @@ def _of_window(
 
         return _with_gradient(case, run)
 
+    has_room = 4 * case.num_heads * case.length**2 <= MOST_SCORES
     found = {
         f"jax.nn, {name}{without}": _bound(attention(name), q, k, v, *dout)
         for name in ("cudnn", "xla")
+        if has_room or name == "cudnn"
     }
     if case.kernel == "forward" and window is None and case.value_dim is None:
-        if capability >= 90 and q.dtype == jnp.bfloat16:
+        if capability >= 90 and q.dtype == jnp.bfloat16 and q.shape[-1] <= 128:
             found["jax attention_mgpu, float16"] = _bound(_attention_mgpu, q, k, v)
         found["jax mha, k and v repeated"] = _bound(_mha, q, k, v)
     tokamax = _tokamax()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from kernels.grouped_matmul import pallas_mosaic_quantized as quantized_mosaic
 from kernels.grouped_matmul import pallas_triton as grouped
 from kernels.grouped_matmul import pallas_triton_quantized as quantized
 from kernels.grouped_matmul.scaled_rows import scale_rows
+from kernels.grouped_matmul.tiles import Tiles
 from kernels.paged_attention import cases as paged_cases
 from kernels.paged_attention import pallas_triton as paged
 from kernels.paged_attention import pallas_triton_latent as latent
@@ -42,9 +44,17 @@ class Program:
     plain_loads: int = 16
     """Most loads from global memory into registers: of tables and scales. A weight that is loaded
     so takes dozens (int4 by its own type: 129)."""
-    traffic: float | None = None
-    """Bytes moved over the least that any order needs, by traffic.py and attention_traffic.py."""
+    model_traffic: Callable[[], float | None] = lambda: None
+    """Models `traffic`, which takes up to a second."""
     most_traffic: float = 1.15
+    most_spilled: int = 0
+
+    @property
+    def traffic(self) -> float | None:
+        """Bytes moved over the least that any order needs, by traffic.py and
+        attention_traffic.py.
+        """
+        return self.model_traffic()
 
 
 NAMES = [f"grouped_matmul/{name}" for name in grouped_cases.COMPILED]
@@ -65,22 +75,33 @@ def runs_on(name: str, device: Device) -> bool:
     return device.target.capability >= 90 or not needs_hopper
 
 
-def program(name: str, device: Device) -> Program:
+Sizes = Tiles | window.Kernels | window_mosaic.Blocks
+
+
+def program(name: str, device: Device, sizes: Any = None) -> Program:
+    """Returns a case's program, with other sizes than its kernel would choose where given.
+
+    Args:
+      sizes: Tiles of grouped_matmul; of window_attention Kernels, or Blocks where its compiler is
+        Mosaic. None: chosen by the kernel.
+    """
     op, case = name.split("/")
     if op == "paged_attention":
         return _paged_attention(paged_cases.COMPILED[case], device)
     if op == "paged_latent_attention":
         return _paged_latent_attention(paged_cases.COMPILED_LATENT[case], device)
     if op == "window_attention":
-        return _window_attention(window_cases.COMPILED[case], device)
-    return _grouped_matmul(grouped_cases.COMPILED[case], device)
+        return _window_attention(window_cases.COMPILED[case], device, sizes)
+    return _grouped_matmul(grouped_cases.COMPILED[case], device, sizes)
 
 
 def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _grouped_matmul(case: grouped_cases.CompiledCase, device: Device) -> Program:
+def _grouped_matmul(
+    case: grouped_cases.CompiledCase, device: Device, tiles: Tiles | None
+) -> Program:
     target = device.target
     dtype = jnp.float32 if case.format == "float32" else jnp.bfloat16
     columns = case.d_out * (2 if case.gated else 1)
@@ -97,11 +118,13 @@ def _grouped_matmul(case: grouped_cases.CompiledCase, device: Device) -> Program
         weight = _array((case.num_groups, case.d_in, columns), dtype)
 
     def forward(x, weight, sizes, rows):
+        settings = {"rows_R": rows, "target": target, "tiles": tiles}
         if is_quantized:
             op = quantized_mosaic if case.compiler == "mosaic" else quantized
-            return op.grouped_matmul(x, weight, sizes, rows_R=rows, gated=case.gated, target=target)
-        chosen = grouped.grouped_swiglu if case.gated else grouped.grouped_matmul
-        return chosen(x, weight, sizes, rows_R=rows, target=target)
+            return op.grouped_matmul(x, weight, sizes, gated=case.gated, **settings)
+        if case.gated:
+            return grouped.grouped_swiglu(x, weight, sizes, **settings)
+        return grouped.grouped_matmul(x, weight, sizes, **settings, gradient_tiles=tiles)
 
     def gradient(x, weight, sizes, rows, dy):
         if case.contraction == "gradient_x":
@@ -109,17 +132,17 @@ def _grouped_matmul(case: grouped_cases.CompiledCase, device: Device) -> Program
         return jax.vjp(lambda w: forward(x, w, sizes, rows), weight)[1](dy)
 
     is_forward = case.contraction == "forward"
-    tiles = traffic.tiles_of(case, target)
+    used = tiles or traffic.tiles_of(case, target)
     return Program(
         forward if is_forward else gradient,
         (x, weight, sizes, rows) if is_forward else (x, weight, sizes, rows, dy),
         kernel=_kernel_name(case),
         weight_elements=case.num_groups * case.d_in * columns if is_quantized else 0,
-        rows_of_dot=tiles.columns if is_quantized and is_forward else tiles.rows,
+        rows_of_dot=used.columns if is_quantized and is_forward else used.rows,
         has_tensor_cores=dtype == jnp.bfloat16,
         has_fp8_products=case.fp8_rows,
         plain_loads=48 if case.fp8_rows else 16,  # a scale of each row
-        traffic=traffic.ratio(case, tiles, device),
+        model_traffic=partial(traffic.ratio, case, used, device),
         most_traffic=case.most_traffic,
     )
 
@@ -148,7 +171,7 @@ def _quantized_weight(case: grouped_cases.CompiledCase, columns: int) -> QTensor
 _SUFFIXES = {"forward": "", "gradient_q": "_dq", "gradient_kv": "_dkv"}
 
 
-def _window_attention(case: window_cases.CompiledCase, device: Device) -> Program:
+def _window_attention(case: window_cases.CompiledCase, device: Device, sizes: Any) -> Program:
     target = device.target
     dtype = jnp.dtype(case.dtype)
     value_dim = case.value_dim or case.head_dim
@@ -160,18 +183,12 @@ def _window_attention(case: window_cases.CompiledCase, device: Device) -> Progra
     sinks = _array((case.num_heads,), jnp.float32) if case.learned_sinks else None
 
     def forward(q, k, v, positions, segments, sinks):
-        op = window_mosaic if case.compiler == "mosaic" else window
-        return op.window_attention(
-            q,
-            k,
-            v,
-            positions,
-            segments,
-            window_size=case.window_size,
-            num_sinks=case.num_sinks,
-            sink_logits_H=sinks,
-            target=target,
-        )
+        reach = {"window_size": case.window_size, "num_sinks": case.num_sinks}
+        settings = {"sink_logits_H": sinks, "target": target, **reach}
+        operands = (q, k, v, positions, segments)
+        if case.compiler == "mosaic":
+            return window_mosaic.window_attention(*operands, **settings, blocks=sizes)
+        return window.window_attention(*operands, **settings, kernels=sizes)
 
     def gradient(q, k, v, positions, segments, sinks, dout):
         rest = (positions, segments, sinks)
@@ -189,7 +206,9 @@ def _window_attention(case: window_cases.CompiledCase, device: Device) -> Progra
         has_tensor_cores=dtype == jnp.bfloat16,
         plain_loads=80,  # queries, once; positions and segments, in two loops
         rows_of_dot=_rows_of_attention(case, dtype.itemsize, target),
-        traffic=attention_traffic.window_ratio(case, device),
+        model_traffic=partial(attention_traffic.window_ratio, case, device),
+        most_spilled=case.most_spilled,
+        most_traffic=case.most_traffic,
     )
 
 
@@ -224,8 +243,8 @@ def _paged_attention(case: paged_cases.CompiledCase, device: Device) -> Program:
         return paged.paged_attention(*operands, **scales, **reach, target=target)
 
     kernel = "paged_attention_int8" if is_int8 else "paged_attention"
-    ratio = attention_traffic.paged_ratio(case, device)
-    return Program(function, operands, kernel=kernel, rows_of_dot=16, traffic=ratio)
+    ratio = partial(attention_traffic.paged_ratio, case, device)
+    return Program(function, operands, kernel=kernel, rows_of_dot=16, model_traffic=ratio)
 
 
 def _paged_latent_attention(case: paged_cases.CompiledLatentCase, device: Device) -> Program:
@@ -256,5 +275,5 @@ def _paged_latent_attention(case: paged_cases.CompiledLatentCase, device: Device
         kernel="paged_latent_attention" + ("_int8" if is_int8 else ""),
         rows_of_dot=block.heads,
         plain_loads=80,  # queries, once
-        traffic=attention_traffic.paged_ratio(case, device),
+        model_traffic=partial(attention_traffic.paged_ratio, case, device),
     )

@@ -54,6 +54,7 @@ class CompiledCase:
 
 DECODE, FEW, SOME, PREFILL = 8 * 64, 32 * 64, 128 * 64, 1024 * 64
 """Rows; each has other tiles."""
+SONIC = 8 * 32_768
 
 COMPILED = {
     "bf16_decode": CompiledCase(rows=DECODE),
@@ -82,6 +83,23 @@ COMPILED = {
     ),
     "mixtral_gradient_w": CompiledCase(
         rows=16_384, d_in=4096, d_out=14_336, num_groups=8, contraction="gradient_w"
+    ),
+    # SonicMoE's and tokamax' published shapes, and OLMoE's, whose layer gpu-report trains.
+    "sonic_up": CompiledCase(rows=SONIC, d_in=4096, d_out=1024, num_groups=128, gated=True),
+    "sonic_down": CompiledCase(rows=SONIC, d_in=1024, d_out=4096, num_groups=128),
+    "sonic_gradient_x": CompiledCase(
+        rows=SONIC, d_in=1024, d_out=4096, num_groups=128, contraction="gradient_x"
+    ),
+    "sonic_gradient_w": CompiledCase(
+        rows=SONIC, d_in=1024, d_out=4096, num_groups=128, contraction="gradient_w"
+    ),
+    "mixtral_up": CompiledCase(rows=8192, d_in=4096, d_out=14_336, num_groups=8),
+    "olmoe": CompiledCase(rows=2048 * 64, d_in=2048, d_out=2048),
+    "olmoe_gradient_x": CompiledCase(
+        rows=2048 * 64, d_in=2048, d_out=2048, contraction="gradient_x"
+    ),
+    "olmoe_gradient_w": CompiledCase(
+        rows=2048 * 64, d_in=2048, d_out=2048, contraction="gradient_w"
     ),
     "float32_prefill": CompiledCase(rows=PREFILL, format="float32"),
     "int8_decode": CompiledCase(rows=DECODE, format="int8"),

@@ -120,6 +120,17 @@ def lacks_of_rows(x: Any, target: Target) -> str | None:
     return "the Mosaic kernel multiplies rows in bfloat16: cast x, or take 'triton'"
 
 
+def takes_mosaic(x: Any, weight: QTensor, implementation: str, *, gated: bool = False) -> bool:
+    """Whether "auto" means this kernel here and now: it was measured to be the faster one."""
+    if implementation != "auto" or not backend.takes_triton("auto"):
+        return False
+    target = backend.current_target()
+    op = f"grouped_matmul/{weight.format}"
+    if not backend.prefers_mosaic(op, target):
+        return False
+    return lacks(weight, gated=gated, target=target) is None and lacks_of_rows(x, target) is None
+
+
 def choose_tiles(mean_rows: int, *, gated: bool, target: Target) -> Tiles:
     """Returns tiles for a group of mean_rows rows, none of which spills (kernels/compiled.json).
 

@@ -49,6 +49,7 @@ def grouped_matmul(
     rows_R: jax.Array | None = None,
     target: Target,
     tiles: Tiles | None = None,
+    gradient_tiles: Tiles | None = None,
 ) -> jax.Array:
     """Returns y[r] = x[rows[r]] @ w[group of r], [R, F], and zero for rows past the last group.
 
@@ -57,8 +58,11 @@ def grouped_matmul(
     Args:
       rows_R: int32 in [0, T), the row of x that each sorted row is: gathered in the kernel, so that
         no sorted copy of x is made. None: x is sorted, and R is T.
+      tiles, gradient_tiles: of both rows times matrices, and of the matrices' gradient; None:
+        chosen by the shapes.
     """
-    return _grouped_matmul(Plan(target, tiles), x_TD, w_EDF, group_sizes_E, rows_R)
+    plan = Plan(target, tiles, gradient_tiles=gradient_tiles)
+    return _grouped_matmul(plan, x_TD, w_EDF, group_sizes_E, rows_R)
 
 
 def grouped_swiglu(

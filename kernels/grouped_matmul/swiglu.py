@@ -14,6 +14,7 @@ from kernels.grouped_matmul import (
     pallas_triton_quantized,
 )
 from kernels.grouped_matmul.api import Implementation, grouped_matmul
+from kernels.grouped_matmul.pallas_mosaic_quantized import takes_mosaic
 from kernels.quantize import QTensor, dequantize
 
 
@@ -50,6 +51,10 @@ def grouped_swiglu(
             )
         return pallas_mosaic_quantized.grouped_matmul(
             x_TD, w_gate_up_ED2F, group_sizes_E, rows_R=rows_R, gated=True, target=target
+        )
+    if is_quantized and takes_mosaic(x_TD, w_gate_up_ED2F, implementation, gated=True):
+        return pallas_mosaic_quantized.grouped_matmul(
+            x_TD, w_gate_up_ED2F, group_sizes_E, rows_R=rows_R, gated=True, target=current_target()
         )
     can_read = not is_quantized or pallas_triton_quantized.lacks(w_gate_up_ED2F) is None
     if takes_triton(implementation) and (can_read or implementation == "triton"):

@@ -141,7 +141,9 @@ def tile_table(
 ) -> TileTable:
     """Returns the tiles in the order of their rows, as many as `max_tiles` says.
 
-    G = E + 1 groups: the last is the rows that no group owns.
+    G = E + 1 groups: the last is the rows that no group owns. Sums over the groups before one, and
+    what a tile asks of its group, are masked sums: on a GPU each is part of one of two small
+    kernels, where prefix sums and gathers would be six.
 
     Args:
       row_bytes: of a row of x.
@@ -150,30 +152,47 @@ def tile_table(
     """
     num_groups, size = group_sizes_E.shape[0], tiles.rows
     sizes_E = group_sizes_E.astype(jnp.int32)
-    sizes_G = jnp.concatenate([sizes_E, num_rows - sizes_E.sum(keepdims=True)])
-    starts_G = jnp.cumsum(sizes_G) - sizes_G
+    starts_G = _sums_before(sizes_E)
+    sizes_G = jnp.pad(sizes_E, (0, 1))
+    sizes_G = jnp.where(jnp.arange(num_groups + 1) < num_groups, sizes_G, num_rows - starts_G)
     bases_G, spans_G = starts_G, sizes_G
     if alignment > 1:
         bases_G = starts_G - starts_G % alignment
         spans_G = jnp.where(sizes_G > 0, starts_G + sizes_G - bases_G, 0)
     tiles_G = (spans_G + size - 1) // size
-    tile_ends_G = jnp.cumsum(tiles_G)
+    tiles_E = (sizes_E + size - 1) // size if alignment == 1 else tiles_G[:-1]
+    first_tiles_G = _sums_before(tiles_E)
     num_places = max_tiles(num_rows, num_groups, size, alignment)
     tile_P = jnp.arange(num_places, dtype=jnp.int32)
-    group_P = (tile_ends_G[None] <= tile_P[:, None]).sum(axis=1, dtype=jnp.int32)
-    group_P = jnp.minimum(group_P, num_groups)
-    place_P = tile_P - (tile_ends_G - tiles_G)[group_P]  # among the group's tiles
-    first_P = jnp.minimum(bases_G[group_P] + place_P * size, num_rows)
-    end_P = jnp.minimum(first_P + size, (starts_G + sizes_G)[group_P])
+    is_ours_PG = (first_tiles_G[None] <= tile_P[:, None]) & (
+        tile_P[:, None] < (first_tiles_G + tiles_G)[None]
+    )
+
+    def of_group(values_G: jax.Array, otherwise: int) -> jax.Array:
+        """Each tile's group's value; `otherwise` of tiles that are left over."""
+        shifted_PG = jnp.where(is_ours_PG, (values_G - otherwise)[None], 0)
+        return shifted_PG.sum(axis=1, dtype=jnp.int32) + otherwise
+
+    group_P = of_group(jnp.arange(num_groups + 1, dtype=jnp.int32), num_groups)
+    place_P = tile_P - of_group(first_tiles_G, 0)  # among the group's tiles
+    first_P = jnp.minimum(of_group(bases_G, num_rows) + place_P * size, num_rows)
+    end_P = jnp.minimum(first_P + size, of_group(starts_G + sizes_G, num_rows))
     if alignment > 1:
-        first_P = jnp.maximum(first_P, starts_G[group_P])
+        first_P = jnp.maximum(first_P, of_group(starts_G, num_rows))
     longest = max(1, SWEEP_BYTES // (size * row_bytes))
     in_sweep_P = place_P % longest
-    rest_P = tiles_G[group_P] - (place_P - in_sweep_P)  # of the group's tiles, from the sweep on
+    rest_P = of_group(tiles_G, 0) - (place_P - in_sweep_P)  # of the group's, from the sweep on
     is_idle_P = first_P >= end_P  # a sweep by itself
     sweep_P = jnp.where(is_idle_P, tile_P, tile_P - in_sweep_P)
     sweep_size_P = jnp.where(is_idle_P, 1, jnp.minimum(rest_P, longest))
     return TileTable(group_P, first_P, end_P, sweep_P, sweep_size_P)
+
+
+def _sums_before(values_E: jax.Array) -> jax.Array:
+    """Sum of the values before each, and of all at the end: int32 [E + 1]."""
+    count = values_E.shape[0]
+    is_before_GE = jnp.arange(count)[None] < jnp.arange(count + 1)[:, None]
+    return jnp.where(is_before_GE, values_E[None], 0).sum(axis=1, dtype=jnp.int32)
 
 
 # --- Inside kernels ------------------------------------------------------------------------------

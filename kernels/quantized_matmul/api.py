@@ -42,7 +42,8 @@ def quantized_matmul(
         matrix; "xla" makes floats of them; "cpu" is C++ on int8 and int4 weights in the order
         "panels"; "triton" is a GPU kernel of one weight, whose int4 lie in the order "split_128";
         "mosaic" is one for Hopper alone, whose weights lie in the order "canonical"; "auto" takes
-        "triton" or "cpu" where they can and "xla" elsewhere, and never "mosaic".
+        "mosaic" where it was measured to be faster (kernels/backend.py), "triton" or "cpu" where
+        they can, and "xla" elsewhere.
     Raises:
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the implementation asked for can't do this here.
@@ -110,6 +111,12 @@ def _run(
             raise NotImplementedError(lack)
         return pallas_mosaic_quantized.grouped_matmul(
             x_RK, weights[0], group_sizes_E, target=target
+        )
+    if _lacks_kernel(weights, activations) is None and pallas_mosaic_quantized.takes_mosaic(
+        x_RK, weights[0], implementation
+    ):
+        return pallas_mosaic_quantized.grouped_matmul(
+            x_RK, weights[0], group_sizes_E, target=current_target()
         )
     if takes_triton(implementation):
         lack = _lacks_kernel(weights, activations) or pallas_triton_quantized.lacks(weights[0])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import native
-from kernels.backend import current_target, require_mosaic, takes_triton
+from kernels.backend import current_target, prefers_mosaic, require_mosaic, takes_triton
 from kernels.window_attention import automatic, pallas_mosaic, pallas_triton, reference, xla
 
 Implementation = Literal["auto", "reference", "xla", "cpu", "triton", "mosaic"]
@@ -49,8 +49,8 @@ def window_attention(
       implementation: "reference" makes the whole [L, L] score matrix; "xla" skips blocks of keys
         that no query of a block can see; "cpu" is C++ that never writes scores out (float32);
         "triton" is a GPU kernel; "mosaic" is one for Hopper alone (bfloat16, heads of 64 or 128
-        channels), with the gradients of "triton"; "auto" takes "triton" (kernels/backend.py) or
-        "cpu" where it runs and "xla" elsewhere, and never "mosaic".
+        channels), with the gradients of "triton"; "auto" takes "mosaic" or "triton", whichever was
+        measured to be faster (kernels/backend.py), or "cpu", where it runs, and "xla" elsewhere.
     Raises:
       ValueError: shapes that do not fit.
       NotImplementedError: the implementation asked for can't do this here.
@@ -66,7 +66,11 @@ def window_attention(
     if implementation == "mosaic":
         return pallas_mosaic.window_attention(*rows, **reach, target=require_mosaic())
     if takes_triton(implementation):
-        return pallas_triton.window_attention(*rows, **reach, target=current_target())
+        target = current_target()
+        can_mosaic = pallas_mosaic.lacks(q_BLHC, v_BLGW, target) is None
+        if implementation == "auto" and can_mosaic and prefers_mosaic("window_attention", target):
+            return pallas_mosaic.window_attention(*rows, **reach, target=target)
+        return pallas_triton.window_attention(*rows, **reach, target=target)
     is_native = implementation == "cpu" or (implementation == "auto" and native.serves(q_BLHC))
     chosen = automatic if is_native else xla
     return chosen.window_attention(*rows, **reach, gaps=gaps)

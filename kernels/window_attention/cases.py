@@ -50,10 +50,20 @@ class CompiledCase:
     kernel: Literal["forward", "gradient_q", "gradient_kv"] = "forward"
     compiler: Literal["triton", "mosaic"] = "triton"
     """Mosaic is for Hopper alone."""
+    most_traffic: float = 1.15
+    """Times the least bytes, by compile_checks/attention_traffic.py."""
+    most_spilled: int = 0
+    """Bytes that registers may spill to memory, where no version without was as fast on a GPU."""
 
+
+LONG = {"length": 16_384, "window_size": None, "num_sinks": 0, "most_traffic": 3.0}
+"""Each byte takes part in thousands of products: reading it again costs nothing."""
 
 COMPILED = {
     "causal": CompiledCase(window_size=None, num_sinks=0),
+    "long": CompiledCase(num_heads=32, num_kv_heads=8, **LONG),
+    "long_gradient_q": CompiledCase(kernel="gradient_q", **LONG),
+    "long_gradient_kv": CompiledCase(kernel="gradient_kv", most_spilled=96, **LONG),
     "window": CompiledCase(num_sinks=0),
     "sinks": CompiledCase(),
     "narrow": CompiledCase(head_dim=64, learned_sinks=True),
@@ -65,10 +75,10 @@ COMPILED = {
     "float32_gradient_q": CompiledCase(head_dim=64, dtype="float32", kernel="gradient_q"),
     "float32_gradient_kv": CompiledCase(head_dim=64, dtype="float32", kernel="gradient_kv"),
     "sinks_gradient_q": CompiledCase(kernel="gradient_q"),
-    "sinks_gradient_kv": CompiledCase(kernel="gradient_kv"),
+    "sinks_gradient_kv": CompiledCase(kernel="gradient_kv", most_spilled=96),
     "narrow_gradient_q": CompiledCase(head_dim=64, kernel="gradient_q"),
-    "narrow_gradient_kv": CompiledCase(head_dim=64, kernel="gradient_kv"),
-    "ragged_gradient_kv": CompiledCase(length=4001, kernel="gradient_kv"),
+    "narrow_gradient_kv": CompiledCase(head_dim=64, kernel="gradient_kv", most_spilled=96),
+    "ragged_gradient_kv": CompiledCase(length=4001, kernel="gradient_kv", most_spilled=96),
     "latent_gradient_q": CompiledCase(
         head_dim=192, value_dim=128, num_kv_heads=16, num_sinks=0, kernel="gradient_q"
     ),
@@ -76,8 +86,11 @@ COMPILED = {
         head_dim=192, value_dim=128, num_kv_heads=16, num_sinks=0, kernel="gradient_kv"
     ),
     "mosaic_causal": CompiledCase(window_size=None, num_sinks=0, compiler="mosaic"),
-    "mosaic_sinks": CompiledCase(compiler="mosaic"),
+    "mosaic_long": CompiledCase(num_heads=32, num_kv_heads=8, compiler="mosaic", **LONG),
+    "mosaic_sinks": CompiledCase(compiler="mosaic", most_spilled=8),
     "mosaic_narrow": CompiledCase(head_dim=64, learned_sinks=True, compiler="mosaic"),
-    "mosaic_ragged": CompiledCase(length=4001, learned_sinks=True, compiler="mosaic"),
+    "mosaic_ragged": CompiledCase(
+        length=4001, learned_sinks=True, compiler="mosaic", most_spilled=8
+    ),
     "mosaic_narrow_values": CompiledCase(value_dim=64, compiler="mosaic"),
 }

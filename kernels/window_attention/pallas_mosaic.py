@@ -43,7 +43,7 @@ from kernels.warpgroups import (
     wait_free,
 )
 from kernels.window_attention import pallas_triton
-from kernels.window_attention.pallas_triton import LOG2_E, Reach
+from kernels.window_attention.pallas_triton import LOG2_E, Reach, Steps, key_blocks
 from kernels.window_attention.reference import MASKED, visible
 
 COMPUTE_WARPGROUPS = 2
@@ -57,6 +57,11 @@ class Blocks(NamedTuple):
     queries: int
     keys: int
     num_slots: int
+    shares: bool = False
+    """Whether results lie where their queries lay, which leaves room for another slot."""
+    takes_turns: bool = True
+    """Whether one warpgroup multiplies while the other does its softmax (FlashAttention-3, 2024,
+    section 3.1)."""
 
 
 HOPPER = Blocks(64, 128, 2)
@@ -74,6 +79,7 @@ def window_attention(
     num_sinks: int,
     sink_logits_H: jax.Array | None = None,
     target: Target,
+    blocks: Blocks | None = None,
 ) -> jax.Array:
     """Returns the attention of each row over the visible rows of its segment, [B, L, H, W].
 
@@ -87,8 +93,10 @@ def window_attention(
     if lack is not None:
         raise NotImplementedError(lack)
     rows = pallas_triton.rows_of(positions_BL, segments_BL)
+    if blocks is None:
+        blocks = INTERPRETED if target.platform == "interpret" else HOPPER
     reach = Reach(window_size, num_sinks, target)
-    return _attention(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows)
+    return _attention(reach, blocks, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows)
 
 
 def lacks(q_BLHC: jax.Array, v_BLGW: jax.Array, target: Target) -> str | None:
@@ -106,17 +114,21 @@ def lacks(q_BLHC: jax.Array, v_BLGW: jax.Array, target: Target) -> str | None:
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows):
-    return _run(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(reach, blocks, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows):
+    return _run(reach, blocks, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows)[0]
 
 
-def _forward(reach, *operands):
-    out_BLHW, log_sum_BHL = _run(reach, *operands)
+def _forward(reach, blocks, *operands):
+    out_BLHW, log_sum_BHL = _run(reach, blocks, *operands)
     return out_BLHW, (*operands, out_BLHW, log_sum_BHL)
 
 
-_attention.defvjp(_forward, pallas_triton.backward)
+def _backward(reach, _, residuals, dout_BLHW):
+    return pallas_triton.backward(reach, residuals, dout_BLHW)
+
+
+_attention.defvjp(_forward, _backward)
 
 
 class Scratch(NamedTuple):
@@ -132,7 +144,15 @@ class Scratch(NamedTuple):
     k_segments_SN: Any
     keys: Ring
     out_AMW: Any
+    """None: in the place of the queries."""
     log_sum_AM: Any
+    turns: Any
+    """A barrier at which a warpgroup lets the other multiply; None: they take no turns."""
+
+    def pass_turn(self) -> None:
+        if self.turns is not None:
+            plgpu.barrier_arrive(self.turns)
+            plgpu.barrier_wait(self.turns)
 
 
 def _scratch(blocks: Blocks, head_dim: int, value_dim: int, dtype: Any) -> Scratch:
@@ -149,16 +169,18 @@ def _scratch(blocks: Blocks, head_dim: int, value_dim: int, dtype: Any) -> Scrat
         k_positions_SN=plgpu.SMEM(keys, jnp.int32),
         k_segments_SN=plgpu.SMEM(keys, jnp.int32),
         keys=barriers(blocks.num_slots, 4, warpgroups),
-        out_AMW=plgpu.SMEM((*queries[1:], value_dim), dtype, transforms=of_values),
+        out_AMW=None
+        if blocks.shares
+        else plgpu.SMEM((*queries[1:], value_dim), dtype, transforms=of_values),
         log_sum_AM=plgpu.SMEM(queries[1:], jnp.float32),
+        turns=plgpu.Barrier(num_arrivals=warpgroups) if blocks.takes_turns else None,
     )
 
 
-def _run(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows):
+def _run(reach, blocks, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows):
     """Returns (out [B, L, H, W], base-2 log of each row's sum of exponentials [B, H, L padded])."""
     batch, length, heads, head_dim = q_BLHC.shape
     value_dim, dtype = v_BLGW.shape[3], q_BLHC.dtype
-    blocks = INTERPRETED if reach.target.platform == "interpret" else HOPPER
     q_BLHC, k_BLGC, v_BLGW = (
         pad_rows(x, 1, blocks.queries, reach.target) for x in (q_BLHC, k_BLGC, v_BLGW)
     )
@@ -174,31 +196,36 @@ def _run(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows):
         scratch={"scratch": _scratch(blocks, head_dim, value_dim, dtype)},
         target=reach.target,
     )
-    of_rows = (rows.positions, rows.segments, rows.starts)
+    of_rows = (rows.positions, rows.segments, rows.starts, rows.run_starts)
     out_BLHW, log_sum_BHL = run(q_BLHC, k_BLGC, v_BLGW, *of_rows, *sinks)
     return out_BLHW[:, :length], log_sum_BHL
 
 
 class Place(NamedTuple):
-    """Of a program, int32: the batch row, the head, the first query and the blocks of keys."""
+    """A program's part, int32: the batch row, the head, the first query and the blocks of keys."""
 
     batch: jax.Array
     head: jax.Array
     first: jax.Array
-    first_sink: jax.Array
-    """Of the blocks of keys that only sinks make visible, which go before the others."""
-    num_sink_blocks: jax.Array
-    first_block: jax.Array
-    num_blocks: jax.Array
-    """Of all blocks of keys."""
+    steps: Steps
+    """Blocks of keys; those that are seen whole go first."""
 
-    def block(self, step: Any) -> jax.Array:
-        rest = self.first_block + step - self.num_sink_blocks
-        return jnp.where(step < self.num_sink_blocks, self.first_sink + step, rest)
+    @property
+    def num_whole(self) -> jax.Array:
+        return self.steps.whole_end - self.steps.whole
+
+    @property
+    def num_blocks(self) -> jax.Array:
+        return self.num_whole + self.steps.num_masked
+
+    def block(self, i: Any) -> jax.Array:
+        masked = self.steps.masked(i - self.num_whole)
+        return jnp.where(i < self.num_whole, self.steps.whole + i, masked)
 
 
 def _kernel(reach: Reach, blocks: Blocks, *refs, scratch: Scratch):
-    (q_BLHC, k_BLGC, v_BLGW, *rows, starts_BL), (*sinks, out_BLHW, log_sum_BHL) = refs[:6], refs[6:]
+    q_BLHC, k_BLGC, v_BLGW, *rows, starts_BL, run_starts_BL = refs[:7]
+    *sinks, out_BLHW, log_sum_BHL = refs[7:]
     sinks_H = sinks[0] if sinks else None
     batch, length, heads, _ = q_BLHC.shape
     num_queries = COMPUTE_WARPGROUPS * blocks.queries
@@ -215,7 +242,9 @@ def _kernel(reach: Reach, blocks: Blocks, *refs, scratch: Scratch):
             rest, head = divide(loop.index[0], heads)
             row, block = divide(rest, num_blocks)
             first = (num_blocks - 1 - block) * num_queries
-            at = _place(reach, blocks, row, head, first, starts_BL[row, first])
+            borders = starts_BL[row, first], run_starts_BL[row, first + num_queries - 1]
+            steps = key_blocks(reach, *borders, first, num_queries, blocks.keys)
+            at = Place(row, head, first, steps)
             run(at, *carry)
             return carry[0] + 1, carry[1] + at.num_blocks
 
@@ -237,32 +266,14 @@ def _kernel(reach: Reach, blocks: Blocks, *refs, scratch: Scratch):
         attend = functools.partial(_attend, reach, scratch, warpgroup, sinks_H)
 
         def run(at, number, step):
+            pl.when(warpgroup == 1)(scratch.pass_turn)  # the other one begins
             out_MW, log_sum_M = attend(at, number, step)
+            # Before the next queries: they are copied once both have given these back.
+            pl.when(warpgroup == 0)(scratch.pass_turn)
             _write(scratch, at, warpgroup, out_MW, log_sum_M, out_BLHW, log_sum_BHL)
 
         over_programs(run)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _place(reach: Reach, blocks: Blocks, batch, head, first, start) -> Place:
-    """Which blocks of keys the queries from `first` on see, whose first has its segment at `start`.
-
-    As in the Triton kernel: those from the window's on, and before them those of sinks.
-    """
-    num_queries = COMPUTE_WARPGROUPS * blocks.queries
-    zero = jnp.int32(0)
-    first_key = start
-    if reach.window_size is not None:
-        first_key = jnp.maximum(start, first - (reach.window_size - 1))
-    first_block, _ = divide(first_key, blocks.keys)
-    end_block, _ = divide(first + num_queries + blocks.keys - 1, blocks.keys)
-    first_sink, num_sink_blocks = zero, zero
-    if reach.window_size is not None and reach.num_sinks:
-        first_sink, _ = divide(start, blocks.keys)
-        end_sink, _ = divide(start + reach.num_sinks + blocks.keys - 1, blocks.keys)
-        num_sink_blocks = jnp.maximum(jnp.minimum(end_sink, first_block) - first_sink, 0)
-    num_blocks = num_sink_blocks + end_block - first_block
-    return Place(batch, head, first, first_sink, num_sink_blocks, first_block, num_blocks)
 
 
 def _copy_blocks(
@@ -313,22 +324,31 @@ def _attend(reach: Reach, scratch: Scratch, warpgroup, sinks_H, at: Place, numbe
         for ref in (scratch.q_positions_1AM, scratch.q_segments_1AM)
     ]
 
-    def attend(i, carry):
+    scale = LOG2_E / math.sqrt(head_dim)
+
+    def attend(i, carry, is_masked):
         highest_M, sum_M, out_MW = carry
         slot = wait_filled(scratch.keys, step + i)
-        scores_MN = product(q_MC, scratch.k_SNC.at[slot], target) * (LOG2_E / math.sqrt(head_dim))
-        k_rows = [
-            _over_block(read(ref.at[slot], OF_COLUMN, target), 1, queries)
-            for ref in (scratch.k_positions_SN, scratch.k_segments_SN)
-        ]
-        scores_MN = jnp.where(_sees(reach, q_rows, k_rows), scores_MN, -jnp.inf)
-        new_M = jnp.maximum(highest_M, scores_MN.max(axis=1))
+        k_NC, v_NW = scratch.k_SNC.at[slot], scratch.v_SNW.at[slot]
+        scores_MN = product(q_MC, k_NC, target, meanwhile=scratch.pass_turn)
+        if is_masked:
+            k_rows = [
+                _over_block(read(ref.at[slot], OF_COLUMN, target), 1, queries)
+                for ref in (scratch.k_positions_SN, scratch.k_segments_SN)
+            ]
+            scores_MN = jnp.where(_sees(reach, q_rows, k_rows), scores_MN, -jnp.inf)
+        new_M = jnp.maximum(highest_M, scores_MN.max(axis=1) * scale)
         shrink_M = jnp.exp2(highest_M - new_M)
-        weights_MN = jnp.exp2(scores_MN - _over_block(new_M, 0, keys))
+        weights_MN = jnp.exp2(scores_MN * scale - _over_block(new_M, 0, keys))
         sum_M = sum_M * shrink_M + weights_MN.sum(axis=1)
-        v_NW = scratch.v_SNW.at[slot]
         out_MW *= _over_block(shrink_M, 0, value_dim)
-        out_MW = add_product(out_MW, weights_MN.astype(v_NW.dtype), v_NW, target)
+        narrow_MN = weights_MN.astype(v_NW.dtype)
+        if scratch.turns is not None:  # all of the softmax before the other one's turn ends
+            narrow_MN, sum_M, out_MW, new_M = lax.optimization_barrier(
+                (narrow_MN, sum_M, out_MW, new_M)
+            )
+            scratch.pass_turn()
+        out_MW = add_product(out_MW, narrow_MN, v_NW, target)
         give_back(scratch.keys, slot)
         return new_M, sum_M, out_MW
 
@@ -340,8 +360,12 @@ def _attend(reach: Reach, scratch: Scratch, warpgroup, sinks_H, at: Place, numbe
         sum_M = jnp.exp2(sink - highest_M)
     out_MW = spread(jnp.zeros((queries, value_dim), jnp.float32), SUMS, target)
     carry = (spread(highest_M, OF_ROW, target), spread(sum_M, OF_ROW, target), out_MW)
-    highest_M, sum_M, out_MW = lax.fori_loop(0, at.num_blocks, attend, carry)
-    give_back(scratch.queries, jnp.int32(0))
+    carry = lax.fori_loop(0, at.num_whole, functools.partial(attend, is_masked=False), carry)
+    highest_M, sum_M, out_MW = lax.fori_loop(
+        at.num_whole, at.num_blocks, functools.partial(attend, is_masked=True), carry
+    )
+    if scratch.out_AMW is not None:
+        give_back(scratch.queries, jnp.int32(0))
     sum_M = jnp.where(sum_M > 0.0, sum_M, 1.0)  # a row that sees nothing
     return out_MW / _over_block(sum_M, 0, value_dim), highest_M + jnp.log(sum_M) * LOG2_E
 
@@ -363,7 +387,9 @@ def _write(
     scratch: Scratch, at: Place, warpgroup, out_MW, log_sum_M, out_BLHW, log_sum_BHL
 ) -> None:
     """Copies results to memory; rows past the last are clipped, as the copy is one of a block."""
-    out, log_sum = scratch.out_AMW.at[warpgroup], scratch.log_sum_AM.at[warpgroup]
+    shares = scratch.out_AMW is None
+    out = scratch.q_1AMC.at[0, warpgroup] if shares else scratch.out_AMW.at[warpgroup]
+    log_sum = scratch.log_sum_AM.at[warpgroup]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the block before
     out[...] = out_MW.astype(out.dtype)
     log_sum[...] = log_sum_M
@@ -371,3 +397,6 @@ def _write(
     rows = pl.ds(at.first + warpgroup * out.shape[0], out.shape[0])
     plgpu.copy_smem_to_gmem(out, out_BLHW.at[at.batch, rows, at.head])
     plgpu.copy_smem_to_gmem(log_sum, log_sum_BHL.at[at.batch, at.head, rows])
+    if shares:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        give_back(scratch.queries, jnp.int32(0))

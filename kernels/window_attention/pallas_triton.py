@@ -3,8 +3,9 @@
 A program owns a block of queries of one head (forward, gradient of q) or a block of keys of one
 key/value head (gradients of k and v), and loops over the blocks of the other kind that it can see:
 those within the window, not before the segment of its first row nor after that of its last one, and
-those of the segment's sinks. Within a block, positions and segments decide, as in the reference.
-The softmax runs along (FlashAttention, Dao et al. 2022); the backward pass makes the scores again.
+those of the segment's sinks. Within a block, positions and segments decide, as in the reference;
+blocks whose queries see all of its keys go first, and nothing is asked of them. The softmax runs
+along (FlashAttention, Dao et al. 2022); the backward pass makes the scores again.
 
 B batch, L rows, H query heads, G key/value heads, C head_dim, W width of values; a block has M
 queries and N keys.
@@ -45,6 +46,8 @@ class Kernels(NamedTuple):
 
 NARROW = Kernels(Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2))
 """head_dim up to 128."""
+NARROW_HOPPER = Kernels(Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2))
+"""The same on Hopper, the fastest of those measured (docs/gpu_results)."""
 WIDE = Kernels(Blocks(64, 32, 4, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2))
 """Wider heads."""
 EXACT = Kernels(*[Blocks(32, 32, 8, 2)] * 3)
@@ -59,6 +62,11 @@ class Reach(NamedTuple):
     window_size: int | None
     num_sinks: int
     target: Target
+    kernels: Kernels | None = None
+    """None: chosen by the shapes."""
+
+    def blocks(self, q_BLHC: jax.Array) -> Kernels:
+        return self.kernels or choose_kernels(q_BLHC.shape[-1], q_BLHC.dtype.itemsize, self.target)
 
 
 class Rows(NamedTuple):
@@ -69,6 +77,10 @@ class Rows(NamedTuple):
     starts: jax.Array
     """First row of the row's segment."""
     ends: jax.Array
+    """One past its last row."""
+    run_starts: jax.Array
+    """First row of the row's run: tokens of one segment whose positions rise by one."""
+    run_ends: jax.Array
     """One past its last row."""
 
 
@@ -83,28 +95,45 @@ def window_attention(
     num_sinks: int,
     sink_logits_H: jax.Array | None = None,
     target: Target,
+    kernels: Kernels | None = None,
 ) -> jax.Array:
     """Returns the attention of each row over the visible rows of its segment, [B, L, H, W].
 
     Differentiable in q, k, v and sink_logits. A row that sees nothing gets zeros.
     """
-    reach = Reach(window_size, num_sinks, target)
+    reach = Reach(window_size, num_sinks, target, kernels)
     rows = rows_of(positions_BL, segments_BL)
     return _attention(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows)
 
 
 def rows_of(positions_BL: jax.Array, segments_BL: jax.Array) -> Rows:
     length = segments_BL.shape[1]
-    row_BL = lax.broadcasted_iota(jnp.int32, segments_BL.shape, 1)
-    is_start_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)))
-    is_last_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (0, 1)))
-    starts_BL = lax.cummax(jnp.where(is_start_BL, row_BL, 0), axis=1)
-    ends_BL = lax.cummin(jnp.where(is_last_BL, row_BL + 1, length), axis=1, reverse=True)
-    padding = ((0, 0), (0, _padded(length) - length))
+    is_new_segment_BL = segments_BL[:, 1:] != segments_BL[:, :-1]
+    is_gap_BL = (positions_BL[:, 1:] != positions_BL[:, :-1] + 1) | (positions_BL[:, :-1] < 0)
+    starts_BL, ends_BL = _spans(is_new_segment_BL)
+    run_starts_BL, run_ends_BL = _spans(is_new_segment_BL | is_gap_BL)
+
+    def padded(x_BL: jax.Array, value: int) -> jax.Array:
+        widths = ((0, 0), (0, _padded(length) - length))
+        return jnp.pad(x_BL.astype(jnp.int32), widths, constant_values=value)
+
     return Rows(
-        jnp.pad(positions_BL.astype(jnp.int32), padding, constant_values=-1),
-        *(jnp.pad(x.astype(jnp.int32), padding) for x in (segments_BL, starts_BL, ends_BL)),
+        padded(positions_BL, -1),
+        *(padded(x_BL, 0) for x_BL in (segments_BL, starts_BL, ends_BL)),
+        run_starts=padded(run_starts_BL, length),  # no run that begins earlier has them
+        run_ends=padded(run_ends_BL, 0),
     )
+
+
+def _spans(is_border_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First row and end of each row's span, int32 [B, L]; is_border: between a row and the next."""
+    batch, borders = is_border_BL.shape
+    row_BL = lax.broadcasted_iota(jnp.int32, (batch, borders + 1), 1)
+    is_first_BL = jnp.pad(is_border_BL, ((0, 0), (1, 0)))
+    is_last_BL = jnp.pad(is_border_BL, ((0, 0), (0, 1)))
+    starts_BL = lax.cummax(jnp.where(is_first_BL, row_BL, 0), axis=1)
+    ends_BL = lax.cummin(jnp.where(is_last_BL, row_BL + 1, borders + 1), axis=1, reverse=True)
+    return starts_BL, ends_BL
 
 
 def choose_kernels(head_dim: int, itemsize: int, target: Target) -> Kernels:
@@ -112,7 +141,9 @@ def choose_kernels(head_dim: int, itemsize: int, target: Target) -> Kernels:
         return INTERPRETED
     if itemsize > 2:
         return EXACT
-    return NARROW if head_dim <= 128 else WIDE
+    if head_dim > 128:
+        return WIDE
+    return NARROW_HOPPER if target.platform == "cuda" and target.capability >= 90 else NARROW
 
 
 def _padded(length: int) -> int:
@@ -194,20 +225,76 @@ def _sees(rows: Rows, reach: Reach, batch: Any, queries: Any, keys: Any) -> jax.
     ) & (q_segments_M[:, None] == k_segments_N[None])
 
 
-def _over_keys(rows: Rows, reach: Reach, batch: Any, first_query: Any, blocks: Blocks, step, carry):
-    """Calls step(block of keys, carry) for each block that a block of queries can see."""
-    start = rows.starts[batch, first_query]
-    first_key = start
+class Steps(NamedTuple):
+    """Blocks that a block of the other kind sees, int32: those without sinks are first to end - 1.
+
+    Of the ones from `whole` to before `whole_end` it sees every row.
+    """
+
+    first_sink: Any
+    num_sinks: Any
+    """Blocks that only sinks make visible, which lie before the others."""
+    first: Any
+    whole: Any
+    whole_end: Any
+    end: Any
+
+    @property
+    def num_masked(self) -> Any:
+        return self.num_sinks + (self.whole - self.first) + (self.end - self.whole_end)
+
+    def masked(self, i: Any) -> Any:
+        """The i-th of the blocks that it sees a part of."""
+        rest = i - self.num_sinks
+        before = self.whole - self.first
+        block = jnp.where(rest < before, self.first + rest, self.whole_end + rest - before)
+        return jnp.where(i < self.num_sinks, self.first_sink + i, block)
+
+
+def key_blocks(
+    reach: Reach, start: Any, run_start: Any, first_query: Any, num_queries: int, num_keys: int
+) -> Steps:
+    """The blocks of keys that a block of queries sees.
+
+    Args:
+      start: of the segment of the first query.
+      run_start: of the run of the last query.
+    """
+    first_key, first_whole = start, run_start
     if reach.window_size is not None:
         first_key = jnp.maximum(start, first_query - (reach.window_size - 1))
-    first, _ = divide(first_key, blocks.keys)
-    end, _ = divide(first_query + blocks.queries + blocks.keys - 1, blocks.keys)
+        last_query = first_query + num_queries - 1
+        first_whole = jnp.maximum(run_start, last_query - (reach.window_size - 1))
+    first, _ = divide(first_key, num_keys)
+    end, _ = divide(first_query + num_queries + num_keys - 1, num_keys)
+    first_sink = num_sinks = jnp.int32(0)
     if reach.window_size is not None and reach.num_sinks:
         # A segment that began before the window is that of the first query.
-        first_sink, _ = divide(start, blocks.keys)
-        end_sink, _ = divide(start + reach.num_sinks + blocks.keys - 1, blocks.keys)
-        carry = lax.fori_loop(first_sink, jnp.minimum(end_sink, first), step, carry)
-    return lax.fori_loop(first, end, step, carry)
+        first_sink, _ = divide(start, num_keys)
+        end_sink, _ = divide(start + reach.num_sinks + num_keys - 1, num_keys)
+        num_sinks = jnp.maximum(jnp.minimum(end_sink, first) - first_sink, 0)
+    whole, _ = divide(first_whole + num_keys - 1, num_keys)
+    whole_end, _ = divide(first_query + 1, num_keys)
+    whole = jnp.clip(whole, first, end)
+    return Steps(first_sink, num_sinks, first, whole, jnp.clip(whole_end, whole, end), end)
+
+
+def _over_keys(rows: Rows, reach: Reach, batch: Any, first_query: Any, blocks: Blocks, step, carry):
+    """Calls step(block of keys, carry, is_masked) for each block that a block of queries sees."""
+    steps = key_blocks(
+        reach,
+        rows.starts[batch, first_query],
+        rows.run_starts[batch, first_query + blocks.queries - 1],
+        first_query,
+        blocks.queries,
+        blocks.keys,
+    )
+    carry = lax.fori_loop(
+        steps.whole, steps.whole_end, lambda j, carry: step(j, carry, False), carry
+    )
+    return lax.fori_loop(
+        0, steps.num_masked, lambda i, carry: step(steps.masked(i), carry, True), carry
+    )
 
 
 def _query_program(num_heads: int, num_blocks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -225,8 +312,8 @@ def _query_program(num_heads: int, num_blocks: int) -> tuple[jax.Array, jax.Arra
 
 def _run_forward(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows):
     """Returns (out [B, L, H, W], base-2 log of each row's sum of exponentials [B, H, L padded])."""
-    batch, length, heads, head_dim = q_BLHC.shape
-    blocks = choose_kernels(head_dim, q_BLHC.dtype.itemsize, reach.target).forward
+    batch, length, heads, _ = q_BLHC.shape
+    blocks = reach.blocks(q_BLHC).forward
     num_blocks = pl.cdiv(length, blocks.queries)
     run = backend.triton_call(
         functools.partial(_forward_kernel, reach=reach, blocks=blocks, num_blocks=num_blocks),
@@ -253,12 +340,13 @@ def _forward_kernel(
     queries = pl.ds(first, blocks.queries)
     q_MC = _read(q_BLHC, batch, head, first, blocks.queries)
 
-    def step(j, carry):
+    def step(j, carry, is_masked):
         highest_M, sum_M, out_MW = carry
         keys = pl.ds(j * blocks.keys, blocks.keys)
         k_NC = _read(k_BLGC, batch, kv_head, j * blocks.keys, blocks.keys)
         scores_MN = dot(q_MC, k_NC.T) * (LOG2_E / math.sqrt(q_BLHC.shape[3]))
-        scores_MN = jnp.where(_sees(rows, reach, batch, queries, keys), scores_MN, -jnp.inf)
+        if is_masked:
+            scores_MN = jnp.where(_sees(rows, reach, batch, queries, keys), scores_MN, -jnp.inf)
         new_M = jnp.maximum(highest_M, scores_MN.max(axis=1))
         shrink_M, weights_MN = jnp.exp2(highest_M - new_M), jnp.exp2(scores_MN - new_M[:, None])
         v_NW = _read(v_BLGW, batch, kv_head, j * blocks.keys, blocks.keys)
@@ -283,8 +371,8 @@ def _forward_kernel(
 
 
 def _run_queries_gradient(reach, rows, q_BLHC, *operands):
-    batch, length, heads, head_dim = q_BLHC.shape
-    blocks = choose_kernels(head_dim, q_BLHC.dtype.itemsize, reach.target).queries
+    batch, length, heads, _ = q_BLHC.shape
+    blocks = reach.blocks(q_BLHC).queries
     num_blocks = pl.cdiv(length, blocks.queries)
     run = backend.triton_call(
         functools.partial(_queries_kernel, reach=reach, blocks=blocks, num_blocks=num_blocks),
@@ -323,12 +411,13 @@ def _queries_kernel(
     log_sum_M1 = load(log_sum_BHL.at[batch, head, queries])[:, None]
     weighed_M1 = load(weighed_BHL.at[batch, head, queries])[:, None]
 
-    def step(j, dq_MC):
+    def step(j, dq_MC, is_masked):
         keys = pl.ds(j * blocks.keys, blocks.keys)
         k_NC = _read(k_BLGC, batch, kv_head, j * blocks.keys, blocks.keys)
         v_NW = _read(v_BLGW, batch, kv_head, j * blocks.keys, blocks.keys)
         scores_MN = dot(q_MC, k_NC.T) * (LOG2_E * scale)
-        scores_MN = jnp.where(_sees(rows, reach, batch, queries, keys), scores_MN, -jnp.inf)
+        if is_masked:
+            scores_MN = jnp.where(_sees(rows, reach, batch, queries, keys), scores_MN, -jnp.inf)
         weights_MN = jnp.exp2(scores_MN - log_sum_M1)
         dscores_MN = weights_MN * (dot(dout_MW, v_NW.T) - weighed_M1)
         return dq_MC + dot(dscores_MN.astype(k_NC.dtype), k_NC)
@@ -339,8 +428,8 @@ def _queries_kernel(
 
 
 def _run_keys_gradient(reach, rows, q_BLHC, k_BLGC, v_BLGW, *operands):
-    batch, length, kv_heads, head_dim = k_BLGC.shape
-    blocks = choose_kernels(head_dim, q_BLHC.dtype.itemsize, reach.target).keys
+    batch, length, kv_heads, _ = k_BLGC.shape
+    blocks = reach.blocks(q_BLHC).keys
     num_blocks = pl.cdiv(length, blocks.keys)
     run = backend.triton_call(
         functools.partial(_keys_kernel, reach=reach, blocks=blocks, num_blocks=num_blocks),
@@ -377,40 +466,58 @@ def _keys_kernel(
     keys = pl.ds(first, blocks.keys)
     k_NC = _read(k_BLGC, batch, kv_head, first, blocks.keys)
     v_NW = _read(v_BLGW, batch, kv_head, first, blocks.keys)
-    first_block, count = _blocks_of_queries(rows, reach, batch, first, q_BLHC.shape[1], blocks)
+    steps = _query_blocks(rows, reach, batch, first, q_BLHC.shape[1], blocks)
+    in_group = heads // kv_heads
 
-    def step(i, carry):
+    def step(of_group, block, carry, is_masked):
         dk_NC, dv_NW = carry
-        of_group, block = divide(i, count)
-        head = kv_head * (heads // kv_heads) + of_group
-        start = (first_block + block) * blocks.queries
+        head = kv_head * in_group + of_group
+        start = block * blocks.queries
         queries = pl.ds(start, blocks.queries)
         q_MC = _read(q_BLHC, batch, head, start, blocks.queries)
         dout_MW = _read(dout_BLHW, batch, head, start, blocks.queries)
-        is_seen_NM = _sees(rows, reach, batch, queries, keys).T
-        scores_NM = jnp.where(is_seen_NM, dot(k_NC, q_MC.T) * (LOG2_E * scale), -jnp.inf)
+        scores_NM = dot(k_NC, q_MC.T) * (LOG2_E * scale)
+        if is_masked:
+            is_seen_NM = _sees(rows, reach, batch, queries, keys).T
+            scores_NM = jnp.where(is_seen_NM, scores_NM, -jnp.inf)
         weights_NM = jnp.exp2(scores_NM - load(log_sum_BHL.at[batch, head, queries])[None])
         dv_NW += dot(weights_NM.astype(dout_MW.dtype), dout_MW)
         weighed_1M = load(weighed_BHL.at[batch, head, queries])[None]
         dscores_NM = weights_NM * (dot(v_NW, dout_MW.T) - weighed_1M)
         return dk_NC + dot(dscores_NM.astype(q_MC.dtype), q_MC), dv_NW
 
+    num_whole = steps.whole_end - steps.whole
+
+    def whole(i, carry):
+        of_group, block = divide(i, num_whole)
+        return step(of_group, steps.whole + block, carry, False)
+
+    def masked(i, carry):
+        of_group, block = divide(i, steps.num_masked)
+        return step(of_group, steps.masked(block), carry, True)
+
     carry = (jnp.zeros(k_NC.shape, jnp.float32), jnp.zeros(v_NW.shape, jnp.float32))
-    dk_NC, dv_NW = lax.fori_loop(0, count * (heads // kv_heads), step, carry)
+    carry = lax.fori_loop(0, num_whole * in_group, whole, carry)
+    dk_NC, dv_NW = lax.fori_loop(0, steps.num_masked * in_group, masked, carry)
     _write(dk_BLGC, dk_NC * scale, batch, kv_head, first)
     _write(dv_BLGW, dv_NW, batch, kv_head, first)
 
 
-def _blocks_of_queries(rows, reach, batch, first_key, length, blocks):
-    """The first block of queries that sees a block of keys, and how many there are up to the last.
+def _query_blocks(rows, reach, batch, first_key, length, blocks) -> Steps:
+    """The blocks of queries that see a block of keys.
 
-    A block with sinks of the segment of its last row is seen up to that segment's end.
+    One with sinks of the segment of its last row is seen up to that segment's end.
     """
     last_key = jnp.minimum(first_key + blocks.keys, length) - 1
-    end = rows.ends[batch, last_key]
+    end, end_whole = rows.ends[batch, last_key], rows.run_ends[batch, first_key]
     if reach.window_size is not None:
         in_window = jnp.minimum(end, last_key + reach.window_size)
         has_sinks = rows.starts[batch, last_key] + reach.num_sinks > first_key
         end = jnp.where(has_sinks, end, in_window) if reach.num_sinks else in_window
+        end_whole = jnp.minimum(end_whole, first_key + reach.window_size)
     first, _ = divide(first_key, blocks.queries)
-    return first, divide(end + blocks.queries - 1, blocks.queries)[0] - first
+    last, _ = divide(end + blocks.queries - 1, blocks.queries)
+    whole, _ = divide(first_key + blocks.keys - 1 + blocks.queries - 1, blocks.queries)
+    whole = jnp.clip(whole, first, last)
+    whole_end = jnp.clip(divide(end_whole, blocks.queries)[0], whole, last)
+    return Steps(jnp.int32(0), jnp.int32(0), first, whole, whole_end, last)

@@ -1,0 +1,222 @@
+"""The parts of the GPU report, each in a process of its own that is stopped when its time is over.
+
+A part writes what it has after each step, so that what was measured before a fault, or before its
+time was over, is kept. Parts: kernels (right, and how fast), training, decoding.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.gpu import ceilings, decoding, training
+from benchmarks.gpu.checks import check_all, is_right
+from benchmarks.gpu.environment import environment
+from benchmarks.gpu.programs import OURS, kind_of
+from kernels.backend import current_target
+from kernels.compile_checks.cases import NAMES
+
+SHARES = {"kernels": 0.5, "training": 0.2, "decoding": 0.3}
+"""Of the report's minutes."""
+CHECKING = 0.55
+"""Of the kernels' time; the rest is for timing."""
+WORKER_BYTES = 9e9
+"""Of memory that a checking process may come to hold; so many go on at once as the card holds."""
+ROOT = Path(__file__).resolve().parents[2]
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a part is asked for."""
+
+    folder: Path
+    """Where its result, and what it compiles, go."""
+    seconds: float
+    prefixes: tuple[str, ...] = ("",)
+    """Beginnings of the names of the kernels' cases."""
+    kinds: tuple[str, ...] = ("ours", "peers")
+    """Of their programs; "sizes" tries other tiles and blocks, too."""
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in NAMES if name.startswith(self.prefixes)]
+
+
+def run_part(name: str, request: Request) -> Result:
+    """Runs a part in a process of its own; "failure" says why its result is not whole."""
+    request.folder.mkdir(parents=True, exist_ok=True)
+    path = request.folder / f"{name}.json"
+    path.unlink(missing_ok=True)
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(request.folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+    }
+    arguments = [",".join(request.prefixes), ",".join(request.kinds)]
+    command = [sys.executable, "-m", "benchmarks.gpu.parts", name, str(request.folder)]
+    failure = None
+    try:
+        done = subprocess.run(
+            [*command, str(request.seconds), *arguments],
+            cwd=ROOT,
+            env=os.environ | cache,
+            capture_output=True,
+            text=True,
+            timeout=request.seconds + 5,
+        )
+        if done.returncode:
+            failure = f"exit code {done.returncode}: {done.stderr[-800:]}"
+    except subprocess.TimeoutExpired:
+        failure = f"stopped after {request.seconds:.0f} s"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if failure is None else found | {"failure": failure}
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a CUDA GPU that runs the kernels; asked in another process, for one
+    that asks by itself takes most of the GPU's memory.
+    """
+    code = "from kernels.backend import *; t = current_target(); print(t.platform, runs_triton(t))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.split()[-2:] == ["cuda", "True"]
+
+
+# --- In the part's process -----------------------------------------------------------------------
+
+
+def kernels(request: Request, keep: Callable[[Result], None]) -> None:
+    """Every case checked by many processes, then timed by one."""
+    began = time.monotonic()
+    folder = request.folder / "programs"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = _in_a_process("card", request)
+    result["cases"] = cases = {}
+    command = [sys.executable, "-m", "benchmarks.gpu.checks", str(folder), ",".join(request.kinds)]
+    workers = max(1, min(os.cpu_count() or 1, int(result["memory"] / WORKER_BYTES)))
+    until = began + CHECKING * request.seconds
+    chosen: dict[str, dict[str, int]] = {}
+    for line in check_all(request.names, workers, command, until):
+        entry = cases.setdefault(line["case"], {"checks": {}, "failures": {}})
+        if "failure" in line:
+            entry["failures"][line["program"]] = line["failure"]
+        else:
+            if "error" in line:
+                figures = ("error", "norm_error", "is_repeated", "compile_seconds")
+                entry["checks"][line["program"]] = {key: line[key] for key in figures}
+            if kind_of(line["program"]) == "peers" or is_right(line):
+                chosen.setdefault(line["case"], {})[line["program"]] = line["index"]
+    keep(result)
+    left = request.seconds - (time.monotonic() - began) - 3
+    for line in _timed(chosen, folder, left):
+        entry = cases[line["case"]]
+        if "failure" in line:
+            entry["failures"]["timing"] = line["failure"]
+        else:
+            entry["failures"] |= line.pop("failures")
+            entry |= {key: value for key, value in line.items() if key != "case"}
+    keep(result)
+
+
+def card(request: Request, keep: Callable[[Result], None]) -> None:
+    """Which card it is, and what it reaches at best."""
+    stats = jax.devices()[0].memory_stats() or {}
+    facts = {"memory": stats.get("bytes_limit", 8e9), "capability": current_target().capability}
+    keep(environment() | facts | {"ceilings": ceilings.measure_ceilings()})
+
+
+def train(request: Request, keep: Callable[[Result], None]) -> None:
+    """A training step, ours and then the peer's."""
+    began = time.monotonic()
+    result = _in_a_process("training_ours", request)
+    keep(result)
+    left = request.seconds - (time.monotonic() - began)
+    result["peer"] = training.measure_peer(training.olmoe_run(), training.STEPS, left)
+    keep(result)
+
+
+def train_ours(request: Request, keep: Callable[[Result], None]) -> None:
+    run = training.olmoe_run()
+    keep(environment() | {"ours": training.measure(run, training.STEPS, request.folder)})
+
+
+def decode(request: Request, keep: Callable[[Result], None]) -> None:
+    """Decoding in every format, ours and then the peer's."""
+    began = time.monotonic()
+    result = _in_a_process("decoding_ours", request)
+    keep(result)
+    left = request.seconds - (time.monotonic() - began)
+    result["peer"] = decoding.measure_peer(decoding.Shape(), decoding.BATCHES, left)
+    keep(result)
+
+
+def decode_ours(request: Request, keep: Callable[[Result], None]) -> None:
+    deadline = time.monotonic() + decoding.OURS * request.seconds
+    result: Result = environment() | {"ours": []}
+    for weights, batch in decoding.WANTED:
+        if time.monotonic() > deadline:
+            result["failure"] = f"no time was left from {weights} at batch {batch} on"
+            break
+        result["ours"].append(decoding.measure(decoding.Shape(), weights, batch))
+        keep(result)
+    keep(result)
+
+
+Part = Callable[[Request, Callable[[Result], None]], None]
+PARTS: dict[str, Part] = {
+    "card": card,
+    "kernels": kernels,
+    "training": train,
+    "training_ours": train_ours,
+    "decoding": decode,
+    "decoding_ours": decode_ours,
+}
+
+
+def _in_a_process(name: str, request: Request) -> Result:
+    """The result of a part that must give the device back before the next begins."""
+    command = [sys.executable, "-m", "benchmarks.gpu.parts", name, str(request.folder)]
+    subprocess.run([*command, str(request.seconds), "", ""], cwd=ROOT, check=True)
+    return json.loads((request.folder / f"{name}.json").read_text())
+
+
+def _timed(chosen: dict[str, dict[str, int]], folder: Path, seconds: float) -> list[Result]:
+    """The lines of the timing process, as many as it printed."""
+    if seconds <= 0 or not chosen:
+        return []
+    command = [sys.executable, "-m", "benchmarks.gpu.times", str(folder), str(seconds)]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # torch needs some, too
+    done = subprocess.run(
+        command,
+        input=json.dumps(dict(sorted(chosen.items(), key=lambda item: OURS not in item[1]))),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def main(argv: list[str]) -> None:
+    name, folder, seconds, prefixes, kinds = argv
+    request = Request(
+        Path(folder), float(seconds), tuple(prefixes.split(",")), tuple(kinds.split(","))
+    )
+
+    def keep(result: Result) -> None:
+        (request.folder / f"{name}.json").write_text(json.dumps(result))
+
+    PARTS[name](request, keep)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
