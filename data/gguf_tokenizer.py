@@ -19,6 +19,7 @@ from tokenizers import (
 )
 
 from configs.checks import UserError
+from data.gguf_ends import FILL_IN_TEXTS, end_ids
 from data.public_tokenizer import PublicTokenizer
 from data.tokenizer import malformed
 
@@ -130,6 +131,9 @@ def tokenizer_from_gguf(metadata: dict[str, Any], where: str) -> PublicTokenizer
     if "tokenizer.ggml.token_type" in metadata:
         types = values.items("tokenizer.ggml.token_type", int, len(tokens))
     _check_tokens(tokens, where)
+    ids = _special_ids(values, len(tokens))
+    ends = end_ids(tokens, ids)
+    types = [CONTROL if i in ends else kind for i, kind in enumerate(types)]
     kind = values.get("tokenizer.ggml.model", str)
     if kind == "gpt2":
         tokenizer, adds_bos = _byte_level(values, tokens)
@@ -142,12 +146,12 @@ def tokenizer_from_gguf(metadata: dict[str, Any], where: str) -> PublicTokenizer
         )
     _add_specials(tokenizer, tokens, types)
     tokenizer.encode_special_tokens = True
-    ids = _special_ids(values, len(tokens))
-    ends = (ids[name] for name in ("eos", "eot", "eom"))
+    eos_id = ids["eos"] if ids["eos"] is not None else ids["eot"]
     return PublicTokenizer(
         tokenizer=tokenizer,
         bos_id=ids["bos"],
-        eos_ids=frozenset(i for i in ends if i is not None),
+        eos_ids=ends,
+        eos_id=min(ends, default=None) if eos_id is None else eos_id,
         add_bos=values.get("tokenizer.ggml.add_bos_token", bool, adds_bos),
         chat_template=values.get("tokenizer.chat_template", str),
     )
@@ -164,7 +168,7 @@ def _check_tokens(tokens: list[str], where: str) -> None:
 
 def _special_ids(values: _Values, vocab_size: int) -> dict[str, int | None]:
     ids = {}
-    for name in ("bos", "eos", "eot", "eom"):
+    for name in ("bos", "eos", "eot", "eom", *FILL_IN_TEXTS):
         key = f"tokenizer.ggml.{name}_token_id"
         ids[name] = values.get(key, int)
         if ids[name] is not None and not 0 <= ids[name] < vocab_size:

@@ -1,11 +1,13 @@
 """The metadata that gives llama.cpp a tokenizer: the way back of data/gguf_tokenizer.py."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from configs.checks import UserError
+from data.gguf_ends import END_OF_MESSAGE, end_ids
 from data.gguf_tokenizer import (
     BYTE,
     CONTROL,
@@ -41,7 +43,7 @@ def tokenizer_to_gguf(tokenizer: PublicTokenizer, vocab_size: int) -> dict[str, 
     values |= (
         _pieces(model, state, tokens) if model.get("byte_fallback") else _bytes(tokenizer, model)
     )
-    values |= _specials(tokenizer)
+    values |= _specials(tokenizer, tokens)
     metadata = {f"tokenizer.ggml.{name}": value for name, value in values.items()}
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
@@ -104,16 +106,23 @@ def _pieces(model: dict[str, Any], state: dict[str, Any], tokens: list[str]) -> 
     return values | {"add_space_prefix": has_prefix}
 
 
-def _specials(tokenizer: PublicTokenizer) -> dict[str, Any]:
-    ends = sorted(tokenizer.eos_ids)
-    names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    if len(ends) > len(names):
+def _specials(tokenizer: PublicTokenizer, tokens: Sequence[str]) -> dict[str, Any]:
+    """Ids of bos, eos, end of turn and end of message. llama.cpp finds further ends by how they are
+    spelt, so only those that it would not find need a name.
+    """
+    others = tokenizer.eos_ids - {tokenizer.eos_id}
+    found = sorted(others & end_ids(tokens, {}))
+    hidden = sorted(others.difference(found))
+    if len(hidden) > 2:
         raise UserError(
-            f"the tokenizer has {len(ends)} tokens that end an answer, GGUF can name {len(names)}"
+            f"the tokenizer has {len(tokenizer.eos_ids)} tokens that end an answer, and GGUF has "
+            f"no name for {', '.join(repr(tokens[i]) for i in hidden[2:])}"
         )
-    values: dict[str, Any] = dict(zip(names, ends, strict=False))
-    if tokenizer.bos_id is not None:
-        values["bos_token_id"] = tokenizer.bos_id
+    messages = [i for i in found if tokens[i] == END_OF_MESSAGE]
+    turns = [i for i in found if i not in messages]
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    ids |= dict(zip(("eot", "eom"), [*(hidden or turns[:1] or [None]), *messages], strict=False))
+    values: dict[str, Any] = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
     return values | {"add_bos_token": tokenizer.add_bos}
 
 

@@ -53,9 +53,12 @@ def main(argv: list[str]) -> int:
         max_shard_bytes=int(arguments.max_shard_gb * 1e9),
     )
     title = f"writing {arguments.target}"
+    notes: list[str] = []
     with reading(source) as read, reading(source, title) as written:
-        convert(source, arguments.target, conversion, reading=read, writing=written)
-    print(f"{arguments.target}: written")
+        convert(
+            source, arguments.target, conversion, reading=read, writing=written, notes=notes.append
+        )
+    print("\n".join([f"{arguments.target}: written", *notes]))
     kind = (arguments.quantization or "F16") if arguments.to == "gguf" else arguments.dtype
     return check(source, arguments.target, LOSS.get(kind, 0.0)) if arguments.verify else 0
 
