@@ -26,6 +26,7 @@ def open_checkpoint(folder: Path) -> PublicCheckpoint:
     """
     settings = Settings.read(folder / "config.json")
     family = find_family(settings)
+    settings = settings.with_defaults(family.defaults)
     quantization = settings.part("quantization_config")
     tensors = LogicalTensors(open_tensors(folder), quantization and quantization.values)
     config = read_model(family, settings, tensors)

@@ -121,7 +121,7 @@ def write_model(family: Family, config: ModelConfig) -> dict[str, Any]:
     """
     values = family.write_config(config)
     written = {"model_type": family.model_type, "architectures": [family.architecture], **values}
-    again = family.read_config(Settings(written, "the exported config.json"))
+    again = family.read_config(Settings(written, "the exported config.json", family.defaults))
     lost = lost_settings(config, again)
     if lost:
         raise UserError(
