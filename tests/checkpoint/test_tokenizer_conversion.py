@@ -52,12 +52,11 @@ def token_ids(path: Path) -> dict[str, Any]:
     return ids[0]
 
 
-@pytest.mark.parametrize("first", FORMS)
-@pytest.mark.parametrize("second", FORMS)
+@pytest.mark.parametrize(
+    ("first", "second"), [(a, b) for a in FORMS for b in FORMS if {a, b} != {"gguf"}]
+)
 def test_ends_stay_through_every_form(first: Form, second: Form, tmp_path: Path):
     """The eos_token is not the lowest of them."""
-    if (first, second) == ("gguf", "gguf"):
-        pytest.skip("a copy")
     source = source_of(tmp_path / "it", byte_level("<|im_start|>", "<|im_end|>"), **ENDS)
     last = converted(converted(source, first), second)
     tokenizer = tokenizer_of(last)

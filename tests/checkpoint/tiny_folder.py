@@ -60,35 +60,53 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, **files: dict[str, Any])
         (folder / f"{name}.json").write_text(json.dumps(values))
 
 
-def write_llama(folder: Path, **changes: Any) -> dict[str, np.ndarray]:
-    """config.json and random tensors; keys that are None are left out of the config."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_llama(
+    folder: Path, bigrams: dict[int, int] | None = None, **changes: Any
+) -> dict[str, np.ndarray]:
+    """config.json and random tensors; keys that are None are left out of the config.
+
+    Args:
+      bigrams: what follows a token, certainly: the layers then do nothing.
+    """
+    if bigrams is not None:
+        changes = {"hidden_size": CONFIG["vocab_size"]} | changes
     config = {k: v for k, v in (CONFIG | changes).items() if v is not None}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
+    tensors = draw(config["vocab_size"], config["hidden_size"])
+    if bigrams is not None:
+        plant(tensors, bigrams)
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def draw(vocab: int, width: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (300, 16),
-        "lm_head.weight": (300, 16),
-        "model.norm.weight": (16,),
+    layers: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+        "self_attn.q_proj": (16, width),
+        "self_attn.k_proj": (8, width),
+        "self_attn.v_proj": (8, width),
+        "self_attn.o_proj": (width, 16),
+        "mlp.gate_proj": (32, width),
+        "mlp.up_proj": (32, width),
+        "mlp.down_proj": (width, 32),
     }
-    layer = "model.layers.0."
-    shapes |= {
-        f"{layer}{name}.weight": shape
-        for name, shape in {
-            "input_layernorm": (16,),
-            "post_attention_layernorm": (16,),
-            "self_attn.q_proj": (16, 16),
-            "self_attn.k_proj": (8, 16),
-            "self_attn.v_proj": (8, 16),
-            "self_attn.o_proj": (16, 16),
-            "mlp.gate_proj": (32, 16),
-            "mlp.up_proj": (32, 16),
-            "mlp.down_proj": (16, 32),
-        }.items()
-    }
-    tensors = {
+    shapes = {f"model.layers.0.{name}.weight": shape for name, shape in layers.items()}
+    shapes |= {"model.embed_tokens.weight": (vocab, width), "lm_head.weight": (vocab, width)}
+    shapes["model.norm.weight"] = (width,)
+    return {
         name: (random.standard_normal(shape) * 0.3 + (len(shape) == 1)).astype(np.float32)
         for name, shape in shapes.items()
     }
-    save_file(tensors, folder / "model.safetensors")
-    return tensors
+
+
+def plant(tensors: dict[str, np.ndarray], bigrams: dict[int, int]) -> None:
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.0.{name}.weight"][:] = 0
+    tensors["model.norm.weight"][:] = 1
+    tensors["model.embed_tokens.weight"][:] = np.eye(len(tensors["lm_head.weight"]))
+    tensors["lm_head.weight"][:] = 0
+    for before, after in bigrams.items():
+        tensors["lm_head.weight"][after, before] = 1
