@@ -14,6 +14,7 @@ from checkpoint.model_folder import write_model_folder
 from checkpoint.public import export_family, find_family
 from checkpoint.storage import DTYPES, ExportDtype, choose_storage
 from configs.checks import require
+from data.gguf_tokenizer_write import told_difference
 from data.public_tokenizer import PublicTokenizer
 from data.tokenizer_export import (
     OTHER_FORMS,
@@ -68,6 +69,8 @@ def convert(
     tokenizer = _tokenizer(source)
     if tokenizer is None:
         notes(_without_tokenizer(source, conversion.to))
+    elif conversion.to == "gguf" and (difference := told_difference(tokenizer)):
+        notes(difference)
     written = counted(writing, source.config.num_parameters)
     fingerprint = _fingerprint(source, conversion, dtype)
     if conversion.to == "gguf":
