@@ -11,6 +11,7 @@ from gguf.constants import Keys
 from checkpoint import assemble
 from checkpoint.families.base import Family
 from checkpoint.gguf_config import ROPE_FREQS, config_from_gguf, config_to_gguf, llama3_frequencies
+from checkpoint.gguf_experts import SplitExperts
 from checkpoint.gguf_files import GGUFFile
 from checkpoint.gguf_latent import JoinedTensors, split
 from checkpoint.gguf_write import Quantization, Tensor, write_gguf
@@ -41,7 +42,7 @@ def open_checkpoint(path: Path) -> PublicCheckpoint:
     settings = Settings(values, str(path))
     family = find_family(settings)
     assert family.gguf is not None
-    tensors = JoinedTensors(file)
+    tensors = JoinedTensors(SplitExperts(file))
     config = read_model(family, settings, tensors)
     rows = family.gguf.rows
     family = dataclasses.replace(family, copies=(), ignored=IGNORED)

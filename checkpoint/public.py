@@ -50,7 +50,9 @@ class PublicCheckpoint:
 
     def _checked_entries(self, abstract_variables: Any) -> list[Entry]:
         entries = expand(self.rows, self.config, flatten(abstract_variables))
-        copies = coverage.expanded_copies(self.family.copies, self.tensors.shapes)
+        copies = coverage.expanded_copies(
+            self.family.copies, self.tensors.shapes, is_tied=self.config.tie_embeddings
+        )
         coverage.check_names(entries, self.tensors, copies, self.family.ignored, self.path)
         coverage.check_copies(copies, self.tensors)
         return entries
