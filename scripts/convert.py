@@ -1,8 +1,8 @@
 """Converts a model: Hugging Face form, GGUF, or our own folder, in any direction.
 
     python -m scripts.convert models/mixtral models/mixtral_ours --to orbax --verify
-    python -m scripts.convert runs/v31_nano exported --to huggingface --dtype bfloat16
-    python -m scripts.convert runs/deepseek exported --to huggingface --dtype float8
+    python -m scripts.convert runs/smollm2_code exported --to huggingface --dtype bfloat16
+    python -m scripts.convert runs/deepseek_v3_nano exported --to huggingface --dtype float8
     python -m scripts.convert smollm2 smollm2.gguf --to gguf --quantization Q8_0
 
 Nothing appears under the name DST before it is whole. Interrupted, the same command goes on with
