@@ -66,7 +66,8 @@ def convert(
     dtype = conversion.dtype or kept_dtype(source)
     is_halved = dtype == "bfloat16" and conversion.to != "gguf"
     loaded_as = "bfloat16" if is_halved else "float32"
-    tokenizer = _tokenizer(source)
+    # Weights convert without one, too.
+    tokenizer = source.tokenizer() if has_tokenizer(source) else None
     if tokenizer is None:
         notes(_without_tokenizer(source, conversion.to))
     elif conversion.to == "gguf" and (difference := told_difference(tokenizer)):
@@ -153,14 +154,23 @@ def _quantization(source: Source) -> Mapping[str, Any] | None:
     return said.values if said is not None else None
 
 
-def _tokenizer(source: Source) -> PublicTokenizer | None:
-    """None for a checkpoint that has none: its weights convert all the same."""
+def rounding(source: Source, conversion: Conversion) -> str | None:
+    """The form that the target rounds the source's values to: a dtype or a GGUF's quantization;
+    None where it holds them.
+    """
+    if conversion.to == "gguf":
+        return conversion.quantization or "F16"
+    dtype = conversion.dtype or kept_dtype(source)
+    is_own = dtype == kept_dtype(source) and _quantization(source) is None
+    return None if is_own or dtype == "float32" else dtype
+
+
+def has_tokenizer(source: Source) -> bool:
+    """Whether there is one to read, of whatever kind."""
     folder = _folder(source)
     if folder is not None:
-        has_one = (folder / "tokenizer.json").exists()
-    else:
-        has_one = source.kind == "run" or gguf.has_tokenizer(source.path)
-    return source.tokenizer() if has_one else None
+        return (folder / "tokenizer.json").exists()
+    return source.kind == "run" or gguf.has_tokenizer(source.path)
 
 
 def _folder(source: Source) -> Path | None:

@@ -20,9 +20,13 @@ def main(checkpoint: Path, tokens: list[int], out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **where, attn_implementation="eager", dtype=torch.float32
     )
+    # What stands beside packed weights stays bfloat16 there, whatever dtype was asked for; and
+    # transformers refuses to cast a model that was read from packed ones as a whole.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor.data = tensor.data.float()
     with torch.no_grad():
-        # What stands beside packed weights stays bfloat16 there, whatever dtype was asked for.
-        logits = model.float().eval()(torch.tensor([tokens])).logits[0]
+        logits = model.eval()(torch.tensor([tokens])).logits[0]
     np.save(out, logits.float().numpy())
 
 
