@@ -144,11 +144,14 @@ def test_a_folder_that_transformers_can_not_read_fails(tmp_path: Path, monkeypat
         verb.main([str(tmp_path / "it"), str(tmp_path / "out"), "--verify"])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None,
     reason="transformers is missing: pip install -c constraints.txt '.[parity]'",
 )
+
+
+@pytest.mark.slow
+@needs_transformers
 @pytest.mark.parametrize("quantization", ["F16", "Q8_0"])
 def test_transformers_reads_the_gguf_as_we_do(quantization: str, tmp_path: Path, capsys):
     write_llama(tmp_path / "it")
@@ -156,3 +159,32 @@ def test_transformers_reads_the_gguf_as_we_do(quantization: str, tmp_path: Path,
     arguments = [str(tmp_path / "it"), str(tmp_path / "out.gguf"), "--to", "gguf", "--verify"]
     assert verb.main([*arguments, "--quantization", quantization]) == 0
     assert shown(capsys).count("and transformers on it: KL") == 2
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.slow
+@needs_transformers
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": LLAMA3 | {"rope_theta": 5e5}, "max_position_embeddings": 128},
+    ],
+)
+def test_what_transformers_leaves_out_of_a_gguf_is_told(changes, tmp_path: Path, capsys):
+    """It passes over rotary scaling (5.24): its logits are of another model."""
+    write_llama(tmp_path / "it", **changes)
+    arguments = [str(tmp_path / "it"), str(tmp_path / "out.gguf"), "--to", "gguf", "--verify"]
+    assert verb.main(arguments) == 0
+    text = shown(capsys)
+    assert text.count("and transformers on it: KL") == 1
+    assert "it reads no rotary scaling from this file" in text
