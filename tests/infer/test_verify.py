@@ -175,7 +175,6 @@ LLAMA3 = {
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rope_scaling": LLAMA3},
         {"rope_scaling": {"type": "linear", "factor": 4.0}},
         {"rope_scaling": LLAMA3 | {"rope_theta": 5e5}, "max_position_embeddings": 128},
     ],
