@@ -4,7 +4,7 @@ llama.cpp names how a text is cut before its merges (`tokenizer.ggml.pre`); the 
 table below, as the models' own tokenizer.json have it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,9 @@ from data.tokenizer import malformed
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of llama.cpp."""
+
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
+"""llama.cpp's, where a file with such a tokenizer names none."""
 
 LONGEST_TOKEN = 2048
 """Letters; runs of spaces are the longest, some hundred."""
@@ -131,10 +134,10 @@ def tokenizer_from_gguf(metadata: dict[str, Any], where: str) -> PublicTokenizer
     if "tokenizer.ggml.token_type" in metadata:
         types = values.items("tokenizer.ggml.token_type", int, len(tokens))
     _check_tokens(tokens, where)
-    ids = _special_ids(values, len(tokens))
-    ends = end_ids(tokens, ids)
-    types = [CONTROL if i in ends else kind for i, kind in enumerate(types)]
     kind = values.get("tokenizer.ggml.model", str)
+    ids = _special_ids(values, len(tokens), SENTENCEPIECE_IDS if kind == "llama" else {})
+    ends = end_ids(tokens, ids)
+    types = [CONTROL if i in ends else of_token for i, of_token in enumerate(types)]
     if kind == "gpt2":
         tokenizer, adds_bos = _byte_level(values, tokens)
     elif kind == "llama":
@@ -166,13 +169,18 @@ def _check_tokens(tokens: list[str], where: str) -> None:
         seen.add(token)
 
 
-def _special_ids(values: _Values, vocab_size: int) -> dict[str, int | None]:
-    ids = {}
+def _special_ids(
+    values: _Values, vocab_size: int, defaults: Mapping[str, int]
+) -> dict[str, int | None]:
+    ids: dict[str, int | None] = {}
     for name in ("bos", "eos", "eot", "eom", *FILL_IN_TEXTS):
         key = f"tokenizer.ggml.{name}_token_id"
-        ids[name] = values.get(key, int)
-        if ids[name] is not None and not 0 <= ids[name] < vocab_size:
-            raise UserError(f"{values.where} has {key}={ids[name]}, but {vocab_size} tokens")
+        token_id = values.get(key, int)
+        if token_id is None and defaults.get(name, vocab_size) < vocab_size:
+            token_id = defaults[name]
+        if token_id is not None and not 0 <= token_id < vocab_size:
+            raise UserError(f"{values.where} has {key}={token_id}, but {vocab_size} tokens")
+        ids[name] = token_id
     return ids
 
 

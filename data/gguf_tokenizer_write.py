@@ -134,9 +134,13 @@ def told_difference(tokenizer: PublicTokenizer) -> str | None:
 
 def _specials(tokenizer: PublicTokenizer, tokens: Sequence[str]) -> dict[str, Any]:
     """Ids of bos, eos, end of turn and end of message. llama.cpp finds further ends by how they are
-    spelt, so only those that it would not find need a name.
+    spelt, so only those that it would not find need a name; but an eos that it is not told is token
+    11 to it, or 2.
     """
-    others = tokenizer.eos_ids - {tokenizer.eos_id}
+    eos_id = tokenizer.eos_id
+    if eos_id is None:
+        eos_id = min(tokenizer.eos_ids, default=None)
+    others = tokenizer.eos_ids - {eos_id}
     found = sorted(others & end_ids(tokens, {}))
     hidden = sorted(others.difference(found))
     if len(hidden) > 2:
@@ -146,7 +150,7 @@ def _specials(tokenizer: PublicTokenizer, tokens: Sequence[str]) -> dict[str, An
         )
     messages = [i for i in found if tokens[i] == END_OF_MESSAGE]
     turns = [i for i in found if i not in messages]
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    ids = {"bos": tokenizer.bos_id, "eos": eos_id}
     ids |= dict(zip(("eot", "eom"), [*(hidden or turns[:1] or [None]), *messages], strict=False))
     values: dict[str, Any] = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
     return values | {"add_bos_token": tokenizer.add_bos}

@@ -79,6 +79,15 @@ def test_the_end_of_turn_stands_in_for_a_missing_eos():
     assert (read.eos_id, read.eos_ids) == (4, {3, 4})
 
 
+def test_a_sentencepiece_that_names_nothing_begins_with_1_and_ends_with_2():
+    """llama.cpp's defaults for the kind."""
+    values = {"model": "llama", "tokens": ["<unk>", "<a>", "<b>", "▁x"], "scores": [0.0] * 4}
+    values |= {"token_type": [2, CONTROL, CONTROL, NORMAL]}
+    read = tokenizer_from_gguf({f"tokenizer.ggml.{k}": v for k, v in values.items()}, "here")
+    assert (read.bos_id, read.eos_id, read.eos_ids, read.add_bos) == (1, 2, {2}, True)
+    assert read.encode("x") == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("specials", "ends"),
     [
@@ -130,6 +139,12 @@ def test_ends_are_written_by_name(specials: list[str], eos: str, names: dict[str
     again = tokenizer_from_gguf(made, "here")
     assert again.eos_id == tokenizer.eos_id
     assert again.eos_ids >= tokenizer.eos_ids
+
+
+def test_an_eos_is_always_named():
+    """Without one llama.cpp takes token 11 of a byte-level vocabulary, whatever it is."""
+    made = tokenizer_to_gguf(public("<x>", "<y>", ends={"<x>", "<y>"}), 300)
+    assert made["tokenizer.ggml.eos_token_id"] == 280
 
 
 def test_more_unknown_ends_than_names_are_told():
