@@ -81,11 +81,11 @@ def test_the_end_of_turn_stands_in_for_a_missing_eos():
 
 def test_a_sentencepiece_that_names_nothing_begins_with_1_and_ends_with_2():
     """llama.cpp's defaults for the kind."""
-    values = {"model": "llama", "tokens": ["<unk>", "<a>", "<b>", "▁x"], "scores": [0.0] * 4}
-    values |= {"token_type": [2, CONTROL, CONTROL, NORMAL]}
+    values = {"model": "llama", "tokens": ["<unk>", "<a>", "<b>", "▁", "x", "▁x"]}
+    values |= {"scores": [0.0] * 6, "token_type": [2, CONTROL, CONTROL, NORMAL, NORMAL, NORMAL]}
     read = tokenizer_from_gguf({f"tokenizer.ggml.{k}": v for k, v in values.items()}, "here")
     assert (read.bos_id, read.eos_id, read.eos_ids, read.add_bos) == (1, 2, {2}, True)
-    assert read.encode("x") == [1, 3]
+    assert read.encode("x") == [1, 5]
 
 
 @pytest.mark.parametrize(
