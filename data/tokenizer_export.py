@@ -17,6 +17,7 @@ from data.special_tokens import (
     SPECIAL_TOKENS,
     TOKENIZER_CONFIG,
     listed_token_ids,
+    read_object,
     token_ids,
 )
 
@@ -53,7 +54,7 @@ def write_public_tokenizer(folder: Path, tokenizer: PublicTokenizer) -> None:
     _write(folder / TOKENIZER_CONFIG, said)
     state = json.loads(tokenizer.tokenizer.to_str())
     _write(folder / TOKENIZER, _exported(state, tokenizer), indent=None)
-    write_token_ids(folder, _ids(tokenizer))
+    write_generation_config(folder, _ids(tokenizer))
 
 
 def copy_tokenizer(source: Path, folder: Path, tokenizer: PublicTokenizer | None) -> None:
@@ -72,7 +73,8 @@ def copy_tokenizer(source: Path, folder: Path, tokenizer: PublicTokenizer | None
             shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
         else:
             _write(folder / TOKENIZER, exported, indent=None)
-    write_token_ids(folder, exported_token_ids(source, tokenizer))
+    ids = exported_token_ids(source, tokenizer)
+    write_generation_config(folder, generation_settings(source) | ids)
 
 
 def exported_token_ids(source: Path | None, tokenizer: PublicTokenizer | None) -> dict[str, Any]:
@@ -86,10 +88,20 @@ def exported_token_ids(source: Path | None, tokenizer: PublicTokenizer | None) -
     return listed if tokenizer is None else listed | _ids(tokenizer)
 
 
-def write_token_ids(folder: Path, ids: dict[str, Any]) -> None:
+def generation_settings(source: Path | None) -> dict[str, Any]:
+    """What a source's generation_config.json says beside token ids: how its authors sample."""
+    said = {} if source is None else read_object(source / GENERATION_CONFIG)
+    return {
+        name: value
+        for name, value in said.items()
+        if name not in ("bos_token_id", "eos_token_id", "_from_model_config")
+    }
+
+
+def write_generation_config(folder: Path, values: dict[str, Any]) -> None:
     """Writes generation_config.json, where there is something to say."""
-    if ids:
-        _write(folder / GENERATION_CONFIG, ids)
+    if values:
+        _write(folder / GENERATION_CONFIG, values)
 
 
 def with_bos(state: dict[str, Any], bos: str, bos_id: int) -> dict[str, Any]:

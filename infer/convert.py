@@ -20,6 +20,7 @@ from data.tokenizer_export import (
     OTHER_FORMS,
     copy_tokenizer,
     exported_token_ids,
+    generation_settings,
     write_public_tokenizer,
 )
 from infer.sources import Progress, Source, counted
@@ -95,6 +96,7 @@ def convert(
             variables,
             dtype=dtype,
             extra=exported_token_ids(_folder(source), tokenizer),
+            generation=generation_settings(_folder(source)),
             like=_quantization(source),
             max_shard_bytes=conversion.max_shard_bytes,
             progress=written,

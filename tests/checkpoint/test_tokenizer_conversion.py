@@ -67,6 +67,20 @@ def test_ends_stay_through_every_form(first: Form, second: Form, tmp_path: Path)
         assert config["eos_token"] == "<|im_end|>"
 
 
+@pytest.mark.parametrize("through", [None, "orbax"])
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_how_a_model_is_sampled_stays(through: Form | None, has_tokenizer: bool, tmp_path: Path):
+    said = {"eos_token_id": [0, 280], "temperature": 0.6, "top_p": 0.9, "do_sample": True}
+    source = source_of(tmp_path / "it", byte_level("<|im_end|>"), generation_config=said)
+    if not has_tokenizer:
+        (source / "tokenizer.json").unlink()
+    target = converted(converted(source, through) if through else source, "huggingface")
+    assert json.loads((target / "generation_config.json").read_text()) == said
+    bare = source_of(tmp_path / "bare", byte_level())
+    made = json.loads((converted(bare, "huggingface") / "generation_config.json").read_text())
+    assert made == {"_from_model_config": True}
+
+
 @pytest.mark.parametrize("to", FORMS)
 def test_ends_that_config_alone_lists_stay(to: Form, tmp_path: Path):
     source = source_of(tmp_path / "it", byte_level("<|im_end|>"), config={"eos_token_id": [0, 280]})
