@@ -163,12 +163,12 @@ def compare(
     """
     if expected_LV.shape != found_LV.shape:
         raise UserError(f"{what}: logits {list(expected_LV.shape)} beside {list(found_LV.shape)}")
-    expected_logp_LV, found_logp_LV = (_log_softmax(x) for x in (expected_LV, found_LV))
-    terms_LV = np.exp(expected_logp_LV) * (expected_logp_LV - found_logp_LV)
+    pairs = zip(expected_LV, found_LV, strict=True)
+    divergences_L = [_divergence(expected_V, found_V) for expected_V, found_V in pairs]
     exact = TOLERANCE * float(np.abs(expected_LV).max())
     return Comparison(
         what=what,
-        divergence=max(float(terms_LV.sum(-1).mean()), 0.0),
+        divergence=float(np.mean(divergences_L)),
         agreement=float((expected_LV.argmax(-1) == found_LV.argmax(-1)).mean()),
         difference=float(np.abs(expected_LV - found_LV).max()),
         tolerance=exact if divergence is None else divergence,
@@ -177,10 +177,16 @@ def compare(
     )
 
 
-def _log_softmax(logits_LV: np.ndarray) -> np.ndarray:
-    """Float64 [L, V]."""
-    shifted_LV = logits_LV.astype(np.float64) - logits_LV.max(-1, keepdims=True)
-    return shifted_LV - np.log(np.exp(shifted_LV).sum(-1, keepdims=True))
+def _divergence(expected_V: np.ndarray, found_V: np.ndarray) -> float:
+    """KL(expected || found) of one place in nats, in float64; rounding makes it no less than 0."""
+    expected_logp_V, found_logp_V = (_log_softmax(x_V) for x_V in (expected_V, found_V))
+    terms_V = np.exp(expected_logp_V) * (expected_logp_V - found_logp_V)
+    return max(float(terms_V.sum()), 0.0)
+
+
+def _log_softmax(logits_V: np.ndarray) -> np.ndarray:
+    shifted_V = logits_V.astype(np.float64) - logits_V.max()
+    return shifted_V - np.log(np.exp(shifted_V).sum())
 
 
 def read_recorded(source: Source) -> tuple[np.ndarray, np.ndarray] | None:
