@@ -65,7 +65,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 TIED = Copy("lm_head.weight", of="model.embed_tokens.weight")
-"""Where embeddings are tied, files may hold the output layer all the same."""
+"""The output layer of a model with tied embeddings, which its files may hold all the same."""
 
 
 def expanded_copies(

@@ -61,7 +61,7 @@ class Form:
     architecture: str
     pairs: Pairs
     fixed: Mapping[str, Any]
-    """What llama.cpp does without a key for it, or where the key is left out."""
+    """Settings that llama.cpp has no key for, or whose key the file leaves out."""
 
 
 _DEEPSEEK: Pairs = (

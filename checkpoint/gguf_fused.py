@@ -49,7 +49,7 @@ class SplitTensors:
                 self._split(name, HEADS, HEAD_PARTS, self._head_counts(), axis=0)
 
     def _head_counts(self) -> tuple[int, int, int]:
-        """Of queries, keys and values."""
+        """Heads of queries, keys and values."""
         values = self._file.metadata
         architecture = values.get(Keys.General.ARCHITECTURE)
         heads, kv_heads = (

@@ -169,8 +169,8 @@ def export_family(
 
 
 def _layer_losses(family: Family, config: ModelConfig) -> tuple[int, list[str]]:
-    """What the family can't say of the model's kinds of layers, each by itself: how much that is,
-    and settings by name.
+    """Settings of the model's kinds of layers, each by itself, that the family can't say: how many,
+    and by name.
     """
     lost: dict[str, None] = {}
     unknown = 0
@@ -191,7 +191,7 @@ _UNKNOWN_LAYER = 100
 
 
 def _in_any_layer(difference: str) -> str:
-    """Without the layer's number."""
+    """The sentence without the layer's number."""
     return re.sub(r"^pattern\.\d+\.", "", difference)
 
 

@@ -106,8 +106,8 @@ def _pieces(
 
 
 def _space_prefix(state: dict[str, Any]) -> str:
-    """Where the tokenizer puts a space before a text: "prepend" (a normalizer: before every piece
-    between special tokens), Metaspace's "first" (before the whole, unless it begins with one) and
+    """Scheme of the space before a text: "prepend" (a normalizer: before every piece between
+    special tokens), Metaspace's "first" (before the whole, unless it begins with one) and
     "always" (before every piece that begins with none), or "never".
     """
     if "Prepend" in json.dumps(state["normalizer"]):

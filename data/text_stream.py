@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from data.public_tokenizer import PublicTokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder gives for bytes that are no character, or not yet one."""
+"""Text that a decoder gives for bytes that are no character, or not yet one."""
 
 
 class TextStream:
@@ -29,13 +29,13 @@ class TextStream:
         self._waiting: list[int] = []
 
     def add(self, ids: Sequence[int]) -> str:
-        """What the next tokens add; a character whose bytes are incomplete waits."""
+        """Text that the next tokens add; a character whose bytes are incomplete waits."""
         self._waiting.extend(ids)
         text = self._new_text()
         return "" if text.endswith(UNFINISHED) else self._given(text)
 
     def finish(self) -> str:
-        """What still waits, its last character incomplete."""
+        """Text that still waits, its last character incomplete."""
         return self._given(self._new_text())
 
     def _new_text(self) -> str:

@@ -89,7 +89,7 @@ def exported_token_ids(source: Path | None, tokenizer: PublicTokenizer | None) -
 
 
 def generation_settings(source: Path | None) -> dict[str, Any]:
-    """What a source's generation_config.json says beside token ids: how its authors sample."""
+    """Sampling settings of a source's generation_config.json: all of it but token ids."""
     said = {} if source is None else read_object(source / GENERATION_CONFIG)
     return {
         name: value
@@ -133,7 +133,7 @@ def with_bos(state: dict[str, Any], bos: str, bos_id: int) -> dict[str, Any]:
 
 
 def _exported(state: dict[str, Any], tokenizer: PublicTokenizer) -> dict[str, Any]:
-    """Without truncation and padding, and with the bos that the tokenizer adds."""
+    """The tokenizer.json without truncation and padding, with the bos that the tokenizer adds."""
     state = state | {name: None for name in ("truncation", "padding") if state.get(name)}
     if not tokenizer.add_bos or tokenizer.bos_id is None:
         return state

@@ -38,7 +38,7 @@ def mean(values):
         total += value
     return total / len(values) if values else 0.0
 """
-"""What a model with a tokenizer is compared on: prose and code."""
+"""Text to compare models with a tokenizer on: prose and code."""
 LENGTH = 128
 """Tokens of it at most."""
 RANDOM_LENGTH = 48
@@ -62,7 +62,7 @@ class Comparison:
     difference: float
     """Largest, of logits."""
     tolerance: float
-    """Of `difference`, or where the form rounds, of `divergence`."""
+    """Largest allowed `difference`, or where the form rounds, `divergence`."""
     is_rounded: bool
     """Whether the found side is in a form that rounds."""
     is_independent: bool

@@ -58,7 +58,7 @@ class Family:
     UserError where the family can't say what the model does."""
     rows: tuple[Row, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What a config.json means that leaves a key out: the defaults of transformers' config class.
+    """Values for keys that a config.json leaves out: the defaults of transformers' config class.
     A GGUF's keys have llama.cpp's defaults instead (checkpoint/gguf_config.py)."""
     copies: tuple[Copy, ...] = ()
     multi_token: str | None = None

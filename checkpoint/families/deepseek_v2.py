@@ -27,7 +27,7 @@ DEFAULTS = {
     "moe_intermediate_size": 1407,
     "first_k_dense_replace": 0,
 }
-"""Of transformers' DeepseekV2Config, where a config.json leaves a key out."""
+"""Values of transformers\' DeepseekV2Config for keys that a config.json leaves out."""
 
 
 def read_config(settings: Settings) -> ModelConfig:

@@ -30,7 +30,7 @@ DEFAULTS = {
     "topk_group": 4,
     "num_experts_per_tok": 8,
 }
-"""Of transformers' DeepseekV3Config, where a config.json leaves a key out."""
+"""Values of transformers\' DeepseekV3Config for keys that a config.json leaves out."""
 
 
 def read_router(settings: Settings) -> RouterConfig:

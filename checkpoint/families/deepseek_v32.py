@@ -10,7 +10,7 @@ from configs.attention import IndexerConfig, LatentAttentionConfig
 from configs.checks import UserError
 
 DEFAULTS = {**deepseek_v3.DEFAULTS, "max_position_embeddings": 163_840}
-"""Of transformers' DeepseekV32Config, where a config.json leaves a key out."""
+"""Values of transformers\' DeepseekV32Config for keys that a config.json leaves out."""
 
 
 def read_config(settings: Settings) -> ModelConfig:

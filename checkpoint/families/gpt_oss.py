@@ -32,7 +32,7 @@ DEFAULTS = {
     "num_local_experts": 128,
     "attention_bias": True,
 }
-"""Of transformers' GptOssConfig, where a config.json leaves a key out."""
+"""Values of transformers\' GptOssConfig for keys that a config.json leaves out."""
 
 ROPE = {
     "rope_type": "yarn",
@@ -42,7 +42,7 @@ ROPE = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-"""Of the same class, where it has neither rope_scaling nor rope_parameters, or nulls."""
+"""RoPE of the same class, for a config.json with neither rope_scaling nor rope_parameters."""
 
 
 def read_config(settings: Settings) -> ModelConfig:

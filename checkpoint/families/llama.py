@@ -19,7 +19,7 @@ DEFAULTS = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
 }
-"""Of transformers' LlamaConfig, where a config.json leaves a key out."""
+"""Values of transformers\' LlamaConfig for keys that a config.json leaves out."""
 
 
 def read_config(settings: Settings) -> ModelConfig:

@@ -22,7 +22,7 @@ DEFAULTS = {
     "num_experts_per_tok": 2,
     "num_local_experts": 8,
 }
-"""Of transformers' MixtralConfig, where a config.json leaves a key out."""
+"""Values of transformers\' MixtralConfig for keys that a config.json leaves out."""
 
 
 def read_config(settings: Settings) -> ModelConfig:

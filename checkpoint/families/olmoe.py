@@ -21,7 +21,7 @@ DEFAULTS = {
     "num_experts_per_tok": 8,
     "num_experts": 64,
 }
-"""Of transformers' OlmoeConfig, where a config.json leaves a key out."""
+"""Values of transformers\' OlmoeConfig for keys that a config.json leaves out."""
 
 
 def read_config(settings: Settings) -> ModelConfig:

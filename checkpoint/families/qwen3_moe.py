@@ -23,7 +23,7 @@ DEFAULTS = {
     "num_experts_per_tok": 8,
     "num_experts": 128,
 }
-"""Of transformers' Qwen3MoeConfig, where a config.json leaves a key out."""
+"""Values of transformers\' Qwen3MoeConfig for keys that a config.json leaves out."""
 
 
 def read_config(settings: Settings) -> ModelConfig:
