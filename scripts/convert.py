@@ -28,8 +28,8 @@ DIVERGENCE = {
     "mxfp4": 0.5,
 }
 """Allowed KL divergence of next tokens by the form rounded to, in nats. SmolLM2-135M moves by 5e-6
-in F16, 8e-5 in bfloat16 and 2e-3 in Q8_0; a tiny mixture of experts by up to 3e-3 in bfloat16, where
-one token of the text goes to another expert."""
+in F16, 8e-5 in bfloat16 and 2e-3 in Q8_0; a tiny mixture of experts by up to 3e-3 in bfloat16,
+where one token of the text goes to another expert."""
 
 
 def main(argv: list[str]) -> int:
