@@ -54,7 +54,13 @@ def complete(run_dir: Path, prompts: Sequence[str], *, max_new_tokens: int) -> d
         sampling=SAMPLING,
         stop_ids=stop_ids,
     )
-    return dict(zip(prompts, map(tokenizer.decode, result.tokens), strict=True))
+    pairs = zip(tokens, result.tokens, strict=True)
+    # Together with its prompt: decoded alone, some tokenizers' text loses the space it begins with.
+    texts = [
+        tokenizer.decode([*before, *after])[len(tokenizer.decode(before)) :]
+        for before, after in pairs
+    ]
+    return dict(zip(prompts, texts, strict=True))
 
 
 def summarize(
