@@ -217,6 +217,8 @@ def written_copies(
     if config.multi_token is None:
         return []
     by_name = {entry.name: entry for entry in entries}
+    if config.tie_embeddings:
+        by_name["lm_head.weight"] = by_name["model.embed_tokens.weight"]
     return [
         dataclasses.replace(by_name[copy.of], name=copy.name.replace("*", str(number)))
         for number in range(config.num_layers, config.num_layers + config.multi_token.depth)

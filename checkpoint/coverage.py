@@ -64,10 +64,23 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def expanded_copies(copies: Sequence[Copy], tensors: Iterable[str]) -> list[tuple[str, str]]:
-    """The copies among these tensors, (name, the one it repeats)."""
+TIED = Copy("lm_head.weight", of="model.embed_tokens.weight")
+"""The output layer of a model with tied embeddings, which its files may hold all the same."""
+
+
+def expanded_copies(
+    copies: Sequence[Copy], tensors: Iterable[str], *, is_tied: bool
+) -> list[tuple[str, str]]:
+    """The copies among these tensors, (name, the one it repeats).
+
+    Args:
+      is_tied: whether the output layer is the embedding.
+    """
+    if is_tied:
+        copies = (*copies, TIED)
     rules = [(re.escape(copy.name).replace(r"\*", r"\d+"), copy.of) for copy in copies]
-    return [(name, of) for name in tensors for rule, of in rules if re.fullmatch(rule, name)]
+    found = [(name, of) for name in tensors for rule, of in rules if re.fullmatch(rule, name)]
+    return [(name, TIED.of if is_tied and of == TIED.name else of) for name, of in found]
 
 
 def check_copies(copies: Sequence[tuple[str, str]], tensors: Tensors) -> None:
@@ -82,7 +95,16 @@ def check_copies(copies: Sequence[tuple[str, str]], tensors: Tensors) -> None:
             mine, other = (tensors.read_rows(each, start, stop) for each in (name, of))
             same = same and np.array_equal(mine, other)
         if not same:
-            raise UserError(
-                f"{tensors.file(name)}: {name} should repeat {of} and does not: a model with an "
-                "output layer of its own there is not built"
-            )
+            raise UserError(f"{tensors.file(name)}: {name} {_unlike(name, of)}")
+
+
+def _unlike(name: str, of: str) -> str:
+    if name == TIED.name:
+        return (
+            f"differs from {of}, and config.json ties them: set tie_word_embeddings to false there "
+            "if the model has an output layer of its own, or get the files again"
+        )
+    return (
+        f"should repeat {of} and does not: a model with an output layer of its own there is not "
+        "built"
+    )

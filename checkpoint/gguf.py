@@ -12,6 +12,7 @@ from checkpoint import assemble
 from checkpoint.families.base import Family
 from checkpoint.gguf_config import ROPE_FREQS, config_from_gguf, config_to_gguf, llama3_frequencies
 from checkpoint.gguf_files import GGUFFile
+from checkpoint.gguf_fused import SplitTensors
 from checkpoint.gguf_latent import JoinedTensors, split
 from checkpoint.gguf_write import Quantization, Tensor, write_gguf
 from checkpoint.public import PublicCheckpoint, find_family, lost_settings, read_model, write_model
@@ -37,11 +38,12 @@ def open_checkpoint(path: Path) -> PublicCheckpoint:
       UserError: no GGUF file, an architecture that is not built, or damage.
     """
     file = GGUFFile(path)
-    values = config_from_gguf(file.metadata, file.shapes, file.read, str(path))
+    split = SplitTensors(file)
+    values = config_from_gguf(file.metadata, split.shapes, split.read, str(path))
     settings = Settings(values, str(path))
     family = find_family(settings)
     assert family.gguf is not None
-    tensors = JoinedTensors(file)
+    tensors = JoinedTensors(split)
     config = read_model(family, settings, tensors)
     rows = family.gguf.rows
     family = dataclasses.replace(family, copies=(), ignored=IGNORED)

@@ -61,7 +61,7 @@ class Form:
     architecture: str
     pairs: Pairs
     fixed: Mapping[str, Any]
-    """What llama.cpp does without a key for it."""
+    """Settings that llama.cpp has no key for, or whose key the file leaves out."""
 
 
 _DEEPSEEK: Pairs = (
@@ -78,6 +78,13 @@ _DEEPSEEK: Pairs = (
     (ATTENTION.KV_LORA_RANK, "kv_lora_rank"),
     (ROPE.DIMENSION_COUNT, "qk_rope_head_dim"),
 )
+_DEEPSEEK_FIXED = {
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 0,
+}
 _LATENT_KEYS = (
     ATTENTION.HEAD_COUNT_KV,
     ATTENTION.KEY_LENGTH,
@@ -114,9 +121,11 @@ FORMS = {
         ),
         {"attention_bias": True, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
     ),
-    "deepseek_v2": Form("deepseek2", _DEEPSEEK, {"scoring_func": "softmax"}),
+    "deepseek_v2": Form("deepseek2", _DEEPSEEK, {**_DEEPSEEK_FIXED, "scoring_func": "softmax"}),
     "deepseek_v3": Form(
-        "deepseek2", _DEEPSEEK, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+        "deepseek2",
+        _DEEPSEEK,
+        {**_DEEPSEEK_FIXED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     ),
 }
 """By config.json's model_type."""
@@ -150,7 +159,7 @@ def config_from_gguf(
         values["attention_bias"] = "blk.0.attn_q.bias" in shapes
         values["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
     asked = Settings({key: _plain(value) for key, value in metadata.items()}, where)
-    values["rope_scaling"] = _read_scaling(asked, form)
+    values["rope_scaling"] = _read_scaling(asked, form) or {"rope_type": "default"}
     if form.architecture == "deepseek2":
         values |= _read_latent(get, where)
     else:
@@ -269,6 +278,7 @@ def _read_latent(get: Callable[..., Any], where: str) -> dict[str, Any]:
     groups, best = get(LLM.EXPERT_GROUP_COUNT, 1), get(LLM.EXPERT_GROUP_USED_COUNT, 1)
     latent = {"qk_nope_head_dim": key - rotary, "v_head_dim": value}
     latent["num_key_value_heads"] = get(ATTENTION.HEAD_COUNT)
+    latent["routed_scaling_factor"] = get(LLM.EXPERT_WEIGHTS_SCALE) or 1.0  # 0 is for none, too
     if get(LLM.EXPERT_GATING_FUNC) != ExpertGatingFuncType.SIGMOID:
         latent["topk_method"] = "greedy" if groups == best else "group_limited_greedy"
     return latent

@@ -66,6 +66,10 @@ class GGUFFile:
         rows = self._decode(name, start * per_entry, stop * per_entry, dtype)
         return rows.reshape(stop - start, *place.shape[1:])
 
+    def read_matrix(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the tensor seen as a matrix: all dims but the last are one."""
+        return self._decode(name, start, stop, np.float32)
+
     def raw(self, name: str) -> tuple[np.ndarray, GGMLQuantizationType]:
         """The tensor as it lies in the file, uint8 [..., bytes of a row], and its type."""
         place = self._places[name]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint.gguf_files import GGUFFile
+from checkpoint.gguf_fused import SplitTensors
 from checkpoint.gguf_write import Tensor
 from configs.checks import UserError
 
@@ -21,7 +21,7 @@ JOINED, KEYS, VALUES = ".attn_kv_b.weight", ".attn_k_b.weight", ".attn_v_b.weigh
 class JoinedTensors:
     """A file's tensors with each attn_k_b and attn_v_b as one attn_kv_b; others as they are."""
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: SplitTensors) -> None:
         """
         Raises:
           UserError: one of a pair is missing, or they don't fit each other.

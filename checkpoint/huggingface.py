@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from checkpoint import assemble
@@ -26,6 +27,7 @@ def open_checkpoint(folder: Path) -> PublicCheckpoint:
     """
     settings = Settings.read(folder / "config.json")
     family = find_family(settings)
+    settings = settings.with_defaults(family.defaults)
     quantization = settings.part("quantization_config")
     tensors = LogicalTensors(open_tensors(folder), quantization and quantization.values)
     config = read_model(family, settings, tensors)
@@ -40,6 +42,7 @@ def export(
     *,
     dtype: ExportDtype,
     extra: Mapping[str, Any],
+    generation: Mapping[str, Any] = MappingProxyType({}),
     like: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: assemble.Progress = lambda _: None,
@@ -50,6 +53,7 @@ def export(
     Args:
       variables: arrays of one device, or `assemble.Unread`; router state stays float32.
       extra: token ids for config.json: bos_token_id, eos_token_id.
+      generation: further settings for generation_config.json.
       like: the source's quantization_config: see `choose_storage`.
       max_shard_bytes: of one file.
       progress: is told elements.
@@ -76,5 +80,5 @@ def export(
             progress(math.prod(entry.shape))
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     tokens = {name: extra[name] for name in ("bos_token_id", "eos_token_id") if name in extra}
-    generation = {"_from_model_config": True, **tokens}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    settings = {**(generation or {"_from_model_config": True}), **tokens}
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")

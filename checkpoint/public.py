@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,9 @@ class PublicCheckpoint:
 
     def _checked_entries(self, abstract_variables: Any) -> list[Entry]:
         entries = expand(self.rows, self.config, flatten(abstract_variables))
-        copies = coverage.expanded_copies(self.family.copies, self.tensors.shapes)
+        copies = coverage.expanded_copies(
+            self.family.copies, self.tensors.shapes, is_tied=self.config.tie_embeddings
+        )
         coverage.check_names(entries, self.tensors, copies, self.family.ignored, self.path)
         coverage.check_copies(copies, self.tensors)
         return entries
@@ -121,7 +124,7 @@ def write_model(family: Family, config: ModelConfig) -> dict[str, Any]:
     """
     values = family.write_config(config)
     written = {"model_type": family.model_type, "architectures": [family.architecture], **values}
-    again = family.read_config(Settings(written, "the exported config.json"))
+    again = family.read_config(Settings(written, "the exported config.json", family.defaults))
     lost = lost_settings(config, again)
     if lost:
         raise UserError(
@@ -147,15 +150,49 @@ def export_family(
     if not families:
         names = ", ".join(family.model_type for family in FAMILIES)
         raise UserError(f"family {wanted!r} is unknown: there are {names}")
-    reasons = []
+    refusals: dict[str, str] = {}
     for family in families:
         try:
             write_model(family, config)
             return family
         except UserError as error:
-            reasons.append(f"{family.model_type}: {error}")
-    told = reasons[:1] if own is not None else reasons[-2:]
-    raise UserError(f"no public family holds this model ({'; '.join(told)})")
+            refusals[family.model_type] = str(error)
+    nearest = own or min(families, key=lambda family: _layer_losses(family, config)[0])
+    reason = refusals.get(nearest.model_type, next(iter(refusals.values())))
+    more = [line for line in _layer_losses(nearest, config)[1] if line not in reason]
+    told = "; ".join([reason, *more[:3]])
+    if wanted is not None:
+        raise UserError(f"the family {wanted} does not hold this model ({told})")
+    raise UserError(
+        f"no public family holds this model (the nearest is {nearest.model_type}: {told})"
+    )
+
+
+def _layer_losses(family: Family, config: ModelConfig) -> tuple[int, list[str]]:
+    """Settings of the model's kinds of layers, each by itself, that the family can't say: how many,
+    and by name.
+    """
+    lost: dict[str, None] = {}
+    unknown = 0
+    for layer in dict.fromkeys((*config.prefix, *config.pattern)):
+        alone = dataclasses.replace(config, prefix=(), pattern=(layer,), multi_token=None)
+        try:
+            written = family.write_config(alone)
+        except UserError:
+            unknown += 1
+            continue
+        again = family.read_config(Settings(written, "the exported config.json", family.defaults))
+        lost |= dict.fromkeys(_in_any_layer(line) for line in lost_settings(alone, again))
+    return len(lost) + _UNKNOWN_LAYER * unknown, list(lost)
+
+
+_UNKNOWN_LAYER = 100
+"""Settings that a kind of layer counts as which the family has not."""
+
+
+def _in_any_layer(difference: str) -> str:
+    """The sentence without the layer's number."""
+    return re.sub(r"^pattern\.\d+\.", "", difference)
 
 
 def lost_settings(config: ModelConfig, again: ModelConfig) -> list[str]:

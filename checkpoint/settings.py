@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,20 @@ _NEEDED: Any = object()
 class Settings:
     """The values of a config.json or of a part of it.
 
-    Each question takes all names that a setting ever had, the first that is there counts; null
-    counts as missing. A value of another type is a UserError that names file, key and value.
+    Each question takes all names that a setting ever had, the first that is there counts. Null
+    counts as missing, but not as left out: `defaults` are for keys that are not there at all. A
+    value of another type is a UserError that names file, key and value.
     """
 
-    def __init__(self, values: dict[str, Any], where: str) -> None:
+    def __init__(
+        self, values: dict[str, Any], where: str, defaults: Mapping[str, Any] | None = None
+    ) -> None:
         """
         Args:
           where: the file, for sentences.
+          defaults: values of keys that are left out: the family's, by transformers' config class.
         """
-        self.values, self.where = values, where
+        self.values, self.where, self.defaults = values, where, defaults or {}
 
     @classmethod
     def read(cls, path: Path) -> "Settings":
@@ -46,8 +50,12 @@ class Settings:
             raise UserError(f"{path} is a JSON {type(values).__name__}, expected an object")
         return cls(values, str(path))
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "Settings":
+        """The same values, with others for what they leave out."""
+        return Settings(self.values, self.where, defaults)
+
     def __contains__(self, name: str) -> bool:
-        return self.values.get(name) is not None
+        return self._find((name,), None)[1] is not None
 
     def integer(
         self, *names: str, default: Any = _NEEDED, least: int = 1, most: int = 2**31 - 1
@@ -107,14 +115,18 @@ class Settings:
         """What else than the allowed values (the first of which is meant when the key is missing)
         would change what is computed.
         """
-        value = self.values.get(name, allowed[0])
+        _, value = self._find((name,), allowed[0])
         if value not in allowed:
             self._wrong(name, value, f"{' or '.join(map(repr, allowed))}: nothing else is built")
 
     def _find(self, names: Sequence[str], default: Any) -> tuple[str | None, Any]:
         for name in names:
-            if name in self:
+            if self.values.get(name) is not None:
                 return name, self.values[name]
+        if not any(name in self.values for name in names):
+            for name in names:
+                if self.defaults.get(name) is not None:
+                    return name, self.defaults[name]
         if default is _NEEDED:
             others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
             raise UserError(f"{self.where} lacks {names[0]}{others}, which its model needs")

@@ -4,7 +4,7 @@ llama.cpp names how a text is cut before its merges (`tokenizer.ggml.pre`); the 
 table below, as the models' own tokenizer.json have it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,15 @@ from tokenizers import (
 )
 
 from configs.checks import UserError
+from data.gguf_ends import FILL_IN_TEXTS, end_ids
 from data.public_tokenizer import PublicTokenizer
 from data.tokenizer import malformed
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of llama.cpp."""
+
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
+"""llama.cpp's, where a file with such a tokenizer names none."""
 
 LONGEST_TOKEN = 2048
 """Letters; runs of spaces are the longest, some hundred."""
@@ -131,6 +135,9 @@ def tokenizer_from_gguf(metadata: dict[str, Any], where: str) -> PublicTokenizer
         types = values.items("tokenizer.ggml.token_type", int, len(tokens))
     _check_tokens(tokens, where)
     kind = values.get("tokenizer.ggml.model", str)
+    ids = _special_ids(values, len(tokens), SENTENCEPIECE_IDS if kind == "llama" else {})
+    ends = end_ids(tokens, ids)
+    types = [CONTROL if i in ends else of_token for i, of_token in enumerate(types)]
     if kind == "gpt2":
         tokenizer, adds_bos = _byte_level(values, tokens)
     elif kind == "llama":
@@ -142,12 +149,12 @@ def tokenizer_from_gguf(metadata: dict[str, Any], where: str) -> PublicTokenizer
         )
     _add_specials(tokenizer, tokens, types)
     tokenizer.encode_special_tokens = True
-    ids = _special_ids(values, len(tokens))
-    ends = (ids[name] for name in ("eos", "eot", "eom"))
+    eos_id = ids["eos"] if ids["eos"] is not None else ids["eot"]
     return PublicTokenizer(
         tokenizer=tokenizer,
         bos_id=ids["bos"],
-        eos_ids=frozenset(i for i in ends if i is not None),
+        eos_ids=ends,
+        eos_id=min(ends, default=None) if eos_id is None else eos_id,
         add_bos=values.get("tokenizer.ggml.add_bos_token", bool, adds_bos),
         chat_template=values.get("tokenizer.chat_template", str),
     )
@@ -162,13 +169,18 @@ def _check_tokens(tokens: list[str], where: str) -> None:
         seen.add(token)
 
 
-def _special_ids(values: _Values, vocab_size: int) -> dict[str, int | None]:
-    ids = {}
-    for name in ("bos", "eos", "eot", "eom"):
+def _special_ids(
+    values: _Values, vocab_size: int, defaults: Mapping[str, int]
+) -> dict[str, int | None]:
+    ids: dict[str, int | None] = {}
+    for name in ("bos", "eos", "eot", "eom", *FILL_IN_TEXTS):
         key = f"tokenizer.ggml.{name}_token_id"
-        ids[name] = values.get(key, int)
-        if ids[name] is not None and not 0 <= ids[name] < vocab_size:
-            raise UserError(f"{values.where} has {key}={ids[name]}, but {vocab_size} tokens")
+        token_id = values.get(key, int)
+        if token_id is None and defaults.get(name, vocab_size) < vocab_size:
+            token_id = defaults[name]
+        if token_id is not None and not 0 <= token_id < vocab_size:
+            raise UserError(f"{values.where} has {key}={token_id}, but {vocab_size} tokens")
+        ids[name] = token_id
     return ids
 
 

@@ -1,11 +1,13 @@
 """The metadata that gives llama.cpp a tokenizer: the way back of data/gguf_tokenizer.py."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from configs.checks import UserError
+from data.gguf_ends import END_OF_MESSAGE, end_ids
 from data.gguf_tokenizer import (
     BYTE,
     CONTROL,
@@ -39,9 +41,11 @@ def tokenizer_to_gguf(tokenizer: PublicTokenizer, vocab_size: int) -> dict[str, 
     tokens, types = _tokens(state, vocab_size)
     values: dict[str, Any] = {"tokens": tokens, "token_type": types}
     values |= (
-        _pieces(model, state, tokens) if model.get("byte_fallback") else _bytes(tokenizer, model)
+        _pieces(model, state, tokens, types)
+        if model.get("byte_fallback")
+        else _bytes(tokenizer, model)
     )
-    values |= _specials(tokenizer)
+    values |= _specials(tokenizer, tokens)
     metadata = {f"tokenizer.ggml.{name}": value for name, value in values.items()}
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
@@ -86,39 +90,76 @@ def _cut(tokenizer: Tokenizer, ignores_merges: bool) -> str:
     )
 
 
-def _pieces(model: dict[str, Any], state: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+def _pieces(
+    model: dict[str, Any], state: dict[str, Any], tokens: list[str], types: list[int]
+) -> dict[str, Any]:
     """Scores that put the tokens in the order of the merges that make them."""
     scores = dict.fromkeys(tokens, -1e9)
     for rank, merge in enumerate(model["merges"]):
         token = "".join(merge.split(" ") if isinstance(merge, str) else merge)
         if scores.get(token) == -1e9:
             scores[token] = -float(rank)
-    has_prefix = "Prepend" in json.dumps(state["normalizer"])
     kinds = {f"<0x{i:02X}>": BYTE for i in range(256)} | {model["unk_token"]: UNKNOWN}
-    added = {
-        token["content"]: CONTROL if token["special"] else USER_DEFINED
-        for token in state["added_tokens"]
-    }
-    types = [kinds.get(token, added.get(token, NORMAL)) for token in tokens]
+    types = [kinds.get(token, kind) for token, kind in zip(tokens, types, strict=True)]
     values = {"model": "llama", "scores": list(scores.values()), "token_type": types}
-    return values | {"add_space_prefix": has_prefix}
+    return values | {"add_space_prefix": _space_prefix(state) != "never"}
 
 
-def _specials(tokenizer: PublicTokenizer) -> dict[str, Any]:
-    ends = sorted(tokenizer.eos_ids)
-    names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    if len(ends) > len(names):
+def _space_prefix(state: dict[str, Any]) -> str:
+    """Scheme of the space before a text: "prepend" (a normalizer: before every piece between
+    special tokens), Metaspace's "first" (before the whole, unless it begins with one) and
+    "always" (before every piece that begins with none), or "never".
+    """
+    if "Prepend" in json.dumps(state["normalizer"]):
+        return "prepend"
+    cutter = state["pre_tokenizer"] or {}
+    for part in cutter.get("pretokenizers", [cutter]):
+        if part.get("type") == "Metaspace":
+            return part["prepend_scheme"]
+    return "never"
+
+
+def told_difference(tokenizer: PublicTokenizer) -> str | None:
+    """A sentence on what llama.cpp does otherwise with a tokenizer that `tokenizer_to_gguf` takes;
+    None where nothing is.
+    """
+    if _space_prefix(json.loads(tokenizer.tokenizer.to_str())) not in ("first", "always"):
+        return None
+    return (
+        "llama.cpp puts a space before every text and after every special token; this tokenizer "
+        "does not where one stands already, or a special token: texts that begin with a space, and "
+        "chats, get other tokens there"
+    )
+
+
+def _specials(tokenizer: PublicTokenizer, tokens: Sequence[str]) -> dict[str, Any]:
+    """Ids of bos, eos, end of turn and end of message. llama.cpp finds further ends by how they are
+    spelt, so only those that it would not find need a name; but an eos that it is not told is token
+    11 to it, or 2.
+    """
+    eos_id = tokenizer.eos_id
+    if eos_id is None:
+        eos_id = min(tokenizer.eos_ids, default=None)
+    others = tokenizer.eos_ids - {eos_id}
+    found = sorted(others & end_ids(tokens, {}))
+    hidden = sorted(others.difference(found))
+    if len(hidden) > 2:
         raise UserError(
-            f"the tokenizer has {len(ends)} tokens that end an answer, GGUF can name {len(names)}"
+            f"the tokenizer has {len(tokenizer.eos_ids)} tokens that end an answer, and GGUF has "
+            f"no name for {', '.join(repr(tokens[i]) for i in hidden[2:])}"
         )
-    values: dict[str, Any] = dict(zip(names, ends, strict=False))
-    if tokenizer.bos_id is not None:
-        values["bos_token_id"] = tokenizer.bos_id
+    messages = [i for i in found if tokens[i] == END_OF_MESSAGE]
+    turns = [i for i in found if i not in messages]
+    ids = {"bos": tokenizer.bos_id, "eos": eos_id}
+    ids |= dict(zip(("eot", "eom"), [*(hidden or turns[:1] or [None]), *messages], strict=False))
+    values: dict[str, Any] = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
     return values | {"add_bos_token": tokenizer.add_bos}
 
 
 def _check_same(before: PublicTokenizer, after: PublicTokenizer) -> None:
-    texts = [PROBE, *(f"a {before.text_of(i)} b" for i in before.eos_ids)]
+    """Compares the ids of texts, but for the space that `told_difference` is about."""
+    end = "" if told_difference(before) else " b"
+    texts = [PROBE, *(f"a {before.text_of(i)}{end}" for i in before.eos_ids)]
     for text in texts:
         for specials in (False, True):
             if before.encode(text, specials=specials) != after.encode(text, specials=specials):

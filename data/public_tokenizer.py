@@ -1,8 +1,7 @@
 """Tokenizers of public models: their text, special tokens and chat template in one object."""
 
 import functools
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer
 
 from configs.checks import UserError
 from configs.small_files import read_small_file
+from data.special_tokens import TOKENIZER_CONFIG, read_object, read_special_tokens
 from data.tokenizer import malformed
 
 
@@ -26,6 +26,13 @@ class PublicTokenizer:
     """Each ends an answer."""
     add_bos: bool
     chat_template: str | None = None
+    eos_id: int | None = None
+    """The eos_token among them: a chat template writes it, an export names it first."""
+
+    def __post_init__(self) -> None:
+        """The only one of eos_ids is the eos_token."""
+        if self.eos_id is None and len(self.eos_ids) == 1:
+            object.__setattr__(self, "eos_id", *self.eos_ids)
 
     @property
     def vocab_size(self) -> int:
@@ -63,35 +70,40 @@ class PublicTokenizer:
 
 def read_public_tokenizer(folder: Path) -> PublicTokenizer:
     """The tokenizer of a checkpoint in Hugging Face form: tokenizer.json, and beside it, where they
-    are there, tokenizer_config.json, generation_config.json and chat_template.jinja.
+    are there, tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json
+    and chat_template.jinja.
 
     Raises:
       UserError: no tokenizer.json (a sentencepiece or tiktoken model alone is not read), or files
         that contradict what they are for.
     """
     tokenizer = _read_tokenizer_json(folder / "tokenizer.json")
-    config = _read_object(folder / "tokenizer_config.json")
-    generation = _read_object(folder / "generation_config.json")
-    bos_id = _special_id(tokenizer, config, "bos_token", folder)
-    eos_id = _special_id(tokenizer, config, "eos_token", folder)
-    ends = generation.get("eos_token_id", [])
-    ends = ends if isinstance(ends, list) else [ends]
-    _check_ids(ends, tokenizer, folder / "generation_config.json")
+    config = read_object(folder / TOKENIZER_CONFIG)
+    special = read_special_tokens(folder, tokenizer)
     add_bos = config.get("add_bos_token")
     if not isinstance(add_bos, bool):
         with malformed(f"{folder / 'tokenizer.json'} is no tokenizer", "download it again"):
-            add_bos = bos_id is not None and tokenizer.encode("a").ids[:1] == [bos_id]
+            add_bos = special.bos_id is not None and adds_bos(tokenizer, special.bos_id)
     tokenizer.encode_special_tokens = True
     return PublicTokenizer(
         tokenizer=tokenizer,
-        bos_id=bos_id,
-        eos_ids=frozenset(ends) | ({eos_id} if eos_id is not None else frozenset()),
+        bos_id=special.bos_id,
+        eos_ids=special.eos_ids,
+        eos_id=special.eos_id,
         add_bos=add_bos,
         chat_template=_chat_template(folder, config),
     )
 
 
+def adds_bos(tokenizer: Tokenizer, bos_id: int) -> bool:
+    """Whether the tokenizer's own post-processor begins a text with the token."""
+    return tokenizer.encode("a").ids[:1] == [bos_id]
+
+
 def _read_tokenizer_json(path: Path) -> Tokenizer:
+    """The tokenizer without the truncation and padding that it was saved with: settings of
+    somebody's batches, which would cut a prompt.
+    """
     try:
         text = read_small_file(path)
     except FileNotFoundError as error:
@@ -100,45 +112,10 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         ) from error
     with malformed(f"{path} is no tokenizer", "download it again"):
-        return Tokenizer.from_str(text)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing."""
-    try:
-        values = json.loads(read_small_file(path))
-    except FileNotFoundError:
-        return {}
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is a JSON {type(values).__name__}, expected an object")
-    return values
-
-
-def _special_id(
-    tokenizer: Tokenizer, config: dict[str, Any], name: str, folder: Path
-) -> int | None:
-    value = config.get(name)
-    text = value.get("content") if isinstance(value, dict) else value
-    if text is None:
-        return None
-    token_id = tokenizer.token_to_id(text) if isinstance(text, str) else None
-    if token_id is None:
-        raise UserError(
-            f"{folder / 'tokenizer_config.json'} has {name}={value!r}, which is no token of "
-            "tokenizer.json"
-        )
-    return token_id
-
-
-def _check_ids(ids: Iterable[Any], tokenizer: Tokenizer, path: Path) -> None:
-    for token_id in ids:
-        is_id = isinstance(token_id, int) and not isinstance(token_id, bool)
-        if not is_id or not 0 <= token_id < 2**31 or tokenizer.id_to_token(token_id) is None:
-            raise UserError(f"{path} has eos_token_id={token_id!r}, which is no token")
+        tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -156,19 +133,3 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
             "list with one named default"
         )
     return template
-
-
-def write_public_tokenizer(folder: Path, tokenizer: PublicTokenizer) -> None:
-    """Writes tokenizer.json and tokenizer_config.json as transformers reads them."""
-    ends = sorted(tokenizer.eos_ids)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "add_bos_token": tokenizer.add_bos,
-        "bos_token": tokenizer.text_of(tokenizer.bos_id) or None,
-        "eos_token": tokenizer.text_of(ends[0]) if ends else None,
-        "chat_template": tokenizer.chat_template,
-    }
-    said = {name: value for name, value in config.items() if value is not None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
-    tokenizer.tokenizer.save(str(folder / "tokenizer.json"))

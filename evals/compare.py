@@ -2,6 +2,7 @@
 
 import html
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,13 @@ def complete(run_dir: Path, prompts: Sequence[str], *, max_new_tokens: int) -> d
         sampling=SAMPLING,
         stop_ids=stop_ids,
     )
-    return dict(zip(prompts, map(tokenizer.decode, result.tokens), strict=True))
+    pairs = zip(tokens, result.tokens, strict=True)
+    # Together with its prompt: decoded alone, some tokenizers' text loses the space it begins with.
+    texts = [
+        tokenizer.decode([*before, *after])[len(tokenizer.decode(before)) :]
+        for before, after in pairs
+    ]
+    return dict(zip(prompts, texts, strict=True))
 
 
 def summarize(
@@ -161,6 +168,7 @@ def print_story(directory: Path, summary: dict[str, Any], completions: dict[str,
     print(f"the student keeps {summary['student_share_of_gain']:.1%} of the gain over unigrams")
     print(f"{directory}/report.html shows it; {directory}/summary.json has the numbers.")
     print("Next, with the environment active (source .venv/bin/activate):")
-    print(f'  python -m scripts.generate {directory}/teacher --prompt "class Stack:"')
+    teacher = shlex.quote(str(directory / "teacher"))
+    print(f'  python -m scripts.generate {teacher} --prompt "class Stack:"')
     print("  python -m scripts.train v31_nano --steps 1000 --mesh.expert 4")
     print("  python -m scripts.distill v31_nano_student --teacher runs/v31_nano")

@@ -14,6 +14,7 @@ D domains, P periods, E experts.
 
 import functools
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,8 @@ def read_preference(run_dir: Path, wanted: str) -> Preference:
     path = run_dir / FILE
     require(
         path.exists(),
-        f"{run_dir} has no labelled experts: python -m scripts.label_experts {run_dir} labels them",
+        f"{run_dir} has no labelled experts: python -m scripts.label_experts "
+        f"{shlex.quote(str(run_dir))} labels them",
     )
     tree = json.loads(path.read_text())
     domain, _, text = wanted.partition(":")

@@ -22,7 +22,7 @@ def chat_ids(tokenizer: PublicTokenizer, messages: Messages) -> list[int]:
         messages,
         tokenizer.chat_template or "",
         bos=tokenizer.text_of(tokenizer.bos_id),
-        eos=tokenizer.text_of(min(tokenizer.eos_ids, default=None)),
+        eos=tokenizer.text_of(tokenizer.eos_id),
     )
     return tokenizer.encode(text, specials=True, bos=False)
 

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,16 +14,18 @@ from checkpoint.model_folder import write_model_folder
 from checkpoint.public import export_family, find_family
 from checkpoint.storage import DTYPES, ExportDtype, choose_storage
 from configs.checks import require
-from data.public_tokenizer import PublicTokenizer, write_public_tokenizer
+from data.gguf_tokenizer_write import told_difference
+from data.public_tokenizer import PublicTokenizer
+from data.tokenizer_export import (
+    OTHER_FORMS,
+    copy_tokenizer,
+    exported_token_ids,
+    generation_settings,
+    write_public_tokenizer,
+)
 from infer.sources import Progress, Source, counted
 
 Form = Literal["huggingface", "gguf", "orbax"]
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +51,15 @@ def convert(
     *,
     reading: Progress = lambda done, total: None,
     writing: Progress = lambda done, total: None,
+    notes: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Writes the target, whole or not at all; a kept part of an interrupted one is gone on with.
 
     A public checkpoint is never in memory as a whole on its way to a public form: tensors are read
     as those to write ask for them.
 
+    Args:
+      notes: is told what of the source is left out.
     Raises:
       UserError: the source can't be read, the target is there, or the form can't hold the model.
     """
@@ -63,7 +67,12 @@ def convert(
     dtype = conversion.dtype or kept_dtype(source)
     is_halved = dtype == "bfloat16" and conversion.to != "gguf"
     loaded_as = "bfloat16" if is_halved else "float32"
-    tokenizer = _tokenizer(source)
+    # Weights convert without one, too.
+    tokenizer = source.tokenizer() if has_tokenizer(source) else None
+    if tokenizer is None:
+        notes(_without_tokenizer(source, conversion.to))
+    elif conversion.to == "gguf" and (difference := told_difference(tokenizer)):
+        notes(difference)
     written = counted(writing, source.config.num_parameters)
     fingerprint = _fingerprint(source, conversion, dtype)
     if conversion.to == "gguf":
@@ -86,7 +95,8 @@ def convert(
             config,
             variables,
             dtype=dtype,
-            extra=token_ids(tokenizer),
+            extra=exported_token_ids(_folder(source), tokenizer),
+            generation=generation_settings(_folder(source)),
             like=_quantization(source),
             max_shard_bytes=conversion.max_shard_bytes,
             progress=written,
@@ -146,32 +156,48 @@ def _quantization(source: Source) -> Mapping[str, Any] | None:
     return said.values if said is not None else None
 
 
-def token_ids(tokenizer: PublicTokenizer | None) -> Mapping[str, Any]:
-    """config.json's ids of the tokens that begin and end a text."""
-    if tokenizer is None:
-        return {}
-    ends = sorted(tokenizer.eos_ids)
-    ids: dict[str, Any] = {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
-    return ids | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
+def rounding(source: Source, conversion: Conversion) -> str | None:
+    """The form that the target rounds the source's values to: a dtype or a GGUF's quantization;
+    None where it holds them.
+    """
+    if conversion.to == "gguf":
+        return conversion.quantization or "F16"
+    dtype = conversion.dtype or kept_dtype(source)
+    is_own = dtype == kept_dtype(source) and _quantization(source) is None
+    return None if is_own or dtype == "float32" else dtype
 
 
-def _tokenizer(source: Source) -> PublicTokenizer | None:
-    """None for a checkpoint that has none: its weights convert all the same."""
-    if source.kind in ("huggingface", "model_folder"):
-        has_one = (source.path / "tokenizer.json").exists()
-    else:
-        has_one = source.kind == "run" or gguf.has_tokenizer(source.path)
-    return source.tokenizer() if has_one else None
+def has_tokenizer(source: Source) -> bool:
+    """Whether there is one to read, of whatever kind."""
+    folder = _folder(source)
+    if folder is not None:
+        return (folder / "tokenizer.json").exists()
+    return source.kind == "run" or gguf.has_tokenizer(source.path)
+
+
+def _folder(source: Source) -> Path | None:
+    """The folder that holds the tokenizer's files, of a source that has one."""
+    return source.path if source.kind in ("huggingface", "model_folder") else None
+
+
+def _without_tokenizer(source: Source, to: Form) -> str:
+    folder = _folder(source)
+    others = [name for name in OTHER_FORMS if folder is not None and (folder / name).is_file()]
+    if not others:
+        return f"{source.name} has no tokenizer: the model is written without one"
+    copied = "left out" if to == "gguf" else "copied, and read by nothing here"
+    return (
+        f"{source.name} has its tokenizer as {', '.join(others)} alone, {copied}: save it as "
+        "tokenizer.json with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) "
+        "and convert again"
+    )
 
 
 def _copy_tokenizer(source: Source, tokenizer: PublicTokenizer | None, folder: Path) -> None:
-    if tokenizer is None:
-        return
-    if source.kind in ("huggingface", "model_folder"):
-        for name in TOKENIZER_FILES:
-            if (source.path / name).exists():
-                shutil.copyfile(source.path / name, folder / name)
-    else:
+    path = _folder(source)
+    if path is not None:
+        copy_tokenizer(path, folder, tokenizer)
+    elif tokenizer is not None:
         write_public_tokenizer(folder, tokenizer)
 
 

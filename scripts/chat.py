@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
             stop_ids=tokenizer.eos_ids,
             on_tokens=printer.show,
         )
+        printer.finish()
         messages.append({"role": "assistant", "content": tokenizer.decode(made.tokens[0])})
         print(
             f"\n[{len(made.tokens[0])} tokens; first after {made.first_token_seconds:.2f} s, then "

@@ -36,6 +36,9 @@ def main(argv: list[str]) -> None:
     tokenizer = source.tokenizer()
     message = {"role": "user", "content": arguments.prompt}
     ids = chat_ids(tokenizer, [message]) if arguments.chat else tokenizer.encode(arguments.prompt)
+    printer = Printer(
+        "" if arguments.chat else arguments.prompt, tokenizer, () if arguments.chat else ids
+    )
     result = generate(
         model,
         variables,
@@ -44,11 +47,12 @@ def main(argv: list[str]) -> None:
         sampling=sampling,
         seed=arguments.seed,
         stop_ids=tokenizer.eos_ids,
-        on_tokens=Printer("" if arguments.chat else arguments.prompt, tokenizer).show,
+        on_tokens=printer.show,
         exit_threshold=arguments.exit_threshold,
         draft=draft,
         preference=preference,
     )
+    printer.finish()
     depth = "" if result.mean_layers is None else f", {result.mean_layers:.1f} layers a token"
     if result.mean_accepted is not None:
         depth = f", {result.mean_accepted:.1f} tokens a draft"

@@ -8,6 +8,7 @@ expert_domains.png. Without --domains, documents are sorted by the packages of P
 library (evals/expert_domains.py); the file has {"domain": ["beginning of a name", ...], ...}.
 """
 
+import shlex
 from pathlib import Path
 
 from evals.expert_domains import (
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> None:
         print(f"{name}: the most typical expert of {', '.join(best)}")
     print(f"{arguments.run_dir / FILE} has all of them; ask for a domain's with")
     first = next(iter(domains))
-    print(f"  python -m scripts.generate {arguments.run_dir} --expert-preference {first} ...")
+    typed = shlex.quote(str(arguments.run_dir))
+    print(f"  python -m scripts.generate {typed} --expert-preference {first} ...")
 
 
 if __name__ == "__main__":

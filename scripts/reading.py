@@ -3,11 +3,12 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from data.public_tokenizer import PublicTokenizer
+from data.text_stream import TextStream
 from infer.sources import Progress, Source
 from train.progress import ProgressBar
 
@@ -46,18 +47,26 @@ class Printer:
     it.
     """
 
-    def __init__(self, prompt: str, tokenizer: PublicTokenizer) -> None:
-        self._prompt, self._tokenizer = prompt, tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
+    def __init__(
+        self, prompt: str, tokenizer: PublicTokenizer, prompt_ids: Sequence[int] = ()
+    ) -> None:
+        """
+        Args:
+          prompt: shown before the text.
+          prompt_ids: tokens that the text goes on from; empty where it stands by itself.
+        """
+        self._prompt, self._stream = prompt, TextStream(tokenizer, prompt_ids)
 
     def show(self, token_B: np.ndarray) -> None:
         """Prints what the new token adds; a character whose bytes are incomplete waits."""
-        sys.stdout.write(self._prompt)
+        self._write(self._prompt + self._stream.add(token_B[token_B >= 0].tolist()))
         self._prompt = ""
-        self._ids.extend(token_B[token_B >= 0].tolist())
-        text = self._tokenizer.decode(self._ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            sys.stdout.write(text[self._shown :])
+
+    def finish(self) -> None:
+        """Prints what still waits when the last token has come."""
+        self._write(self._stream.finish())
+
+    def _write(self, text: str) -> None:
+        if text:
+            sys.stdout.write(text)
             sys.stdout.flush()
-            self._shown = len(text)

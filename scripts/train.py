@@ -7,6 +7,7 @@ from its seed. The run's folder receives config.json, metrics.jsonl, checkpoints
 report.html.
 """
 
+import shlex
 from pathlib import Path
 
 from configs.base import RunConfig
@@ -50,8 +51,9 @@ def finish(run: RunConfig, run_dir: Path, result: FitResult) -> int:
         )
         return 128 + result.interrupted
     print(f"trained {result.steps} steps; {run_dir}/report.html shows them. Next:")
-    print(f"  python -m scripts.evaluate {run_dir}")
-    print(f'  python -m scripts.generate {run_dir} --prompt "def parse_args("')
+    typed = shlex.quote(str(run_dir))
+    print(f"  python -m scripts.evaluate {typed}")
+    print(f'  python -m scripts.generate {typed} --prompt "def parse_args("')
     return 0
 
 

@@ -1,8 +1,8 @@
 """What a family's file says."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from checkpoint.settings import Settings
@@ -57,6 +57,9 @@ class Family:
     """The config.json of a model, without model_type, architectures and what is the same for all;
     UserError where the family can't say what the model does."""
     rows: tuple[Row, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values for keys that a config.json leaves out: the defaults of transformers' config class.
+    A GGUF's keys have llama.cpp's defaults instead (checkpoint/gguf_config.py)."""
     copies: tuple[Copy, ...] = ()
     multi_token: str | None = None
     """The tensor that each multi-token module has one of; None where the family has no modules."""

@@ -9,6 +9,26 @@ from checkpoint.settings import Settings
 from configs.architecture import ModelConfig
 from configs.feed_forward import RouterConfig
 
+DEFAULTS = {
+    "vocab_size": 102_400,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 1407,
+    "first_k_dense_replace": 0,
+}
+"""Values of transformers\' DeepseekV2Config for keys that a config.json leaves out."""
+
 
 def read_config(settings: Settings) -> ModelConfig:
     settings.expect("scoring_func", "softmax")
@@ -50,6 +70,7 @@ DEEPSEEK_V2 = Family(
     architecture="DeepseekV2ForCausalLM",
     read_config=read_config,
     write_config=write_config,
+    defaults=DEFAULTS,
     rows=(*rows.EMBEDDING, *rows.LATENT, *rows.DEEPSEEK_MOE),
     gguf=GGUF("deepseek2", gguf_tables.DEEPSEEK2),
 )

@@ -9,6 +9,29 @@ from checkpoint.settings import Settings
 from configs.architecture import ModelConfig
 from configs.feed_forward import RouterConfig
 
+DEFAULTS = {
+    "vocab_size": 129_280,
+    "hidden_size": 7168,
+    "intermediate_size": 18_432,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "topk_group": 4,
+    "num_experts_per_tok": 8,
+}
+"""Values of transformers\' DeepseekV3Config for keys that a config.json leaves out."""
+
 
 def read_router(settings: Settings) -> RouterConfig:
     """Transformers 5 leaves scoring_func and topk_method out: this family has no others."""
@@ -69,6 +92,7 @@ DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     read_config=read_config,
     write_config=write_config,
+    defaults=DEFAULTS,
     rows=rows.DEEPSEEK_V3,
     copies=COPIES,
     multi_token=rows.MULTI_TOKEN,

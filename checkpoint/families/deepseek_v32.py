@@ -9,6 +9,9 @@ from configs.architecture import ModelConfig
 from configs.attention import IndexerConfig, LatentAttentionConfig
 from configs.checks import UserError
 
+DEFAULTS = {**deepseek_v3.DEFAULTS, "max_position_embeddings": 163_840}
+"""Values of transformers\' DeepseekV32Config for keys that a config.json leaves out."""
+
 
 def read_config(settings: Settings) -> ModelConfig:
     indexer = IndexerConfig(
@@ -38,6 +41,7 @@ DEEPSEEK_V32 = dataclasses.replace(
     architecture="DeepseekV32ForCausalLM",
     read_config=read_config,
     write_config=write_config,
+    defaults=DEFAULTS,
     rows=rows.DEEPSEEK_V32,
     gguf=None,
 )

@@ -18,6 +18,32 @@ from configs.feed_forward import MoEConfig
 
 WINDOW, WHOLE = "sliding_attention", "full_attention"
 
+DEFAULTS = {
+    "vocab_size": 201_088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "num_experts_per_tok": 4,
+    "num_local_experts": 128,
+    "attention_bias": True,
+}
+"""Values of transformers\' GptOssConfig for keys that a config.json leaves out."""
+
+ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""RoPE of the same class, for a config.json with neither rope_scaling nor rope_parameters."""
+
 
 def read_config(settings: Settings) -> ModelConfig:
     count = parts.read_num_layers(settings)
@@ -48,7 +74,7 @@ def read_config(settings: Settings) -> ModelConfig:
 
 def _attention(settings: Settings, window_size: int | None) -> AttentionConfig:
     return parts.read_grouped_query(
-        settings, rope_base=150_000.0, window_size=window_size, learned_sinks=True
+        settings, rope_base=150_000.0, rope=ROPE, window_size=window_size, learned_sinks=True
     )
 
 
@@ -85,6 +111,7 @@ GPT_OSS = Family(
     architecture="GptOssForCausalLM",
     read_config=read_config,
     write_config=write_config,
+    defaults=DEFAULTS,
     rows=(
         *rows.EMBEDDING,
         *rows.GROUPED_QUERY,

@@ -9,6 +9,8 @@ from configs.attention import IndexerConfig, LatentAttentionConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 
+DENSE, SPARSE = "dense", "sparse"
+
 
 def read_model(
     settings: Settings, router: RouterConfig, indexer: IndexerConfig | None = None
@@ -25,8 +27,21 @@ def read_model(
     dense = DenseConfig(d_ff=settings.integer("intermediate_size"))
     count = parts.read_num_layers(settings)
     first = settings.integer("first_k_dense_replace", default=0, least=0)
-    layers = [LayerSpec(attention=attention, ffn=dense if i < first else moe) for i in range(count)]
+    kinds = [DENSE if i < first else SPARSE for i in range(count)]
+    if indexer is not None:  # transformers' DeepseekV32Config, alone, goes by a list
+        kinds = _read_kinds(settings, kinds)
+    layers = [LayerSpec(attention=attention, ffn=dense if k == DENSE else moe) for k in kinds]
     return parts.read_model(settings, layers, norm_eps=1e-6)
+
+
+def _read_kinds(settings: Settings, default: list[str]) -> list[str]:
+    kinds = settings.items("mlp_layer_types", of=str, default=default)
+    if len(kinds) != len(default) or not set(kinds) <= {DENSE, SPARSE}:
+        raise UserError(
+            f"{settings.where} has mlp_layer_types={kinds}, expected {DENSE!r} or {SPARSE!r} for "
+            f"each of num_hidden_layers={len(default)}"
+        )
+    return kinds
 
 
 def _read_attention(settings: Settings, indexer: IndexerConfig | None) -> LatentAttentionConfig:

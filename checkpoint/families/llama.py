@@ -10,6 +10,17 @@ from configs.architecture import LayerSpec, ModelConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
 
+DEFAULTS = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+"""Values of transformers\' LlamaConfig for keys that a config.json leaves out."""
+
 
 def read_config(settings: Settings) -> ModelConfig:
     ffn = DenseConfig(
@@ -37,6 +48,7 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     read_config=read_config,
     write_config=write_config,
+    defaults=DEFAULTS,
     rows=(*rows.EMBEDDING, *rows.GROUPED_QUERY, *rows.DENSE),
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     gguf=GGUF("llama", gguf_tables.LLAMA),

@@ -10,6 +10,20 @@ from checkpoint.tables import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.feed_forward import MoEConfig
 
+DEFAULTS = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+}
+"""Values of transformers\' MixtralConfig for keys that a config.json leaves out."""
+
 
 def read_config(settings: Settings) -> ModelConfig:
     attention = parts.read_grouped_query(
@@ -44,6 +58,7 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     read_config=read_config,
     write_config=write_config,
+    defaults=DEFAULTS,
     rows=(
         *rows.EMBEDDING,
         *rows.GROUPED_QUERY,

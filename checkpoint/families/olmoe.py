@@ -10,6 +10,19 @@ from checkpoint.tables import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.feed_forward import MoEConfig
 
+DEFAULTS = {
+    "vocab_size": 50_304,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "num_experts_per_tok": 8,
+    "num_experts": 64,
+}
+"""Values of transformers\' OlmoeConfig for keys that a config.json leaves out."""
+
 
 def read_config(settings: Settings) -> ModelConfig:
     attention = parts.read_grouped_query(
@@ -43,6 +56,7 @@ OLMOE = Family(
     architecture="OlmoeForCausalLM",
     read_config=read_config,
     write_config=write_config,
+    defaults=DEFAULTS,
     rows=(
         *rows.EMBEDDING,
         *rows.GROUPED_QUERY,

@@ -1,7 +1,7 @@
 """Parts of config.json that several families share, each read and written side by side."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checkpoint.settings import Settings
@@ -104,14 +104,18 @@ def the_one(values: Sequence[Any], what: str) -> Any:
 
 
 def read_grouped_query(
-    settings: Settings, *, rope_base: float = 10_000.0, **extra: Any
+    settings: Settings,
+    *,
+    rope_base: float = 10_000.0,
+    rope: Mapping[str, Any] | None = None,
+    **extra: Any,
 ) -> AttentionConfig:
     """
     Args:
-      rope_base: the family's own, where the config doesn't say.
+      rope_base, rope: the family's own base and rope_parameters, where the config doesn't say.
     """
     heads = settings.integer("num_attention_heads")
-    base, scaling = read_rope(settings, rope_base)
+    base, scaling = read_rope(settings, rope_base, rope)
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=settings.integer("num_key_value_heads", default=heads),
@@ -174,39 +178,56 @@ def the_moe(config: ModelConfig) -> MoEConfig:
     return the_one(ffns, "form of its MoE layers")
 
 
-def read_rope(settings: Settings, base: float) -> tuple[float, RopeScaling | None]:
+def read_rope(
+    settings: Settings, base: float, default: Mapping[str, Any] | None = None
+) -> tuple[float, RopeScaling | None]:
     """RoPE's base and scaling, from the keys of transformers 5 (rope_parameters) or from the older
-    ones (rope_theta, rope_scaling).
+    ones (rope_theta, rope_scaling), in transformers' order: a rope_scaling goes before
+    rope_parameters, and a base inside the one that counts before a rope_theta beside it
+    (RotaryEmbeddingConfigMixin.convert_rope_params_to_dict).
+
+    Args:
+      base: the family's own, where the config doesn't say.
+      default: the family's rope_parameters, where the config has neither.
     """
-    new, old = settings.part("rope_parameters"), settings.part("rope_scaling")
     settings.expect("partial_rotary_factor", 1.0)
-    given = new or old
-    default = settings.number("rope_theta", default=base)
-    theta = new.number("rope_theta", default=default) if new else default
-    if given is None:
-        return theta, None
+    beside = settings.number("rope_theta", default=base)
+    parts = (settings.part(name) for name in ("rope_scaling", "rope_parameters"))
+    given = next((part for part in parts if part is not None and part.values), None)
+    if given is None and default is None:
+        return beside, None
+    given = given or Settings(dict(default or {}), f"{settings.where}: rope_parameters")
+    theta = given.number("rope_theta", default=beside)
     given.expect("partial_rotary_factor", 1.0)
+    for name, value in given.values.items():
+        if isinstance(value, dict):
+            raise UserError(f"{given.where} has {name}={value}: one rotation for all is built")
     kind = given.text("rope_type", "type", choices=ROPE_TYPES, default="default")
     if kind not in ("default", "yarn") and "kv_lora_rank" in settings:
         given.expect("mscale_all_dim", None, 0)  # transformers scales latent attention by it
     if kind == "llama3":
-        return theta, _read_llama3(given)
+        return theta, _read_llama3(given, settings)
     if kind == "linear":
         return theta, LinearRopeConfig(factor=given.number("factor"))
     return theta, _read_yarn(given, settings) if kind == "yarn" else None
 
 
-def _read_llama3(given: Settings) -> Llama3RopeConfig:
+def _read_llama3(given: Settings, settings: Settings) -> Llama3RopeConfig:
     return Llama3RopeConfig(
         factor=given.number("factor"),
         low_freq_factor=given.number("low_freq_factor"),
         high_freq_factor=given.number("high_freq_factor"),
-        original_length=given.integer("original_max_position_embeddings"),
+        original_length=_original_length(given, settings),
     )
 
 
+def _original_length(given: Settings, settings: Settings) -> int:
+    whole = settings.integer("max_position_embeddings")
+    return given.integer("original_max_position_embeddings", default=whole)
+
+
 def _read_yarn(given: Settings, settings: Settings) -> YarnConfig:
-    original = given.integer("original_max_position_embeddings")
+    original = _original_length(given, settings)
     whole = settings.integer("max_position_embeddings")
     factor = given.number("factor", default=whole / original)
     mscale, rotary_scale = _read_scales(given, factor, is_latent="kv_lora_rank" in settings)

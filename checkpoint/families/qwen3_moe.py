@@ -10,6 +10,21 @@ from checkpoint.tables import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.feed_forward import DenseConfig, MoEConfig
 
+DEFAULTS = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "num_experts": 128,
+}
+"""Values of transformers\' Qwen3MoeConfig for keys that a config.json leaves out."""
+
 
 def read_config(settings: Settings) -> ModelConfig:
     settings.expect("use_sliding_window", False)
@@ -54,6 +69,7 @@ QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     read_config=read_config,
     write_config=write_config,
+    defaults=DEFAULTS,
     rows=(
         *rows.EMBEDDING,
         *rows.GROUPED_QUERY,

@@ -177,7 +177,7 @@ def test_a_model_that_no_family_can_say_is_not_exported():
     with pytest.raises(UserError, match=r"family 'gpt5' is unknown"):
         export_family(deepseek_v3_nano(), "gpt5")
     own = export_family(mixtral_8x7b())
-    with pytest.raises(UserError, match=r"holds this model \(mixtral: "):
+    with pytest.raises(UserError, match=r"holds this model \(the nearest is mixtral: "):
         export_family(v31_dynamic_nano(), own=own)
 
 

@@ -1,16 +1,17 @@
 """Tokenizers of GGUF files against what llama.cpp and transformers gave (record_*.py)."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 
 from checkpoint.gguf_files import GGUFFile
 from configs.checks import UserError
 from data.gguf_tokenizer import CUTS, tokenizer_from_gguf
-from data.gguf_tokenizer_write import tokenizer_to_gguf
+from data.gguf_tokenizer_write import tokenizer_to_gguf, told_difference
 from data.smollm2 import packaged_gguf
 
 HERE = Path(__file__).parent
@@ -90,6 +91,31 @@ def test_written_and_read_back(pre: str):
         assert read.encode(text, specials=True) == tokenizer.encode(text, specials=True)
 
 
+METASPACE = [("first", True, True), ("always", True, True), ("never", False, False)]
+TEXTS_OF_WORDS = [text for text in TEXTS if not text.startswith(" ") and "<" not in text]
+
+
+@pytest.mark.parametrize(("scheme", "prefix", "differs"), METASPACE)
+def test_metaspace_is_a_sentencepiece(scheme: str, prefix: bool, differs: bool):
+    """As transformers 5 writes a LlamaTokenizer ("first"), and as older ones were converted:
+    llama.cpp's ids of the same model, but where a text begins with a space or follows a special
+    token, which is told."""
+    recorded = tokenizer_from_gguf(metadata("llama", add_space_prefix=prefix), "here")
+    state = json.loads(recorded.tokenizer.to_str())
+    cut = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    state |= {"normalizer": None, "pre_tokenizer": cut}
+    changed = Tokenizer.from_str(json.dumps(state))
+    changed.encode_special_tokens = True
+    tokenizer = dataclasses.replace(recorded, tokenizer=changed)
+    again = tokenizer_from_gguf(tokenizer_to_gguf(tokenizer, tokenizer.vocab_size), "here")
+    assert (told_difference(tokenizer) is not None) == differs
+    assert len(TEXTS_OF_WORDS) > 8
+    for text, ids in zip(TEXTS, CUT_RECORD["ids"][f"llama {prefix}"], strict=True):
+        assert again.encode(text) == ids[0], text
+        if text in TEXTS_OF_WORDS:
+            assert tokenizer.encode(text) == ids[0], text
+
+
 def test_what_llama_cpp_has_no_name_for_is_refused():
     values = metadata("gpt2", "gpt-2")
     tokenizer = tokenizer_from_gguf(values, "here")
@@ -142,7 +168,8 @@ def smollm2() -> GGUFFile:
 def test_smollm2_as_transformers_and_llama_cpp():
     file = smollm2()
     tokenizer = tokenizer_from_gguf(file.metadata, str(file.path))
-    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, {2}, False)
+    # llama.cpp ends at <|endoftext|> and <reponame>, too, by their texts.
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, {0, 2, 4}, False)
     assert tokenizer.chat_template == SMOLLM2["chat_template"]
     for record in SMOLLM2["texts"]:
         assert tokenizer.encode(record["text"]) == record["plain"]
