@@ -33,8 +33,8 @@ def draw_kernels(kernels: dict[str, Any]) -> Picture | None:
     axes.set_xlabel("share of the measured ceiling, of arithmetic or memory")
     axes.legend(loc="lower right", frameon=False)
     caption = (
-        "Each kernel's least time, by a large product's and a large copy's rate, over what it took. "
-        "Operands that fit into the L2 cache may come to more than 1."
+        "Each kernel's least time, by the rates of a large product and a large copy, over what it "
+        "took. Operands that fit into the L2 cache may come to more than 1."
     )
     return to_picture(figure, "kernels", caption)
 
