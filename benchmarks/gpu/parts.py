@@ -48,7 +48,9 @@ class Request:
 
     @property
     def names(self) -> list[str]:
-        return [name for name in NAMES if name.startswith(self.prefixes)]
+        """The cases, in the order of the prefixes."""
+        found = [name for prefix in self.prefixes for name in NAMES if name.startswith(prefix)]
+        return list(dict.fromkeys(found))
 
 
 def run_part(name: str, request: Request) -> Result:
@@ -162,12 +164,12 @@ def decode(request: Request, keep: Callable[[Result], None]) -> None:
 def decode_ours(request: Request, keep: Callable[[Result], None]) -> None:
     deadline = time.monotonic() + decoding.OURS * request.seconds
     result: Result = environment() | {"ours": []}
-    for weights, batch in decoding.WANTED:
-        if time.monotonic() > deadline:
-            result["failure"] = f"no time was left from {weights} at batch {batch} on"
-            break
-        result["ours"].append(decoding.measure(decoding.Shape(), weights, batch))
+    for found in decoding.measure_all(decoding.Shape()):
+        result["ours"].append(found)
         keep(result)
+        if time.monotonic() > deadline:
+            result["failure"] = f"no time was left after {found['weights']}, {found['batch']}"
+            break
     keep(result)
 
 

@@ -299,7 +299,7 @@ def test_the_decoding_part_decodes(weights):
         vocab_size=256,
         context=70,
     )
-    found = decoding.measure(shape, weights, batch=3, steps=2, rounds=1)
+    (found,) = decoding.measure_all(shape, [(weights, 3)], steps=2)
     assert 2 <= found["experts_used"] <= 4
     bits = {"bf16": 16, "int4": 4.25}[weights]
     matrices = 2 * (4 * 128 * 128 + found["experts_used"] * 3 * 128 * 128) + 128 * 256
