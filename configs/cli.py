@@ -37,13 +37,24 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         near = difflib.get_close_matches(name, functions, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"unknown run {name!r}: {hint}There are {', '.join(functions)}")
+    return with_overrides(functions[name](), overrides, name)
+
+
+def with_overrides(run: RunConfig, overrides: Sequence[str], name: str) -> RunConfig:
+    """The run with overrides as on the command line, see `load_run`.
+
+    Args:
+      name: of the command, for its help.
+    Raises:
+      UserError: no such setting, or a value that is impossible.
+    """
     printed, complained = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complained):
             return tyro.cli(
                 RunConfig,
                 prog=name,
-                default=functions[name](),
+                default=run,
                 args=list(overrides),
                 config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
             )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run
-from data.pipeline import prepare_corpus
 from data.tokenizer import end_of_text_id
 from evals.run import TASKS, Progress, evaluate
 from evals.tasks.base import Result
@@ -41,7 +41,7 @@ def complete(run_dir: Path, prompts: Sequence[str], *, max_new_tokens: int) -> d
     """The run's continuation of each prompt, sampled with a fixed seed."""
     run = read_run(run_dir)
     model, variables = load_model(run, run_dir)
-    tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
+    tokenizer = read_run_tokenizer(run, run_dir)
     end = end_of_text_id(tokenizer)
     tokens = [[end, *tokenizer.encode(prompt).ids] for prompt in prompts]
     stop_ids = frozenset({end})

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint.run_corpus import open_run_corpus
 from checkpoint.run_directory import read_run
 from configs.checks import UserError
-from data.pipeline import prepare_corpus
 from evals.tasks import line_completion, stdlib_bpb
 from evals.tasks.base import Result, Subject
 from infer.load import inference_model, load_model
@@ -59,15 +59,15 @@ def evaluate(
         model, variables = load_model(run, run_dir)
     else:
         model, variables = inference_model(run), beginning
-    corpus = prepare_corpus(run.data, run.model.vocab_size)
+    corpus = open_run_corpus(run, run_dir)
     results = []
     for name in tasks:
         subject = Subject(
             score=functools.partial(_score, model, variables, run.data.seq_len, progress(name)),
             length=run.data.seq_len,
-            tokenizer=corpus.tokenizer(),
-            training=corpus.training(),
-            held_out=corpus.held_out(),
+            tokenizer=corpus.tokenizer,
+            token_counts_V=corpus.token_counts_V,
+            held_out=corpus.held_out,
         )
         results.append(TASKS[name](subject))
     written = [dataclasses.asdict(result) for result in results]

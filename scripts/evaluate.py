@@ -27,10 +27,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated (default: all)")
     parser.add_argument("--beginning", action="store_true", help="the weights the run began with")
     arguments = parser.parse_args(argv)
-    names = arguments.tasks.split(",")
+    names, run_dir = arguments.tasks.split(","), arguments.run_dir
     check_tasks(names)
-    first = beginning(read_run(arguments.run_dir)) if arguments.beginning else None
-    show(str(arguments.run_dir), evaluate(arguments.run_dir, names, progress_bar, first))
+    first = beginning(read_run(run_dir), run_dir) if arguments.beginning else None
+    show(str(run_dir), evaluate(run_dir, names, progress_bar, first))
 
 
 def progress_bar(name: str) -> Progress:

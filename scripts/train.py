@@ -12,7 +12,7 @@ from pathlib import Path
 from configs.base import RunConfig
 from configs.cli import load_run
 from scripts import command
-from scripts.sources import first_variables
+from scripts.sources import initial_weights
 from train.loop import FitResult, fit
 from train.report import write_report
 
@@ -22,7 +22,8 @@ def main(argv: list[str]) -> int:
     run = load_run(arguments.run, overrides)
     command.use_host_devices(run.mesh.num_devices)
     describe(run)
-    result = fit(run, arguments.run_dir, variables=first_variables(run, arguments.run_dir))
+    begin = initial_weights(run, arguments.run_dir)
+    result = fit(run, arguments.run_dir, variables=begin.take(), initial=begin.origin)
     write_report(arguments.run_dir)
     return finish(run, arguments.run_dir, result)
 

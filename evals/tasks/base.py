@@ -22,7 +22,8 @@ class Subject:
     length: int
     """Tokens the model reads at once."""
     tokenizer: Tokenizer
-    training: TokenFile
+    token_counts_V: np.ndarray
+    """How often each token occurs in the training text."""
     held_out: TokenFile
 
 
