@@ -79,9 +79,9 @@ def grown_run(
     """
     how = (arguments.operator, arguments.factor)
     model = grown_config(parent.model, *how, warmup_steps=arguments.warmup)
-    own = {"name": f"{parent.name}_grown", "steps": arguments.steps, "model": model}
+    own = {"name": f"{parent.name}_grown", "model": model}
     grown = dataclasses.replace(parent, **own, init=InitConfig(), distill=None)
-    run = with_overrides(grown, overrides, "grow")
+    run = with_overrides(grown, ["--steps", str(arguments.steps), *overrides], "grow")
     for name in ("model", "init", "distill"):
         changed = differences(getattr(grown, name), getattr(run, name), name)
         require(
