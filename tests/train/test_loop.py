@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoint.run_directory import read_run
+from checkpoint.run_directory import read_run, sole_writer
 from configs.base import AlarmConfig, CheckpointConfig, ExecutionConfig, MeshConfig, OptimizerConfig
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, RouterConfig
@@ -122,6 +122,12 @@ def test_another_experiment_in_the_folder_is_refused(story):
     other = dataclasses.replace(run, seed=5)
     with pytest.raises(UserError, match="seed was 0, now 5"):
         fit(other, tmp_path / "stopped")
+
+
+def test_a_folder_in_which_another_trains_is_refused(story):
+    run, tmp_path = story
+    with sole_writer(tmp_path / "stopped"), pytest.raises(UserError, match="another process"):
+        fit(run, tmp_path / "stopped")
 
 
 def test_the_report_has_every_picture(story):
