@@ -14,7 +14,7 @@ C = TypeVar("C")
 
 def to_json(config: Any) -> str:
     """The config as indented JSON; `from_json` gives an equal config back."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
 
 
 def from_json(cls: type[C], text: str, *, where: str) -> C:

@@ -9,9 +9,10 @@ from typing import Any
 
 from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run
+from configs.checks import UserError
 from data.tokenizer import end_of_text_id
 from evals.run import TASKS, Progress, evaluate
-from evals.tasks.base import Result
+from evals.tasks.base import Result, Skipped
 from infer.generate import generate
 from infer.load import load_model
 from infer.sampling import Sampling
@@ -32,9 +33,17 @@ class Contender:
 
 
 def contend(run_dir: Path, progress: Callable[[str], Progress]) -> Contender:
-    """Runs every benchmark on a trained run."""
-    results = evaluate(run_dir, list(TASKS), progress)
-    return Contender(run_dir, {result.task: result for result in results})
+    """Runs every benchmark on a trained run.
+
+    Raises:
+      UserError: one does not apply to it.
+    """
+    results: dict[str, Result] = {}
+    for found in evaluate(run_dir, list(TASKS), progress):
+        if isinstance(found, Skipped):
+            raise UserError(f"{found.task} does not apply to {run_dir}: {found.reason}")
+        results[found.task] = found
+    return Contender(run_dir, results)
 
 
 def complete(run_dir: Path, prompts: Sequence[str], *, max_new_tokens: int) -> dict[str, str]:
