@@ -10,6 +10,7 @@ from typing import Any
 from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run
 from configs.checks import UserError
+from configs.serialization import finite_json
 from data.tokenizer import end_of_text_id
 from evals.run import TASKS, Progress, evaluate
 from evals.tasks.base import Result, Skipped
@@ -103,7 +104,7 @@ def write_comparison(
     Args:
       completions: the teacher's continuation of each prompt.
     """
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (directory / "summary.json").write_text(finite_json(summary, indent=2) + "\n")
     names = {"teacher": teacher, "student": student}
     logs = {name: read_lines(c.run_dir / "metrics.jsonl") for name, c in names.items()}
     bits = {

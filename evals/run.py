@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from checkpoint.run_corpus import open_run_corpus
 from checkpoint.run_directory import read_run
 from configs.checks import UserError, require
+from configs.serialization import finite_json
 from evals.tasks import line_completion, stdlib_bpb
 from evals.tasks.base import NotApplicable, Result, Skipped, Subject
 from infer.load import inference_model, load_model
@@ -85,7 +85,7 @@ def _write(path: Path, results: Sequence[Result]) -> None:
     """Replaces the file as a whole."""
     written = [dataclasses.asdict(result) for result in results]
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(written, indent=2) + "\n")
+    unfinished.write_text(finite_json(written, indent=2) + "\n")
     os.replace(unfinished, path)
 
 

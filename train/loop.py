@@ -26,12 +26,11 @@ from checkpoint.store import CheckpointStore, abstract_like
 from configs.base import RunConfig
 from configs.checks import require
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
-from model.routed_layers import routed_layers
 from model.transformer import Variables
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec
 from train.losses import ChunkLoss, cross_entropy
-from train.metrics import Alarms, MetricsLog, TrainingAlarm, make_line
+from train.metrics import Alarms, MetricsLog, TrainingAlarm, logged_num_experts, make_line
 from train.progress import ProgressBar
 from train.state import TrainState, init_state, plan_state
 from train.step import make_train_step
@@ -96,7 +95,7 @@ def fit(
             del variables, opt_state  # the state has its own; these may be as large
             step = make_train_step(run, trainee, chunk_loss)
             log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
-            alarms = Alarms(run.alarms, _num_experts(run))
+            alarms = Alarms(run.alarms, logged_num_experts(run.model))
             with contextlib.closing(log), ProgressBar(run.name, total=run.steps, done=done) as bar:
                 while done < run.steps and stop.signal is None:
                     state, metrics, seconds = _one_step(step, state, next(iterator), mesh, extend)
@@ -191,12 +190,6 @@ def _check(alarms: Alarms, line: dict[str, Any], store: CheckpointStore) -> None
             else "no checkpoint came before"
         )
         raise TrainingAlarm(f"{alarm}; {kept}, in {store.directory}") from None
-
-
-def _num_experts(run: RunConfig) -> int:
-    """Experts of the smallest MoE layer (0 without one): the alarms' measure of dead experts."""
-    layers = routed_layers(run.model).values()
-    return min((layer.config.num_experts for layer in layers), default=0)
 
 
 @dataclass
