@@ -14,6 +14,7 @@ from checkpoint.store import latest_step
 from configs.base import RunConfig
 from configs.cli import load_run
 from infer.load import load_model
+from planning.available import require_memory
 from scripts import command
 from scripts.train import describe, finish
 from train.distill import LoadTeacher, Teacher, distill
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
     run = load_run(arguments.run, overrides)
     command.use_host_devices(run.mesh.num_devices)
     describe(run)
+    require_memory(run)
     result = distill(run, arguments.run_dir, *teacher_of(arguments.teacher))
     write_report(arguments.run_dir)
     return finish(run, arguments.run_dir, result)

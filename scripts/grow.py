@@ -28,6 +28,7 @@ from data.pipeline import prepare_corpus
 from infer.load import load_model
 from model.growth import Operator, grow, grown_config
 from model.transformer import Variables
+from planning.available import require_memory
 from scripts import command
 from scripts.sources import describe_beginning, require_same_tokenizer
 from scripts.train import describe, finish
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> int:
     run_dir = arguments.run_dir or arguments.parent.with_name(f"{arguments.parent.name}_grown")
     command.use_host_devices(run.mesh.num_devices)
     describe(run)
+    require_memory(run)
     require_same_tokenizer(run, str(arguments.parent), read_run_tokenizer(parent, arguments.parent))
     _, variables = load_model(parent, arguments.parent)
     origin = origin_of(variables, run, arguments)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from configs.base import RunConfig
 from configs.cli import load_run
+from planning.available import require_memory
 from scripts import command
 from scripts.sources import initial_weights
 from train.loop import FitResult, fit
@@ -22,6 +23,7 @@ def main(argv: list[str]) -> int:
     run = load_run(arguments.run, overrides)
     command.use_host_devices(run.mesh.num_devices)
     describe(run)
+    require_memory(run)
     begin = initial_weights(run, arguments.run_dir)
     result = fit(run, arguments.run_dir, variables=begin.take(), initial=begin.origin)
     write_report(arguments.run_dir)

@@ -15,6 +15,7 @@ from pathlib import Path
 from configs.checks import require
 from configs.cli import load_run
 from model.upcycle import upcycled_config
+from planning.available import require_memory
 from scripts import command
 from scripts.sources import initial_weights
 from scripts.train import describe, finish
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> int:
     run_dir = Path("runs") / name if is_default else arguments.run_dir
     command.use_host_devices(run.mesh.num_devices)
     describe(run)
+    require_memory(run)
     begin = initial_weights(run, run_dir)
     result = fit(run, run_dir, variables=begin.take(), initial=begin.origin)
     write_report(run_dir)
