@@ -44,8 +44,8 @@ def main(argv: list[str]) -> int:
     is_default = arguments.run_dir == Path("runs") / arguments.run
     run_dir = Path("runs") / name if is_default else arguments.run_dir
     command.use_host_devices(run.mesh.num_devices)
-    describe(run)
     require_memory(run)
+    describe(run)
     begin = initial_weights(run, run_dir)
     result = fit(run, run_dir, variables=begin.take(), initial=begin.origin)
     write_report(run_dir)
