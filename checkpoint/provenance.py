@@ -88,7 +88,7 @@ def read_provenance(run_dir: Path) -> Provenance | None:
     in_checkpoint = _read_checkpoint(run_dir / "checkpoints")
     if in_folder is None or in_checkpoint is None:
         return in_checkpoint or in_folder
-    changed = differences(in_checkpoint, in_folder)
+    changed = provenance_differences(in_checkpoint, in_folder)
     require(
         not changed,
         f"{run_dir / FILE} is of another run than the newest checkpoint beside it "
@@ -121,7 +121,7 @@ def resume_provenance(run_dir: Path, stated: Provenance) -> Provenance | None:
         return None
     initial = stated.initial or known.initial
     stated = dataclasses.replace(stated, initial=initial, teacher=known.teacher)
-    changed = differences(known, stated)
+    changed = provenance_differences(known, stated)
     require(
         not changed,
         f"{run_dir} holds a run that was made from something else ({'; '.join(changed)}): give "
@@ -143,7 +143,7 @@ def confirm_teacher(run_dir: Path, teacher: ModelOrigin) -> None:
     if known.teacher is None or latest_step(run_dir / "checkpoints") is None:
         write_provenance(run_dir, stated)
         return
-    changed = differences(known, stated)
+    changed = provenance_differences(known, stated)
     require(
         not changed,
         f"{run_dir} holds a run with another teacher ({'; '.join(changed)}): give the teacher it "
@@ -151,7 +151,7 @@ def confirm_teacher(run_dir: Path, teacher: ModelOrigin) -> None:
     )
 
 
-def differences(before: Provenance, after: Provenance) -> list[str]:
+def provenance_differences(before: Provenance, after: Provenance) -> list[str]:
     """Sentences naming what differs; a model under another name is the same if its weights are."""
     lines = []
     if before.objective != after.objective:

@@ -10,30 +10,21 @@ reads on in the data where its parent stopped, unless an override changes the or
 --optimizer grown its optimiser goes on with the parent's moments (train/growth.py says which).
 """
 
-import argparse
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from checkpoint.provenance import ModelOrigin, weights_fingerprint
 from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import has_checkpoint, read_run
-from checkpoint.store import latest_step
-from configs.base import InitConfig, RunConfig
-from configs.checks import require
+from configs.base import InitConfig
 from configs.cli import with_overrides
-from configs.serialization import differences
-from data.pipeline import prepare_corpus
 from infer.load import load_model
 from model.growth import Operator, grow, grown_config
-from model.transformer import Variables
 from planning.available import require_memory
 from scripts import command
-from scripts.sources import describe_beginning, require_same_tokenizer
+from scripts.sources import describe_beginning, parent_origin, require_same_tokenizer
 from scripts.train import describe, finish
 from train.growth import load_grown_optimizer_state
-from train.initial import rows_read
 from train.loop import fit
 from train.report import write_report
 
@@ -43,24 +34,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("parent", type=Path, help="folder of a trained run")
     parser.add_argument("--operator", choices=get_args(Operator), default="copy")
     parser.add_argument("--factor", type=int, default=2, help="experts each expert becomes")
-    parser.add_argument("--steps", type=int, required=True, help="steps to train on")
+    parser.add_argument("--steps", required=True, help="steps to train on")
     parser.add_argument("--warmup", type=int, help="reserve: steps over which the twins enter")
     parser.add_argument("--drop", type=float, default=0.0, help="share of a twin's units redrawn")
     parser.add_argument("--optimizer", choices=("fresh", "grown"), default="grown")
     parser.add_argument("--run-dir", type=Path, help="folder of the new run")
     arguments, overrides = parser.parse_known_args(argv)
     parent = read_run(arguments.parent)
-    run = grown_run(parent, arguments, overrides)
+    how = (arguments.operator, arguments.factor)
+    model = grown_config(parent.model, *how, warmup_steps=arguments.warmup)
+    own = {"name": f"{parent.name}_grown", "model": model, "init": InitConfig(), "distill": None}
+    grown, overrides = dataclasses.replace(parent, **own), ["--steps", arguments.steps, *overrides]
+    run = with_overrides(grown, overrides, "grow", fixed=("model", "init", "distill"))
     run_dir = arguments.run_dir or arguments.parent.with_name(f"{arguments.parent.name}_grown")
     command.use_host_devices(run.mesh.num_devices)
     require_memory(run)
     describe(run)
     require_same_tokenizer(run, str(arguments.parent), read_run_tokenizer(parent, arguments.parent))
     _, variables = load_model(parent, arguments.parent)
-    origin = origin_of(variables, run, arguments)
+    names = ("operator", "factor", "warmup", "drop", "optimizer")
+    settings = tuple(f"--{name} {getattr(arguments, name)}" for name in names)
+    origin = parent_origin(arguments.parent, variables, run, settings)
     if not has_checkpoint(run_dir):
         describe_beginning(origin)
-    how = (arguments.operator, arguments.factor)
     options = {"warmup_steps": arguments.warmup, "drop": arguments.drop, "seed": run.seed}
     variables = grow(variables, parent.model, *how, **options)
     opt_state = None
@@ -69,42 +65,6 @@ def main(argv: list[str]) -> int:
     result = fit(run, run_dir, variables=variables, opt_state=opt_state, initial=origin)
     write_report(run_dir)
     return finish(run, run_dir, result)
-
-
-def grown_run(
-    parent: RunConfig, arguments: argparse.Namespace, overrides: Sequence[str]
-) -> RunConfig:
-    """The parent's run with a grown model and the overrides.
-
-    Raises:
-      UserError: an override of what growth decides.
-    """
-    how = (arguments.operator, arguments.factor)
-    model = grown_config(parent.model, *how, warmup_steps=arguments.warmup)
-    own = {"name": f"{parent.name}_grown", "model": model}
-    grown = dataclasses.replace(parent, **own, init=InitConfig(), distill=None)
-    run = with_overrides(grown, ["--steps", str(arguments.steps), *overrides], "grow")
-    for name in ("model", "init", "distill"):
-        changed = differences(getattr(grown, name), getattr(run, name), name)
-        require(
-            not changed,
-            f"--{name}.* can't be overridden, as growth decides it ({'; '.join(changed)}): leave "
-            "it out",
-        )
-    return run
-
-
-def origin_of(variables: Variables, run: RunConfig, arguments: argparse.Namespace) -> ModelOrigin:
-    """The parent, what growth does with it, and the rows it has read."""
-    folder, step = arguments.parent, latest_step(arguments.parent / "checkpoints") or 0
-    names = ("operator", "factor", "warmup", "drop", "optimizer")
-    return ModelOrigin(
-        name=str(folder),
-        weights=weights_fingerprint(variables),
-        step=step,
-        settings=tuple(f"--{name} {getattr(arguments, name)}" for name in names),
-        rows_read=rows_read(folder, step, run, prepare_corpus(run.data, run.model.vocab_size)),
-    )
 
 
 if __name__ == "__main__":

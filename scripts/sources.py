@@ -1,6 +1,5 @@
 """The trained model that a run begins with: its variables, and where they are from."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +46,7 @@ def initial_weights(run: RunConfig, run_dir: Path) -> InitialWeights:
     require_same_tokenizer(run, source.name, _tokenizer(source))
     variables, origin = _read(source)
     if source.kind == "run":
-        corpus = prepare_corpus(run.data, run.model.vocab_size)
-        rows = rows_read(source.path, origin.step or 0, run, corpus)
-        origin = dataclasses.replace(origin, rows_read=rows)
+        origin = parent_origin(source.path, variables, run)
     describe_beginning(origin)
     return InitialWeights(initial_variables(run, source.config, variables), origin)
 
@@ -94,6 +91,26 @@ def require_same_tokenizer(run: RunConfig, name: str, theirs: Tokenizer | None) 
         f"the tokenizers of the corpus {corpus.directory} and of {name} differ ({difference}): "
         f"begin with a model of this corpus, or make another corpus with the model's tokenizer "
         f"(--data.tokenizer {name} --data.directory NEW)",
+    )
+
+
+def parent_origin(
+    run_dir: Path, variables: Variables, run: RunConfig, settings: tuple[str, ...] = ()
+) -> ModelOrigin:
+    """The run that another begins with, what is done with it, and the rows it has read.
+
+    Args:
+      variables: of the newest checkpoint in run_dir.
+      run: the one that begins.
+    """
+    step = latest_step(run_dir / "checkpoints") or 0
+    corpus = prepare_corpus(run.data, run.model.vocab_size)
+    return ModelOrigin(
+        name=str(run_dir),
+        weights=weights_fingerprint(variables),
+        step=step,
+        settings=settings,
+        rows_read=rows_read(run_dir, step, run, corpus),
     )
 
 

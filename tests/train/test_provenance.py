@@ -5,6 +5,7 @@ else.
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from infer.load import load_model
 from infer.sources import open_source
 from scripts.sources import beginning, initial_weights
 from tests import tiny
+from tests.train.test_loop import stop_after
 from train.loop import fit
 
 TEXT = "def function_3(argument): return total"
@@ -33,7 +35,7 @@ def trained(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("provenance")
     tiny.write_sources(tmp_path)
     run = tiny.run(tmp_path)
-    fit(dataclasses.replace(run, steps=3), tmp_path / "run")
+    fit(run, tmp_path / "run", make_extend=stop_after(3, signal.SIGTERM))
     ids = prepare_corpus(run.data, 300).tokenizer().encode(TEXT).ids
     bits = bits_of(tmp_path / "run")
     (tmp_path / "corpus").rename(tmp_path / "corpus as it was")
@@ -104,7 +106,7 @@ def test_what_was_changed_in_the_folder_is_refused(case, name):
         open_run_corpus(run, run_dir)
     (run_dir / name).unlink()
     same_corpus(run)
-    fit(dataclasses.replace(run, steps=3), run_dir)  # as the sentence advises
+    fit(run, run_dir)  # as the sentence advises
     assert open_run_corpus(run, run_dir).held_out.sidecar.num_tokens > 0
 
 
@@ -187,7 +189,7 @@ def test_a_fingerprint_is_of_values_names_and_shapes():
 def heir(run, run_dir: Path, **data):
     """A run that begins with the one in run_dir."""
     init, data = InitConfig(source=str(run_dir)), dataclasses.replace(run.data, **data)
-    return dataclasses.replace(run, name="heir", init=init, data=data, steps=4)
+    return dataclasses.replace(run, name="heir", init=init, data=data)
 
 
 def test_a_source_with_another_tokenizer_is_refused(case, tmp_path):
@@ -209,8 +211,8 @@ def test_a_run_that_began_with_another_knows_which(case, tmp_path):
     same_corpus(run)
     follower = heir(run, run_dir)
     begin = initial_weights(follower, tmp_path / "heir")
-    fit(dataclasses.replace(follower, steps=3), tmp_path / "heir", variables=begin.take(),
-        initial=begin.origin)  # fmt: skip
+    options = {"variables": begin.take(), "initial": begin.origin}
+    fit(follower, tmp_path / "heir", make_extend=stop_after(3, signal.SIGTERM), **options)
     known = read_provenance(tmp_path / "heir")
     assert known is not None
     assert known.initial is not None
@@ -225,4 +227,4 @@ def test_a_run_that_began_with_another_knows_which(case, tmp_path):
     shutil.rmtree(run_dir)
     gone = initial_weights(follower, tmp_path / "heir")
     assert gone.origin is None
-    assert fit(follower, tmp_path / "heir", initial=gone.origin).steps == 4
+    assert fit(follower, tmp_path / "heir", initial=gone.origin).steps == run.steps
