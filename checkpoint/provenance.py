@@ -22,7 +22,7 @@ from data.pipeline import CorpusFingerprints
 
 FILE = "provenance.json"
 KEY, TOKENIZER_KEY = "provenance", "tokenizer"
-"""Of a checkpoint's metadata, beside the config's settings."""
+"""Keys in a checkpoint's metadata, beside the config's settings."""
 
 Objective = Literal["next_token", "distillation"]
 VERBS: dict[Objective, str] = {"next_token": "scripts.train", "distillation": "scripts.distill"}
@@ -39,7 +39,7 @@ class ModelOrigin:
     step: int | None = None
     """Steps it was trained for; None for a model of others."""
     settings: tuple[str, ...] = ()
-    """Of what was done with it, as on the command line: '--operator copy'."""
+    """Options of what was done with it, as on the command line: '--operator copy'."""
     rows_read: int = 0
     """Rows of the run's own data order that it had read: the run reads on after them."""
 
@@ -50,7 +50,7 @@ class ModelOrigin:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Of one run."""
+    """Fingerprints of what one run was made from."""
 
     objective: Objective = "next_token"
     corpus: CorpusFingerprints
@@ -79,7 +79,7 @@ def checkpoint_metadata(run: Any, provenance: Provenance, tokenizer: Path) -> di
 
 
 def read_provenance(run_dir: Path) -> Provenance | None:
-    """Of a run's newest checkpoint, or before the first one of its folder; None where it has none.
+    """Provenance by the newest checkpoint, before the first one by the folder; None for old runs.
 
     Raises:
       UserError: the folder's belongs to another run than the checkpoint.
@@ -109,7 +109,7 @@ def write_provenance(run_dir: Path, provenance: Provenance) -> None:
 
 
 def resume_provenance(run_dir: Path, stated: Provenance) -> Provenance | None:
-    """What is known of a run that goes on; None of one that was made before this was kept.
+    """Provenance of a run that goes on; None of one that was made before this was kept.
 
     Args:
       stated: what it is about to go on with; its initial weights count where it says some.

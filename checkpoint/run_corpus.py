@@ -28,12 +28,12 @@ AGAIN = "start the command that trained the run again, which copies it from the 
 
 @dataclass(frozen=True)
 class RunCorpus:
-    """Of one run."""
+    """Tokenizer, held-out tokens and token counts of one run."""
 
     tokenizer: Tokenizer
     held_out: TokenFile
     token_counts_V: np.ndarray
-    """How often each token occurs in the training text, int64."""
+    """Occurrences of each token in the training text, int64."""
 
 
 def keep_corpus(corpus: Corpus, run_dir: Path, *, is_new: bool) -> None:
@@ -55,7 +55,7 @@ def keep_corpus(corpus: Corpus, run_dir: Path, *, is_new: bool) -> None:
 
 
 def count_tokens(file: TokenFile, vocab_size: int) -> np.ndarray:
-    """How often each token occurs, int64 [V]."""
+    """Occurrences of each token, int64 [V]."""
     counts_V = np.zeros(vocab_size, np.int64)
     for begin in range(0, len(file.tokens), COUNTED_AT_ONCE):
         part = file.tokens[begin : begin + COUNTED_AT_ONCE]
@@ -83,7 +83,7 @@ def read_run_tokenizer(run: RunConfig, run_dir: Path) -> Tokenizer:
 
 
 def open_run_corpus(run: RunConfig, run_dir: Path) -> RunCorpus:
-    """What the run keeps of its corpus.
+    """The kept part of a run's corpus.
 
     Raises:
       UserError: as `read_run_tokenizer`; held-out tokens that are missing, damaged or others.

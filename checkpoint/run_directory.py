@@ -70,7 +70,7 @@ def has_checkpoint(run_dir: Path) -> bool:
 
 
 def _check_same(run: RunConfig, run_dir: Path, stated: Provenance) -> Provenance | None:
-    """What the run that lies there was made from; None where it keeps no fingerprints."""
+    """Provenance of the run that lies there; None where it keeps no fingerprints."""
     if (run_dir / "config.json").exists():
         changed = differences(read_run(run_dir), run)
         changed = [line for line in changed if not line.startswith(MAY_CHANGE)]

@@ -5,6 +5,7 @@ The kernel gives a lock back when its process ends, in whatever way.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import TextIO
 
 from configs.checks import UserError, require
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Errors of file systems without locks, such as some networks'."""
 
 
 @contextlib.contextmanager
@@ -67,5 +71,11 @@ def _try(lock: TextIO) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        raise UserError(f"{lock.name} can't be locked: {error.strerror}") from error
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"{lock.name} can't be locked: {error.strerror}") from error
+        print(
+            f"note: {lock.name} can't be locked here ({error.strerror}): let no other process "
+            "work in that place",
+            flush=True,
+        )
     return True

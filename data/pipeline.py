@@ -57,7 +57,7 @@ class Corpus:
         return load_tokenizer(self.tokenizer_path)
 
     def fingerprints(self) -> CorpusFingerprints:
-        """Of the files as they are now, read whole.
+        """Fingerprints of the files as they are now, read whole.
 
         Raises:
           UserError: one is missing or damaged.
@@ -104,7 +104,7 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
 
 
 def _settings(config: DataConfig, vocab_size: int) -> dict[str, object]:
-    """What a corpus is made from, as its corpus.json says it."""
+    """Settings that a corpus is made with, as its corpus.json lists them."""
     return {
         "source": config.source,
         "suffix": config.suffix,

@@ -4,24 +4,33 @@ Linux tells it in /proc/meminfo and /sys/fs/cgroup (kernel documentation, "The /
 "Control Group v2"); where there is neither, it is not known.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
 
+from configs.architecture import ModelConfig
 from configs.base import RunConfig
 from configs.checks import UserError
 from planning.estimate import estimate_memory, weights_of
 
 KIB, GB = 1024, 1e9
+WEIGHT_BYTES = 4
+"""Bytes of a parameter in float32."""
 
 
-def require_memory(run: RunConfig) -> None:
-    """Compares what training needs at least, by formulas, with what there is; allocates nothing.
+def require_memory(run: RunConfig, teacher: ModelConfig | None = None) -> None:
+    """Compares what training needs, by formulas, with the memory there is; allocates nothing.
 
+    Args:
+      teacher: a model whose weights lie beside, split over the same devices.
     Raises:
       UserError: it is more.
     """
     needed = estimate_memory(run, weights_of(run))
+    if teacher is not None:
+        weights = WEIGHT_BYTES * teacher.num_parameters / run.mesh.num_devices
+        needed = dataclasses.replace(needed, state=needed.state + weights)
     device = jax.devices()[0]
     on_host = device.platform == "cpu"
     have = available_memory() if on_host else (device.memory_stats() or {}).get("bytes_limit")
@@ -31,7 +40,7 @@ def require_memory(run: RunConfig) -> None:
     where = "this machine has" if on_host else f"each device of {run.mesh.num_devices} has"
     raise UserError(
         f"training {run.name} needs about {devices * needed.total / GB:,.1f} GB "
-        f"({devices * needed.state / GB:,.1f} for parameters, gradients and optimiser, the rest "
+        f"({devices * needed.state / GB:,.1f} for weights, gradients and optimiser, the rest "
         f"for a step's activations), and {where} {have / GB:,.1f} GB to give: choose a smaller "
         "run, batch_size or data.seq_len, or a larger machine (scripts.plan says what a run needs)"
     )
@@ -48,7 +57,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def _of_host(path: Path) -> int | None:
-    """What can be had without pushing anybody out, and the free swap."""
+    """Memory to be had without pushing anybody out, and the free swap."""
     if not path.exists():
         return None
     lines = (line.split() for line in path.read_text().splitlines())
@@ -59,7 +68,7 @@ def _of_host(path: Path) -> int | None:
 
 
 def _of_groups(root: Path) -> list[int]:
-    """What is left of the limit of this process's control group and of each one above it."""
+    """Bytes below the limit of this process's control group and of each one above it."""
     mounted, own = root / "sys/fs/cgroup", root / "proc/self/cgroup"
     lines = own.read_text().splitlines() if own.exists() else []
     paths = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]

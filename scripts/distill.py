@@ -27,9 +27,10 @@ def main(argv: list[str]) -> int:
     arguments, overrides = command.split_run_arguments(parser, argv)
     run = load_run(arguments.run, overrides)
     command.use_host_devices(run.mesh.num_devices)
-    require_memory(run)
+    teacher = teacher_of(arguments.teacher)
+    require_memory(run, teacher[0].model)
     describe(run)
-    result = distill(run, arguments.run_dir, *teacher_of(arguments.teacher))
+    result = distill(run, arguments.run_dir, *teacher)
     write_report(arguments.run_dir)
     return finish(run, arguments.run_dir, result)
 

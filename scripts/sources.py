@@ -20,7 +20,7 @@ from train.initial import initial_variables, rows_read
 
 @dataclass
 class InitialWeights:
-    """Of a run; both None where it draws them from its seed."""
+    """Weights a run begins with; both None where it draws them from its seed."""
 
     variables: Variables | None = None
     """None, too, where the run goes on from its own checkpoint."""

@@ -38,7 +38,7 @@ class Teacher:
     step: int
     """Steps it was trained for."""
     name: str = "teacher"
-    """Of the folder it was read from."""
+    """Folder it was read from."""
 
     @functools.cached_property
     def weights(self) -> str:

@@ -28,7 +28,7 @@ class Subject:
     """Tokens the model reads at once."""
     tokenizer: Tokenizer
     token_counts_V: np.ndarray
-    """How often each token occurs in the training text."""
+    """Occurrences of each token in the training text, int64."""
     held_out: TokenFile
 
 

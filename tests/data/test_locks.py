@@ -1,5 +1,7 @@
 """Several processes in one place: one goes on, the others wait or are told."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import time
@@ -66,6 +68,15 @@ def test_of_a_sweep_one_makes_the_corpus_and_all_have_it(tmp_path):
     assert len(found) == 1
     assert Corpus(tmp_path / "corpus").training().sidecar.num_tokens > 0
     assert {path.name for path in tmp_path.iterdir()} == {"sources", "corpus"}
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch, capsys):
+    def flock(_file, _operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    enter(tmp_path / "run")
+    assert "can't be locked here (No locks available)" in capsys.readouterr().out
 
 
 def take(path, log) -> None:

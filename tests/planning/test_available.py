@@ -65,7 +65,7 @@ def test_a_run_beyond_the_machine_is_refused_before_anything_is_made(tmp_path, m
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"training v31 needs about .* and this machine has") as no:
         train.main(["v31"])
-    state = float(re.search(r"\(([\d,.]+) for parameters", str(no.value))[1].replace(",", ""))
+    state = float(re.search(r"\(([\d,.]+) for weights", str(no.value))[1].replace(",", ""))
     assert state >= 16 * load_run("v31").model.num_parameters / 1e9
     assert list(tmp_path.iterdir()) == []
 
@@ -79,3 +79,12 @@ def test_what_fits_is_let_through(monkeypatch):
     monkeypatch.setattr(available, "available_memory", lambda: 10**8)
     with pytest.raises(UserError, match=r"has 0\.1 GB to give"):
         require_memory(run)
+
+
+def test_a_teachers_weights_count(monkeypatch):
+    """v31's alone are 56 GB in float32."""
+    student = load_run("v31_nano_student")
+    monkeypatch.setattr(available, "available_memory", lambda: 50 * 10**9)
+    require_memory(student)
+    with pytest.raises(UserError, match=r"about 56\.\d GB"):
+        require_memory(student, load_run("v31").model)

@@ -58,7 +58,7 @@ def bits_of(run_dir: Path) -> float:
 
 
 def another_corpus(run) -> None:
-    """What a changed source, or another Python's library, would make of the same settings."""
+    """A corpus of the same settings from a changed source, or another Python's library."""
     sources = Path(run.data.source)
     shutil.move(sources, sources.with_name("as it was"))
     tiny.write_sources(sources.parent, word="something_else")
