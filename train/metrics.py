@@ -77,7 +77,8 @@ def read_lines(path: Path) -> list[Line]:
         except json.JSONDecodeError as error:
             if number < len(texts):
                 raise UserError(
-                    f"{path} line {number} is not JSON ({error}): restore the file"
+                    f"{path} line {number} is not JSON ({error}): restore the file, or move it "
+                    "away and go on without"
                 ) from error
     return lines
 

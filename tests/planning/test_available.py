@@ -81,6 +81,29 @@ def test_what_fits_is_let_through(monkeypatch):
         require_memory(run)
 
 
+class Accelerator:
+    """In the place of a GPU, of which each has its own memory."""
+
+    platform = "gpu"
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+
+    def memory_stats(self):
+        return None if self.limit is None else {"bytes_limit": self.limit}
+
+
+def test_an_accelerator_has_its_own_memory(monkeypatch):
+    run = load_run("v31")
+    monkeypatch.setattr(available.jax, "devices", lambda: [Accelerator(72 * 10**9)])
+    require_memory(run)
+    monkeypatch.setattr(available.jax, "devices", lambda: [Accelerator(None)])
+    require_memory(run)
+    monkeypatch.setattr(available.jax, "devices", lambda: [Accelerator(30 * 10**9)])
+    with pytest.raises(UserError, match=r"about \d\d\.\d GB .* each device of 128 has 30\.0 GB"):
+        require_memory(run)
+
+
 def test_a_teachers_weights_count(monkeypatch):
     """v31's alone are 56 GB in float32."""
     student = load_run("v31_nano_student")
