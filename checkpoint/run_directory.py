@@ -3,6 +3,7 @@ what it keeps of its corpus.
 """
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,12 @@ def open_run_dir(run: RunConfig, run_dir: Path, stated: Provenance, corpus: Corp
     Raises:
       UserError: another experiment, or a folder that can't be written.
     """
-    known = _check_same(run, run_dir, stated) if has_checkpoint(run_dir) else None
+    goes_on = has_checkpoint(run_dir)
+    known = _check_same(run, run_dir, stated) if goes_on else None
+    if goes_on and known is None and stated.initial is not None:
+        # Runs without fingerprints began to read at the first row.
+        initial = dataclasses.replace(stated.initial, rows_read=0)
+        stated = dataclasses.replace(stated, initial=initial)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(to_json(run))

@@ -84,7 +84,7 @@ def evaluate(
 def _write(path: Path, results: Sequence[Result]) -> None:
     """Replaces the file as a whole."""
     written = [dataclasses.asdict(result) for result in results]
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     unfinished.write_text(finite_json(written, indent=2) + "\n")
     os.replace(unfinished, path)
 

@@ -82,7 +82,7 @@ def fit(
     mesh = mesh_of(run)
     trainee = plan_state(run, mesh)
     stated = Provenance(objective=objective, corpus=corpus.fingerprints(), initial=initial)
-    with sole_writer(run_dir), jax.set_mesh(mesh), _stop_signals() as stop:
+    with _first_writes(run_dir), jax.set_mesh(mesh), _stop_signals() as stop:
         known = open_run_dir(run, run_dir, stated, corpus)
         extend = make_extend(mesh) if make_extend else None
         known = read_provenance(run_dir) or known  # with the teacher that make_extend has noted
@@ -130,6 +130,11 @@ def to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
 
     return {name: put(x) for name, x in batch.items()}
+
+
+def _first_writes(run_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """Holds the folder for all processes of the run, of which the first does."""
+    return sole_writer(run_dir) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
 def _batches(run: RunConfig, corpus: Corpus, rows_before: int) -> Any:

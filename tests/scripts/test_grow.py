@@ -15,6 +15,7 @@ from data.pipeline import batches, prepare_corpus
 from scripts import command, grow
 from tests import tiny
 from tests.train.test_loop import stop_after
+from tests.train.test_provenance import make_old
 from train.loop import fit
 
 OVERRIDES = ("--steps", "2", "--optimizer.learning-rate", "0.001", "--optimizer.warmup-steps", "1")
@@ -101,3 +102,15 @@ def test_a_run_reads_on_after_its_parents_rows_and_so_when_it_goes_on(parent, tm
     fit(run, tmp_path / "heir", make_extend=spy(seen, stop=0))
     assert seen == whole[24:]
     assert not set(seen) & set(whole[:24])
+
+
+def test_a_grown_run_of_earlier_versions_goes_on_where_it_was(parent, tmp_path):
+    """They read their parent's rows again, and must not jump now."""
+    run, _ = parent
+    shutil.copytree(parent[1], tmp_path / "old")
+    make_old(tmp_path / "old")
+    origin = ModelOrigin(name="parent", weights="0" * 64, step=3, rows_read=24)
+    seen: list[int] = []
+    fit(run, tmp_path / "old", make_extend=spy(seen, stop=0), initial=origin)
+    stream = batches(prepare_corpus(run.data, 300).training(), seq_len=32, batch_size=8, seed=0)
+    assert seen == [next(stream)["row"].tolist() for _ in range(4)][3]
