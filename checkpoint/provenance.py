@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from checkpoint.atomic_folder import replace_text
 from checkpoint.store import latest_step, read_metadata
 from configs.checks import require
 from configs.serialization import from_json, to_json
@@ -105,7 +106,7 @@ def checkpoint_tokenizer(checkpoints: Path) -> str | None:
 
 def write_provenance(run_dir: Path, provenance: Provenance) -> None:
     """Writes provenance.json."""
-    (run_dir / FILE).write_text(to_json(provenance))
+    replace_text(run_dir / FILE, to_json(provenance))
 
 
 def resume_provenance(run_dir: Path, stated: Provenance) -> Provenance | None:

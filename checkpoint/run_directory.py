@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from checkpoint.atomic_folder import replace_text
 from checkpoint.provenance import Provenance, resume_provenance, write_provenance
 from checkpoint.run_corpus import keep_corpus
 from checkpoint.store import latest_step
@@ -61,7 +62,7 @@ def open_run_dir(run: RunConfig, run_dir: Path, stated: Provenance, corpus: Corp
         stated = dataclasses.replace(stated, initial=initial)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(to_json(run))
+        replace_text(run_dir / "config.json", to_json(run))
         if known is None:
             write_provenance(run_dir, stated)
         keep_corpus(corpus, run_dir, is_new=known is None)

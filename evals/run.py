@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from checkpoint.atomic_folder import replace_text
 from checkpoint.run_corpus import open_run_corpus
 from checkpoint.run_directory import read_run
 from configs.checks import UserError, require
@@ -84,9 +84,7 @@ def evaluate(
 def _write(path: Path, results: Sequence[Result]) -> None:
     """Replaces the file as a whole."""
     written = [dataclasses.asdict(result) for result in results]
-    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
-    unfinished.write_text(finite_json(written, indent=2) + "\n")
-    os.replace(unfinished, path)
+    replace_text(path, finite_json(written, indent=2) + "\n")
 
 
 def _score(
