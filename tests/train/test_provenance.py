@@ -131,6 +131,14 @@ def test_a_run_goes_on_with_its_own_corpus_alone(case):
     assert fit(run, run_dir).steps == run.steps  # the corpus made anew from the same text
 
 
+def test_one_token_that_differs_is_enough(case):
+    run, run_dir, _, _ = case
+    same_corpus(run)
+    flip(Path(run.data.directory) / "train.bin")
+    with pytest.raises(UserError, match=r"\(training tokens had the SHA-256 .*, now"):
+        fit(run, run_dir)
+
+
 def test_fingerprints_of_another_run_are_refused(case):
     run, run_dir, _, _ = case
     tree = json.loads((run_dir / "provenance.json").read_text())
