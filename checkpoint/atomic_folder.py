@@ -57,6 +57,20 @@ def partial_file(destination: Path, fingerprint: str) -> Iterator[Path]:
             shutil.rmtree(partial)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file, so that a process killed meanwhile leaves the old one or the new.
+
+    Raises:
+      OSError: the disk refuses.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _kept(destination: Path, fingerprint: str) -> Iterator[Path]:
     """The folder to work in, this process's alone."""

@@ -1,38 +1,100 @@
-"""The folder of a run: config.json, metrics.jsonl, checkpoints/ and pictures."""
+"""The folder of a run: config.json, provenance.json, metrics.jsonl, checkpoints/, pictures, and
+what it keeps of its corpus.
+"""
 
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from checkpoint.atomic_folder import replace_text
+from checkpoint.provenance import Provenance, resume_provenance, write_provenance
+from checkpoint.run_corpus import keep_corpus
 from checkpoint.store import latest_step
 from configs.base import RunConfig
-from configs.checks import UserError
+from configs.checks import UserError, require
 from configs.serialization import differences, from_json, to_json
+from data.locks import refuse_second
+from data.pipeline import Corpus
 
+LOCK = ".lock"
 MAY_CHANGE = ("steps", "mesh.", "execution.", "checkpoint.", "alarms.")
 """Settings that may differ when a run goes on; anything else would make it another experiment."""
 
 
-def open_run_dir(run: RunConfig, run_dir: Path) -> None:
-    """Makes the folder and writes config.json, or checks that it holds the same experiment.
+@contextlib.contextmanager
+def sole_writer(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes from training in this folder while the block runs.
+
+    Raises:
+      UserError: one is at it, or the folder can't be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run_dir} can't be written: {error.strerror}") from error
+    refusal = (
+        f"another process ({{process}}) is training in {run_dir}: wait for it, end it, or choose "
+        "another --run-dir"
+    )
+    with refuse_second(run_dir / LOCK, refusal):
+        yield
+
+
+def open_run_dir(run: RunConfig, run_dir: Path, stated: Provenance, corpus: Corpus) -> Provenance:
+    """Makes the folder and writes what it holds beside logs and checkpoints, or checks that it
+    holds the same experiment, made from the same things; returns what the run was made from.
 
     A folder without a checkpoint has nothing to lose, and takes the new config.
 
+    Args:
+      stated: what the run is about to be made from, or to go on with.
+      corpus: of the run; its tokenizer and held-out tokens are copied.
     Raises:
       UserError: another experiment, or a folder that can't be written.
     """
-    path = run_dir / "config.json"
-    if path.exists() and latest_step(run_dir / "checkpoints") is not None:
-        changed = differences(read_run(run_dir), run)
-        changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
-        if changed:
-            raise UserError(
-                f"{run_dir} holds a run with another config ({'; '.join(changed)}): "
-                "choose another --run-dir, or give the settings it was started with"
-            )
+    goes_on = has_checkpoint(run_dir)
+    known = _check_same(run, run_dir, stated) if goes_on else None
+    if goes_on and known is None and stated.initial is not None:
+        # Runs without fingerprints began to read at the first row.
+        initial = dataclasses.replace(stated.initial, rows_read=0)
+        stated = dataclasses.replace(stated, initial=initial)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_json(run))
+        replace_text(run_dir / "config.json", to_json(run))
+        if known is None:
+            write_provenance(run_dir, stated)
+        keep_corpus(corpus, run_dir, is_new=known is None)
     except OSError as error:
         raise UserError(f"{run_dir} can't be written: {error.strerror}") from error
+    return known or stated
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run goes on in this folder."""
+    return latest_step(run_dir / "checkpoints") is not None
+
+
+def _check_same(run: RunConfig, run_dir: Path, stated: Provenance) -> Provenance | None:
+    """Provenance of the run that lies there; None where it keeps no fingerprints."""
+    if (run_dir / "config.json").exists():
+        changed = differences(read_run(run_dir), run)
+        changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
+        require(
+            not changed,
+            f"{run_dir} holds a run with another config ({'; '.join(changed)}): choose another "
+            "--run-dir, or give the settings it was started with",
+        )
+    known = resume_provenance(run_dir, stated)
+    if known is None:
+        print(
+            f"note: {run_dir} was made before runs kept fingerprints: whether it goes on with the "
+            "corpus and models it began with is not known; those of now are noted",
+            file=sys.stderr,
+            flush=True,
+        )
+    return known
 
 
 def read_run(run_dir: Path) -> RunConfig:

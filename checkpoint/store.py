@@ -121,6 +121,17 @@ def latest_step(directory: Path) -> int | None:
     return max(steps, default=None)
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON kept inside a checkpoint; empty where there is none.
+
+    Raises:
+      UserError: it can't be read.
+    """
+    with _explain_failed_load(path):
+        kept = ocp.checkpointables_metadata(str(path.absolute())).custom_metadata
+    return kept if isinstance(kept, dict) else {}
+
+
 def restore_variables(directory: Path, abstract_variables: dict[str, Any]) -> tuple[Any, int]:
     """The newest checkpoint's variables alone, and its step; optimiser state is not read.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.architecture import ModelConfig
-from configs.checks import require, require_positive
+from configs.checks import require, require_finite, require_positive
 from configs.feed_forward import MoEConfig
 
 
@@ -135,11 +135,16 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     """Decoupled decay of matrices; norms are left alone."""
-    clip_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down."""
+    clip_norm: float | None = 1.0
+    """Global gradient norm above which gradients are scaled down; None: never."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "learning_rate", "clip_norm", "eps")
+        require_positive(self, "learning_rate", "eps")
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"clip_norm={self.clip_norm} must be greater than 0, or None to leave gradients as "
+            "they are",
+        )
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative")
         require(
             (self.decay_fraction is not None) == (self.schedule == "wsd"),
@@ -261,7 +266,12 @@ class RunConfig:
     """Set for a student: how it learns from its teacher."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_positive(self, "steps", "batch_size", "accumulation")
+        require(
+            0 <= self.seed < 2**63,
+            f"seed={self.seed} must be at least 0 and below 2**63 (it is kept in 63 bits)",
+        )
         require(
             self.batch_size % self.accumulation == 0,
             f"batch_size={self.batch_size} must be divisible by accumulation={self.accumulation}",

@@ -1,5 +1,7 @@
 """How configs refuse what makes no sense: one sentence with what came and what was needed."""
 
+import dataclasses
+import math
 from typing import Any
 
 
@@ -14,6 +16,26 @@ def require(condition: bool, sentence: str) -> None:
     """
     if not condition:
         raise UserError(sentence)
+
+
+def require_finite(config: Any, prefix: str = "") -> None:
+    """
+    Raises:
+      UserError: a float in the config, or in a config or tuple inside it, is infinite or no number.
+    """
+    if isinstance(config, float):
+        require(
+            math.isfinite(config),
+            f"{prefix}={config} must be a finite number; where a setting can be left out, None "
+            "does so",
+        )
+    elif isinstance(config, tuple):
+        for i, item in enumerate(config):
+            require_finite(item, f"{prefix}.{i}")
+    elif dataclasses.is_dataclass(config):
+        for field in dataclasses.fields(config):
+            name = f"{prefix}.{field.name}" if prefix else field.name
+            require_finite(getattr(config, field.name), name)
 
 
 def require_positive(config: Any, *names: str) -> None:

@@ -12,7 +12,8 @@ import tyro
 
 from configs import runs
 from configs.base import RunConfig
-from configs.checks import UserError
+from configs.checks import UserError, require
+from configs.serialization import differences
 
 
 def known_runs() -> dict[str, Callable[[], RunConfig]]:
@@ -37,13 +38,39 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         near = difflib.get_close_matches(name, functions, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"unknown run {name!r}: {hint}There are {', '.join(functions)}")
+    return with_overrides(functions[name](), overrides, name)
+
+
+def with_overrides(
+    run: RunConfig, overrides: Sequence[str], name: str, fixed: Sequence[str] = ()
+) -> RunConfig:
+    """The run with overrides as on the command line, see `load_run`.
+
+    Args:
+      name: of the command, for its help.
+      fixed: settings that must stay, such as "model".
+    Raises:
+      UserError: no such setting, a value that is impossible, or an override of what must stay.
+    """
+    changed = _with_overrides(run, overrides, name)
+    for setting in fixed:
+        lines = differences(getattr(run, setting), getattr(changed, setting), setting)
+        require(
+            not lines,
+            f"{name} decides {setting}, which can't be overridden ({'; '.join(lines)}): leave "
+            f"--{setting}.* out",
+        )
+    return changed
+
+
+def _with_overrides(run: RunConfig, overrides: Sequence[str], name: str) -> RunConfig:
     printed, complained = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complained):
             return tyro.cli(
                 RunConfig,
                 prog=name,
-                default=functions[name](),
+                default=run,
                 args=list(overrides),
                 config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
             )

@@ -14,7 +14,24 @@ C = TypeVar("C")
 
 def to_json(config: Any) -> str:
     """The config as indented JSON; `from_json` gives an equal config back."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
+
+
+def finite_json(tree: Any, **options: Any) -> str:
+    """The tree as JSON, which knows no NaN and no infinity: null stands for both.
+
+    Args:
+      options: of json.dumps.
+    """
+    return json.dumps(_without_nan(tree), allow_nan=False, **options)
+
+
+def _without_nan(tree: Any) -> Any:
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if isinstance(tree, dict):
+        return {name: _without_nan(value) for name, value in tree.items()}
+    return [_without_nan(x) for x in tree] if isinstance(tree, (list, tuple)) else tree
 
 
 def from_json(cls: type[C], text: str, *, where: str) -> C:

@@ -72,13 +72,15 @@ def write_tokens(
 class TokenFile:
     """A memory-mapped token file; opened lazily, so it can be sent to other processes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, advice: str | None = None) -> None:
         """Reads the sidecar and checks the file against it.
 
+        Args:
+          advice: ends the sentence of an error; None where the file's folder is a corpus.
         Raises:
           UserError: a missing, truncated or unreadable file or sidecar.
         """
-        mend = f"delete the folder {path.parent}, it will be made again"
+        mend = advice or f"delete the folder {path.parent}, it will be made again"
         try:
             self.sidecar = Sidecar(**json.loads(path.with_suffix(".json").read_text()))
             num_bytes = path.stat().st_size

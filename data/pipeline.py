@@ -1,18 +1,18 @@
 """From a corpus on disk to an endless, resumable stream of batches."""
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import grain
 import numpy as np
 
 from configs.base import DataConfig
-from configs.checks import UserError
+from configs.checks import UserError, require
 from data.corpora import name_hash, read_documents, split
+from data.locks import wait_for_lock
 from data.packing import PackedRows, StreamRows, TokenFile, write_tokens
 from data.tokenizer import (
     check_vocabulary,
@@ -26,6 +26,15 @@ from data.tokenizer_sources import load_public_tokenizer
 Batch = dict[str, np.ndarray]
 
 MAX_EPOCHS = 1_000_000  # an endless repeat overflows the length of Grain's prefetch
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusFingerprints:
+    """SHA-256 of each file of a corpus that a run's numbers depend on."""
+
+    tokenizer: str
+    training_tokens: str
+    held_out_tokens: str
 
 
 @dataclass(frozen=True)
@@ -47,36 +56,74 @@ class Corpus:
     def tokenizer(self):
         return load_tokenizer(self.tokenizer_path)
 
+    def fingerprints(self) -> CorpusFingerprints:
+        """Fingerprints of the files as they are now, read whole.
+
+        Raises:
+          UserError: one is missing or damaged.
+        """
+        self.tokenizer()
+        return CorpusFingerprints(
+            tokenizer=fingerprint(self.tokenizer_path),
+            training_tokens=fingerprint(self.training().path),
+            held_out_tokens=fingerprint(self.held_out().path),
+        )
+
 
 def prepare_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     """The corpus in config.directory, made from config.source if it is not there yet.
 
     It is built under another name and then renamed, so an interrupted build leaves nothing behind
-    that looks whole.
+    that looks whole. Of several processes that want it at once one builds, the others wait.
 
     Raises:
       UserError: the folder holds a corpus made with other settings, the source has no text, or
         config.tokenizer can't be read or has more tokens than vocab_size.
     """
     directory = Path(config.directory)
-    settings = {
+    if directory.exists():
+        return open_corpus(config, vocab_size)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = directory.with_name(f"{directory.name}.lock")
+    with wait_for_lock(lock, f"waiting for another process, which makes the corpus {directory}"):
+        if not directory.exists():
+            _build_beside(directory, _settings(config, vocab_size))
+    return open_corpus(config, vocab_size)
+
+
+def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
+    """The corpus in config.directory, which must be there: nothing is made.
+
+    Raises:
+      UserError: there is none, or it was made with other settings.
+    """
+    directory = Path(config.directory)
+    require(directory.exists(), f"the corpus {directory} is not there")
+    _check_settings(directory, _settings(config, vocab_size))
+    return Corpus(directory)
+
+
+def _settings(config: DataConfig, vocab_size: int) -> dict[str, object]:
+    """Settings that a corpus is made with, as its corpus.json lists them."""
+    return {
         "source": config.source,
         "suffix": config.suffix,
         "holdout_fraction": config.holdout_fraction,
         "vocab_size": vocab_size,
         "tokenizer": config.tokenizer,
     }
-    if directory.exists():
-        _check_settings(directory, settings)
-        return Corpus(directory)
-    building = directory.with_name(f"{directory.name}.building.{os.getpid()}")
+
+
+def _build_beside(directory: Path, settings: dict[str, Any]) -> None:
+    """Makes the corpus under another name, which a killed process may have left, and renames it."""
+    building = directory.with_name(f"{directory.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir(parents=True)
         _build(building, settings)
         building.rename(directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return Corpus(directory)
 
 
 def _check_settings(directory: Path, settings: dict[str, object]) -> None:
@@ -101,7 +148,7 @@ def _check_settings(directory: Path, settings: dict[str, object]) -> None:
         )
 
 
-def _build(directory: Path, settings: dict) -> None:
+def _build(directory: Path, settings: dict[str, Any]) -> None:
     documents = read_documents(settings["source"], settings["suffix"])
     training, held_out = split(documents, settings["holdout_fraction"])
     training.sort(key=lambda document: name_hash("order of " + document.name))
@@ -125,6 +172,7 @@ def batches(
     batch_size: int,
     seed: int,
     order: Literal["shuffled", "streams"] = "shuffled",
+    rows_before: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
@@ -139,6 +187,7 @@ def batches(
     Args:
       batch_size: rows of the global batch.
       seed: of the shuffled order; streams have only one.
+      rows_before: rows of that order that are left out at its beginning; of streams, whole batches.
     Returns:
       Iterator of {"tokens", "targets", "positions": int32 [B / process_count, L], "row": int32}.
     Raises:
@@ -151,8 +200,9 @@ def batches(
     if order == "streams":
         streams = StreamRows(file, seq_len, batch_size, process_index, process_count)
         rows = grain.MapDataset.source(streams).repeat(MAX_EPOCHS)
+        rows = rows[rows_before // process_count :] if rows_before else rows
     else:
         rows = grain.MapDataset.source(PackedRows(file, seq_len)).seed(seed).shuffle()
-        rows = rows.repeat(MAX_EPOCHS)[process_index::process_count]
+        rows = rows.repeat(MAX_EPOCHS)[rows_before + process_index :: process_count]
     rows = rows.batch(batch_size // process_count)
     return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

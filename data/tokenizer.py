@@ -55,8 +55,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: prepare the corpus again") from error
-    with malformed(f"{path} is no tokenizer", "prepare the corpus again"):
-        tokenizer = Tokenizer.from_str(data.decode())
+    return parse_tokenizer(data, str(path), "prepare the corpus again")
+
+
+def parse_tokenizer(data: bytes | str, where: str, advice: str) -> Tokenizer:
+    """A tokenizer.json's content. Text that spells a special token is read as text.
+
+    Raises:
+      UserError: it is no tokenizer; the sentence begins with `where` and ends with `advice`.
+    """
+    with malformed(f"{where} is no tokenizer", advice):
+        text = data if isinstance(data, str) else data.decode()
+        tokenizer = Tokenizer.from_str(text)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -102,12 +112,17 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(tree))
 
 
+def num_ids(tokenizer: Tokenizer) -> int:
+    """The highest id and one: more than its entries where there are gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
     """
     Raises:
       UserError: an id that a model with this vocab_size has no embedding for.
     """
-    needed = max(tokenizer.get_vocab().values()) + 1
+    needed = num_ids(tokenizer)
     if needed > vocab_size:
         raise UserError(
             f"data.tokenizer={name!r} has {needed} tokens, model.vocab_size={vocab_size} is below "
@@ -115,6 +130,24 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
         )
 
 
+def vocabulary_difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
+    """Says where two tokenizers give an id to different tokens; None where they never do.
+
+    An id that only one of them has is no difference: models have embeddings to spare.
+    """
+    by_id = {i: token for token, i in theirs.get_vocab().items()}
+    pairs = [(i, token, by_id[i]) for token, i in ours.get_vocab().items() if i in by_id]
+    differing = sorted(pair for pair in pairs if pair[1] != pair[2])
+    if not differing:
+        return None
+    first, token, other = differing[0]
+    return (
+        f"{len(differing):,} of {len(pairs):,} ids stand for other tokens, "
+        f"{first} for {token!r} and {other!r}"
+    )
+
+
 def fingerprint(path: Path) -> str:
-    """SHA-256 of the tokenizer file: equal fingerprints mean equal token ids."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file; equal ones of two tokenizer files mean equal token ids."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

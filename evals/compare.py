@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run
-from data.pipeline import prepare_corpus
+from configs.checks import UserError
+from configs.serialization import finite_json
 from data.tokenizer import end_of_text_id
 from evals.run import TASKS, Progress, evaluate
-from evals.tasks.base import Result
+from evals.tasks.base import Result, Skipped
 from infer.generate import generate
 from infer.load import load_model
 from infer.sampling import Sampling
@@ -33,16 +35,24 @@ class Contender:
 
 
 def contend(run_dir: Path, progress: Callable[[str], Progress]) -> Contender:
-    """Runs every benchmark on a trained run."""
-    results = evaluate(run_dir, list(TASKS), progress)
-    return Contender(run_dir, {result.task: result for result in results})
+    """Runs every benchmark on a trained run.
+
+    Raises:
+      UserError: one does not apply to it.
+    """
+    results: dict[str, Result] = {}
+    for found in evaluate(run_dir, list(TASKS), progress):
+        if isinstance(found, Skipped):
+            raise UserError(f"{found.task} does not apply to {run_dir}: {found.reason}")
+        results[found.task] = found
+    return Contender(run_dir, results)
 
 
 def complete(run_dir: Path, prompts: Sequence[str], *, max_new_tokens: int) -> dict[str, str]:
     """The run's continuation of each prompt, sampled with a fixed seed."""
     run = read_run(run_dir)
     model, variables = load_model(run, run_dir)
-    tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
+    tokenizer = read_run_tokenizer(run, run_dir)
     end = end_of_text_id(tokenizer)
     tokens = [[end, *tokenizer.encode(prompt).ids] for prompt in prompts]
     stop_ids = frozenset({end})
@@ -101,7 +111,7 @@ def write_comparison(
     Args:
       completions: the teacher's continuation of each prompt.
     """
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (directory / "summary.json").write_text(finite_json(summary, indent=2) + "\n")
     names = {"teacher": teacher, "student": student}
     logs = {name: read_lines(c.run_dir / "metrics.jsonl") for name, c in names.items()}
     bits = {

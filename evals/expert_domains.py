@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from checkpoint.run_corpus import open_run_corpus
 from checkpoint.run_directory import read_run
 from configs.architecture import ModelConfig
 from configs.checks import UserError, require
 from data.packing import TokenFile, document_positions
-from data.pipeline import prepare_corpus
 from infer.load import load_model
 from model.routed_layers import RoutedLayer, routed_layers
 from model.transformer import Preference, Transformer, Variables, hidden_and_router
@@ -122,7 +122,7 @@ def label_experts(
     run = read_run(run_dir)
     layers = _layers(run.model)
     require(bool(layers), f"{run_dir} has no MoE layer: there are no experts to label")
-    held_out = prepare_corpus(run.data, run.model.vocab_size).held_out()
+    held_out = open_run_corpus(run, run_dir).held_out
     places = sort_documents(held_out.sidecar.names, domains)
     model, variables = load_model(run, run_dir)
     counts = [

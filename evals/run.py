@@ -2,17 +2,18 @@
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from checkpoint.atomic_folder import replace_text
+from checkpoint.run_corpus import open_run_corpus
 from checkpoint.run_directory import read_run
-from configs.checks import UserError
-from data.pipeline import prepare_corpus
+from configs.checks import UserError, require
+from configs.serialization import finite_json
 from evals.tasks import line_completion, stdlib_bpb
-from evals.tasks.base import Result, Subject
+from evals.tasks.base import NotApplicable, Result, Skipped, Subject
 from infer.load import inference_model, load_model
 from infer.score import TokenScores, num_rows, score_documents
 from model.transformer import Transformer, Variables
@@ -43,37 +44,47 @@ def evaluate(
     tasks: Sequence[str],
     progress: Callable[[str], Progress],
     beginning: Variables | None = None,
-) -> list[Result]:
-    """Runs the tasks and writes run_dir/evals.json.
+) -> Iterator[Result | Skipped]:
+    """Runs the tasks one after the other; what is there already is in run_dir/evals.json.
 
     Args:
       progress: called with a task's name; gives the function that receives its progress.
       beginning: what the run began with, to be scored in place of its newest variables; the results
         go to evals_beginning.json.
     Raises:
-      UserError: an unknown task, a run without checkpoint or corpus.
+      UserError: an unknown task, a run without checkpoint; at the end, if no task applied.
     """
     check_tasks(tasks)
     run = read_run(run_dir)
+    corpus = open_run_corpus(run, run_dir)
     if beginning is None:
         model, variables = load_model(run, run_dir)
     else:
         model, variables = inference_model(run), beginning
-    corpus = prepare_corpus(run.data, run.model.vocab_size)
-    results = []
+    path = run_dir / ("evals.json" if beginning is None else "evals_beginning.json")
+    results: list[Result] = []
     for name in tasks:
         subject = Subject(
             score=functools.partial(_score, model, variables, run.data.seq_len, progress(name)),
             length=run.data.seq_len,
-            tokenizer=corpus.tokenizer(),
-            training=corpus.training(),
-            held_out=corpus.held_out(),
+            tokenizer=corpus.tokenizer,
+            token_counts_V=corpus.token_counts_V,
+            held_out=corpus.held_out,
         )
-        results.append(TASKS[name](subject))
+        try:
+            results.append(TASKS[name](subject))
+        except NotApplicable as error:
+            yield Skipped(name, str(error))
+        else:
+            _write(path, results)
+            yield results[-1]
+    require(bool(results), f"none of the tasks {', '.join(tasks)} applies to {run_dir}")
+
+
+def _write(path: Path, results: Sequence[Result]) -> None:
+    """Replaces the file as a whole."""
     written = [dataclasses.asdict(result) for result in results]
-    name = "evals.json" if beginning is None else "evals_beginning.json"
-    (run_dir / name).write_text(json.dumps(written, indent=2) + "\n")
-    return results
+    replace_text(path, finite_json(written, indent=2) + "\n")
 
 
 def _score(

@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 from checkpoint import gguf, huggingface
 from checkpoint.model_folder import is_model_folder, read_model_config, restore_model_folder
 from checkpoint.public import PublicCheckpoint
+from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run
 from checkpoint.store import restore_variables
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig, RunConfig
 from configs.checks import UserError
-from data.pipeline import prepare_corpus
 from data.public_tokenizer import PublicTokenizer, read_public_tokenizer
 from data.smollm2 import NAME, packaged_gguf
 from data.tokenizer import end_of_text_id
@@ -161,13 +161,13 @@ def _run(name: str, path: Path) -> Source:
         execution=run.execution,
         public=None,
         _restore=lambda abstract: restore_variables(path / "checkpoints", abstract)[0],
-        _tokenizer=lambda: run_tokenizer(run),
+        _tokenizer=lambda: run_tokenizer(run, path),
     )
 
 
-def run_tokenizer(run: RunConfig) -> PublicTokenizer:
-    """That of the run's corpus, whose documents begin with the end of text."""
-    tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
+def run_tokenizer(run: RunConfig, run_dir: Path) -> PublicTokenizer:
+    """The one it was trained with, whose documents begin with the end of text."""
+    tokenizer = read_run_tokenizer(run, run_dir)
     end = end_of_text_id(tokenizer)
     return PublicTokenizer(tokenizer, bos_id=end, eos_ids=frozenset({end}), add_bos=True)
 

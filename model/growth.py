@@ -29,6 +29,7 @@ from configs.checks import require
 from configs.feed_forward import BiasWarmupConfig, MoEConfig, RouterConfig
 from model.routed_layers import RoutedLayer, map_layers, routed_layers
 from model.router import RouterState
+from model.seeds import seed_key
 from model.transformer import Variables
 from model.warmup import initial_warmup
 
@@ -190,7 +191,7 @@ def grow(
     if drop:
 
         def redraw(name: str, layer: RoutedLayer, moe: Any) -> Any:
-            key = jax.random.fold_in(jax.random.key(seed), sorted(grown).index(name))
+            key = jax.random.fold_in(seed_key(seed), sorted(grown).index(name))
             return moe | redraw_units(moe, layer.config.num_experts, drop, key)
 
         params = map_layers(config, params, redraw)

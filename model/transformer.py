@@ -17,6 +17,7 @@ from model.cache import BlockCache, Cache
 from model.early_exit import dropout_rates
 from model.layers import RMSNorm, document_segments, weight
 from model.multi_token import MultiTokenModule, ahead
+from model.seeds import seed_key
 from parallel.sharding import constrain
 
 MAX_UNROLLED_LAYERS = 8
@@ -224,7 +225,7 @@ def abstract_variables(model: Transformer) -> tuple[Variables, Variables]:
 def init_variables(model: Transformer, seed: int) -> Variables:
     """Fresh variables; to be jitted with out_shardings, so that each device makes its own part."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return nn.unbox(_kept(model.init(jax.random.key(seed), tokens, tokens)))
+    return nn.unbox(_kept(model.init(seed_key(seed), tokens, tokens)))
 
 
 def _kept(variables: Any) -> Variables:

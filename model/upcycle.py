@@ -21,6 +21,7 @@ from configs.checks import UserError, require
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 from configs.serialization import differences
 from model.growth import redraw_units
+from model.seeds import seed_key
 from model.transformer import Transformer, Variables, init_variables
 
 
@@ -95,7 +96,7 @@ def upcycle(
         layer = dict(periods[name])
         moe = fresh["params"][name] | _copies(layer.pop("ffn"), ffn.num_experts)
         if drop:
-            key = jax.random.fold_in(jax.random.key(seed), i)
+            key = jax.random.fold_in(seed_key(seed), i)
             moe |= redraw_units(moe, 0, drop, key)
         periods[name] = layer | {"moe": moe}
         if name in fresh["router_state"]:

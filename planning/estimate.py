@@ -42,6 +42,19 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device."""
+
+    state: float
+    """Parameters, gradients and optimiser."""
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.state + self.activations
+
+
+@dataclass(frozen=True)
 class Weights:
     """A model's parameters by shape and logical axes, and its optimiser's bytes over theirs."""
 
@@ -66,19 +79,36 @@ def estimate(run: RunConfig, weights: Weights, accelerator: Accelerator) -> Esti
     Raises:
       UserError: the mesh does not divide a dimension it splits.
     """
-    mesh = AbstractMesh(_sizes(run), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    shardings = tree_shardings(mesh, weights.logical_axes, weights.abstract)
-    local = [
-        (int(np.prod(s.shard_shape(x.shape))), s.spec)
-        for x, s in zip(jax.tree.leaves(weights.abstract), jax.tree.leaves(shardings), strict=True)
-    ]
-    masters = 4.0 * sum(size for size, _ in local)
-    state = masters * (2.0 + weights.optimiser_ratio)  # parameters, gradients, optimiser
+    mesh = _mesh(run)
+    local = _local_sizes(weights, mesh)
     flops = run.tokens_per_step * training_flops_per_token(run.model, run.data.seq_len)
     repeated = 4 / 3 if run.execution.remat == "full" else 1.0
     compute = repeated * flops / run.mesh.num_devices / accelerator.flops_16
     network = sum(c.times * c.seconds(accelerator) for c in _traffic(run, local, mesh))
-    return Estimate(state + _activations(run), compute + network)
+    return Estimate(estimate_memory(run, weights).total, compute + network)
+
+
+def estimate_memory(run: RunConfig, weights: Weights) -> MemoryEstimate:
+    """
+    Raises:
+      UserError: the mesh does not divide a dimension it splits.
+    """
+    masters = 4.0 * sum(size for size, _ in _local_sizes(weights, _mesh(run)))
+    state = masters * (2.0 + weights.optimiser_ratio)  # parameters, gradients, optimiser
+    return MemoryEstimate(state, _activations(run))
+
+
+def _mesh(run: RunConfig) -> AbstractMesh:
+    return AbstractMesh(_sizes(run), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _local_sizes(weights: Weights, mesh: AbstractMesh) -> list[tuple[int, Any]]:
+    """Elements of each parameter on one device, and how it is split."""
+    shardings = tree_shardings(mesh, weights.logical_axes, weights.abstract)
+    return [
+        (int(np.prod(s.shard_shape(x.shape))), s.spec)
+        for x, s in zip(jax.tree.leaves(weights.abstract), jax.tree.leaves(shardings), strict=True)
+    ]
 
 
 def _sizes(run: RunConfig) -> tuple[int, int, int]:

@@ -1,12 +1,13 @@
 """What all verbs share: arguments, exit codes, and how the process is set up.
 
-Exit codes: 0 done; 1 the run stopped itself (an alarm); 2 bad input, said in one sentence; 128 + n
-stopped by signal n after saving.
+Exit codes: 0 done; 1 the run stopped itself (an alarm); 2 bad input, said in one sentence; 3 a
+fault of the program, with its traceback; 128 + n stopped by signal n after saving.
 """
 
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,10 +35,12 @@ def execute(main: Main, *, huge_pages: bool = False) -> None:
         _leave(1, f"stopped: {alarm}")
     except OSError as error:
         if error.filename is None and error.errno is None:
-            raise
+            _leave(3, traceback.format_exc())
         _leave(2, f"error: {error.filename or 'a file'} can't be used: {error.strerror}")
     except KeyboardInterrupt:
         _leave(130, "interrupted")
+    except Exception:
+        _leave(3, traceback.format_exc())
     else:
         sys.exit(code)
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from checkpoint.run_directory import read_run
 from evals.run import TASKS, Progress, check_tasks, evaluate
-from evals.tasks.base import Result
+from evals.tasks.base import Result, Skipped
 from scripts import command
 from scripts.sources import beginning
 from train.progress import ProgressBar
@@ -27,10 +27,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated (default: all)")
     parser.add_argument("--beginning", action="store_true", help="the weights the run began with")
     arguments = parser.parse_args(argv)
-    names = arguments.tasks.split(",")
+    names, run_dir = arguments.tasks.split(","), arguments.run_dir
     check_tasks(names)
-    first = beginning(read_run(arguments.run_dir)) if arguments.beginning else None
-    show(str(arguments.run_dir), evaluate(arguments.run_dir, names, progress_bar, first))
+    first = beginning(read_run(run_dir), run_dir) if arguments.beginning else None
+    for found in evaluate(run_dir, names, progress_bar, first):
+        if isinstance(found, Skipped):
+            print(f"{found.task} skipped: {found.reason}", flush=True)
+        else:
+            show(str(run_dir), [found])
 
 
 def progress_bar(name: str) -> Progress:

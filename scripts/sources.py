@@ -1,37 +1,145 @@
-"""The variables of the trained model that a run begins with."""
+"""The trained model that a run begins with: its variables, and where they are from."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
+from checkpoint.provenance import ModelOrigin, read_provenance, weights_fingerprint
+from checkpoint.run_directory import has_checkpoint
 from checkpoint.store import latest_step
 from configs.base import RunConfig
-from configs.checks import UserError
-from infer.sources import open_source
+from configs.checks import UserError, require
+from data.pipeline import prepare_corpus
+from data.tokenizer import vocabulary_difference
+from infer.sources import Source, open_source
 from model.transformer import Variables
 from scripts.reading import reading
-from train.initial import initial_variables
+from train.initial import initial_variables, rows_read
 
 
-def first_variables(run: RunConfig, run_dir: Path) -> Variables | None:
-    """What a new run begins with; None where it goes on, or draws its weights from its seed.
+@dataclass
+class InitialWeights:
+    """Weights a run begins with; both None where it draws them from its seed."""
+
+    variables: Variables | None = None
+    """None, too, where the run goes on from its own checkpoint."""
+    origin: ModelOrigin | None = None
+
+    def take(self) -> Variables | None:
+        """The variables, which are not held here any longer: training has its own."""
+        variables, self.variables = self.variables, None
+        return variables
+
+
+def initial_weights(run: RunConfig, run_dir: Path) -> InitialWeights:
+    """Those of `run.init`; of a run that goes on, their origin, to be compared.
 
     Raises:
-      UserError: as beginning.
+      UserError: as `beginning`; a source that numbers tokens otherwise than the run's corpus.
     """
-    if run.init.source is None or latest_step(run_dir / "checkpoints") is not None:
-        return None
-    print(f"beginning with the weights of {run.init.source}", flush=True)
-    return beginning(run)
+    if run.init.source is None:
+        return InitialWeights()
+    if has_checkpoint(run_dir):
+        return InitialWeights(None, _origin_if_there(run))
+    source = open_source(run.init.source)
+    require_same_tokenizer(run, source.name, _tokenizer(source))
+    variables, origin = _read(source)
+    if source.kind == "run":
+        origin = parent_origin(source.path, variables, run)
+    describe_beginning(origin)
+    return InitialWeights(initial_variables(run, source.config, variables), origin)
 
 
-def beginning(run: RunConfig) -> Variables:
+def beginning(run: RunConfig, run_dir: Path | None = None) -> Variables:
     """The variables that run.init says.
 
+    Args:
+      run_dir: of a run that began with them.
     Raises:
-      UserError: init.source is not set, can't be read, or is no beginning of the run's model.
+      UserError: init.source is not set, can't be read, is no beginning of the run's model, or holds
+        other weights than those that the run in run_dir began with.
     """
     if run.init.source is None:
         raise UserError(f"{run.name} began with random weights: it has no init.source")
     source = open_source(run.init.source)
+    variables, origin = _read(source)
+    known = read_provenance(run_dir) if run_dir else None
+    if known is not None and known.initial is not None:
+        require(
+            known.initial.weights == origin.weights,
+            f"{run_dir} began with {known.initial}, and now init.source is {origin}: put the model "
+            "back that was there",
+        )
+    return initial_variables(run, source.config, variables)
+
+
+def require_same_tokenizer(run: RunConfig, name: str, theirs: Tokenizer | None) -> None:
+    """Makes the run's corpus if need be, and compares its tokenizer with a model's.
+
+    Args:
+      theirs: the model's; None is not compared.
+    Raises:
+      UserError: an id stands for different tokens.
+    """
+    if theirs is None:
+        return
+    corpus = prepare_corpus(run.data, run.model.vocab_size)
+    difference = vocabulary_difference(corpus.tokenizer(), theirs)
+    require(
+        difference is None,
+        f"the tokenizers of the corpus {corpus.directory} and of {name} differ ({difference}): "
+        f"begin with a model of this corpus, or make another corpus with the model's tokenizer "
+        f"(--data.tokenizer {name} --data.directory NEW)",
+    )
+
+
+def parent_origin(
+    run_dir: Path, variables: Variables, run: RunConfig, settings: tuple[str, ...] = ()
+) -> ModelOrigin:
+    """The run that another begins with, what is done with it, and the rows it has read.
+
+    Args:
+      variables: of the newest checkpoint in run_dir.
+      run: the one that begins.
+    """
+    step = latest_step(run_dir / "checkpoints") or 0
+    corpus = prepare_corpus(run.data, run.model.vocab_size)
+    return ModelOrigin(
+        name=str(run_dir),
+        weights=weights_fingerprint(variables),
+        step=step,
+        settings=settings,
+        rows_read=rows_read(run_dir, step, run, corpus),
+    )
+
+
+def describe_beginning(origin: ModelOrigin) -> None:
+    """Says what a new run begins with, and which rows it reads."""
+    rows = f", reading on after its {origin.rows_read:,} rows" if origin.rows_read else ""
+    print(f"beginning with the weights of {origin.name}{rows}", flush=True)
+
+
+def _origin_if_there(run: RunConfig) -> ModelOrigin | None:
+    assert run.init.source is not None
+    try:
+        return _read(open_source(run.init.source))[1]
+    except UserError as error:
+        print(f"note: the model that this run began with can't be compared: {error}", flush=True)
+        return None
+
+
+def _tokenizer(source: Source) -> Tokenizer | None:
+    try:
+        return source.tokenizer().tokenizer
+    except UserError as error:
+        print(f"note: the tokenizer of {source.name} can't be compared: {error}", flush=True)
+        return None
+
+
+def _read(source: Source) -> tuple[Variables, ModelOrigin]:
+    step = latest_step(source.path / "checkpoints") if source.kind == "run" else None
     with reading(source) as progress:
         _, variables = source.load(progress=progress)
-    return initial_variables(run, source.config, variables)
+    weights = weights_fingerprint(variables)
+    return variables, ModelOrigin(name=source.name, weights=weights, step=step)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from configs.base import RunConfig
 from configs.cli import load_run
+from planning.available import require_memory
 from scripts import command
-from scripts.sources import first_variables
+from scripts.sources import initial_weights
 from train.loop import FitResult, fit
 from train.report import write_report
 
@@ -22,8 +23,10 @@ def main(argv: list[str]) -> int:
     arguments, overrides = command.split_run_arguments(command.parser(__doc__, run=True), argv)
     run = load_run(arguments.run, overrides)
     command.use_host_devices(run.mesh.num_devices)
+    require_memory(run)
     describe(run)
-    result = fit(run, arguments.run_dir, variables=first_variables(run, arguments.run_dir))
+    begin = initial_weights(run, arguments.run_dir)
+    result = fit(run, arguments.run_dir, variables=begin.take(), initial=begin.origin)
     write_report(arguments.run_dir)
     return finish(run, arguments.run_dir, result)
 

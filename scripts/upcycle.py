@@ -15,8 +15,9 @@ from pathlib import Path
 from configs.checks import require
 from configs.cli import load_run
 from model.upcycle import upcycled_config
+from planning.available import require_memory
 from scripts import command
-from scripts.sources import first_variables
+from scripts.sources import initial_weights
 from scripts.train import describe, finish
 from train.loop import fit
 from train.report import write_report
@@ -43,8 +44,10 @@ def main(argv: list[str]) -> int:
     is_default = arguments.run_dir == Path("runs") / arguments.run
     run_dir = Path("runs") / name if is_default else arguments.run_dir
     command.use_host_devices(run.mesh.num_devices)
+    require_memory(run)
     describe(run)
-    result = fit(run, run_dir, variables=first_variables(run, run_dir))
+    begin = initial_weights(run, run_dir)
+    result = fit(run, run_dir, variables=begin.take(), initial=begin.origin)
     write_report(run_dir)
     return finish(run, run_dir, result)
 

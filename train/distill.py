@@ -7,7 +7,6 @@ B rows, L length, V vocab, J teacher tokens kept.
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from tokenizers import Tokenizer
 
+from checkpoint.provenance import ModelOrigin, confirm_teacher, weights_fingerprint
 from configs.base import DistillConfig, RunConfig
 from configs.checks import UserError
 from data.packing import PackedRows
 from data.pipeline import prepare_corpus
+from data.tokenizer import fingerprint, vocabulary_difference
 from model.transformer import Transformer, Variables, hidden_states, output_weights
 from train.loop import Extend, FitResult, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation
@@ -35,25 +37,38 @@ class Teacher:
     run: RunConfig
     step: int
     """Steps it was trained for."""
+    name: str = "teacher"
+    """Folder it was read from."""
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """Their fingerprint."""
+        return weights_fingerprint(self.variables)
 
 
 LoadTeacher = Callable[[Mesh], Teacher]
 """Loads the teacher onto the student's mesh."""
 
 
-def distill(run: RunConfig, run_dir: Path, teacher_run: RunConfig, load: LoadTeacher) -> FitResult:
+def distill(
+    run: RunConfig,
+    run_dir: Path,
+    teacher_run: RunConfig,
+    load: LoadTeacher,
+    teacher_tokenizer: Tokenizer,
+) -> FitResult:
     """Trains the student as train.loop.fit does, towards run.distill's objective.
 
     Raises:
       UserError: a run that is no distillation, whose vocabulary is not the teacher's, or whose
-      teacher has a memory.
+      teacher has a memory; a run that goes on with another teacher.
     """
     config = run.distill
     if config is None:
         raise UserError(
             f"{run.name} has no distill settings: choose a student, or train it by scripts.train"
         )
-    check_vocabulary(run, teacher_run)
+    check_vocabulary(run, teacher_run, teacher_tokenizer)
     if teacher_run.model.memory_length is not None:
         raise UserError(
             f"the teacher has memory_length={teacher_run.model.memory_length}, and distillation "
@@ -62,19 +77,27 @@ def distill(run: RunConfig, run_dir: Path, teacher_run: RunConfig, load: LoadTea
 
     def make_extend(mesh: Mesh) -> Extend:
         teacher = load(mesh)
+        origin = ModelOrigin(name=teacher.name, weights=teacher.weights, step=teacher.step)
+        confirm_teacher(run_dir, origin)
         if config.top_k is None:
             return _with_hidden(teacher)
         if not config.cache:
             return _with_top_k(teacher, config)
         corpus = prepare_corpus(run.data, run.model.vocab_size)
         rows = PackedRows(corpus.training(), run.data.seq_len)
-        cache = TopKCache(run_dir / "teacher_cache", len(rows), rows.seq_len, config, teacher)
+        cache = TopKCache(run_dir / "teacher_cache", rows, config, teacher)
         return _with_cache(_with_top_k(teacher, config), cache, mesh)
 
-    return fit(run, run_dir, chunk_loss=make_chunk_loss(config), make_extend=make_extend)
+    return fit(
+        run,
+        run_dir,
+        chunk_loss=make_chunk_loss(config),
+        make_extend=make_extend,
+        objective="distillation",
+    )
 
 
-def check_vocabulary(student: RunConfig, teacher: RunConfig) -> None:
+def check_vocabulary(student: RunConfig, teacher: RunConfig, tokenizer: Tokenizer) -> None:
     """
     Raises:
       UserError: the two would number tokens differently, so their logits could not be compared.
@@ -86,14 +109,14 @@ def check_vocabulary(student: RunConfig, teacher: RunConfig) -> None:
             "student "
             "the teacher's vocab_size and corpus"
         )
-    if student.data.directory != teacher.data.directory:
-        mine = prepare_corpus(student.data, student.model.vocab_size).training().sidecar
-        theirs = prepare_corpus(teacher.data, teacher.model.vocab_size).training().sidecar
-        if mine.tokenizer_sha256 != theirs.tokenizer_sha256:
-            raise UserError(
-                f"the tokenizers in {student.data.directory} and {teacher.data.directory} differ: "
-                "distillation needs one vocabulary, give the student the teacher's --data.directory"
-            )
+    corpus = prepare_corpus(student.data, student.model.vocab_size)
+    difference = vocabulary_difference(corpus.tokenizer(), tokenizer)
+    if difference is not None:
+        raise UserError(
+            f"the tokenizers in {student.data.directory} and of the teacher differ ({difference}): "
+            "distillation needs one vocabulary, give the student the teacher's corpus "
+            "(--data.directory), or make one with the teacher's run as --data.tokenizer"
+        )
 
 
 def make_chunk_loss(config: DistillConfig) -> ChunkLoss:
@@ -178,21 +201,20 @@ class TopKCache:
     """
 
     def __init__(
-        self, directory: Path, num_rows: int, seq_len: int, config: DistillConfig, teacher: Teacher
+        self, directory: Path, rows: PackedRows, config: DistillConfig, teacher: Teacher
     ) -> None:
-        """Opens or makes the cache.
+        """Opens or makes the cache of the teacher's view of these rows.
 
         Raises:
           UserError: the folder holds the view of another teacher, or with other settings.
         """
         assert config.top_k is not None
+        shape = (len(rows), rows.seq_len, config.top_k)
         settings = {
-            "teacher": hashlib.sha256(
-                repr((teacher.run.model, teacher.run.seed)).encode()
-            ).hexdigest(),
-            "teacher_step": teacher.step,
-            "rows": num_rows,
-            "seq_len": seq_len,
+            "teacher": teacher.weights,
+            "training_tokens": fingerprint(rows.file.path),
+            "rows": len(rows),
+            "seq_len": rows.seq_len,
             "top_k": config.top_k,
             "temperature": config.temperature,
         }
@@ -204,10 +226,9 @@ class TopKCache:
                 "delete that folder, it will be made again"
             )
         id_dtype = np.uint16 if teacher.run.model.vocab_size <= 2**16 else np.uint32
-        shape = (num_rows, seq_len, config.top_k)
         self._ids = _open(directory / "ids.bin", id_dtype, shape)
         self._log_probs = _open(directory / "log_probs.bin", np.float16, shape)
-        self._is_known = _open(directory / "known.bin", np.uint8, (num_rows,))
+        self._is_known = _open(directory / "known.bin", np.uint8, (len(rows),))
         described.write_text(json.dumps(settings))
 
     def has(self, rows_B: np.ndarray) -> bool:

@@ -1,12 +1,17 @@
-"""What a run begins with that begins with a trained model."""
+"""Initial weights taken from a trained model (`run.init`), and the rows that it has read."""
 
 import dataclasses
+from pathlib import Path
 
+from checkpoint.provenance import read_provenance
+from checkpoint.run_directory import read_run
 from configs.architecture import ModelConfig
 from configs.base import RunConfig
 from configs.checks import UserError, require
 from configs.feed_forward import MoEConfig
 from configs.serialization import differences
+from data.pipeline import Corpus
+from data.tokenizer import fingerprint
 from model.transformer import Variables
 from model.upcycle import upcycle
 
@@ -38,3 +43,31 @@ def initial_variables(run: RunConfig, source: ModelConfig, variables: Variables)
 
 def _has_experts(config: ModelConfig) -> bool:
     return any(isinstance(spec.ffn, MoEConfig) for spec in config.pattern)
+
+
+def rows_read(parent_dir: Path, steps: int, run: RunConfig, corpus: Corpus) -> int:
+    """Rows at the beginning of the run's data order that a run has read which it begins with.
+
+    0 where the two read in different orders: other tokens, seed, or length of a row.
+
+    Args:
+      steps: the parent's, when its weights were taken.
+    """
+    parent, known = read_run(parent_dir), read_provenance(parent_dir)
+    before = known.initial.rows_read if known and known.initial else 0
+    return before + steps * parent.batch_size if _same_order(parent_dir, run, corpus) else 0
+
+
+def _same_order(parent_dir: Path, run: RunConfig, corpus: Corpus) -> bool:
+    parent, known = read_run(parent_dir), read_provenance(parent_dir)
+    if known is None:
+        same_tokens = Path(parent.data.directory).resolve() == corpus.directory.resolve()
+    else:
+        same_tokens = known.corpus.training_tokens == fingerprint(corpus.training().path)
+    own = [(x.data.order, x.data.seq_len, _order_setting(x)) for x in (parent, run)]
+    return same_tokens and own[0] == own[1]
+
+
+def _order_setting(run: RunConfig) -> int:
+    """Beside the order's name, the setting that decides it."""
+    return run.batch_size if run.data.order == "streams" else run.seed

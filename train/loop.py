@@ -3,7 +3,6 @@ again.
 """
 
 import contextlib
-import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,17 +14,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from checkpoint.run_directory import open_run_dir
+from checkpoint.provenance import (
+    ModelOrigin,
+    Objective,
+    Provenance,
+    checkpoint_metadata,
+    read_provenance,
+)
+from checkpoint.run_directory import open_run_dir, sole_writer
 from checkpoint.store import CheckpointStore, abstract_like
 from configs.base import RunConfig
 from configs.checks import require
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
-from model.routed_layers import routed_layers
 from model.transformer import Variables
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec
 from train.losses import ChunkLoss, cross_entropy
-from train.metrics import Alarms, MetricsLog, TrainingAlarm, make_line
+from train.metrics import Alarms, MetricsLog, TrainingAlarm, logged_num_experts, make_line
 from train.progress import ProgressBar
 from train.state import TrainState, init_state, plan_state
 from train.step import make_train_step
@@ -49,60 +54,64 @@ def fit(
     *,
     chunk_loss: ChunkLoss = cross_entropy,
     make_extend: Callable[[Mesh], Extend] | None = None,
+    objective: Objective = "next_token",
     variables: Variables | None = None,
     opt_state: Any = None,
+    initial: ModelOrigin | None = None,
 ) -> FitResult:
     """Trains until run.steps are done or a signal asks to stop; started again, it goes on.
 
-    run_dir receives config.json, metrics.jsonl and checkpoints/. SIGINT and SIGTERM end the step at
-    hand, save, and return; after a kill the run goes on from its last checkpoint. On the same mesh
-    the resumed losses equal the unbroken run's bit for bit.
+    run_dir receives config.json, provenance.json, metrics.jsonl, checkpoints/ and what the run
+    keeps of its corpus. SIGINT and SIGTERM end the step at hand, save, and return; after a kill the
+    run goes on from its last checkpoint. On the same mesh the resumed losses equal the unbroken
+    run's bit for bit.
 
     Args:
       make_extend: called with the mesh in use; see Extend.
+      objective: what chunk_loss is; a run goes on with the one it began with.
       variables: what a new run begins with, if not with weights drawn from its seed: those of
         run.init (train/initial.py).
       opt_state: the optimiser's state it begins with beside these variables; None is a fresh one.
+      initial: where these variables are from; None is not compared when a run goes on.
     Raises:
-      UserError: a run_dir with another experiment, a corpus or checkpoint that can't be read, no
-      disk.
+      UserError: a run_dir with another experiment or another process in it, a corpus or checkpoint
+      that can't be read, no disk.
       TrainingAlarm: the run stopped itself; checkpoints are those from before the fault.
     """
     corpus = prepare_corpus(run.data, run.model.vocab_size)
     mesh = mesh_of(run)
     trainee = plan_state(run, mesh)
-    open_run_dir(run, run_dir)
-    with (
-        jax.set_mesh(mesh),
-        CheckpointStore(
-            run_dir / "checkpoints", keep=run.checkpoint.keep, metadata=dataclasses.asdict(run)
-        ) as store,
-        _stop_signals() as stop,
-    ):
-        began = time.monotonic()
-        iterator = _batches(run, corpus)
-        state, done = _start(run, trainee, store, iterator, variables, opt_state)
-        del variables, opt_state  # the state has its own; these may be as large
-        step = make_train_step(run, trainee, chunk_loss)
+    stated = Provenance(objective=objective, corpus=corpus.fingerprints(), initial=initial)
+    with _first_writes(run_dir), jax.set_mesh(mesh), _stop_signals() as stop:
+        known = open_run_dir(run, run_dir, stated, corpus)
         extend = make_extend(mesh) if make_extend else None
-        log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
-        alarms = Alarms(run.alarms, _num_experts(run))
-        with contextlib.closing(log), ProgressBar(run.name, total=run.steps, done=done) as bar:
-            while done < run.steps and stop.signal is None:
-                state, metrics, seconds = _one_step(step, state, next(iterator), mesh, extend)
-                done += 1
-                line = make_line(done, metrics, seconds, run.steps, run.tokens_per_step, run.model)
-                log.append(line)
-                _check(alarms, line, store)
-                if done % run.checkpoint.every == 0:
-                    store.save(done, state.to_dict(), iterator)
-                bar.update(
-                    done, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
-                )
-        if done > (store.latest_step or 0):
-            store.save(done, state.to_dict(), iterator)
-        store.wait()
-        return FitResult(done, stop.signal, time.monotonic() - began)
+        known = read_provenance(run_dir) or known  # with the teacher that make_extend has noted
+        metadata = checkpoint_metadata(run, known, corpus.tokenizer_path)
+        keep = run.checkpoint.keep
+        with CheckpointStore(run_dir / "checkpoints", keep=keep, metadata=metadata) as store:
+            began = time.monotonic()
+            iterator = _batches(run, corpus, known.initial.rows_read if known.initial else 0)
+            state, done = _start(run, trainee, store, iterator, variables, opt_state)
+            del variables, opt_state  # the state has its own; these may be as large
+            step = make_train_step(run, trainee, chunk_loss)
+            log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
+            alarms = Alarms(run.alarms, logged_num_experts(run.model))
+            with contextlib.closing(log), ProgressBar(run.name, total=run.steps, done=done) as bar:
+                while done < run.steps and stop.signal is None:
+                    state, metrics, seconds = _one_step(step, state, next(iterator), mesh, extend)
+                    done += 1
+                    tokens = run.tokens_per_step
+                    line = make_line(done, metrics, seconds, run.steps, tokens, run.model)
+                    log.append(line)
+                    _check(alarms, line, store)
+                    if done % run.checkpoint.every == 0:
+                        store.save(done, state.to_dict(), iterator)
+                    speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+                    bar.update(done, f"loss {line['loss']:.3f}  {speed}")
+            if done > (store.latest_step or 0):
+                store.save(done, state.to_dict(), iterator)
+            store.wait()
+            return FitResult(done, stop.signal, time.monotonic() - began)
 
 
 def mesh_of(run: RunConfig) -> Mesh:
@@ -123,13 +132,19 @@ def to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     return {name: put(x) for name, x in batch.items()}
 
 
-def _batches(run: RunConfig, corpus: Corpus) -> Any:
+def _first_writes(run_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """Holds the folder for all processes of the run, of which the first does."""
+    return sole_writer(run_dir) if jax.process_index() == 0 else contextlib.nullcontext()
+
+
+def _batches(run: RunConfig, corpus: Corpus, rows_before: int) -> Any:
     return batches(
         corpus.training(),
         seq_len=run.data.seq_len,
         batch_size=run.batch_size,
         seed=run.seed,
         order=run.data.order,
+        rows_before=rows_before,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -180,12 +195,6 @@ def _check(alarms: Alarms, line: dict[str, Any], store: CheckpointStore) -> None
             else "no checkpoint came before"
         )
         raise TrainingAlarm(f"{alarm}; {kept}, in {store.directory}") from None
-
-
-def _num_experts(run: RunConfig) -> int:
-    """Experts of the smallest MoE layer (0 without one): the alarms' measure of dead experts."""
-    layers = routed_layers(run.model).values()
-    return min((layer.config.num_experts for layer in layers), default=0)
 
 
 @dataclass

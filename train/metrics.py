@@ -6,12 +6,13 @@ multi-token modules last, lists under "load_cv", "load_cv_floor", "max_violation
 "peak_load", "router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps
 "expert_load", a list per layer of each expert's load over the mean. Layers that choose their tokens
 list "chosen_fraction" and "predictor_accuracy"; with early exit, "exit_cross_entropy" has the exits
-that the step supervised, by the number of layers before them.
+that the step supervised, by the number of layers before them. A number that is not finite is null.
 """
 
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import numpy as np
 from configs.architecture import ModelConfig
 from configs.base import AlarmConfig
 from configs.checks import UserError
+from configs.serialization import finite_json
 from model.early_exit import exit_layers
+from model.routed_layers import routed_layers
 
 LOAD_RECORDS = 200
 """Steps of a run that log every expert's load: enough for a picture, whatever the run's length."""
@@ -41,25 +44,25 @@ class MetricsLog:
           UserError: the file holds a line that is not JSON before the step to resume from.
         """
         self.path = path
-        kept = (
-            [line for line in read_lines(path) if line["step"] <= resume_step]
-            if resume_step
-            else []
-        )
+        kept: list[Line] = []
+        if resume_step and path.exists():
+            kept = [line for line in read_lines(path) if line["step"] <= resume_step]
+        elif resume_step:
+            print(f"note: {path} is missing: it begins again after step {resume_step}", flush=True)
         rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        rewritten.write_text("".join(finite_json(line) + "\n" for line in kept))
         os.replace(rewritten, path)
         self._file = path.open("a", buffering=1)
 
     def append(self, line: Line) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(finite_json(line) + "\n")
 
     def close(self) -> None:
         self._file.close()
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out.
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out, null is NaN.
 
     Raises:
       UserError: no such file, or another line that is not JSON.
@@ -70,13 +73,23 @@ def read_lines(path: Path) -> list[Line]:
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
+            lines.append(_with_nan(json.loads(text)))
         except json.JSONDecodeError as error:
             if number < len(texts):
                 raise UserError(
-                    f"{path} line {number} is not JSON ({error}): restore the file"
+                    f"{path} line {number} is not JSON ({error}): restore the file, or move it "
+                    "away and go on without"
                 ) from error
     return lines
+
+
+def _with_nan(tree: Any) -> Any:
+    """Its numbers, where JSON has null for those that were not finite."""
+    if isinstance(tree, dict):
+        return {name: _with_nan(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_with_nan(x) for x in tree]
+    return math.nan if tree is None else tree
 
 
 def make_line(
@@ -130,10 +143,22 @@ def _in_layer_order(
     return [{k: x[period] for k, x in host[name].items()} for period, name in places]
 
 
+def logged_num_experts(model: ModelConfig) -> tuple[int, ...]:
+    """The experts of each MoE layer, in the order in which the log lists layers."""
+    layers = routed_layers(model).values()
+    period = [layer.config.num_experts for layer in layers if layer.periods is not None]
+    modules = [layer.config.num_experts for layer in layers if layer.periods is None]
+    return (*(period * model.num_periods), *modules)
+
+
 class Alarms:
     """Watches the log line by line; a load alarm must hold for some steps in a row."""
 
-    def __init__(self, config: AlarmConfig, num_experts: int) -> None:
+    def __init__(self, config: AlarmConfig, num_experts: Sequence[int]) -> None:
+        """
+        Args:
+          num_experts: of each MoE layer, in the log's order: see `logged_num_experts`.
+        """
         self.config, self.num_experts = config, num_experts
         self._dead_steps = self._collapsed_steps = 0
 
@@ -151,15 +176,17 @@ class Alarms:
                 )
         if "dead_experts" not in line or line["step"] <= self.config.grace_steps:
             return
-        dead, peak = max(line["dead_experts"]), max(line["peak_load"])
-        is_dead = dead >= self.config.dead_fraction * self.num_experts
+        peak = max(line["peak_load"])
+        pairs = zip(line["dead_experts"], self.num_experts, strict=True)
+        dead, experts = max(pairs, key=lambda pair: pair[0] / pair[1])
+        is_dead = dead >= self.config.dead_fraction * experts
         is_collapsed = peak >= self.config.collapse_fraction
         self._dead_steps = self._dead_steps + 1 if is_dead else 0
         self._collapsed_steps = self._collapsed_steps + 1 if is_collapsed else 0
         advice = "raise router.load_balance_weight, or set alarms.* if this is meant"
         if self._dead_steps >= self.config.patience:
             raise TrainingAlarm(
-                f"{dead:.0f} of {self.num_experts} experts of a layer have had less than a tenth "
+                f"{dead:.0f} of {experts} experts of a layer have had less than a tenth "
                 "of the mean "
                 f"load for {self.config.patience} steps, up to step {line['step']}: {advice}"
             )

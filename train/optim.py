@@ -70,7 +70,10 @@ def make_optimizer(
             muon_weight_dimension_numbers=lambda _: hidden,
             consistent_rms=MUON_RMS,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    clip = optax.identity()
+    if config.clip_norm is not None:
+        clip = optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, update)
 
 
 def _matrix_dims(logical_axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:

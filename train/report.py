@@ -36,15 +36,16 @@ def write_report(run_dir: Path) -> None:
       UserError: there is no metrics.jsonl.
     """
     lines = read_lines(run_dir / "metrics.jsonl")
-    pictures = [draw_loss({run_dir.name: lines})]
-    load = draw_load(lines)
-    pictures += [load] if load else []
-    last = lines[-1]
-    figures = {
-        "steps": f"{last['step']:,}",
-        "last loss": f"{last['loss']:.4f}",
-        "median tokens per second": f"{np.median([x['tokens_per_second'] for x in lines]):,.0f}",
-    }
+    pictures, figures = [], {"steps": "none are in the log"}
+    if lines:
+        load = draw_load(lines)
+        pictures = [draw_loss({run_dir.name: lines}), *([load] if load else [])]
+        speed = np.median([line["tokens_per_second"] for line in lines])
+        figures = {
+            "steps": f"{lines[-1]['step']:,}",
+            "last loss": f"{lines[-1]['loss']:.4f}",
+            "median tokens per second": f"{speed:,.0f}",
+        }
     config = json.loads((run_dir / "config.json").read_text())
     write_page(run_dir, f"Run {run_dir.name}", [table(figures)], pictures, config)
 
@@ -78,18 +79,18 @@ def draw_load(lines: list[Line]) -> Picture | None:
     logged = [line for line in lines if "expert_load" in line]
     if not logged:
         return None
-    load = np.array([line["expert_load"] for line in logged])  # [records, layers, E]
-    layers = np.unique(np.linspace(0, load.shape[1] - 1, MAX_LAYERS).round().astype(int))
+    by_layer = list(zip(*[line["expert_load"] for line in logged], strict=True))
+    layers = np.unique(np.linspace(0, len(by_layer) - 1, MAX_LAYERS).round().astype(int))
     figure = Figure(figsize=(7.5, 0.6 + 1.1 * len(layers)), layout="constrained")
     panels = np.atleast_1d(figure.subplots(len(layers), 1, sharex=True))
     steps = _column(logged, "step")
-    extent = (steps[0], steps[-1] + 1e-9, load.shape[2] - 0.5, -0.5)
     image = None
     for panel, layer in zip(panels, layers, strict=True):
+        load_ES = np.array(by_layer[layer]).T  # layers may have unequal numbers of experts
         image = panel.imshow(
-            np.clip(load[:, layer].T, 1 / 4, 4),
+            np.clip(load_ES, 1 / 4, 4),
             aspect="auto",
-            extent=extent,
+            extent=(steps[0], steps[-1] + 1e-9, len(load_ES) - 0.5, -0.5),
             cmap="RdBu_r",
             norm=LogNorm(1 / 4, 4),
             interpolation="nearest",

@@ -17,6 +17,7 @@ from model.cache import Cache
 from model.depth import DepthStats
 from model.early_exit import supervised_exits
 from model.routed_layers import RoutedLayer, map_layers, routed_layers
+from model.seeds import seed_key
 from model.transformer import output_weights, training_pass
 from model.warmup import updated_warmup
 from parallel.sharding import constrain
@@ -161,7 +162,7 @@ def _depth_keys(run: RunConfig, step: jax.Array) -> jax.Array | None:
     """A key for each micro-batch's skipped rows, the same when the step is done again."""
     if run.model.early_exit is None or run.model.early_exit.dropout == 0:
         return None
-    return jax.random.split(jax.random.fold_in(jax.random.key(run.seed), step), run.accumulation)
+    return jax.random.split(jax.random.fold_in(seed_key(run.seed), step), run.accumulation)
 
 
 def _accumulate(

@@ -7,11 +7,16 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from configs.checks import UserError
 from data.packing import TokenFile
 from infer.score import TokenScores
 
 Score = Callable[[list[np.ndarray]], list[TokenScores]]
 """Scores documents (int32 tokens) with the model under test; see infer/score.py."""
+
+
+class NotApplicable(UserError):
+    """The task has nothing to measure on this run; the sentence says why."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,23 @@ class Subject:
     length: int
     """Tokens the model reads at once."""
     tokenizer: Tokenizer
-    training: TokenFile
+    token_counts_V: np.ndarray
+    """Occurrences of each token in the training text, int64."""
     held_out: TokenFile
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A task that does not apply to the run."""
+
+    task: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Result:
+    """A task's number for a run."""
+
     task: str
     version: int
     """Raised whenever a change of the task changes its numbers."""

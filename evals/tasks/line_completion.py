@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from configs.checks import UserError
 from data.corpora import name_hash
-from evals.tasks.base import Result, Subject
+from evals.tasks.base import NotApplicable, Result, Subject
 
 NAME, VERSION = "line_completion", 1
 
@@ -42,14 +41,17 @@ def run(subject: Subject) -> Result:
     """Share of lines completed exactly, with its binomial standard error.
 
     Raises:
-      UserError: the held-out files have no Python function to draw a line from.
+      NotApplicable: the held-out files have no Python function to draw a line from, or the
+        tokenizer no token that begins a line, or it does not give a file's tokens again.
     """
+    newline_ids = begins_line(subject.tokenizer)
+    if not len(newline_ids):
+        raise NotApplicable(
+            "it needs a byte-level tokenizer, and this run's has no token for a line's end"
+        )
     examples = draw_examples(subject)
     if not examples:
-        raise UserError(
-            f"task {NAME} needs held-out Python functions, and this run's corpus has none"
-        )
-    newline_ids = begins_line(subject.tokenizer)
+        raise NotApplicable("it needs held-out Python functions, and this run's corpus has none")
     scores = subject.score([example.window for example in examples])
     hits = [
         _is_exact(example, score.best_ids, newline_ids)
@@ -88,10 +90,9 @@ def draw_examples(subject: Subject) -> list[Example]:
         text = subject.tokenizer.decode(tokens[1:].tolist(), skip_special_tokens=False)
         encoding = subject.tokenizer.encode(text)
         if encoding.ids != tokens[1:].tolist():
-            raise UserError(
-                f"the tokenizer does not give the held-out tokens of {module} again: it is not "
-                "the one the "
-                "corpus was made with; prepare the corpus again"
+            raise NotApplicable(
+                f"it needs a tokenizer that gives a text's tokens again, and this run's gives "
+                f"others for {module}"
             )
         starts = [start for start, _ in encoding.offsets]
         for function, line_number, begin, end in _lines(text):

@@ -8,7 +8,6 @@ import lzma
 
 import numpy as np
 
-from data.packing import TokenFile
 from evals.tasks.base import Result, Subject
 
 NAME, VERSION = "stdlib_bpb", 1
@@ -20,7 +19,7 @@ def run(subject: Subject) -> Result:
     scores = subject.score([tokens for tokens, _ in files])
     bits = np.array([score.nats.sum(dtype=np.float64) for score in scores]) / np.log(2)
     sizes = np.array([size for _, size in files], np.float64)
-    unigram = unigram_bits(subject.training, subject.tokenizer.get_vocab_size())
+    unigram = unigram_bits(subject.token_counts_V)
     texts = [
         subject.tokenizer.decode(tokens[1:].tolist(), skip_special_tokens=False).encode()
         for tokens, _ in files
@@ -46,10 +45,10 @@ def _xz(text: bytes) -> bytes:
     return lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
 
 
-def unigram_bits(training: TokenFile, vocab_size: int) -> np.ndarray:
+def unigram_bits(token_counts_V: np.ndarray) -> np.ndarray:
     """-log2 of each token's share of the training tokens, add-one smoothed, [V]."""
-    counts = np.bincount(training.tokens, minlength=vocab_size) + 1.0
-    return -np.log2(counts / counts.sum())
+    counts_V = token_counts_V + 1.0
+    return -np.log2(counts_V / counts_V.sum())
 
 
 def ratio_standard_error(numerators: np.ndarray, denominators: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint.atomic_folder import partial_file, partial_folder
+from checkpoint.atomic_folder import partial_file, partial_folder, replace_text
 from checkpoint.tensor_files import open_tensors
 from configs.checks import UserError
 
@@ -163,3 +163,21 @@ def test_a_refusal_leaves_nothing(tmp_path):
         with pytest.raises(Stopped), kept(tmp_path / "out", "settings"):
             raise Stopped
         assert not os.listdir(tmp_path)
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    replace_text(path, "old")
+
+    def half_written(self, text, encoding):
+        self.write_bytes(text.encode(encoding)[:2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half_written)
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(path, "the new one")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    replace_text(path, "the new one")
+    assert path.read_text() == "the new one"

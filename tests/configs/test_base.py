@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -21,19 +22,22 @@ from tests import tiny
 def replace(path: str, value):
     """The tiny run with one nested setting changed."""
 
-    def change(config, names):
-        if not names:
-            return value
-        if isinstance(config, tuple):
-            index = int(names[0])
-            return (*config[:index], change(config[index], names[1:]), *config[index + 1 :])
-        inner = change(getattr(config, names[0]), names[1:])
-        return dataclasses.replace(config, **{names[0]: inner})
-
     def build(tmp_path):
-        return change(tiny.run(tmp_path), path.split("."))
+        return changed(tiny.run(tmp_path), path.split("."), value)
 
     return build
+
+
+def changed(config, names, value):
+    """The config with another value at the place that the names lead to."""
+    if not names:
+        return value
+    if isinstance(config, tuple):
+        index = int(names[0])
+        inner = changed(config[index], names[1:], value)
+        return (*config[:index], inner, *config[index + 1 :])
+    inner = changed(getattr(config, names[0]), names[1:], value)
+    return dataclasses.replace(config, **{names[0]: inner})
 
 
 ROUTER = "model.pattern.0.ffn.router."
@@ -344,3 +348,43 @@ def test_hoppers_attention_has_no_float32():
     with pytest.raises(UserError, match="window_attention='mosaic' computes in bfloat16 only"):
         ExecutionConfig(window_attention="mosaic")
     assert ExecutionConfig(window_attention="mosaic", compute_dtype="bfloat16")
+
+
+def float_settings(config, path=()):
+    """Places of all float settings that have a value."""
+    if isinstance(config, float):
+        yield path
+    elif isinstance(config, tuple):
+        for i, item in enumerate(config):
+            yield from float_settings(item, (*path, i))
+    elif dataclasses.is_dataclass(config):
+        for field in dataclasses.fields(config):
+            yield from float_settings(getattr(config, field.name), (*path, field.name))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["v2_nano", "v31_dynamic_nano", "v31_nano_student", "deepseek_v3"])
+def test_every_float_setting_is_finite(name, value):
+    """Or nothing could read the run again."""
+    run = known_runs()[name]()
+    paths = list(float_settings(run))
+    assert ("optimizer", "clip_norm") in paths
+    assert len(paths) > 15
+    for path in paths:
+        with pytest.raises(UserError, match=str(path[-1])):
+            changed(run, path, value)
+
+
+def test_gradients_may_be_left_unclipped():
+    run = load_run("v31_nano", ["--optimizer.clip-norm", "None"])
+    assert run.optimizer.clip_norm is None
+    assert from_json(RunConfig, to_json(run), where="config.json") == run
+    with pytest.raises(UserError, match="clip_norm=inf must be a finite number"):
+        load_run("v31_nano", ["--optimizer.clip-norm", "inf"])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
+def test_seeds_beyond_63_bits_are_refused(seed):
+    with pytest.raises(UserError, match=f"seed={seed} must be at least 0 and below 2"):
+        load_run("v31_nano", ["--seed", str(seed)])
+    assert load_run("v31_nano", ["--seed", str(2**63 - 1)]).seed == 2**63 - 1

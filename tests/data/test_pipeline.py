@@ -66,6 +66,18 @@ def test_a_batch_that_processes_do_not_divide_is_refused(file):
         stream(file, process_count=3)
 
 
+@pytest.mark.parametrize("order", ["shuffled", "streams"])
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_rows_before_are_left_out(file, order, process_count):
+    for index in range(process_count):
+        options = {"order": order, "process_index": index, "process_count": process_count}
+        whole = take(stream(file, **options), 4)
+        rest = take(stream(file, **options, rows_before=2 * 4), 2)
+        for ours, theirs in zip(rest, whole[2:], strict=True):
+            for name in theirs:
+                np.testing.assert_array_equal(ours[name], theirs[name])
+
+
 # --- Streams ------------------------------------------------------------------------------------
 
 STREAM_ROWS = 40  # 161 rows of 32 tokens in 4 streams

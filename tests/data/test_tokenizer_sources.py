@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from checkpoint.run_corpus import count_tokens
 from configs.checks import UserError
 from data.corpora import read_documents
 from data.packing import PackedRows
@@ -92,7 +93,8 @@ def test_positions_restart_at_that_token(corpus):
 
 def test_evaluations_work_with_it(corpus):
     """Offsets hold the blanks before a line, or no line could be found."""
-    subject = Subject(knows_all, 64, corpus.tokenizer(), corpus.training(), corpus.held_out())
+    counts_V = count_tokens(corpus.training(), 300)
+    subject = Subject(knows_all, 64, corpus.tokenizer(), counts_V, corpus.held_out())
     assert line_completion.run(subject).count > 10
     assert line_completion.run(subject).value == 1.0
     tokens = sum(len(t) - 1 for _, t, _ in corpus.held_out().documents())

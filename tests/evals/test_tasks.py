@@ -6,6 +6,7 @@ import lzma
 import numpy as np
 import pytest
 
+from checkpoint.run_corpus import count_tokens
 from data.pipeline import prepare_corpus
 from evals.run import check_tasks
 from evals.tasks import line_completion, stdlib_bpb
@@ -23,7 +24,8 @@ def corpus(tmp_path_factory):
 
 
 def subject(corpus, score, length=64) -> Subject:
-    return Subject(score, length, corpus.tokenizer(), corpus.training(), corpus.held_out())
+    counts_V = count_tokens(corpus.training(), 300)
+    return Subject(score, length, corpus.tokenizer(), counts_V, corpus.held_out())
 
 
 def knows_all(documents):
@@ -53,10 +55,11 @@ def test_bits_per_byte_are_total_bits_over_total_bytes(corpus):
 
 
 def test_unigram_bits_are_smoothed_frequencies(corpus):
-    bits = unigram_bits(corpus.training(), 300)
+    counts_V = count_tokens(corpus.training(), 300)
+    np.testing.assert_array_equal(counts_V, np.bincount(corpus.training().tokens, minlength=300))
+    bits = unigram_bits(counts_V)
     assert (2.0**-bits).sum() == pytest.approx(1.0)
-    counts = np.bincount(corpus.training().tokens, minlength=300)
-    assert bits[counts.argmax()] == bits.min()
+    assert bits[counts_V.argmax()] == bits.min()
 
 
 def test_the_standard_error_is_that_of_resampled_files():

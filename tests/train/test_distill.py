@@ -11,6 +11,7 @@ import pytest
 from checkpoint.store import latest_step
 from configs.base import DistillConfig
 from configs.checks import UserError
+from data.pipeline import prepare_corpus
 from infer.load import load_model
 from tests import tiny
 from tests.train.test_loop import losses
@@ -28,10 +29,15 @@ def teacher(tmp_path_factory):
     return run, tmp_path
 
 
+def tokenizer_of(run):
+    return prepare_corpus(run.data, run.model.vocab_size).tokenizer()
+
+
 def loader(run, run_dir: Path):
     def load(mesh):
         model, params = load_model(run, run_dir, mesh)
-        return Teacher(model, params, run, latest_step(run_dir / "checkpoints") or 0)
+        step = latest_step(run_dir / "checkpoints") or 0
+        return Teacher(model, params, run, step, str(run_dir))
 
     return load
 
@@ -51,6 +57,7 @@ def train(teacher, name: str, **distillation) -> list[float]:
         tmp_path / name,
         run,
         loader(run, tmp_path / "teacher"),
+        tokenizer_of(run),
     )
     assert result.interrupted is None
     return losses(tmp_path / name)
@@ -91,41 +98,71 @@ def test_a_cached_run_resumes_bit_for_bit(teacher):
         return loaded
 
     config = student(teacher, top_k=8, cache=True)
-    first = distill(config, tmp_path / "cached halves", run, stopping_loader)
+    halves, tokenizer = tmp_path / "cached halves", tokenizer_of(run)
+    first = distill(config, halves, run, stopping_loader, tokenizer)
     assert first.interrupted == signal.SIGINT
-    distill(config, tmp_path / "cached halves", run, loader(run, tmp_path / "same teacher"))
+    distill(config, halves, run, loader(run, tmp_path / "same teacher"), tokenizer)
     assert losses(tmp_path / "cached halves") == whole
 
 
-@pytest.mark.slow
-def test_another_teachers_cache_is_refused(teacher):
+@pytest.fixture(scope="module")
+def retrained(teacher):
+    """The loader of a teacher of the same model, seed and steps, trained at another rate."""
     run, tmp_path = teacher
-    train(teacher, "first teacher", top_k=8, cache=True)
-    config = student(teacher, top_k=8, cache=True)
-    other = dataclasses.replace(run, seed=9)
+    optimizer = dataclasses.replace(run.optimizer, learning_rate=1e-3)
+    run = dataclasses.replace(run, optimizer=optimizer)
+    fit(run, tmp_path / "retrained")
+    return loader(run, tmp_path / "retrained")
 
-    def load(mesh):
-        return dataclasses.replace(loader(run, tmp_path / "teacher")(mesh), run=other)
 
-    shutil.rmtree(tmp_path / "first teacher" / "checkpoints")
+def test_the_cache_of_a_teacher_that_was_trained_again_is_refused(teacher, retrained):
+    run, tmp_path = teacher
+    folder, config = tmp_path / "first teacher", student(teacher, top_k=8, cache=True)
+    distill(config, folder, run, loader(run, tmp_path / "teacher"), tokenizer_of(run))
+    shutil.rmtree(folder / "checkpoints")
     with pytest.raises(UserError, match="what another teacher said"):
-        distill(config, tmp_path / "first teacher", run, load)
+        distill(config, folder, run, retrained, tokenizer_of(run))
+
+
+def test_a_student_goes_on_with_its_teacher_alone(teacher, retrained):
+    """The same weights under another name are the same teacher."""
+    run, tmp_path = teacher
+    config, folder, tokenizer = student(teacher), tmp_path / "half", tokenizer_of(run)
+    half = dataclasses.replace(config, steps=3)
+    distill(half, folder, run, loader(run, tmp_path / "teacher"), tokenizer)
+    with pytest.raises(
+        UserError, match=r"another teacher \(.*teacher at step 20 .*, now .*retrain"
+    ):
+        distill(config, folder, run, retrained, tokenizer)
+    with pytest.raises(
+        UserError, match=r"objective was distillation \(scripts.distill\), now next_"
+    ):
+        fit(config, folder)
+    shutil.copytree(tmp_path / "teacher", tmp_path / "moved teacher")
+    moved = loader(run, tmp_path / "moved teacher")
+    assert distill(config, folder, run, moved, tokenizer).steps == config.steps
+    fit(half, tmp_path / "plain")
+    with pytest.raises(UserError, match=r"objective was next_token .*, now distillation"):
+        distill(config, tmp_path / "plain", run, moved, tokenizer)
 
 
 def test_vocabularies_must_match(teacher, tmp_path):
     run, _ = teacher
     config = student(teacher)
+    larger = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=400))
+    tokenizer = tokenizer_of(run)
     with pytest.raises(UserError, match=r"has 300 entries, the teacher's 400"):
-        check_vocabulary(
-            config, dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=400))
-        )
+        check_vocabulary(config, larger, tokenizer)
+    check_vocabulary(config, run, tokenizer)
     tiny.write_sources(tmp_path, files=9, word="other")
     elsewhere = dataclasses.replace(run, data=tiny.run(tmp_path).data)
-    with pytest.raises(UserError, match=r"the tokenizers in .* differ"):
-        check_vocabulary(config, elsewhere)
+    other = tokenizer_of(elsewhere)
+    with pytest.raises(UserError, match=r"the tokenizers in .* differ \(\d+ of 300 ids"):
+        check_vocabulary(config, elsewhere, other)
 
 
 def test_a_run_without_a_teacher_is_refused(teacher):
     run, tmp_path = teacher
+    load, tokenizer = loader(run, tmp_path / "teacher"), tokenizer_of(run)
     with pytest.raises(UserError, match="has no distill settings"):
-        distill(run, tmp_path / "none", run, loader(run, tmp_path / "teacher"))
+        distill(run, tmp_path / "none", run, load, tokenizer)

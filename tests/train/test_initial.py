@@ -16,7 +16,7 @@ from data.pipeline import batches, prepare_corpus
 from infer.sources import open_source
 from model.transformer import Transformer, hidden_states, output_weights
 from model.upcycle import upcycled_config
-from scripts.sources import beginning, first_variables
+from scripts.sources import InitialWeights, beginning, initial_weights
 from tests import tiny
 from tests.probes import drawn
 from train.initial import initial_variables
@@ -66,11 +66,12 @@ def test_the_upcycled_run_begins_with_the_dense_models_loss_and_is_a_source_itse
     """Trained on expert shards; the dense model's loss on the same batch is computed here."""
     run = a_run(source, UPCYCLED, mesh=MeshConfig(expert=2), optimizer=ONE_STEP, steps=1)
     run_dir = source / "upcycled"
-    fit(run, run_dir, variables=first_variables(run, run_dir))
+    begin = initial_weights(run, run_dir)
+    fit(run, run_dir, variables=begin.take(), initial=begin.origin)
     logged = json.loads((run_dir / "metrics.jsonl").read_text())["cross_entropy"]
     assert logged == pytest.approx(dense_loss(run), abs=1e-5)
     gone = dataclasses.replace(run, init=InitConfig(source="gone"))
-    assert first_variables(gone, run_dir) is None  # a resumed run reads no source
+    assert initial_weights(gone, run_dir) == InitialWeights()  # a resumed run needs no source
     trained = dataclasses.replace(run, init=InitConfig(source=str(run_dir)))
     moe = beginning(trained)["params"]["periods"]["layer_0"]["moe"]
     assert (np.asarray(moe["down"][:, 0]) != np.asarray(moe["down"][:, 1])).any()
@@ -102,7 +103,7 @@ def dense_loss(run):
 def test_what_is_no_beginning_is_refused(source, model, drop, sentence):
     run = a_run(source, model, drop=drop)
     with pytest.raises(UserError, match=sentence):
-        first_variables(run, source / "new")
+        initial_weights(run, source / "new")
 
 
 def test_a_source_that_nobody_read_is_refused(source):

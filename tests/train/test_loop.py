@@ -1,6 +1,7 @@
 """The loop: learns, stops when asked, goes on as if it had not stopped, and raises alarms."""
 
 import dataclasses
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoint.run_directory import read_run
+from checkpoint.run_directory import read_run, sole_writer
 from configs.base import AlarmConfig, CheckpointConfig, ExecutionConfig, MeshConfig, OptimizerConfig
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, RouterConfig
@@ -18,7 +19,7 @@ from model.growth import grow, grown_config
 from tests import tiny
 from train.loop import fit
 from train.losses import cross_entropy
-from train.metrics import Alarms, MetricsLog, TrainingAlarm, read_lines
+from train.metrics import Alarms, MetricsLog, TrainingAlarm, logged_num_experts, read_lines
 from train.report import write_report
 
 STEPS, STOP = 8, 4
@@ -117,11 +118,32 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(story):
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
 
 
+def test_a_run_goes_on_without_its_log_and_says_so(story, capsys):
+    run, tmp_path = story
+    shutil.copytree(tmp_path / "stopped", tmp_path / "no log")
+    (tmp_path / "no log" / "metrics.jsonl").unlink()
+    assert fit(run, tmp_path / "no log").steps == STEPS
+    assert "is missing: it begins again after step 4" in capsys.readouterr().out
+    lines = read_lines(tmp_path / "no log" / "metrics.jsonl")
+    assert [x["step"] for x in lines] == list(range(STOP + 1, STEPS + 1))
+    assert [x["loss"] for x in lines] == losses(tmp_path / "unbroken")[STOP:]
+    (tmp_path / "no log" / "metrics.jsonl").unlink()
+    fit(run, tmp_path / "no log")  # nothing is left to do, and nothing to log
+    write_report(tmp_path / "no log")
+    assert "none are in the log" in (tmp_path / "no log" / "report.html").read_text()
+
+
 def test_another_experiment_in_the_folder_is_refused(story):
     run, tmp_path = story
     other = dataclasses.replace(run, seed=5)
     with pytest.raises(UserError, match="seed was 0, now 5"):
         fit(other, tmp_path / "stopped")
+
+
+def test_a_folder_in_which_another_trains_is_refused(story):
+    run, tmp_path = story
+    with sole_writer(tmp_path / "stopped"), pytest.raises(UserError, match="another process"):
+        fit(run, tmp_path / "stopped")
 
 
 def test_the_report_has_every_picture(story):
@@ -249,6 +271,17 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tmp_path)
     with pytest.raises(TrainingAlarm, match=r"at step 4: .*checkpoint before it is at step 3"):
         fit(run, tmp_path / "run", chunk_loss=explode, make_extend=make_extend)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "3"]
+    texts = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(text, parse_constant=no_json) for text in texts]
+    assert logged[3]["loss"] is None
+    assert [line["loss"] is None for line in logged[:3]] == [False] * 3
+    read = read_lines(tmp_path / "run" / "metrics.jsonl")[3]
+    assert np.isnan(read["loss"])
+
+
+def no_json(constant: str):
+    """For what Python's parser takes beyond the standard."""
+    raise AssertionError(f"{constant} is not JSON")
 
 
 def line(step: int, **figures):
@@ -256,10 +289,33 @@ def line(step: int, **figures):
     return {"step": step, **usual, **figures}
 
 
+def test_layers_of_unequal_experts_are_logged_drawn_and_watched(tmp_path):
+    """In the order of the layers, over two periods of the pattern."""
+    tiny.write_sources(tmp_path)
+    spec = tiny.model().pattern[0]
+    pattern = tuple(dataclasses.replace(spec, ffn=tiny.moe(num_experts=n)) for n in (8, 4))
+    run = tiny.run(tmp_path, steps=3, model=tiny.model(pattern=pattern, num_layers=4))
+    fit(run, tmp_path / "run")
+    last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert tuple(map(len, last["expert_load"])) == logged_num_experts(run.model) == (8, 4, 8, 4)
+    write_report(tmp_path / "run")
+    assert (tmp_path / "run" / "load.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dead_experts_are_a_share_of_their_own_layers():
+    config = AlarmConfig(grace_steps=0, patience=1, dead_fraction=0.5)
+    alarms = Alarms(config, num_experts=(32, 8))
+    alarms.check(line(1, dead_experts=[15.0, 3.0]))
+    with pytest.raises(TrainingAlarm, match="4 of 8 experts of a layer"):
+        alarms.check(line(2, dead_experts=[15.0, 4.0]))
+    with pytest.raises(TrainingAlarm, match="16 of 32 experts of a layer"):
+        alarms.check(line(3, dead_experts=[16.0, 3.0]))
+
+
 def test_load_alarms_need_patience_and_grace():
     config = AlarmConfig(grace_steps=3, patience=2, dead_fraction=0.5, collapse_fraction=0.9)
     dead, collapsed = {"dead_experts": [0.0, 4.0]}, {"peak_load": [0.95, 0.1]}
-    alarms = Alarms(config, num_experts=8)
+    alarms = Alarms(config, num_experts=(8, 8))
     for step in (1, 2, 3):
         alarms.check(line(step, **dead))  # grace
     alarms.check(line(4, **dead))
@@ -267,7 +323,7 @@ def test_load_alarms_need_patience_and_grace():
     alarms.check(line(6, **dead))
     with pytest.raises(TrainingAlarm, match="4 of 8 experts of a layer"):
         alarms.check(line(7, **dead))
-    alarms = Alarms(config, num_experts=8)
+    alarms = Alarms(config, num_experts=(8, 8))
     alarms.check(line(4, **collapsed))
     with pytest.raises(TrainingAlarm, match="one expert has been chosen by 95% of all tokens"):
         alarms.check(line(5, **collapsed))
@@ -277,7 +333,7 @@ def test_load_alarms_need_patience_and_grace():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_alarms_on_what_is_not_finite(name, value):
     with pytest.raises(TrainingAlarm, match=f"{name} is .* at step 1"):
-        Alarms(AlarmConfig(), num_experts=8).check(line(1, **{name: value}))
+        Alarms(AlarmConfig(), num_experts=(8, 8)).check(line(1, **{name: value}))
 
 
 def test_a_damaged_log_is_refused(tmp_path):

@@ -118,8 +118,9 @@ def test_a_teacher_with_memory_is_refused(story, tmp_path):
     def load(_mesh) -> Teacher:
         raise AssertionError("it was loaded")
 
+    tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
     with pytest.raises(UserError, match="the teacher has memory_length=24"):
-        distill(student, tmp_path / "student", run, load)
+        distill(student, tmp_path / "student", run, load, tokenizer)
 
 
 class Before(struct.PyTreeNode):

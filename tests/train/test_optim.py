@@ -123,3 +123,14 @@ def test_moments_are_split_like_their_parameters(tmp_path, kind):
     ]
     assert len(found) == (1 if kind == "muon" else 2)  # Muon keeps one moment, AdamW two
     assert all(spec == wanted for spec in found)
+
+
+@pytest.mark.parametrize(("clip_norm", "scale"), [(None, 1.0), (2.5, 0.5)])
+def test_gradients_are_clipped_unless_that_is_left_out(clip_norm, scale):
+    """Of a gradient of norm 5, Adam's first moment is (1 - beta1) times what is left."""
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, clip_norm=clip_norm)
+    optimizer = make_optimizer(config, lambda _: 0.1, {"w": ("embed",)})
+    params = {"w": jnp.zeros(2)}
+    _, state = optimizer.update({"w": jnp.array([3.0, 4.0])}, optimizer.init(params), params)
+    moments = [x for x in jax.tree.leaves(state) if x.shape == (2,)]
+    np.testing.assert_allclose(moments[0], (1 - config.beta1) * scale * np.array([3.0, 4.0]), 1e-5)
