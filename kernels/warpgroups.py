@@ -130,6 +130,54 @@ def add_product(sums_MN: jax.Array, a_MK: jax.Array, b_KN: Any, target: Target) 
     return pl.run_state(multiply)(sums)
 
 
+def sum_of_products(
+    num_steps: Any,
+    operands: Callable[[Any], tuple[Any, Any]],
+    release: Callable[[Any], None],
+    shape: tuple[int, int],
+    target: Target,
+    *,
+    transpose: bool = False,
+) -> jax.Array:
+    """The sum over steps of their a b, float32 [M, N]; with `transpose`, of a b^T.
+
+    The sums stay in registers, and a step's product runs while the next one starts.
+
+    Args:
+      operands: waits for a step's refs and returns them, of a [M, K] and b [K, N] or [N, K].
+      release: called in turn for each step once its refs have been read, by products alone.
+    """
+
+    def release_before(k):
+        pl.when(k > 0)(lambda: release(k - 1))
+
+    if target.platform == "interpret":
+
+        def add(k, sums_MN):
+            a_MK, b = operands(k)
+            sums_MN += _dot(a_MK[...], b[...].T if transpose else b[...])
+            release_before(k)
+            return sums_MN
+
+        sums_MN = lax.fori_loop(0, num_steps, add, jnp.zeros(shape, jnp.float32))
+        release_before(num_steps)
+        return sums_MN
+
+    def add_all(sums):
+        def start(k, _):
+            a_MK, b = operands(k)
+            plgpu.wgmma(sums, a_MK, b.T if transpose else b)
+            plgpu.wgmma_wait(1)  # all but this one
+            release_before(k)
+
+        lax.fori_loop(0, num_steps, start, None)
+        sums_MN = sums[...]
+        release_before(num_steps)
+        return sums_MN
+
+    return pl.run_scoped(add_all, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
 # --- Copies ahead of the computation -------------------------------------------------------------
 
 
@@ -173,8 +221,14 @@ def wait_filled(ring: Ring, step: Any) -> jax.Array:
     return slot
 
 
-def give_back(ring: Ring, slot: jax.Array) -> None:
-    plgpu.commit_smem()  # what threads have read themselves is ordered before the next copy
+def give_back(ring: Ring, slot: jax.Array, *, threads_read: bool = True) -> None:
+    """Lets the slot be filled again.
+
+    Args:
+      threads_read: whether threads have read it themselves, not only products, which have ended.
+    """
+    if threads_read:
+        plgpu.commit_smem()  # what they have read is ordered before the next copy
     plgpu.barrier_arrive(ring.free.at[slot])
 
 

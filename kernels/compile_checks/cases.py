@@ -12,6 +12,7 @@ from kernels.backend import Target
 from kernels.compile_checks import attention_traffic, traffic
 from kernels.compile_checks.devices import Device
 from kernels.grouped_matmul import cases as grouped_cases
+from kernels.grouped_matmul import pallas_mosaic as grouped_mosaic
 from kernels.grouped_matmul import pallas_mosaic_quantized as quantized_mosaic
 from kernels.grouped_matmul import pallas_triton as grouped
 from kernels.grouped_matmul import pallas_triton_quantized as quantized
@@ -122,6 +123,8 @@ def _grouped_matmul(
         if is_quantized:
             op = quantized_mosaic if case.compiler == "mosaic" else quantized
             return op.grouped_matmul(x, weight, sizes, gated=case.gated, **settings)
+        if case.compiler == "mosaic":
+            return grouped_mosaic.grouped_matmul(x, weight, sizes, **settings)
         if case.gated:
             return grouped.grouped_swiglu(x, weight, sizes, **settings)
         return grouped.grouped_matmul(x, weight, sizes, **settings, gradient_tiles=tiles)

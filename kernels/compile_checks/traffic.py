@@ -17,7 +17,7 @@ import numpy as np
 from kernels.backend import Target
 from kernels.compile_checks import work
 from kernels.compile_checks.devices import Device
-from kernels.grouped_matmul import pallas_mosaic_quantized
+from kernels.grouped_matmul import pallas_mosaic, pallas_mosaic_quantized
 from kernels.grouped_matmul.cases import CompiledCase
 from kernels.grouped_matmul.tiles import (
     SWEEP_BYTES,
@@ -76,6 +76,8 @@ def tiles_of(case: CompiledCase, target: Target) -> Tiles:
     d_in, d_out = (case.d_out, case.d_in) if transposed else (case.d_in, case.d_out)
     if case.contraction == "gradient_w":
         return choose_gradient_tiles(d_in, d_out, target=target, itemsize=itemsize)
+    if case.compiler == "mosaic" and case.format == "bf16":
+        return pallas_mosaic.choose_tiles(d_out, target=target)
     if case.compiler == "mosaic":
         return pallas_mosaic_quantized.choose_tiles(mean, gated=case.gated, target=target)
     if case.format in ("bf16", "float32"):

@@ -123,6 +123,15 @@ COMPILED = {
         rows=PREFILL, format="fp8_e4m3", fp8_rows=True, gated=True, gathered=True
     ),
     "fp8_gradient_x": CompiledCase(rows=PREFILL, format="fp8_e4m3", contraction="gradient_x"),
+    "mosaic_bf16_prefill": CompiledCase(rows=PREFILL, compiler="mosaic"),
+    "mosaic_bf16_down": CompiledCase(rows=PREFILL, d_in=1408, d_out=2048, compiler="mosaic"),
+    "mosaic_sonic_down": CompiledCase(
+        rows=SONIC, d_in=1024, d_out=4096, num_groups=128, compiler="mosaic"
+    ),
+    "mosaic_olmoe": CompiledCase(rows=2048 * 64, d_in=2048, d_out=2048, compiler="mosaic"),
+    "mosaic_olmoe_gradient_x": CompiledCase(
+        rows=2048 * 64, d_in=2048, d_out=2048, contraction="gradient_x", compiler="mosaic"
+    ),
     "mosaic_int8_decode": CompiledCase(rows=DECODE, format="int8", compiler="mosaic"),
     "mosaic_int8_few": CompiledCase(rows=FEW, format="int8", compiler="mosaic"),
     "mosaic_int8_some": CompiledCase(rows=SOME, format="int8", compiler="mosaic"),
