@@ -8,11 +8,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels.backend import current_target, takes_triton
-from kernels.grouped_matmul import automatic, cpu, pallas_triton, reference, xla
+from kernels.backend import current_target, prefers_mosaic, require_mosaic, takes_triton
+from kernels.grouped_matmul import automatic, cpu, pallas_mosaic, pallas_triton, reference, xla
 from kernels.grouped_matmul.contractions import GroupedMatmul
 
-Implementation = Literal["auto", "reference", "xla", "cpu", "triton"]
+Implementation = Literal["auto", "reference", "xla", "cpu", "triton", "mosaic"]
+
+MOSAIC_ROWS = 128
+"""Of a group on average, from which "auto" takes Mosaic's kernel: its tiles have so many."""
 
 _IMPLEMENTATIONS: dict[Implementation, GroupedMatmul] = {
     "auto": automatic.grouped_matmul,
@@ -40,8 +43,9 @@ def grouped_matmul(
       group_sizes_E: int32 [E], each >= 0, summing to at most R.
       implementation: "reference" multiplies every row with every matrix; "xla" does only the work
         that the groups ask for; "cpu" is C++ (float32, built with the installation); "triton" is a
-        GPU kernel; "auto" takes "triton" (kernels/backend.py) or "cpu" where it runs and "xla"
-        elsewhere.
+        GPU kernel; "mosaic" is one for Hopper alone (bfloat16, D and F multiples of 64), with
+        w's gradient of "triton"; "auto" takes "mosaic", for many rows, or "triton", whichever was
+        measured to be faster (kernels/backend.py), or "cpu", where it runs, and "xla" elsewhere.
     Raises:
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the implementation asked for can't do this here.
@@ -60,6 +64,18 @@ def grouped_matmul(
         raise ValueError(f"group_sizes must be integers, got {group_sizes_E.dtype}")
     if implementation == "cpu" and x_RD.dtype != jnp.float32:
         raise NotImplementedError(f"the CPU kernels multiply float32, x is {x_RD.dtype}")
+    if implementation == "mosaic":
+        return pallas_mosaic.grouped_matmul(x_RD, w_EDF, group_sizes_E, target=require_mosaic())
     if takes_triton(implementation):
-        return pallas_triton.grouped_matmul(x_RD, w_EDF, group_sizes_E, target=current_target())
+        is_mosaic = implementation == "auto" and _mosaic_is_faster(x_RD, w_EDF)
+        chosen = pallas_mosaic if is_mosaic else pallas_triton
+        return chosen.grouped_matmul(x_RD, w_EDF, group_sizes_E, target=current_target())
     return _IMPLEMENTATIONS[implementation](x_RD, w_EDF, group_sizes_E)
+
+
+def _mosaic_is_faster(x_RD: jax.Array, w_EDF: jax.Array) -> bool:
+    target = current_target()
+    if not prefers_mosaic("grouped_matmul/bf16", target):
+        return False
+    has_many_rows = x_RD.shape[0] >= MOSAIC_ROWS * w_EDF.shape[0]
+    return has_many_rows and pallas_mosaic.lacks(x_RD, w_EDF, target) is None

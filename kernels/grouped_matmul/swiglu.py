@@ -3,8 +3,6 @@
 T tokens, R rows sorted by group, E groups (experts), D input width, F output width.
 """
 
-from typing import Literal
-
 import jax
 
 from kernels.backend import current_target, require_mosaic, takes_triton
@@ -24,7 +22,7 @@ def grouped_swiglu(
     group_sizes_E: jax.Array,
     *,
     rows_R: jax.Array | None = None,
-    implementation: Implementation | Literal["mosaic"] = "auto",
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """Returns silu(gate[r]) * up[r], [R, F] in x's dtype: the halves of x[rows[r]] @ w[group of r].
 
