@@ -7,9 +7,9 @@ stay in registers. While one of them writes its results the other one goes on mu
 as the copies are ahead.
 
 What is read for a tile begins at a multiple of 8 rows, and may end beyond the tile's group or the
-array. A tile whose rows are all its own is copied out from swizzled memory. Of others only the
-tile's own rows are, in pieces whose sizes are powers of two, as a copy's size is part of the
-program.
+array. Where a warpgroup's rows are all the tile's own, they are copied out from swizzled memory.
+Of others only the tile's own rows are, in pieces whose sizes are powers of two, as a copy's size is
+part of the program.
 
 T rows of x, R rows sorted by group, E groups (experts), D input width, F output width; a warpgroup
 has M rows of a tile, multiplies K of the contraction at a time with N columns, and writes C of them
@@ -279,7 +279,9 @@ def _write(call: Call, scratch: Scratch, at: Place, warpgroup, y_MN, y_RF) -> No
     first_read = _first_row_read(call, at, warpgroup)
     first = jnp.maximum(at.first_row, first_read)
     count = jnp.maximum(jnp.minimum(at.end_row, first_read + call.rows) - first, 0)
-    is_whole = count == call.rows
+    # A GPU reaches only whole groups of rows of an array from swizzled memory.
+    can_be_whole = y_RF.shape[0] % SWIZZLED_ROWS == 0
+    is_whole = (count == call.rows) & can_be_whole
 
     def write_parts(y_WPMC, copy, num_waiting):
         """Calls copy(ref, columns) for each part of the columns, once it lies in the ref."""
@@ -298,7 +300,7 @@ def _write(call: Call, scratch: Scratch, at: Place, warpgroup, y_MN, y_RF) -> No
         plgpu.copy_smem_to_gmem(y_MC, y_RF.at[pl.ds(first, call.rows), columns])
 
     def copy_pieces(y_MC, columns):
-        for bit in range(call.rows.bit_length() - 1):
+        for bit in range(call.rows.bit_length() - can_be_whole):
             size = 1 << bit
             before = (count >> (bit + 1)) << (bit + 1)  # rows of the larger pieces
 
@@ -309,9 +311,8 @@ def _write(call: Call, scratch: Scratch, at: Place, warpgroup, y_MN, y_RF) -> No
                     y_RF.at[pl.ds(first + before, size), columns],
                 )
 
-    @pl.when(is_whole)
-    def _whole():
-        write_parts(swizzled_WPMC, copy_whole, WRITE_SLOTS - 1)
+    if can_be_whole:
+        pl.when(is_whole)(lambda: write_parts(swizzled_WPMC, copy_whole, WRITE_SLOTS - 1))
 
     @pl.when((count > 0) & ~is_whole)
     def _pieces():
