@@ -138,14 +138,17 @@ def sum_of_products(
     target: Target,
     *,
     transpose: bool = False,
-) -> jax.Array:
-    """The sum over steps of their a b, float32 [M, N]; with `transpose`, of a b^T.
+    meanwhile: Callable[[], Any] = lambda: None,
+) -> tuple[jax.Array, Any]:
+    """The sum over steps of their a b, float32 [M, N], and what `meanwhile` returned.
 
-    The sums stay in registers, and a step's product runs while the next one starts.
+    With `transpose`, of their a b^T. The sums stay in registers, and a step's product runs while
+    the next one starts.
 
     Args:
       operands: waits for a step's refs and returns them, of a [M, K] and b [K, N] or [N, K].
       release: called in turn for each step once its refs have been read, by products alone.
+      meanwhile: done while the last product runs.
     """
 
     def release_before(k):
@@ -161,7 +164,7 @@ def sum_of_products(
 
         sums_MN = lax.fori_loop(0, num_steps, add, jnp.zeros(shape, jnp.float32))
         release_before(num_steps)
-        return sums_MN
+        return sums_MN, meanwhile()
 
     def add_all(sums):
         def start(k, _):
@@ -171,9 +174,10 @@ def sum_of_products(
             release_before(k)
 
         lax.fori_loop(0, num_steps, start, None)
-        sums_MN = sums[...]
+        found = meanwhile()
+        plgpu.wgmma_wait(0)
         release_before(num_steps)
-        return sums_MN
+        return sums[...], found
 
     return pl.run_scoped(add_all, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 

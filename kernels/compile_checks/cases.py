@@ -104,6 +104,9 @@ def _grouped_matmul(
     case: grouped_cases.CompiledCase, device: Device, tiles: Tiles | None
 ) -> Program:
     target = device.target
+    plain_loads = 48 if case.fp8_rows else 16  # a scale of each row
+    if case.compiler == "mosaic" and case.format == "bf16":
+        plain_loads = 24  # of tables, for the first place and for each next one
     dtype = jnp.float32 if case.format == "float32" else jnp.bfloat16
     columns = case.d_out * (2 if case.gated else 1)
     num_tokens = case.rows // 6 if case.gathered else case.rows
@@ -144,7 +147,7 @@ def _grouped_matmul(
         rows_of_dot=used.columns if is_quantized and is_forward else used.rows,
         has_tensor_cores=dtype == jnp.bfloat16,
         has_fp8_products=case.fp8_rows,
-        plain_loads=48 if case.fp8_rows else 16,  # a scale of each row
+        plain_loads=plain_loads,
         model_traffic=partial(traffic.ratio, case, used, device),
         most_traffic=case.most_traffic,
     )

@@ -202,19 +202,28 @@ def _kernel(call: Call, *refs, scratch: Scratch):
     table = TileTable(*table)
     num_columns = pl.cdiv(y_RF.shape[1], call.tiles.columns)
     num_programs = table.group_P.shape[0] * num_columns
-    warpgroup = lax.axis_index("warpgroup")  # asked for here first: the interpreter keeps it
+    # Asked for here first: the interpreter keeps them.
+    warpgroup, core = lax.axis_index("warpgroup"), lax.axis_index("core")
+
+    def place_of(program) -> Place:
+        return place(jnp.minimum(program, num_programs - 1), table, num_columns)
 
     def over_tiles(run) -> Any:
-        """Calls run(place, step, steps of the place) for each of this core's; returns all steps."""
+        """Calls run(place, step, steps of the place, next) for each of this core's places.
+
+        What it returns is that of next(), the next place: a chain of reads to begin early. Returns
+        all steps.
+        """
 
         def each(loop, carry):
-            at = place(loop.index[0], table, num_columns)
+            step, at = carry
             has_work = (at.first_row < at.end_row) & (at.group < w_EDF.shape[0])
             num_steps = jnp.where(has_work, x_RD.shape[1] // call.tiles.depth, 0)
-            run(at, carry, num_steps)
-            return carry + num_steps
+            next_program = loop.index[0] + lax.axis_size("core")
+            return step + num_steps, run(at, step, num_steps, lambda: place_of(next_program))
 
-        return plgpu.nd_loop((num_programs,), collective_axes="core", init_carry=jnp.int32(0))(each)
+        first = (jnp.int32(0), place_of(core))
+        return plgpu.nd_loop((num_programs,), collective_axes="core", init_carry=first)(each)[0]
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _copy():
@@ -229,7 +238,9 @@ def _kernel(call: Call, *refs, scratch: Scratch):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _copy_tile(call: Call, scratch: Scratch, x_RD, w_EDF, at: Place, step, num_steps) -> None:
+def _copy_tile(
+    call: Call, scratch: Scratch, x_RD, w_EDF, at: Place, step, num_steps, next_place
+) -> Place:
     columns = pl.ds(at.column * call.tiles.columns, call.tiles.columns)
 
     def copy(k, _):
@@ -242,6 +253,7 @@ def _copy_tile(call: Call, scratch: Scratch, x_RD, w_EDF, at: Place, step, num_s
         fill(scratch.ring, step + k, copies)
 
     lax.fori_loop(0, num_steps, copy, None)
+    return next_place()
 
 
 def _first_row_read(call: Call, at: Place, warpgroup: Any) -> jax.Array:
@@ -251,8 +263,8 @@ def _first_row_read(call: Call, at: Place, warpgroup: Any) -> jax.Array:
 
 
 def _multiply_tile(
-    call: Call, scratch: Scratch, y_RF, warpgroup, at: Place, step, num_steps
-) -> None:
+    call: Call, scratch: Scratch, y_RF, warpgroup, at: Place, step, num_steps, next_place
+) -> Place:
     """Multiplies and writes; without steps, zeros: the rows that no group owns."""
 
     def operands(k):
@@ -262,15 +274,17 @@ def _multiply_tile(
     def release(k):
         give_back(scratch.ring, scratch.ring.slot(step + k), threads_read=False)
 
-    y_MN = sum_of_products(
+    y_MN, next_at = sum_of_products(
         num_steps,
         operands,
         release,
         (call.rows, call.tiles.columns),
         call.target,
         transpose=call.transpose,
+        meanwhile=next_place,
     )
     _write(call, scratch, at, warpgroup, y_MN.astype(y_RF.dtype), y_RF)
+    return next_at
 
 
 def _write(call: Call, scratch: Scratch, at: Place, warpgroup, y_MN, y_RF) -> None:
