@@ -67,15 +67,16 @@ def grouped_matmul(
     if implementation == "mosaic":
         return pallas_mosaic.grouped_matmul(x_RD, w_EDF, group_sizes_E, target=require_mosaic())
     if takes_triton(implementation):
-        is_mosaic = implementation == "auto" and _mosaic_is_faster(x_RD, w_EDF)
+        is_mosaic = implementation == "auto" and mosaic_is_faster(x_RD, w_EDF, rows[0])
         chosen = pallas_mosaic if is_mosaic else pallas_triton
         return chosen.grouped_matmul(x_RD, w_EDF, group_sizes_E, target=current_target())
     return _IMPLEMENTATIONS[implementation](x_RD, w_EDF, group_sizes_E)
 
 
-def _mosaic_is_faster(x_RD: jax.Array, w_EDF: jax.Array) -> bool:
+def mosaic_is_faster(x_TD: jax.Array, w_EDF: jax.Array, num_rows: int) -> bool:
+    """Whether "auto" means Mosaic's kernel, where it means a kernel, for so many sorted rows."""
     target = current_target()
     if not prefers_mosaic("grouped_matmul/bf16", target):
         return False
-    has_many_rows = x_RD.shape[0] >= MOSAIC_ROWS * w_EDF.shape[0]
-    return has_many_rows and pallas_mosaic.lacks(x_RD, w_EDF, target) is None
+    has_many_rows = num_rows >= MOSAIC_ROWS * w_EDF.shape[0]
+    return has_many_rows and pallas_mosaic.lacks(x_TD, w_EDF, target) is None

@@ -11,7 +11,7 @@ from kernels.grouped_matmul import (
     pallas_triton,
     pallas_triton_quantized,
 )
-from kernels.grouped_matmul.api import Implementation, grouped_matmul
+from kernels.grouped_matmul.api import Implementation, grouped_matmul, mosaic_is_faster
 from kernels.grouped_matmul.pallas_mosaic_quantized import takes_mosaic
 from kernels.quantize import QTensor, dequantize
 
@@ -54,8 +54,12 @@ def grouped_swiglu(
         return pallas_mosaic_quantized.grouped_matmul(
             x_TD, w_gate_up_ED2F, group_sizes_E, rows_R=rows_R, gated=True, target=current_target()
         )
-    can_read = not is_quantized or pallas_triton_quantized.lacks(w_gate_up_ED2F) is None
-    if takes_triton(implementation) and (can_read or implementation == "triton"):
+    if is_quantized:
+        is_fused = pallas_triton_quantized.lacks(w_gate_up_ED2F) is None
+    else:  # the faster product makes up for gate and up that are written out
+        num_rows = x_TD.shape[0] if rows_R is None else rows_R.shape[0]
+        is_fused = not mosaic_is_faster(x_TD, w_gate_up_ED2F, num_rows)
+    if takes_triton(implementation) and (is_fused or implementation == "triton"):
         target = current_target()
         if is_quantized:
             return pallas_triton_quantized.grouped_matmul(
