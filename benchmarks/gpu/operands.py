@@ -56,12 +56,13 @@ def expected(case: Case, operands: Operands) -> Any:
 def error(found: Any, wanted: Any) -> float:
     """The largest difference, in parts of the largest value that is wanted."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
-    return max(_difference(ours, theirs) for ours, theirs in pairs)
+    return max(float(_difference(ours, theirs)) for ours, theirs in pairs)
 
 
-def _difference(ours: jax.Array, theirs: jax.Array) -> float:
+@jax.jit
+def _difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
     difference = jnp.abs(ours.astype(jnp.float32) - theirs.astype(jnp.float32)).max()
-    return float(difference / jnp.abs(theirs.astype(jnp.float32)).max())
+    return difference / jnp.abs(theirs.astype(jnp.float32)).max()
 
 
 def _normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16, scale: float = 1.0):
