@@ -45,11 +45,16 @@ class Assumed(NamedTuple):
 
 
 def kernel_name(instruction: Instruction) -> str | None:
-    """As kernels/backend.py calls it; None for anything but a kernel of Triton's."""
-    if 'custom_call_target="__gpu$xla.gpu.triton"' not in instruction.attributes:
-        return None
-    found = re.findall(r'\bname = "(\w+)"', instruction.attributes)
-    return found[-1] if found else None
+    """As kernels/backend.py calls it, without the prefix of Mosaic's; None for what is no kernel of
+    ours. Triton's have their name in the call, Mosaic's in that of the operation.
+    """
+    if 'custom_call_target="__gpu$xla.gpu.triton"' in instruction.attributes:
+        found = re.findall(r'\bname = "(\w+)"', instruction.attributes)
+        return found[-1] if found else None
+    if 'custom_call_target="mosaic_gpu' in instruction.attributes:
+        found = re.findall(r"\bmosaic_(\w+)/", instruction.op_name)
+        return found[-1] if found else None
+    return None
 
 
 def is_counted(instruction: Instruction) -> bool:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax
-
 from configs.base import RunConfig
 from parallel.topology import Accelerator, compile_only_mesh
 from planning.plan import make_plan
@@ -15,9 +13,7 @@ def plan_figures(run: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
     Raises:
       UserError: the compiler for GPUs is missing (parallel/topology.py).
     """
-    mesh = compile_only_mesh(accelerator)
-    with jax.set_mesh(mesh):
-        plan = make_plan(run, "train", mesh, accelerator)
+    plan = make_plan(run, "train", compile_only_mesh(accelerator), accelerator)
     return {
         "device": accelerator.name,
         "least_seconds": plan.hidden_seconds,

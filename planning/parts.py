@@ -17,7 +17,7 @@ MOST_STEPS, MOST_NEIGHBOURS = 4, 8
 
 RULES = (
     (r"/moe/shared/", "shared experts"),
-    (r"/moe/.*(shard_map|while|convert_element_type)", "routed experts"),
+    (r"/moe/.*(shard_map|while|convert_element_type|grouped_)", "routed experts"),
     (r"/moe/", "router"),
     (r"/attention/|attention_norm", "attention"),
     (r"/ffn/|ffn_norm", "dense layers"),
