@@ -50,6 +50,14 @@ def test_no_committed_result_is_of_a_case_that_is_gone():
     assert set(run.read_committed()["cases"]) <= set(run.KEYS)
 
 
+def test_a_few_bytes_may_spill_where_the_case_says_so():
+    name = "window_attention/long_gradient_kv"
+    facts = dataclasses.replace(SOUND, traffic=None, spilled_bytes=40, local_accesses=10)
+    assert gate.faults(name, H100, facts) == []
+    (fault,) = gate.faults(name, H100, dataclasses.replace(facts, spilled_bytes=400))
+    assert "spills: 400 bytes" in fault
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -224,7 +232,7 @@ def test_the_model_sees_the_blocks_that_a_window_kernel_reads():
     case = dataclasses.replace(
         window_cases.COMPILED["causal"], length=512, window_size=100, num_sinks=4
     )
-    blocks = choose_kernels(128, 2, H100.target).forward
+    blocks = choose_kernels(128, 2, A100.target).forward
     assert [attention_traffic._blocks_of_keys(case, first, blocks) for first in (0, 128, 384)] == [
         [0, 1],
         [0, 1, 2, 3],

@@ -55,6 +55,19 @@ def test_flops_of_experts_are_those_of_the_rows_that_they_get(kernels, name):
     assert is_narrow(kernels[name])
 
 
+def test_a_kernel_of_mosaic_counts_as_triton_s_of_the_same_op():
+    """Its name stands in the operation's, and its own program between it and the end of the line."""
+    call = 'custom_call_target="mosaic_gpu_v2", api_version=API_VERSION_TYPED_FFI, '
+    call += 'metadata={op_name="jit(step)/moe/mosaic_grouped_matmul/mpmd_map"}'
+    call += ', backend_config={kernel_hash = "5", module = "ML"}'
+    triton = f"custom-call(%table, %x, %w), {TRITON}, {config('grouped_matmul')}"
+    assert triton in TEXT
+    text = TEXT.replace(triton, f"custom-call(%table, %x, %w), {call}")
+    found = {x.instruction.name: x for x in executed(parse(text), lambda _: 1.0)}
+    assert flops(found["y"], rows(12.0)) == 2 * (4 * 12) * 32 * 16
+    assert unknown_calls(found.values()) == {"another_kernel": 1.0}
+
+
 def test_traffic_is_each_operand_and_the_result_once(kernels):
     x, y, w, table = 2 * 64 * 32, 2 * 64 * 16, 2 * 4 * 32 * 16, 4 * 6
     found = {name: traffic(kernels[name], rows(40.0)) for name in ("y", "dx", "dw")}
