@@ -56,7 +56,7 @@ def test_flops_of_experts_are_those_of_the_rows_that_they_get(kernels, name):
 
 
 def test_a_kernel_of_mosaic_counts_as_triton_s_of_the_same_op():
-    """Its name stands in the operation's, and its own program between it and the end of the line."""
+    """Its name stands in the operation's; its own program follows."""
     call = 'custom_call_target="mosaic_gpu_v2", api_version=API_VERSION_TYPED_FFI, '
     call += 'metadata={op_name="jit(step)/moe/mosaic_grouped_matmul/mpmd_map"}'
     call += ', backend_config={kernel_hash = "5", module = "ML"}'
