@@ -14,7 +14,7 @@ from checkpoint.families.base import Family
 from checkpoint.model_folder import write_model_folder
 from checkpoint.public import export_family, find_family
 from checkpoint.storage import DTYPES, ExportDtype, choose_storage
-from configs.checks import require
+from configs.checks import require, require_positive
 from data.public_tokenizer import PublicTokenizer, write_public_tokenizer
 from infer.sources import Progress, Source, counted
 
@@ -41,6 +41,9 @@ class Conversion:
     """GGUF only, F16 if None."""
     max_shard_bytes: int = 5_000_000_000
     """Hugging Face only: of one file."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_shard_bytes")
 
 
 def convert(

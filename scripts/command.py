@@ -1,11 +1,14 @@
 """What all verbs share: arguments, exit codes, and how the process is set up.
 
 Exit codes: 0 done; 1 the run stopped itself (an alarm); 2 bad input, said in one sentence; 128 + n
-stopped by signal n after saving.
+stopped by signal n after saving. Output that nobody reads any more (`| head`) ends like SIGPIPE.
 """
 
 import argparse
+import contextlib
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +30,17 @@ def execute(main: Main, *, huge_pages: bool = False) -> None:
     """
     if huge_pages:
         _use_huge_pages()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what no encoding has
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(128 + signal.SIGPIPE)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich makes an exit of it, with code 1
+            os._exit(128 + signal.SIGPIPE)
+        raise
     except UserError as error:
         _leave(2, f"error: {error}")
     except TrainingAlarm as alarm:
@@ -86,8 +98,23 @@ def use_host_devices(count: int) -> None:
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs in the user's cache folder: a second start is quicker."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesaic" / "xla"
+    """Keeps compiled programs in the user's cache folder: a second start is quicker.
+
+    A user without a folder to write in (a container's, say) starts as slowly each time, and is told
+    so.
+    """
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    cache = Path(parent) / "moesaic" / "xla"
+    try:
+        if not cache.is_absolute():  # "~" stays where there is no home
+            raise OSError("there is no home folder")
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(
+            f"compiled programs are not kept ({error}): set XDG_CACHE_HOME to a folder of yours",
+            file=sys.stderr,
+        )
+        return
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -100,7 +127,8 @@ def _leave(code: int, sentence: str) -> None:
     """Prints and exits at once: worker threads of a failed save or load would print on the way
     out.
     """
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # where the output itself is what failed
+        sys.stdout.flush()
     print(sentence, file=sys.stderr, flush=True)
     os._exit(code)
 

@@ -17,6 +17,7 @@ from configs.base import InitConfig
 from infer.load import load_model
 from model.growth import Operator, grow, grown_config
 from scripts import command
+from scripts.arguments import finite
 from scripts.train import describe, finish
 from train.growth import load_grown_optimizer_state
 from train.loop import fit
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--factor", type=int, default=2, help="experts each expert becomes")
     parser.add_argument("--steps", type=int, required=True, help="steps to train on")
     parser.add_argument("--warmup", type=int, help="reserve: steps over which the twins enter")
-    parser.add_argument("--drop", type=float, default=0.0, help="share of a twin's units redrawn")
+    parser.add_argument("--drop", type=finite, default=0.0, help="share of a twin's units redrawn")
     parser.add_argument("--optimizer", choices=("fresh", "grown"), default="grown")
     parser.add_argument("--run-dir", type=Path, help="folder of the new run")
     arguments = parser.parse_args(argv)
