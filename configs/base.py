@@ -9,6 +9,7 @@ that would be ignored is an error.
 """
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
 
 from configs.architecture import ModelConfig
@@ -90,9 +91,10 @@ class DataConfig:
     """Where the text comes from and how it is cut."""
 
     source: str = "stdlib"
-    """'stdlib' (this Python's own library) or a folder of text files."""
+    """'stdlib' (this Python's own library), a folder of text files, or one text file, whose last
+    lines are held out."""
     suffix: str = ".py"
-    """Files of `source` to read."""
+    """Files of a folder to read."""
     tokenizer: str | None = None
     """A public one: "smollm2", a GGUF file, a tokenizer.json or its folder; None trains one on the
     corpus."""
@@ -104,9 +106,13 @@ class DataConfig:
     """Of the rows: drawn anew each epoch, or batch_size streams in which each row goes on where the
     one of the step before ended (for models with memory)."""
     holdout_fraction: float = 0.05
-    """Share of modules held out, chosen by a hash of their names."""
+    """Share of files held out, chosen by a hash of their names."""
 
     def __post_init__(self) -> None:
+        for name in ("source", "tokenizer", "directory"):
+            value = getattr(self, name)
+            if value is not None:  # "text/" and "./text" are the folder "text"
+                object.__setattr__(self, name, str(PurePath(value)))
         require_positive(self, "seq_len")
         require(
             0 < self.holdout_fraction < 1,

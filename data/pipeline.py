@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import grain
@@ -12,7 +12,7 @@ import numpy as np
 
 from configs.base import DataConfig
 from configs.checks import UserError
-from data.corpora import name_hash, read_documents, split
+from data.corpora import LeftOut, name_hash, read_source, source_path, split, split_lines
 from data.packing import PackedRows, StreamRows, TokenFile, write_tokens
 from data.tokenizer import (
     check_vocabulary,
@@ -43,6 +43,11 @@ class Corpus:
 
     def held_out(self) -> TokenFile:
         return TokenFile(self.directory / "held_out.bin")
+
+    def left_out(self) -> list[LeftOut]:
+        """Files of the source that could not be read when the corpus was made."""
+        tree = json.loads((self.directory / "corpus.json").read_text())
+        return [LeftOut(*pair) for pair in tree.get("left_out", [])]
 
     def tokenizer(self):
         return load_tokenizer(self.tokenizer_path)
@@ -87,7 +92,7 @@ def _check_settings(directory: Path, settings: dict[str, object]) -> None:
             f"{directory} is there but holds no corpus ({error}): delete it or set --data.directory"
         ) from error
     for name, wanted in settings.items():
-        if found.get(name) != wanted:
+        if _plain(name, found.get(name)) != wanted:
             raise UserError(
                 f"the corpus in {directory} was made with {name}={found.get(name)!r}, this run "
                 "asks for "
@@ -101,9 +106,19 @@ def _check_settings(directory: Path, settings: dict[str, object]) -> None:
         )
 
 
+def _plain(name: str, value: object) -> object:
+    """A setting as configs spell it today: "text/" is the folder "text"."""
+    if name in ("source", "tokenizer") and isinstance(value, str):
+        return str(PurePath(value))
+    return value
+
+
 def _build(directory: Path, settings: dict) -> None:
-    documents = read_documents(settings["source"], settings["suffix"])
-    training, held_out = split(documents, settings["holdout_fraction"])
+    documents, left_out = read_source(settings["source"], settings["suffix"])
+    is_file = source_path(settings["source"]).is_file()
+    training, held_out = (split_lines if is_file else split)(
+        documents, settings["holdout_fraction"]
+    )
     training.sort(key=lambda document: name_hash("order of " + document.name))
     corpus, name, vocab_size = Corpus(directory), settings["tokenizer"], settings["vocab_size"]
     if name is None:
@@ -115,7 +130,9 @@ def _build(directory: Path, settings: dict) -> None:
     tokenizer, sha256 = corpus.tokenizer(), fingerprint(corpus.tokenizer_path)
     write_tokens(directory / "train.bin", training, tokenizer, sha256)
     write_tokens(directory / "held_out.bin", held_out, tokenizer, sha256)
-    (directory / "corpus.json").write_text(json.dumps(settings | {"tokenizer_sha256": sha256}))
+    (directory / "corpus.json").write_text(
+        json.dumps(settings | {"tokenizer_sha256": sha256, "left_out": left_out})
+    )
 
 
 def batches(

@@ -49,7 +49,10 @@ def finish(run: RunConfig, run_dir: Path, result: FitResult) -> int:
             "from there"
         )
         return 128 + result.interrupted
-    print(f"trained {result.steps} steps; {run_dir}/report.html shows them. Next:")
+    if result.new_steps:
+        print(f"trained {result.steps} steps; {run_dir}/report.html shows them. Next:")
+    else:
+        print(f"all {result.steps} steps were done before; {run_dir}/report.html shows them. Next:")
     print(f"  python -m scripts.evaluate {run_dir}")
     print(f'  python -m scripts.generate {run_dir} --prompt "def parse_args("')
     return 0

@@ -16,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from checkpoint.run_directory import open_run_dir
-from checkpoint.store import CheckpointStore, abstract_like
+from checkpoint.store import CheckpointStore, abstract_like, latest_step
 from configs.base import RunConfig
 from configs.checks import require
+from data.inventory import inventory
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
 from model.routed_layers import routed_layers
 from model.transformer import Variables
@@ -41,6 +42,8 @@ class FitResult:
     interrupted: int | None
     """The signal that stopped the run, or None when it is complete."""
     train_seconds: float
+    new_steps: int = 0
+    """Steps that this call did."""
 
 
 def fit(
@@ -68,9 +71,17 @@ def fit(
       disk.
       TrainingAlarm: the run stopped itself; checkpoints are those from before the fault.
     """
-    corpus = prepare_corpus(run.data, run.model.vocab_size)
+    behind = latest_step(run_dir / "checkpoints") or 0
+    require(
+        behind <= run.steps,
+        f"the run in {run_dir} has {behind} steps behind it, steps={run.steps} asks for fewer: "
+        "give more, or another --run-dir",
+    )
     mesh = mesh_of(run)
     trainee = plan_state(run, mesh)
+    corpus = prepare_corpus(run.data, run.model.vocab_size)
+    for sentence in inventory(corpus, run):
+        print(sentence, flush=True)
     open_run_dir(run, run_dir)
     with (
         jax.set_mesh(mesh),
@@ -102,7 +113,7 @@ def fit(
         if done > (store.latest_step or 0):
             store.save(done, state.to_dict(), iterator)
         store.wait()
-        return FitResult(done, stop.signal, time.monotonic() - began)
+        return FitResult(done, stop.signal, time.monotonic() - began, done - behind)
 
 
 def mesh_of(run: RunConfig) -> Mesh:
