@@ -210,6 +210,8 @@ class InitConfig:
     function."""
 
     def __post_init__(self) -> None:
+        if self.source is not None:
+            object.__setattr__(self, "source", str(PurePath(self.source)))  # "run/" is "run"
         require(0 <= self.drop < 1, f"init.drop={self.drop} must lie in [0, 1)")
         require(
             self.source is not None or not self.drop,

@@ -1,9 +1,12 @@
 """The command line of a run: its name and overrides. The only file that knows tyro."""
 
 import contextlib
+import dataclasses
 import difflib
+import functools
 import inspect
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +16,7 @@ import tyro
 from configs import runs
 from configs.base import RunConfig
 from configs.checks import UserError
+from configs.near_names import hint, setting_names
 
 
 def known_runs() -> dict[str, Callable[[], RunConfig]]:
@@ -24,34 +28,84 @@ def known_runs() -> dict[str, Callable[[], RunConfig]]:
     }
 
 
-def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+DEPENDENT = {
+    ("optimizer", "kind", "adamw"): "momentum",
+    ("optimizer", "schedule", "cosine"): "decay_fraction",
+    ("execution", "transport", "gather"): "capacity_factor",
+}
+"""(section, setting, value) -> what has no meaning with it: cleared by who chooses the value."""
+
+
+def load_run(
+    name: str, overrides: Sequence[str] = (), own_options: Sequence[str] = ()
+) -> RunConfig:
     """The named run with overrides such as ["--steps", "500", "--mesh.expert", "4"].
 
     With --help among them, prints every setting of the run and exits.
 
+    Args:
+      own_options: of the verb, to be thought of where an unknown one is near.
     Raises:
       UserError: no such run, no such setting, or a value that is impossible.
     """
     functions = known_runs()
     if name not in functions:
         near = difflib.get_close_matches(name, functions, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown run {name!r}: {hint}There are {', '.join(functions)}")
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown run {name!r}: {guess}There are {', '.join(functions)}")
+    default = _without_dependents(functions[name](), overrides)
+    parse = functools.partial(
+        tyro.cli,
+        RunConfig,
+        prog=name,
+        default=default,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
     printed, complained = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complained):
-            return tyro.cli(
-                RunConfig,
-                prog=name,
-                default=functions[name](),
-                args=list(overrides),
-                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-            )
+            run, unknown = parse(args=list(overrides), return_unknown_args=True)
     except SystemExit as stop:
         if stop.code:
             raise UserError(_sentence(complained.getvalue())) from None
         sys.stdout.write(printed.getvalue())
         raise
+    if unknown:
+        raise UserError(_unknown_sentence(unknown, default, own_options))
+    return run
+
+
+def _without_dependents(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The run as it was before the overrides, less the settings that they make meaningless.
+
+    So AdamW with a cosine schedule is two words for a run that has Muon's momentum and another's
+    decay fraction; what the overrides name themselves stays, to be refused.
+    """
+    words = [word for text in overrides for word in text.split("=", 1)]
+    given = {
+        word.replace("_", "-"): value
+        for word, value in itertools.pairwise(words)
+        if word.startswith("--")
+    }
+    for section in ("optimizer", "execution"):
+        changes = {}
+        for (home, setting, value), dependent in DEPENDENT.items():
+            option = f"--{section}.{dependent}".replace("_", "-")
+            chosen = given.get(f"--{section}.{setting}") == value
+            if home == section and chosen and option not in given:
+                changes |= {setting: value, dependent: None}
+        part = dataclasses.replace(getattr(run, section), **changes)
+        run = dataclasses.replace(run, **{section: part})
+    return run
+
+
+def _unknown_sentence(unknown: Sequence[str], run: RunConfig, own_options: Sequence[str]) -> str:
+    options = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    if not options:
+        return f"unexpected {unknown[0]!r}: settings are given as --name value (--help lists them)"
+    settings = dict(setting_names(run))
+    told = [f"unknown option {option}{hint(option, settings, own_options)}" for option in options]
+    return f"{'; '.join(told)} (--help lists every setting)"
 
 
 def describe_runs() -> str:
@@ -63,7 +117,7 @@ def describe_runs() -> str:
 
 
 def _sentence(box: str) -> str:
-    """One line from tyro's framed message: its first part, and the suggestion if there is one."""
+    """One line from tyro's framed message: its first part."""
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines:
@@ -77,8 +131,4 @@ def _sentence(box: str) -> str:
     message = re.sub(
         r"^Error parsing RunConfig[\w. ]*: ", "", texts[0] if texts else "bad arguments"
     )
-    suggestions = [text for text in texts[1:] if text.startswith("Perhaps you meant")]
-    options = re.findall(r"--[\w.\-]+", suggestions[0]) if suggestions else []
-    if options:
-        message += f"; did you mean {options[0]}?"
     return f"{message} (--help lists every setting)"

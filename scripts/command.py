@@ -6,17 +6,20 @@ stopped by signal n after saving. Output that nobody reads any more (`| head`) e
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
 from configs.checks import UserError
 from configs.cli import describe_runs
+from configs.near_names import hint
 from train.metrics import TrainingAlarm
 
 Main = Callable[[list[str]], int | None]
@@ -66,7 +69,7 @@ def parser(doc: str | None, *, run: bool = False) -> argparse.ArgumentParser:
         if run
         else None,
     )
-    made.error = _raise_user_error  # type: ignore[method-assign]
+    made.error = functools.partial(_raise_user_error, made)  # type: ignore[method-assign]
     if run:
         made.add_argument("run", nargs="?", metavar="RUN", help="name of a run in configs/runs.py")
         made.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/RUN)")
@@ -76,7 +79,8 @@ def parser(doc: str | None, *, run: bool = False) -> argparse.ArgumentParser:
 def split_run_arguments(
     made: argparse.ArgumentParser, argv: list[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The verb's own arguments, and the rest: overrides of the run's settings.
+    """The verb's own arguments, and the rest: overrides of the run's settings. Among the former,
+    `own_options` has their names.
 
     Raises:
       UserError: no run is named. Without one, --help prints the verb's help and exits.
@@ -88,6 +92,7 @@ def split_run_arguments(
     known, overrides = made.parse_known_args(argv)
     if known.run is None:
         raise UserError("name a run; --help lists them")
+    known.own_options = own_options(made)
     known.run_dir = known.run_dir or Path("runs") / known.run
     return known, overrides
 
@@ -119,7 +124,16 @@ def keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _raise_user_error(message: str) -> None:
+def own_options(made: argparse.ArgumentParser) -> list[str]:
+    """The options of a verb itself: "--run-dir"."""
+    return [x for action in made._actions for x in action.option_strings if x.startswith("--")]
+
+
+def _raise_user_error(made: argparse.ArgumentParser, message: str) -> NoReturn:
+    kind, _, unknown = message.partition(": ")
+    if kind == "unrecognized arguments" and unknown.startswith("--"):
+        option = unknown.split()[0].partition("=")[0]
+        message = f"unknown option {option}{hint(option, {}, own_options(made))}"
     raise UserError(f"{message} (--help says more)")
 
 

@@ -27,7 +27,7 @@ from scripts import command
 
 def main(argv: list[str]) -> None:
     arguments, overrides = command.split_run_arguments(_parser(), argv)
-    run = planned_run(arguments.run, arguments.mesh, overrides)
+    run = planned_run(arguments.run, arguments.mesh, overrides, arguments.own_options)
     require(
         run.mesh.num_devices <= MAX_DEVICES,
         f"the mesh has {run.mesh.num_devices:,} devices, at most {MAX_DEVICES:,} are planned for",

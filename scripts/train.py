@@ -19,7 +19,7 @@ from train.report import write_report
 
 def main(argv: list[str]) -> int:
     arguments, overrides = command.split_run_arguments(command.parser(__doc__, run=True), argv)
-    run = load_run(arguments.run, overrides)
+    run = load_run(arguments.run, overrides, arguments.own_options)
     command.use_host_devices(run.mesh.num_devices)
     describe(run)
     result = fit(run, arguments.run_dir, variables=first_variables(run, arguments.run_dir))

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--every", type=int, default=1, help="only each so-manieth layer (1)")
     parser.add_argument("--drop", type=finite, default=0.0, help="share of units drawn anew (0)")
     arguments, overrides = command.split_run_arguments(parser, argv)
-    dense = load_run(arguments.run, overrides)
+    dense = load_run(arguments.run, overrides, arguments.own_options)
     require(
         dense.init.source is not None,
         f"{dense.name} begins with random weights, and upcycling needs trained ones: name them "
