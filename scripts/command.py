@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import functools
 import io
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ from configs.cli import describe_runs
 from configs.near_names import hint
 from train.metrics import TrainingAlarm
 
+PLUGINS = "jax._src.xla_bridge"
+"""Whose log tells of a plugin that can't start, with a traceback."""
+
 Main = Callable[[list[str]], int | None]
 
 
@@ -33,6 +37,7 @@ def execute(main: Main, *, huge_pages: bool = False) -> None:
     """
     if huge_pages:
         _use_huge_pages()
+    logging.getLogger(PLUGINS).addFilter(_in_one_line)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what no encoding has
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -56,6 +61,21 @@ def execute(main: Main, *, huge_pages: bool = False) -> None:
         _leave(130, "interrupted")
     else:
         sys.exit(code)
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Shortens what JAX says of a plugin without a device, such as CUDA's on a machine without a
+    GPU; whatever else it logs stays as it is.
+    """
+    if record.exc_info and str(record.msg).startswith("Jax plugin configuration error"):
+        module, error = "/".join(map(str, record.args or ())), record.exc_info[1]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        record.msg = (
+            f"JAX's plugin {module} is installed and can't start, so its devices are not used: "
+            f"{reason} (pip uninstall it where there are none)"
+        )
+        record.args, record.exc_info, record.exc_text = (), None, None
+    return True
 
 
 def parser(doc: str | None, *, run: bool = False) -> argparse.ArgumentParser:

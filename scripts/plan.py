@@ -6,7 +6,8 @@ program compiled for it on this machine, which needs no GPU.
     python -m scripts.plan v31 --device h100 --mesh data=8,expert=8 --search 3
 
 Tables go to the terminal, a page with pictures into the run's folder. Other arguments override the
-run's settings. GPUs need `pip install ".[deviceless]"`; --device cpu compiles for host devices.
+run's settings. GPUs need XLA's compiler for them: `make plan ARGS="v31 --device h100"` runs this in
+an environment of its own that has it. --device cpu compiles for host devices, anywhere.
 """
 
 import argparse
