@@ -58,11 +58,12 @@ def changes(corpus: Corpus, source: str, suffix: str) -> Changes:
         for name, size in zip(sidecar.names, sidecar.byte_counts, strict=True):
             made[name.removesuffix(BEGINNING).removesuffix(END) if is_file else name] += size
     now = source_sizes(source, suffix)
-    for path, _ in corpus.left_out():
+    left_out = corpus.left_out()
+    for path, _ in left_out or ():
         now.pop(document_name(path), None)
     shared = made.keys() & now.keys()
     return Changes(
-        added=len(now.keys() - made.keys()),
+        added=0 if left_out is None else len(now.keys() - made.keys()),
         gone=len(made.keys() - now.keys()),
         resized=sum(made[name] != now[name] for name in shared),
     )

@@ -44,10 +44,12 @@ class Corpus:
     def held_out(self) -> TokenFile:
         return TokenFile(self.directory / "held_out.bin")
 
-    def left_out(self) -> list[LeftOut]:
-        """Files of the source that could not be read when the corpus was made."""
-        tree = json.loads((self.directory / "corpus.json").read_text())
-        return [LeftOut(*pair) for pair in tree.get("left_out", [])]
+    def left_out(self) -> list[LeftOut] | None:
+        """Files of the source that could not be read when the corpus was made; None in a corpus of
+        before that was noted.
+        """
+        found = json.loads((self.directory / "corpus.json").read_text()).get("left_out")
+        return None if found is None else [LeftOut(*pair) for pair in found]
 
     def tokenizer(self):
         return load_tokenizer(self.tokenizer_path)

@@ -24,7 +24,7 @@ from configs.checks import UserError
 from data.packing import PackedRows
 from data.pipeline import prepare_corpus
 from model.transformer import Transformer, Variables, hidden_states, output_weights
-from train.loop import Extend, FitResult, fit, to_devices
+from train.loop import Extend, FitResult, OnStep, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation
 
 
@@ -41,7 +41,14 @@ LoadTeacher = Callable[[Mesh], Teacher]
 """Loads the teacher onto the student's mesh."""
 
 
-def distill(run: RunConfig, run_dir: Path, teacher_run: RunConfig, load: LoadTeacher) -> FitResult:
+def distill(
+    run: RunConfig,
+    run_dir: Path,
+    teacher_run: RunConfig,
+    load: LoadTeacher,
+    *,
+    on_step: OnStep = lambda step, variables: None,
+) -> FitResult:
     """Trains the student as train.loop.fit does, towards run.distill's objective.
 
     Raises:
@@ -71,7 +78,8 @@ def distill(run: RunConfig, run_dir: Path, teacher_run: RunConfig, load: LoadTea
         cache = TopKCache(run_dir / "teacher_cache", len(rows), rows.seq_len, config, teacher)
         return _with_cache(_with_top_k(teacher, config), cache, mesh)
 
-    return fit(run, run_dir, chunk_loss=make_chunk_loss(config), make_extend=make_extend)
+    loss = make_chunk_loss(config)
+    return fit(run, run_dir, chunk_loss=loss, make_extend=make_extend, on_step=on_step)
 
 
 def check_vocabulary(student: RunConfig, teacher: RunConfig) -> None:

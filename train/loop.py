@@ -35,6 +35,10 @@ Extend = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
 """Adds what the objective needs (the teacher's view) to a batch on the devices."""
 
 
+OnStep = Callable[[int, Variables], None]
+"""Called after each step with the steps done and the variables, the mesh in use."""
+
+
 @dataclass(frozen=True)
 class FitResult:
     steps: int
@@ -54,6 +58,7 @@ def fit(
     make_extend: Callable[[Mesh], Extend] | None = None,
     variables: Variables | None = None,
     opt_state: Any = None,
+    on_step: OnStep = lambda step, variables: None,
 ) -> FitResult:
     """Trains until run.steps are done or a signal asks to stop; started again, it goes on.
 
@@ -66,6 +71,7 @@ def fit(
       variables: what a new run begins with, if not with weights drawn from its seed: those of
         run.init (train/initial.py).
       opt_state: the optimiser's state it begins with beside these variables; None is a fresh one.
+      on_step: for what else is to be measured; it changes nothing.
     Raises:
       UserError: a run_dir with another experiment, a corpus or checkpoint that can't be read, no
       disk.
@@ -107,6 +113,7 @@ def fit(
                 _check(alarms, line, store)
                 if done % run.checkpoint.every == 0:
                     store.save(done, state.to_dict(), iterator)
+                on_step(done, state.variables)
                 bar.update(
                     done, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
                 )

@@ -74,6 +74,27 @@ def draw_loss(runs: dict[str, list[Line]]) -> Picture:
     return to_picture(figure, "loss", "Training loss; the bold line is its running mean.")
 
 
+def draw_held_out(runs: dict[str, list[Line]]) -> Picture:
+    """Held-out loss of runs that were measured on the same tokens, each value a dot."""
+    figure, axes = new_figure(7.5, 3.6)
+    for (name, lines), color in zip(runs.items(), (BLUE, ORANGE, INK), strict=False):
+        steps, nats = _column(lines, "step"), _column(lines, "cross_entropy")
+        axes.plot(steps, nats, "o-", color=color, linewidth=1.8, markersize=4)
+        axes.annotate(
+            no_formula(f" {name} {nats[-1]:.2f}"),
+            (steps[-1], nats[-1]),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=color,
+            va="bottom",
+            annotation_clip=False,
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out cross-entropy, nats per token")
+    caption = "Loss on the beginnings of held-out files, the same for all, as training goes on."
+    return to_picture(figure, "held_out_loss", caption)
+
+
 def draw_load(lines: list[Line]) -> Picture | None:
     """Each expert's load over the mean, by layer and step; None where nothing was logged."""
     logged = [line for line in lines if "expert_load" in line]
