@@ -41,14 +41,10 @@ def execute(main: Main, *, huge_pages: bool = False) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what no encoding has
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = main(sys.argv[1:]) or 0
+        code = _code_of(main)
         sys.stdout.flush()
     except BrokenPipeError:
         os._exit(128 + signal.SIGPIPE)
-    except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # rich makes an exit of it, with code 1
-            os._exit(128 + signal.SIGPIPE)
-        raise
     except UserError as error:
         _leave(2, f"error: {error}")
     except TrainingAlarm as alarm:
@@ -61,6 +57,16 @@ def execute(main: Main, *, huge_pages: bool = False) -> None:
         _leave(130, "interrupted")
     else:
         sys.exit(code)
+
+
+def _code_of(main: Main) -> int:
+    """The verb's exit code; that of --help and its like, too."""
+    try:
+        return main(sys.argv[1:]) or 0
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich makes an exit of it, with code 1
+            raise stop.__context__ from None
+        return stop.code if isinstance(stop.code, int) else 0
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
