@@ -91,7 +91,10 @@ def draw_held_out(runs: dict[str, list[Line]]) -> Picture:
         )
     axes.set_xlabel("step")
     axes.set_ylabel("held-out cross-entropy, nats per token")
-    caption = "Loss on the beginnings of held-out files, the same for all, as training goes on."
+    caption = (
+        "Loss on the beginnings of held-out files, the same for all, as training goes on. Where "
+        "runs are of different lengths, only their ends compare: rates fall sooner in a short one."
+    )
     return to_picture(figure, "held_out_loss", caption)
 
 
