@@ -2,13 +2,17 @@ PYTHON ?= python3
 VENV := .venv
 COMPILER := .venv-kernels
 RUN := $(VENV)/bin/python
+COMPILERS := $(foreach name,$(CXX) c++ g++ clang++ cc gcc,$(shell command -v $(name)))
 # The second is for what builds the native kernels: the headers of the jaxlib that will run them.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: quickstart test test-slow sanitize lint kernels chat model clean .venv
+.PHONY: quickstart test test-slow sanitize lint kernels plan chat model clean help .venv FORCE
 
 quickstart: .venv            ## corpus, training, distillation, evaluation, report: the whole story
 	$(RUN) -m scripts.quickstart
+
+help:                        ## this list
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: .venv                  ## everything that takes seconds
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
@@ -43,16 +47,25 @@ lint: .venv                  ## style, types, layers
 kernels: $(COMPILER)/installed  ## compiles GPU kernels without a GPU: what changed and a sample, or ARGS
 	$(COMPILER)/bin/python -m scripts.check_kernels $(ARGS)
 
-.venv: $(VENV)/installed     ## only sets up
+plan: $(COMPILER)/installed  ## what a step needs on a GPU cluster: ARGS="deepseek_v3 --device h100 --mesh expert=32"
+	$(COMPILER)/bin/python -m scripts.plan $(ARGS)
 
-$(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/native/src/*)
-	$(PYTHON) -m venv --clear $(VENV)  # another Python than before would leave a mixture
+.venv: $(VENV)/installed     ## only sets up; what you installed there yourself stays
+
+# An environment whose Python runs is brought up to date, never emptied.
+$(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/native/src/*) build/compilers
+	@$(RUN) -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check ".[dev]"
 	touch $@
 
+# Newer than the environment when a compiler came or went: the native kernels are built with it.
+build/compilers: FORCE
+	@mkdir -p build
+	@echo "$(COMPILERS)" | cmp -s - $@ || echo "$(COMPILERS)" > $@
+
 # Apart from the rest: the CUDA plugin complains of a missing GPU whenever jax is imported beside it.
 $(COMPILER)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(COMPILER)
+	@$(COMPILER)/bin/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(COMPILER)
 	$(PINNED) $(COMPILER)/bin/python -m pip install --quiet --disable-pip-version-check ".[deviceless]"
 	touch $@
 

@@ -97,6 +97,15 @@ def _check_same(run: RunConfig, run_dir: Path, stated: Provenance) -> Provenance
     return known
 
 
+def runs_inside(folder: Path) -> str:
+    """Advice to who names a folder of runs in place of one; empty for any other folder."""
+    names = sorted(str(path.parent) for path in folder.glob("*/checkpoints"))
+    if not names:
+        return ""
+    more = ", ..." if len(names) > 5 else ""
+    return f"it holds the runs {', '.join(names[:5])}{more}: name one of them"
+
+
 def read_run(run_dir: Path) -> RunConfig:
     """The config a run directory was trained with.
 
@@ -105,5 +114,6 @@ def read_run(run_dir: Path) -> RunConfig:
     """
     path = run_dir / "config.json"
     if not path.exists():
-        raise UserError(f"{run_dir} is no run directory: it has no config.json")
+        advice = runs_inside(run_dir) or "it has no config.json"
+        raise UserError(f"{run_dir} is no run directory: {advice}")
     return from_json(RunConfig, path.read_text(), where=str(path))

@@ -9,10 +9,11 @@ that would be ignored is an error.
 """
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
 
 from configs.architecture import ModelConfig
-from configs.checks import require, require_finite, require_positive
+from configs.checks import require, require_finite, require_positive, require_seed
 from configs.feed_forward import MoEConfig
 
 
@@ -90,9 +91,10 @@ class DataConfig:
     """Where the text comes from and how it is cut."""
 
     source: str = "stdlib"
-    """'stdlib' (this Python's own library) or a folder of text files."""
+    """'stdlib' (this Python's own library), a folder of text files, or one text file, whose last
+    lines are held out."""
     suffix: str = ".py"
-    """Files of `source` to read."""
+    """Files of a folder to read."""
     tokenizer: str | None = None
     """A public one: "smollm2", a GGUF file, a tokenizer.json or its folder; None trains one on the
     corpus."""
@@ -104,9 +106,13 @@ class DataConfig:
     """Of the rows: drawn anew each epoch, or batch_size streams in which each row goes on where the
     one of the step before ended (for models with memory)."""
     holdout_fraction: float = 0.05
-    """Share of modules held out, chosen by a hash of their names."""
+    """Share of files held out, chosen by a hash of their names."""
 
     def __post_init__(self) -> None:
+        for name in ("source", "tokenizer", "directory"):
+            value = getattr(self, name)
+            if value is not None:  # "text/" and "./text" are the folder "text"
+                object.__setattr__(self, name, str(PurePath(value)))
         require_positive(self, "seq_len")
         require(
             0 < self.holdout_fraction < 1,
@@ -209,6 +215,8 @@ class InitConfig:
     function."""
 
     def __post_init__(self) -> None:
+        if self.source is not None:
+            object.__setattr__(self, "source", str(PurePath(self.source)))  # "run/" is "run"
         require(0 <= self.drop < 1, f"init.drop={self.drop} must lie in [0, 1)")
         require(
             self.source is not None or not self.drop,
@@ -268,10 +276,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_finite(self)
         require_positive(self, "steps", "batch_size", "accumulation")
-        require(
-            0 <= self.seed < 2**63,
-            f"seed={self.seed} must be at least 0 and below 2**63 (it is kept in 63 bits)",
-        )
+        require_seed(self.seed)
         require(
             self.batch_size % self.accumulation == 0,
             f"batch_size={self.batch_size} must be divisible by accumulation={self.accumulation}",

@@ -38,6 +38,31 @@ def require_finite(config: Any, prefix: str = "") -> None:
             require_finite(getattr(config, field.name), name)
 
 
+def require_seed(seed: int) -> None:
+    """
+    Raises:
+      UserError: a seed that no key has (model/seeds.py).
+    """
+    require(
+        0 <= seed < 2**63,
+        f"seed={seed} must be at least 0 and below 2**63 (it is kept in 63 bits)",
+    )
+
+
+def require_text(text: str, name: str) -> None:
+    """
+    Raises:
+      UserError: characters that UTF-8 has not: bytes of another encoding that came in as text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} is no UTF-8 at character {error.start + 1} "
+            f"({text[error.start : error.start + 1]!r}): send it as UTF-8"
+        ) from error
+
+
 def require_positive(config: Any, *names: str) -> None:
     """
     Raises:

@@ -1,9 +1,12 @@
 """The command line of a run: its name and overrides. The only file that knows tyro."""
 
 import contextlib
+import dataclasses
 import difflib
+import functools
 import inspect
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +16,7 @@ import tyro
 from configs import runs
 from configs.base import RunConfig
 from configs.checks import UserError, require
+from configs.near_names import hint, setting_names
 from configs.serialization import differences
 
 
@@ -25,34 +29,51 @@ def known_runs() -> dict[str, Callable[[], RunConfig]]:
     }
 
 
-def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+DEPENDENT = {
+    ("optimizer", "kind", "adamw"): "momentum",
+    ("optimizer", "schedule", "cosine"): "decay_fraction",
+    ("execution", "transport", "gather"): "capacity_factor",
+}
+"""(section, setting, value) -> what has no meaning with it: cleared by who chooses the value."""
+
+
+def load_run(
+    name: str, overrides: Sequence[str] = (), own_options: Sequence[str] = ()
+) -> RunConfig:
     """The named run with overrides such as ["--steps", "500", "--mesh.expert", "4"].
 
     With --help among them, prints every setting of the run and exits.
 
+    Args:
+      own_options: of the verb, to be thought of where an unknown one is near.
     Raises:
       UserError: no such run, no such setting, or a value that is impossible.
     """
     functions = known_runs()
     if name not in functions:
         near = difflib.get_close_matches(name, functions, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown run {name!r}: {hint}There are {', '.join(functions)}")
-    return with_overrides(functions[name](), overrides, name)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown run {name!r}: {guess}There are {', '.join(functions)}")
+    return with_overrides(functions[name](), overrides, name, own_options=own_options)
 
 
 def with_overrides(
-    run: RunConfig, overrides: Sequence[str], name: str, fixed: Sequence[str] = ()
+    run: RunConfig,
+    overrides: Sequence[str],
+    name: str,
+    fixed: Sequence[str] = (),
+    own_options: Sequence[str] = (),
 ) -> RunConfig:
     """The run with overrides as on the command line, see `load_run`.
 
     Args:
       name: of the command, for its help.
       fixed: settings that must stay, such as "model".
+      own_options: of the verb, to be thought of where an unknown one is near.
     Raises:
       UserError: no such setting, a value that is impossible, or an override of what must stay.
     """
-    changed = _with_overrides(run, overrides, name)
+    changed = _with_overrides(run, overrides, name, own_options)
     for setting in fixed:
         lines = differences(getattr(run, setting), getattr(changed, setting), setting)
         require(
@@ -63,22 +84,62 @@ def with_overrides(
     return changed
 
 
-def _with_overrides(run: RunConfig, overrides: Sequence[str], name: str) -> RunConfig:
+def _with_overrides(
+    run: RunConfig, overrides: Sequence[str], name: str, own_options: Sequence[str]
+) -> RunConfig:
+    default = _without_dependents(run, overrides)
+    parse = functools.partial(
+        tyro.cli,
+        RunConfig,
+        prog=name,
+        default=default,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
     printed, complained = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complained):
-            return tyro.cli(
-                RunConfig,
-                prog=name,
-                default=run,
-                args=list(overrides),
-                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-            )
+            changed, unknown = parse(args=list(overrides), return_unknown_args=True)
     except SystemExit as stop:
         if stop.code:
             raise UserError(_sentence(complained.getvalue())) from None
         sys.stdout.write(printed.getvalue())
         raise
+    if unknown:
+        raise UserError(_unknown_sentence(unknown, default, own_options))
+    return changed
+
+
+def _without_dependents(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The run as it was before the overrides, less the settings that they make meaningless.
+
+    So AdamW with a cosine schedule is two words for a run that has Muon's momentum and another's
+    decay fraction; what the overrides name themselves stays, to be refused.
+    """
+    words = [word for text in overrides for word in text.split("=", 1)]
+    given = {
+        word.replace("_", "-"): value
+        for word, value in itertools.pairwise(words)
+        if word.startswith("--")
+    }
+    for section in ("optimizer", "execution"):
+        changes = {}
+        for (home, setting, value), dependent in DEPENDENT.items():
+            option = f"--{section}.{dependent}".replace("_", "-")
+            chosen = given.get(f"--{section}.{setting}") == value
+            if home == section and chosen and option not in given:
+                changes |= {setting: value, dependent: None}
+        part = dataclasses.replace(getattr(run, section), **changes)
+        run = dataclasses.replace(run, **{section: part})
+    return run
+
+
+def _unknown_sentence(unknown: Sequence[str], run: RunConfig, own_options: Sequence[str]) -> str:
+    options = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    if not options:
+        return f"unexpected {unknown[0]!r}: settings are given as --name value (--help lists them)"
+    settings = dict(setting_names(run))
+    told = [f"unknown option {option}{hint(option, settings, own_options)}" for option in options]
+    return f"{'; '.join(told)} (--help lists every setting)"
 
 
 def describe_runs() -> str:
@@ -90,7 +151,7 @@ def describe_runs() -> str:
 
 
 def _sentence(box: str) -> str:
-    """One line from tyro's framed message: its first part, and the suggestion if there is one."""
+    """One line from tyro's framed message: its first part."""
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines:
@@ -104,8 +165,4 @@ def _sentence(box: str) -> str:
     message = re.sub(
         r"^Error parsing RunConfig[\w. ]*: ", "", texts[0] if texts else "bad arguments"
     )
-    suggestions = [text for text in texts[1:] if text.startswith("Perhaps you meant")]
-    options = re.findall(r"--[\w.\-]+", suggestions[0]) if suggestions else []
-    if options:
-        message += f"; did you mean {options[0]}?"
     return f"{message} (--help lists every setting)"

@@ -49,7 +49,7 @@ def write_tokens(
     with path.open("wb") as file:
         for document in documents:
             ids = [begin, *tokenizer.encode(document.text).ids]
-            np.asarray(ids, dtype).tofile(file)
+            file.write(np.asarray(ids, dtype).tobytes())  # tofile hides why a disk refuses
             names.append(document.name)
             starts.append(num_tokens)
             byte_counts.append(len(document.text.encode()))

@@ -3,7 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import grain
@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.base import DataConfig
 from configs.checks import UserError, require
-from data.corpora import name_hash, read_documents, split
+from data.corpora import LeftOut, name_hash, read_source, source_path, split, split_lines
 from data.locks import wait_for_lock
 from data.packing import PackedRows, StreamRows, TokenFile, write_tokens
 from data.tokenizer import (
@@ -52,6 +52,13 @@ class Corpus:
 
     def held_out(self) -> TokenFile:
         return TokenFile(self.directory / "held_out.bin")
+
+    def left_out(self) -> list[LeftOut] | None:
+        """Files of the source that could not be read when the corpus was made; None in a corpus of
+        before that was noted.
+        """
+        found = json.loads((self.directory / "corpus.json").read_text()).get("left_out")
+        return None if found is None else [LeftOut(*pair) for pair in found]
 
     def tokenizer(self):
         return load_tokenizer(self.tokenizer_path)
@@ -134,7 +141,7 @@ def _check_settings(directory: Path, settings: dict[str, object]) -> None:
             f"{directory} is there but holds no corpus ({error}): delete it or set --data.directory"
         ) from error
     for name, wanted in settings.items():
-        if found.get(name) != wanted:
+        if _plain(name, found.get(name)) != wanted:
             raise UserError(
                 f"the corpus in {directory} was made with {name}={found.get(name)!r}, this run "
                 "asks for "
@@ -148,9 +155,19 @@ def _check_settings(directory: Path, settings: dict[str, object]) -> None:
         )
 
 
+def _plain(name: str, value: object) -> object:
+    """A setting as configs spell it today: "text/" is the folder "text"."""
+    if name in ("source", "tokenizer") and isinstance(value, str):
+        return str(PurePath(value))
+    return value
+
+
 def _build(directory: Path, settings: dict[str, Any]) -> None:
-    documents = read_documents(settings["source"], settings["suffix"])
-    training, held_out = split(documents, settings["holdout_fraction"])
+    documents, left_out = read_source(settings["source"], settings["suffix"])
+    is_file = source_path(settings["source"]).is_file()
+    training, held_out = (split_lines if is_file else split)(
+        documents, settings["holdout_fraction"]
+    )
     training.sort(key=lambda document: name_hash("order of " + document.name))
     corpus, name, vocab_size = Corpus(directory), settings["tokenizer"], settings["vocab_size"]
     if name is None:
@@ -162,7 +179,9 @@ def _build(directory: Path, settings: dict[str, Any]) -> None:
     tokenizer, sha256 = corpus.tokenizer(), fingerprint(corpus.tokenizer_path)
     write_tokens(directory / "train.bin", training, tokenizer, sha256)
     write_tokens(directory / "held_out.bin", held_out, tokenizer, sha256)
-    (directory / "corpus.json").write_text(json.dumps(settings | {"tokenizer_sha256": sha256}))
+    (directory / "corpus.json").write_text(
+        json.dumps(settings | {"tokenizer_sha256": sha256, "left_out": left_out})
+    )
 
 
 def batches(

@@ -1,5 +1,6 @@
 """What data.tokenizer names: a public model's tokenizer."""
 
+import os
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -17,7 +18,7 @@ def load_public_tokenizer(source: str) -> Tokenizer:
     Raises:
       UserError: none of these, or a file that can't be read.
     """
-    path = packaged_gguf() if source == NAME else Path(source).expanduser()
+    path = packaged_gguf() if source == NAME else Path(os.path.expanduser(source))
     if path.suffix == ".gguf":
         return tokenizer_from_gguf(read_model_header(path).metadata, str(path)).tokenizer
     folder = path.parent if path.name == "tokenizer.json" else path

@@ -13,13 +13,14 @@ from checkpoint.run_directory import read_run
 from configs.checks import UserError
 from configs.serialization import finite_json
 from data.tokenizer import end_of_text_id
+from evals.held_out import FILE
 from evals.run import TASKS, Progress, evaluate
 from evals.tasks.base import Result, Skipped
 from infer.generate import generate
 from infer.load import load_model
 from infer.sampling import Sampling
 from train.metrics import read_lines
-from train.report import draw_bars, draw_load, draw_loss, table, write_page
+from train.report import draw_bars, draw_held_out, draw_load, table, write_page
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9)
 """Of the completions: greedy decoding of a model this small repeats itself."""
@@ -113,7 +114,6 @@ def write_comparison(
     """
     (directory / "summary.json").write_text(finite_json(summary, indent=2) + "\n")
     names = {"teacher": teacher, "student": student}
-    logs = {name: read_lines(c.run_dir / "metrics.jsonl") for name, c in names.items()}
     bits = {
         "unigram model": summary["unigram_bpb"],
         "gzip -9": summary["gzip_bpb"],
@@ -122,7 +122,7 @@ def write_comparison(
     bit_errors = {name: c.results["stdlib_bpb"].standard_error for name, c in names.items()}
     lines = {name: c.results["line_completion"].value for name, c in names.items()}
     line_errors = {name: c.results["line_completion"].standard_error for name, c in names.items()}
-    load = draw_load(logs["teacher"])
+    load = draw_load(read_lines(teacher.run_dir / "metrics.jsonl"))
     pictures = [
         draw_bars(
             "bits_per_byte",
@@ -138,7 +138,7 @@ def write_comparison(
             line_errors,
             "share of lines",
         ),
-        draw_loss(logs),
+        draw_held_out({name: read_lines(c.run_dir / FILE) for name, c in names.items()}),
         *([load] if load else []),
     ]
     settings = {
@@ -178,7 +178,7 @@ def print_story(directory: Path, summary: dict[str, Any], completions: dict[str,
     print(f"the student keeps {summary['student_share_of_gain']:.1%} of the gain over unigrams")
     print(f"{directory}/report.html shows it; {directory}/summary.json has the numbers.")
     print("Next, with the environment active (source .venv/bin/activate):")
-    teacher = shlex.quote(str(directory / "teacher"))
+    teacher, student = (shlex.quote(str(directory / name)) for name in ("teacher", "student"))
     print(f'  python -m scripts.generate {teacher} --prompt "class Stack:"')
+    print(f"  python -m scripts.convert {student} exported --to huggingface")
     print("  python -m scripts.train v31_nano --steps 1000 --mesh.expert 4")
-    print("  python -m scripts.distill v31_nano_student --teacher runs/v31_nano")

@@ -14,6 +14,7 @@ D domains, P periods, E experts.
 
 import functools
 import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -119,6 +120,7 @@ def label_experts(
     Raises:
       UserError: a run without experts, checkpoint or corpus, or domains as in sort_documents.
     """
+    require(-1 <= threshold <= 1, f"threshold={threshold} must lie in [-1, 1], where NPMI does")
     run = read_run(run_dir)
     layers = _layers(run.model)
     require(bool(layers), f"{run_dir} has no MoE layer: there are no experts to label")
@@ -207,6 +209,7 @@ def read_preference(run_dir: Path, wanted: str) -> Preference:
         beta = float(text) if text else DEFAULT_BETA
     except ValueError as error:
         raise UserError(f"beta={text!r} of --expert-preference is no number") from error
+    require(math.isfinite(beta), f"beta={text!r} of --expert-preference must be a finite number")
     return _preference(read_run(run_dir).model, tree, domain, beta, path)
 
 

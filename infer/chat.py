@@ -27,6 +27,25 @@ def chat_ids(tokenizer: PublicTokenizer, messages: Messages) -> list[int]:
     return tokenizer.encode(text, specials=True, bos=False)
 
 
+def fitting(
+    tokenizer: PublicTokenizer, messages: Messages, room: int
+) -> tuple[list[int], Messages]:
+    """The conversation's tokens, at most `room`, and the messages that are left of it: its oldest
+    exchanges go first.
+
+    Raises:
+      UserError: the newest message does not fit even without them, or as chat_ids.
+    """
+    while len(ids := chat_ids(tokenizer, messages)) > room:
+        shorter = without_oldest(messages)
+        require(
+            bool(shorter) and shorter[-1]["role"] == "user",
+            f"the message makes {len(ids)} tokens, at most {room} fit beside an answer: shorten it",
+        )
+        messages = shorter
+    return ids, messages
+
+
 def without_oldest(messages: Messages) -> Messages:
     """The conversation less its oldest exchange; what the system was told stays."""
     first = 1 if messages[0]["role"] == "system" else 0

@@ -13,7 +13,7 @@ from checkpoint.families.base import Family
 from checkpoint.model_folder import write_model_folder
 from checkpoint.public import export_family, find_family
 from checkpoint.storage import DTYPES, ExportDtype, choose_storage
-from configs.checks import require
+from configs.checks import require, require_positive
 from data.gguf_tokenizer_write import told_difference
 from data.public_tokenizer import PublicTokenizer
 from data.tokenizer_export import (
@@ -42,6 +42,9 @@ class Conversion:
     """GGUF only, F16 if None."""
     max_shard_bytes: int = 5_000_000_000
     """Hugging Face only: of one file."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_shard_bytes")
 
 
 def convert(

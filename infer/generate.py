@@ -3,6 +3,7 @@
 B prompts, L tokens of the padded prompt, N tokens of a step, V vocab.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.checks import UserError, require
+from configs.checks import UserError, require, require_seed
 from infer.early_exit import check_exits, exit_step
 from infer.generation import Figures, Generation, OnTokens, Rows
 from infer.sampling import Sampling, sample
 from infer.self_speculative import Draft, Verified, check_draft, draft_and_verify
 from model.cache import init_cache
+from model.seeds import seed_key
 from model.transformer import (
     Cache,
     Preference,
@@ -60,7 +62,8 @@ def generate(
         options that can't go together.
     """
     _check(model, prompts, max_new_tokens)
-    way = _Way(sampling, jax.random.key(seed), exit_threshold, draft, preference)
+    require_seed(seed)
+    way = _Way(sampling, seed_key(seed), exit_threshold, draft, preference)
     _check_way(model, way)
     began = time.monotonic()
     position_B = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -154,6 +157,10 @@ def _check_way(model: Transformer, way: _Way) -> None:
     names = [name for name, value in given.items() if value is not None]
     require(len(names) < 2, f"{' and '.join(names)} can't go together: leave one out")
     if way.exit_threshold is not None:
+        require(
+            not math.isnan(way.exit_threshold),
+            "exit_threshold is NaN, which no confidence reaches: give a number",
+        )
         check_exits(model)
     if way.draft is not None:
         check_draft(model, way.draft)

@@ -3,10 +3,12 @@
 B rows, V vocab.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs.checks import UserError
 
@@ -21,6 +23,8 @@ class Sampling:
     """Sample among the fewest tokens whose probabilities reach top_p (Holtzman et al. 2019)."""
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature):
+            raise UserError(f"temperature={self.temperature} must be a finite number; 0 is greedy")
         if self.temperature < 0:
             raise UserError(f"temperature={self.temperature} must not be negative; 0 is greedy")
         if not 0 < self.top_p <= 1:
@@ -39,7 +43,10 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
+    # The best logit becomes 0 first, so that the coldest temperature still tends to greedy, where
+    # the quotients themselves would overflow.
+    logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+    logits_BV = logits_BV / max(sampling.temperature, float(np.finfo(np.float32).tiny))
     if sampling.top_p < 1:
         logits_BV = _keep_top_p(logits_BV, sampling.top_p)
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
@@ -51,5 +58,5 @@ def _keep_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
     sorted_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV, axis=-1), order_BV, axis=-1)
     mass_before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
     rank_BV = jnp.argsort(order_BV, axis=-1)
-    is_kept_BV = jnp.take_along_axis(mass_before_BV < top_p, rank_BV, axis=-1)
+    is_kept_BV = jnp.take_along_axis(mass_before_BV < top_p, rank_BV, axis=-1) | (rank_BV == 0)
     return jnp.where(is_kept_BV, logits_BV, -jnp.inf)

@@ -54,6 +54,11 @@ def check_draft(model: Transformer, draft: Draft) -> None:
         f"draft.exit={draft.exit} is no exit before the model's end: it has "
         f"{config.num_exits - 1} of them, see model.exit_spacing",
     )
+    require(
+        draft.length < config.context_length,
+        f"draft.length={draft.length} must be below the model's "
+        f"context_length={config.context_length}: draft fewer tokens at a time",
+    )
     for spec in (*config.prefix, *config.pattern):
         require(
             not isinstance(spec.attention, LocalSparseAttentionConfig),

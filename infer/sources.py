@@ -20,11 +20,11 @@ from checkpoint import gguf, huggingface
 from checkpoint.model_folder import is_model_folder, read_model_config, restore_model_folder
 from checkpoint.public import PublicCheckpoint
 from checkpoint.run_corpus import read_run_tokenizer
-from checkpoint.run_directory import read_run
+from checkpoint.run_directory import read_run, runs_inside
 from checkpoint.store import restore_variables
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig, RunConfig
-from configs.checks import UserError
+from configs.checks import UserError, require
 from data.public_tokenizer import PublicTokenizer, read_public_tokenizer
 from data.smollm2 import NAME, packaged_gguf
 from data.tokenizer import end_of_text_id
@@ -147,6 +147,8 @@ def open_source(name: str) -> Source:
         )
     if (path / "checkpoints").is_dir():
         return _run(name, path)
+    is_run_parent = runs_inside(path) if not (path / "config.json").exists() else ""
+    require(not is_run_parent, f"{name} is no model: {is_run_parent}")
     checkpoint = huggingface.open_checkpoint(path)
     return _public(name, "huggingface", path, checkpoint, lambda: read_public_tokenizer(path))
 

@@ -220,5 +220,6 @@ def require_plugin() -> None:
     if importlib.util.find_spec(package) is None or importlib.util.find_spec(PLUGIN) is None:
         raise UserError(
             "compiling for a GPU needs jax-cuda13-plugin, which is not installed: "
-            'pip install -c constraints.txt ".[deviceless]" brings it, without a GPU or its driver'
+            '`make plan ARGS="RUN --device h100"` plans in an environment of its own that has it, '
+            "without a GPU or its driver"
         )

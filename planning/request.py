@@ -10,19 +10,22 @@ from configs.cli import known_runs, load_run
 MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
 
-def planned_run(name: str, mesh: str | None, overrides: Sequence[str]) -> RunConfig:
+def planned_run(
+    name: str, mesh: str | None, overrides: Sequence[str], own_options: Sequence[str] = ()
+) -> RunConfig:
     """The named run on this mesh.
 
     Without --batch-size among the overrides, a device keeps as many rows as in the run: the batch
     grows and shrinks with the mesh.
 
     Args:
+      own_options: of the verb; see load_run.
       mesh: such as "data=32,expert=64"; axes left out have size 1. None keeps the run's.
     Raises:
       UserError: an unknown run or axis, or settings that don't go together.
     """
     if mesh is None:
-        return load_run(name, overrides)
+        return load_run(name, overrides, own_options)
     require(
         not any(_is_set(f"--mesh.{axis}", overrides) for axis in MESH_AXES),
         f"--mesh {mesh} and an override of --mesh.*: give one of them",
@@ -37,7 +40,7 @@ def planned_run(name: str, mesh: str | None, overrides: Sequence[str]) -> RunCon
         run = known_runs()[name]()
         rows = run.batch_size // (run.mesh.data * run.mesh.expert)
         chosen += ["--batch-size", str(rows * sizes.data * sizes.expert)]
-    return load_run(name, [*chosen, *overrides])
+    return load_run(name, [*chosen, *overrides], own_options)
 
 
 def parse_mesh(text: str) -> MeshConfig:

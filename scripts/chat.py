@@ -3,61 +3,114 @@
     python -m scripts.chat [SRC] [--system "You are brief."]
 
 SRC is a model that was trained to chat (default: smollm2). Type a message; /new begins again, an
-empty line or Ctrl-D ends. Each answer is followed by the time to its first token and its speed.
+empty line or Ctrl-D ends. Each answer is followed by the time to its first token and its speed. A
+message that can't be answered, such as one longer than the model's context, is refused and
+forgotten; the conversation goes on.
 """
 
+import argparse
+import io
+import sys
+from collections.abc import Callable
+
+from configs.checks import UserError, require, require_text
 from data.chat import Messages
 from data.public_tokenizer import PublicTokenizer
-from infer.chat import chat_ids, without_oldest
+from infer.chat import chat_ids, fitting
 from infer.generate import generate
+from infer.generation import Generation, OnTokens
 from infer.sampling import Sampling
 from infer.sources import open_source
 from scripts import command
-from scripts.reading import Printer, reading
+from scripts.arguments import finite, utf8
+from scripts.reading import Printer, length_shown, reading
+
+Answer = Callable[[list[int], int, OnTokens], Generation]
+"""Continues a conversation's tokens: (ids, seed, on_tokens)."""
 
 
 def main(argv: list[str]) -> None:
-    parser = command.parser(__doc__)
-    parser.add_argument("source", metavar="SRC", nargs="?", default="smollm2")
-    parser.add_argument("--system", help="what the model is told first")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     sampling = Sampling(arguments.temperature, arguments.top_p)
     command.keep_compiled()
     source = open_source(arguments.source)
+    room = source.config.context_length - arguments.max_new_tokens
+    require(
+        0 < room < source.config.context_length,
+        f"--max-new-tokens {arguments.max_new_tokens} must lie between 1 and "
+        f"{source.config.context_length - 1}: the model's context_length, "
+        f"{source.config.context_length}, holds the conversation and its answer",
+    )
     tokenizer = source.tokenizer()
     first = [{"role": "system", "content": arguments.system}] if arguments.system else []
     chat_ids(tokenizer, [*first, {"role": "user", "content": "hello"}])  # refuses before loading
     with reading(source) as progress:
         model, variables = source.load(progress=progress, for_decoding=True)
-    print(f"{source.name}: /new begins again, an empty line ends", flush=True)
-    messages = list(first)
-    while text := _asked():
-        if text == "/new":
-            messages = list(first)
-            continue
-        messages.append({"role": "user", "content": text})
-        ids = _fitting(tokenizer, messages, model.config.context_length - arguments.max_new_tokens)
-        printer = Printer("", tokenizer)
-        made = generate(
+
+    def answer(ids: list[int], seed: int, on_tokens: OnTokens) -> Generation:
+        return generate(
             model,
             variables,
             [ids],
             max_new_tokens=arguments.max_new_tokens,
             sampling=sampling,
-            seed=len(messages),
+            seed=seed,
             stop_ids=tokenizer.eos_ids,
-            on_tokens=printer.show,
+            on_tokens=on_tokens,
         )
-        printer.finish()
-        messages.append({"role": "assistant", "content": tokenizer.decode(made.tokens[0])})
-        print(
-            f"\n[{len(made.tokens[0])} tokens; first after {made.first_token_seconds:.2f} s, then "
-            f"{made.tokens_per_second:.1f} tokens/s]",
-            flush=True,
-        )
+
+    print(f"{source.name}: /new begins again, an empty line ends", flush=True)
+    converse(tokenizer, first, answer, room, arguments.max_new_tokens)
+
+
+def converse(
+    tokenizer: PublicTokenizer, first: Messages, answer: Answer, room: int, max_new_tokens: int
+) -> None:
+    """Answers what is typed until an empty line; what can't be answered is told and forgotten.
+
+    Args:
+      first: what the system is told, if anything.
+      room: tokens that the conversation may have.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # refused below, line by line
+    messages = list(first)
+    while text := _asked():
+        if text == "/new":
+            messages = list(first)
+            continue
+        try:
+            messages = _exchange(tokenizer, messages, text, answer, room, max_new_tokens)
+        except UserError as error:
+            print(f"[not answered: {error}]", flush=True)
+
+
+def _exchange(
+    tokenizer: PublicTokenizer,
+    messages: Messages,
+    text: str,
+    answer: Answer,
+    room: int,
+    max_new_tokens: int,
+) -> Messages:
+    """Shows the answer; the conversation with it, less what no longer fits.
+
+    Raises:
+      UserError: the message can't be read, or does not fit even alone.
+    """
+    require_text(text, "the message")
+    ids, kept = fitting(tokenizer, [*messages, {"role": "user", "content": text}], room)
+    if len(kept) <= len(messages):
+        print("[the oldest exchanges no longer fit and are forgotten]")
+    printer = Printer("", tokenizer)
+    made = answer(ids, len(kept), printer.show)
+    printer.finish()
+    print(
+        f"\n[{length_shown(made, max_new_tokens)}; first after {made.first_token_seconds:.2f} s, "
+        f"then {made.tokens_per_second:.1f} tokens/s]",
+        flush=True,
+    )
+    return [*kept, {"role": "assistant", "content": tokenizer.decode(made.tokens[0])}]
 
 
 def _asked() -> str:
@@ -67,12 +120,14 @@ def _asked() -> str:
         return ""
 
 
-def _fitting(tokenizer: PublicTokenizer, messages: Messages, room: int) -> list[int]:
-    """The conversation's tokens; its oldest exchanges are forgotten where it outgrows the model."""
-    while len(ids := chat_ids(tokenizer, messages)) > room and len(messages) > 2:
-        messages[:] = without_oldest(messages)
-        print("[the oldest exchange no longer fits and is forgotten]")
-    return ids
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser(__doc__)
+    parser.add_argument("source", metavar="SRC", nargs="?", default="smollm2")
+    parser.add_argument("--system", type=utf8, help="what the model is told first")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
+    parser.add_argument("--temperature", type=finite, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=finite, default=1.0)
+    return parser
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m scripts.claims all
 
 Each prints the article's figure, the bound of theory and what was measured with its spread, adds
-itself to docs/claims.md, and draws runs/claims/NAME.png. What does not reproduce is reported as
-such.
+itself to runs/claims/claims.md, and draws runs/claims/NAME.png. What does not reproduce is reported
+as such. `--log docs/claims.md` keeps a result among those of the project, which names the articles.
 """
 
 import argparse
@@ -42,24 +42,28 @@ CLAIMS: dict[str, Callable[[int], Report]] = {
 }
 
 
+PICTURES = Path("runs/claims")
+LOG = PICTURES / "claims.md"
+
+
 def main(argv: list[str]) -> None:
     parser = command.parser(__doc__)
     parser.add_argument("name", choices=[*CLAIMS, "all"])
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
-    parser.add_argument("--log", type=Path, default=Path("docs/claims.md"))
+    parser.add_argument("--log", type=Path, default=LOG, help=f"Markdown to add to ({LOG})")
     arguments = parser.parse_args(argv)
     if arguments.seeds < 1:
         raise UserError(f"--seeds {arguments.seeds} must be at least 1")
-    pictures = Path("runs/claims")
-    pictures.mkdir(parents=True, exist_ok=True)
+    for folder in (PICTURES, arguments.log.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as compiled:
         # The seeds of an arm are one program: compile it once.
         jax.config.update("jax_compilation_cache_dir", compiled)
-        missed = _run(CLAIMS if arguments.name == "all" else [arguments.name], arguments, pictures)
+        missed = _run(CLAIMS if arguments.name == "all" else [arguments.name], arguments)
     print(f"{len(missed)} targets missed" + "".join(f"\n- {figure}" for figure in missed))
 
 
-def _run(names: Iterable[str], arguments: argparse.Namespace, pictures: Path) -> list[str]:
+def _run(names: Iterable[str], arguments: argparse.Namespace) -> list[str]:
     """Each experiment, printed, logged and drawn; returns the figures that missed their target."""
     missed = []
     for name in names:
@@ -68,8 +72,8 @@ def _run(names: Iterable[str], arguments: argparse.Namespace, pictures: Path) ->
         print_report(report)
         line = f"python -m scripts.claims {name} --seeds {arguments.seeds}"
         append_report(report, arguments.log, line, time.monotonic() - began)
-        (pictures / f"{name}.png").write_bytes(report.picture.png)
-        print(f"drawn: {pictures / name}.png; added to {arguments.log}", flush=True)
+        (PICTURES / f"{name}.png").write_bytes(report.picture.png)
+        print(f"drawn: {PICTURES / name}.png; added to {arguments.log}", flush=True)
         missed += [f"{name}: {figure}" for figure in report.missed]
     return missed
 

@@ -1,20 +1,31 @@
 """What all verbs share: arguments, exit codes, and how the process is set up.
 
 Exit codes: 0 done; 1 the run stopped itself (an alarm); 2 bad input, said in one sentence; 3 a
-fault of the program, with its traceback; 128 + n stopped by signal n after saving.
+fault of the program, with its traceback; 128 + n stopped by signal n after saving. Output that
+nobody reads any more (`| head`) ends like SIGPIPE.
 """
 
 import argparse
+import contextlib
+import functools
+import io
+import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
 from configs.checks import UserError
+from configs.near_names import hint
 from train.metrics import TrainingAlarm
+
+PLUGINS = "jax._src.xla_bridge"
+"""Whose log tells of a plugin that can't start, with a traceback."""
 
 Main = Callable[[list[str]], int | None]
 
@@ -27,8 +38,14 @@ def execute(main: Main, *, huge_pages: bool = False) -> None:
     """
     if huge_pages:
         _use_huge_pages()
+    logging.getLogger(PLUGINS).addFilter(_in_one_line)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what no encoding has
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = main(sys.argv[1:]) or 0
+        code = _code_of(main)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(128 + signal.SIGPIPE)
     except UserError as error:
         _leave(2, f"error: {error}")
     except TrainingAlarm as alarm:
@@ -45,6 +62,31 @@ def execute(main: Main, *, huge_pages: bool = False) -> None:
         sys.exit(code)
 
 
+def _code_of(main: Main) -> int:
+    """The verb's exit code; that of --help and its like, too."""
+    try:
+        return main(sys.argv[1:]) or 0
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich makes an exit of it, with code 1
+            raise stop.__context__ from None
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Shortens what JAX says of a plugin without a device, such as CUDA's on a machine without a
+    GPU; whatever else it logs stays as it is.
+    """
+    if record.exc_info and str(record.msg).startswith("Jax plugin configuration error"):
+        module, error = "/".join(map(str, record.args or ())), record.exc_info[1]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        record.msg = (
+            f"JAX's plugin {module} is installed and can't start, so its devices are not used: "
+            f"{reason} (pip uninstall it where there are none)"
+        )
+        record.args, record.exc_info, record.exc_text = (), None, None
+    return True
+
+
 def parser(doc: str | None, *, run: bool = False) -> argparse.ArgumentParser:
     """A parser with the verb's documentation; with `run`, it takes a run's name and --run-dir."""
     made = argparse.ArgumentParser(
@@ -54,7 +96,7 @@ def parser(doc: str | None, *, run: bool = False) -> argparse.ArgumentParser:
         add_help=not run,
         epilog=_runs() if run else None,
     )
-    made.error = _raise_user_error  # type: ignore[method-assign]
+    made.error = functools.partial(_raise_user_error, made)  # type: ignore[method-assign]
     if run:
         made.add_argument("run", nargs="?", metavar="RUN", help="name of a run in configs/runs.py")
         made.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/RUN)")
@@ -70,7 +112,8 @@ def _runs() -> str:
 def split_run_arguments(
     made: argparse.ArgumentParser, argv: list[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The verb's own arguments, and the rest: overrides of the run's settings.
+    """The verb's own arguments, and the rest: overrides of the run's settings. Among the former,
+    `own_options` has their names.
 
     Raises:
       UserError: no run is named. Without one, --help prints the verb's help and exits.
@@ -82,6 +125,7 @@ def split_run_arguments(
     known, overrides = made.parse_known_args(argv)
     if known.run is None:
         raise UserError("name a run; --help lists them")
+    known.own_options = own_options(made)
     known.run_dir = known.run_dir or Path("runs") / known.run
     return known, overrides
 
@@ -92,13 +136,37 @@ def use_host_devices(count: int) -> None:
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs in the user's cache folder: a second start is quicker."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesaic" / "xla"
+    """Keeps compiled programs in the user's cache folder: a second start is quicker.
+
+    A user without a folder to write in (a container's, say) starts as slowly each time, and is told
+    so.
+    """
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    cache = Path(parent) / "moesaic" / "xla"
+    try:
+        if not cache.is_absolute():  # "~" stays where there is no home
+            raise OSError("there is no home folder")
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(
+            f"compiled programs are not kept ({error}): set XDG_CACHE_HOME to a folder of yours",
+            file=sys.stderr,
+        )
+        return
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _raise_user_error(message: str) -> None:
+def own_options(made: argparse.ArgumentParser) -> list[str]:
+    """The options of a verb itself: "--run-dir"."""
+    return [x for action in made._actions for x in action.option_strings if x.startswith("--")]
+
+
+def _raise_user_error(made: argparse.ArgumentParser, message: str) -> NoReturn:
+    kind, _, unknown = message.partition(": ")
+    if kind == "unrecognized arguments" and unknown.startswith("--"):
+        option = unknown.split()[0].partition("=")[0]
+        message = f"unknown option {option}{hint(option, {}, own_options(made))}"
     raise UserError(f"{message} (--help says more)")
 
 
@@ -106,7 +174,8 @@ def _leave(code: int, sentence: str) -> None:
     """Prints and exits at once: worker threads of a failed save or load would print on the way
     out.
     """
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # where the output itself is what failed
+        sys.stdout.flush()
     print(sentence, file=sys.stderr, flush=True)
     os._exit(code)
 

@@ -17,6 +17,7 @@ from infer.convert import Conversion, Form, convert, rounding
 from infer.sources import Source, open_source
 from infer.verify import Comparison, Unreadable, choose_probe, verify
 from scripts import command
+from scripts.arguments import positive
 from scripts.reading import reading
 
 DIVERGENCE = {
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--family", help="model_type to export as (default: one that fits)")
     parser.add_argument("--dtype", choices=get_args(ExportDtype), help="default: the source's")
     parser.add_argument("--quantization", choices=("F16", "Q8_0"), help="of a GGUF (F16)")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0)
+    parser.add_argument("--max-shard-gb", type=positive, default=5.0)
     parser.add_argument("--verify", action="store_true", help="compare next tokens of both sides")
     arguments = parser.parse_args(argv)
     source = open_source(arguments.source)

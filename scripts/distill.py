@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser = command.parser(__doc__, run=True)
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher's run")
     arguments, overrides = command.split_run_arguments(parser, argv)
-    run = load_run(arguments.run, overrides)
+    run = load_run(arguments.run, overrides, arguments.own_options)
     command.use_host_devices(run.mesh.num_devices)
     teacher = teacher_of(arguments.teacher)
     require_memory(run, teacher[0].model)

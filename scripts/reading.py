@@ -9,6 +9,7 @@ import numpy as np
 
 from data.public_tokenizer import PublicTokenizer
 from data.text_stream import TextStream
+from infer.generation import Generation
 from infer.sources import Progress, Source
 from train.progress import ProgressBar
 
@@ -40,6 +41,13 @@ def reading(source: Source, title: str = "") -> Iterator[Progress]:
                 bar.update(total if done == whole else done // million)
 
         yield update
+
+
+def length_shown(made: Generation, max_new_tokens: int) -> str:
+    """The length of a text, and that it was cut off where it did not end by itself."""
+    count = len(made.tokens[0])
+    is_cut = count == max_new_tokens
+    return f"{count} tokens" + (f", cut off at --max-new-tokens {count}" if is_cut else "")
 
 
 class Printer:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint.tensor_header import explain_os_errors
 from configs.checks import UserError
 from infer.logits import full_logits
 from infer.sources import open_source
@@ -30,12 +31,27 @@ def main(argv: list[str]) -> None:
     with reading(source) as progress:
         model, variables = source.load(dtype=arguments.dtype, progress=progress)
     logits_LV = full_logits(model, variables, tokens)
-    arguments.logits.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.logits.with_name(arguments.logits.name + ".partial")
-    with partial.open("wb") as file:
-        np.save(file, logits_LV)
-    partial.replace(arguments.logits)
+    write_logits(arguments.logits, logits_LV)
     print(f"{arguments.logits}: float32 {list(logits_LV.shape)}")
+
+
+def write_logits(path: Path, logits_LV: np.ndarray) -> None:
+    """The .npy file, whole or not at all.
+
+    Raises:
+      UserError: the operating system refuses, as on a full disk.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with explain_os_errors(path, "be written"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                header = np.lib.format.header_data_from_array_1_0(logits_LV)
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(logits_LV).data)  # np.save hides the reason
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_tokens(path: Path) -> list[int]:

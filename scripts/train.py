@@ -21,7 +21,7 @@ from train.report import write_report
 
 def main(argv: list[str]) -> int:
     arguments, overrides = command.split_run_arguments(command.parser(__doc__, run=True), argv)
-    run = load_run(arguments.run, overrides)
+    run = load_run(arguments.run, overrides, arguments.own_options)
     command.use_host_devices(run.mesh.num_devices)
     require_memory(run)
     describe(run)
@@ -53,7 +53,8 @@ def finish(run: RunConfig, run_dir: Path, result: FitResult) -> int:
             "from there"
         )
         return 128 + result.interrupted
-    print(f"trained {result.steps} steps; {run_dir}/report.html shows them. Next:")
+    done = "trained {} steps" if result.new_steps else "all {} steps were done before"
+    print(f"{done.format(result.steps)}; {run_dir}/report.html shows them. Next:")
     typed = shlex.quote(str(run_dir))
     print(f"  python -m scripts.evaluate {typed}")
     print(f'  python -m scripts.generate {typed} --prompt "def parse_args("')

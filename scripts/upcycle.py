@@ -17,6 +17,7 @@ from configs.cli import load_run
 from model.upcycle import upcycled_config
 from planning.available import require_memory
 from scripts import command
+from scripts.arguments import finite
 from scripts.sources import initial_weights
 from scripts.train import describe, finish
 from train.loop import fit
@@ -28,9 +29,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--experts", type=int, default=4, help="experts a layer becomes (4)")
     parser.add_argument("--top-k", type=int, default=2, help="experts for each token (2)")
     parser.add_argument("--every", type=int, default=1, help="only each so-manieth layer (1)")
-    parser.add_argument("--drop", type=float, default=0.0, help="share of units drawn anew (0)")
+    parser.add_argument("--drop", type=finite, default=0.0, help="share of units drawn anew (0)")
     arguments, overrides = command.split_run_arguments(parser, argv)
-    dense = load_run(arguments.run, overrides)
+    dense = load_run(arguments.run, overrides, arguments.own_options)
     require(
         dense.init.source is not None,
         f"{dense.name} begins with random weights, and upcycling needs trained ones: name them "

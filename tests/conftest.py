@@ -8,8 +8,16 @@ import jax
 import pytest
 
 os.environ.setdefault("NPROC", "16")  # threads for the collectives of eight devices on few cores
-# Tiny programs run once: half of a test's time would be LLVM's optimisation of them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tiny programs run once: most of a test's time would be spent on making them fast. LLVM optimises
+# nothing, fusions are emitted by the older and quicker of XLA's two ways (a third of the time for
+# the tests of train/), and a program's code is generated on one thread, as the workers have a core
+# each.
+FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 jax.config.update("jax_num_cpu_devices", 8)
 # Many tests compile the same tiny programs: the workers of a session share what they compiled.
 _SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))

@@ -26,7 +26,7 @@ from data.packing import PackedRows
 from data.pipeline import prepare_corpus
 from data.tokenizer import fingerprint, vocabulary_difference
 from model.transformer import Transformer, Variables, hidden_states, output_weights
-from train.loop import Extend, FitResult, fit, to_devices
+from train.loop import Extend, FitResult, OnStep, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation
 
 
@@ -56,6 +56,8 @@ def distill(
     teacher_run: RunConfig,
     load: LoadTeacher,
     teacher_tokenizer: Tokenizer,
+    *,
+    on_step: OnStep = lambda step, variables: None,
 ) -> FitResult:
     """Trains the student as train.loop.fit does, towards run.distill's objective.
 
@@ -94,6 +96,7 @@ def distill(
         chunk_loss=make_chunk_loss(config),
         make_extend=make_extend,
         objective="distillation",
+        on_step=on_step,
     )
 
 

@@ -22,9 +22,10 @@ from checkpoint.provenance import (
     read_provenance,
 )
 from checkpoint.run_directory import open_run_dir, sole_writer
-from checkpoint.store import CheckpointStore, abstract_like
+from checkpoint.store import CheckpointStore, abstract_like, latest_step
 from configs.base import RunConfig
 from configs.checks import require
+from data.inventory import inventory
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
 from model.transformer import Variables
 from parallel.mesh import make_mesh
@@ -39,6 +40,10 @@ Extend = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
 """Adds what the objective needs (the teacher's view) to a batch on the devices."""
 
 
+OnStep = Callable[[int, Variables], None]
+"""Called after each step with the steps done and the variables, the mesh in use."""
+
+
 @dataclass(frozen=True)
 class FitResult:
     steps: int
@@ -46,6 +51,8 @@ class FitResult:
     interrupted: int | None
     """The signal that stopped the run, or None when it is complete."""
     train_seconds: float
+    new_steps: int = 0
+    """Steps that this call did."""
 
 
 def fit(
@@ -58,6 +65,7 @@ def fit(
     variables: Variables | None = None,
     opt_state: Any = None,
     initial: ModelOrigin | None = None,
+    on_step: OnStep = lambda step, variables: None,
 ) -> FitResult:
     """Trains until run.steps are done or a signal asks to stop; started again, it goes on.
 
@@ -73,14 +81,23 @@ def fit(
         run.init (train/initial.py).
       opt_state: the optimiser's state it begins with beside these variables; None is a fresh one.
       initial: where these variables are from; None is not compared when a run goes on.
+      on_step: for what else is to be measured; it changes nothing.
     Raises:
       UserError: a run_dir with another experiment or another process in it, a corpus or checkpoint
       that can't be read, no disk.
       TrainingAlarm: the run stopped itself; checkpoints are those from before the fault.
     """
-    corpus = prepare_corpus(run.data, run.model.vocab_size)
+    behind = latest_step(run_dir / "checkpoints") or 0
+    require(
+        behind <= run.steps,
+        f"the run in {run_dir} has {behind} steps behind it, steps={run.steps} asks for fewer: "
+        "give more, or another --run-dir",
+    )
     mesh = mesh_of(run)
     trainee = plan_state(run, mesh)
+    corpus = prepare_corpus(run.data, run.model.vocab_size)
+    for sentence in inventory(corpus, run):
+        print(sentence, flush=True)
     stated = Provenance(objective=objective, corpus=corpus.fingerprints(), initial=initial)
     with _first_writes(run_dir), jax.set_mesh(mesh), _stop_signals() as stop:
         known = open_run_dir(run, run_dir, stated, corpus)
@@ -92,6 +109,7 @@ def fit(
             began = time.monotonic()
             iterator = _batches(run, corpus, known.initial.rows_read if known.initial else 0)
             state, done = _start(run, trainee, store, iterator, variables, opt_state)
+            behind = done
             del variables, opt_state  # the state has its own; these may be as large
             step = make_train_step(run, trainee, chunk_loss)
             log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
@@ -106,12 +124,13 @@ def fit(
                     _check(alarms, line, store)
                     if done % run.checkpoint.every == 0:
                         store.save(done, state.to_dict(), iterator)
+                    on_step(done, state.variables)
                     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                     bar.update(done, f"loss {line['loss']:.3f}  {speed}")
             if done > (store.latest_step or 0):
                 store.save(done, state.to_dict(), iterator)
             store.wait()
-            return FitResult(done, stop.signal, time.monotonic() - began)
+            return FitResult(done, stop.signal, time.monotonic() - began, done - behind)
 
 
 def mesh_of(run: RunConfig) -> Mesh:

@@ -1,5 +1,6 @@
 """Progress of long work: a bar with figures on a terminal, a line now and then elsewhere."""
 
+import contextlib
 import time
 from types import TracebackType
 
@@ -65,4 +66,6 @@ class ProgressBar:
             began, first = self._first
             rate = (done - first) / max(now - began, 1e-9)
             left = f"  {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
-            print(f"{self.title}: {done}/{self.total} {self.unit}  {figures}{left}", flush=True)
+            line = f"{self.title}: {done}/{self.total} {self.unit}  {figures}{left}"
+            with contextlib.suppress(BrokenPipeError):  # `| head` must not cost a run its steps
+                print(line, flush=True)

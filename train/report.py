@@ -36,10 +36,11 @@ def write_report(run_dir: Path) -> None:
       UserError: there is no metrics.jsonl.
     """
     lines = read_lines(run_dir / "metrics.jsonl")
+    name = printable(run_dir.resolve().name)
     pictures, figures = [], {"steps": "none are in the log"}
     if lines:
         load = draw_load(lines)
-        pictures = [draw_loss({run_dir.name: lines}), *([load] if load else [])]
+        pictures = [draw_loss({name: lines}), *([load] if load else [])]
         speed = np.median([line["tokens_per_second"] for line in lines])
         figures = {
             "steps": f"{lines[-1]['step']:,}",
@@ -47,7 +48,7 @@ def write_report(run_dir: Path) -> None:
             "median tokens per second": f"{speed:,.0f}",
         }
     config = json.loads((run_dir / "config.json").read_text())
-    write_page(run_dir, f"Run {run_dir.name}", [table(figures)], pictures, config)
+    write_page(run_dir, f"Run {name}", [table(figures)], pictures, config)
 
 
 def draw_loss(runs: dict[str, list[Line]]) -> Picture:
@@ -58,7 +59,7 @@ def draw_loss(runs: dict[str, list[Line]]) -> Picture:
         smooth = smoothed(nats)
         axes.plot(steps, nats, color=color, alpha=0.2, linewidth=0.8)
         axes.plot(steps, smooth, color=color, linewidth=1.8)
-        label = f" {name} {smooth[-1]:.2f}"
+        label = no_formula(f" {name} {smooth[-1]:.2f}")
         ends_last = steps[-1] == max(lines[-1]["step"] for lines in runs.values())
         axes.annotate(
             label,
@@ -72,6 +73,30 @@ def draw_loss(runs: dict[str, list[Line]]) -> Picture:
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per token")
     return to_picture(figure, "loss", "Training loss; the bold line is its running mean.")
+
+
+def draw_held_out(runs: dict[str, list[Line]]) -> Picture:
+    """Held-out loss of runs that were measured on the same tokens, each value a dot."""
+    figure, axes = new_figure(7.5, 3.6)
+    for (name, lines), color in zip(runs.items(), (BLUE, ORANGE, INK), strict=False):
+        steps, nats = _column(lines, "step"), _column(lines, "cross_entropy")
+        axes.plot(steps, nats, "o-", color=color, linewidth=1.8, markersize=4)
+        axes.annotate(
+            no_formula(f" {name} {nats[-1]:.2f}"),
+            (steps[-1], nats[-1]),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=color,
+            va="bottom",
+            annotation_clip=False,
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out cross-entropy, nats per token")
+    caption = (
+        "Loss on the beginnings of held-out files, the same for all, as training goes on. Where "
+        "runs are of different lengths, only their ends compare: rates fall sooner in a short one."
+    )
+    return to_picture(figure, "held_out_loss", caption)
 
 
 def draw_load(lines: list[Line]) -> Picture | None:
@@ -126,8 +151,8 @@ def draw_domains(layers: dict[str, np.ndarray], domains: list[str]) -> Picture:
             vmax=limit,
             interpolation="nearest",
         )
-        panel.set_title(names[i], color=INK, loc="left", fontsize=10)
-        panel.set_yticks(range(len(domains)), domains)
+        panel.set_title(no_formula(names[i]), color=INK, loc="left", fontsize=10)
+        panel.set_yticks(range(len(domains)), [no_formula(name) for name in domains])
         panel.tick_params(colors=SOFT, labelcolor=INK)
     panels[-1].set_xlabel("expert", color=INK)
     assert image is not None
@@ -152,11 +177,21 @@ def draw_bars(
         error = errors.get(label)
         text = f" {values[label]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
         axes.text(values[label], place, text, va="center", color=INK)
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, [no_formula(name) for name in names])
     axes.set_xlabel(unit)
     axes.set_xlim(0, 1.2 * max(values.values()) or 1)
     axes.grid(axis="y", visible=False)
     return to_picture(figure, name, caption)
+
+
+def printable(name: str) -> str:
+    """A file's name as a page can hold it: bytes that are no UTF-8 are spelt out."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def no_formula(text: str) -> str:
+    """A user's text as matplotlib shows it letter by letter: two "$" would begin a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

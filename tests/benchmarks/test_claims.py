@@ -12,6 +12,7 @@ from benchmarks.claims.base import Finding, Report, Target, append_report
 from benchmarks.claims.training import HeldOut, Trained, small_run, train
 from benchmarks.flops import count_flops
 from model.cache import init_cache
+from scripts import claims
 from train.report import Picture
 
 
@@ -144,3 +145,19 @@ def test_training_in_memory_learns():
 def test_recurrence_reaches_its_targets(monkeypatch):
     monkeypatch.setattr(recurrence, "ROUNDS", 2)
     assert recurrence.run(1).missed == []
+
+
+def test_results_go_to_the_users_folder_unless_asked(tmp_path, monkeypatch):
+    """Never into a file of the project by default."""
+    finding = Finding(name="speed", values=(2.0,), target=Target(limit=3.0))
+    texts = {"title": "thing", "article": "3 times", "bound": "4 times", "setting": "small"}
+    report = Report(**texts, findings=[finding], picture=Picture("thing", "", b"png"))
+    monkeypatch.setattr(claims, "CLAIMS", {"balance": lambda seeds: report})
+    monkeypatch.chdir(tmp_path)
+    kept = jax.config.jax_compilation_cache_dir
+    for arguments, log in (([], "runs/claims/claims.md"), (["--log", "mine/a.md"], "mine/a.md")):
+        claims.main(["balance", *arguments])
+        jax.config.update("jax_compilation_cache_dir", kept)  # the session's, not the command's
+        assert (tmp_path / log).read_text().startswith("\n## thing (")
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert made == {"runs/claims/claims.md", "runs/claims/balance.png", "mine/a.md"}
