@@ -14,11 +14,9 @@ def test_a_completion_keeps_the_space_after_its_prompt(monkeypatch: pytest.Monke
     tokenizer = sentencepiece()
     answer = tokenizer.encode("hello").ids
     assert tokenizer.decode(answer) == "hello"
-    run = SimpleNamespace(data=None, model=SimpleNamespace(vocab_size=300))
-    monkeypatch.setattr(compare, "read_run", lambda run_dir: run)
+    monkeypatch.setattr(compare, "read_run", lambda run_dir: None)
     monkeypatch.setattr(compare, "load_model", lambda run, run_dir: (None, None))
-    corpus = SimpleNamespace(tokenizer=lambda: tokenizer)
-    monkeypatch.setattr(compare, "prepare_corpus", lambda *_: corpus)
+    monkeypatch.setattr(compare, "read_run_tokenizer", lambda run, run_dir: tokenizer)
     made = SimpleNamespace(tokens=[answer])
     monkeypatch.setattr(compare, "generate", lambda *_, **__: made)
     found = compare.complete(Path("it"), ["hello"], max_new_tokens=1)

@@ -72,6 +72,8 @@ def test_what_growth_decides_is_no_override(parent, tmp_path):
             grown(parent[1], tmp_path / "other", name, value)
     with pytest.raises(UserError, match=r"--optimizer\.learning-rat"):
         grown(parent[1], tmp_path / "other", "--optimizer.learning-rat", "1")
+    with pytest.raises(UserError, match=r"--operater: did you mean --operator\?"):
+        grown(parent[1], tmp_path / "other", "--operater", "copy")
     assert not (tmp_path / "other").exists()
 
 

@@ -79,6 +79,16 @@ def test_generate_refuses_in_a_sentence(name, model):
     assert "\n" not in str(refused.value)
 
 
+def test_every_bit_of_a_seed_counts(model, capsys):
+    """jax.random.key reads the lower 32 alone."""
+    texts = set()
+    for seed in (1, 1 + 2**32, 1 + 2**62):
+        options = ["--max-new-tokens", "8", "--temperature", "1", "--seed", str(seed)]
+        generate.main([str(model), "--prompt", "x", *options])
+        texts.add(capsys.readouterr().out.partition("\n---")[0])
+    assert len(texts) == 3
+
+
 def test_several_prompts_are_each_continued_as_alone(model, capsys):
     """And a text that was cut off says so: random weights never end by themselves."""
     texts = []
