@@ -25,8 +25,8 @@ def main(argv: list[str]) -> int:
     run = load_run(arguments.run, overrides, arguments.own_options)
     require(
         run.distill is None,
-        f"{run.name} learns from a teacher, which scripts.train has none of: python -m "
-        f"scripts.distill {run.name} --teacher runs/TEACHER, or --distill None to train without one",
+        f"{run.name} learns from a teacher, and scripts.train has none: python -m scripts.distill "
+        f"{run.name} --teacher runs/TEACHER, or --distill None to train it alone",
     )
     command.use_host_devices(run.mesh.num_devices)
     require_memory(run)
