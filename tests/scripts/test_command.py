@@ -40,5 +40,7 @@ def test_every_end_has_its_code(monkeypatch, error, code, sentence):
 
 
 def test_a_student_is_not_trained_without_its_teacher_in_silence():
-    with pytest.raises(UserError, match=r"scripts\.distill v31_nano_student --teacher runs/TEACHER"):
+    with pytest.raises(
+        UserError, match=r"scripts\.distill v31_nano_student --teacher runs/TEACHER"
+    ):
         train.main(["v31_nano_student"])
