@@ -6,7 +6,7 @@ COMPILERS := $(foreach name,$(CXX) c++ g++ clang++ cc gcc,$(shell command -v $(n
 # The second is for what builds the native kernels: the headers of the jaxlib that will run them.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: quickstart test test-slow sanitize lint kernels plan chat model clean help .venv FORCE
+.PHONY: quickstart test test-slow sanitize lint kernels plan gpu-report chat model clean help .venv FORCE
 
 quickstart: .venv            ## corpus, training, distillation, evaluation, report: the whole story
 	$(RUN) -m scripts.quickstart
@@ -49,6 +49,10 @@ kernels: $(COMPILER)/installed  ## compiles GPU kernels without a GPU: what chan
 
 plan: $(COMPILER)/installed  ## what a step needs on a GPU cluster: ARGS="deepseek_v3 --device h100 --mesh expert=32"
 	$(COMPILER)/bin/python -m scripts.plan $(ARGS)
+
+# With the machine's own Python: images for GPUs come with jax and torch.
+gpu-report:                  ## on a GPU: kernels, a training step, decoding, beside their peers; ARGS as scripts.gpu_report's
+	$(PYTHON) -m scripts.gpu_report $(ARGS)
 
 .venv: $(VENV)/installed     ## only sets up; what you installed there yourself stays
 

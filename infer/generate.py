@@ -116,7 +116,8 @@ def _prefill(
     tokens_BL, positions_BL = _pad(prompts)
     spare = way.draft.length if way.draft else 0
     slots = _slots(model, max(map(len, prompts)) + max_new_tokens + spare)
-    cache = init_cache(model.config, len(prompts), slots, model.execution.compute_dtype, spare)
+    sizes = (len(prompts), slots, model.execution.compute_dtype, spare)
+    cache = init_cache(model.config, *sizes, for_prompt=tokens_BL.shape[1] > 1)
     return prefill_step(
         model, way.sampling, variables, tokens_BL, positions_BL, cache, way.key, way.preference
     )

@@ -38,6 +38,9 @@ class LayerCache(struct.PyTreeNode):
     positions_BS: jax.Array
     index_k_BSC: jax.Array | None = None
     """Keys of latent attention's indexer, where it has one."""
+    is_empty: bool = struct.field(pytree_node=False, default=False)
+    """Whether the program knows that no token was written yet: a prompt that is read into it sees
+    only itself, as without a cache, and needs no scores over slots."""
 
 
 class SummaryCache(struct.PyTreeNode):
@@ -87,12 +90,20 @@ def num_slots(config: Attention, max_length: int, spare: int = 0) -> int:
 
 
 def init_cache(
-    config: ModelConfig, batch_size: int, max_length: int, dtype: str, spare: int = 0
+    config: ModelConfig,
+    batch_size: int,
+    max_length: int,
+    dtype: str,
+    spare: int = 0,
+    *,
+    for_prompt: bool = False,
 ) -> Cache:
     """Empty caches for a batch of sequences of at most max_length tokens.
 
     Args:
       spare: see `num_slots`.
+      for_prompt: what reads them first is a whole prompt, of two tokens or more (see
+        LayerCache.is_empty); without it the first step's program may be any later one's.
     """
 
     def one(attention: Attention, dtype: str, stack: tuple[int, ...]) -> LayerCache:
@@ -109,6 +120,7 @@ def init_cache(
             v_BSGC=jnp.zeros((*slots, heads, value), dtype),
             positions_BS=jnp.full(slots, -1, jnp.int32),
             index_k_BSC=indexer and jnp.zeros((*slots, indexer.head_dim), dtype),
+            is_empty=for_prompt,
         )
 
     def of_layer(attention: Attention, stack: tuple[int, ...]) -> LayerCache | SummaryCache:
@@ -184,6 +196,7 @@ def append(
     Args:
       index_k_BLC: the indexer's keys, for a cache that holds such.
     """
+    cache = cache.replace(is_empty=False)
     new = LayerCache(k_BLGC, v_BLGC, positions_BL, index_k_BLC)
     seen = jax.tree.map(
         lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1), cache, new

@@ -126,8 +126,10 @@ def _inference(
     abstract, logical_axes = abstract_variables(model)
     variables = _placed(abstract, tree_shardings(mesh, logical_axes, abstract))
     sizes = (run.batch_size, run.data.seq_len, model.execution.compute_dtype)
-    cache = jax.eval_shape(lambda: init_cache(model.config, *sizes))
-    cache_shardings = _cache_shardings(mesh, cache)
+    is_prefill = step is prefill_step
+    cache = jax.eval_shape(lambda: init_cache(model.config, *sizes, for_prompt=is_prefill))
+    written = jax.eval_shape(lambda: init_cache(model.config, *sizes))
+    cache_shardings = _cache_shardings(mesh, written)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def run_step(variables, tokens, positions, cache, key):
@@ -137,7 +139,7 @@ def _inference(
         "variables": variables,
         "tokens": rows,
         "positions": rows,
-        "cache": _placed(cache, cache_shardings),
+        "cache": _placed(cache, _cache_shardings(mesh, cache)),
         "key": _placed(key, NamedSharding(mesh, PartitionSpec())),
     }
     function = jax.jit(run_step, donate_argnums=3, out_shardings=(None, cache_shardings))

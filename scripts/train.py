@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 
 from configs.base import RunConfig
+from configs.checks import require
 from configs.cli import load_run
 from planning.available import require_memory
 from scripts import command
@@ -22,6 +23,11 @@ from train.report import write_report
 def main(argv: list[str]) -> int:
     arguments, overrides = command.split_run_arguments(command.parser(__doc__, run=True), argv)
     run = load_run(arguments.run, overrides, arguments.own_options)
+    require(
+        run.distill is None,
+        f"{run.name} learns from a teacher, and scripts.train has none: python -m scripts.distill "
+        f"{run.name} --teacher runs/TEACHER, or --distill None to train it alone",
+    )
     command.use_host_devices(run.mesh.num_devices)
     require_memory(run)
     describe(run)

@@ -141,6 +141,11 @@ def train(request: Request, keep: Callable[[Result], None]) -> None:
     began = time.monotonic()
     result = _in_a_process("training_ours", request)
     keep(result)
+    result["small"] = {
+        name: _in_a_process("small_losses", request, platforms)["losses"]
+        for name, platforms in {"here": None, "cpu": "cpu"}.items()
+    }
+    keep(result)
     left = request.seconds - (time.monotonic() - began)
     result["peer"] = training.measure_peer(training.olmoe_run(), training.STEPS, left)
     keep(result)
@@ -148,7 +153,16 @@ def train(request: Request, keep: Callable[[Result], None]) -> None:
 
 def train_ours(request: Request, keep: Callable[[Result], None]) -> None:
     run = training.olmoe_run()
-    keep(environment() | {"ours": training.measure(run, training.STEPS, request.folder)})
+    result = environment() | {"ours": training.measure(run, training.STEPS, request.folder)}
+    keep(result)
+    with training.balanced_routing():
+        keep(result | {"balanced": training.measure(run, training.STEPS)})
+
+
+def small_losses(request: Request, keep: Callable[[Result], None]) -> None:
+    """Losses of a small model's first steps, to compare devices by."""
+    run = training.shrunk(training.olmoe_run(num_layers=2, rows=2, length=256))
+    keep({"losses": training.measure(run, training.STEPS)["losses"]})
 
 
 def decode(request: Request, keep: Callable[[Result], None]) -> None:
@@ -179,15 +193,22 @@ PARTS: dict[str, Part] = {
     "kernels": kernels,
     "training": train,
     "training_ours": train_ours,
+    "small_losses": small_losses,
     "decoding": decode,
     "decoding_ours": decode_ours,
 }
 
 
-def _in_a_process(name: str, request: Request) -> Result:
-    """The result of a part that must give the device back before the next begins."""
+def _in_a_process(name: str, request: Request, platforms: str | None = None) -> Result:
+    """The result of a part that must give the device back before the next begins.
+
+    Args:
+      platforms: JAX's, such as "cpu"; None: those of the machine.
+    """
     command = [sys.executable, "-m", "benchmarks.gpu.parts", name, str(request.folder)]
-    subprocess.run([*command, str(request.seconds), "", ""], cwd=ROOT, check=True)
+    chosen = {} if platforms is None else {"JAX_PLATFORMS": platforms}
+    command += [str(request.seconds), "", ""]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | chosen)
     return json.loads((request.folder / f"{name}.json").read_text())
 
 

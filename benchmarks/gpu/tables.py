@@ -115,12 +115,23 @@ def training_sheet(training: dict[str, Any]) -> Sheet:
     ours, peer = training["ours"], training.get("peer", {})
     title = f"A training step of {ours['layers']} layers of OLMoE's, {ours['tokens']:,} tokens"
     rows = [_training_row("ours, masters in float32", ours, ours)]
+    if "balanced" in training:
+        rows.append(_training_row("ours, experts dealt in turn", training["balanced"], ours))
     for masters in ("float32", "bfloat16"):
         if masters in peer:
             rows.append(_training_row(f"transformers, masters in {masters}", peer[masters], ours))
     if "failure" in peer:
         rows.append(("transformers", peer["failure"][:80], *[""] * 4))
+    if "small" in training:
+        apart = largest_difference(training["small"])
+        rows.append((f"a small model's losses: within {apart:.1e} of a CPU's", *[""] * 5))
     return Sheet(title, headers, rows)
+
+
+def largest_difference(small: dict[str, list[float]]) -> float:
+    """The most that a step's loss here differs from a CPU's, in parts of it."""
+    pairs = zip(small["here"], small["cpu"], strict=True)
+    return max(abs(here - there) / there for here, there in pairs)
 
 
 def _training_row(name: str, found: dict[str, Any], ours: dict[str, Any]) -> tuple[str, ...]:

@@ -1,10 +1,13 @@
 """A training step of a MoE of OLMoE's layer shape on the device: tokens/s, MFU, memory, loss."""
 
+import contextlib
 import dataclasses
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from configs.attention import AttentionConfig
 from configs.base import DataConfig, ExecutionConfig, OptimizerConfig, RunConfig
 from configs.feed_forward import MoEConfig, RouterConfig
 from model.flops import training_flops_per_token
+from model.router import route
 from parallel.mesh import make_mesh
 from train.state import init_state, plan_state
 from train.step import make_train_step
@@ -64,7 +68,22 @@ def draw_batch(run: RunConfig) -> dict[str, jax.Array]:
     }
 
 
-def measure(run: RunConfig, steps: int, folder: Path | None) -> dict[str, Any]:
+@contextlib.contextmanager
+def balanced_routing() -> Iterator[None]:
+    """Deals the experts out in turn, whatever the scores: token t has those from t K on."""
+
+    def dealt(router_logits_TE: jax.Array, config: RouterConfig, *rest: Any, **options: Any):
+        num_tokens, num_experts = router_logits_TE.shape
+        first_T = jnp.arange(num_tokens) * config.top_k
+        distance_TE = (jnp.arange(num_experts)[None] - first_T[:, None]) % num_experts
+        logits_TE = jnp.where(distance_TE < config.top_k, router_logits_TE, -1e9)
+        return route(logits_TE, config, *rest, **options)
+
+    with mock.patch("model.moe.route", dealt):
+        yield
+
+
+def measure(run: RunConfig, steps: int, folder: Path | None = None) -> dict[str, Any]:
     """Seconds and losses of steps on one batch, and where a last one's time went.
 
     Args:
@@ -136,7 +155,7 @@ def measure_peer(run: RunConfig, steps: int, seconds: float) -> dict[str, Any]:
 
 
 def shrunk(run: RunConfig) -> RunConfig:
-    """The same run with widths for a test."""
+    """The same run in widths for a CPU."""
     layer = run.model.pattern[0]
     attention = dataclasses.replace(layer.attention, num_heads=2, num_kv_heads=2, head_dim=16)
     ffn = dataclasses.replace(layer.ffn, d_ff=32)

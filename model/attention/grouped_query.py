@@ -103,7 +103,7 @@ class GroupedQueryAttention(nn.Module):
         """Each head's sum of values, [B, L, H, C], and the cache with the tokens."""
         c = self.config
         reach = {"window_size": c.window_size, "num_sinks": c.num_sinks}
-        if cache is None:
+        if cache is None or cache.is_empty:
             out_BLHC = sharded_window_attention(
                 q_BLHC,
                 k_BLGC,
@@ -115,7 +115,9 @@ class GroupedQueryAttention(nn.Module):
                 implementation=self.execution.window_attention,
                 **reach,
             )
-            return out_BLHC, None
+            if cache is not None:
+                cache, _ = append(cache, k_BLGC, v_BLGC, positions_BL, c.num_sinks)
+            return out_BLHC, cache
         cache, seen = append(cache, k_BLGC, v_BLGC, positions_BL, c.num_sinks)
         mask_BLS = visible(positions_BL[:, :, None], seen.positions_BS[:, None, :], **reach)
         return masked_attention(q_BLHC, seen.k_BSGC, seen.v_BSGC, mask_BLS, sink_logits_H), cache

@@ -64,8 +64,10 @@ class LatentAttention(nn.Module):
             index = Indexer(c, name="indexer")(x_BLD, h_BLQ, positions_BL)
         w_uk_RHN, w_uv_RHW = jnp.split(w_up_RHC.astype(dtype), [c.nope_head_dim], axis=-1)
         w_ups = (w_uk_RHN, w_uv_RHW)
-        if cache is None:
+        if cache is None or cache.is_empty:
             out_BLHW = self._over_row(queries, keys, index, w_ups, positions_BL, segments_BL)
+            if cache is not None:
+                cache, _ = self._append(cache, keys, index, positions_BL)
         else:
             out_BLHW, cache = self._over_cache(queries, keys, index, w_ups, positions_BL, cache)
         out_BLD = jnp.einsum("BLHW,HWD->BLD", out_BLHW, w_o_HWD.astype(dtype))
@@ -106,11 +108,8 @@ class LatentAttention(nn.Module):
         cache: LayerCache,
     ) -> tuple[jax.Array, LayerCache]:
         """One wide head over the cached latents: [B, L, H, W], and the cache with the tokens."""
-        (q_nope_BLHN, q_rope_BLHP), (latent_BLR, k_rope_BL1P) = queries, keys
-        w_uk_RHN, w_uv_RHW = w_ups
-        key_BL1C = jnp.concatenate([latent_BLR[:, :, None], k_rope_BL1P], axis=-1)
-        index_k_BLC = None if index is None else index.k_BLC
-        cache, seen = append(cache, key_BL1C, key_BL1C[..., :0], positions_BL, 0, index_k_BLC)
+        (q_nope_BLHN, q_rope_BLHP), (w_uk_RHN, w_uv_RHW) = queries, w_ups
+        cache, seen = self._append(cache, keys, index, positions_BL)
         q_latent_BLHR = jnp.einsum("BLHN,RHN->BLHR", q_nope_BLHN, w_uk_RHN)
         q_BLHC = jnp.concatenate([q_latent_BLHR, q_rope_BLHP], axis=-1)
         # Scores are divided by the root of this wide query's width, not of the head's.
@@ -119,6 +118,15 @@ class LatentAttention(nn.Module):
         v_BS1R = seen.k_BSGC[..., : self.config.latent_rank]
         summed_BLHR = masked_attention(q_BLHC, seen.k_BSGC, v_BS1R, mask_BLS)
         return jnp.einsum("BLHR,RHW->BLHW", summed_BLHR, w_uv_RHW), cache
+
+    def _append(
+        self, cache: LayerCache, keys: Pair, index: Index | None, positions_BL: jax.Array
+    ) -> tuple[LayerCache, LayerCache]:
+        """As model.cache.append, of latents and rotary keys beside each other."""
+        latent_BLR, k_rope_BL1P = keys
+        key_BL1C = jnp.concatenate([latent_BLR[:, :, None], k_rope_BL1P], axis=-1)
+        index_k_BLC = None if index is None else index.k_BLC
+        return append(cache, key_BL1C, key_BL1C[..., :0], positions_BL, 0, index_k_BLC)
 
     def _leaves_out(self, num_keys: int) -> bool:
         """Whether an indexer chooses among so many keys."""

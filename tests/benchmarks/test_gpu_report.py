@@ -284,6 +284,10 @@ def test_the_training_part_trains(tmp_path):
     assert found["losses"][-1] < found["losses"][0]
     assert found["tokens"] == 64
     assert found["tokens_per_second"] > 0
+    assert max(found["load_cv"]) > 0.05
+    with training.balanced_routing():
+        dealt = training.measure(run, steps=1)
+    assert max(dealt["load_cv"]) == 0.0  # 64 tokens of 8 experts: 8 rows for each of 64
 
 
 @pytest.mark.parametrize("weights", ["bf16", pytest.param("int4", marks=pytest.mark.slow)])
@@ -369,6 +373,7 @@ REPORT = {
             "peak_bytes": 5e10,
         },
         "peer": {"float32": {"tokens_per_second": 1000.0, "peak_bytes": 6e10}},
+        "small": {"here": [4.0, 3.0], "cpu": [4.0, 2.0]},
     },
     "decoding": {
         "ours": [
@@ -393,6 +398,7 @@ def test_the_tables_say_what_was_measured():
     assert rows["window_attention/causal"][2:] == ("5,000", "400", "200", "0.50", "cudnn", "0.80")
     assert rows["grouped_matmul/bf16_down"][1] == "WRONG: 5.0e-01"
     assert trained.rows[1][-1] == "2.00"
+    assert trained.rows[2][0] == "a small model's losses: within 5.0e-01 of a CPU's"
     assert decoded.rows[0][-1] == "3.00"
     assert "| cudnn |" in tables.markdown(kernels)
     assert "<td>cudnn</td>" in tables.as_html(kernels)

@@ -6,15 +6,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
+from configs.architecture import LayerSpec
+from configs.attention import LatentAttentionConfig
 from configs.checks import UserError
+from configs.feed_forward import DenseConfig
 from infer.generate import generate
 from infer.sampling import Sampling, sample
 from infer.score import num_rows, score_documents
+from model.cache import init_cache
 from model.transformer import Transformer, hidden_states, init_variables, output_weights
 from tests import tiny
 
 MODEL = Transformer(tiny.model())
+LATENT = Transformer(
+    tiny.model(
+        pattern=(
+            LayerSpec(
+                attention=LatentAttentionConfig(
+                    num_heads=2,
+                    query_rank=None,
+                    latent_rank=16,
+                    nope_head_dim=8,
+                    rope_head_dim=8,
+                    value_head_dim=8,
+                ),
+                ffn=DenseConfig(d_ff=32),
+            ),
+        )
+    )
+)
 WITH_MEMORY = Transformer(tiny.memory_model(memory_length=20))
 
 
@@ -51,6 +73,46 @@ def test_greedy_generation_is_repeated_argmax(variables):
             assert token == logits_of(variables, row)[-1].argmax()
             row.append(token)
     assert result.tokens_per_second > 0
+
+
+def shapes_of(jaxpr) -> set[tuple[int, ...]]:
+    """Of all that a program makes, in its loops and functions, too."""
+    found = set()
+    for equation in jaxpr.eqns:
+        found |= {out.aval.shape for out in equation.outvars}
+        for inner in jaxprs_in_params(equation.params):
+            found |= shapes_of(inner)
+    return found
+
+
+@pytest.mark.parametrize("for_prompt", [True, False])
+def test_a_prompt_read_into_empty_caches_makes_no_scores_over_slots(variables, for_prompt):
+    """[heads, L, S + L] in float32 would be 4 GB for a layer of 32 heads at 4,096 tokens."""
+    length, slots = 96, 160
+    cache = init_cache(MODEL.config, 1, slots, "float32", for_prompt=for_prompt)
+    rows = jnp.arange(length, dtype=jnp.int32)[None]
+    program = jax.make_jaxpr(partial(hidden_states, MODEL))(variables, rows, rows, cache)
+    has_scores = any(shape[-2:] == (length, slots + length) for shape in shapes_of(program.jaxpr))
+    assert has_scores != for_prompt
+
+
+@pytest.mark.parametrize("model", [MODEL, LATENT], ids=["gqa", "latent"])
+def test_a_prompt_leaves_the_same_caches_either_way(model):
+    variables = jax.jit(lambda: init_variables(model, 0))()
+    tokens = np.array([[0, 5, 17, 200, 9, 3], [0, 3, 8, 0, 0, 0]], np.int32)
+    positions = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, -1, -1, -1]], np.int32)
+
+    @partial(jax.jit, static_argnums=0)
+    def read(for_prompt):
+        cache = init_cache(model.config, 2, 16, "float32", for_prompt=for_prompt)
+        return hidden_states(model, variables, tokens, positions, cache)
+
+    (ours, cache), (other, other_cache) = read(True), read(False)
+    is_token = (positions >= 0)[..., None]
+    np.testing.assert_allclose(ours * is_token, other * is_token, rtol=2e-5, atol=2e-5)
+    assert jax.tree.structure(cache) == jax.tree.structure(other_cache)
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(other_cache), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)  # of layers after the first
 
 
 def test_a_stop_token_ends_its_row_alone(variables):

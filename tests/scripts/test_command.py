@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from configs.checks import UserError
-from scripts import command
+from scripts import command, train
 from train.metrics import TrainingAlarm
 
 
@@ -37,3 +37,10 @@ def test_every_end_has_its_code(monkeypatch, error, code, sentence):
     number, text = left.value.args
     assert number == code
     assert sentence in text
+
+
+def test_a_student_is_not_trained_without_its_teacher_in_silence():
+    with pytest.raises(
+        UserError, match=r"scripts\.distill v31_nano_student --teacher runs/TEACHER"
+    ):
+        train.main(["v31_nano_student"])
