@@ -21,9 +21,17 @@ class Sheet(NamedTuple):
 
 
 def sheets(report: Report) -> list[Sheet]:
-    """All tables for which the report has figures."""
-    makers = {"kernels": kernel_sheet, "training": training_sheet, "decoding": decoding_sheet}
-    return [make(report[part]) for part, make in makers.items() if report.get(part)]
+    """All tables for which the report has figures: of a part that failed there may be none."""
+    makers = {
+        "kernels": (kernel_sheet, "cases"),
+        "training": (training_sheet, "ours"),
+        "decoding": (decoding_sheet, "ours"),
+    }
+    return [
+        make(report[part])
+        for part, (make, figures) in makers.items()
+        if report.get(part, {}).get(figures)
+    ]
 
 
 def median(entry: dict[str, Any], program: str = OURS) -> float | None:
@@ -164,7 +172,7 @@ def decoding_sheet(decoding: dict[str, Any]) -> Sheet:
         rows.append(
             (*row, f"{peer['tokens_per_second']:,.0f} ({peer['how'][:30]})", f"{ratio:.2f}")
         )
-    first = decoding["ours"][0] if decoding["ours"] else {"layers": 0, "context": 0}
+    first = decoding["ours"][0]
     title = f"Decoding, {first['layers']} layers of OLMoE's after {first['context']} tokens"
     return Sheet(title, headers, rows)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.gpu import checks, decoding, parts, peers, tables, times, training
+from benchmarks.gpu import checks, decoding, parts, peers, report, tables, times, training
 from benchmarks.gpu import operands as drawn
 from benchmarks.gpu.programs import OURS, Program, compile_loop, kind_of, poison
 from benchmarks.gpu.roofline import CASES, bound, case_of, work_of
@@ -120,7 +120,7 @@ def test_data_sheets_are_found_by_the_kind_of_device():
 
 
 def test_without_a_gpu_bounds_are_printed_and_nothing_runs(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_report, "_measure", None)
+    monkeypatch.setattr(report, "measure", None)
     assert gpu_report.main(["--cases", "paged_latent", "grouped_matmul/fp8_rows_decode"]) == 0
     said = capsys.readouterr().out
     assert "nothing was run, and no speed is claimed" in said
@@ -134,8 +134,9 @@ def test_without_a_gpu_bounds_are_printed_and_nothing_runs(monkeypatch, capsys):
 def test_what_cannot_be_is_said(monkeypatch):
     with pytest.raises(UserError, match="no case begins with paged/"):
         gpu_report.main(["--cases", "paged/"])
-    with pytest.raises(UserError, match="--minutes 0 must be at least 1"):
-        gpu_report.main(["--minutes", "0"])
+    for minutes in ("0", "nan", "inf"):
+        with pytest.raises(UserError, match=f"--minutes {minutes} must be at least 1"):
+            gpu_report.main(["--minutes", minutes])
     monkeypatch.setattr(parts, "has_gpu", lambda: False)
     with pytest.raises(UserError, match="--write keeps what a GPU did"):
         gpu_report.main(["--write"])
@@ -405,12 +406,19 @@ def test_the_tables_say_what_was_measured():
     assert tables.wrong_cases(REPORT["kernels"]) == ["grouped_matmul/bf16_down"]
 
 
+def test_parts_that_failed_have_no_tables(tmp_path, capsys):
+    failed = {part: {"failure": "stopped after 60 s"} for part in parts.SHARES}
+    report.show(failed, tmp_path)
+    assert tables.sheets(failed) == []
+    assert "page:" in capsys.readouterr().out
+
+
 def test_auto_takes_what_was_measured_to_be_faster(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backend, "MEASURED", tmp_path / "measured.json")
-    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     backend.measured.cache_clear()
-    gpu_report.show(REPORT, tmp_path)
-    kept = gpu_report.keep(REPORT, tmp_path)
+    report.show(REPORT, tmp_path)
+    kept = report.keep(REPORT, tmp_path)
     backend.measured.cache_clear()
     assert json.loads(kept.read_text()) == REPORT
     assert kept.with_suffix(".md").read_text().startswith("# GPU report")
@@ -424,7 +432,7 @@ def test_auto_takes_what_was_measured_to_be_faster(tmp_path, monkeypatch, capsys
 
 def test_cases_that_were_not_run_again_stay():
     before = {"cases": {"a": 1, "b": 2}, "date": "then"}
-    assert gpu_report.merged(before, {"cases": {"b": 3}, "date": "now"}) == {
+    assert report.merged(before, {"cases": {"b": 3}, "date": "now"}) == {
         "cases": {"a": 1, "b": 3},
         "date": "now",
     }
