@@ -169,24 +169,29 @@ def tiny(monkeypatch, tmp_path):
     ("op", "case", "others"),
     [
         ("grouped_matmul", GROUPED, {"one dense product", "lax.ragged_dot"}),
-        (
+        pytest.param(
             "grouped_matmul",
             dataclasses.replace(GROUPED, format="int4", gated=True, gathered=True),
             set(),
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "grouped_matmul",
             dataclasses.replace(GROUPED, contraction="gradient_w"),
             {"one dense product"},
+            marks=pytest.mark.slow,
         ),
         ("window_attention", WINDOW, {"jax.nn, xla, no sinks"}),
-        (
+        pytest.param(
             "window_attention",
             dataclasses.replace(WINDOW, num_sinks=0, kernel="gradient_kv"),
             {"jax.nn, xla"},
+            marks=pytest.mark.slow,
         ),
         ("paged_attention", dataclasses.replace(PAGED, pages="int8"), {"xla, pages gathered"}),
-        ("paged_latent_attention", LATENT, {"xla, pages gathered"}),
+        pytest.param(
+            "paged_latent_attention", LATENT, {"xla, pages gathered"}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -291,7 +296,8 @@ def test_the_training_part_trains(tmp_path):
     assert max(dealt["load_cv"]) == 0.0  # 64 tokens of 8 experts: 8 rows for each of 64
 
 
-@pytest.mark.parametrize("weights", ["bf16", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["bf16", "int4"])
 def test_the_decoding_part_decodes(weights):
     shape = decoding.Shape(
         num_layers=2,
