@@ -150,7 +150,7 @@ def _norm_error(found: jax.Array, wanted: jax.Array) -> jax.Array:
 
 @jax.jit
 def _is_same(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Whether two arrays have the same bits; NaN is not the same as itself."""
+    """Whether all entries of two arrays are equal; NaN equals nothing."""
     return (first == second).all()
 
 

@@ -4,12 +4,15 @@ A part writes what it has after each step, so that what was measured before a fa
 time was over, is kept. Parts: kernels (right, and how fast), training, decoding.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,22 +68,35 @@ def run_part(name: str, request: Request) -> Result:
     }
     arguments = [",".join(request.prefixes), ",".join(request.kinds)]
     command = [sys.executable, "-m", "benchmarks.gpu.parts", name, str(request.folder)]
-    failure = None
-    try:
-        done = subprocess.run(
-            [*command, str(request.seconds), *arguments],
-            cwd=ROOT,
-            env=os.environ | cache,
-            capture_output=True,
-            text=True,
-            timeout=request.seconds + 5,
-        )
-        if done.returncode:
-            failure = f"exit code {done.returncode}: {done.stderr[-800:]}"
-    except subprocess.TimeoutExpired:
-        failure = f"stopped after {request.seconds:.0f} s"
+    failure = run_group([*command, str(request.seconds), *arguments], request.seconds + 5, cache)
     found = json.loads(path.read_text()) if path.exists() else {}
     return found if failure is None else found | {"failure": failure}
+
+
+def run_group(command: list[str], seconds: float, variables: dict[str, str]) -> str | None:
+    """Runs a command from the repository's root; returns why it did not end well, or None.
+
+    Processes that it started end with it: one that went on would hold the next part's GPU.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | variables,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        errors.seek(0)
+        return None if code == 0 else f"exit code {code}: {errors.read()[-800:]}"
 
 
 def has_gpu() -> bool:
@@ -120,6 +136,7 @@ def kernels(request: Request, keep: Callable[[Result], None]) -> None:
     keep(result)
     left = request.seconds - (time.monotonic() - began) - 3
     for line in _timed(chosen, folder, left):
+        keep(result)
         entry = cases[line["case"]]
         if "failure" in line:
             entry["failures"]["timing"] = line["failure"]
@@ -168,7 +185,7 @@ def small_losses(request: Request, keep: Callable[[Result], None]) -> None:
 def decode(request: Request, keep: Callable[[Result], None]) -> None:
     """Decoding in every format, ours and then the peer's."""
     began = time.monotonic()
-    result = _in_a_process("decoding_ours", request)
+    result = _in_a_process("decoding_ours", request, seconds=decoding.OURS * request.seconds)
     keep(result)
     left = request.seconds - (time.monotonic() - began)
     result["peer"] = decoding.measure_peer(decoding.Shape(), decoding.BATCHES, left)
@@ -176,15 +193,10 @@ def decode(request: Request, keep: Callable[[Result], None]) -> None:
 
 
 def decode_ours(request: Request, keep: Callable[[Result], None]) -> None:
-    deadline = time.monotonic() + decoding.OURS * request.seconds
     result: Result = environment() | {"ours": []}
     for found in decoding.measure_all(decoding.Shape()):
         result["ours"].append(found)
         keep(result)
-        if time.monotonic() > deadline:
-            result["failure"] = f"no time was left after {found['weights']}, {found['batch']}"
-            break
-    keep(result)
 
 
 Part = Callable[[Request, Callable[[Result], None]], None]
@@ -199,34 +211,49 @@ PARTS: dict[str, Part] = {
 }
 
 
-def _in_a_process(name: str, request: Request, platforms: str | None = None) -> Result:
+def _in_a_process(
+    name: str, request: Request, platforms: str | None = None, seconds: float | None = None
+) -> Result:
     """The result of a part that must give the device back before the next begins.
 
     Args:
       platforms: JAX's, such as "cpu"; None: those of the machine.
+      seconds: after which it is stopped, and what it has is taken; None: with the whole part.
+    Raises:
+      RuntimeError: it failed before it had anything.
     """
+    path = request.folder / f"{name}.json"
+    path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu.parts", name, str(request.folder)]
-    chosen = {} if platforms is None else {"JAX_PLATFORMS": platforms}
     command += [str(request.seconds), "", ""]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | chosen)
-    return json.loads((request.folder / f"{name}.json").read_text())
+    chosen = {} if platforms is None else {"JAX_PLATFORMS": platforms}
+    failure = None
+    try:
+        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | chosen, timeout=seconds)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as problem:
+        failure = f"{name}: {problem}"
+    if not path.exists():
+        raise RuntimeError(failure)
+    found = json.loads(path.read_text())
+    return found if failure is None else found | {"failure": failure}
 
 
-def _timed(chosen: dict[str, dict[str, int]], folder: Path, seconds: float) -> list[Result]:
-    """The lines of the timing process, as many as it printed."""
+def _timed(chosen: dict[str, dict[str, int]], folder: Path, seconds: float) -> Iterator[Result]:
+    """Yields the lines of the timing process as they come."""
     if seconds <= 0 or not chosen:
-        return []
+        return
     command = [sys.executable, "-m", "benchmarks.gpu.times", str(folder), str(seconds)]
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # torch needs some, too
-    done = subprocess.run(
-        command,
-        input=json.dumps(dict(sorted(chosen.items(), key=lambda item: OURS not in item[1]))),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
+    ordered = dict(sorted(chosen.items(), key=lambda item: OURS not in item[1]))
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
     )
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin:
+        process.stdin.write(json.dumps(ordered))
+    yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+    process.wait()
 
 
 def main(argv: list[str]) -> None:

@@ -4,6 +4,7 @@ with tiny cases, processes that fail or hang, the models' parts in small, and th
 
 import dataclasses
 import json
+import subprocess
 import sys
 import time
 
@@ -278,6 +279,27 @@ def test_a_part_that_fails_leaves_what_it_had(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "nonesuch")
     found = parts.run_part("card", parts.Request(tmp_path, 30.0))
     assert "exit code 1" in found["failure"]
+
+
+def test_what_a_stopped_part_started_ends_with_it(tmp_path):
+    child = f"import time; time.sleep(4); open({str(tmp_path / 'mark')!r}, 'w')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert parts.run_group([sys.executable, "-c", parent], 1.0, {}) == "stopped after 1 s"
+    time.sleep(4)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_what_an_inner_process_had_when_it_was_stopped_is_taken(tmp_path, monkeypatch):
+    request = parts.Request(tmp_path, 30.0)
+
+    def stopped(command, **options):
+        (tmp_path / "decoding_ours.json").write_text('{"ours": [1]}')
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(parts.subprocess, "run", stopped)
+    found = parts._in_a_process("decoding_ours", request, seconds=2.0)
+    assert found["ours"] == [1]
+    assert "timed out after 2.0 seconds" in found["failure"]
 
 
 # --- Models --------------------------------------------------------------------------------------
