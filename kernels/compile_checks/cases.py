@@ -76,9 +76,6 @@ def runs_on(name: str, device: Device) -> bool:
     return device.target.capability >= 90 or not needs_hopper
 
 
-Sizes = Tiles | window.Kernels | window_mosaic.Blocks
-
-
 def program(name: str, device: Device, sizes: Any = None) -> Program:
     """Returns a case's program, with other sizes than its kernel would choose where given.
 
