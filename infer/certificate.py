@@ -27,6 +27,7 @@ from configs.checks import require
 from infer.early_exit import exit_hidden
 from infer.score import nats_and_best
 from model.transformer import Transformer, Variables, output_weights
+from model.unstacked import unstack
 
 Bound = Literal["hoeffding", "hoeffding_bentkus", "betting"]
 
@@ -164,6 +165,7 @@ def exit_risks(
     Args:
       windows_NL: int32 tokens, each window a document of its own; its last token is a target only.
     """
+    model, variables = unstack(model, variables)
     read = partial(window_losses, model, variables, windows_NL, batch_size=batch_size)
     whole_N = read(FULL_MODEL)
     for threshold in thresholds:
@@ -183,6 +185,7 @@ def window_losses(
     Args:
       threshold: of the exits; FULL_MODEL takes none.
     """
+    model, variables = unstack(model, variables)
     windows_NL = np.asarray(windows_NL, np.int32)
     batches = np.split(windows_NL, range(batch_size, len(windows_NL), batch_size))
     losses = [np.asarray(_window_nats(model, variables, b, threshold)) for b in batches]

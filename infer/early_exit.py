@@ -7,15 +7,13 @@ keys and values, for the tokens after it: they are made from the state it left w
 be trained for it, see model/early_exit.py; a threshold with a guarantee comes from
 infer/certificate.py.
 
-Two forms of one rule: `exit_step` reads one token through the cache and runs no layer more than the
-batch needs; `exit_hidden` judges whole rows at once, for scoring, and saves nothing. Both go
-through the layers one by one (infer/layerwise.py).
+Two forms of one rule: `exit_step` reads one token through the state and runs no layer more than the
+batch needs; `exit_hidden` judges whole rows at once, for scoring, and saves nothing. Both want a
+model whose layers lie apart (model/unstacked.py).
 
 B rows, L length, D d_model, V vocab.
 """
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -23,17 +21,16 @@ import jax.numpy as jnp
 
 from configs.checks import require
 from configs.feed_forward import MoEConfig
-from infer.layerwise import Layer, exit_logits, layers_by_exit, run_layers, stacked
-from model.cache import BlockCache, Cache
-from model.depth import chosen_by_sign, router_logits
 from model.early_exit import exit_layers
-from model.transformer import Block, Transformer, Variables, output_weights
+from model.model_state import ModelState
+from model.step import Step, make_step
+from model.transformer import Transformer, Variables, output_weights
 
 
 class ExitStep(NamedTuple):
     logits_BV: jax.Array
     """float32, of the exit each row took."""
-    cache: Cache
+    state: ModelState
     layers_B: jax.Array
     """Layers the row's token went through, int32."""
 
@@ -67,7 +64,7 @@ def exit_step(
     variables: Variables,
     token_B: jax.Array,
     position_B: jax.Array,
-    cache: Cache,
+    state: ModelState,
     threshold: float | jax.Array,
 ) -> ExitStep:
     """Reads one token per row; layers run until all rows are sure.
@@ -76,32 +73,33 @@ def exit_step(
     A threshold above 1 runs all layers; one of 0 leaves at the first exit.
     """
     check_exits(model)
-    positions_B1 = position_B[:, None]
-    begun: Any = model.apply(variables, token_B[:, None], positions_B1, cache, method="begin")
-    x_B1D, segments_B1, prefix = begun
-    w_DV, places = output_weights(model, variables), (positions_B1, segments_B1)
-    is_exited_B1, exits_B1 = positions_B1 < 0, jnp.zeros_like(positions_B1)
-    logits_BV, new = jnp.zeros((token_B.shape[0], w_DV.shape[1]), jnp.float32), []
-    for layers in layers_by_exit(model, variables, cache.periods):
+    step = make_step(token_B[:, None], position_B[:, None])
+    x_B1D, state = begin(model, variables, step, state)
+    w_DV = output_weights(model, variables)
+    is_exited_B1, exits_B1 = step.positions_BL < 0, jnp.zeros_like(step.positions_BL)
+    logits_BV = jnp.zeros((token_B.shape[0], w_DV.shape[1]), jnp.float32)
+    for layers in exit_ranges(model):
+        part = step.replace(layers=layers)
 
-        def run(x_B1D, is_exited_B1, exits_B1, _, caches, layers=layers):
-            x_B1D, caches = run_layers(model, layers, caches, x_B1D, *places, is_exited_B1)
+        def run(x_B1D, is_exited_B1, exits_B1, _, state, part=part):
+            part = part.replace(is_exited_BL=is_exited_B1)
+            x_B1D, state = run_layers(model, variables, x_B1D, part, state)
             logits_BV = exit_logits(model, variables, x_B1D, w_DV)[:, 0]
             exits_B1 += (~is_exited_B1).astype(jnp.int32)
             is_exited_B1 |= confidence(logits_BV)[:, None] >= threshold
-            return x_B1D, is_exited_B1, exits_B1, logits_BV, caches
+            return x_B1D, is_exited_B1, exits_B1, logits_BV, state
 
-        def pass_by(x_B1D, is_exited_B1, exits_B1, logits_BV, caches, layers=layers):
-            caches = _keys_of(model, layers, caches, x_B1D, *places)
-            return x_B1D, is_exited_B1, exits_B1, logits_BV, caches
+        def pass_by(x_B1D, is_exited_B1, exits_B1, logits_BV, state, part=part):
+            # Nobody reads x after these layers, so XLA leaves out all but norms, keys and values.
+            part = part.replace(is_exited_BL=jnp.ones_like(is_exited_B1))
+            _, state = run_layers(model, variables, x_B1D, part, state)
+            return x_B1D, is_exited_B1, exits_B1, logits_BV, state
 
-        state = (x_B1D, is_exited_B1, exits_B1, logits_BV, [layer.cache for layer in layers])
-        x_B1D, is_exited_B1, exits_B1, logits_BV, caches = jax.lax.cond(
-            is_exited_B1.all(), pass_by, run, *state
+        operands = (x_B1D, is_exited_B1, exits_B1, logits_BV, state)
+        x_B1D, is_exited_B1, exits_B1, logits_BV, state = jax.lax.cond(
+            is_exited_B1.all(), pass_by, run, *operands
         )
-        new += caches
-    periods = stacked(new, len(model.config.pattern))
-    return ExitStep(logits_BV, Cache(prefix, periods), _num_layers(model, exits_B1[:, 0]))
+    return ExitStep(logits_BV, state, _num_layers(model, exits_B1[:, 0]))
 
 
 def exit_hidden(
@@ -116,21 +114,19 @@ def exit_hidden(
     Every layer runs on every token; where a token has left, its state stays.
     """
     check_exits(model)
-    begun: Any = model.apply(variables, tokens_BL, positions_BL, None, method="begin")
-    x_BLD, segments_BL, _ = begun
+    step = make_step(tokens_BL, positions_BL)
+    x_BLD, _ = begin(model, variables, step, None)
     w_DV = output_weights(model, variables)
 
-    def one_row(x_LD):
+    def row_confidence(x_LD):
         return confidence(exit_logits(model, variables, x_LD[None], w_DV)[0])
 
     is_exited_BL, exits_BL = positions_BL < 0, jnp.zeros_like(positions_BL)
-    for layers in layers_by_exit(model, variables, None):
-        no_caches = [None] * len(layers)
-        x_BLD, _ = run_layers(
-            model, layers, no_caches, x_BLD, positions_BL, segments_BL, is_exited_BL
-        )
+    for layers in exit_ranges(model):
+        part = step.replace(layers=layers, is_exited_BL=is_exited_BL)
+        x_BLD, _ = run_layers(model, variables, x_BLD, part, None)
         exits_BL += (~is_exited_BL).astype(jnp.int32)
-        is_exited_BL |= jax.lax.map(one_row, x_BLD) >= threshold
+        is_exited_BL |= jax.lax.map(row_confidence, x_BLD) >= threshold
     hidden_BLD = cast(jax.Array, model.apply(variables, x_BLD, method="finish"))
     return hidden_BLD, _num_layers(model, exits_BL)
 
@@ -143,30 +139,43 @@ def confidence(logits_TV: jax.Array) -> jax.Array:
     return p_TV.max(axis=-1) - jnp.where(is_best_TV, 0.0, p_TV).max(axis=-1)
 
 
-def _keys_of(
-    model: Transformer,
-    layers: Sequence[Layer],
-    caches: Sequence[BlockCache],
-    x_B1D: jax.Array,
-    positions_B1: jax.Array,
-    segments_B1: jax.Array,
-) -> list[BlockCache]:
-    """The caches of layers that are passed by, by tokens with this state.
+def exit_ranges(model: Transformer) -> list[tuple[int, int]]:
+    """The layers of the pattern between exits, for a model whose layers lie apart.
 
-    Only norm, keys, values and the write are computed: nobody reads the rest of the blocks, so XLA
-    leaves it out. A layer that chooses its tokens chooses here too.
+    Raises:
+      ValueError: a model that repeats its pattern.
     """
-    new = []
-    for layer, cache in zip(layers, caches, strict=True):
-        keys_at_B1, variables = positions_B1, layer.variables()
-        if layer.spec.depth is not None:
-            r_B1 = router_logits(variables["params"]["depth_router"], x_B1D)
-            keys_at_B1 = jnp.where(chosen_by_sign(r_B1, positions_B1), positions_B1, -1)
-        spec = dataclasses.replace(layer.spec, depth=None)
-        block = Block(spec, model.config, model.execution)
-        applied: Any = block.apply(variables, x_B1D, keys_at_B1, segments_B1, cache)
-        new.append(applied[1])
-    return new
+    config = model.config
+    if config.num_periods > 1:
+        raise ValueError("exits lie between layers that lie apart: unstack the model")
+    spacing = len(config.pattern) // config.num_exits
+    return [(first, first + spacing) for first in range(0, len(config.pattern), spacing)]
+
+
+def begin(
+    model: Transformer, variables: Variables, step: Step, state: ModelState | None
+) -> tuple[jax.Array, Any]:
+    """See Transformer.begin."""
+    return cast(Any, model.apply(variables, step, state, method="begin"))
+
+
+def run_layers(
+    model: Transformer,
+    variables: Variables,
+    x_BLD: jax.Array,
+    step: Step,
+    state: ModelState | None,
+) -> tuple[jax.Array, Any]:
+    """x and the state after step.layers: see Transformer.run_periods."""
+    return cast(Any, model.apply(variables, x_BLD, step, state, method="run_periods"))
+
+
+def exit_logits(
+    model: Transformer, variables: Variables, x_BLD: jax.Array, w_DV: jax.Array
+) -> jax.Array:
+    """What the model says from a state before, at or after an exit, float32 [B, L, V]."""
+    hidden_BLD = cast(jax.Array, model.apply(variables, x_BLD, method="finish"))
+    return jnp.einsum("BLD,DV->BLV", hidden_BLD, w_DV, preferred_element_type=jnp.float32)
 
 
 def _num_layers(model: Transformer, exits: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
-"""What a generation gives: texts that grow row by row, and how fast they did.
+"""The result of a generation, and its timings.
 
-B rows, N tokens of a step (in `Figures`: rows that had not ended).
+B prompts, N rows of a step that had not ended.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 OnTokens = Callable[[np.ndarray], None]
-"""Called with each row's new token, int32 [B]; -1 for rows that have none."""
+"""Called with each prompt's new token, int32 [B]; -1 for prompts that have none."""
 
 
 @dataclass(frozen=True)
@@ -26,39 +26,11 @@ class Generation:
     """With draft: tokens that a step of one row gave, on average."""
 
 
-class Rows:
-    """The texts under way."""
+class Timings:
+    """What the decoding steps took and gave."""
 
-    def __init__(
-        self, count: int, max_new_tokens: int, stop_ids: frozenset[int], on_tokens: OnTokens
-    ) -> None:
-        self.outputs: list[list[int]] = [[] for _ in range(count)]
-        self.is_done_B = np.zeros(count, bool)
-        self._most, self._stop_ids, self._on_tokens = max_new_tokens, stop_ids, on_tokens
-
-    def add(self, tokens_BN: np.ndarray, count_B: np.ndarray) -> int:
-        """Each row's first count_B tokens, up to its end; how many there were."""
-        added = 0
-        for n in range(count_B.max()):
-            shown_B = np.full(len(count_B), -1, np.int32)
-            for row in np.flatnonzero(~self.is_done_B & (n < count_B)):
-                token = int(tokens_BN[row, n])
-                added += 1
-                if token in self._stop_ids:
-                    self.is_done_B[row] = True
-                    continue
-                self.outputs[row].append(token)
-                shown_B[row] = token
-                self.is_done_B[row] = len(self.outputs[row]) == self._most
-            self._on_tokens(shown_B)
-        return added
-
-
-class Figures:
-    """What the steps took and gave."""
-
-    def __init__(self, first_token_seconds: float) -> None:
-        self._first = first_token_seconds
+    def __init__(self) -> None:
+        self.first_token_seconds = 0.0
         self._steps: list[tuple[float, int]] = []
         self._layers: list[int] = []
         self._accepted: list[int] = []
@@ -82,7 +54,7 @@ class Figures:
         seconds, counts = np.array(self._steps[1:] or [(1.0, 0)]).T
         return Generation(
             tokens,
-            self._first,
+            self.first_token_seconds,
             float(counts.sum() / seconds.sum()),
             float(np.mean(self._layers)) if self._layers else None,
             float(np.mean(self._accepted)) if has_draft and self._accepted else None,

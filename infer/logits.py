@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.checks import UserError
-from model.cache import init_cache, init_memory
+from model.model_state import init_memory, init_state
 from model.transformer import Transformer, Variables, hidden_states, output_weights
 
 
@@ -57,23 +57,25 @@ def _full(model: Transformer, variables: Variables, tokens_BL: jax.Array) -> jax
 def cached_logits(
     model: Transformer, variables: Variables, tokens: Sequence[int], *, prompt: int = 1
 ) -> np.ndarray:
-    """As `full_logits`, the first `prompt` tokens at once and then one by one through the cache."""
+    """As `full_logits`, the first `prompt` tokens at once and then one by one through the state."""
     check_tokens(model, tokens)
-    cache = init_cache(model.config, 1, len(tokens), model.execution.compute_dtype)
+    state = init_state(model.config, 1, len(tokens), model.execution.compute_dtype)
     rows, begin = [], 0
     for end in [prompt, *range(prompt + 1, len(tokens) + 1)]:
         tokens_BL = np.asarray([tokens[begin:end]], np.int32)
         positions_BL = np.arange(begin, end, dtype=np.int32)[None]
-        logits_LV, cache = _step(model, variables, tokens_BL, positions_BL, cache)
+        logits_LV, state = _read(model, begin == 0, variables, tokens_BL, positions_BL, state)
         rows.append(np.asarray(logits_LV))
         begin = end
     return np.concatenate(rows)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _step(model, variables, tokens_BL, positions_BL, cache):
-    hidden_BLD, cache = hidden_states(model, variables, tokens_BL, positions_BL, cache)
-    return _logits(model, variables, hidden_BLD), cache
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _read(model, is_whole, variables, tokens_BL, positions_BL, state):
+    hidden_BLD, state = hidden_states(
+        model, variables, tokens_BL, positions_BL, state, is_whole=is_whole
+    )
+    return _logits(model, variables, hidden_BLD), state
 
 
 def _logits(model: Transformer, variables: Variables, hidden_BLD: jax.Array) -> jax.Array:

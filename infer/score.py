@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.cache import init_memory
+from model.model_state import init_memory
 from model.transformer import Preference, Transformer, Variables, hidden_states, output_weights
 
 Progress = Callable[[int], None]

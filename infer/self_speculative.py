@@ -9,15 +9,15 @@ B rows, N drafted tokens, D d_model.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from configs.attention import LocalSparseAttentionConfig
 from configs.checks import require, require_positive
-from infer.layerwise import exit_logits, layers_by_exit, run_layers, stacked
-from model.cache import BlockCache, Cache, rewind
+from infer.early_exit import begin, exit_logits, exit_ranges, run_layers
+from model.model_state import ModelState, rewind, unrewindable_reason
+from model.step import make_step
 from model.transformer import Transformer, Variables, output_weights
 
 
@@ -39,7 +39,7 @@ class Verified(NamedTuple):
     """What the whole model says after each token read, int32; the first count_B of them hold."""
     count_B: jax.Array
     """int32, 1 to N."""
-    cache: Cache
+    state: ModelState
     """With tokens that may not hold: `draft_and_verify` takes them back when it goes on."""
 
 
@@ -59,12 +59,9 @@ def check_draft(model: Transformer, draft: Draft) -> None:
         f"draft.length={draft.length} must be below the model's "
         f"context_length={config.context_length}: draft fewer tokens at a time",
     )
+    reason = unrewindable_reason(config)
+    require(reason is None, f"drafts can't be taken back ({reason}): generate without a draft")
     for spec in (*config.prefix, *config.pattern):
-        require(
-            not isinstance(spec.attention, LocalSparseAttentionConfig),
-            "drafts can't be taken back from attention.kind='local_sparse', whose cache has no "
-            "spare slots: generate without a draft",
-        )
         require(
             spec.depth is None or spec.depth.selection == "threshold",
             "drafting needs depth.selection='threshold': use the config that model.depth.causal "
@@ -77,43 +74,36 @@ def draft_and_verify(
     variables: Variables,
     token_B: jax.Array,
     position_B: jax.Array,
-    cache: Cache,
+    state: ModelState,
     draft: Draft,
 ) -> Verified:
     """Reads each row's next token and the drafts that follow it.
 
     Args:
-      cache: with `spare` of draft.length; tokens from position_B on are taken back first.
+      model: whose layers lie apart (model/unstacked.py).
+      position_B: of token_B; -1 for a row that does nothing.
+      state: with `spare` of draft.length; tokens from position_B on are taken back first.
     """
     check_draft(model, draft)
-    cache, w_DV = rewind(cache, position_B), output_weights(model, variables)
-    groups = layers_by_exit(model, variables, cache.periods)
-    first = [layer for group in groups[: draft.exit] for layer in group]
-    rest = [layer for group in groups[draft.exit :] for layer in group]
-    prefix, caches = cache.prefix, [cast(BlockCache, layer.cache) for layer in first]
-    token_B1, states, drafted = token_B[:, None], [], []
+    is_live_B = position_B >= 0
+    length_B = jnp.where(is_live_B, position_B, jnp.iinfo(jnp.int32).max)
+    state, w_DV = rewind(state, length_B), output_weights(model, variables)
+    ranges = exit_ranges(model)
+    split, end = ranges[draft.exit - 1][1], ranges[-1][1]
+    token_B1, positions_BN = token_B[:, None], position_B[:, None] + jnp.arange(draft.length)
+    positions_BN = jnp.where(is_live_B[:, None], positions_BN, -1)
+    states, drafted = [], []
     for j in range(draft.length):
-        positions_B1 = position_B[:, None] + j
-        begun: Any = model.apply(
-            variables, token_B1, positions_B1, Cache(prefix, cache.periods), method="begin"
-        )
-        x_B1D, segments_B1, prefix = begun
-        x_B1D, caches = run_layers(model, first, caches, x_B1D, positions_B1, segments_B1)
+        step = make_step(token_B1, positions_BN[:, j : j + 1])
+        x_B1D, state = begin(model, variables, step, state)
+        x_B1D, state = run_layers(model, variables, x_B1D, step.replace(layers=(0, split)), state)
         token_B1 = jnp.argmax(exit_logits(model, variables, x_B1D, w_DV), axis=-1)
         states.append(x_B1D)
         drafted.append(token_B1)
     x_BND, drafted_BN = jnp.concatenate(states, axis=1), jnp.concatenate(drafted, axis=1)
-    positions_BN = position_B[:, None] + jnp.arange(draft.length)
-    x_BND, later = run_layers(
-        model,
-        rest,
-        [layer.cache for layer in rest],
-        x_BND,
-        positions_BN,
-        jnp.zeros_like(positions_BN),
-    )
+    later = make_step(drafted_BN, positions_BN).replace(layers=(split, end))
+    x_BND, state = run_layers(model, variables, x_BND, later, state)
     tokens_BN = jnp.argmax(exit_logits(model, variables, x_BND, w_DV), axis=-1).astype(jnp.int32)
     is_agreed_BN = jnp.cumprod(drafted_BN == tokens_BN, axis=1)
     count_B = jnp.minimum(is_agreed_BN.sum(axis=1) + 1, draft.length).astype(jnp.int32)
-    periods = stacked([*caches, *later], len(model.config.pattern))
-    return Verified(tokens_BN, count_B, Cache(prefix, periods))
+    return Verified(tokens_BN, count_B, state)

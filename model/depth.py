@@ -21,16 +21,17 @@ import jax.numpy as jnp
 
 from configs.architecture import MixtureOfDepthsConfig, ModelConfig
 from configs.checks import require
-from model.cache import BlockCache
 from model.layers import newest, weight
+from model.model_state import BlockState
+from model.step import Step
 from parallel.sharding import constrain
 
-Update = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, BlockCache | None]]
-"""f: (x_BCD, positions_BC, segments_BC) -> [B, C, D] and the cache with the tokens; tokens at
-position -1 do not exist for it."""
+Update = Callable[[jax.Array, Step], tuple[jax.Array, BlockState | None]]
+"""f: (x_BCD, step of those tokens) -> [B, C, D] and the state with the tokens; tokens at position
+-1 do not exist for it."""
 
-Routed = tuple[jax.Array, jax.Array, BlockCache | None]
-"""x_BLD after the layer; which tokens it worked on, bool [B, L]; the cache."""
+Routed = tuple[jax.Array, jax.Array, BlockState | None]
+"""x_BLD after the layer; which tokens it worked on, bool [B, L]; the state."""
 
 
 class DepthStats(NamedTuple):
@@ -62,53 +63,50 @@ def routed(
     block: Any,
     depth: MixtureOfDepthsConfig,
     x_BLD: jax.Array,
-    positions_BL: jax.Array,
-    segments_BL: jax.Array,
-    cache: BlockCache | None,
+    step: Step,
+    state: BlockState | None,
     preference_BE: jax.Array | None,
-) -> tuple[jax.Array, BlockCache | None]:
+) -> tuple[jax.Array, BlockState | None]:
     """The block (model/block.py: Block) of the tokens that its router chooses.
 
-    One token per row, with a cache: where no row's is chosen, the block is really skipped.
+    One token per row, with a state: where no row's is chosen, the block is really skipped.
 
     Raises:
-      UserError: top_capacity with a cache.
+      UserError: top_capacity with a state.
     """
     require(
-        cache is None or depth.selection == "threshold",
+        state is None or depth.selection == "threshold",
         "depth.selection='top_capacity' looks ahead and can't read piece by piece: use the config "
         "that model.depth.causal gives",
     )
     width = x_BLD.shape[-1]
     w_D = weight(block, "depth_router", (width,), ("embed",), width**-0.5)
-    r_BL, where = router_logits(w_D, x_BLD), (positions_BL, segments_BL)
-    if cache is not None and x_BLD.shape[1] == 1:
+    r_BL = router_logits(w_D, x_BLD)
+    if state is not None and x_BLD.shape[1] == 1:
 
-        def run(block, x_B1D, cache):
-            update = _update_of(block, cache, preference_BE)
-            x_B1D, _, cache = update_positive(update, x_B1D, r_BL, *where)
-            return x_B1D, cache
+        def run(block, x_B1D, state):
+            update = _update_of(block, state, preference_BE)
+            x_B1D, _, state = update_positive(update, x_B1D, r_BL, step)
+            return x_B1D, state
 
-        def skip(_, x_B1D, cache):
-            return x_B1D, cache
+        def skip(_, x_B1D, state):
+            return x_B1D, state
 
-        any_chosen = chosen_by_sign(r_BL, positions_BL).any()
-        return nn.cond(any_chosen, run, skip, block, x_BLD, cache)
-    update = _update_of(block, cache, preference_BE)
+        any_chosen = chosen_by_sign(r_BL, step.positions_BL).any()
+        return nn.cond(any_chosen, run, skip, block, x_BLD, state)
+    update = _update_of(block, state, preference_BE)
     if depth.selection == "top_capacity":
-        x_BLD, is_chosen_BL, cache = update_best(update, x_BLD, r_BL, *where, depth.capacity)
+        x_BLD, is_chosen_BL, state = update_best(update, x_BLD, r_BL, step, depth.capacity)
     else:
-        x_BLD, is_chosen_BL, cache = update_positive(update, x_BLD, r_BL, *where)
-    stats = depth_stats(r_BL, is_chosen_BL, positions_BL >= 0)
+        x_BLD, is_chosen_BL, state = update_positive(update, x_BLD, r_BL, step)
+    stats = depth_stats(r_BL, is_chosen_BL, step.positions_BL >= 0)
     block.sow("router", "depth", stats, init_fn=lambda: None, reduce_fn=newest)
-    return constrain(x_BLD, "batch", "length", None), cache
+    return constrain(x_BLD, "batch", "length", None), state
 
 
-def _update_of(block: Any, cache: BlockCache | None, preference_BE: jax.Array | None) -> Update:
-    def update(x_BCD, positions_BC, segments_BC):
-        _, first_BCD, second_BCD, new = block.branches(
-            x_BCD, positions_BC, segments_BC, cache, preference_BE
-        )
+def _update_of(block: Any, state: BlockState | None, preference_BE: jax.Array | None) -> Update:
+    def update(x_BCD, step):
+        _, first_BCD, second_BCD, new = block.branches(x_BCD, step, state, preference_BE)
         return first_BCD + second_BCD, new
 
     return update
@@ -128,8 +126,7 @@ def update_best(
     update: Update,
     x_BLD: jax.Array,
     r_BL: jax.Array,
-    positions_BL: jax.Array,
-    segments_BL: jax.Array,
+    step: Step,
     capacity: float,
 ) -> Routed:
     """x with the update of each row's best C tokens.
@@ -137,7 +134,7 @@ def update_best(
     The chosen are gathered in the row's order, so documents stay contiguous. Padding comes after
     every token; where a row has fewer than C tokens, some is gathered and adds nothing.
     """
-    is_token_BL = positions_BL >= 0
+    is_token_BL = step.positions_BL >= 0
     count = num_chosen(capacity, x_BLD.shape[1])
     _, best_BC = jax.lax.top_k(jnp.where(is_token_BL, r_BL, -jnp.inf), count)
     rows_BC = jnp.sort(best_BC, axis=1)
@@ -146,29 +143,29 @@ def update_best(
         return jnp.take_along_axis(array_BL, rows_BC, axis=1)
 
     x_BCD = jnp.take_along_axis(x_BLD, rows_BC[:, :, None], axis=1)
-    f_BCD, cache = update(x_BCD, gather(positions_BL), gather(segments_BL))
+    f_BCD, state = update(x_BCD, step.gather(rows_BC))
     gate_BC = jnp.where(gather(is_token_BL), jax.nn.sigmoid(gather(r_BL)), 0.0)
     batch_B1 = jnp.arange(x_BLD.shape[0])[:, None]
     x_BLD = x_BLD.at[batch_B1, rows_BC].add(gate_BC[:, :, None].astype(x_BLD.dtype) * f_BCD)
     is_chosen_BL = jnp.zeros(r_BL.shape, jnp.bool_).at[batch_B1, rows_BC].set(True)
-    return x_BLD, is_chosen_BL & is_token_BL, cache
+    return x_BLD, is_chosen_BL & is_token_BL, state
 
 
 def update_positive(
     update: Update,
     x_BLD: jax.Array,
     r_BL: jax.Array,
-    positions_BL: jax.Array,
-    segments_BL: jax.Array,
+    step: Step,
 ) -> Routed:
     """x with the update of each token with r_t > 0.
 
     All tokens pass through f, those not chosen as padding.
     """
-    is_chosen_BL = chosen_by_sign(r_BL, positions_BL)
-    f_BLD, cache = update(x_BLD, jnp.where(is_chosen_BL, positions_BL, -1), segments_BL)
+    is_chosen_BL = chosen_by_sign(r_BL, step.positions_BL)
+    positions_BL = jnp.where(is_chosen_BL, step.positions_BL, -1)
+    f_BLD, state = update(x_BLD, step.replace(positions_BL=positions_BL))
     gate_BL1 = jnp.where(is_chosen_BL, jax.nn.sigmoid(r_BL), 0.0)[:, :, None]
-    return x_BLD + gate_BL1.astype(x_BLD.dtype) * f_BLD, is_chosen_BL, cache
+    return x_BLD + gate_BL1.astype(x_BLD.dtype) * f_BLD, is_chosen_BL, state
 
 
 def chosen_by_sign(r_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:

@@ -42,14 +42,6 @@ def newest(_: Any, new: Any) -> Any:
     return new
 
 
-def document_segments(positions_BL: jax.Array) -> jax.Array:
-    """Numbers the documents of each row, int32 [B, L]: one ends where positions stop rising by
-    one.
-    """
-    is_start_BL = positions_BL[:, 1:] != positions_BL[:, :-1] + 1
-    return jnp.pad(jnp.cumsum(is_start_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019); statistics in float32.
 

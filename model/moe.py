@@ -11,10 +11,11 @@ from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
-from model.cache import LayerCache
 from model.experts import WEIGHT_AXES, expert_function, expert_weights
+from model.layer_state import AnyKeyValueState
 from model.layers import SwiGLU, newest, weight, zero_weight
 from model.router import initial_state, needs_state, route, score_deviation
+from model.step import Step
 from model.warmup import initial_warmup, warmup_stats
 from parallel.expert import apply_experts
 
@@ -34,26 +35,25 @@ class MoE(nn.Module):
     def __call__(
         self,
         x_BLD: jax.Array,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array,
-        cache: LayerCache | None,
+        step: Step,
+        context_state: AnyKeyValueState | None,
         preference_BE: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """The cache is the context router's; other routers have none.
+    ) -> tuple[jax.Array, AnyKeyValueState | None]:
+        """The state is the context router's; other routers have none.
 
         preference_BE: float32 [B, E] or [1, E], what a request adds to the choice, never to the
         gates, in standard deviations of the token's scores.
         """
         c, dtype = self.config, x_BLD.dtype
         batch, length, d_model = x_BLD.shape
-        router_logits_BLE, cache = self._router_logits(
-            x_BLD.astype(jnp.float32), positions_BL, segments_BL, cache
+        router_logits_BLE, context_state = self._router_logits(
+            x_BLD.astype(jnp.float32), step, context_state
         )
         weights = expert_weights(self, c, d_model, self.out_stddev)
         state = None
         if needs_state(c.router):
             state = self.variable("router_state", "state", initial_state, c.num_experts).value
-        x_TD, is_token_BL = x_BLD.reshape(batch * length, d_model), positions_BL >= 0
+        x_TD, is_token_BL = x_BLD.reshape(batch * length, d_model), step.positions_BL >= 0
         router_logits_TE = router_logits_BLE.reshape(batch * length, c.num_experts)
         routing = route(
             router_logits_TE,
@@ -88,7 +88,7 @@ class MoE(nn.Module):
         if c.num_shared_experts:
             shared = DenseConfig(d_ff=c.num_shared_experts * c.d_ff)
             out_BLD += SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
-        return out_BLD, cache
+        return out_BLD, context_state
 
     def _warmup_stats(self, routing, is_token_BL, state):
         num_experts, config = self.config.num_experts, self.config.router.warmup
@@ -96,8 +96,8 @@ class MoE(nn.Module):
         warmup = self.variable("router_state", "warmup", initial_warmup, num_experts, config).value
         return warmup_stats(routing, is_token_BL.reshape(-1), state, warmup, config)
 
-    def _router_logits(self, x_BLD, positions_BL, segments_BL, cache):
-        """Float32 [B, L, E], and the context router's cache."""
+    def _router_logits(self, x_BLD, step, context_state):
+        """Float32 [B, L, E], and the context router's state."""
         num_experts, context = self.config.num_experts, self.config.router.context
         if context is not None and context.kind == "correlation":
             logits_BLE = ExpertCorrelation(num_experts, name="correlation")(x_BLD)
@@ -110,12 +110,12 @@ class MoE(nn.Module):
             attention = GroupedQueryAttention(
                 context.attention(), self.execution, self.norm_eps, 0.0, num_experts, name="context"
             )
-            update_BLE, cache = attention(x_BLD, positions_BL, segments_BL, cache)
+            update_BLE, context_state = attention(x_BLD, step, context_state)
             logits_BLE += update_BLE
         if self.config.router.bias:
             bias_E = zero_weight(self, "router_bias", (num_experts,), (None,))
             logits_BLE += bias_E[None, None]
-        return logits_BLE, cache
+        return logits_BLE, context_state
 
 
 def _bias(

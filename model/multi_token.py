@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from model.layers import RMSNorm, weight
+from model.step import Step
 from parallel.sharding import constrain
 
 
@@ -33,8 +34,7 @@ class MultiTokenModule(nn.Module):
         self,
         hidden_BLD: jax.Array,
         next_BLD: jax.Array,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array,
+        step: Step,
     ) -> jax.Array:
         """
         Args:
@@ -50,7 +50,7 @@ class MultiTokenModule(nn.Module):
         both_BLC = jnp.concatenate([hidden_BLD, next_BLD], axis=-1)
         x_BLD = jnp.einsum("BLC,CD->BLD", both_BLC, w_CD.astype(dtype))
         x_BLD = constrain(x_BLD, "batch", "length", None)
-        x_BLD, _ = self.layer(x_BLD, positions_BL, segments_BL, None)
+        x_BLD, _ = self.layer(x_BLD, step, None)
         return RMSNorm(self.norm_eps, name="norm")(x_BLD)
 
 

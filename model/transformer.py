@@ -12,12 +12,13 @@ import numpy as np
 
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig
-from model.block import SHAPES_ALONE, Block, Period, Preference
-from model.cache import BlockCache, Cache
+from model.block import SHAPES_ALONE, Block, Period
 from model.early_exit import dropout_rates
-from model.layers import RMSNorm, document_segments, weight
+from model.layers import RMSNorm, weight
+from model.model_state import ModelState
 from model.multi_token import MultiTokenModule, ahead
 from model.seeds import seed_key
+from model.step import Preference, Step, make_step
 from parallel.sharding import constrain
 
 MAX_UNROLLED_LAYERS = 8
@@ -33,18 +34,16 @@ def is_scanned(config: ModelConfig) -> bool:
 
 
 class Transformer(nn.Module):
-    """hidden states of the last layer; logits are hidden @ unembedding, made by whoever needs them.
+    """Hidden states of the last layer; logits are hidden @ unembedding, made by whoever needs them.
 
     Args:
-      tokens_BL: int32 in [0, vocab_size).
-      positions_BL: int32, the token's position in its document. Without a cache, a position that is
-        not one above its left neighbour's starts a new document. -1 marks padding, which no token
-        sees and no expert works on.
-      cache: None (training, scoring), the tokens read so far (prefill, decode), or for a model with
-        memory what it keeps of the segments before (training, scoring): see model/cache.py.
-      preference: None, or the experts that requests would rather have (see Preference).
+      step: tokens, their positions and documents (model/step.py). Without a state, a position that
+        is not one above its left neighbour's starts a new document.
+      state: None (training, scoring), what the layers keep of the tokens read so far (prefill,
+        decode), or for a model with memory what it keeps of the segments before (training,
+        scoring): see model/model_state.py.
     Returns:
-      hidden_BLD in the compute dtype, and the cache with the tokens added.
+      hidden_BLD in the compute dtype, and the state with the tokens added.
     """
 
     config: ModelConfig
@@ -70,7 +69,7 @@ class Transformer(nn.Module):
             period,
             variable_axes={"params": 0, "router_state": 0, "router": 0, "exits": 0},
             split_rngs={"params": True, SHAPES_ALONE: False},
-            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast, 0, 0)),
+            in_axes=cast(Any, (0, nn.broadcast, 0, 0)),
             length=c.num_periods,
             unroll=1 if is_scanned(c) else c.num_periods,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -84,35 +83,38 @@ class Transformer(nn.Module):
             ]
 
     def __call__(
-        self,
-        tokens_BL: jax.Array,
-        positions_BL: jax.Array,
-        cache: Cache | None = None,
-        preference: Preference | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        x_BLD, segments_BL, prefix = self.begin(tokens_BL, positions_BL, cache)
-        periods = None if cache is None else cache.periods
-        is_dropped_PB = self._dropped_rows(tokens_BL.shape[0])
-        x_BLD, periods = self.periods(
-            x_BLD, periods, positions_BL, segments_BL, is_dropped_PB, preference
-        )
-        cache = None if periods is None else Cache(prefix=prefix, periods=periods)
+        self, step: Step, state: ModelState | None = None
+    ) -> tuple[jax.Array, ModelState | None]:
+        x_BLD, state = self.begin(step, state)
+        x_BLD, state = self.run_periods(x_BLD, step, state)
         hidden_BLD = self.final_norm(x_BLD)
         if self.config.multi_token is not None and self.is_mutable_collection("multi_token"):
-            self._look_ahead(hidden_BLD, tokens_BL, positions_BL, segments_BL)
-        return hidden_BLD, cache
+            self._look_ahead(hidden_BLD, step)
+        return hidden_BLD, state
 
-    def begin(
-        self, tokens_BL: jax.Array, positions_BL: jax.Array, cache: Cache | None
-    ) -> tuple[jax.Array, jax.Array, tuple[BlockCache, ...]]:
-        """What the first period reads: x_BLD and segments_BL; and the prefix's caches."""
-        x_BLD, segments_BL = self._embedded(tokens_BL), document_segments(positions_BL)
-        caches = []
+    def begin(self, step: Step, state: ModelState | None) -> tuple[jax.Array, ModelState | None]:
+        """What the first period reads, x_BLD, and the state with the prefix's tokens."""
+        x_BLD, blocks = self._embedded(step.tokens_BL), []
         for i, block in enumerate(self.prefix):
-            block_cache = None if cache is None else cache.prefix[i]
-            x_BLD, block_cache = block(x_BLD, positions_BL, segments_BL, block_cache)
-            caches.append(block_cache)
-        return x_BLD, segments_BL, tuple(caches)
+            x_BLD, block_state = block(x_BLD, step, None if state is None else state.prefix[i])
+            blocks.append(block_state)
+        return x_BLD, None if state is None else state.replace(prefix=tuple(blocks))
+
+    def run_periods(
+        self, x_BLD: jax.Array, step: Step, state: ModelState | None
+    ) -> tuple[jax.Array, ModelState | None]:
+        """x after the pattern's layers, or after step.layers of them, and the state.
+
+        Raises:
+          ValueError: step.layers of a model whose pattern repeats (see model/unstacked.py).
+        """
+        if step.layers is not None and self.config.num_periods > 1:
+            raise ValueError("layers of a repeated pattern have no numbers: unstack the model")
+        is_dropped_PB = self._dropped_rows(x_BLD.shape[0])
+        preference, step = step.preference, step.replace(preference=None)
+        states = None if state is None else state.periods
+        x_BLD, states = self.periods(x_BLD, states, step, is_dropped_PB, preference)
+        return x_BLD, None if state is None else state.replace(periods=states)
 
     def _embedded(self, tokens_BL: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.execution.compute_dtype)
@@ -134,12 +136,12 @@ class Transformer(nn.Module):
         shape = (rates_P1.shape[0], batch)
         return jax.random.uniform(self.make_rng("depth"), shape) < rates_P1
 
-    def _look_ahead(self, hidden_BLD, tokens_BL, positions_BL, segments_BL) -> None:
+    def _look_ahead(self, hidden_BLD: jax.Array, step: Step) -> None:
         """Sows each multi-token module's hidden states into the collection "multi_token"."""
-        embedded_BLD = self._embedded(tokens_BL)
+        embedded_BLD = self._embedded(step.tokens_BL)
         for k, module in enumerate(self.multi_token):
             next_BLD = ahead(embedded_BLD, k + 1)
-            hidden_BLD = module(hidden_BLD, next_BLD, positions_BL, segments_BL)
+            hidden_BLD = module(hidden_BLD, next_BLD, step)
             self.sow("multi_token", f"hidden_{k}", hidden_BLD)
 
     def unembedding(self) -> jax.Array:
@@ -154,23 +156,35 @@ Variables = dict[str, Any]
 empty where no router has any."""
 
 
+def forward(
+    model: Transformer, variables: Variables, step: Step, state: ModelState | None = None
+) -> tuple[jax.Array, ModelState | None]:
+    """The model with these variables: see Transformer."""
+    return cast(Any, model.apply(variables, step, state))
+
+
 def hidden_states(
     model: Transformer,
     variables: Variables,
     tokens_BL: jax.Array | np.ndarray,
     positions_BL: jax.Array | np.ndarray,
-    cache: Cache | None = None,
+    state: ModelState | None = None,
     preference: Preference | None = None,
-) -> tuple[jax.Array, Cache | None]:
-    """The model with these variables: see Transformer."""
-    return cast(Any, model.apply(variables, tokens_BL, positions_BL, cache, preference))
+    *,
+    is_whole: bool = False,
+) -> tuple[jax.Array, ModelState | None]:
+    """As `forward`, of rows of tokens: the step is made of them (see model/step.py)."""
+    tokens_BL, positions_BL = jnp.asarray(tokens_BL), jnp.asarray(positions_BL)
+    step = make_step(tokens_BL, positions_BL, preference=preference, is_whole=is_whole)
+    return forward(model, variables, step, state)
 
 
 def hidden_and_router(
     model: Transformer, variables: Variables, tokens_BL: jax.Array, positions_BL: jax.Array
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """As `hidden_states` without a cache, and what the layers sowed (the collection "router")."""
-    outputs: Any = model.apply(variables, tokens_BL, positions_BL, mutable=["router"])
+    """As `hidden_states` without a state, and what the layers sowed (the collection "router")."""
+    step = make_step(tokens_BL, positions_BL)
+    outputs: Any = model.apply(variables, step, mutable=["router"])
     (hidden_BLD, _), sown = outputs
     return hidden_BLD, sown
 
@@ -180,9 +194,9 @@ def training_pass(
     variables: Variables,
     tokens_BL: jax.Array,
     positions_BL: jax.Array,
-    memory: Cache | None = None,
+    memory: ModelState | None = None,
     depth_key: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, Any], Cache | None]:
+) -> tuple[jax.Array, dict[str, Any], ModelState | None]:
     """What training asks of the model: hidden states, what was sown, and the next memory.
 
     Sown are "router"; with early_exit "exits", the states after each period; with multi_token
@@ -194,8 +208,7 @@ def training_pass(
     """
     outputs: Any = model.apply(
         variables,
-        tokens_BL,
-        positions_BL,
+        make_step(tokens_BL, positions_BL),
         memory,
         mutable=["router", "exits", "multi_token"],
         rngs={} if depth_key is None else {"depth": depth_key},
@@ -211,9 +224,9 @@ def output_weights(model: Transformer, variables: Variables) -> jax.Array:
 
 def abstract_variables(model: Transformer) -> tuple[Variables, Variables]:
     """Variables as ShapeDtypeStructs and the tree of their logical axes; nothing is allocated."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    tokens = jnp.zeros((1, 2), jnp.int32)
     keys = dict.fromkeys(("params", SHAPES_ALONE), jax.random.key(0))
-    boxed = _kept(jax.eval_shape(model.init, keys, tokens, tokens))
+    boxed = _kept(jax.eval_shape(model.init, keys, make_step(tokens, tokens)))
     specs = nn.get_partition_spec(boxed["params"])
     axes = {
         "params": jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, tuple)),
@@ -225,7 +238,7 @@ def abstract_variables(model: Transformer) -> tuple[Variables, Variables]:
 def init_variables(model: Transformer, seed: int) -> Variables:
     """Fresh variables; to be jitted with out_shardings, so that each device makes its own part."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return nn.unbox(_kept(model.init(seed_key(seed), tokens, tokens)))
+    return nn.unbox(_kept(model.init(seed_key(seed), make_step(tokens, tokens))))
 
 
 def _kept(variables: Any) -> Variables:

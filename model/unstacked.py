@@ -12,16 +12,19 @@ from typing import Any
 import jax
 
 from configs.architecture import ModelConfig
-from model.block import Preference
+from model.step import Preference
 from model.transformer import Transformer, Variables
 
 
 def unstack(model: Transformer, variables: Variables) -> tuple[Transformer, Variables]:
     """A model whose pattern is all its layers once, exits where they were, and its variables.
 
-    The weights of the layers are copied; the rest is shared.
+    The weights of the layers are copied; the rest is shared. A model that is so already is given
+    back.
     """
     config = model.config
+    if config.num_periods == 1:
+        return model, variables
     split = {
         collection: tree | {"periods": split_periods(tree["periods"], len(config.pattern))}
         if "periods" in tree

@@ -1,27 +1,25 @@
 """The program of a step of a run, compiled for a mesh whose devices need not exist.
 
 Arguments are shapes with shardings; nothing is allocated. The three steps are those that training
-and generation run: train/step.py, and a prompt or a token of each row through infer/generate.py.
+and generation run: train/step.py, and a prompt or a token of each row through infer/steps.py.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from configs.base import RunConfig
 from configs.checks import UserError
-from infer.generate import decode_step, prefill_step
 from infer.load import inference_model
-from infer.sampling import Sampling
-from model.cache import Cache, init_cache
-from model.transformer import abstract_variables
+from infer.steps import StateSize, decode, empty_state, read_prompts
+from model.model_state import state_axes
+from model.transformer import Transformer, abstract_variables
 from parallel.sharding import named_sharding, tree_shardings
 from train.state import plan_state
 from train.step import make_train_step
@@ -108,43 +106,44 @@ def _train(run: RunConfig, mesh: Mesh) -> _Made:
 
 
 def _prefill(run: RunConfig, mesh: Mesh) -> _Made:
-    shape = (run.batch_size, run.data.seq_len)
-    rows = _rows(mesh, shape, "the prompts")
-    return _inference(run, mesh, prefill_step, rows, math.prod(shape))
+    """Whole prompts side by side, into a state of data.seq_len tokens each."""
+    model, variables, size = _inference(run, mesh)
+    rows = _rows(mesh, (run.batch_size, run.data.seq_len), "the prompts")
+
+    def run_step(variables, tokens, positions):
+        return read_prompts(model, size, variables, tokens, positions)
+
+    shardings = _state_shardings(mesh, model, size)
+    function = jax.jit(run_step, out_shardings=(None, shardings))
+    arguments = {"variables": variables, "tokens": rows, "positions": rows}
+    run = dataclasses.replace(run, execution=model.execution)
+    return _Made(run, function, arguments, run.batch_size * run.data.seq_len)
 
 
 def _decode(run: RunConfig, mesh: Mesh) -> _Made:
-    rows = _rows(mesh, (run.batch_size,), "the rows")
-    return _inference(run, mesh, decode_step, rows, run.batch_size)
+    """A token of each row, through a state of data.seq_len tokens, whose buffers are reused."""
+    model, variables, size = _inference(run, mesh)
+    shardings = _state_shardings(mesh, model, size)
+    state = _placed(jax.eval_shape(lambda: empty_state(model, size)), shardings)
+    batch = run.batch_size
+    rows = _rows(mesh, (batch,), "the rows")
+
+    def run_step(variables, token, position, state):
+        return decode(model, variables, token, position, state, None, None)
+
+    arguments = {"variables": variables, "tokens": rows, "positions": rows, "cache": state}
+    function = jax.jit(run_step, donate_argnums=3, out_shardings=(None, shardings))
+    run = dataclasses.replace(run, execution=model.execution)
+    return _Made(run, function, arguments, batch)
 
 
-def _inference(
-    run: RunConfig, mesh: Mesh, step: Callable, rows: jax.ShapeDtypeStruct, num_tokens: int
-) -> _Made:
-    """A step through caches of data.seq_len tokens, greedy; the cache's buffers are reused."""
+def _inference(run: RunConfig, mesh: Mesh) -> tuple[Transformer, Any, StateSize]:
+    """The run's model, its abstract variables, and the size of a state for its batch."""
     model = inference_model(run)
     abstract, logical_axes = abstract_variables(model)
     variables = _placed(abstract, tree_shardings(mesh, logical_axes, abstract))
-    sizes = (run.batch_size, run.data.seq_len, model.execution.compute_dtype)
-    is_prefill = step is prefill_step
-    cache = jax.eval_shape(lambda: init_cache(model.config, *sizes, for_prompt=is_prefill))
-    written = jax.eval_shape(lambda: init_cache(model.config, *sizes))
-    cache_shardings = _cache_shardings(mesh, written)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-
-    def run_step(variables, tokens, positions, cache, key):
-        return step(model, Sampling(), variables, tokens, positions, cache, key, None)
-
-    arguments = {
-        "variables": variables,
-        "tokens": rows,
-        "positions": rows,
-        "cache": _placed(cache, _cache_shardings(mesh, cache)),
-        "key": _placed(key, NamedSharding(mesh, PartitionSpec())),
-    }
-    function = jax.jit(run_step, donate_argnums=3, out_shardings=(None, cache_shardings))
-    run = dataclasses.replace(run, execution=model.execution)
-    return _Made(run, function, arguments, num_tokens)
+    size = StateSize(run.batch_size, run.data.seq_len, model.execution.compute_dtype)
+    return model, variables, size
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], name: str) -> jax.ShapeDtypeStruct:
@@ -153,18 +152,20 @@ def _rows(mesh: Mesh, shape: tuple[int, ...], name: str) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
 
-def _cache_shardings(mesh: Mesh, cache: Cache) -> Any:
+def _state_shardings(mesh: Mesh, model: Transformer, size: StateSize) -> Any:
     """Rows lie where the batch's do, and keys and values of a head where its weights are."""
+    state = jax.eval_shape(lambda: empty_state(model, size))
+    flat, tree = jax.tree.flatten(state)
+    axes = tree.flatten_up_to(state_axes(state))
 
-    def one(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> NamedSharding:
-        stack = ("layers",) if path[0] == jax.tree_util.GetAttrKey("periods") else ()
-        rest: list[str | None] = [None] * (x.ndim - len(stack) - 1)
-        holds_heads = path[-1] in map(jax.tree_util.GetAttrKey, ("k_BSGC", "v_BSGC"))
-        if holds_heads and x.shape[-2] % mesh.shape["tensor"] == 0:
-            rest[-2] = "kv_heads"
-        return named_sharding(mesh, (*stack, "batch", *rest), x.shape, "the cache")
+    def sharding(x: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> NamedSharding:
+        is_split = (
+            "kv_heads" not in names or x.shape[names.index("kv_heads")] % mesh.shape["tensor"]
+        )
+        kept = tuple(None if n == "kv_heads" and is_split else n for n in names)
+        return named_sharding(mesh, kept, x.shape, "the state")
 
-    return jax.tree_util.tree_map_with_path(one, cache)
+    return jax.tree.unflatten(tree, [sharding(x, n) for x, n in zip(flat, axes, strict=True)])
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:

@@ -9,6 +9,7 @@ forgotten; the conversation goes on.
 """
 
 import argparse
+import dataclasses
 import io
 import sys
 from collections.abc import Callable
@@ -53,8 +54,7 @@ def main(argv: list[str]) -> None:
             variables,
             [ids],
             max_new_tokens=arguments.max_new_tokens,
-            sampling=sampling,
-            seed=seed,
+            sampling=dataclasses.replace(sampling, seed=seed),
             stop_ids=tokenizer.eos_ids,
             on_tokens=on_tokens,
         )

@@ -11,7 +11,7 @@ import argparse
 import functools
 
 from checkpoint.run_directory import read_run
-from configs.checks import require, require_seed
+from configs.checks import require
 from evals.expert_domains import read_preference
 from infer.chat import chat_ids
 from infer.generate import generate
@@ -19,7 +19,7 @@ from infer.generation import Generation
 from infer.sampling import Sampling
 from infer.self_speculative import Draft
 from infer.sources import Source, open_source
-from model.block import Preference
+from model.step import Preference
 from model.transformer import Transformer
 from model.unstacked import unstack_preference
 from scripts import command
@@ -29,10 +29,9 @@ from scripts.reading import Printer, length_shown, reading
 
 def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
-    sampling = Sampling(arguments.temperature, arguments.top_p)
+    sampling = Sampling(arguments.temperature, arguments.top_p, seed=arguments.seed)
     draft = _draft(arguments.draft_exit, arguments.draft_length)
     command.keep_compiled()
-    require_seed(arguments.seed)
     source = open_source(arguments.source)
     preference = _preference(source, arguments.expert_preference)
     with reading(source) as progress:
@@ -44,7 +43,6 @@ def main(argv: list[str]) -> None:
         variables,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
-        seed=arguments.seed,
         stop_ids=tokenizer.eos_ids,
         exit_threshold=arguments.exit_threshold,
         draft=draft,

@@ -2,12 +2,14 @@
 equals reading at once.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from configs.architecture import ModelConfig
-from model.cache import init_cache
+from model.model_state import init_state
 from model.transformer import Transformer, Variables, abstract_variables, hidden_states
 
 
@@ -46,11 +48,12 @@ def check_decode(config: ModelConfig, variables: Variables, length: int, prefill
     """Prefill and then token by token gives the hidden states of one forward pass, to 1e-4."""
     model, (tokens, positions) = Transformer(config), inputs(config, length)
     expected, _ = jax.jit(lambda v: hidden_states(model, v, tokens, positions))(variables)
-    read = jax.jit(lambda t, p, c: hidden_states(model, variables, t, p, c))
-    cache = init_cache(config, 1, length, "float32")
+    read = jax.jit(partial(hidden_states, model, variables), static_argnames="is_whole")
+    state = init_state(config, 1, length, "float32")
     pieces = [slice(0, prefill), *(slice(i, i + 1) for i in range(prefill, length))]
     hidden = []
     for piece in pieces:
-        part, cache = read(tokens[:, piece], positions[:, piece], cache)
+        is_whole = piece.start == 0
+        part, state = read(tokens[:, piece], positions[:, piece], state, is_whole=is_whole)
         hidden.append(part)
     np.testing.assert_allclose(jnp.concatenate(hidden, axis=1), expected, atol=1e-4)

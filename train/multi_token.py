@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from configs.architecture import MultiTokenConfig
 from model.multi_token import ahead
-from model.transformer import document_segments
+from model.step import document_segments
 from train.losses import ChunkLoss, chunked_loss
 
 

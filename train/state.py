@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.base import RunConfig
-from model.cache import Cache, init_memory
+from model.model_state import ModelState, init_memory
 from model.transformer import Transformer, Variables, abstract_variables, init_variables
 from parallel.sharding import LogicalAxes, tree_shardings
 from train.optim import make_optimizer, make_schedule, state_shardings
@@ -51,7 +51,7 @@ class Trainee(struct.PyTreeNode):
     """ShapeDtypeStructs."""
     shardings: TrainState
     """NamedShardings on the mesh."""
-    begin_memory: Callable[[], Cache | None] = struct.field(pytree_node=False)
+    begin_memory: Callable[[], ModelState | None] = struct.field(pytree_node=False)
     """Makes the empty memory."""
 
 
@@ -92,7 +92,7 @@ def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Traine
     )
 
 
-def _memory_axes(memory: Cache | None) -> Cache | None:
+def _memory_axes(memory: ModelState | None) -> ModelState | None:
     """Logical axes of the memory's arrays: its rows lie where the batch's rows do."""
     if memory is None:
         return None
@@ -100,7 +100,7 @@ def _memory_axes(memory: Cache | None) -> Cache | None:
     def axes(stack: LogicalAxes, part: Any) -> Any:
         return jax.tree.map(lambda x: (*stack, "batch", *[None] * (x.ndim - len(stack) - 1)), part)
 
-    return Cache(prefix=axes((), memory.prefix), periods=axes(("layers",), memory.periods))
+    return ModelState(prefix=axes((), memory.prefix), periods=axes(("layers",), memory.periods))
 
 
 def init_state(

@@ -13,9 +13,9 @@ import optax
 
 from configs.base import RunConfig
 from model.balance import RouterStats, load_figures, merge_stats, updated_state
-from model.cache import Cache
 from model.depth import DepthStats
 from model.early_exit import supervised_exits
+from model.model_state import ModelState
 from model.routed_layers import RoutedLayer, map_layers, routed_layers
 from model.seeds import seed_key
 from model.transformer import output_weights, training_pass
@@ -82,7 +82,7 @@ def make_train_step(
 
 def _gradients(
     run: RunConfig, trainee: Trainee, chunk_loss: ChunkLoss, state: TrainState, batch: Batch
-) -> tuple[Any, Metrics, LayerStats, Cache | None]:
+) -> tuple[Any, Metrics, LayerStats, ModelState | None]:
     """Gradients of the mean objective over the whole batch plus the auxiliary losses, and the
     memory for the next step.
     """

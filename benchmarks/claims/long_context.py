@@ -22,7 +22,7 @@ from configs.feed_forward import MoEConfig, RouterConfig
 from configs.rope import YarnConfig
 from data.corpora import read_documents
 from data.pipeline import Batch
-from model.cache import Cache, init_cache
+from model.model_state import ModelState, init_state
 from model.transformer import Transformer, abstract_variables, hidden_states, output_weights
 from train.progress import ProgressBar
 from train.report import Picture, new_figure, to_picture
@@ -152,7 +152,7 @@ def _retrieve(trained: Trained, length: int, seed: int) -> np.ndarray:
             count = min(CHUNK, body - begin)
             if begin + count > size:
                 size = next(sizes)
-                cache = _enlarged(cache, init_cache(stretched.config, 1, size, "float32"))
+                cache = _enlarged(cache, init_state(stretched.config, 1, size, "float32"))
             tokens, positions = np.zeros(CHUNK, np.int32), np.full(CHUNK, -1, np.int32)
             tokens[:count] = row["tokens"][begin : begin + count]
             positions[:count] = np.arange(begin, begin + count)
@@ -167,7 +167,7 @@ def _retrieve(trained: Trained, length: int, seed: int) -> np.ndarray:
     return is_found[(in_text - BYTES) // VALUES]
 
 
-def _enlarged(cache: Cache | None, empty: Cache) -> Cache:
+def _enlarged(cache: ModelState | None, empty: ModelState) -> ModelState:
     """The cache with as many slots as the empty one: a text's beginning is read in a short one."""
     if cache is None:
         return empty
@@ -199,7 +199,7 @@ def _planned_bytes(config: ModelConfig) -> int:
     """Bytes of the cache and of the temporaries of one decode step; nothing is allocated."""
     transformer = Transformer(config)
     variables, _ = abstract_variables(transformer)
-    cache = jax.eval_shape(lambda: init_cache(config, 1, config.context_length, "float32"))
+    cache = jax.eval_shape(lambda: init_state(config, 1, config.context_length, "float32"))
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     compiled = cast(Any, _read).lower(transformer, variables, one, one, cache).compile()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

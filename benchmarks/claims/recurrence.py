@@ -13,7 +13,7 @@ from benchmarks.claims.training import held_out_rows
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import RelativeAttentionConfig
 from configs.feed_forward import DenseConfig
-from model.cache import init_memory
+from model.model_state import init_memory
 from model.transformer import Transformer, Variables, hidden_states, init_variables, output_weights
 from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
 

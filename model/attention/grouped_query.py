@@ -10,16 +10,27 @@ import jax.numpy as jnp
 
 from configs.attention import AttentionConfig
 from configs.base import ExecutionConfig
-from kernels.window_attention import masked_attention, visible
-from model.attention.windowed import sharded_window_attention
-from model.cache import LayerCache, append
+from model.attention.sharded import sharded_cached_attention, sharded_window_attention
+from model.layer_state import AnyKeyValueState, StateShape, key_value_state
 from model.layers import RMSNorm, rope, weight, zero_weight
+from model.step import Step
 
 QUERY_AXES, KEY_AXES = ("heads", "head_dim"), ("kv_heads", "head_dim")
 
 
+def init_state(config: AttentionConfig, shape: StateShape) -> AnyKeyValueState:
+    """A slot for each token, or a ring of what the window still sees."""
+    return key_value_state(
+        shape,
+        heads=config.num_kv_heads,
+        widths=(config.head_dim, config.head_dim),
+        window_size=config.window_size,
+        num_sink_tokens=config.num_sinks,
+    )
+
+
 class GroupedQueryAttention(nn.Module):
-    """Attention over the tokens of the same document, or over a cache and the new tokens."""
+    """Attention over the tokens of the same document, or over a state that holds them."""
 
     config: AttentionConfig
     execution: ExecutionConfig
@@ -34,31 +45,28 @@ class GroupedQueryAttention(nn.Module):
     def __call__(
         self,
         x_BLD: jax.Array,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array,
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+        step: Step,
+        state: AnyKeyValueState | None,
+    ) -> tuple[jax.Array, AnyKeyValueState | None]:
         c, d_model = self.config, x_BLD.shape[-1]
         q_BLHC, k_BLGC, v_BLGC = self._projected(x_BLD)
         out_axis = None if self.out_features else "embed"
         out_shape = (c.num_heads, c.head_dim, self.out_features or d_model)
         w_o_HCD = weight(self, "o", out_shape, (*QUERY_AXES, out_axis), self.out_stddev)
         q_BLHC, k_BLGC, v_BLGC = self._normed_and_bounded(q_BLHC, k_BLGC, v_BLGC)
-        q_BLHC = rope(q_BLHC, positions_BL, c.rope_base, c.rope_scaling)
-        k_BLGC = rope(k_BLGC, positions_BL, c.rope_base, c.rope_scaling)
+        q_BLHC = rope(q_BLHC, step.positions_BL, c.rope_base, c.rope_scaling)
+        k_BLGC = rope(k_BLGC, step.positions_BL, c.rope_base, c.rope_scaling)
         if c.rope_scaling is not None:
             q_BLHC *= c.rope_scaling.logit_scale
         sink_logits_H = None
         if c.learned_sinks:  # they start as if one more key had the score 0
             sink_logits_H = zero_weight(self, "sink_logits", (c.num_heads,), ("heads",))
-        out_BLHC, cache = self._attended(
-            q_BLHC, k_BLGC, v_BLGC, positions_BL, segments_BL, cache, sink_logits_H
-        )
+        out_BLHC, state = self._attended(q_BLHC, k_BLGC, v_BLGC, step, state, sink_logits_H)
         out_BLD = jnp.einsum("BLHC,HCD->BLD", out_BLHC, w_o_HCD.astype(x_BLD.dtype))
         if c.bias:
             o_bias_D = zero_weight(self, "o_bias", out_shape[2:], (out_axis,))
             out_BLD += o_bias_D.astype(out_BLD.dtype)[None, None]
-        return out_BLD, cache
+        return out_BLD, state
 
     def _projected(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, L, H, C], keys and values [B, L, G, C], biases added."""
@@ -95,29 +103,29 @@ class GroupedQueryAttention(nn.Module):
         q_BLHC: jax.Array,
         k_BLGC: jax.Array,
         v_BLGC: jax.Array,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array,
-        cache: LayerCache | None,
+        step: Step,
+        state: AnyKeyValueState | None,
         sink_logits_H: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Each head's sum of values, [B, L, H, C], and the cache with the tokens."""
+    ) -> tuple[jax.Array, AnyKeyValueState | None]:
+        """Each head's sum of values, [B, L, H, C], and the state with the tokens."""
         c = self.config
         reach = {"window_size": c.window_size, "num_sinks": c.num_sinks}
-        if cache is None or cache.is_empty:
-            out_BLHC = sharded_window_attention(
-                q_BLHC,
-                k_BLGC,
-                v_BLGC,
-                positions_BL,
-                segments_BL,
-                sink_logits_H=sink_logits_H,
-                gaps=self.gaps,
-                implementation=self.execution.window_attention,
-                **reach,
-            )
-            if cache is not None:
-                cache, _ = append(cache, k_BLGC, v_BLGC, positions_BL, c.num_sinks)
-            return out_BLHC, cache
-        cache, seen = append(cache, k_BLGC, v_BLGC, positions_BL, c.num_sinks)
-        mask_BLS = visible(positions_BL[:, :, None], seen.positions_BS[:, None, :], **reach)
-        return masked_attention(q_BLHC, seen.k_BSGC, seen.v_BSGC, mask_BLS, sink_logits_H), cache
+        if state is not None:
+            state = state.write(step, k_BLGC, v_BLGC)
+            if not step.is_whole:
+                attended = sharded_cached_attention(
+                    q_BLHC, state, step, sink_logits_H=sink_logits_H, **reach
+                )
+                return attended, state
+        out_BLHC = sharded_window_attention(
+            q_BLHC,
+            k_BLGC,
+            v_BLGC,
+            step.positions_BL,
+            step.segments_BL,
+            sink_logits_H=sink_logits_H,
+            gaps=self.gaps,
+            implementation=self.execution.window_attention,
+            **reach,
+        )
+        return out_BLHC, state

@@ -8,7 +8,8 @@ and the query sees those with the best top_k scores. One key k per token serves 
 cached. The published code also turns q and k by a Hadamard matrix, which no product of the two
 shows, and rounds them to fp8; neither is done here.
 
-B batch, L queries, S keys, D d_model, Q query_rank, H the indexer's heads, C its head_dim.
+B batch, L queries, T queries of all rows, S keys, K chosen keys, N queries of a piece, D d_model,
+Q query_rank, H heads (the indexer's, or the attention's), C head_dim, W width of values.
 """
 
 from typing import NamedTuple
@@ -18,9 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from configs.attention import LatentAttentionConfig
+from kernels.cached_attention import cached_attention
+from kernels.window_attention import visible
+from model.layer_state import AnyKeyValueState, KeyValueState, gather_sequences
 from model.layers import LayerNorm, rope, weight
+from model.step import Step
 
 KEY_NORM_EPS = 1e-6
+QUERIES_AT_ONCE = 16
+"""Whose chosen keys are gathered together."""
 
 
 class Index(NamedTuple):
@@ -75,13 +82,92 @@ def chosen_keys(index: Index, k_BSC: jax.Array, visible_BLS: jax.Array, top_k: i
     """
     if k_BSC.shape[1] <= top_k:
         return visible_BLS
-    products_BLHS = jnp.einsum(
-        "BLHC,BSC->BLHS", index.q_BLHC, k_BSC, preferred_element_type=jnp.float32
-    )
-    scores_BLS = jnp.einsum("BLHS,BLH->BLS", jax.nn.relu(products_BLHS), index.weights_BLH)
-    scores_BLS = jnp.where(visible_BLS, scores_BLS, -jnp.inf)
+    scores_BLS = jnp.where(visible_BLS, key_scores(index, k_BSC), -jnp.inf)
     least_BL1 = jax.lax.top_k(scores_BLS, top_k)[0][:, :, -1:]
     is_above_BLS, is_equal_BLS = scores_BLS > least_BL1, scores_BLS == least_BL1
     room_BL1 = top_k - is_above_BLS.sum(axis=-1, keepdims=True)
     is_first_BLS = jnp.cumsum(is_equal_BLS, axis=-1) <= room_BL1
     return visible_BLS & (is_above_BLS | (is_equal_BLS & is_first_BLS))
+
+
+def key_scores(index: Index, k_BSC: jax.Array) -> jax.Array:
+    """I_ls of the module's first lines, float32 [B, L, S]."""
+    products_BLHS = jnp.einsum(
+        "BLHC,BSC->BLHS", index.q_BLHC, k_BSC, preferred_element_type=jnp.float32
+    )
+    return jnp.einsum("BLHS,BLH->BLS", jax.nn.relu(products_BLHS), index.weights_BLH)
+
+
+def attend_chosen(
+    q_BLHC: jax.Array,
+    index: Index,
+    state: AnyKeyValueState,
+    step: Step,
+    *,
+    top_k: int,
+    scale: float,
+    value_width: int,
+) -> jax.Array:
+    """Attention of each token over the top_k keys of its sequence that it scores best, and over
+    nothing else: [B, L, H, W]. Of equal scores the first keys are chosen.
+
+    All keys of the indexer are read, and top_k of the attention's own: where the sequence is long,
+    these are most of the bytes of a token (docs/experiments.md says where it begins to pay).
+    """
+    batch, length, heads, _ = q_BLHC.shape
+
+    def piece(queries: tuple[jax.Array, Index, jax.Array, jax.Array]) -> jax.Array:
+        q_NHC, index_N, position_N, row_N = queries
+        index_k_NSC, positions_NS, place_NS = gather_sequences(state, step, row_N)
+        is_seen_NS = visible(position_N[:, None], positions_NS, window_size=None, num_sinks=0)
+        as_rows = jax.tree.map(lambda x: x[:, None], index_N)
+        scores_NS = key_scores(as_rows, index_k_NSC)[:, 0]
+        best_NK, slot_NK = jax.lax.top_k(jnp.where(is_seen_NS, scores_NS, -jnp.inf), top_k)
+        is_key_NK = best_NK > -jnp.inf
+        place_NK = jnp.where(is_key_NK, jnp.take_along_axis(place_NS, slot_NK, axis=1), 0)
+        positions_NK = jnp.where(is_key_NK, jnp.take_along_axis(positions_NS, slot_NK, axis=1), -1)
+        k, scales = _flat_keys(state)
+        return cached_attention(
+            q_NHC,
+            k[place_NK],
+            None,
+            jnp.arange(len(q_NHC), dtype=jnp.int32),
+            position_N,
+            positions_NK,
+            k_scales_RSG=None if scales is None else scales[place_NK],
+            scale=scale,
+            value_width=value_width,
+            one_per_row=True,
+        )
+
+    flat: tuple = jax.tree.map(
+        lambda x: x.reshape(batch * length, *x.shape[2:]),
+        (q_BLHC, index._replace(k_BLC=index.k_BLC[..., :0]), step.positions_BL, step.state_rows()),
+    )
+    if batch * length <= QUERIES_AT_ONCE:
+        out_THW = piece(flat)
+    else:
+        out_THW = _in_pieces(piece, flat, QUERIES_AT_ONCE)
+    return out_THW.reshape(batch, length, heads, -1)
+
+
+def _in_pieces(piece, rows_T, size: int) -> jax.Array:
+    """piece of so many rows at a time, one after the other; the last ones are padded."""
+    count = len(jax.tree.leaves(rows_T)[0])
+
+    def cut(x_T: jax.Array) -> jax.Array:
+        x_T = jnp.pad(x_T, ((0, -count % size), *[(0, 0)] * (x_T.ndim - 1)), mode="edge")
+        return x_T.reshape(-1, size, *x_T.shape[1:])
+
+    out = jax.lax.map(piece, jax.tree.map(cut, rows_T))
+    return out.reshape(-1, *out.shape[2:])[:count]
+
+
+def _flat_keys(state: AnyKeyValueState) -> tuple[jax.Array, jax.Array | None]:
+    """The attention's keys of all slots one after the other, [slots, 1, C], and their scales."""
+    if isinstance(state, KeyValueState):
+        k, scales = state.k_RSGC, state.k_scales_RSG
+    else:
+        k, scales = state.k_PZGC, state.k_scales_PZG
+    k = k.reshape(-1, *k.shape[2:])
+    return k, None if scales is None else scales.reshape(-1, scales.shape[-1])

@@ -2,8 +2,8 @@
 
 One vector per token, c = norm(x W_down), holds the keys and values of all heads; a rotary key of
 its own, shared by the heads, carries the position. Training and scoring make every head's keys and
-values from c. With a cache, the up-projections are absorbed into the query and the result instead,
-so that attention runs over the cached (c, rotary key) as if over one wide key/value head:
+values from c. With a state, the up-projections are absorbed into the query and the result instead,
+so that attention runs over the kept (c, rotary key) as if over one wide key/value head:
 
     q_nope . (c W_uk) = (q_nope W_uk^T) . c        (sum p c) W_uv = sum p (c W_uv)
 
@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from configs.attention import LatentAttentionConfig
 from configs.base import ExecutionConfig
 from kernels.window_attention import masked_attention, visible
-from model.attention.indexer import Index, Indexer, chosen_keys
-from model.attention.windowed import sharded_window_attention
-from model.cache import LayerCache, append
+from model.attention.indexer import Index, Indexer, attend_chosen, chosen_keys
+from model.attention.sharded import sharded_cached_attention, sharded_window_attention
+from model.layer_state import AnyKeyValueState, StateShape, key_value_state, num_slots
 from model.layers import RMSNorm, rope, weight, zero_weight
+from model.step import Step
 
 LATENT_NORM_EPS = 1e-6
 """Of the bottlenecks' norms, whatever rms_norm_eps a model has for the others (DeepSeek's published
@@ -35,8 +36,18 @@ Pair = tuple[jax.Array, jax.Array]
 """The part without position and the part with it; of the up-projections, keys' and values'."""
 
 
+def init_state(config: LatentAttentionConfig, shape: StateShape) -> AnyKeyValueState:
+    """The latent vector and the rotary key of each token as one key, and the indexer's key."""
+    return key_value_state(
+        shape,
+        heads=1,
+        widths=(config.latent_rank + config.rope_head_dim, 0),
+        index_width=config.indexer and config.indexer.head_dim,
+    )
+
+
 class LatentAttention(nn.Module):
-    """Attention over the tokens of the same document, or over a cache and the new tokens."""
+    """Attention over the tokens of the same document, or over a state that holds them."""
 
     config: LatentAttentionConfig
     execution: ExecutionConfig
@@ -46,10 +57,9 @@ class LatentAttention(nn.Module):
     def __call__(
         self,
         x_BLD: jax.Array,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array,
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+        step: Step,
+        state: AnyKeyValueState | None,
+    ) -> tuple[jax.Array, AnyKeyValueState | None]:
         c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
         up_shape = (c.latent_rank, c.num_heads, c.nope_head_dim + c.value_head_dim)
         up_axes = ("embed", "heads", "head_dim")
@@ -57,32 +67,26 @@ class LatentAttention(nn.Module):
         o_shape, o_axes = (c.num_heads, c.value_head_dim, d_model), ("heads", "head_dim", "embed")
         w_o_HWD = weight(self, "o", o_shape, o_axes, self.out_stddev)
         h_BLQ = self._query_latent(x_BLD)
-        queries = self._queries(h_BLQ, positions_BL)
-        keys = self._latent(x_BLD, positions_BL)
+        queries = self._queries(h_BLQ, step.positions_BL)
+        keys = self._latent(x_BLD, step.positions_BL)
         index = None
         if c.indexer is not None:
-            index = Indexer(c, name="indexer")(x_BLD, h_BLQ, positions_BL)
+            index = Indexer(c, name="indexer")(x_BLD, h_BLQ, step.positions_BL)
         w_uk_RHN, w_uv_RHW = jnp.split(w_up_RHC.astype(dtype), [c.nope_head_dim], axis=-1)
         w_ups = (w_uk_RHN, w_uv_RHW)
-        if cache is None or cache.is_empty:
-            out_BLHW = self._over_row(queries, keys, index, w_ups, positions_BL, segments_BL)
-            if cache is not None:
-                cache, _ = self._append(cache, keys, index, positions_BL)
+        if state is not None:
+            state = _write(state, step, keys, index)
+        if state is None or step.is_whole:
+            out_BLHW = self._over_row(queries, keys, index, w_ups, step)
         else:
-            out_BLHW, cache = self._over_cache(queries, keys, index, w_ups, positions_BL, cache)
+            out_BLHW = self._over_state(queries, index, w_ups, step, state)
         out_BLD = jnp.einsum("BLHW,HWD->BLD", out_BLHW, w_o_HWD.astype(dtype))
         if c.bias:
             out_BLD += zero_weight(self, "o_bias", (d_model,), ("embed",)).astype(dtype)[None, None]
-        return out_BLD, cache
+        return out_BLD, state
 
     def _over_row(
-        self,
-        queries: Pair,
-        keys: Pair,
-        index: Index | None,
-        w_ups: Pair,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array,
+        self, queries: Pair, keys: Pair, index: Index | None, w_ups: Pair, step: Step
     ) -> jax.Array:
         """Every head with keys and values of its own, in each document: [B, L, H, W]."""
         (q_nope_BLHN, q_rope_BLHP), (latent_BLR, k_rope_BL1P) = queries, keys
@@ -92,64 +96,38 @@ class LatentAttention(nn.Module):
         q_BLHC = jnp.concatenate([q_nope_BLHN, q_rope_BLHP], axis=-1)
         k_BLHC = jnp.concatenate([k_nope_BLHN, k_rope_BLHP], axis=-1)
         v_BLHW = jnp.einsum("BLR,RHW->BLHW", latent_BLR, w_uv_RHW)
-        if not self._leaves_out(positions_BL.shape[1]):
+        positions_BL, segments_BL = step.positions_BL, step.segments_BL
+        if index is None or not self._leaves_out(positions_BL.shape[1]):
             rows, chosen = (positions_BL, segments_BL), self.execution.window_attention
             return sharded_window_attention(q_BLHC, k_BLHC, v_BLHW, *rows, implementation=chosen)
-        mask_BLS = self._seen(index, index and index.k_BLC, positions_BL, positions_BL, segments_BL)
+        places = (positions_BL[:, :, None], positions_BL[:, None, :])
+        mask_BLS = visible(*places, window_size=None, num_sinks=0)
+        mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
+        assert self.config.indexer is not None
+        mask_BLS = chosen_keys(index, index.k_BLC, mask_BLS, self.config.indexer.top_k)
         return masked_attention(q_BLHC, k_BLHC, v_BLHW, mask_BLS)
 
-    def _over_cache(
-        self,
-        queries: Pair,
-        keys: Pair,
-        index: Index | None,
-        w_ups: Pair,
-        positions_BL: jax.Array,
-        cache: LayerCache,
-    ) -> tuple[jax.Array, LayerCache]:
-        """One wide head over the cached latents: [B, L, H, W], and the cache with the tokens."""
+    def _over_state(
+        self, queries: Pair, index: Index | None, w_ups: Pair, step: Step, state: AnyKeyValueState
+    ) -> jax.Array:
+        """One wide head over the latents of the state: [B, L, H, W]."""
+        c = self.config
         (q_nope_BLHN, q_rope_BLHP), (w_uk_RHN, w_uv_RHW) = queries, w_ups
-        cache, seen = self._append(cache, keys, index, positions_BL)
         q_latent_BLHR = jnp.einsum("BLHN,RHN->BLHR", q_nope_BLHN, w_uk_RHN)
         q_BLHC = jnp.concatenate([q_latent_BLHR, q_rope_BLHP], axis=-1)
-        # Scores are divided by the root of this wide query's width, not of the head's.
-        q_BLHC *= (q_BLHC.shape[-1] / self.config.query_head_dim) ** 0.5
-        mask_BLS = self._seen(index, seen.index_k_BSC, positions_BL, seen.positions_BS)
-        v_BS1R = seen.k_BSGC[..., : self.config.latent_rank]
-        summed_BLHR = masked_attention(q_BLHC, seen.k_BSGC, v_BS1R, mask_BLS)
-        return jnp.einsum("BLHR,RHW->BLHW", summed_BLHR, w_uv_RHW), cache
-
-    def _append(
-        self, cache: LayerCache, keys: Pair, index: Index | None, positions_BL: jax.Array
-    ) -> tuple[LayerCache, LayerCache]:
-        """As model.cache.append, of latents and rotary keys beside each other."""
-        latent_BLR, k_rope_BL1P = keys
-        key_BL1C = jnp.concatenate([latent_BLR[:, :, None], k_rope_BL1P], axis=-1)
-        index_k_BLC = None if index is None else index.k_BLC
-        return append(cache, key_BL1C, key_BL1C[..., :0], positions_BL, 0, index_k_BLC)
+        # Scores are divided by the root of the head's width, not of this wide query's.
+        form = {"scale": c.query_head_dim**-0.5, "value_width": c.latent_rank}
+        if index is None or not self._leaves_out(num_slots(state, step)):
+            summed_BLHR = sharded_cached_attention(q_BLHC, state, step, **form)
+        else:
+            assert c.indexer is not None
+            summed_BLHR = attend_chosen(q_BLHC, index, state, step, top_k=c.indexer.top_k, **form)
+        return jnp.einsum("BLHR,RHW->BLHW", summed_BLHR, w_uv_RHW)
 
     def _leaves_out(self, num_keys: int) -> bool:
         """Whether an indexer chooses among so many keys."""
         indexer = self.config.indexer
         return indexer is not None and num_keys > indexer.top_k
-
-    def _seen(
-        self,
-        index: Index | None,
-        index_k_BSC: jax.Array | None,
-        positions_BL: jax.Array,
-        positions_BS: jax.Array,
-        segments_BL: jax.Array | None = None,
-    ) -> jax.Array:
-        """Which keys a query sees, bool [B, L, S]: those before it of its document that the indexer
-        chooses."""
-        places = (positions_BL[:, :, None], positions_BS[:, None, :])
-        mask_BLS = visible(*places, window_size=None, num_sinks=0)
-        if segments_BL is not None:
-            mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
-        if index is None or index_k_BSC is None or self.config.indexer is None:
-            return mask_BLS
-        return chosen_keys(index, index_k_BSC, mask_BLS, self.config.indexer.top_k)
 
     def _query_latent(self, x_BLD: jax.Array) -> jax.Array:
         """What queries are made of: their normed bottleneck [B, L, Q], or the token itself."""
@@ -187,3 +165,12 @@ class LatentAttention(nn.Module):
         latent_BLR = RMSNorm(LATENT_NORM_EPS, name="kv_norm")(down_BLC[..., : c.latent_rank])
         k_rope_BL1P = down_BLC[..., None, c.latent_rank :]
         return latent_BLR, rope(k_rope_BL1P, positions_BL, c.rope_base, c.rope_scaling)
+
+
+def _write(
+    state: AnyKeyValueState, step: Step, keys: Pair, index: Index | None
+) -> AnyKeyValueState:
+    """The state with latents and rotary keys beside each other."""
+    latent_BLR, k_rope_BL1P = keys
+    key_BL1C = jnp.concatenate([latent_BLR[:, :, None], k_rope_BL1P], axis=-1)
+    return state.write(step, key_BL1C, key_BL1C[..., :0], None if index is None else index.k_BLC)

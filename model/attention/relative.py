@@ -11,23 +11,80 @@ B batch, L queries, R queries of a block, P past tokens, S = P + L keys (or the 
 slots of a cache), N distances, M memory_length, D d_model, H heads, C head_dim.
 """
 
+from typing import Any, ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from configs.attention import RelativeAttentionConfig
+from configs.checks import UserError
 from kernels.window_attention import visible
 from kernels.window_attention.reference import MASKED
 from kernels.window_attention.xla import block_rows
-from model.cache import LayerCache, SegmentMemory, append
-from model.layers import document_segments, weight
+from model.layer_state import KeyValueState, RowsFirst, StateShape, key_value_state
+from model.layers import weight
+from model.step import Step, document_segments
 
 BIAS_STDDEV = 0.02  # of u and w at the start, as in the authors' code
 
 
+NO_PAGES = "relative attention scores slots by their distance, and reads no pages"
+
+
+class RelativeState(KeyValueState):
+    """Keys and values of the tokens that a query still sees, without position."""
+
+    unpageable_reason: ClassVar[str | None] = NO_PAGES
+    unmixable_reason: ClassVar[str | None] = NO_PAGES
+
+
+class SegmentMemory(RowsFirst, struct.PyTreeNode):
+    """One layer's normed attention inputs of the last M tokens of a stream (Transformer-XL, 2019),
+    and their positions; position -1 is an empty slot or padding. No gradient flows into it.
+    """
+
+    unrewindable_reason: ClassVar[str | None] = "a memory of segments keeps the last tokens alone"
+    unpageable_reason: ClassVar[str | None] = NO_PAGES
+    unmixable_reason: ClassVar[str | None] = "a stream's segments have a row to themselves"
+
+    x_BMD: jax.Array
+    positions_BM: jax.Array
+
+    def rewind(self, length_R: jax.Array) -> "SegmentMemory":
+        raise NotImplementedError(self.unrewindable_reason)
+
+    def logical_axes(self) -> Any:
+        return self.replace(x_BMD=("batch", None, None), positions_BM=("batch", None))
+
+
+def init_state(config: RelativeAttentionConfig, shape: StateShape) -> Any:
+    """A ring of the tokens that a query still sees, for reading token by token."""
+    if shape.dtype == "int8":
+        raise UserError("relative attention has no int8 keys: leave --kv at bfloat16 or float32")
+    return key_value_state(
+        shape._replace(num_pages=None),
+        heads=config.num_heads,
+        widths=(config.head_dim, config.head_dim),
+        window_size=config.window_size,
+        kind=RelativeState,
+    )
+
+
+def init_memory(
+    config: RelativeAttentionConfig, dims: tuple[int, ...], d_model: int, dtype: str
+) -> SegmentMemory:
+    """An empty memory, [*dims, M, ...], for reading segment by segment."""
+    slots = (*dims, config.memory_length)
+    return SegmentMemory(
+        x_BMD=jnp.zeros((*slots, d_model), dtype), positions_BM=jnp.full(slots, -1, jnp.int32)
+    )
+
+
 class RelativeAttention(nn.Module):
-    """Attention over the segment's own tokens, after a memory of earlier ones, or over a cache."""
+    """Attention over the segment's own tokens, after a memory of earlier ones, or over a state."""
 
     config: RelativeAttentionConfig
     out_stddev: float
@@ -36,10 +93,9 @@ class RelativeAttention(nn.Module):
     def __call__(
         self,
         x_BLD: jax.Array,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array,
-        cache: LayerCache | SegmentMemory | None,
-    ) -> tuple[jax.Array, LayerCache | SegmentMemory | None]:
+        step: Step,
+        state: KeyValueState | SegmentMemory | None,
+    ) -> tuple[jax.Array, KeyValueState | SegmentMemory | None]:
         c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
         in_shape, in_axes = (d_model, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
         w_q_DHC = weight(self, "q", in_shape, in_axes, d_model**-0.5)
@@ -62,16 +118,18 @@ class RelativeAttention(nn.Module):
             (q_BLHC + bias_HC.astype(dtype)[None, None]) * c.head_dim**-0.5
             for bias_HC in (u_HC, w_HC)
         )
-        seen_BSD, positions_BS, segments_BS, memory = x_BLD, positions_BL, segments_BL, None
-        if isinstance(cache, SegmentMemory):
-            seen_BSD, positions_BS, segments_BS, memory = _remember(cache, x_BLD, positions_BL)
+        seen_BSD, positions_BS, segments_BS = x_BLD, step.positions_BL, step.segments_BL
+        if isinstance(state, SegmentMemory):
+            seen_BSD, positions_BS, segments_BS, state = _remember(state, x_BLD, step.positions_BL)
         kv_BS2HC = jnp.einsum("BSD,DiHC->BSiHC", seen_BSD, w_kv_D2HC.astype(dtype))
         k_BSHC, v_BSHC = kv_BS2HC[:, :, 0], kv_BS2HC[:, :, 1]
-        if isinstance(cache, LayerCache):
-            sines_ND = sinusoids(cache.positions_BS.shape[1], d_model).astype(dtype)
-            cache, seen = append(cache, k_BSHC, v_BSHC, positions_BL, 0)
+        if isinstance(state, KeyValueState):
+            state = state.write(step, k_BSHC, v_BSHC)
+        if isinstance(state, KeyValueState) and not step.is_whole:
+            reach = min(c.window_size, state.positions_RS.shape[1])
+            sines_ND = sinusoids(reach, d_model).astype(dtype)
             out_BLHC = cached_attention(
-                q_content_BLHC, q_position_BLHC, seen, positions_BL, w_r_DHC, sines_ND
+                q_content_BLHC, q_position_BLHC, state, step.positions_BL, w_r_DHC, sines_ND
             )
         else:
             reach = min(c.window_size, seen_BSD.shape[1])
@@ -80,8 +138,7 @@ class RelativeAttention(nn.Module):
             out_BLHC = segment_attention(
                 q_content_BLHC, q_position_BLHC, k_BSHC, v_BSHC, r_NHC, positions_BS, segments_BS
             )
-            cache = memory
-        return jnp.einsum("BLHC,HCD->BLD", out_BLHC, w_o_HCD.astype(dtype)), cache
+        return jnp.einsum("BLHC,HCD->BLD", out_BLHC, w_o_HCD.astype(dtype)), state
 
 
 def _remember(
@@ -184,22 +241,23 @@ def relative_shift(scores_BHRN: jax.Array, offset: int, num_keys: int) -> jax.Ar
 def cached_attention(
     q_content_BLHC: jax.Array,
     q_position_BLHC: jax.Array,
-    seen: LayerCache,
+    state: KeyValueState,
     positions_BL: jax.Array,
     w_r_DHC: jax.Array,
     sines_ND: jax.Array,
 ) -> jax.Array:
-    """Attention over a cache whose slots lie in any order, [B, L, H, C].
+    """Attention over a state whose slots lie in any order, [B, L, H, C].
 
     Each query's scores of all distances are made first, and each slot's picked from them. A query's
     product with r = sines W_r goes the cheaper way: for few queries through (q W_r^T) sines^T,
     without making r.
 
     Args:
-      seen: keys, values and positions of the cache and of the L new tokens.
-      sines_ND: codes of as many distances as the cache has slots; farther keys are not visible.
+      state: with the L new tokens in it.
+      sines_ND: codes of the distances that are visible.
     """
     (batch, length, _, width), num_distances = q_content_BLHC.shape, sines_ND.shape[0]
+    k_BSHC, v_BSHC = (x.astype(q_content_BLHC.dtype) for x in (state.k_RSGC, state.v_RSGW))
     if batch * length < width:
         wide_BLHD = jnp.einsum("BLHC,DHC->BLHD", q_position_BLHC, w_r_DHC)
         by_distance_BHLN = jnp.einsum(
@@ -210,15 +268,15 @@ def cached_attention(
         by_distance_BHLN = jnp.einsum(
             "BLHC,NHC->BHLN", q_position_BLHC, r_NHC, preferred_element_type=jnp.float32
         )
-    q_positions, k_positions = positions_BL[:, :, None], seen.positions_BS[:, None, :]
+    q_positions, k_positions = positions_BL[:, :, None], state.positions_RS[:, None, :]
     place_BLS = num_distances - 1 - (q_positions - k_positions)
     place_BLS = jnp.clip(place_BLS, 0, num_distances - 1)
     position_BHLS = jnp.take_along_axis(by_distance_BHLN, place_BLS[:, None], axis=-1)
     content_BHLS = jnp.einsum(
-        "BLHC,BSHC->BHLS", q_content_BLHC, seen.k_BSGC, preferred_element_type=jnp.float32
+        "BLHC,BSHC->BHLS", q_content_BLHC, k_BSHC, preferred_element_type=jnp.float32
     )
     mask_BLS = visible(q_positions, k_positions, window_size=num_distances, num_sinks=0)
-    return _mix(content_BHLS + position_BHLS, mask_BLS, seen.v_BSGC)
+    return _mix(content_BHLS + position_BHLS, mask_BLS, v_BSHC)
 
 
 def _mix(scores_BHLS: jax.Array, mask_BLS: jax.Array, v_BSHC: jax.Array) -> jax.Array:

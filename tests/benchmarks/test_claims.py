@@ -11,7 +11,7 @@ from benchmarks.claims import context_router, dynamic_experts, growth, long_cont
 from benchmarks.claims.base import Finding, Report, Target, append_report
 from benchmarks.claims.training import HeldOut, Trained, small_run, train
 from benchmarks.flops import count_flops
-from model.cache import init_cache
+from model.model_state import init_state
 from scripts import claims
 from train.report import Picture
 
@@ -95,7 +95,7 @@ def test_a_passkey_row_asks_for_each_value_once_and_tells_it_before():
 
 def test_a_cache_grows_with_the_text():
     config = long_context.model(2048)
-    small, large = (init_cache(config, 1, slots, "float32") for slots in (64, 256))
+    small, large = (init_state(config, 1, slots, "float32") for slots in (64, 256))
     full = jax.tree.map(lambda x: x + 7, small)
     grown = long_context._enlarged(full, large)
     jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), grown, large)

@@ -13,9 +13,10 @@ from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
 from infer import early_exit
 from infer.early_exit import check_exits, exit_hidden, exit_step
 from infer.generate import generate
-from infer.layerwise import layers_by_exit
-from model.cache import init_cache
+from model.model_state import init_state
+from model.step import make_step
 from model.transformer import Transformer, hidden_states, output_weights
+from model.unstacked import unstack, unstacked_config
 from tests import oracle, tiny
 from tests.probes import drawn
 
@@ -30,17 +31,23 @@ CONFIG = tiny.model(
     ),
     num_layers=7,
 )
-MODEL, LENGTH, THRESHOLD = Transformer(CONFIG), 16, 0.25
+MODEL = Transformer(unstacked_config(CONFIG))
+LENGTH, THRESHOLD = 16, 0.25
 TOKENS = np.random.RandomState(0).randint(0, 300, (2, LENGTH)).astype(np.int32)
 POSITIONS = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (2, LENGTH))
 
 
 @pytest.fixture(scope="module")
-def variables():
+def stacked():
     """An output layer that is now and then sure, so that tokens leave at all exits."""
     made = drawn(CONFIG, seed=2)
     made["params"]["output"] *= 60.0
     return made
+
+
+@pytest.fixture(scope="module")
+def variables(stacked):
+    return unstack(Transformer(CONFIG), stacked)[1]
 
 
 @jax.jit
@@ -50,10 +57,10 @@ def read_step(variables, token, position, cache, threshold):
 
 def read_all(variables, threshold):
     """Logits and layers of each token, read one by one, and the cache at the end."""
-    cache, logits, layers = init_cache(CONFIG, 2, LENGTH, "float32"), [], []
+    cache, logits, layers = init_state(MODEL.config, 2, LENGTH, "float32"), [], []
     for t in range(LENGTH):
         step = read_step(variables, TOKENS[:, t], POSITIONS[:, t], cache, threshold)
-        cache = step.cache
+        cache = step.state
         logits.append(step.logits_BV)
         layers.append(step.layers_B)
     return np.stack(logits, 1), np.stack(layers, 1), cache
@@ -68,7 +75,7 @@ def early(variables):
 
 def test_a_threshold_above_one_is_the_full_model_bit_for_bit(variables):
     logits, layers, cache = read_all(variables, 2.0)
-    full = init_cache(CONFIG, 2, LENGTH, "float32")
+    full = init_state(MODEL.config, 2, LENGTH, "float32")
 
     @jax.jit
     def read(variables, token, position, cache):
@@ -121,8 +128,8 @@ def slow_loop(params, tokens, threshold, forget=False):
     return logits, layers, entering
 
 
-def test_keys_of_skipped_layers_come_from_the_state_that_left(variables, early):
-    params = oracle._float64(jax.device_get(variables["params"]))
+def test_keys_of_skipped_layers_come_from_the_state_that_left(stacked, early):
+    params = oracle._float64(jax.device_get(stacked["params"]))
     logits, layers, cache = early
     for row in range(2):
         expected, expected_layers, entering = slow_loop(params, TOKENS[row], THRESHOLD)
@@ -134,7 +141,7 @@ def test_keys_of_skipped_layers_come_from_the_state_that_left(variables, early):
                 entering[2 * period], layer["attention_norm"]["scale"], CONFIG.norm_eps
             )
             values = np.einsum("LD,DGC->LGC", h, layer["attention"]["kv"][:, 1])
-            kept = cache.periods[0].attention.v_BSGC[period, row]
+            kept = cache.periods[2 * period].attention.v_RSGW[0, row]
             np.testing.assert_allclose(kept, values, atol=1e-4)
     wrong, _, _ = slow_loop(params, TOKENS[0], THRESHOLD, forget=True)
     assert np.abs(wrong - logits[0]).max() > 0.1
@@ -142,19 +149,19 @@ def test_keys_of_skipped_layers_come_from_the_state_that_left(variables, early):
 
 def test_filling_a_skipped_period_costs_its_keys_alone(variables):
     """No attention, no feed-forward, no expert is left in the compiled program."""
-    cache = init_cache(CONFIG, 1, 64, "float32")
+    state = init_state(MODEL.config, 1, 64, "float32")
     x, at = jnp.zeros((1, 1, 32)), jnp.zeros((1, 1), jnp.int32)
 
-    def fill(variables, caches, x, at):
-        layers = layers_by_exit(MODEL, variables, caches)[0]
-        return early_exit._keys_of(MODEL, layers, [layer.cache for layer in layers], x, at, at)
+    def fill(variables, state, x, at):
+        step = make_step(at, at).replace(layers=(0, 2), is_exited_BL=jnp.ones((1, 1), bool))
+        return early_exit.run_layers(MODEL, variables, x, step, state)[1]
 
-    compiled = jax.jit(fill).lower(variables, cache.periods, x, at).compile()
+    compiled = jax.jit(fill).lower(variables, state, x, at).compile()
     flops = compiled.cost_analysis()["flops"]
     keys_and_values = 2 * (2 * 32 * 2 * 2 * 8)  # two layers of [D, 2, G, C]
     assert flops < 2 * keys_and_values  # norms, RoPE and the choice of slots beside them
-    period = jax.tree.map(lambda x: x[0], variables["params"]["periods"])
-    everything = sum(x.size for x in jax.tree.leaves(period))
+    layers = [variables["params"]["periods"][f"layer_{i}"] for i in range(2)]
+    everything = sum(x.size for x in jax.tree.leaves(layers))
     assert flops < 2 * everything / 4  # far below one pass through the period's weights
 
 

@@ -12,9 +12,9 @@ from configs.feed_forward import DenseConfig
 from infer.generate import generate
 from infer.sampling import Sampling
 from infer.self_speculative import Draft, draft_and_verify
-from model.cache import init_cache, rewind
+from model.model_state import init_state, rewind
 from model.transformer import Transformer, hidden_states
-from model.unstacked import unstack
+from model.unstacked import unstack, unstacked_config
 from tests import tiny
 from tests.probes import drawn
 
@@ -27,6 +27,7 @@ CONFIG = tiny.model(
     context_length=128,
 )
 MODEL = Transformer(CONFIG)
+FLAT = Transformer(unstacked_config(CONFIG))
 PROMPTS = [[0, 5, 17, 200, 31, 8, 2], [0, 3]]
 
 
@@ -97,16 +98,18 @@ def test_without_spare_slots_the_window_would_be_lost(variables):
     @jax.jit
     def kept_one(variables, cache):
         """The state of token 9 at place 13, after drafts from place 12 of which one was kept."""
-        _, cache = hidden_states(MODEL, variables, tokens, positions[:, :12], cache)
+        first = (tokens, positions[:, :12], cache)
+        _, cache = hidden_states(FLAT, variables, *first, is_whole=True)
         assert cache is not None
         at = positions[0, 12:13]
-        made = draft_and_verify(MODEL, variables, jnp.array([7]), at, cache, Draft())
-        cache = rewind(made.cache, at + 1)
-        return hidden_states(MODEL, variables, np.array([[9]]), positions[:, 13:], cache)[0]
+        made = draft_and_verify(FLAT, variables, jnp.array([7]), jnp.asarray(at), cache, Draft())
+        cache = rewind(made.state, jnp.asarray(at + 1))
+        return hidden_states(FLAT, variables, np.array([[9]]), positions[:, 13:], cache)[0]
 
+    _, flat = unstack(MODEL, variables)
     found = [
-        np.asarray(kept_one(variables, init_cache(CONFIG, 1, 32, "float32", spare)))[0, 0]
-        for spare in (Draft().length, 0)
+        np.asarray(kept_one(flat, init_state(FLAT.config, 1, 32, "float32", spare)))[0, 0]
+        for spare in (Draft().length, Draft().length - 1)
     ]
     whole = np.concatenate([tokens, [[7, 9]]], axis=1).astype(np.int32)
     expected, _ = jax.jit(lambda v: hidden_states(MODEL, v, whole, positions))(variables)
@@ -127,10 +130,18 @@ def test_what_can_not_be_drafted_is_refused(variables):
         ask(exit_threshold=0.5)
     with pytest.raises(UserError, match="length=0 must be greater than 0"):
         Draft(length=0)
-    sparse = LocalSparseAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window_size=4)
+    sparse = LocalSparseAttentionConfig(
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        window_size=4,
+        far="summaries",
+        block_size=4,
+        num_sinks=0,
+    )
     depth = MixtureOfDepthsConfig(capacity=0.5)
     for spec, sentence in (
-        (LayerSpec(attention=sparse, ffn=DENSE), "no spare slots"),
+        (LayerSpec(attention=sparse, ffn=DENSE), "a summary holds tokens that would leave"),
         (LayerSpec(attention=LOCAL, ffn=DENSE, depth=depth), r"model\.depth\.causal"),
     ):
         with pytest.raises(UserError, match=sentence):

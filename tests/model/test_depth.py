@@ -11,13 +11,13 @@ from configs.architecture import LayerSpec, MixtureOfDepthsConfig
 from configs.base import ExecutionConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
-from model.cache import init_cache
 from model.depth import causal, num_chosen
+from model.model_state import init_state
+from model.step import make_step
 from model.transformer import (
     Block,
     Transformer,
     abstract_variables,
-    document_segments,
     hidden_and_router,
     hidden_states,
 )
@@ -77,7 +77,8 @@ def test_whole_capacity_and_an_open_gate_give_the_plain_block():
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (2, LENGTH))
     params = jax.tree.map(lambda p: p[0], VARIABLES["params"]["periods"]["layer_1"])
     open_gate = params | {"depth_router": jnp.zeros(32).at[0].set(20.0)}  # sigmoid(60) = 1
-    arguments = (jnp.asarray(x), positions, document_segments(positions), None)
+    step = make_step(jnp.zeros_like(positions), jnp.asarray(positions))
+    arguments = (jnp.asarray(x), step, None)
     expected = jax.jit(lambda p: plain.apply({"params": p}, *arguments)[0])(params)
     for selection in ("top_capacity", "threshold"):
         depth = dataclasses.replace(spec.depth, selection=selection)
@@ -105,7 +106,7 @@ def test_decode_equals_full_forward(prefill):
 
 def test_the_training_rule_is_refused_with_a_cache():
     tokens, positions = inputs(TRAINED, 4)
-    cache = init_cache(TRAINED, 1, 4, "float32")
+    cache = init_state(TRAINED, 1, 4, "float32")
     with pytest.raises(UserError, match=r"use the config that model\.depth\.causal gives"):
         hidden_states(Transformer(TRAINED), VARIABLES, tokens, positions, cache)
 
@@ -113,15 +114,15 @@ def test_the_training_rule_is_refused_with_a_cache():
 def test_a_token_that_is_not_chosen_leaves_no_trace():
     """Its cache slot stays empty, and its step branches around the block."""
     tokens, positions = inputs(SAMPLED, LENGTH)
-    model, cache = Transformer(SAMPLED), init_cache(SAMPLED, 1, LENGTH, "float32")
+    model, cache = Transformer(SAMPLED), init_state(SAMPLED, 1, LENGTH, "float32")
     read = jax.jit(lambda t, p, c: hidden_states(model, VARIABLES, t, p, c))
     for t in range(LENGTH):
         _, cache = read(tokens[:, t : t + 1], positions[:, t : t + 1], cache)
     _, sown = jax.jit(lambda v: hidden_and_router(model, v, tokens, positions))(VARIABLES)
     fraction = sown["router"]["periods"]["layer_1"]["depth"].chosen_fraction[0]
     assert 0.2 < fraction < 0.8
-    whole = init_cache(TRAINED, 1, LENGTH, "float32").periods[1].attention.positions_BS.shape[2]
-    kept = np.asarray(cache.periods[1].attention.positions_BS[0, 0])
+    whole = init_state(TRAINED, 1, LENGTH, "float32").periods[1].attention.positions_RS.shape[2]
+    kept = np.asarray(cache.periods[1].attention.positions_RS[0, 0])
     assert (kept >= 0).sum() < min(whole, LENGTH)
     step = read.lower(tokens[:, :1], positions[:, :1], cache).as_text()
     assert step.count("stablehlo.case") == 1
@@ -200,9 +201,10 @@ def test_a_block_costs_its_share():
         block = Block(spec, TRAINED, ExecutionConfig())
         x = jax.ShapeDtypeStruct((1, length, 32), jnp.float32)
         whole = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        params = jax.eval_shape(block.init, jax.random.key(0), x, whole, whole, None)
+        step = jax.eval_shape(make_step, whole, whole)
+        params = jax.eval_shape(block.init, jax.random.key(0), x, step, None)
         run = jax.jit(lambda p, *a, block=block: block.apply(p, *a, None)[0])
-        analysis = run.lower({"params": params["params"]}, x, whole, whole).compile()
+        analysis = run.lower({"params": params["params"]}, x, step).compile()
         flops.append(analysis.cost_analysis()["flops"])
     assert 0.03 < flops[1] / flops[0] < 0.15
 

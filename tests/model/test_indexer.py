@@ -13,8 +13,8 @@ from configs.attention import IndexerConfig, LatentAttentionConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
 from model.attention.indexer import Index, chosen_keys
-from model.cache import init_cache, rewind
 from model.flops import decode_flops_per_token
+from model.model_state import init_state, rewind
 from model.transformer import Transformer, abstract_variables, hidden_states
 from tests import oracle, tiny
 from tests.probes import check_causality, check_decode, drawn, inputs
@@ -103,7 +103,7 @@ def test_absorbed_decode_equals_full_forward(variables, prefill):
 def test_padding_and_tokens_taken_back_are_not_chosen(variables, taken_back):
     """Rows of 9 and 14 tokens padded to 16, of which the last are replaced by others."""
     tokens = np.random.RandomState(2).randint(0, 300, (2, LENGTH)).astype(np.int32)
-    cache, lengths = init_cache(CONFIG, 2, LENGTH, "float32", spare=3), np.array([[9], [14]])
+    cache, lengths = init_state(CONFIG, 2, LENGTH, "float32"), np.array([[9], [14]])
     places = np.arange(LENGTH, dtype=np.int32)[None].repeat(2, axis=0)
     positions = np.where(places < lengths, places, -1)[:, :16]
     _, cache = read(CONFIG, variables, tokens[:, :16], positions, cache)
@@ -139,7 +139,7 @@ def test_shapes_counts_and_the_cache():
     own = jax.tree.map(jnp.shape, abstract["params"]["prefix_0"]["attention"]["indexer"])
     norm = {"scale": (6,), "bias": (6,)}
     assert own == {"q": (12, 3, 6), "k": (32, 6), "k_norm": norm, "weights": (32, 3)}
-    cache = init_cache(CONFIG, 1, LENGTH, "float32")
+    cache = init_state(CONFIG, 1, LENGTH, "float32")
     sizes = [x.size for x in jax.tree.leaves(cache) if x.dtype == jnp.float32]
     assert sum(sizes) == 2 * LENGTH * (10 + 4 + 6)
 

@@ -11,7 +11,7 @@ from configs.architecture import LayerSpec
 from configs.attention import LatentAttentionConfig
 from configs.feed_forward import DenseConfig
 from configs.rope import YarnConfig
-from model.cache import init_cache
+from model.model_state import init_state
 from model.transformer import Transformer, abstract_variables, hidden_states
 from tests import oracle, tiny
 from tests.probes import check_causality, check_decode, drawn, inputs
@@ -82,7 +82,7 @@ def test_future_tokens_change_nothing_before_them(latent):
 
 
 def test_the_cache_holds_the_latent_and_one_rotary_key():
-    cache = init_cache(config_of(LATENT), 1, LENGTH, "float32")
+    cache = init_state(config_of(LATENT), 1, LENGTH, "float32")
     sizes = [x.size for x in jax.tree.leaves(cache) if x.dtype == jnp.float32]
     assert sum(sizes) == 3 * LENGTH * (10 + 4)
 

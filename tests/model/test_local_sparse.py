@@ -12,7 +12,7 @@ from configs.attention import LocalSparseAttentionConfig
 from configs.base import ExecutionConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
-from model.cache import init_cache
+from model.model_state import init_state
 from model.transformer import Transformer, abstract_variables, hidden_states
 from tests import oracle, tiny
 from tests.probes import check_causality, check_decode, drawn, inputs
@@ -77,7 +77,7 @@ def test_chunks_of_a_prompt_equal_full_forward(variables):
     model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
     expected, _ = jax.jit(lambda v: hidden_states(model, v, tokens, positions))(variables)
     read = jax.jit(lambda t, p, c: hidden_states(model, variables, t, p, c))
-    cache, pieces = init_cache(CONFIG, 1, LENGTH, "float32"), []
+    cache, pieces = init_state(CONFIG, 1, LENGTH, "float32"), []
     for begin in range(0, LENGTH, 14):
         chunk = slice(begin, begin + 14)
         missing = ((0, 0), (0, 14 - positions[:, chunk].shape[1]))
@@ -102,7 +102,7 @@ def test_a_window_beyond_the_length_is_grouped_query_attention():
 def test_any_dtype_and_mode_traces_without_silent_promotion():
     model = Transformer(CONFIG, ExecutionConfig(compute_dtype="bfloat16"))
     variables, _ = abstract_variables(model)
-    cache = jax.eval_shape(lambda: init_cache(CONFIG, 2, 32, "bfloat16"))
+    cache = jax.eval_shape(lambda: init_state(CONFIG, 2, 32, "bfloat16"))
     for length, kept in ((24, None), (24, cache), (1, cache)):
         rows = jax.ShapeDtypeStruct((2, length), jnp.int32)
         hidden, after = jax.eval_shape(

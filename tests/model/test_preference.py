@@ -9,7 +9,7 @@ import pytest
 
 from configs.architecture import LayerSpec
 from configs.feed_forward import DenseConfig, RouterConfig
-from model.cache import init_cache
+from model.model_state import init_state
 from model.router import route, score_deviation
 from model.transformer import Transformer, hidden_states
 from tests import tiny
@@ -62,10 +62,15 @@ def test_decoding_heeds_it(variables):
     tokens, positions = inputs(CONFIG, LENGTH)
     preference = wanting(2.0)
     expected = forward(variables, tokens, positions, preference)
-    cache, parts = init_cache(CONFIG, 1, LENGTH, "float32"), []
-    read = jax.jit(lambda t, p, c: hidden_states(MODEL, variables, t, p, c, preference))
+    cache, parts = init_state(CONFIG, 1, LENGTH, "float32"), []
+    read = jax.jit(
+        lambda t, p, c, is_whole: hidden_states(
+            MODEL, variables, t, p, c, preference, is_whole=is_whole
+        ),
+        static_argnums=3,
+    )
     for piece in (slice(0, 10), *(slice(i, i + 1) for i in range(10, LENGTH))):
-        part, cache = read(tokens[:, piece], positions[:, piece], cache)
+        part, cache = read(tokens[:, piece], positions[:, piece], cache, piece.start == 0)
         parts.append(part)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-4)
 

@@ -14,8 +14,14 @@ from configs.attention import RelativeAttentionConfig
 from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig
 from kernels.window_attention import reference
-from model.attention.relative import RelativeAttention, relative_shift, segment_attention
-from model.cache import Cache, SegmentMemory, init_cache, init_memory
+from model.attention.relative import (
+    RelativeAttention,
+    SegmentMemory,
+    relative_shift,
+    segment_attention,
+)
+from model.model_state import ModelState, init_memory, init_state
+from model.step import Step
 from model.transformer import Transformer, abstract_variables, hidden_states
 from tests import oracle, tiny
 from tests.probes import check_causality, check_decode, drawn, inputs
@@ -40,7 +46,7 @@ def relative(request):
     return config, drawn(config)
 
 
-read = jax.jit(hidden_states, static_argnums=0)
+read = jax.jit(hidden_states, static_argnums=0, static_argnames="is_whole")
 
 
 def full_pass(config, variables, tokens, positions):
@@ -98,9 +104,9 @@ def layer():
 
 @jax.jit
 def attend_alone(w, x, positions, documents):
-    out, _ = RelativeAttention(ALONE, 1.0).apply(
-        {"params": w}, x[None], positions[None], documents[None], None
-    )
+    rows = (jnp.asarray(positions)[None], jnp.asarray(documents)[None])
+    step = Step(tokens_BL=rows[0], positions_BL=rows[0], segments_BL=rows[1])
+    out, _ = RelativeAttention(ALONE, 1.0).apply({"params": w}, x[None], step, None)
     return out[0]
 
 
@@ -257,11 +263,11 @@ def test_no_gradient_flows_into_the_memory():
         assert np.abs(with_memory - without).max() > 1e-3
 
 
-def inputs_of(memory: Cache) -> list[jax.Array]:
+def inputs_of(memory: ModelState) -> list[jax.Array]:
     return [block.attention.x_BMD for block in (*memory.prefix, *memory.periods)]
 
 
-def replace_inputs(memory: Cache, inputs: list[jax.Array]) -> Cache:
+def replace_inputs(memory: ModelState, inputs: list[jax.Array]) -> ModelState:
     is_memory = {"is_leaf": lambda x: isinstance(x, SegmentMemory)}
     left = iter(inputs)
     return jax.tree.map(lambda m: m.replace(x_BMD=next(left)), memory, **is_memory)
@@ -301,8 +307,8 @@ def test_bfloat16_stays_near_float32():
     tokens, positions = inputs(config, LENGTH)
     exact = np.asarray(full_pass(config, variables, tokens, positions))
     model = Transformer(config, ExecutionConfig(compute_dtype="bfloat16"))
-    for cache in (init_memory(config, 1, "bfloat16"), init_cache(config, 1, LENGTH, "bfloat16")):
-        hidden, after = read(model, variables, tokens, positions, cache)
+    for cache in (init_memory(config, 1, "bfloat16"), init_state(config, 1, LENGTH, "bfloat16")):
+        hidden, after = read(model, variables, tokens, positions, cache, is_whole=True)
         assert hidden.dtype == jnp.bfloat16
         assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, cache)
         error = np.abs(np.asarray(hidden, np.float32) - exact).mean() / np.abs(exact).mean()

@@ -1,6 +1,7 @@
 """The whole model against numpy, its cache, its masks, and the ways it can be executed."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.base import ExecutionConfig, MeshConfig
-from model.cache import init_cache
+from model.model_state import init_state
 from model.transformer import (
     MAX_UNROLLED_LAYERS,
     Transformer,
@@ -47,11 +48,11 @@ def forward(variables, tokens, positions):
     return hidden, hidden @ output_weights(MODEL, variables)
 
 
-@jax.jit
-def read(variables, tokens, positions, cache):
-    """Logits and the cache: prefill or decode."""
-    hidden, cache = hidden_states(MODEL, variables, tokens, positions, cache)
-    return hidden @ output_weights(MODEL, variables), cache
+@partial(jax.jit, static_argnames="is_whole")
+def read(variables, tokens, positions, state, is_whole=False):
+    """Logits and the state: prefill or decode."""
+    hidden, state = hidden_states(MODEL, variables, tokens, positions, state, is_whole=is_whole)
+    return hidden @ output_weights(MODEL, variables), state
 
 
 def tokens_of(length: int, seed: int = 0, batch: int = 1) -> np.ndarray:
@@ -117,11 +118,12 @@ def test_prefill_then_decode_equals_one_forward(variables, prefill):
     tokens, positions = tokens_of(length, batch=2), positions_of(length, batch=2)
     _, expected = forward(variables, tokens, positions)
 
-    cache = init_cache(CONFIG, 2, length, "float32")
-    logits, cache = read(variables, tokens[:, :prefill], positions[:, :prefill], cache)
+    state = init_state(CONFIG, 2, length, "float32")
+    first = (tokens[:, :prefill], positions[:, :prefill])
+    logits, state = read(variables, *first, state, is_whole=True)
     pieces = [logits]
     for i in range(prefill, length):
-        logits, cache = read(variables, tokens[:, i : i + 1], positions[:, i : i + 1], cache)
+        logits, state = read(variables, tokens[:, i : i + 1], positions[:, i : i + 1], state)
         pieces.append(logits)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=DECODE_TOLERANCE)
 
@@ -129,12 +131,19 @@ def test_prefill_then_decode_equals_one_forward(variables, prefill):
 def test_prefill_in_chunks_longer_than_the_ring(variables):
     tokens, positions = tokens_of(60), positions_of(60)
     _, expected = forward(variables, tokens, positions)
-    cache, pieces = init_cache(CONFIG, 1, 60, "float32"), []
+    state, pieces = init_state(CONFIG, 1, 60, "float32", spare=19), []
     for begin in range(0, 60, 20):
         chunk = slice(begin, begin + 20)
-        logits, cache = read(variables, tokens[:, chunk], positions[:, chunk], cache)
+        logits, state = read(variables, tokens[:, chunk], positions[:, chunk], state)
         pieces.append(logits)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=DECODE_TOLERANCE)
+
+
+def test_chunks_that_would_write_over_what_they_read_are_refused(variables):
+    tokens, positions = tokens_of(20), positions_of(20)
+    state = init_state(CONFIG, 1, 60, "float32", spare=18)
+    with pytest.raises(ValueError, match="takes 19 at once, make it with spare=19"):
+        read(variables, tokens, positions, state)
 
 
 def test_padding_is_invisible_and_unrouted(variables):

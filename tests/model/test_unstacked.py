@@ -10,8 +10,14 @@ from configs.architecture import LayerSpec
 from configs.feed_forward import DenseConfig
 from infer.early_exit import check_exits, exit_step
 from model import block
-from model.cache import init_cache
-from model.transformer import Transformer, abstract_variables, hidden_states, init_variables
+from model.model_state import init_state
+from model.transformer import (
+    Transformer,
+    abstract_variables,
+    hidden_states,
+    init_variables,
+    output_weights,
+)
 from model.unstacked import unstack, unstack_preference
 from tests import tiny
 from tests.probes import drawn
@@ -54,13 +60,13 @@ def test_it_is_the_same_model(models):
 def test_equal_layers_are_traced_once(models, monkeypatch):
     *_, flat, own = models
     traced = []
-    attention = block._attention
+    attention = block.attention_layer
 
     def counted(*arguments, **settings):
         traced.append(arguments)
         return attention(*arguments, **settings)
 
-    monkeypatch.setattr(block, "_attention", counted)
+    monkeypatch.setattr(block, "attention_layer", counted)
     tokens, positions = TOKENS[:, :7], POSITIONS[:, :7]  # a length that no other test has traced
     jax.eval_shape(lambda v: hidden_states(flat, v, tokens, positions), own)
     assert len(traced) < flat.config.num_layers == 7
@@ -79,14 +85,23 @@ def test_shared_layers_do_not_change_what_a_seed_draws(monkeypatch):
 def test_exits_stay_where_they_were(models):
     model, variables, flat, own = models
     check_exits(flat)
-    for threshold in (0.0, 2.0):
-        made = [
-            read_token(m, v, init_cache(m.config, 2, 12, "float32"), threshold)
-            for m, v in ((model, variables), (flat, own))
-        ]
-        np.testing.assert_array_equal(made[0].layers_B, made[1].layers_B)
-        np.testing.assert_allclose(made[0].logits_BV, made[1].logits_BV, rtol=1e-5, atol=1e-5)
-    assert (np.asarray(made[0].layers_B) == 7).all()
+    made = {
+        threshold: read_token(flat, own, init_state(flat.config, 2, 12, "float32"), threshold)
+        for threshold in (0.0, 2.0)
+    }
+    np.testing.assert_array_equal(made[0.0].layers_B, 3)  # the prefix, and the pattern once
+    np.testing.assert_array_equal(made[2.0].layers_B, 7)
+    expected, _ = jax.jit(lambda v: hidden_states(model, v, TOKENS[:, :1], POSITIONS[:, :1]))(
+        variables
+    )
+    expected = expected[:, 0] @ output_weights(model, variables)
+    np.testing.assert_allclose(made[2.0].logits_BV, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_a_repeated_pattern_are_no_steps(models):
+    model, variables, *_ = models
+    with pytest.raises(ValueError, match="unstack the model"):
+        read_token(model, variables, init_state(model.config, 2, 12, "float32"), 0.5)
 
 
 @pytest.mark.slow

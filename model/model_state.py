@@ -1,0 +1,175 @@
+"""A model's state: what each of its layers keeps, and what is done to all of it at once.
+
+R rows (sequences), N rows taken.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import struct
+
+from configs.architecture import LayerSpec, ModelConfig
+from configs.checks import UserError
+from configs.feed_forward import MoEConfig
+from model.attention.kinds import init_attention_memory, init_attention_state
+from model.layer_state import AnyKeyValueState, LayerState, PagedKeyValueState, StateShape
+
+
+class BlockState(struct.PyTreeNode):
+    """What one layer of the pattern keeps."""
+
+    attention: LayerState
+    router: AnyKeyValueState | None
+    """Of a context router."""
+
+
+class ModelState(struct.PyTreeNode):
+    """What a model keeps."""
+
+    prefix: tuple[BlockState, ...]
+    periods: tuple[BlockState, ...]
+    """One per layer of the pattern, stacked over the periods in dim 0."""
+
+
+def init_state(
+    config: ModelConfig,
+    num_rows: int,
+    max_length: int,
+    dtype: str,
+    spare: int = 0,
+    *,
+    num_pages: int | None = None,
+    page_size: int = 64,
+) -> ModelState:
+    """The state of so many sequences of at most max_length tokens, none of them begun.
+
+    Args:
+      dtype: of keys and values: float32, bfloat16 or int8.
+      spare: see StateShape.
+      num_pages: pages that the sequences share; None gives each slots of its own.
+    Raises:
+      UserError: pages for a kind of layer that can't lie in them.
+    """
+
+    def init_block(spec: LayerSpec, stack: tuple[int, ...]) -> BlockState:
+        shape = StateShape(num_rows, max_length, dtype, spare, num_pages, page_size, stack)
+        context = spec.ffn.router.context if isinstance(spec.ffn, MoEConfig) else None
+        router = None
+        if context is not None and context.kind == "causal":
+            router = init_attention_state(context.attention(), shape._replace(dtype="float32"))
+        return BlockState(init_attention_state(spec.attention, shape), router)
+
+    if num_pages is not None:
+        for spec in (*config.prefix, *config.pattern):
+            reason = unpageable_reason(spec)
+            if reason is not None:
+                raise UserError(f"this model's state can't lie in pages: {reason}")
+    return _of_layers(config, init_block)
+
+
+def unpageable_reason(spec: LayerSpec) -> str | None:
+    """Why a layer's state can't lie in pages, in a sentence; None: it can."""
+    if spec.depth is not None:
+        return "a Mixture-of-Depths layer skips tokens, and pages hold every position"
+    shape = StateShape(1, 1, "float32")
+    return jax.eval_shape(lambda: init_attention_state(spec.attention, shape)).unpageable_reason
+
+
+def unrewindable_reason(config: ModelConfig) -> str | None:
+    """Why tokens can't be taken back from the model's state, in a sentence; None: they can."""
+    shape = StateShape(1, 2, "float32")
+    for spec in (*config.prefix, *config.pattern):
+        state = jax.eval_shape(lambda spec=spec: init_attention_state(spec.attention, shape))
+        if state.unrewindable_reason is not None:
+            return state.unrewindable_reason
+    return None
+
+
+def init_memory(config: ModelConfig, batch_size: int, dtype: str) -> ModelState | None:
+    """Empty memories for a batch of streams; None for a model without memory."""
+    if config.memory_length is None:
+        return None
+
+    def init_block(spec: LayerSpec, stack: tuple[int, ...]) -> BlockState:
+        dims = (*stack, batch_size)
+        return BlockState(init_attention_memory(spec.attention, dims, config.d_model, dtype), None)
+
+    return _of_layers(config, init_block)
+
+
+def _of_layers(
+    config: ModelConfig, init_block: Callable[[LayerSpec, tuple[int, ...]], BlockState]
+) -> ModelState:
+    return ModelState(
+        prefix=tuple(init_block(spec, ()) for spec in config.prefix),
+        periods=tuple(init_block(spec, (config.num_periods,)) for spec in config.pattern),
+    )
+
+
+def rewind(state: ModelState, length_R: jax.Array) -> ModelState:
+    """The state without the tokens from these positions on, at most `spare` of which were written.
+
+    Raises:
+      ValueError: a layer's state that can't.
+    """
+
+    def shortened(layer: LayerState) -> LayerState:
+        if layer.unrewindable_reason is not None:
+            raise ValueError(f"this state can't be rewound: {layer.unrewindable_reason}")
+        return layer.rewind(length_R)
+
+    return _each(shortened, state)
+
+
+def take_rows(state: ModelState, rows_N: jax.Array) -> ModelState:
+    """The state of these sequences alone; pages stay where they are."""
+    return _each(lambda layer: layer.take(rows_N), state)
+
+
+def put_rows(state: ModelState, rows_N: jax.Array, taken: ModelState) -> ModelState:
+    """The state with these sequences' replaced by what `take_rows` gave."""
+    return _each(lambda layer, new: layer.put(rows_N, new), state, taken)
+
+
+def copy_page(state: ModelState, source: jax.Array, target: jax.Array) -> ModelState:
+    """One page of every layer copied onto another, int32 []."""
+
+    def copied(layer: LayerState) -> LayerState:
+        assert isinstance(layer, PagedKeyValueState)
+        return layer.copy_page(source, target)
+
+    return _each(copied, state)
+
+
+def state_axes(state: ModelState) -> ModelState:
+    """The logical axes of every array (parallel/sharding.py), in a tree like the state's."""
+
+    def named(layer: LayerState, stack: tuple[str, ...]) -> Any:
+        axes = layer.logical_axes()
+        return jax.tree.map(lambda names: (*stack, *names), axes, is_leaf=_is_names)
+
+    return ModelState(
+        prefix=tuple(_map_block(lambda x: named(x, ()), block) for block in state.prefix),
+        periods=tuple(_map_block(lambda x: named(x, ("layers",)), b) for b in state.periods),
+    )
+
+
+def _is_names(x: Any) -> bool:
+    return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
+
+
+def _each(fn: Callable[..., LayerState], *states: ModelState) -> ModelState:
+    """fn of each layer's state, of all layers, one after the other or stacked."""
+    prefixes = zip(*(s.prefix for s in states), strict=True)
+    periods = zip(*(s.periods for s in states), strict=True)
+    return ModelState(
+        prefix=tuple(_map_block(fn, *blocks) for blocks in prefixes),
+        periods=tuple(_map_block(jax.vmap(fn), *blocks) for blocks in periods),
+    )
+
+
+def _map_block(fn: Callable[..., Any], *blocks: BlockState) -> BlockState:
+    routers = [block.router for block in blocks]
+    router = None if routers[0] is None else fn(*routers)
+    return BlockState(fn(*(block.attention for block in blocks)), router)
