@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from checkpoint.families.base import Copy
-from checkpoint.tables import UNSAID, Entry, flatten, leaf_name
+from checkpoint.weight_map import UNSAID, Entry, flatten, leaf_name
 from configs.architecture import ModelConfig
 from configs.checks import UserError
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import ExpertGatingFuncType, Keys
 
-from checkpoint.settings import Settings
+from checkpoint.config_reader import Settings
 from configs.checks import UserError
 
 LLM, ATTENTION, ROPE = Keys.LLM, Keys.Attention, Keys.Rope

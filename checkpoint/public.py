@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint import assemble, coverage
+from checkpoint import assemble, match
+from checkpoint.config_reader import Settings
 from checkpoint.families import FAMILIES
 from checkpoint.families.base import Family
-from checkpoint.settings import Settings
-from checkpoint.tables import Entry, Row, expand, flatten
+from checkpoint.weight_map import Entry, Row, expand, flatten
 from configs.architecture import ModelConfig, MultiTokenConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
@@ -51,11 +51,11 @@ class PublicCheckpoint:
 
     def _checked_entries(self, abstract_variables: Any) -> list[Entry]:
         entries = expand(self.rows, self.config, flatten(abstract_variables))
-        copies = coverage.expanded_copies(
+        copies = match.expanded_copies(
             self.family.copies, self.tensors.shapes, is_tied=self.config.tie_embeddings
         )
-        coverage.check_names(entries, self.tensors, copies, self.family.ignored, self.path)
-        coverage.check_copies(copies, self.tensors)
+        match.check_names(entries, self.tensors, copies, self.family.ignored, self.path)
+        match.check_copies(copies, self.tensors)
         return entries
 
 

@@ -168,7 +168,7 @@ def v31() -> ModelConfig:
 def dynamic_router(context: ContextConfig) -> RouterConfig:
     """V3.1's router: one to three experts per token, two on average, kept even by a bias.
 
-    The entropy term keeps them even too, at a cost in loss in runs longer than docs/claims.md's;
+    The entropy term keeps them even too, at a cost in loss in runs longer than docs/ablations.md's;
     the two together undo each other (docs/experiments.md).
     """
     return RouterConfig(

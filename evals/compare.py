@@ -12,7 +12,7 @@ from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run
 from configs.checks import UserError
 from configs.serialization import finite_json
-from data.tokenizer import end_of_text_id
+from data.tokenizers.tokenizer import end_of_text_id
 from evals.held_out import FILE
 from evals.run import TASKS, Progress, evaluate
 from evals.tasks.base import Result, Skipped

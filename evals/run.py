@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint.atomic_folder import replace_text
 from checkpoint.run_corpus import open_run_corpus
 from checkpoint.run_directory import read_run
 from configs.checks import UserError, require
 from configs.serialization import finite_json
 from evals.tasks import line_completion, stdlib_bpb
 from evals.tasks.base import NotApplicable, Result, Skipped, Subject
+from formats.atomic_folder import replace_text
 from infer.load import inference_model, load_model
 from infer.score import TokenScores, num_rows, score_documents
 from model.transformer import Transformer, Variables

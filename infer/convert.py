@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoint import gguf, huggingface
-from checkpoint.atomic_folder import partial_file, partial_folder
+from checkpoint.export_dtype import DTYPES, ExportDtype, choose_storage
 from checkpoint.families.base import Family
 from checkpoint.model_folder import write_model_folder
 from checkpoint.public import export_family, find_family
-from checkpoint.storage import DTYPES, ExportDtype, choose_storage
 from configs.checks import require, require_positive
-from data.gguf_tokenizer_write import told_difference
-from data.public_tokenizer import PublicTokenizer
-from data.tokenizer_export import (
+from data.tokenizers.gguf_tokenizer_write import told_difference
+from data.tokenizers.public_tokenizer import PublicTokenizer
+from data.tokenizers.tokenizer_export import (
     OTHER_FORMS,
     copy_tokenizer,
     exported_token_ids,
     generation_settings,
     write_public_tokenizer,
 )
+from formats.atomic_folder import partial_file, partial_folder
 from infer.sources import Progress, Source, counted
 
 Form = Literal["huggingface", "gguf", "orbax"]

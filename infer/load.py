@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from checkpoint.store import restore_variables
+from checkpoint.orbax_store import restore_variables
 from configs.base import ExecutionConfig, RunConfig
 from model.depth import causal
 from model.transformer import Transformer, Variables, abstract_variables

@@ -18,16 +18,16 @@ from jax.sharding import Mesh
 
 from checkpoint import gguf, huggingface
 from checkpoint.model_folder import is_model_folder, read_model_config, restore_model_folder
+from checkpoint.orbax_store import restore_variables
 from checkpoint.public import PublicCheckpoint
 from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run, runs_inside
-from checkpoint.store import restore_variables
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig, RunConfig
 from configs.checks import UserError, require
-from data.public_tokenizer import PublicTokenizer, read_public_tokenizer
 from data.smollm2 import NAME, packaged_gguf
-from data.tokenizer import end_of_text_id
+from data.tokenizers.public_tokenizer import PublicTokenizer, read_public_tokenizer
+from data.tokenizers.tokenizer import end_of_text_id
 from infer.load import Dtype, inference_execution, placed
 from model.depth import causal
 from model.transformer import Transformer, Variables

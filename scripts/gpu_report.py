@@ -22,11 +22,11 @@ from typing import Any
 
 import jax
 
+from benchmarks.compile_checks.cases import NAMES
 from benchmarks.gpu import parts, report, tables, training
 from benchmarks.gpu.bounds import print_bounds
 from benchmarks.gpu.environment import missing_packages
 from configs.checks import UserError
-from kernels.compile_checks.cases import NAMES
 from parallel.topology import accelerator_of
 from planning.measured import compared, plan_figures
 from scripts import command

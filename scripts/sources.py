@@ -5,13 +5,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from checkpoint.orbax_store import latest_step
 from checkpoint.provenance import ModelOrigin, read_provenance, weights_fingerprint
 from checkpoint.run_directory import has_checkpoint
-from checkpoint.store import latest_step
 from configs.base import RunConfig
 from configs.checks import UserError, require
 from data.pipeline import prepare_corpus
-from data.tokenizer import vocabulary_difference
+from data.tokenizers.tokenizer import vocabulary_difference
 from infer.sources import Source, open_source
 from model.transformer import Variables
 from scripts.reading import reading

@@ -24,7 +24,7 @@ from configs.base import DistillConfig, RunConfig
 from configs.checks import UserError
 from data.packing import PackedRows
 from data.pipeline import prepare_corpus
-from data.tokenizer import fingerprint, vocabulary_difference
+from data.tokenizers.tokenizer import fingerprint, vocabulary_difference
 from model.transformer import Transformer, Variables, hidden_states, output_weights
 from train.loop import Extend, FitResult, OnStep, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
-from checkpoint.store import restore_variables
+from checkpoint.orbax_store import restore_variables
 from configs.base import RunConfig
 from model.growth import Operator, grow_leaf
 from parallel.mesh import make_mesh

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from checkpoint.orbax_store import CheckpointStore, abstract_like, latest_step
 from checkpoint.provenance import (
     ModelOrigin,
     Objective,
@@ -22,7 +23,6 @@ from checkpoint.provenance import (
     read_provenance,
 )
 from checkpoint.run_directory import open_run_dir, sole_writer
-from checkpoint.store import CheckpointStore, abstract_like, latest_step
 from configs.base import RunConfig
 from configs.checks import require
 from data.inventory import inventory

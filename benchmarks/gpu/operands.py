@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.compile_checks import work
 from benchmarks.gpu.roofline import Case
-from kernels.compile_checks import work
 from kernels.grouped_matmul import cases as grouped_cases
 from kernels.grouped_matmul import xla as grouped_xla
 from kernels.grouped_matmul.pallas_triton import swiglu_of_halves

@@ -132,7 +132,7 @@ def takes_mosaic(x: Any, weight: QTensor, implementation: str, *, gated: bool = 
 
 
 def choose_tiles(mean_rows: int, *, gated: bool, target: Target) -> Tiles:
-    """Returns tiles for a group of mean_rows rows, none of which spills (kernels/compiled.json).
+    """Returns tiles for a group of mean_rows rows, none of which spills (compiled.json).
 
     Steps ahead as shared memory allows.
     """

@@ -37,7 +37,7 @@ class Blocks(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The blocks of the three kernels; none spills (kernels/compiled.json)."""
+    """The blocks of the three kernels; none spills (compiled.json)."""
 
     forward: Blocks
     queries: Blocks

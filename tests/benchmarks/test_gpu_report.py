@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.compile_checks import work
 from benchmarks.gpu import checks, decoding, parts, peers, report, tables, times, training
 from benchmarks.gpu import operands as drawn
 from benchmarks.gpu.programs import OURS, Program, compile_loop, kind_of, poison
@@ -21,7 +22,6 @@ from configs.checks import UserError
 from kernels import backend
 from kernels.backend import H100 as H100_TARGET
 from kernels.backend import INTERPRET
-from kernels.compile_checks import work
 from kernels.grouped_matmul.cases import CompiledCase as GroupedCase
 from kernels.paged_attention.cases import CompiledCase as PagedCase
 from kernels.paged_attention.cases import CompiledLatentCase as LatentCase
@@ -127,7 +127,7 @@ def test_without_a_gpu_bounds_are_printed_and_nothing_runs(monkeypatch, capsys):
     assert "nothing was run, and no speed is claimed" in said
     (row,) = [line for line in said.splitlines() if "paged_latent_attention/few_heads" in line]
     assert "us, memory" in row
-    assert "188 / 190" in row  # registers, as kernels/compiled.json has them
+    assert "188 / 190" in row  # registers, as benchmarks/compile_checks/compiled.json has them
     (row,) = [line for line in said.splitlines() if "fp8_rows_decode" in line]
     assert "│ -" in row
 

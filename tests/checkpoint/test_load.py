@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from checkpoint import huggingface
+from checkpoint.config_reader import Settings
 from checkpoint.public import export_family, find_family, lost_settings, write_model
-from checkpoint.settings import Settings
-from checkpoint.tables import Row, expand, flatten, interleaved
+from checkpoint.weight_map import Row, expand, flatten, interleaved
 from configs.attention import LatentAttentionConfig
 from configs.checks import UserError
 from configs.models import (

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from checkpoint.store import CheckpointStore
+from checkpoint.orbax_store import CheckpointStore
 from configs.base import DistillConfig, MeshConfig, OptimizerConfig
 from configs.checks import UserError
 from data.pipeline import batches, prepare_corpus
