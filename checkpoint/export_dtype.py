@@ -90,17 +90,17 @@ class Storage:
         values: dict[str, Any] = {"dtype": self.dtype, "torch_dtype": self.dtype}
         if self.packed is None:
             return values
-        said: dict[str, Any] = {"quant_method": _METHODS[self.packed.dtype]}
+        quant_config: dict[str, Any] = {"quant_method": _METHODS[self.packed.dtype]}
         if self._is("float8"):
-            said |= {
+            quant_config |= {
                 "fmt": "e4m3",
                 "activation_scheme": "dynamic",
                 "weight_block_size": list(self.block),
             }
-            said |= {"scale_fmt": "ue8m0"} if self.power_of_two else {}
+            quant_config |= {"scale_fmt": "ue8m0"} if self.power_of_two else {}
         else:
-            said["modules_to_not_convert"] = list(self.packed.plain_modules)
-        return values | {"quantization_config": said}
+            quant_config["modules_to_not_convert"] = list(self.packed.plain_modules)
+        return values | {"quantization_config": quant_config}
 
     def _is(self, dtype: PackedDtype) -> bool:
         return self.packed is not None and self.packed.dtype == dtype

@@ -76,7 +76,7 @@ def export(
     only training uses are left out.
 
     Args:
-      variables: arrays of one device, or `assemble.Unread`.
+      variables: arrays of one device, or `assemble.LazyParameter`.
       progress: is told elements.
     Raises:
       UserError: llama.cpp can't say what the model does, or a value does not fit.

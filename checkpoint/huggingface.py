@@ -51,7 +51,7 @@ def export(
     that may hold some of them already: whole shards are kept.
 
     Args:
-      variables: arrays of one device, or `assemble.Unread`; router state stays float32.
+      variables: arrays of one device, or `assemble.LazyParameter`; router state stays float32.
       extra: token ids for config.json: bos_token_id, eos_token_id.
       generation: further settings for generation_config.json.
       like: the source's quantization_config: see `choose_storage`.

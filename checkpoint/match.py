@@ -37,7 +37,9 @@ def check_names(
         if name not in allowed and not any(re.fullmatch(rule, name) for rule in ignored)
     ]
     if missing or unknown:
-        raise UserError(f"{where} does not fit its config: {_said(missing, unknown, tensors)}")
+        raise UserError(
+            f"{where} does not fit its config: {_format_mismatch(missing, unknown, tensors)}"
+        )
     for name, shape in expected.items():
         found = tuple(tensors.shapes[name])
         if found != shape:
@@ -47,20 +49,20 @@ def check_names(
             )
 
 
-def _said(missing: list[str], unknown: list[str], tensors: Tensors) -> str:
+def _format_mismatch(missing: list[str], unknown: list[str], tensors: Tensors) -> str:
     parts = []
     if missing:
-        parts.append(f"{len(missing)} tensors are missing ({_some(missing)})")
+        parts.append(f"{len(missing)} tensors are missing ({_first_names(missing)})")
     if unknown:
         files = sorted({tensors.file(name).name for name in unknown[:100]})
         parts.append(
-            f"{len(unknown)} tensors in {_some(files)} belong to nothing in the model "
-            f"({_some(unknown)})"
+            f"{len(unknown)} tensors in {_first_names(files)} belong to nothing in the model "
+            f"({_first_names(unknown)})"
         )
     return "; ".join(parts)
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 

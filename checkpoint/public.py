@@ -43,8 +43,8 @@ class PublicCheckpoint:
         return assemble.load(entries, self.tensors, abstract_variables, progress)
 
     def unread(self, abstract_variables: Any) -> Any:
-        """As `load`, with an `assemble.Unread` for each array: what is damaged is told later, when
-        it is read.
+        """As `load`, with an `assemble.LazyParameter` for each array: what is damaged is told
+        later, when it is read.
         """
         entries = self._checked_entries(abstract_variables)
         return assemble.unread(entries, self.tensors, abstract_variables)
@@ -160,11 +160,11 @@ def export_family(
     nearest = own or min(families, key=lambda family: _layer_losses(family, config)[0])
     reason = refusals.get(nearest.model_type, next(iter(refusals.values())))
     more = [line for line in _layer_losses(nearest, config)[1] if line not in reason]
-    told = "; ".join([reason, *more[:3]])
+    shown_reasons = "; ".join([reason, *more[:3]])
     if wanted is not None:
-        raise UserError(f"the family {wanted} does not hold this model ({told})")
+        raise UserError(f"the family {wanted} does not hold this model ({shown_reasons})")
     raise UserError(
-        f"no public family holds this model (the nearest is {nearest.model_type}: {told})"
+        f"no public family holds this model (the nearest is {nearest.model_type}: {shown_reasons})"
     )
 
 

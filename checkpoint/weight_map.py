@@ -30,7 +30,7 @@ Order = Callable[[int, LayerSpec], np.ndarray]
 """(entries of the dim c, the layer) -> the public place of each of our entries, int [C]."""
 
 
-UNSAID = ".null_logit"
+NOT_EXPORTED = ".null_logit"
 """State that public checkpoints don't hold: 0 where a model has no null experts."""
 
 
@@ -43,9 +43,9 @@ class Row:
     pattern: str
     order: Order | None = None
     """How the entries along c are ordered anew (rotary pairs); None leaves them."""
-    beside: str | None = None
+    requires: str | None = None
     """A parameter of the same layer that must be there for this row to hold."""
-    without: str | None = None
+    unless: str | None = None
     """One that must not."""
 
 
@@ -145,33 +145,33 @@ def expand(rows: Sequence[Row], config: ModelConfig, shapes: dict[str, Any]) -> 
     entries = [e for row in rows if "*" not in row.parameter for e in _entries(row, shapes)]
     for layer in _layers(config):
         for row in rows:
-            home = layer.homes.get(row.parameter.split("*")[0])
-            if home is None:
+            path = layer.paths.get(row.parameter.split("*")[0])
+            if path is None:
                 continue
-            entries += _entries(_numbered(row, layer.number, home), shapes, layer)
+            entries += _entries(_numbered(row, layer.number, path), shapes, layer)
     _check_cover(entries, shapes)
     return entries
 
 
-def _numbered(row: Row, number: int, home: str) -> Row:
-    """The row of one layer, whose parameters lie at `home`."""
+def _numbered(row: Row, number: int, path: str) -> Row:
+    """The row of one layer, whose parameters lie at `path`."""
 
-    def at_home(parameter: str | None) -> str | None:
-        return None if parameter is None else f"{home}.{parameter.split('*.')[1]}"
+    def at_path(parameter: str | None) -> str | None:
+        return None if parameter is None else f"{path}.{parameter.split('*.')[1]}"
 
     return dataclasses.replace(
         row,
-        parameter=f"{home}.{row.parameter.split('*.')[1]}",
+        parameter=f"{path}.{row.parameter.split('*.')[1]}",
         name=row.name.replace("*", str(number)),
-        beside=at_home(row.beside),
-        without=at_home(row.without),
+        requires=at_path(row.requires),
+        unless=at_path(row.unless),
     )
 
 
 @dataclass(frozen=True)
 class _Layer:
     number: int
-    homes: dict[str, str]
+    paths: dict[str, str]
     """Where its parameters lie, by what a row's parameter begins with."""
     period: int | None
     """Its place in the stack; None if it lies alone."""
@@ -186,15 +186,15 @@ def _layers(config: ModelConfig) -> Iterator[_Layer]:
         yield _Layer(i, {"layers.": f"periods.layer_{place}"}, period, config.pattern[place])
     if config.multi_token is not None:
         for k in range(config.multi_token.depth):
-            homes = {"layers.": f"multi_token_{k}.layer", "multi_token.": f"multi_token_{k}"}
-            yield _Layer(config.num_layers + k, homes, None, config.multi_token.layer)
+            paths = {"layers.": f"multi_token_{k}.layer", "multi_token.": f"multi_token_{k}"}
+            yield _Layer(config.num_layers + k, paths, None, config.multi_token.layer)
 
 
 def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> Iterator[Entry]:
     """The tensors of a row whose parameter is known; none where the model lacks it."""
     leaf = _leaf(row.parameter, shapes)
-    is_barred = row.without is not None and _leaf(row.without, shapes) is not None
-    is_alone = row.beside is not None and _leaf(row.beside, shapes) is None
+    is_barred = row.unless is not None and _leaf(row.unless, shapes) is not None
+    is_alone = row.requires is not None and _leaf(row.requires, shapes) is None
     if leaf is None or is_barred or is_alone:
         return
     left, right = (side.strip() for side in row.pattern.split("->"))
@@ -227,8 +227,8 @@ def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> I
 
 def _leaf(parameter: str, shapes: dict[str, Any]) -> str | None:
     """The path of a parameter, or of router state; None where the model lacks it."""
-    homes = (f"params.{parameter}", f"router_state.{parameter}")
-    return next((home for home in homes if home in shapes), None)
+    paths = (f"params.{parameter}", f"router_state.{parameter}")
+    return next((path for path in paths if path in shapes), None)
 
 
 def _check_cover(entries: Sequence[Entry], shapes: dict[str, Any]) -> None:
@@ -242,7 +242,7 @@ def _check_cover(entries: Sequence[Entry], shapes: dict[str, Any]) -> None:
     short = [
         leaf
         for leaf, count in filled.items()
-        if count != math.prod(shapes[leaf].shape) and not leaf.endswith(UNSAID)
+        if count != math.prod(shapes[leaf].shape) and not leaf.endswith(NOT_EXPORTED)
     ]
     if short:
         raise UserError(

@@ -155,8 +155,8 @@ def kept_dtype(source: Source) -> ExportDtype:
 def _quantization(source: Source) -> Mapping[str, Any] | None:
     """config.json's quantization_config, of a source that has one."""
     public = source.public if source.kind == "huggingface" else None
-    said = public.settings.part("quantization_config") if public is not None else None
-    return said.values if said is not None else None
+    quant_config = public.settings.part("quantization_config") if public is not None else None
+    return quant_config.values if quant_config is not None else None
 
 
 def rounding(source: Source, conversion: Conversion) -> str | None:
@@ -213,5 +213,5 @@ def _fingerprint(source: Source, conversion: Conversion, dtype: str) -> str:
         tensors = source.public.tensors
         files = sorted({tensors.file(name) for name in tensors.shapes})
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    said = json.dumps([stats, repr(conversion), dtype])
-    return hashlib.sha256(said.encode()).hexdigest()
+    text = json.dumps([stats, repr(conversion), dtype])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -16,7 +16,7 @@ import numpy as np
 
 from configs.checks import UserError, require, require_seed
 from infer.early_exit import check_exits, exit_step
-from infer.generation import Figures, Generation, OnTokens, Rows
+from infer.generation import ActiveSequences, Generation, OnTokens, Timings
 from infer.sampling import Sampling, sample
 from infer.self_speculative import Draft, Verified, check_draft, draft_and_verify
 from model.cache import init_cache
@@ -63,29 +63,29 @@ def generate(
     """
     _check(model, prompts, max_new_tokens)
     require_seed(seed)
-    way = _Way(sampling, seed_key(seed), exit_threshold, draft, preference)
-    _check_way(model, way)
+    options = DecodeOptions(sampling, seed_key(seed), exit_threshold, draft, preference)
+    _check_options(model, options)
     began = time.monotonic()
     position_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    token_B, cache = _prefill(model, variables, way, prompts, max_new_tokens)
-    rows = Rows(len(prompts), max_new_tokens, stop_ids, on_tokens)
+    token_B, cache = _prefill(model, variables, options, prompts, max_new_tokens)
+    rows = ActiveSequences(len(prompts), max_new_tokens, stop_ids, on_tokens)
     rows.add(np.asarray(token_B)[:, None], np.ones(len(prompts), int))
-    figures = Figures(first_token_seconds=time.monotonic() - began)
+    timings = Timings(first_token_seconds=time.monotonic() - began)
     while not rows.is_done_B.all():
         step_began, is_live_B = time.monotonic(), ~rows.is_done_B
-        step = _step(model, variables, way, token_B, position_B, cache)
+        step = _step(model, variables, options, token_B, position_B, cache)
         token_B, cache = step.token_B, step.cache
         added = rows.add(step.tokens_BN, step.count_B)
         # A row that has ended stays where it is, and so within its cache.
         position_B = position_B + np.where(is_live_B, step.count_B, 0).astype(np.int32)
         layers_N = None if step.layers_B is None else step.layers_B[is_live_B]
-        figures.add(time.monotonic() - step_began, added, step.count_B[is_live_B], layers_N)
-    return figures.generation(rows.outputs, has_draft=draft is not None)
+        timings.add(time.monotonic() - step_began, added, step.count_B[is_live_B], layers_N)
+    return timings.generation(rows.outputs, has_draft=draft is not None)
 
 
 @dataclass(frozen=True)
-class _Way:
-    """How tokens are chosen and read."""
+class DecodeOptions:
+    """Options of a generation: how tokens are chosen and read."""
 
     sampling: Sampling
     key: jax.Array
@@ -108,64 +108,73 @@ class _Step(NamedTuple):
 def _prefill(
     model: Transformer,
     variables: Variables,
-    way: _Way,
+    options: DecodeOptions,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> tuple[jax.Array, Cache]:
     """Each row's first token, and caches that hold the prompts and have room for the rest."""
     tokens_BL, positions_BL = _pad(prompts)
-    spare = way.draft.length if way.draft else 0
+    spare = options.draft.length if options.draft else 0
     slots = _slots(model, max(map(len, prompts)) + max_new_tokens + spare)
     sizes = (len(prompts), slots, model.execution.compute_dtype, spare)
     cache = init_cache(model.config, *sizes, for_prompt=tokens_BL.shape[1] > 1)
     return prefill_step(
-        model, way.sampling, variables, tokens_BL, positions_BL, cache, way.key, way.preference
+        model,
+        options.sampling,
+        variables,
+        tokens_BL,
+        positions_BL,
+        cache,
+        options.key,
+        options.preference,
     )
 
 
 def _step(
     model: Transformer,
     variables: Variables,
-    way: _Way,
+    options: DecodeOptions,
     token_B: jax.Array | np.ndarray,
     position_B: np.ndarray,
     cache: Cache,
 ) -> _Step:
     """Reads each row's last token, and drafts."""
-    if way.draft is not None:
-        made = _decode_draft(model, variables, way.draft, np.asarray(token_B), position_B, cache)
+    if options.draft is not None:
+        made = _decode_draft(
+            model, variables, options.draft, np.asarray(token_B), position_B, cache
+        )
         tokens_BN, count_B = np.asarray(made.tokens_BN), np.asarray(made.count_B)
         last_B = np.take_along_axis(tokens_BN, count_B[:, None] - 1, axis=1)[:, 0]
         return _Step(tokens_BN, count_B, last_B, made.cache, None)
-    place, layers_B = (token_B, position_B, cache, way.key), None
-    if way.exit_threshold is None:
-        token_B, cache = decode_step(model, way.sampling, variables, *place, way.preference)
+    place, layers_B = (token_B, position_B, cache, options.key), None
+    if options.exit_threshold is None:
+        token_B, cache = decode_step(model, options.sampling, variables, *place, options.preference)
     else:
         token_B, cache, layers = _decode_early(
-            model, way.sampling, variables, *place, way.exit_threshold
+            model, options.sampling, variables, *place, options.exit_threshold
         )
         layers_B = np.asarray(layers)
     tokens_BN = np.asarray(token_B)[:, None]
     return _Step(tokens_BN, np.ones(len(tokens_BN), int), token_B, cache, layers_B)
 
 
-def _check_way(model: Transformer, way: _Way) -> None:
+def _check_options(model: Transformer, options: DecodeOptions) -> None:
     given = {
-        "exit_threshold": way.exit_threshold,
-        "draft": way.draft,
-        "a preference for experts": way.preference,
+        "exit_threshold": options.exit_threshold,
+        "draft": options.draft,
+        "a preference for experts": options.preference,
     }
     names = [name for name, value in given.items() if value is not None]
     require(len(names) < 2, f"{' and '.join(names)} can't go together: leave one out")
-    if way.exit_threshold is not None:
+    if options.exit_threshold is not None:
         require(
-            not math.isnan(way.exit_threshold),
+            not math.isnan(options.exit_threshold),
             "exit_threshold is NaN, which no confidence reaches: give a number",
         )
         check_exits(model)
-    if way.draft is not None:
-        check_draft(model, way.draft)
-        temperature = way.sampling.temperature
+    if options.draft is not None:
+        check_draft(model, options.draft)
+        temperature = options.sampling.temperature
         require(
             temperature == 0,
             f"draft gives the greedy text, got temperature={temperature}: leave one out",

@@ -1,6 +1,6 @@
 """What a generation gives: texts that grow row by row, and how fast they did.
 
-B rows, N tokens of a step (in `Figures`: rows that had not ended).
+B rows, N tokens of a step (in `Timings`: rows that had not ended).
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ class Generation:
     """With draft: tokens that a step of one row gave, on average."""
 
 
-class Rows:
-    """The texts under way."""
+class ActiveSequences:
+    """The sequences that are being generated."""
 
     def __init__(
         self, count: int, max_new_tokens: int, stop_ids: frozenset[int], on_tokens: OnTokens
@@ -54,8 +54,8 @@ class Rows:
         return added
 
 
-class Figures:
-    """What the steps took and gave."""
+class Timings:
+    """Durations of the steps, and the tokens that they gave."""
 
     def __init__(self, first_token_seconds: float) -> None:
         self._first = first_token_seconds

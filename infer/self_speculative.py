@@ -67,8 +67,8 @@ def check_draft(model: Transformer, draft: Draft) -> None:
         )
         require(
             spec.depth is None or spec.depth.selection == "threshold",
-            "drafting needs depth.selection='threshold': use the config that model.depth.causal "
-            "gives",
+            "drafting needs depth.selection='threshold': use the config that "
+            "model.depth.with_threshold_selection gives",
         )
 
 

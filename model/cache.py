@@ -1,9 +1,8 @@
 """Keys and values of the tokens read so far, one fixed-size buffer per layer.
 
-A layer with a window keeps a ring: its first `num_sinks` slots hold the sinks for good, the other
-`window_size` slots the newest tokens. A layer without one keeps a slot for every position.
-Position i lies in slot i if i < num_sinks, else in num_sinks + (i - num_sinks) mod (S -
-num_sinks).
+A layer with a window keeps a ring: its first `num_sink_tokens` slots hold the sinks for good, the
+other `window_size` slots the newest tokens. A layer without one keeps a slot for every position.
+Position i lies in slot i if i < X, else in X + (i - X) mod (S - X), X = num_sink_tokens.
 
 A model with memory (relative attention) reads a text segment by segment in training and scoring:
 each layer then keeps its inputs of the last M tokens instead, a `SegmentMemory`.
@@ -86,7 +85,7 @@ def num_slots(config: Attention, max_length: int, spare: int = 0) -> int:
         return min(max_length, config.window_size + spare)
     if not isinstance(config, AttentionConfig) or config.window_size is None:
         return max_length
-    return min(max_length, config.num_sinks + config.window_size + spare)
+    return min(max_length, config.num_sink_tokens + config.window_size + spare)
 
 
 def init_cache(
@@ -184,7 +183,7 @@ def append(
     k_BLGC: jax.Array,
     v_BLGC: jax.Array,
     positions_BL: jax.Array,
-    num_sinks: int,
+    num_sink_tokens: int,
     index_k_BLC: jax.Array | None = None,
 ) -> tuple[LayerCache, LayerCache]:
     """Returns the cache with the new tokens in it, and the old cache followed by the new tokens.
@@ -202,11 +201,13 @@ def append(
         lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1), cache, new
     )
     slots = cache.positions_BS.shape[1]
-    ring = max(slots - num_sinks, 1)
+    ring = max(slots - num_sink_tokens, 1)
     newest_B1 = positions_BL.max(axis=1, keepdims=True)
-    is_kept_BL = (positions_BL < num_sinks) | (positions_BL > newest_B1 - ring)
+    is_kept_BL = (positions_BL < num_sink_tokens) | (positions_BL > newest_B1 - ring)
     slot_BL = jnp.where(
-        positions_BL < num_sinks, positions_BL, num_sinks + (positions_BL - num_sinks) % ring
+        positions_BL < num_sink_tokens,
+        positions_BL,
+        num_sink_tokens + (positions_BL - num_sink_tokens) % ring,
     )
     slot_BL = jnp.where(is_kept_BL & (positions_BL >= 0), slot_BL, slots)  # past the end: dropped
     row_B1 = jnp.arange(slot_BL.shape[0])[:, None]

@@ -23,7 +23,7 @@ from infer.sampling import Sampling
 from model.cache import Cache, init_cache
 from model.transformer import abstract_variables
 from parallel.sharding import named_sharding, tree_shardings
-from train.state import plan_state
+from train.state import make_train_setup
 from train.step import make_train_step
 
 Step = Literal["train", "prefill", "decode"]
@@ -99,12 +99,12 @@ def _train(run: RunConfig, mesh: Mesh) -> _Made:
             f"{run.name} learns from a teacher, whose part of the step is not planned: plan the "
             "teacher's run, and the student's with --distill None"
         )
-    trainee = plan_state(run, mesh)
-    state = _placed(trainee.abstract_state, trainee.shardings)
+    setup = make_train_setup(run, mesh)
+    state = _placed(setup.abstract_state, setup.shardings)
     rows = _rows(mesh, (run.batch_size, run.data.seq_len), "the batch")
     batch = dict.fromkeys(("tokens", "targets", "positions"), rows)
     tokens = run.tokens_per_step // run.accumulation
-    return _Made(run, make_train_step(run, trainee), {"state": state, "batch": batch}, tokens)
+    return _Made(run, make_train_step(run, setup), {"state": state, "batch": batch}, tokens)
 
 
 def _prefill(run: RunConfig, mesh: Mesh) -> _Made:
@@ -156,7 +156,7 @@ def _rows(mesh: Mesh, shape: tuple[int, ...], name: str) -> jax.ShapeDtypeStruct
 def _cache_shardings(mesh: Mesh, cache: Cache) -> Any:
     """Rows lie where the batch's do, and keys and values of a head where its weights are."""
 
-    def one(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> NamedSharding:
+    def shard(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> NamedSharding:
         stack = ("layers",) if path[0] == jax.tree_util.GetAttrKey("periods") else ()
         rest: list[str | None] = [None] * (x.ndim - len(stack) - 1)
         holds_heads = path[-1] in map(jax.tree_util.GetAttrKey, ("k_BSGC", "v_BSGC"))
@@ -164,14 +164,14 @@ def _cache_shardings(mesh: Mesh, cache: Cache) -> Any:
             rest[-2] = "kv_heads"
         return named_sharding(mesh, (*stack, "batch", *rest), x.shape, "the cache")
 
-    return jax.tree_util.tree_map_with_path(one, cache)
+    return jax.tree_util.tree_map_with_path(shard, cache)
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:
-    def one(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    def place(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(one, abstract, shardings)
+    return jax.tree.map(place, abstract, shardings)
 
 
 def _bytes_by_name(arguments: dict[str, Any]) -> dict[str, int]:

@@ -5,8 +5,8 @@ import numpy as np
 from benchmarks.ablations.base import Finding, Report, Target
 from benchmarks.ablations.training import (
     corpus_batches,
+    evaluate_held_out,
     held_out_rows,
-    judge,
     paired,
     ratio,
     small_run,
@@ -60,7 +60,7 @@ def run(seeds: int) -> Report:
                 config = small_run(model(num_experts, **ARMS[name]), steps=STEPS, seed=seed)
                 label = f"{num_experts} experts, {name}, seed {seed}"
                 trained = train(config, corpus_batches(config), label)
-                results[name].append(judge(trained.model, trained.variables, rows))
+                results[name].append(evaluate_held_out(trained.model, trained.variables, rows))
         cvs[num_experts] = {n: [h.load()["load_cv"] for h in hs] for n, hs in results.items()}
         floor = results[BASE][0].load()["load_cv_floor"]
         findings += _findings(num_experts, results, cvs[num_experts])

@@ -11,8 +11,8 @@ from benchmarks.ablations.base import Finding, Report, Target
 from benchmarks.ablations.training import (
     Trained,
     corpus_batches,
+    evaluate_held_out,
     held_out_rows,
-    judge,
     paired,
     small_run,
     train,
@@ -46,7 +46,7 @@ def run(seeds: int) -> Report:
             curves.setdefault(name, trained.losses)
             config = small_run(code_model(name), steps=CODE_STEPS, seed=seed)
             trained = train(config, corpus_batches(config), f"code, {name}, seed {seed}")
-            nats[name].append(judge(trained.model, trained.variables, rows).nats)
+            nats[name].append(evaluate_held_out(trained.model, trained.variables, rows).nats)
     plain, context = code_model("plain"), code_model("context")
     return Report(
         title="context_router: a router that sees the tokens before against one that does not",
@@ -143,7 +143,7 @@ def code_model(arm: str) -> ModelConfig:
         router=RouterConfig(top_k=2, context=context),
     )
     everywhere = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32)
-    local = dataclasses.replace(everywhere, window_size=64, num_sinks=4)
+    local = dataclasses.replace(everywhere, window_size=64, num_sink_tokens=4)
     return ModelConfig(
         vocab_size=4096,
         d_model=128,

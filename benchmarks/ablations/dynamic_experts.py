@@ -6,8 +6,8 @@ from benchmarks.ablations.base import Finding, Report, Target
 from benchmarks.ablations.training import (
     Trained,
     corpus_batches,
+    evaluate_held_out,
     held_out_rows,
-    judge,
     paired,
     ratio,
     small_run,
@@ -44,7 +44,7 @@ def model(router: RouterConfig) -> ModelConfig:
         pattern=(
             LayerSpec(
                 attention=AttentionConfig(
-                    num_heads=4, num_kv_heads=2, head_dim=32, window_size=128, num_sinks=4
+                    num_heads=4, num_kv_heads=2, head_dim=32, window_size=128, num_sink_tokens=4
                 ),
                 ffn=MoEConfig(num_experts=16, d_ff=512, router=router),
             ),
@@ -74,7 +74,7 @@ def run(seeds: int) -> Report:
         for name, router in ARMS.items():
             config = small_run(model(router), steps=STEPS, seed=seed, seq_len=SEQ_LEN)
             arms[name] = train(config, corpus_batches(config), f"{name}, seed {seed}")
-            held = judge(arms[name].model, arms[name].variables, rows)
+            held = evaluate_held_out(arms[name].model, arms[name].variables, rows)
             nats[name].append(held.nats)
             held_k[name].append(held.load()["mean_k"])
             trained_k[name].append(_mean_k(arms[name]))

@@ -12,8 +12,8 @@ from benchmarks.ablations.base import Finding, Report, Target
 from benchmarks.ablations.training import (
     Trained,
     corpus_batches,
+    evaluate_held_out,
     held_out_rows,
-    judge,
     paired,
     small_run,
     train,
@@ -25,7 +25,7 @@ from model.transformer import Transformer, Variables, hidden_states, output_weig
 from parallel.mesh import make_mesh
 from train.growth import grow_optimizer_state
 from train.report import BLUE, ORANGE, SOFT, Picture, new_figure, to_picture
-from train.state import TrainState, init_state, plan_state
+from train.state import TrainState, init_state, make_train_setup
 
 BEFORE, AFTER = 80, 90
 """Steps with 64 experts, and with 128."""
@@ -54,13 +54,13 @@ def run(seeds: int) -> Report:
             grown = _grown(parent, operator, warmup, f"{name}, seed {seed}")
             divergence[name].append(grown.divergence)
             entered[name].append(_steps_until_in_range(grown.trained))
-            held = judge(grown.trained.model, grown.trained.variables, rows)
+            held = evaluate_held_out(grown.trained.model, grown.trained.variables, rows)
             nats[name].append(held.nats)
             curves.setdefault(name, np.concatenate([parent.losses, grown.trained.losses]))
         config = small_run(_model(128), steps=BEFORE + AFTER, seed=seed)
         config = _scheduled(config, decay=0.7 * AFTER / (BEFORE + AFTER))
         scratch = train(config, corpus_batches(config), f"{SCRATCH}, seed {seed}")
-        nats[SCRATCH].append(judge(scratch.model, scratch.variables, rows).nats)
+        nats[SCRATCH].append(evaluate_held_out(scratch.model, scratch.variables, rows).nats)
         curves.setdefault(SCRATCH, scratch.losses)
     return Report(
         title="growth: 64 to 128 experts in mid-run",
@@ -117,10 +117,10 @@ def _begin(
 ) -> TrainState:
     mesh = make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):
-        trainee, old = plan_state(config, mesh), plan_state(parent.run, mesh)
+        setup, old = make_train_setup(config, mesh), make_train_setup(parent.run, mesh)
         params = old.abstract_state.params
         opt_state = grow_optimizer_state(parent.state.opt_state, params, operator)
-        return init_state(trainee, config.seed, variables, opt_state)
+        return init_state(setup, config.seed, variables, opt_state)
 
 
 def _divergence(parent: Trained, model: Transformer, variables: Variables, rows: Batch) -> float:

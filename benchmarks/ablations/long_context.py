@@ -49,7 +49,9 @@ def model(length: int, *, hybrid: bool = True) -> ModelConfig:
         rope_base=100_000.0,
         rope_scaling=yarn,
     )
-    local = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window_size=32, num_sinks=4)
+    local = AttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=32, window_size=32, num_sink_tokens=4
+    )
     ffn = MoEConfig(num_experts=8, d_ff=64, router=RouterConfig(top_k=2))
     attentions = (*[local if hybrid else everywhere] * 5, everywhere)
     return ModelConfig(

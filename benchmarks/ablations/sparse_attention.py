@@ -9,8 +9,8 @@ import numpy as np
 from benchmarks.ablations.base import Finding, Report, Target
 from benchmarks.ablations.training import (
     corpus_batches,
+    evaluate_held_out,
     held_out_rows,
-    judge,
     small_run,
     train,
 )
@@ -41,7 +41,7 @@ def model(kind: str, d_model: int, length: int) -> ModelConfig:
             num_kv_heads=2,
             head_dim=d_model // 4,
             window_size=128,
-            num_sinks=4 if kind == POWERS else 0,
+            num_sink_tokens=4 if kind == POWERS else 0,
             far="powers_of_two" if kind == POWERS else "summaries",
             block_size=None if kind == POWERS else 64,
         )
@@ -158,7 +158,9 @@ def _perplexity(seeds: int) -> dict[str, list[float]]:
                 batch_size=BATCH_SIZE,
             )
             trained = train(config, corpus_batches(config), f"{kind}, seed {seed}")
-            values.append(float(np.exp(judge(trained.model, trained.variables, rows).nats)))
+            values.append(
+                float(np.exp(evaluate_held_out(trained.model, trained.variables, rows).nats))
+            )
     return found
 
 

@@ -18,12 +18,12 @@ from configs.architecture import ModelConfig
 from configs.base import DataConfig, ExecutionConfig, OptimizerConfig, RunConfig
 from data.packing import PackedRows
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
-from model.balance import load_figures
+from model.balance import load_metrics
 from model.transformer import Transformer, Variables, hidden_and_router, output_weights
 from train.loop import mesh_of, to_devices
 from train.losses import collect_router_stats
 from train.progress import ProgressBar
-from train.state import TrainState, init_state, plan_state
+from train.state import TrainState, init_state, make_train_setup
 from train.step import make_train_step
 
 VOCAB = 4096
@@ -110,10 +110,10 @@ def train(
     mesh = mesh_of(run)
     losses, router, seconds = [], [], []
     with jax.set_mesh(mesh), ProgressBar(label, total=run.steps) as bar:
-        trainee = plan_state(run, mesh)
-        step = make_train_step(run, trainee)
+        setup = make_train_setup(run, mesh)
+        step = make_train_step(run, setup)
         if state is None:
-            state = init_state(trainee, run.seed)
+            state = init_state(setup, run.seed)
         for done in range(1, run.steps + 1):
             batch = to_devices(next(data), mesh)
             began = time.perf_counter()
@@ -140,8 +140,8 @@ class HeldOut:
 
     def load(self) -> dict[str, float]:
         """load_cv, load_cv_floor, mean_k and so on, each the mean over layers."""
-        figures = [load_figures(jnp.asarray(c), jnp.float32(self.num_tokens)) for c in self.counts]
-        return {k: float(np.mean([getattr(f, k) for f in figures])) for k in figures[0]._fields}
+        metrics = [load_metrics(jnp.asarray(c), jnp.float32(self.num_tokens)) for c in self.counts]
+        return {k: float(np.mean([getattr(f, k) for f in metrics])) for k in metrics[0]._fields}
 
     @property
     def excess_cv(self) -> float:
@@ -158,7 +158,9 @@ def held_out_rows(num_tokens: int, seq_len: int) -> dict[str, np.ndarray]:
     return {k: np.stack([c[k] for c in columns]) for k in ("tokens", "targets", "positions")}
 
 
-def judge(model: Transformer, variables: Variables, rows: dict[str, np.ndarray]) -> HeldOut:
+def evaluate_held_out(
+    model: Transformer, variables: Variables, rows: dict[str, np.ndarray]
+) -> HeldOut:
     """Loss and load of the model on these rows, read ROWS_AT_ONCE at a time."""
     nats, counts = 0.0, []
     for begin in range(0, len(rows["tokens"]), ROWS_AT_ONCE):

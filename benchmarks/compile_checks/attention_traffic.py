@@ -70,7 +70,7 @@ def _blocks_of_keys(case: WindowCase, first: int, blocks: Blocks) -> list[int]:
     if case.window_size is None:
         return list(range(end))
     begin = max(0, first - case.window_size + 1) // blocks.keys
-    sinks = min(-(-case.num_sinks // blocks.keys), begin)
+    sinks = min(-(-case.num_sink_tokens // blocks.keys), begin)
     return [*range(sinks), *range(begin, end)]
 
 
@@ -85,7 +85,7 @@ def _over_queries(case: WindowCase, blocks: Blocks, itemsize: int) -> Iterator[A
         first = block * blocks.keys
         keys = min(blocks.keys, case.length - first)
         end = case.length
-        if case.window_size is not None and first >= case.num_sinks:
+        if case.window_size is not None and first >= case.num_sink_tokens:
             end = min(end, first + keys - 1 + case.window_size)
         reads = {("kv", kv_head, block): keys * of_key, ("rows", "k", block): 4 * INT32 * keys}
         for i in range(first // blocks.queries, -(-end // blocks.queries)):
@@ -147,5 +147,5 @@ def _seen_blocks(case: PagedCase | LatentCase, length: int, positions: int) -> n
     if case.window_size is None:
         return np.arange(end)
     first = max(length - case.window_size, 0) // positions
-    sinks = min(-(-case.num_sinks // positions), first)
+    sinks = min(-(-case.num_sink_tokens // positions), first)
     return np.concatenate([np.arange(sinks), np.arange(first, end)])

@@ -183,10 +183,10 @@ def _window_attention(case: window_cases.CompiledCase, device: Device, sizes: An
     v = _array((1, case.length, case.num_kv_heads, value_dim), dtype)
     dout = _array((1, case.length, case.num_heads, value_dim), dtype)
     row = _array((1, case.length), jnp.int32)
-    sinks = _array((case.num_heads,), jnp.float32) if case.learned_sinks else None
+    sinks = _array((case.num_heads,), jnp.float32) if case.sink_logits else None
 
     def forward(q, k, v, positions, segments, sinks):
-        reach = {"window_size": case.window_size, "num_sinks": case.num_sinks}
+        reach = {"window_size": case.window_size, "num_sink_tokens": case.num_sink_tokens}
         settings = {"sink_logits_H": sinks, "target": target, **reach}
         operands = (q, k, v, positions, segments)
         if case.compiler == "mosaic":
@@ -238,7 +238,7 @@ def _paged_attention(case: paged_cases.CompiledCase, device: Device) -> Program:
         scales,
         scales,
     )
-    reach = {"window_size": case.window_size, "num_sinks": case.num_sinks}
+    reach = {"window_size": case.window_size, "num_sink_tokens": case.num_sink_tokens}
 
     def function(q, k, v, tables, lengths, k_scales, v_scales):
         scales = {"k_scales_PSG": k_scales, "v_scales_PSG": v_scales}
@@ -264,11 +264,11 @@ def _paged_latent_attention(case: paged_cases.CompiledLatentCase, device: Device
         _array(positions, jnp.float32) if is_int8 else None,
     )
     scale = (case.nope_head_dim + case.rope_head_dim) ** -0.5
-    reach = {"window_size": case.window_size, "num_sinks": case.num_sinks}
+    reach = {"window_size": case.window_size, "num_sink_tokens": case.num_sink_tokens}
 
     def function(*operands):
         *operands, scales = operands
-        settings = {"latent_scales_PS": scales, "scale": scale, **reach}
+        settings = {"latent_scales_ZS": scales, "scale": scale, **reach}
         return latent.paged_latent_attention(*operands, **settings, target=target)
 
     block = latent.choose_block(case.num_heads, case.page_size, is_int8=is_int8)

@@ -67,7 +67,7 @@ def visible_pairs(case: WindowCase) -> int:
     if case.window_size is None:
         return int((position + 1).sum())
     in_window = np.minimum(position + 1, case.window_size)
-    sinks = np.minimum(np.maximum(position + 1 - case.window_size, 0), case.num_sinks)
+    sinks = np.minimum(np.maximum(position + 1 - case.window_size, 0), case.num_sink_tokens)
     return int((in_window + sinks).sum())
 
 
@@ -101,7 +101,7 @@ def seen_positions(case: PagedCase | LatentCase) -> int:
     """Of all sequences together."""
     if case.window_size is None:
         return int(lengths(case).sum())
-    sinks = np.clip(lengths(case) - case.window_size, 0, case.num_sinks)
+    sinks = np.clip(lengths(case) - case.window_size, 0, case.num_sink_tokens)
     return int((np.minimum(lengths(case), case.window_size) + sinks).sum())
 
 

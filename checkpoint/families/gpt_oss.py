@@ -76,7 +76,7 @@ def read_config(settings: Settings) -> ModelConfig:
 
 def _attention(settings: Settings, window_size: int | None) -> AttentionConfig:
     return config_sections.read_grouped_query(
-        settings, rope_base=150_000.0, rope=ROPE, window_size=window_size, learned_sinks=True
+        settings, rope_base=150_000.0, rope=ROPE, window_size=window_size, sink_logits=True
     )
 
 

@@ -50,14 +50,14 @@ LATENT = (
         f"{ATTENTION}.q_b_proj.weight",
         "(h c) q -> q h c",
         interleaved("rope_head_dim"),
-        beside="layers.*.attention.q_down",
+        requires="layers.*.attention.q_down",
     ),
     Row(
         "layers.*.attention.q",
         f"{ATTENTION}.q_proj.weight",
         "(h c) d -> d h c",
         interleaved("rope_head_dim"),
-        without="layers.*.attention.q_down",
+        unless="layers.*.attention.q_down",
     ),
     Row("layers.*.attention.q_down_bias", f"{ATTENTION}.q_a_proj.bias", "q -> q"),
     Row(

@@ -50,8 +50,8 @@ def write_public_tokenizer(folder: Path, tokenizer: PublicTokenizer) -> None:
         "eos_token": tokenizer.text_of(tokenizer.eos_id) or None,
         "chat_template": tokenizer.chat_template,
     }
-    said = {name: value for name, value in config.items() if value is not None}
-    _write(folder / TOKENIZER_CONFIG, said)
+    present = {name: value for name, value in config.items() if value is not None}
+    _write(folder / TOKENIZER_CONFIG, present)
     state = json.loads(tokenizer.tokenizer.to_str())
     _write(folder / TOKENIZER, _exported(state, tokenizer), indent=None)
     write_generation_config(folder, _ids(tokenizer))
@@ -90,10 +90,10 @@ def exported_token_ids(source: Path | None, tokenizer: PublicTokenizer | None) -
 
 def generation_settings(source: Path | None) -> dict[str, Any]:
     """Sampling settings of a source's generation_config.json: all of it but token ids."""
-    said = {} if source is None else read_object(source / GENERATION_CONFIG)
+    settings = {} if source is None else read_object(source / GENERATION_CONFIG)
     return {
         name: value
-        for name, value in said.items()
+        for name, value in settings.items()
         if name not in ("bos_token_id", "eos_token_id", "_from_model_config")
     }
 

@@ -49,13 +49,13 @@ def _joined(paths: list[Path]) -> Header:
     tensors: dict[str, TensorPlace] = {}
     parts = [read_header(path) for path in paths]
     for i, (path, part) in enumerate(zip(paths, parts, strict=True)):
-        said = (
+        place = (
             _number(part, path, Keys.Split.LLM_KV_SPLIT_NO),
             _number(part, path, Keys.Split.LLM_KV_SPLIT_COUNT),
         )
         require(
-            said == (i, len(paths)),
-            f"{path} says that it is part {said[0] + 1} of {said[1]}, its name says otherwise: "
+            place == (i, len(paths)),
+            f"{path} says that it is part {place[0] + 1} of {place[1]}, its name says otherwise: "
             "download it again",
         )
         twice = sorted(tensors.keys() & part.tensors.keys())

@@ -49,7 +49,7 @@ class GroupedQueryAttention(nn.Module):
         if c.rope_scaling is not None:
             q_BLHC *= c.rope_scaling.logit_scale
         sink_logits_H = None
-        if c.learned_sinks:  # they start as if one more key had the score 0
+        if c.sink_logits:  # they start as if one more key had the score 0
             sink_logits_H = zero_weight(self, "sink_logits", (c.num_heads,), ("heads",))
         out_BLHC, cache = self._attended(
             q_BLHC, k_BLGC, v_BLGC, positions_BL, segments_BL, cache, sink_logits_H
@@ -102,7 +102,7 @@ class GroupedQueryAttention(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Each head's sum of values, [B, L, H, C], and the cache with the tokens."""
         c = self.config
-        reach = {"window_size": c.window_size, "num_sinks": c.num_sinks}
+        reach = {"window_size": c.window_size, "num_sink_tokens": c.num_sink_tokens}
         if cache is None or cache.is_empty:
             out_BLHC = sharded_window_attention(
                 q_BLHC,
@@ -116,8 +116,8 @@ class GroupedQueryAttention(nn.Module):
                 **reach,
             )
             if cache is not None:
-                cache, _ = append(cache, k_BLGC, v_BLGC, positions_BL, c.num_sinks)
+                cache, _ = append(cache, k_BLGC, v_BLGC, positions_BL, c.num_sink_tokens)
             return out_BLHC, cache
-        cache, seen = append(cache, k_BLGC, v_BLGC, positions_BL, c.num_sinks)
+        cache, seen = append(cache, k_BLGC, v_BLGC, positions_BL, c.num_sink_tokens)
         mask_BLS = visible(positions_BL[:, :, None], seen.positions_BS[:, None, :], **reach)
         return masked_attention(q_BLHC, seen.k_BSGC, seen.v_BSGC, mask_BLS, sink_logits_H), cache

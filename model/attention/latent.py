@@ -144,7 +144,7 @@ class LatentAttention(nn.Module):
         """Which keys a query sees, bool [B, L, S]: those before it of its document that the indexer
         chooses."""
         places = (positions_BL[:, :, None], positions_BS[:, None, :])
-        mask_BLS = visible(*places, window_size=None, num_sinks=0)
+        mask_BLS = visible(*places, window_size=None, num_sink_tokens=0)
         if segments_BL is not None:
             mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
         if index is None or index_k_BSC is None or self.config.indexer is None:

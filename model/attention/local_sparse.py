@@ -67,7 +67,7 @@ class LocalSparseAttention(nn.Module):
         cache: LayerCache | SummaryCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
-        reach = {"window_size": c.window_size, "num_sinks": c.num_sinks}
+        reach = {"window_size": c.window_size, "num_sink_tokens": c.num_sink_tokens}
         if cache is None:
             rows = (positions_BL, segments_BL)
             chosen = self.execution.sparse_attention
@@ -75,7 +75,7 @@ class LocalSparseAttention(nn.Module):
                 q_BLHC, k_BLGC, v_BLGC, *rows, implementation=chosen, **reach
             ), None
         assert isinstance(cache, LayerCache)
-        cache, _ = append(cache, k_BLGC, v_BLGC, positions_BL, num_sinks=0)
+        cache, _ = append(cache, k_BLGC, v_BLGC, positions_BL, num_sink_tokens=0)
         k_BSGC, v_BSGC = (x.astype(q_BLHC.dtype) for x in (cache.k_BSGC, cache.v_BSGC))
         out_BLHC = cached_power_attention(
             q_BLHC, k_BSGC, v_BSGC, positions_BL, cache.positions_BS, **reach
@@ -104,7 +104,7 @@ class LocalSparseAttention(nn.Module):
                 q_BLHC, k_BLGC, v_BLGC, pool_GC, *rows, implementation=chosen, **reach
             ), None
         assert isinstance(cache, SummaryCache)
-        tokens, _ = append(cache.tokens, k_BLGC, v_BLGC, positions_BL, num_sinks=0)
+        tokens, _ = append(cache.tokens, k_BLGC, v_BLGC, positions_BL, num_sink_tokens=0)
         k_BSGC, v_BSGC = tokens.k_BSGC, tokens.v_BSGC
         if positions_BL.shape[1] == 1:
             nodes = updated(cache.nodes, k_BSGC, v_BSGC, pool_GC, positions_BL[:, 0], c.block_size)

@@ -23,7 +23,7 @@ def sharded_window_attention(
     segments_BL: jax.Array,
     *,
     window_size: int | None = None,
-    num_sinks: int = 0,
+    num_sink_tokens: int = 0,
     sink_logits_H: jax.Array | None = None,
     gaps: bool = False,
     implementation: Implementation = "auto",
@@ -34,7 +34,7 @@ def sharded_window_attention(
     attend = functools.partial(
         window_attention,
         window_size=window_size,
-        num_sinks=num_sinks,
+        num_sink_tokens=num_sink_tokens,
         gaps=gaps,
         implementation=implementation,
     )

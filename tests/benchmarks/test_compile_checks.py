@@ -230,7 +230,7 @@ def test_a_cache_that_holds_everything_moves_the_least():
 def test_the_model_sees_the_blocks_that_a_window_kernel_reads():
     """128 queries and 64 keys to a block; window and sinks as the kernel's loops count them."""
     case = dataclasses.replace(
-        window_cases.COMPILED["causal"], length=512, window_size=100, num_sinks=4
+        window_cases.COMPILED["causal"], length=512, window_size=100, num_sink_tokens=4
     )
     blocks = choose_kernels(128, 2, A100.target).forward
     assert [attention_traffic._blocks_of_keys(case, first, blocks) for first in (0, 128, 384)] == [

@@ -184,8 +184,8 @@ def test_a_model_that_no_family_can_say_is_not_exported():
 def test_an_export_names_what_its_family_can_not_say():
     config = mixtral_8x7b()
     layer = config.pattern[0]
-    sinks = replace(layer, attention=replace(layer.attention, learned_sinks=True))
-    with pytest.raises(UserError, match=r"can't say all .*learned_sinks was True, now False"):
+    sinks = replace(layer, attention=replace(layer.attention, sink_logits=True))
+    with pytest.raises(UserError, match=r"can't say all .*sink_logits was True, now False"):
         write_model(export_family(mixtral_8x7b()), replace(config, pattern=(sinks,)))
 
 

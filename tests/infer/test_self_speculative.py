@@ -18,10 +18,10 @@ from model.unstacked import unstack
 from tests import tiny
 from tests.probes import drawn
 
-LOCAL = tiny.attention(window_size=5, num_sinks=2)
+LOCAL = tiny.attention(window_size=5, num_sink_tokens=2)
 DENSE = DenseConfig(d_ff=16)
 CONFIG = tiny.model(
-    prefix=(LayerSpec(attention=tiny.attention(window_size=None, num_sinks=0), ffn=DENSE),),
+    prefix=(LayerSpec(attention=tiny.attention(window_size=None, num_sink_tokens=0), ffn=DENSE),),
     pattern=(LayerSpec(attention=LOCAL, ffn=tiny.moe()),),
     num_layers=4,
     context_length=128,
@@ -131,7 +131,7 @@ def test_what_can_not_be_drafted_is_refused(variables):
     depth = MixtureOfDepthsConfig(capacity=0.5)
     for spec, sentence in (
         (LayerSpec(attention=sparse, ffn=DENSE), "no spare slots"),
-        (LayerSpec(attention=LOCAL, ffn=DENSE, depth=depth), r"model\.depth\.causal"),
+        (LayerSpec(attention=LOCAL, ffn=DENSE, depth=depth), r"with_threshold_selection gives"),
     ):
         with pytest.raises(UserError, match=sentence):
             ask(Transformer(tiny.model(pattern=(spec,), num_layers=2)))

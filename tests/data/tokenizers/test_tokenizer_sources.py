@@ -14,7 +14,7 @@ from data.packing import PackedRows
 from data.pipeline import prepare_corpus
 from data.tokenizers.tokenizer import end_of_text_id, train_tokenizer
 from evals.tasks import line_completion, stdlib_bpb
-from evals.tasks.base import Subject
+from evals.tasks.base import ModelUnderTest
 from tests import tiny
 from tests.evals.test_tasks import knows_all
 
@@ -94,7 +94,7 @@ def test_positions_restart_at_that_token(corpus):
 def test_evaluations_work_with_it(corpus):
     """Offsets hold the blanks before a line, or no line could be found."""
     counts_V = count_tokens(corpus.training(), 300)
-    subject = Subject(knows_all, 64, corpus.tokenizer(), counts_V, corpus.held_out())
+    subject = ModelUnderTest(knows_all, 64, corpus.tokenizer(), counts_V, corpus.held_out())
     assert line_completion.run(subject).count > 10
     assert line_completion.run(subject).value == 1.0
     tokens = sum(len(t) - 1 for _, t, _ in corpus.held_out().documents())

@@ -16,7 +16,7 @@ from configs.feed_forward import MoEConfig
 
 
 @dataclass(frozen=True)
-class RoutedLayer:
+class MoELayer:
     config: MoEConfig
     path: tuple[str, ...]
     """Keys that lead to it in a collection."""
@@ -41,30 +41,30 @@ class RoutedLayer:
         return tree if self.periods else jax.tree.map(lambda x: x[0], tree)
 
 
-def routed_layers(config: ModelConfig) -> dict[str, RoutedLayer]:
+def moe_layers(config: ModelConfig) -> dict[str, MoELayer]:
     """The MoE layers by name, in the order of the pattern, multi-token modules last."""
     layers = {}
     for i, spec in enumerate(config.pattern):
         if isinstance(spec.ffn, MoEConfig):
             name = f"layer_{i}"
             path = ("periods", name, "moe")
-            layers[name] = RoutedLayer(spec.ffn, path, config.num_periods)
+            layers[name] = MoELayer(spec.ffn, path, config.num_periods)
     extra = config.multi_token
     if extra is not None and isinstance(extra.layer.ffn, MoEConfig):
         for k in range(extra.depth):
             name = f"multi_token_{k}"
-            layers[name] = RoutedLayer(extra.layer.ffn, (name, "layer", "moe"), None)
+            layers[name] = MoELayer(extra.layer.ffn, (name, "layer", "moe"), None)
     return layers
 
 
 def map_layers(
-    config: ModelConfig, collection: Any, change: Callable[[str, RoutedLayer, Any], Any]
+    config: ModelConfig, collection: Any, change: Callable[[str, MoELayer, Any], Any]
 ) -> Any:
     """The collection with `change(name, layer, part)` in the place of each MoE layer's part.
 
     Layers that the collection does not hold are left out.
     """
-    for name, layer in routed_layers(config).items():
+    for name, layer in moe_layers(config).items():
         collection = _replaced(collection, layer.path, lambda x, n=name, y=layer: change(n, y, x))
     return collection
 
