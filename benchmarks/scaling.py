@@ -20,7 +20,7 @@ from configs.base import DataConfig, RunConfig
 from configs.feed_forward import MoEConfig
 from model.flops import training_flops_per_token
 from train.loop import mesh_of, to_devices
-from train.state import plan_state
+from train.state import make_train_setup
 from train.step import make_train_step
 
 Change = Callable[[RunConfig, int], RunConfig]
@@ -107,11 +107,11 @@ def compile_seconds(layers: int) -> float:
     run = _layers(mixtral_run(), layers)
     mesh = mesh_of(run)
     with jax.set_mesh(mesh):
-        trainee = plan_state(run, mesh)
-        step: Any = make_train_step(run, trainee)
+        setup = make_train_setup(run, mesh)
+        step: Any = make_train_step(run, setup)
         batch = to_devices(random_batch(run), mesh)
         began = time.perf_counter()
-        step.lower(trainee.abstract_state, batch).compile()
+        step.lower(setup.abstract_state, batch).compile()
         return time.perf_counter() - began
 
 

@@ -11,7 +11,7 @@ from configs.attention import AttentionConfig
 from configs.base import ExecutionConfig, OptimizerConfig, RunConfig
 from configs.feed_forward import MoEConfig, RouterConfig
 from train.loop import mesh_of, to_devices
-from train.state import init_state, plan_state
+from train.state import init_state, make_train_setup
 from train.step import make_train_step
 
 
@@ -50,19 +50,19 @@ def lowered_step(run: RunConfig) -> str:
     """The compiled step's text, whose instructions name the code they came from."""
     mesh = mesh_of(run)
     with jax.set_mesh(mesh):
-        trainee = plan_state(run, mesh)
-        step: Any = make_train_step(run, trainee)
+        setup = make_train_setup(run, mesh)
+        step: Any = make_train_step(run, setup)
         batch = to_devices(random_batch(run), mesh)
-        return step.lower(trainee.abstract_state, batch).compile().as_text()
+        return step.lower(setup.abstract_state, batch).compile().as_text()
 
 
 def make_step(run: RunConfig) -> Callable[[], None]:
     """A function that trains one step and waits for its metrics, as the training loop does."""
     mesh = mesh_of(run)
     with jax.set_mesh(mesh):
-        trainee = plan_state(run, mesh)
-        train_step = make_train_step(run, trainee)
-        state = init_state(trainee, run.seed)
+        setup = make_train_setup(run, mesh)
+        train_step = make_train_step(run, setup)
+        state = init_state(setup, run.seed)
         batch = to_devices(random_batch(run), mesh)
 
     def step() -> None:

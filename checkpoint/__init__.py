@@ -1,1 +1,1 @@
-"""Training checkpoints on disk."""
+"""Checkpoints: our own in Orbax, and public models' forms."""

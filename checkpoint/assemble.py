@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from checkpoint.families.base import Copy
-from checkpoint.tables import UNSAID, Entry, flatten, leaf_name
+from checkpoint.weight_map import NOT_EXPORTED, Entry, flatten, leaf_name
 from configs.architecture import ModelConfig
 from configs.checks import UserError
 
@@ -69,20 +69,20 @@ def load(
     """
     by_leaf = _by_leaf(entries, abstract_variables)
 
-    def one(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def load_leaf(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return _load_leaf(by_leaf[leaf_name(path)], tensors, leaf, progress)
 
-    return jax.tree_util.tree_map_with_path(one, abstract_variables)
+    return jax.tree_util.tree_map_with_path(load_leaf, abstract_variables)
 
 
 def unread(entries: Sequence[Entry], tensors: Tensors, abstract_variables: Any) -> Any:
-    """The same tree with an `Unread` for each array."""
+    """The same tree with a `LazyParameter` for each array."""
     by_leaf = _by_leaf(entries, abstract_variables)
 
-    def one(path: Any, leaf: jax.ShapeDtypeStruct) -> Unread:
-        return Unread(by_leaf[leaf_name(path)], tensors, leaf.shape, leaf.dtype)
+    def lazy(path: Any, leaf: jax.ShapeDtypeStruct) -> LazyParameter:
+        return LazyParameter(by_leaf[leaf_name(path)], tensors, leaf.shape, leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(one, abstract_variables)
+    return jax.tree_util.tree_map_with_path(lazy, abstract_variables)
 
 
 def _by_leaf(entries: Sequence[Entry], abstract_variables: Any) -> dict[str, list[Entry]]:
@@ -97,8 +97,8 @@ Window = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Unread:
-    """A parameter that lies in a checkpoint still."""
+class LazyParameter:
+    """A parameter that is read from its checkpoint on demand."""
 
     entries: Sequence[Entry]
     """Those that fill it."""
@@ -121,8 +121,8 @@ class Unread:
 
 
 def part_of(leaf: Any, place: tuple[int | None, ...]) -> np.ndarray:
-    """The part of a parameter at an entry's place, whether it is an array or `Unread`."""
-    if isinstance(leaf, Unread):
+    """The part of a parameter at an entry's place, whether it is an array or `LazyParameter`."""
+    if isinstance(leaf, LazyParameter):
         return leaf.part(place)
     return np.asarray(leaf)[tuple(slice(None) if at is None else at for at in place)]
 
@@ -150,7 +150,7 @@ def _load_window(
     progress: Progress = lambda _: None,
 ) -> np.ndarray:
     out = _aligned([stop - start for start, stop in window], np.dtype(dtype))
-    if not entries:  # state that public checkpoints don't hold (UNSAID)
+    if not entries:  # state that public checkpoints don't hold (NOT_EXPORTED)
         out[...] = 0
     for entry in entries:
         inside = zip(entry.place, window, strict=True)
@@ -237,7 +237,7 @@ def saved(
     """
     leaves = flatten(variables)
     for name, leaf in leaves.items():
-        if name.endswith(UNSAID) and part_of(leaf, (None,) * len(leaf.shape)).any():
+        if name.endswith(NOT_EXPORTED) and part_of(leaf, (None,) * len(leaf.shape)).any():
             raise UserError(
                 f"{name} is not 0, and no public family has null experts: keep the model as a run "
                 "directory"

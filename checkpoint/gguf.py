@@ -9,21 +9,21 @@ import numpy as np
 from gguf.constants import Keys
 
 from checkpoint import assemble
+from checkpoint.config_reader import Settings
 from checkpoint.families.base import Family
 from checkpoint.gguf_config import ROPE_FREQS, config_from_gguf, config_to_gguf, llama3_frequencies
-from checkpoint.gguf_files import GGUFFile
 from checkpoint.gguf_fused import SplitTensors
 from checkpoint.gguf_latent import JoinedTensors, split
-from checkpoint.gguf_write import Quantization, Tensor, write_gguf
 from checkpoint.public import PublicCheckpoint, find_family, lost_settings, read_model, write_model
-from checkpoint.settings import Settings
-from checkpoint.tables import Entry, expand, flatten
+from checkpoint.weight_map import Entry, expand, flatten
 from configs.architecture import ModelConfig
 from configs.attention import LatentAttentionConfig
 from configs.checks import UserError
-from data.gguf_tokenizer import tokenizer_from_gguf
-from data.gguf_tokenizer_write import tokenizer_to_gguf
-from data.public_tokenizer import PublicTokenizer
+from data.tokenizers.gguf_tokenizer import tokenizer_from_gguf
+from data.tokenizers.gguf_tokenizer_write import tokenizer_to_gguf
+from data.tokenizers.public_tokenizer import PublicTokenizer
+from formats.gguf.reader import GGUFFile
+from formats.gguf.writer import Quantization, Tensor, write_gguf
 
 IGNORED = (r"rope_freqs\.weight", r"blk\.\d+\.rope_freqs\.weight")
 """What the settings were read from."""
@@ -76,7 +76,7 @@ def export(
     only training uses are left out.
 
     Args:
-      variables: arrays of one device, or `assemble.Unread`.
+      variables: arrays of one device, or `assemble.LazyParameter`.
       progress: is told elements.
     Raises:
       UserError: llama.cpp can't say what the model does, or a value does not fit.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import ExpertGatingFuncType, Keys
 
-from checkpoint.settings import Settings
+from checkpoint.config_reader import Settings
 from configs.checks import UserError
 
 LLM, ATTENTION, ROPE = Keys.LLM, Keys.Attention, Keys.Rope
@@ -335,13 +335,13 @@ def _written_scaling(values: Mapping[str, Any], form: Form) -> dict[str, Any]:
                 "model can't be written as GGUF"
             )
         return {}
-    said = {
+    written = {
         ROPE.SCALING_TYPE: scaling["rope_type"],
         ROPE.SCALING_FACTOR: float(scaling["factor"]),
     }
     if scaling["rope_type"] == "linear":
-        return said
-    return said | {
+        return written
+    return written | {
         ROPE.SCALING_ORIG_CTX_LEN: scaling["original_max_position_embeddings"],
         ROPE.SCALING_YARN_BETA_FAST: float(scaling["beta_fast"]),
         ROPE.SCALING_YARN_BETA_SLOW: float(scaling["beta_slow"]),

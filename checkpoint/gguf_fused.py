@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import Keys
 
-from checkpoint.gguf_files import GGUFFile
 from configs.checks import UserError
+from formats.gguf.reader import GGUFFile
 
 EXPERTS, EXPERT_PARTS = ".ffn_gate_up_exps.", (".ffn_gate_exps.", ".ffn_up_exps.")
 HEADS, HEAD_PARTS = ".attn_qkv.", (".attn_q.", ".attn_k.", ".attn_v.")

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint.gguf_fused import SplitTensors
-from checkpoint.gguf_write import Tensor
 from configs.checks import UserError
+from formats.gguf.writer import Tensor
 
 JOINED, KEYS, VALUES = ".attn_kv_b.weight", ".attn_k_b.weight", ".attn_v_b.weight"
 

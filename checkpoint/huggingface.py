@@ -8,15 +8,15 @@ from types import MappingProxyType
 from typing import Any
 
 from checkpoint import assemble
+from checkpoint.config_reader import Settings
+from checkpoint.export_dtype import ExportDtype, choose_storage
 from checkpoint.families.base import Family
 from checkpoint.logical_tensors import LogicalTensors
 from checkpoint.public import PublicCheckpoint, find_family, read_model, write_model
-from checkpoint.settings import Settings
-from checkpoint.storage import ExportDtype, choose_storage
-from checkpoint.tables import expand, flatten
-from checkpoint.tensor_files import open_tensors
-from checkpoint.tensor_writer import TensorWriter
+from checkpoint.weight_map import expand, flatten
 from configs.architecture import ModelConfig
+from formats.safetensors.reader import open_tensors
+from formats.safetensors.writer import TensorWriter
 
 
 def open_checkpoint(folder: Path) -> PublicCheckpoint:
@@ -51,7 +51,7 @@ def export(
     that may hold some of them already: whole shards are kept.
 
     Args:
-      variables: arrays of one device, or `assemble.Unread`; router state stays float32.
+      variables: arrays of one device, or `assemble.LazyParameter`; router state stays float32.
       extra: token ids for config.json: bos_token_id, eos_token_id.
       generation: further settings for generation_config.json.
       like: the source's quantization_config: see `choose_storage`.

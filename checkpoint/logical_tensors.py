@@ -19,10 +19,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from checkpoint.packed_floats import E8M0, FP8, GROUP, decode_fp8, decode_mxfp4, fp8_scales_shape
-from checkpoint.tensor_files import TensorFiles
-from checkpoint.tensor_header import TensorInfo, quote
 from configs.checks import require
+from formats.block_floats import E8M0, FP8, GROUP, decode_fp8, decode_mxfp4, fp8_scales_shape
+from formats.safetensors.header import TensorInfo, quote
+from formats.safetensors.reader import TensorFiles
 
 SCALE_INV, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"
 

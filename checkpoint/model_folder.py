@@ -10,7 +10,7 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
-from checkpoint.store import STATE, restore_variables
+from checkpoint.orbax_store import STATE, restore_variables
 from configs.architecture import ModelConfig
 from configs.checks import UserError
 from configs.serialization import from_json, to_json

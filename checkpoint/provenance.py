@@ -15,11 +15,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from checkpoint.atomic_folder import replace_text
-from checkpoint.store import latest_step, read_metadata
+from checkpoint.orbax_store import latest_step, read_metadata
 from configs.checks import require
 from configs.serialization import from_json, to_json
 from data.pipeline import CorpusFingerprints
+from formats.atomic_folder import replace_text
 
 FILE = "provenance.json"
 KEY, TOKENIZER_KEY = "provenance", "tokenizer"

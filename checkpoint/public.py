@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint import assemble, coverage
+from checkpoint import assemble, match
+from checkpoint.config_reader import Settings
 from checkpoint.families import FAMILIES
 from checkpoint.families.base import Family
-from checkpoint.settings import Settings
-from checkpoint.tables import Entry, Row, expand, flatten
+from checkpoint.weight_map import Entry, Row, expand, flatten
 from configs.architecture import ModelConfig, MultiTokenConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
@@ -43,19 +43,19 @@ class PublicCheckpoint:
         return assemble.load(entries, self.tensors, abstract_variables, progress)
 
     def unread(self, abstract_variables: Any) -> Any:
-        """As `load`, with an `assemble.Unread` for each array: what is damaged is told later, when
-        it is read.
+        """As `load`, with an `assemble.LazyParameter` for each array: what is damaged is told
+        later, when it is read.
         """
         entries = self._checked_entries(abstract_variables)
         return assemble.unread(entries, self.tensors, abstract_variables)
 
     def _checked_entries(self, abstract_variables: Any) -> list[Entry]:
         entries = expand(self.rows, self.config, flatten(abstract_variables))
-        copies = coverage.expanded_copies(
+        copies = match.expanded_copies(
             self.family.copies, self.tensors.shapes, is_tied=self.config.tie_embeddings
         )
-        coverage.check_names(entries, self.tensors, copies, self.family.ignored, self.path)
-        coverage.check_copies(copies, self.tensors)
+        match.check_names(entries, self.tensors, copies, self.family.ignored, self.path)
+        match.check_copies(copies, self.tensors)
         return entries
 
 
@@ -160,11 +160,11 @@ def export_family(
     nearest = own or min(families, key=lambda family: _layer_losses(family, config)[0])
     reason = refusals.get(nearest.model_type, next(iter(refusals.values())))
     more = [line for line in _layer_losses(nearest, config)[1] if line not in reason]
-    told = "; ".join([reason, *more[:3]])
+    shown_reasons = "; ".join([reason, *more[:3]])
     if wanted is not None:
-        raise UserError(f"the family {wanted} does not hold this model ({told})")
+        raise UserError(f"the family {wanted} does not hold this model ({shown_reasons})")
     raise UserError(
-        f"no public family holds this model (the nearest is {nearest.model_type}: {told})"
+        f"no public family holds this model (the nearest is {nearest.model_type}: {shown_reasons})"
     )
 
 

@@ -19,7 +19,7 @@ from configs.base import RunConfig
 from configs.checks import UserError, require
 from data.packing import TokenFile
 from data.pipeline import Corpus, open_corpus
-from data.tokenizer import fingerprint, load_tokenizer, num_ids, parse_tokenizer
+from data.tokenizers.tokenizer import fingerprint, load_tokenizer, num_ids, parse_tokenizer
 
 TOKEN_COUNTS = "token_counts.npy"
 COUNTED_AT_ONCE = 1 << 24

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoint.atomic_folder import replace_text
+from checkpoint.orbax_store import latest_step
 from checkpoint.provenance import Provenance, resume_provenance, write_provenance
 from checkpoint.run_corpus import keep_corpus
-from checkpoint.store import latest_step
 from configs.base import RunConfig
 from configs.checks import UserError, require
 from configs.serialization import differences, from_json, to_json
 from data.locks import refuse_second
 from data.pipeline import Corpus
+from formats.atomic_folder import replace_text
 
 LOCK = ".lock"
 MAY_CHANGE = ("steps", "mesh.", "execution.", "checkpoint.", "alarms.")

@@ -20,7 +20,8 @@ class MixtureOfDepthsConfig:
     """Share of a row's tokens that the layer works on (the paper: 0.125, every second layer)."""
     selection: Literal["top_capacity", "threshold"] = "top_capacity"
     """top_capacity: the best of the row, which looks ahead: for training. threshold: each token
-    whose logit is above 0, by itself: for scoring and generating (model/depth.py: `causal`)."""
+    whose logit is above 0, by itself: for scoring and generating (model/depth.py:
+    `with_threshold_selection`)."""
     predictor_weight: float = 1e-2
     """Weight of the cross-entropy that teaches the logit's sign to tell the chosen from the rest,
     as a share of one token's."""

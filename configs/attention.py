@@ -23,12 +23,12 @@ class AttentionConfig:
     """Width of one head."""
     window_size: int | None = None
     """Tokens a query may see, itself included; None means all before it."""
-    num_sinks: int = 0
+    num_sink_tokens: int = 0
     """First tokens of a document that stay visible beyond the window (StreamingLLM, 2023)."""
     rope_base: float = 10_000.0
     """Base of the rotary angles: theta_d = base^(-2d / head_dim)."""
     rope_scaling: RopeScaling | None = None
-    learned_sinks: bool = False
+    sink_logits: bool = False
     """Whether each query head has a learned logit that takes part in the softmax and has no value,
     so that a head may attend to nothing (gpt-oss, 2025)."""
     bias: bool = False
@@ -45,11 +45,14 @@ class AttentionConfig:
             self.window_size is None or self.window_size > 0,
             f"window_size={self.window_size} must be at least 1 token, or None for all",
         )
-        require(self.num_sinks >= 0, f"num_sinks={self.num_sinks} must not be negative")
         require(
-            self.num_sinks == 0 or self.window_size is not None,
-            f"num_sinks={self.num_sinks} has no effect with window_size=None: set a window_size "
-            "or num_sinks=0",
+            self.num_sink_tokens >= 0,
+            f"num_sink_tokens={self.num_sink_tokens} must not be negative",
+        )
+        require(
+            self.num_sink_tokens == 0 or self.window_size is not None,
+            f"num_sink_tokens={self.num_sink_tokens} has no effect with window_size=None: "
+            "set a window_size or num_sink_tokens=0",
         )
         require(
             self.clip_qkv is None or self.clip_qkv > 0,
@@ -69,7 +72,7 @@ class AttentionConfig:
         matrices = 2 * d_model * width * (heads + groups)
         biases = width * (heads + 2 * groups) + d_model if self.bias else 0
         norms = {None: 0, "head": 2 * width, "all": width * (heads + groups)}[self.qk_norm]
-        return matrices + (heads if self.learned_sinks else 0) + biases + norms
+        return matrices + (heads if self.sink_logits else 0) + biases + norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ class LocalSparseAttentionConfig:
     """Width of one head."""
     window_size: int
     """Tokens a query sees one by one, itself included."""
-    num_sinks: int = 4
+    num_sink_tokens: int = 4
     """powers_of_two only: first tokens of a document that stay visible (StreamingLLM, 2023)."""
     far: Literal["powers_of_two", "summaries"] = "powers_of_two"
     """What is seen before the window. powers_of_two: the tokens 1, 2, 4, 8, ... back (LogSparse,
@@ -99,12 +102,15 @@ class LocalSparseAttentionConfig:
     def __post_init__(self) -> None:
         _check_heads(self)
         require_positive(self, "window_size")
-        require(self.num_sinks >= 0, f"num_sinks={self.num_sinks} must not be negative")
+        require(
+            self.num_sink_tokens >= 0,
+            f"num_sink_tokens={self.num_sink_tokens} must not be negative",
+        )
         is_pooled = self.far == "summaries"
         require(
-            self.num_sinks == 0 or not is_pooled,
-            f"num_sinks={self.num_sinks} has no effect with far='summaries', whose buckets hold "
-            "the first tokens too: set num_sinks=0",
+            self.num_sink_tokens == 0 or not is_pooled,
+            f"num_sink_tokens={self.num_sink_tokens} has no effect with far='summaries', "
+            "whose buckets hold the first tokens too: set num_sink_tokens=0",
         )
         require(
             (self.block_size is not None) == is_pooled,

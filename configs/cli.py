@@ -17,7 +17,7 @@ from configs import runs
 from configs.base import RunConfig
 from configs.checks import UserError, require
 from configs.near_names import hint, setting_names
-from configs.serialization import differences
+from configs.serialization import RENAMED, differences
 
 
 def known_runs() -> dict[str, Callable[[], RunConfig]]:
@@ -35,6 +35,7 @@ DEPENDENT = {
     ("execution", "transport", "gather"): "capacity_factor",
 }
 """(section, setting, value) -> what has no meaning with it: cleared by who chooses the value."""
+_NEW_NAMES = {old: new for renamed in RENAMED.values() for old, new in renamed.items()}
 
 
 def load_run(
@@ -87,6 +88,7 @@ def with_overrides(
 def _with_overrides(
     run: RunConfig, overrides: Sequence[str], name: str, own_options: Sequence[str]
 ) -> RunConfig:
+    overrides = [_with_new_name(word) for word in overrides]
     default = _without_dependents(run, overrides)
     parse = functools.partial(
         tyro.cli,
@@ -107,6 +109,16 @@ def _with_overrides(
     if unknown:
         raise UserError(_unknown_sentence(unknown, default, own_options))
     return changed
+
+
+def _with_new_name(word: str) -> str:
+    """An option by the name that its setting has now: see RENAMED."""
+    option, equals, value = word.partition("=")
+    section, _, setting = option.rpartition(".")
+    new = _NEW_NAMES.get(setting.replace("-", "_"))
+    if new is None or not section.startswith("--"):
+        return word
+    return f"{section}.{new.replace('_', '-')}{equals}{value}"
 
 
 def _without_dependents(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -138,8 +150,10 @@ def _unknown_sentence(unknown: Sequence[str], run: RunConfig, own_options: Seque
     if not options:
         return f"unexpected {unknown[0]!r}: settings are given as --name value (--help lists them)"
     settings = dict(setting_names(run))
-    told = [f"unknown option {option}{hint(option, settings, own_options)}" for option in options]
-    return f"{'; '.join(told)} (--help lists every setting)"
+    sentences = [
+        f"unknown option {option}{hint(option, settings, own_options)}" for option in options
+    ]
+    return f"{'; '.join(sentences)} (--help lists every setting)"
 
 
 def describe_runs() -> str:

@@ -56,7 +56,7 @@ def v2_3b() -> ModelConfig:
     dynamic compute layers. The widths are ours, chosen so that the whole comes near 3.5B.
     """
     sparse = LocalSparseAttentionConfig(
-        num_heads=20, num_kv_heads=4, head_dim=128, window_size=1024, num_sinks=4
+        num_heads=20, num_kv_heads=4, head_dim=128, window_size=1024, num_sink_tokens=4
     )
     chosen = AttentionConfig(num_heads=20, num_kv_heads=4, head_dim=128)
     return ModelConfig(
@@ -72,7 +72,7 @@ def v2_3b() -> ModelConfig:
 def v2_nano() -> ModelConfig:
     """V2's form in 3.0M parameters, 2.3M of them active: for two CPU cores."""
     sparse = LocalSparseAttentionConfig(
-        num_heads=4, num_kv_heads=2, head_dim=32, window_size=64, num_sinks=4
+        num_heads=4, num_kv_heads=2, head_dim=32, window_size=64, num_sink_tokens=4
     )
     chosen = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32)
     return ModelConfig(
@@ -108,7 +108,7 @@ def v3_7b() -> ModelConfig:
         num_kv_heads=4,
         head_dim=128,
         window_size=4096,
-        learned_sinks=True,
+        sink_logits=True,
         rope_base=500_000.0,
     )
     router = RouterConfig(top_k=2, num_null_experts=1, target_k=1.5)
@@ -128,7 +128,7 @@ def v3_nano() -> ModelConfig:
     """
     base = v31_nano()
     attention = AttentionConfig(
-        num_heads=4, num_kv_heads=2, head_dim=32, window_size=64, learned_sinks=True
+        num_heads=4, num_kv_heads=2, head_dim=32, window_size=64, sink_logits=True
     )
     router = RouterConfig(top_k=3, num_null_experts=2, target_k=1.5)
     ffn = MoEConfig(num_experts=16, d_ff=128, num_shared_experts=1, router=router)
@@ -151,7 +151,7 @@ def v31() -> ModelConfig:
         num_kv_heads=4,
         head_dim=128,
         window_size=1024,
-        num_sinks=4,
+        num_sink_tokens=4,
         rope_base=500_000.0,
     )
     router = dynamic_router(ContextConfig(kind="causal", window_size=256))
@@ -168,7 +168,7 @@ def v31() -> ModelConfig:
 def dynamic_router(context: ContextConfig) -> RouterConfig:
     """V3.1's router: one to three experts per token, two on average, kept even by a bias.
 
-    The entropy term keeps them even too, at a cost in loss in runs longer than docs/claims.md's;
+    The entropy term keeps them even too, at a cost in loss in runs longer than docs/ablations.md's;
     the two together undo each other (docs/experiments.md).
     """
     return RouterConfig(
@@ -184,7 +184,9 @@ def dynamic_router(context: ContextConfig) -> RouterConfig:
 
 def _nano_attention() -> tuple[AttentionConfig, AttentionConfig]:
     """(local, global) attention of the nano sizes."""
-    local = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window_size=64, num_sinks=4)
+    local = AttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=32, window_size=64, num_sink_tokens=4
+    )
     return local, AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32)
 
 
@@ -217,7 +219,9 @@ def v31_nano_student() -> ModelConfig:
 
 def v31_small() -> ModelConfig:
     """V3.1's form in 32.5M parameters, 6.0M of them active: for half an hour on two CPU cores."""
-    local = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32, window_size=128, num_sinks=4)
+    local = AttentionConfig(
+        num_heads=8, num_kv_heads=4, head_dim=32, window_size=128, num_sink_tokens=4
+    )
     everywhere = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32)
     ffn = MoEConfig(num_experts=32, d_ff=192, num_shared_experts=1, router=RouterConfig(top_k=2))
     return ModelConfig(

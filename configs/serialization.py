@@ -11,6 +11,12 @@ from configs.checks import UserError, require
 
 C = TypeVar("C")
 
+RENAMED = {
+    "AttentionConfig": {"num_sinks": "num_sink_tokens", "learned_sinks": "sink_logits"},
+    "LocalSparseAttentionConfig": {"num_sinks": "num_sink_tokens"},
+}
+"""Fields by the names that older files give them: class -> {old: new}. Read, never written."""
+
 
 def to_json(config: Any) -> str:
     """The config as indented JSON; `from_json` gives an equal config back."""
@@ -93,6 +99,7 @@ def _build_dataclass(cls: type, value: Any, where: str) -> Any:
     require(
         isinstance(value, dict), f"{where} is {value!r}, expected the settings of {cls.__name__}"
     )
+    value = _with_new_names(cls, value, where)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(value) - set(fields))
@@ -110,6 +117,14 @@ def _build_dataclass(cls: type, value: Any, where: str) -> Any:
     return cls(
         **{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()}
     )
+
+
+def _with_new_names(cls: type, value: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings with RENAMED ones by their new names."""
+    renamed = RENAMED.get(cls.__name__, {})
+    twice = [f"{old} and {new}" for old, new in renamed.items() if old in value and new in value]
+    require(not twice, f"{where} has both {', '.join(twice)}, one setting: leave the first out")
+    return {renamed.get(name, name): item for name, item in value.items()}
 
 
 def differences(before: Any, after: Any, prefix: str = "") -> list[str]:

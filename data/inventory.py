@@ -37,9 +37,9 @@ def inventory(corpus: Corpus, run: RunConfig) -> Iterator[str]:
     except UserError:
         yield f"{run.data.source} is no longer there: the corpus is what was made of it"
         return
-    told = {"added": changed.added, "gone": changed.gone, "of another size": changed.resized}
-    if any(told.values()):
-        counts = ", ".join(f"{count} {what}" for what, count in told.items() if count)
+    by_change = {"added": changed.added, "gone": changed.gone, "of another size": changed.resized}
+    if any(by_change.values()):
+        counts = ", ".join(f"{count} {what}" for what, count in by_change.items() if count)
         yield (
             f"{run.data.source} has changed since (files {counts}), the corpus has not: for a new "
             "one set --data.directory to another folder"

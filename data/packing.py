@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from configs.checks import UserError
 from data.corpora import Document
-from data.tokenizer import END_OF_TEXT_ID, end_of_text_id
+from data.tokenizers.tokenizer import END_OF_TEXT_ID, end_of_text_id
 
 FORMAT = 1
 

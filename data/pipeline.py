@@ -14,14 +14,14 @@ from configs.checks import UserError, require
 from data.corpora import LeftOut, name_hash, read_source, source_path, split, split_lines
 from data.locks import wait_for_lock
 from data.packing import PackedRows, StreamRows, TokenFile, write_tokens
-from data.tokenizer import (
+from data.tokenizers.tokenizer import (
     check_vocabulary,
     fingerprint,
     load_tokenizer,
     plain,
     train_tokenizer,
 )
-from data.tokenizer_sources import load_public_tokenizer
+from data.tokenizers.tokenizer_sources import load_public_tokenizer
 
 Batch = dict[str, np.ndarray]
 

@@ -12,7 +12,7 @@ from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run
 from configs.checks import UserError
 from configs.serialization import finite_json
-from data.tokenizer import end_of_text_id
+from data.tokenizers.tokenizer import end_of_text_id
 from evals.held_out import FILE
 from evals.run import TASKS, Progress, evaluate
 from evals.tasks.base import Result, Skipped
@@ -27,7 +27,7 @@ SAMPLING = Sampling(temperature=0.7, top_p=0.9)
 
 
 @dataclass(frozen=True)
-class Contender:
+class EvaluatedRun:
     """One of the two: where its run lies and what the benchmarks said."""
 
     run_dir: Path
@@ -35,7 +35,7 @@ class Contender:
     """By task name: stdlib_bpb and line_completion."""
 
 
-def contend(run_dir: Path, progress: Callable[[str], Progress]) -> Contender:
+def evaluate_run(run_dir: Path, progress: Callable[[str], Progress]) -> EvaluatedRun:
     """Runs every benchmark on a trained run.
 
     Raises:
@@ -46,7 +46,7 @@ def contend(run_dir: Path, progress: Callable[[str], Progress]) -> Contender:
         if isinstance(found, Skipped):
             raise UserError(f"{found.task} does not apply to {run_dir}: {found.reason}")
         results[found.task] = found
-    return Contender(run_dir, results)
+    return EvaluatedRun(run_dir, results)
 
 
 def complete(run_dir: Path, prompts: Sequence[str], *, max_new_tokens: int) -> dict[str, str]:
@@ -75,7 +75,7 @@ def complete(run_dir: Path, prompts: Sequence[str], *, max_new_tokens: int) -> d
 
 
 def summarize(
-    teacher: Contender, student: Contender, seconds: dict[str, float], peak_rss_mb: float
+    teacher: EvaluatedRun, student: EvaluatedRun, seconds: dict[str, float], peak_rss_mb: float
 ) -> dict[str, Any]:
     """The numbers of the story, as summary.json holds them."""
     bits, lines = "stdlib_bpb", "line_completion"
@@ -102,8 +102,8 @@ def summarize(
 
 def write_comparison(
     directory: Path,
-    teacher: Contender,
-    student: Contender,
+    teacher: EvaluatedRun,
+    student: EvaluatedRun,
     summary: dict[str, Any],
     completions: dict[str, str],
 ) -> Path:
@@ -144,12 +144,12 @@ def write_comparison(
     settings = {
         name: json.loads((c.run_dir / "config.json").read_text()) for name, c in names.items()
     }
-    sections = [_figures(summary), *(_completion(p, text) for p, text in completions.items())]
+    sections = [_metrics(summary), *(_completion(p, text) for p, text in completions.items())]
     title = "Moesaic: a mixture of experts trained on this Python's library, and its student"
     return write_page(directory, title, sections, pictures, settings)
 
 
-def _figures(summary: dict[str, Any]) -> str:
+def _metrics(summary: dict[str, Any]) -> str:
     def models(name: str) -> str:
         total, active = summary[f"{name}_parameters"], summary[f"{name}_active_parameters"]
         return f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active per token"

@@ -30,7 +30,7 @@ from configs.architecture import ModelConfig
 from configs.checks import UserError, require
 from data.packing import TokenFile, document_positions
 from infer.load import load_model
-from model.routed_layers import RoutedLayer, routed_layers
+from model.moe_layers import MoELayer, moe_layers
 from model.transformer import Preference, Transformer, Variables, hidden_and_router
 
 FILE = "expert_domains.json"
@@ -147,9 +147,9 @@ def label_experts(
     return matrices
 
 
-def _layers(config: ModelConfig) -> dict[str, RoutedLayer]:
+def _layers(config: ModelConfig) -> dict[str, MoELayer]:
     """Those that choose when the model is used."""
-    return {name: x for name, x in routed_layers(config).items() if x.periods is not None}
+    return {name: x for name, x in moe_layers(config).items() if x.periods is not None}
 
 
 def _count(

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint.atomic_folder import replace_text
 from checkpoint.run_corpus import open_run_corpus
 from checkpoint.run_directory import read_run
 from configs.checks import UserError, require
 from configs.serialization import finite_json
 from evals.tasks import line_completion, stdlib_bpb
-from evals.tasks.base import NotApplicable, Result, Skipped, Subject
+from evals.tasks.base import ModelUnderTest, NotApplicable, Result, Skipped
+from formats.atomic_folder import replace_text
 from infer.load import inference_model, load_model
 from infer.score import TokenScores, num_rows, score_documents
 from model.transformer import Transformer, Variables
 
-TASKS: dict[str, Callable[[Subject], Result]] = {
+TASKS: dict[str, Callable[[ModelUnderTest], Result]] = {
     task.NAME: task.run for task in (stdlib_bpb, line_completion)
 }
 
@@ -43,28 +43,28 @@ def evaluate(
     run_dir: Path,
     tasks: Sequence[str],
     progress: Callable[[str], Progress],
-    beginning: Variables | None = None,
+    initial: Variables | None = None,
 ) -> Iterator[Result | Skipped]:
     """Runs the tasks one after the other; what is there already is in run_dir/evals.json.
 
     Args:
       progress: called with a task's name; gives the function that receives its progress.
-      beginning: what the run began with, to be scored in place of its newest variables; the results
-        go to evals_beginning.json.
+      initial: what the run began with, to be scored in place of its newest variables; the results
+        go to evals_initial.json.
     Raises:
       UserError: an unknown task, a run without checkpoint; at the end, if no task applied.
     """
     check_tasks(tasks)
     run = read_run(run_dir)
     corpus = open_run_corpus(run, run_dir)
-    if beginning is None:
+    if initial is None:
         model, variables = load_model(run, run_dir)
     else:
-        model, variables = inference_model(run), beginning
-    path = run_dir / ("evals.json" if beginning is None else "evals_beginning.json")
+        model, variables = inference_model(run), initial
+    path = run_dir / ("evals.json" if initial is None else "evals_initial.json")
     results: list[Result] = []
     for name in tasks:
-        subject = Subject(
+        subject = ModelUnderTest(
             score=functools.partial(_score, model, variables, run.data.seq_len, progress(name)),
             length=run.data.seq_len,
             tokenizer=corpus.tokenizer,

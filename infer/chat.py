@@ -1,8 +1,8 @@
 """Conversations as token lists, in the chat template that the model was trained with."""
 
 from configs.checks import require
-from data.chat import Messages, render
-from data.public_tokenizer import PublicTokenizer
+from data.tokenizers.chat import Messages, render
+from data.tokenizers.public_tokenizer import PublicTokenizer
 
 
 def chat_ids(tokenizer: PublicTokenizer, messages: Messages) -> list[int]:

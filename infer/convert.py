@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoint import gguf, huggingface
-from checkpoint.atomic_folder import partial_file, partial_folder
+from checkpoint.export_dtype import DTYPES, ExportDtype, choose_storage
 from checkpoint.families.base import Family
 from checkpoint.model_folder import write_model_folder
 from checkpoint.public import export_family, find_family
-from checkpoint.storage import DTYPES, ExportDtype, choose_storage
 from configs.checks import require, require_positive
-from data.gguf_tokenizer_write import told_difference
-from data.public_tokenizer import PublicTokenizer
-from data.tokenizer_export import (
+from data.tokenizers.gguf_tokenizer_write import told_difference
+from data.tokenizers.public_tokenizer import PublicTokenizer
+from data.tokenizers.tokenizer_export import (
     OTHER_FORMS,
     copy_tokenizer,
     exported_token_ids,
     generation_settings,
     write_public_tokenizer,
 )
+from formats.atomic_folder import partial_file, partial_folder
 from infer.sources import Progress, Source, counted
 
 Form = Literal["huggingface", "gguf", "orbax"]
@@ -155,8 +155,8 @@ def kept_dtype(source: Source) -> ExportDtype:
 def _quantization(source: Source) -> Mapping[str, Any] | None:
     """config.json's quantization_config, of a source that has one."""
     public = source.public if source.kind == "huggingface" else None
-    said = public.settings.part("quantization_config") if public is not None else None
-    return said.values if said is not None else None
+    quant_config = public.settings.part("quantization_config") if public is not None else None
+    return quant_config.values if quant_config is not None else None
 
 
 def rounding(source: Source, conversion: Conversion) -> str | None:
@@ -213,5 +213,5 @@ def _fingerprint(source: Source, conversion: Conversion, dtype: str) -> str:
         tensors = source.public.tensors
         files = sorted({tensors.file(name) for name in tensors.shapes})
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    said = json.dumps([stats, repr(conversion), dtype])
-    return hashlib.sha256(said.encode()).hexdigest()
+    text = json.dumps([stats, repr(conversion), dtype])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -54,8 +54,8 @@ def check_exits(model: Transformer) -> None:
         )
         require(
             spec.depth is None or spec.depth.selection == "threshold",
-            "early exit needs depth.selection='threshold': use the config that model.depth.causal "
-            "gives",
+            "early exit needs depth.selection='threshold': use the config that "
+            "model.depth.with_threshold_selection gives",
         )
 
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from checkpoint.store import restore_variables
+from checkpoint.orbax_store import restore_variables
 from configs.base import ExecutionConfig, RunConfig
-from model.depth import causal
+from model.depth import with_threshold_selection
 from model.transformer import Transformer, Variables, abstract_variables
 from parallel.sharding import tree_shardings
 
@@ -30,7 +30,7 @@ def load_model(
       UserError: the mesh does not divide a dimension it splits.
     """
     model = inference_model(run)
-    variables, _ = restore_variables(run_dir / "checkpoints", placed(model, mesh))
+    variables, _ = restore_variables(run_dir / "checkpoints", abstract_on_mesh(model, mesh))
     return model, variables
 
 
@@ -38,7 +38,7 @@ def inference_model(run: RunConfig) -> Transformer:
     """The run's model as it scores and generates: causal (its Mixture-of-Depths layers choose token
     by token), nothing kept for a backward pass, tokens gathered where the experts are.
     """
-    return Transformer(causal(run.model), inference_execution(run.execution))
+    return Transformer(with_threshold_selection(run.model), inference_execution(run.execution))
 
 
 def inference_execution(execution: ExecutionConfig = ExecutionConfig()) -> ExecutionConfig:
@@ -46,7 +46,7 @@ def inference_execution(execution: ExecutionConfig = ExecutionConfig()) -> Execu
     return dataclasses.replace(execution, transport="gather", capacity_factor=None, remat="none")
 
 
-def placed(model: Transformer, mesh: Mesh | None, dtype: Dtype = "float32") -> Variables:
+def abstract_on_mesh(model: Transformer, mesh: Mesh | None, dtype: Dtype = "float32") -> Variables:
     """The model's abstract variables with shardings, its parameters in the dtype.
 
     Args:
@@ -60,10 +60,10 @@ def placed(model: Transformer, mesh: Mesh | None, dtype: Dtype = "float32") -> V
     else:
         shardings = tree_shardings(mesh, axes, abstract)
 
-    def one(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    def abstract_leaf(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         kept = path[0].key != "params"
         return jax.ShapeDtypeStruct(
             x.shape, x.dtype if kept else jnp.dtype(dtype), sharding=sharding
         )
 
-    return cast(Any, jax.tree_util.tree_map_with_path(one, abstract, shardings))
+    return cast(Any, jax.tree_util.tree_map_with_path(abstract_leaf, abstract, shardings))

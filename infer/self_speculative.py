@@ -64,8 +64,8 @@ def check_draft(model: Transformer, draft: Draft) -> None:
     for spec in (*config.prefix, *config.pattern):
         require(
             spec.depth is None or spec.depth.selection == "threshold",
-            "drafting needs depth.selection='threshold': use the config that model.depth.causal "
-            "gives",
+            "drafting needs depth.selection='threshold': use the config that "
+            "model.depth.with_threshold_selection gives",
         )
 
 

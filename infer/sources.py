@@ -18,18 +18,18 @@ from jax.sharding import Mesh
 
 from checkpoint import gguf, huggingface
 from checkpoint.model_folder import is_model_folder, read_model_config, restore_model_folder
+from checkpoint.orbax_store import restore_variables
 from checkpoint.public import PublicCheckpoint
 from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run, runs_inside
-from checkpoint.store import restore_variables
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig, RunConfig
 from configs.checks import UserError, require
-from data.public_tokenizer import PublicTokenizer, read_public_tokenizer
 from data.smollm2 import NAME, packaged_gguf
-from data.tokenizer import end_of_text_id
-from infer.load import Dtype, inference_execution, placed
-from model.depth import causal
+from data.tokenizers.public_tokenizer import PublicTokenizer, read_public_tokenizer
+from data.tokenizers.tokenizer import end_of_text_id
+from infer.load import Dtype, abstract_on_mesh, inference_execution
+from model.depth import with_threshold_selection
 from model.transformer import Transformer, Variables
 from model.unstacked import unstack, unstacked_config
 
@@ -77,7 +77,7 @@ class Source:
           UserError: what is there can't be read, or the mesh does not divide it.
         """
         model = self._model(dtype, is_apart=for_decoding and self.public is not None)
-        abstract = placed(model, mesh, dtype or "float32")
+        abstract = abstract_on_mesh(model, mesh, dtype or "float32")
         if self.public is None:
             variables = self._restore(abstract)
             return unstack(model, variables) if for_decoding else (model, variables)
@@ -89,7 +89,7 @@ class Source:
         self, *, dtype: Dtype, progress: Progress = lambda done, total: None
     ) -> tuple[ModelConfig, Variables]:
         """For who needs each parameter once, part by part: a public checkpoint's stay in its files
-        (`checkpoint.assemble.Unread`, each layer apart), others are loaded.
+        (`checkpoint.assemble.LazyParameter`, each layer apart), others are loaded.
 
         Raises:
           UserError: as `load`; of values in a public checkpoint only when they are read.
@@ -99,10 +99,10 @@ class Source:
             return model.config, variables
         model = self._model(dtype, is_apart=True)
         checkpoint = dataclasses.replace(self.public, config=model.config)
-        return model.config, checkpoint.unread(placed(model, None, dtype))
+        return model.config, checkpoint.unread(abstract_on_mesh(model, None, dtype))
 
     def _model(self, dtype: Dtype | None, *, is_apart: bool) -> Transformer:
-        config = causal(self.config)
+        config = with_threshold_selection(self.config)
         compute = dtype or self.execution.compute_dtype
         execution = dataclasses.replace(inference_execution(self.execution), compute_dtype=compute)
         return Transformer(unstacked_config(config) if is_apart else config, execution)

@@ -1,4 +1,4 @@
-"""How evenly a layer's experts are used: what the router reports, the losses, the load figures.
+"""How evenly a layer's experts are used: what the router reports, the losses, the load metrics.
 
 T tokens, E experts, K experts per token. c_i are the choices expert i received, f_i = c_i / sum(c)
 its share, u_i = E f_i its load relative to the mean, P_i the mean over tokens of its score.
@@ -170,8 +170,8 @@ def load_balance_loss(counts_E: jax.Array, mean_scores_E: jax.Array) -> jax.Arra
     return counts_E.shape[0] * (share_E * mean_scores_E).sum()
 
 
-class LoadFigures(NamedTuple):
-    """Per-layer load figures, float32; see reference names in docs/first_run.md."""
+class LoadMetrics(NamedTuple):
+    """Per-layer load metrics, float32; see reference names in docs/first_run.md."""
 
     load_cv: jax.Array
     """Standard deviation of u_i."""
@@ -187,13 +187,13 @@ class LoadFigures(NamedTuple):
     """Experts per token."""
 
 
-def load_figures(counts_E: jax.Array, num_tokens: jax.Array) -> LoadFigures:
+def load_metrics(counts_E: jax.Array, num_tokens: jax.Array) -> LoadMetrics:
     num_experts = counts_E.shape[0]
     counts_E, tokens = counts_E.astype(jnp.float32), jnp.maximum(num_tokens, 1.0)
     choices = jnp.maximum(counts_E.sum(), 1.0)
     relative_E = num_experts * counts_E / choices
     mean_k = choices / tokens
-    return LoadFigures(
+    return LoadMetrics(
         load_cv=relative_E.std(),
         load_cv_floor=jnp.sqrt(jnp.maximum(num_experts - mean_k, 0.0) / (tokens * mean_k)),
         max_violation=relative_E.max() - 1.0,

@@ -5,7 +5,8 @@
 f is the whole update of a block, attention among P only, at the tokens' own positions. In training
 P is the best `capacity` of each row: the layer costs that share, but which tokens are best depends
 on later ones. A cross-entropy makes r_t > 0 tell the chosen from the rest (the paper's auxiliary
-loss), and scoring and generating go by that sign alone, token by token: see `causal`.
+loss), and scoring and generating go by that sign alone, token by token: see
+`with_threshold_selection`.
 
 B batch, L length, C tokens chosen of a row, D d_model.
 """
@@ -35,7 +36,7 @@ Routed = tuple[jax.Array, jax.Array, BlockState | None]
 
 
 class DepthStats(NamedTuple):
-    """What one routed layer reports about one batch, float32, padding left out."""
+    """What one depth layer reports about one batch, float32, padding left out."""
 
     predictor_loss: jax.Array
     """Mean cross-entropy of sigmoid(r_t) with whether t was chosen, nats."""
@@ -44,10 +45,10 @@ class DepthStats(NamedTuple):
     chosen_fraction: jax.Array
 
 
-def causal(config: ModelConfig) -> ModelConfig:
-    """The model as it scores and generates: each routed layer chooses by r_t > 0.
+def with_threshold_selection(config: ModelConfig) -> ModelConfig:
+    """The model as it scores and generates: each depth layer chooses by r_t > 0.
 
-    The same variables fit; a model without routed layers is returned as it is.
+    The same variables fit; a model without depth layers is returned as it is.
     """
 
     def by_threshold(depth: MixtureOfDepthsConfig | None) -> MixtureOfDepthsConfig | None:
@@ -77,7 +78,7 @@ def routed(
     require(
         state is None or depth.selection == "threshold",
         "depth.selection='top_capacity' looks ahead and can't read piece by piece: use the config "
-        "that model.depth.causal gives",
+        "that model.depth.with_threshold_selection gives",
     )
     width = x_BLD.shape[-1]
     w_D = weight(block, "depth_router", (width,), ("embed",), width**-0.5)

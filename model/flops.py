@@ -72,5 +72,5 @@ def visible_keys(attention: Attention, places: np.ndarray) -> np.ndarray:
     near = np.minimum(places, attention.window_size)
     if isinstance(attention, LocalSparseAttentionConfig):
         return near + np.log2(np.maximum(places / attention.window_size, 1))
-    sinks = getattr(attention, "num_sinks", 0)
+    sinks = getattr(attention, "num_sink_tokens", 0)
     return np.minimum(places, near + sinks)

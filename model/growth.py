@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from configs.architecture import LayerSpec, ModelConfig
 from configs.checks import require
 from configs.feed_forward import BiasWarmupConfig, MoEConfig, RouterConfig
-from model.routed_layers import RoutedLayer, map_layers, routed_layers
+from model.moe_layers import MoELayer, map_layers, moe_layers
 from model.router import RouterState
 from model.seeds import seed_key
 from model.transformer import Variables
@@ -73,7 +73,7 @@ def grown_config(
         "chosen from the first step",
     )
     require(
-        bool(routed_layers(config)),
+        bool(moe_layers(config)),
         "growth needs MoE layers, and this model has none: upcycle it instead",
     )
     warmup = None if warmup_steps is None else BiasWarmupConfig(steps=warmup_steps, factor=factor)
@@ -174,7 +174,7 @@ def grow(
     Raises:
       UserError: as grown_config, or a drop that is no share or has no twin to drop from.
     """
-    grown = routed_layers(grown_config(config, operator, factor, warmup_steps))
+    grown = moe_layers(grown_config(config, operator, factor, warmup_steps))
     require(0 <= drop < 1, f"drop={drop} must lie in [0, 1)")
     require(
         not drop or operator != "split",
@@ -190,13 +190,13 @@ def grow(
     params = jax.tree_util.tree_map_with_path(grow_parameter, variables["params"])
     if drop:
 
-        def redraw(name: str, layer: RoutedLayer, moe: Any) -> Any:
+        def redraw(name: str, layer: MoELayer, moe: Any) -> Any:
             key = jax.random.fold_in(seed_key(seed), sorted(grown).index(name))
             return moe | redraw_units(moe, layer.config.num_experts, drop, key)
 
         params = map_layers(config, params, redraw)
 
-    def grow_state(name: str, layer: RoutedLayer, part: Any) -> Any:
+    def grow_state(name: str, layer: MoELayer, part: Any) -> Any:
         router = layer.config.router
         state = {"state": _grown_state(part["state"], router, operator, factor)}
         new = grown[name]

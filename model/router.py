@@ -29,7 +29,7 @@ class Routing(NamedTuple):
     counts_E: jax.Array
     """Choices each expert received, int32."""
     probabilities_TE: jax.Array
-    """float32, the scores scaled to sum to 1: what losses and figures judge."""
+    """float32, the scores scaled to sum to 1: what losses and metrics judge."""
     scores_TE: jax.Array
     """float32, as the choice saw them, without bias."""
     threshold_T: jax.Array

@@ -79,12 +79,12 @@ def named_sharding(
 def tree_shardings(mesh: Mesh | AbstractMesh, logical_axes: Any, abstract: Any) -> Any:
     """`named_sharding` for a tree of arrays or ShapeDtypeStructs and the matching tree of names."""
 
-    def one(path, array, axes):
+    def shard(path, array, axes):
         return named_sharding(
             mesh, axes, array.shape, jax.tree_util.keystr(path, simple=True, separator=".")
         )
 
-    return jax.tree_util.tree_map_with_path(one, abstract, logical_axes)
+    return jax.tree_util.tree_map_with_path(shard, abstract, logical_axes)
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:

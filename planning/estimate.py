@@ -183,31 +183,33 @@ def _traffic(
     """The collectives that the mathematics of a step needs."""
     groups = groups_by_axes(mesh)
 
-    def one(kind: str, axis: str, payload: float, times: float) -> Iterator[Collective]:
+    def collect(kind: str, axis: str, payload: float, times: float) -> Iterator[Collective]:
         if mesh.shape[axis] > 1:
             yield Collective(kind, "", round(payload), groups[axis,], (axis,), times)
 
     for size, spec in local:
         axes = {axis for entry in spec for axis in np.atleast_1d(entry or [])}
         if DATA in axes:  # gathered forward and backward, gradients scattered
-            yield from one("all-gather", DATA, size * _width(run), 2 * run.accumulation)
-            yield from one("all-gather", DATA, size * 4, run.accumulation)
+            yield from collect("all-gather", DATA, size * _width(run), 2 * run.accumulation)
+            yield from collect("all-gather", DATA, size * 4, run.accumulation)
         if EXPERT not in axes:
-            yield from one("all-reduce", EXPERT, 4 * size, run.accumulation)
+            yield from collect("all-reduce", EXPERT, 4 * size, run.accumulation)
     passes = (3 if run.execution.remat == "full" else 2) * run.accumulation * run.model.num_periods
     tokens, row = _local_tokens(run), run.model.d_model * _width(run)
     for spec in run.model.pattern:
-        yield from one("all-reduce", TENSOR, tokens * row, 2 * passes)
+        yield from collect("all-reduce", TENSOR, tokens * row, 2 * passes)
         if isinstance(spec.ffn, MoEConfig):
-            yield from _dispatch(run, spec.ffn, one, tokens, row, passes)
+            yield from _dispatch(run, spec.ffn, collect, tokens, row, passes)
 
 
-def _dispatch(run, ffn, one, tokens, row, passes) -> Iterator[Collective]:
+def _dispatch(run, ffn, collect, tokens, row, passes) -> Iterator[Collective]:
     """Tokens to experts and back, for each pass through the layer."""
     execution, shards, top_k = run.execution, run.mesh.expert, ffn.router.top_k
     if execution.transport == "all_to_all":
         rows = rows_per_peer(int(tokens), top_k, execution.capacity_factor, shards) * shards
-        yield from one("all-to-all", EXPERT, rows * row, 2 * passes)
+        yield from collect("all-to-all", EXPERT, rows * row, 2 * passes)
     else:
-        yield from one("all-gather", EXPERT, tokens * row, passes)
-        yield from one("reduce-scatter", EXPERT, tokens * shards * run.model.d_model * 4, passes)
+        yield from collect("all-gather", EXPERT, tokens * row, passes)
+        yield from collect(
+            "reduce-scatter", EXPERT, tokens * shards * run.model.d_model * 4, passes
+        )

@@ -7,7 +7,7 @@ from parallel.topology import Accelerator, compile_only_mesh
 from planning.plan import make_plan
 
 
-def plan_figures(run: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
+def plan_metrics(run: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
     """What a plan says of a training step on one device, as plain numbers.
 
     Raises:

@@ -21,7 +21,7 @@ from infer.steps import StateSize, decode, empty_state, read_prompts
 from model.model_state import state_axes
 from model.transformer import Transformer, abstract_variables
 from parallel.sharding import named_sharding, tree_shardings
-from train.state import plan_state
+from train.state import make_train_setup
 from train.step import make_train_step
 
 Step = Literal["train", "prefill", "decode"]
@@ -97,12 +97,12 @@ def _train(run: RunConfig, mesh: Mesh) -> _Made:
             f"{run.name} learns from a teacher, whose part of the step is not planned: plan the "
             "teacher's run, and the student's with --distill None"
         )
-    trainee = plan_state(run, mesh)
-    state = _placed(trainee.abstract_state, trainee.shardings)
+    setup = make_train_setup(run, mesh)
+    state = _placed(setup.abstract_state, setup.shardings)
     rows = _rows(mesh, (run.batch_size, run.data.seq_len), "the batch")
     batch = dict.fromkeys(("tokens", "targets", "positions"), rows)
     tokens = run.tokens_per_step // run.accumulation
-    return _Made(run, make_train_step(run, trainee), {"state": state, "batch": batch}, tokens)
+    return _Made(run, make_train_step(run, setup), {"state": state, "batch": batch}, tokens)
 
 
 def _prefill(run: RunConfig, mesh: Mesh) -> _Made:

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable
 
 from configs.checks import UserError, require, require_text
-from data.chat import Messages
-from data.public_tokenizer import PublicTokenizer
+from data.tokenizers.chat import Messages
+from data.tokenizers.public_tokenizer import PublicTokenizer
 from infer.chat import chat_ids, fitting
 from infer.generate import generate
 from infer.generation import Generation, OnTokens

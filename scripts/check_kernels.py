@@ -1,6 +1,6 @@
 """Compiles the GPU kernels for sm_80 and sm_90a without a GPU, and holds them to limits.
 
-    make kernels                            what changed since kernels/compiled.json, and a sample
+    make kernels                            what changed since compiled.json, and a sample
     make kernels ARGS=--all                 every case
     make kernels ARGS="--all --write"       and keep the results
     make kernels ARGS=grouped_matmul/int8   the cases whose name begins so
@@ -15,9 +15,9 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.compile_checks import gate, run
+from benchmarks.compile_checks.facts import Facts, compile_case
 from configs.checks import UserError
-from kernels.compile_checks import gate, run
-from kernels.compile_checks.facts import Facts, compile_case
 from scripts import command
 
 

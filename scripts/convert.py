@@ -12,7 +12,7 @@ the whole files of a Hugging Face export and the tensors of a GGUF; --to orbax b
 from pathlib import Path
 from typing import get_args
 
-from checkpoint.storage import ExportDtype
+from checkpoint.export_dtype import ExportDtype
 from infer.convert import Conversion, Form, convert, rounding
 from infer.sources import Source, open_source
 from infer.verify import Comparison, Unreadable, choose_probe, verify

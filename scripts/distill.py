@@ -8,9 +8,9 @@ from pathlib import Path
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from checkpoint.orbax_store import latest_step
 from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run
-from checkpoint.store import latest_step
 from configs.base import RunConfig
 from configs.cli import load_run
 from infer.load import load_model

@@ -1,10 +1,10 @@
 """Runs benchmarks on a trained run and writes its evals.json.
 
     python -m scripts.evaluate runs/v31_nano --tasks stdlib_bpb,line_completion
-    python -m scripts.evaluate runs/smollm2_code --beginning
+    python -m scripts.evaluate runs/smollm2_code --initial
 
-With --beginning it is the trained model the run began with (init.source), upcycled where the run's
-is; evals_beginning.json has the results.
+With --initial it is the trained model the run began with (init.source), upcycled where the run's
+is; evals_initial.json has the results.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from checkpoint.run_directory import read_run
 from evals.run import TASKS, Progress, check_tasks, evaluate
 from evals.tasks.base import Result, Skipped
 from scripts import command
-from scripts.sources import beginning
+from scripts.sources import initial_variables
 from train.progress import ProgressBar
 
 
@@ -25,11 +25,11 @@ def main(argv: list[str]) -> None:
     parser = command.parser(__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a trained run")
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated (default: all)")
-    parser.add_argument("--beginning", action="store_true", help="the weights the run began with")
+    parser.add_argument("--initial", action="store_true", help="the weights the run began with")
     arguments = parser.parse_args(argv)
     names, run_dir = arguments.tasks.split(","), arguments.run_dir
     check_tasks(names)
-    first = beginning(read_run(run_dir), run_dir) if arguments.beginning else None
+    first = initial_variables(read_run(run_dir), run_dir) if arguments.initial else None
     for found in evaluate(run_dir, names, progress_bar, first):
         if isinstance(found, Skipped):
             print(f"{found.task} skipped: {found.reason}", flush=True)

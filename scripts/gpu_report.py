@@ -22,13 +22,13 @@ from typing import Any
 
 import jax
 
+from benchmarks.compile_checks.cases import NAMES
 from benchmarks.gpu import parts, report, tables, training
 from benchmarks.gpu.bounds import print_bounds
 from benchmarks.gpu.environment import missing_packages
 from configs.checks import UserError
-from kernels.compile_checks.cases import NAMES
 from parallel.topology import accelerator_of
-from planning.measured import compared, plan_figures
+from planning.measured import compared, plan_metrics
 from scripts import command
 
 ALL_PARTS = (*parts.SHARES, "plan")
@@ -82,7 +82,7 @@ def _plan(trained: dict[str, Any]) -> dict[str, Any]:
     if accelerator is None:
         return {"failure": f"no data sheet of {trained['card']} is known"}
     try:
-        return plan_figures(training.olmoe_run(), accelerator)
+        return plan_metrics(training.olmoe_run(), accelerator)
     except UserError as error:
         return {"failure": str(error)}
 

@@ -23,7 +23,7 @@ from model.growth import Operator, grow, grown_config
 from planning.available import require_memory
 from scripts import command
 from scripts.arguments import finite
-from scripts.sources import describe_beginning, parent_origin, require_same_tokenizer
+from scripts.sources import describe_initial, parent_origin, require_same_tokenizer
 from scripts.train import describe, finish
 from train.growth import load_grown_optimizer_state
 from train.loop import fit
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     settings = tuple(f"--{name} {getattr(arguments, name)}" for name in names)
     origin = parent_origin(arguments.parent, variables, run, settings)
     if not has_checkpoint(run_dir):
-        describe_beginning(origin)
+        describe_initial(origin)
     options = {"warmup_steps": arguments.warmup, "drop": arguments.drop, "seed": run.seed}
     variables = grow(variables, parent.model, *how, **options)
     opt_state = None

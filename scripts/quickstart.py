@@ -12,7 +12,7 @@ from pathlib import Path
 from configs.base import RunConfig
 from configs.cli import load_run
 from data.pipeline import prepare_corpus
-from evals.compare import complete, contend, print_story, summarize, write_comparison
+from evals.compare import complete, evaluate_run, print_story, summarize, write_comparison
 from evals.held_out import HeldOutLoss
 from scripts import command
 from scripts.distill import teacher_of
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     if results[-1].interrupted is not None:
         print("stopped and saved; the same command goes on from there")
         return 128 + results[-1].interrupted
-    best, learner = (contend(folder, progress_bar) for folder in (teacher_dir, student_dir))
+    best, learner = (evaluate_run(folder, progress_bar) for folder in (teacher_dir, student_dir))
     watch.lap("evaluation")
     completions = complete(teacher_dir, PROMPTS, max_new_tokens=48)
     watch.lap("completions")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data.public_tokenizer import PublicTokenizer
-from data.text_stream import TextStream
+from data.tokenizers.public_tokenizer import PublicTokenizer
+from data.tokenizers.text_stream import TextStream
 from infer.generation import Generation
 from infer.sources import Progress, Source
 from train.progress import ProgressBar

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint.tensor_header import explain_os_errors
 from configs.checks import UserError
+from formats.safetensors.header import explain_os_errors
 from infer.logits import full_logits
 from infer.sources import open_source
 from scripts import command

@@ -5,17 +5,18 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from checkpoint.orbax_store import latest_step
 from checkpoint.provenance import ModelOrigin, read_provenance, weights_fingerprint
 from checkpoint.run_directory import has_checkpoint
-from checkpoint.store import latest_step
 from configs.base import RunConfig
 from configs.checks import UserError, require
 from data.pipeline import prepare_corpus
-from data.tokenizer import vocabulary_difference
+from data.tokenizers.tokenizer import vocabulary_difference
 from infer.sources import Source, open_source
 from model.transformer import Variables
 from scripts.reading import reading
-from train.initial import initial_variables, rows_read
+from train import initial
+from train.initial import rows_read
 
 
 @dataclass
@@ -36,7 +37,8 @@ def initial_weights(run: RunConfig, run_dir: Path) -> InitialWeights:
     """Those of `run.init`; of a run that goes on, their origin, to be compared.
 
     Raises:
-      UserError: as `beginning`; a source that numbers tokens otherwise than the run's corpus.
+      UserError: as `initial_variables`; a source that numbers tokens otherwise than the run's
+        corpus.
     """
     if run.init.source is None:
         return InitialWeights()
@@ -47,11 +49,11 @@ def initial_weights(run: RunConfig, run_dir: Path) -> InitialWeights:
     variables, origin = _read(source)
     if source.kind == "run":
         origin = parent_origin(source.path, variables, run)
-    describe_beginning(origin)
-    return InitialWeights(initial_variables(run, source.config, variables), origin)
+    describe_initial(origin)
+    return InitialWeights(initial.initial_variables(run, source.config, variables), origin)
 
 
-def beginning(run: RunConfig, run_dir: Path | None = None) -> Variables:
+def initial_variables(run: RunConfig, run_dir: Path | None = None) -> Variables:
     """The variables that run.init says.
 
     Args:
@@ -71,7 +73,7 @@ def beginning(run: RunConfig, run_dir: Path | None = None) -> Variables:
             f"{run_dir} began with {known.initial}, and now init.source is {origin}: put the model "
             "back that was there",
         )
-    return initial_variables(run, source.config, variables)
+    return initial.initial_variables(run, source.config, variables)
 
 
 def require_same_tokenizer(run: RunConfig, name: str, theirs: Tokenizer | None) -> None:
@@ -114,7 +116,7 @@ def parent_origin(
     )
 
 
-def describe_beginning(origin: ModelOrigin) -> None:
+def describe_initial(origin: ModelOrigin) -> None:
     """Says what a new run begins with, and which rows it reads."""
     rows = f", reading on after its {origin.rows_read:,} rows" if origin.rows_read else ""
     print(f"beginning with the weights of {origin.name}{rows}", flush=True)

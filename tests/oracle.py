@@ -115,14 +115,14 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong_sink=""
                 if documents[i] != documents[j] or distance < 0:
                     continue
                 is_far = config.window_size is not None and distance >= config.window_size
-                if is_far and positions[j] >= config.num_sinks:
+                if is_far and positions[j] >= config.num_sink_tokens:
                     continue
                 k = rotate(keys[j, group], positions[j], config.rope_base)
                 scores.append(q @ k / np.sqrt(width))
                 values.append(all_values[j, group])
             weights = np.exp(np.array(scores) - max(scores))
             sink = 0.0
-            if config.learned_sinks:
+            if config.sink_logits:
                 own = group if wrong_sink == "of the group" else head
                 sink = np.exp(w["sink_logits"][own] - max(scores))
             weights /= weights.sum() + sink
@@ -173,7 +173,7 @@ def _seen_by_powers(i, config, positions, documents, wrong):
     for j in range(i + 1):
         distance = i - j
         is_seen = distance < config.window_size or distance in powers
-        if documents[i] == documents[j] and (is_seen or positions[j] < config.num_sinks):
+        if documents[i] == documents[j] and (is_seen or positions[j] < config.num_sink_tokens):
             yield j
 
 

@@ -12,8 +12,8 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 
 
 def test_the_house_has_its_rooms():
-    assert {"checkpoint", "configs", "data", "evals", "infer", "kernels"} <= set(PACKAGES)
-    assert {"model", "parallel", "scripts", "train"} <= set(PACKAGES)
+    assert {"checkpoint", "configs", "data", "evals", "formats", "infer"} <= set(PACKAGES)
+    assert {"kernels", "model", "parallel", "scripts", "train"} <= set(PACKAGES)
 
 
 @pytest.mark.parametrize("name", PACKAGES)

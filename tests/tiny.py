@@ -18,7 +18,7 @@ from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 
 def attention(**changes) -> AttentionConfig:
     return dataclasses.replace(
-        AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window_size=12, num_sinks=2),
+        AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window_size=12, num_sink_tokens=2),
         **changes,
     )
 
@@ -34,7 +34,9 @@ def model(**changes) -> ModelConfig:
     """A windowed MoE layer and a global dense one."""
     pattern = (
         LayerSpec(attention=attention(), ffn=moe()),
-        LayerSpec(attention=attention(window_size=None, num_sinks=0), ffn=DenseConfig(d_ff=48)),
+        LayerSpec(
+            attention=attention(window_size=None, num_sink_tokens=0), ffn=DenseConfig(d_ff=48)
+        ),
     )
     base = ModelConfig(vocab_size=300, d_model=32, num_layers=2, pattern=pattern, context_length=64)
     return dataclasses.replace(base, **changes)

@@ -24,9 +24,9 @@ from configs.base import DistillConfig, RunConfig
 from configs.checks import UserError
 from data.packing import PackedRows
 from data.pipeline import prepare_corpus
-from data.tokenizer import fingerprint, vocabulary_difference
+from data.tokenizers.tokenizer import fingerprint, vocabulary_difference
 from model.transformer import Transformer, Variables, hidden_states, output_weights
-from train.loop import Extend, FitResult, OnStep, fit, to_devices
+from train.loop import BatchTransform, FitResult, OnStep, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation
 
 
@@ -77,7 +77,7 @@ def distill(
             "shows it a row without the ones before it: choose a teacher without memory"
         )
 
-    def make_extend(mesh: Mesh) -> Extend:
+    def make_transform(mesh: Mesh) -> BatchTransform:
         teacher = load(mesh)
         origin = ModelOrigin(name=teacher.name, weights=teacher.weights, step=teacher.step)
         confirm_teacher(run_dir, origin)
@@ -94,7 +94,7 @@ def distill(
         run,
         run_dir,
         chunk_loss=make_chunk_loss(config),
-        make_extend=make_extend,
+        make_transform=make_transform,
         objective="distillation",
         on_step=on_step,
     )
@@ -128,7 +128,7 @@ def make_chunk_loss(config: DistillConfig) -> ChunkLoss:
     return functools.partial(loss, temperature=config.temperature, kl_weight=config.kl_weight)
 
 
-def _with_hidden(teacher: Teacher) -> Extend:
+def _with_hidden(teacher: Teacher) -> BatchTransform:
     """Adds the teacher's hidden states; its logits are made chunk by chunk inside the loss."""
 
     @jax.jit
@@ -138,14 +138,14 @@ def _with_hidden(teacher: Teacher) -> Extend:
 
     w_DV = jax.jit(functools.partial(output_weights, teacher.model))(teacher.variables)
 
-    def extend(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def transform(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         hidden_BLD = look(teacher.variables, batch["tokens"], batch["positions"])
         return {**batch, "teacher_hidden": hidden_BLD, "shared": w_DV}
 
-    return extend
+    return transform
 
 
-def _with_top_k(teacher: Teacher, config: DistillConfig) -> Extend:
+def _with_top_k(teacher: Teacher, config: DistillConfig) -> BatchTransform:
     """Adds the teacher's J best tokens at each place and their softened log-probabilities."""
     chunks, top_k = teacher.run.execution.logits_chunks, config.top_k
     assert top_k is not None
@@ -157,7 +157,7 @@ def _with_top_k(teacher: Teacher, config: DistillConfig) -> Extend:
         batch, length, width = hidden_BLD.shape
         pieces = hidden_BLD.reshape(batch, chunks, length // chunks, width).swapaxes(0, 1)
 
-        def one(hidden_BcD):
+        def best_tokens(hidden_BcD):
             logits_BcV = jnp.einsum(
                 "BcD,DV->BcV", hidden_BcD, w_DV, preferred_element_type=jnp.float32
             )
@@ -167,24 +167,24 @@ def _with_top_k(teacher: Teacher, config: DistillConfig) -> Extend:
             )
             return ids, best - log_normaliser
 
-        pieces = jax.lax.map(one, pieces)
+        pieces = jax.lax.map(best_tokens, pieces)
         return tuple(x.swapaxes(0, 1).reshape(batch, length, -1) for x in pieces)
 
-    def extend(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def transform(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         ids, log_probs = look(teacher.variables, batch["tokens"], batch["positions"])
         return {**batch, "teacher_ids": ids, "teacher_log_probs": log_probs}
 
-    return extend
+    return transform
 
 
-def _with_cache(look: Extend, cache: "TopKCache", mesh: Mesh) -> Extend:
+def _with_cache(look: BatchTransform, cache: "TopKCache", mesh: Mesh) -> BatchTransform:
     """Reads the teacher's view of known rows; asks the teacher for the others and keeps the answer.
 
     What is used always went through the cache's number format, so a resumed run sees the same
     values.
     """
 
-    def extend(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def transform(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         rows = np.asarray(batch["row"])
         if not cache.has(rows):
             seen = look(batch)
@@ -194,7 +194,7 @@ def _with_cache(look: Extend, cache: "TopKCache", mesh: Mesh) -> Extend:
         ids, log_probs = cache.read(rows)
         return {**batch, **to_devices({"teacher_ids": ids, "teacher_log_probs": log_probs}, mesh)}
 
-    return extend
+    return transform
 
 
 class TopKCache:

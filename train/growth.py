@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
-from checkpoint.store import restore_variables
+from checkpoint.orbax_store import restore_variables
 from configs.base import RunConfig
 from model.growth import Operator, grow_leaf
 from parallel.mesh import make_mesh
-from train.state import plan_state
+from train.state import make_train_setup
 
 FIRST_MOMENT, SECOND_MOMENT = "mu", "nu"  # optax's names, of Muon's momentum too
 
@@ -38,7 +38,7 @@ def grow_optimizer_state(
     """
     known = {path for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params)}
 
-    def one(path: tuple[Any, ...], x: Any) -> Any:
+    def grow(path: tuple[Any, ...], x: Any) -> Any:
         if isinstance(x, optax.ScaleByScheduleState):
             return x._replace(count=jnp.zeros_like(x.count))
         start = next((i for i in range(len(path)) if path[i:] in known), None)
@@ -57,7 +57,7 @@ def grow_optimizer_state(
     def is_whole(x: Any) -> bool:
         return isinstance(x, optax.ScaleByScheduleState)
 
-    return jax.tree_util.tree_map_with_path(one, opt_state, is_leaf=is_whole)
+    return jax.tree_util.tree_map_with_path(grow, opt_state, is_leaf=is_whole)
 
 
 def load_grown_optimizer_state(
@@ -68,7 +68,7 @@ def load_grown_optimizer_state(
     Raises:
       UserError: no checkpoint, or one that can't be read.
     """
-    state = plan_state(parent, make_mesh(1, 1, 1)).abstract_state
+    state = make_train_setup(parent, make_mesh(1, 1, 1)).abstract_state
     here = SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state.opt_state

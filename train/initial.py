@@ -11,7 +11,7 @@ from configs.checks import UserError, require
 from configs.feed_forward import MoEConfig
 from configs.serialization import differences
 from data.pipeline import Corpus
-from data.tokenizer import fingerprint
+from data.tokenizers.tokenizer import fingerprint
 from model.transformer import Variables
 from model.upcycle import upcycle
 

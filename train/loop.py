@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from checkpoint.orbax_store import CheckpointStore, abstract_like, latest_step
 from checkpoint.provenance import (
     ModelOrigin,
     Objective,
@@ -22,7 +23,6 @@ from checkpoint.provenance import (
     read_provenance,
 )
 from checkpoint.run_directory import open_run_dir, sole_writer
-from checkpoint.store import CheckpointStore, abstract_like, latest_step
 from configs.base import RunConfig
 from configs.checks import require
 from data.inventory import inventory
@@ -33,10 +33,10 @@ from parallel.sharding import partition_spec
 from train.losses import ChunkLoss, cross_entropy
 from train.metrics import Alarms, MetricsLog, TrainingAlarm, logged_num_experts, make_line
 from train.progress import ProgressBar
-from train.state import TrainState, init_state, plan_state
+from train.state import TrainState, init_state, make_train_setup
 from train.step import make_train_step
 
-Extend = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+BatchTransform = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
 """Adds what the objective needs (the teacher's view) to a batch on the devices."""
 
 
@@ -60,7 +60,7 @@ def fit(
     run_dir: Path,
     *,
     chunk_loss: ChunkLoss = cross_entropy,
-    make_extend: Callable[[Mesh], Extend] | None = None,
+    make_transform: Callable[[Mesh], BatchTransform] | None = None,
     objective: Objective = "next_token",
     variables: Variables | None = None,
     opt_state: Any = None,
@@ -75,7 +75,7 @@ def fit(
     run's bit for bit.
 
     Args:
-      make_extend: called with the mesh in use; see Extend.
+      make_transform: called with the mesh in use; see BatchTransform.
       objective: what chunk_loss is; a run goes on with the one it began with.
       variables: what a new run begins with, if not with weights drawn from its seed: those of
         run.init (train/initial.py).
@@ -94,29 +94,31 @@ def fit(
         "give more, or another --run-dir",
     )
     mesh = mesh_of(run)
-    trainee = plan_state(run, mesh)
+    setup = make_train_setup(run, mesh)
     corpus = prepare_corpus(run.data, run.model.vocab_size)
     for sentence in inventory(corpus, run):
         print(sentence, flush=True)
     stated = Provenance(objective=objective, corpus=corpus.fingerprints(), initial=initial)
     with _first_writes(run_dir), jax.set_mesh(mesh), _stop_signals() as stop:
         known = open_run_dir(run, run_dir, stated, corpus)
-        extend = make_extend(mesh) if make_extend else None
-        known = read_provenance(run_dir) or known  # with the teacher that make_extend has noted
+        transform = make_transform(mesh) if make_transform else None
+        known = read_provenance(run_dir) or known  # with the teacher that make_transform has noted
         metadata = checkpoint_metadata(run, known, corpus.tokenizer_path)
         keep = run.checkpoint.keep
         with CheckpointStore(run_dir / "checkpoints", keep=keep, metadata=metadata) as store:
             began = time.monotonic()
             iterator = _batches(run, corpus, known.initial.rows_read if known.initial else 0)
-            state, done = _start(run, trainee, store, iterator, variables, opt_state)
+            state, done = _start(run, setup, store, iterator, variables, opt_state)
             behind = done
             del variables, opt_state  # the state has its own; these may be as large
-            step = make_train_step(run, trainee, chunk_loss)
+            step = make_train_step(run, setup, chunk_loss)
             log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
             alarms = Alarms(run.alarms, logged_num_experts(run.model))
             with contextlib.closing(log), ProgressBar(run.name, total=run.steps, done=done) as bar:
                 while done < run.steps and stop.signal is None:
-                    state, metrics, seconds = _one_step(step, state, next(iterator), mesh, extend)
+                    state, metrics, seconds = _one_step(
+                        step, state, next(iterator), mesh, transform
+                    )
                     done += 1
                     tokens = run.tokens_per_step
                     line = make_line(done, metrics, seconds, run.steps, tokens, run.model)
@@ -171,7 +173,7 @@ def _batches(run: RunConfig, corpus: Corpus, rows_before: int) -> Any:
 
 def _start(
     run: RunConfig,
-    trainee: Any,
+    setup: Any,
     store: CheckpointStore,
     iterator: Any,
     variables: Variables | None,
@@ -184,18 +186,18 @@ def _start(
             f"init.source={run.init.source!r} is read by scripts.train and scripts.upcycle: this "
             "verb begins another way, leave it out",
         )
-        return init_state(trainee, run.seed, variables, opt_state), 0
-    wanted = abstract_like(trainee.abstract_state.to_dict(), trainee.shardings.to_dict())
+        return init_state(setup, run.seed, variables, opt_state), 0
+    wanted = abstract_like(setup.abstract_state.to_dict(), setup.shardings.to_dict())
     state = TrainState(**store.restore(wanted, iterator))
     return state, int(state.step)
 
 
-def _one_step(step, state, batch, mesh, extend):
+def _one_step(step, state, batch, mesh, transform):
     """Runs a step to its end: metrics on the host, and the seconds it took."""
     began = time.monotonic()
     on_devices = to_devices(batch, mesh)
-    if extend is not None:
-        on_devices = extend(on_devices)
+    if transform is not None:
+        on_devices = transform(on_devices)
     state, metrics = step(state, on_devices)
     metrics = jax.device_get(
         metrics

@@ -18,7 +18,7 @@ from configs.architecture import ModelConfig
 from model.balance import RouterStats, load_balance_loss, token_expert_information
 from model.depth import DepthStats
 from model.early_exit import Supervised
-from model.routed_layers import routed_layers
+from model.moe_layers import moe_layers
 
 ChunkLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 """(logits_BcV float32, the chunk's inputs, shared) -> (loss summed over tokens, sums to report)."""
@@ -50,18 +50,18 @@ def _chunked(chunk_loss, hidden_BLD, w_DV, inputs, shared, num_chunks):
     """Without gradients: the sums alone."""
     chunks = _cut((hidden_BLD, inputs), num_chunks)
 
-    def one(_, chunk):
+    def add_loss(_, chunk):
         hidden_BcD, chunk_inputs = chunk
         return None, chunk_loss(_logits(hidden_BcD, w_DV), chunk_inputs, shared)
 
-    return jax.tree.map(lambda sums: sums.sum(axis=0), jax.lax.scan(one, None, chunks)[1])
+    return jax.tree.map(lambda sums: sums.sum(axis=0), jax.lax.scan(add_loss, None, chunks)[1])
 
 
 def _chunked_forward(chunk_loss, hidden_BLD, w_DV, inputs, shared, num_chunks):
     chunks = _cut((hidden_BLD, inputs), num_chunks)
     grad = jax.value_and_grad(chunk_loss, has_aux=True)
 
-    def one(dw_DV, chunk):
+    def add_gradient(dw_DV, chunk):
         hidden_BcD, chunk_inputs = chunk
         sums, dlogits_BcV = grad(_logits(hidden_BcD, w_DV), chunk_inputs, shared)
         dlogits_BcV = dlogits_BcV.astype(w_DV.dtype)
@@ -71,7 +71,7 @@ def _chunked_forward(chunk_loss, hidden_BLD, w_DV, inputs, shared, num_chunks):
         )
         return dw_DV, (sums, dhidden_BcD)
 
-    dw_DV, (sums, dhidden) = jax.lax.scan(one, jnp.zeros(w_DV.shape, jnp.float32), chunks)
+    dw_DV, (sums, dhidden) = jax.lax.scan(add_gradient, jnp.zeros(w_DV.shape, jnp.float32), chunks)
     dhidden_BLD = dhidden.swapaxes(0, 1).reshape(hidden_BLD.shape)
     return jax.tree.map(lambda s: s.sum(axis=0), sums), (dhidden_BLD, dw_DV.astype(w_DV.dtype))
 
@@ -93,11 +93,11 @@ def _logits(hidden_BcD: jax.Array, w_DV: jax.Array) -> jax.Array:
 def _cut(tree: Any, num_chunks: int) -> Any:
     """[B, L, ...] to [N, B, c, ...]."""
 
-    def one(x):
+    def cut(x):
         batch, length = x.shape[:2]
         return x.reshape(batch, num_chunks, length // num_chunks, *x.shape[2:]).swapaxes(0, 1)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(cut, tree)
 
 
 def cross_entropy(
@@ -183,14 +183,14 @@ def _mix(kl_Bc, logits_BcV, inputs, temperature, kl_weight):
 
 
 LayerStats = dict[str, RouterStats]
-"""By name (model/routed_layers.py); every array has dim 0 for the layers of that name."""
+"""By name (model/moe_layers.py); every array has dim 0 for the layers of that name."""
 
 
 def collect_router_stats(sown: dict[str, Any], config: ModelConfig) -> LayerStats:
     """What the MoE layers sowed in one forward pass."""
     return {
         name: layer.stacked(layer.of(sown["router"])["stats"])
-        for name, layer in routed_layers(config).items()
+        for name, layer in moe_layers(config).items()
     }
 
 
@@ -204,7 +204,7 @@ def auxiliary_loss(
         that balance is judged on the batch as far as it is known (Qiu et al. 2025, buffered
         counts).
     """
-    total, layers = jnp.float32(0.0), routed_layers(config)
+    total, layers = jnp.float32(0.0), moe_layers(config)
     for name, layer in stats.items():
         router = layers[name].config.router
         counts = layer.counts_E + earlier_counts[name]
@@ -219,13 +219,13 @@ def auxiliary_loss(
 
 
 def collect_depth_stats(sown: dict[str, Any], config: ModelConfig) -> dict[str, DepthStats]:
-    """What the routed layers of a Mixture-of-Depths sowed, by layer as in LayerStats."""
-    routed = [f"layer_{i}" for i, spec in enumerate(config.pattern) if spec.depth is not None]
-    return {name: sown["router"]["periods"][name]["depth"] for name in routed}
+    """What the depth layers (Mixture-of-Depths) sowed, by layer as in LayerStats."""
+    depth_layers = [f"layer_{i}" for i, spec in enumerate(config.pattern) if spec.depth is not None]
+    return {name: sown["router"]["periods"][name]["depth"] for name in depth_layers}
 
 
 def depth_loss(stats: dict[str, DepthStats], config: ModelConfig) -> jax.Array:
-    """The sum over routed layers of their predictors' weighted cross-entropies."""
+    """The sum over depth layers of their predictors' weighted cross-entropies."""
     total = jnp.float32(0.0)
     for name, layer in stats.items():
         depth = config.pattern[int(name.removeprefix("layer_"))].depth
@@ -235,7 +235,7 @@ def depth_loss(stats: dict[str, DepthStats], config: ModelConfig) -> jax.Array:
 
 
 def exits_loss(
-    judge: Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    loss_fn: Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
     last: jax.Array,
     states_PBLD: jax.Array,
     supervised: Supervised,
@@ -244,7 +244,7 @@ def exits_loss(
     the exits' cross-entropies [K], summed over tokens; 0 in an empty place.
 
     Args:
-      judge: a state [B, L, D] after some period -> its loss and sums to report, as chunked_loss.
+      loss_fn: a state [B, L, D] after some period -> its loss and sums to report, as chunked_loss.
       last: the last layer's loss.
       states_PBLD: the states after each period.
     """
@@ -254,7 +254,7 @@ def exits_loss(
         state_BLD = jax.lax.dynamic_index_in_dim(
             states_PBLD, jnp.maximum(period, 0), keepdims=False
         )
-        loss, sums = judge(state_BLD)
+        loss, sums = loss_fn(state_BLD)
         total += supervised.weights_K[k] * loss
         cross_entropies.append(jnp.where(period >= 0, sums["cross_entropy"], 0.0))
     return total, jnp.stack(cross_entropies)

@@ -23,7 +23,7 @@ from configs.base import AlarmConfig
 from configs.checks import UserError
 from configs.serialization import finite_json
 from model.early_exit import exit_layers
-from model.routed_layers import routed_layers
+from model.moe_layers import moe_layers
 
 LOAD_RECORDS = 200
 """Steps of a run that log every expert's load: enough for a picture, whatever the run's length."""
@@ -133,10 +133,10 @@ def _exits_line(metrics: dict[str, Any], model: ModelConfig) -> Line:
 def _in_layer_order(
     by_name: dict[str, dict[str, Any]], model: ModelConfig
 ) -> list[dict[str, np.ndarray]]:
-    """Figures by name of the layers, stacked over the periods, as one dict per layer of the model
+    """Metrics by name of the layers, stacked over the periods, as one dict per layer of the model
     that has any; multi-token modules come last.
     """
-    host = {n: {k: np.asarray(v) for k, v in figures.items()} for n, figures in by_name.items()}
+    host = {n: {k: np.asarray(v) for k, v in metrics.items()} for n, metrics in by_name.items()}
     pattern = [f"layer_{i}" for i in range(len(model.pattern)) if f"layer_{i}" in host]
     places = [(period, name) for period in range(model.num_periods) for name in pattern]
     places += [(0, name) for name in host if name not in pattern]
@@ -145,7 +145,7 @@ def _in_layer_order(
 
 def logged_num_experts(model: ModelConfig) -> tuple[int, ...]:
     """The experts of each MoE layer, in the order in which the log lists layers."""
-    layers = routed_layers(model).values()
+    layers = moe_layers(model).values()
     period = [layer.config.num_experts for layer in layers if layer.periods is not None]
     modules = [layer.config.num_experts for layer in layers if layer.periods is None]
     return (*(period * model.num_periods), *modules)

@@ -99,9 +99,9 @@ def state_shardings(
     """
     by_path = dict(jax.tree_util.tree_leaves_with_path(shardings))
 
-    def one(path: tuple[Any, ...], _: jax.ShapeDtypeStruct) -> Any:
+    def shard(path: tuple[Any, ...], _: jax.ShapeDtypeStruct) -> Any:
         suffixes = (path[start:] for start in range(len(path)))
         return next((by_path[suffix] for suffix in suffixes if suffix in by_path), replicated)
 
     state = jax.eval_shape(optimizer.init, abstract_params)
-    return jax.tree_util.tree_map_with_path(one, state)
+    return jax.tree_util.tree_map_with_path(shard, state)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with figures on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar with metrics on a terminal, a line now and then elsewhere."""
 
 import contextlib
 import time
@@ -35,12 +35,12 @@ class ProgressBar:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._progress.add_task(title, total=total, completed=done, figures="")
+        self._task = self._progress.add_task(title, total=total, completed=done, metrics="")
 
     def __enter__(self) -> "ProgressBar":
         self._progress.start()
@@ -54,10 +54,10 @@ class ProgressBar:
     ) -> None:
         self._progress.stop()
 
-    def update(self, done: int, figures: str = "") -> None:
-        """Shows that `done` of the total are done, with some figures."""
+    def update(self, done: int, metrics: str = "") -> None:
+        """Shows that `done` of the total are done, with some metrics."""
         self.done = done
-        self._progress.update(self._task, completed=done, figures=figures)
+        self._progress.update(self._task, completed=done, metrics=metrics)
         now = time.monotonic()
         self._first = self._first or (now, done)
         is_due = now - self._last_line >= SECONDS_BETWEEN_LINES or done == self.total
@@ -66,6 +66,6 @@ class ProgressBar:
             began, first = self._first
             rate = (done - first) / max(now - began, 1e-9)
             left = f"  {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
-            line = f"{self.title}: {done}/{self.total} {self.unit}  {figures}{left}"
+            line = f"{self.title}: {done}/{self.total} {self.unit}  {metrics}{left}"
             with contextlib.suppress(BrokenPipeError):  # `| head` must not cost a run its steps
                 print(line, flush=True)

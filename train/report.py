@@ -37,18 +37,18 @@ def write_report(run_dir: Path) -> None:
     """
     lines = read_lines(run_dir / "metrics.jsonl")
     name = printable(run_dir.resolve().name)
-    pictures, figures = [], {"steps": "none are in the log"}
+    pictures, summary = [], {"steps": "none are in the log"}
     if lines:
         load = draw_load(lines)
         pictures = [draw_loss({name: lines}), *([load] if load else [])]
         speed = np.median([line["tokens_per_second"] for line in lines])
-        figures = {
+        summary = {
             "steps": f"{lines[-1]['step']:,}",
             "last loss": f"{lines[-1]['loss']:.4f}",
             "median tokens per second": f"{speed:,.0f}",
         }
     config = json.loads((run_dir / "config.json").read_text())
-    write_page(run_dir, f"Run {name}", [table(figures)], pictures, config)
+    write_page(run_dir, f"Run {name}", [table(summary)], pictures, config)
 
 
 def draw_loss(runs: dict[str, list[Line]]) -> Picture:
@@ -227,7 +227,7 @@ def write_page(
     """
     for picture in pictures:
         (directory / f"{picture.name}.png").write_bytes(picture.png)
-    figures = "".join(
+    plots = "".join(
         f'<figure><img alt="{html.escape(p.caption)}" src="data:image/png;base64,'
         f'{base64.b64encode(p.png).decode()}"><figcaption>{html.escape(p.caption)}</figcaption></figure>'
         for p in pictures
@@ -236,7 +236,7 @@ def write_page(
     page = directory / "report.html"
     page.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(sections)}{figures}"
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(sections)}{plots}"
         f"<details><summary>Settings</summary><pre>{folded}</pre></details></html>\n"
     )
     return page

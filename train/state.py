@@ -41,7 +41,7 @@ class TrainState(struct.PyTreeNode):
         return {name: part for name, part in parts.items() if name != "memory" or part is not None}
 
 
-class Trainee(struct.PyTreeNode):
+class TrainSetup(struct.PyTreeNode):
     """A model, its optimiser, and the shapes and shardings of its state; nothing is allocated."""
 
     model: Transformer = struct.field(pytree_node=False)
@@ -55,7 +55,7 @@ class Trainee(struct.PyTreeNode):
     """Makes the empty memory."""
 
 
-def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Trainee:
+def make_train_setup(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> TrainSetup:
     """The run's model and optimiser, and where each array of its state goes on the mesh.
 
     The mesh is an argument: none need be in use.
@@ -72,7 +72,7 @@ def plan_state(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> Traine
     replicated = NamedSharding(mesh, PartitionSpec())
     begin_memory = partial(init_memory, run.model, run.batch_size, run.execution.compute_dtype)
     memory = jax.eval_shape(begin_memory)
-    return Trainee(
+    return TrainSetup(
         model=model,
         optimizer=optimizer,
         schedule=schedule,
@@ -104,7 +104,7 @@ def _memory_axes(memory: ModelState | None) -> ModelState | None:
 
 
 def init_state(
-    trainee: Trainee, seed: int, variables: Variables | None = None, opt_state: Any = None
+    setup: TrainSetup, seed: int, variables: Variables | None = None, opt_state: Any = None
 ) -> TrainState:
     """These variables, or ones drawn from the seed, and this optimiser state, or a fresh one.
 
@@ -112,19 +112,19 @@ def init_state(
     """
 
     def begin(variables: Variables) -> TrainState:
-        opt_state = trainee.optimizer.init(variables["params"])
+        opt_state = setup.optimizer.init(variables["params"])
         return TrainState(
-            step=jnp.int32(0), **variables, opt_state=opt_state, memory=trainee.begin_memory()
+            step=jnp.int32(0), **variables, opt_state=opt_state, memory=setup.begin_memory()
         )
 
     if variables is None:
         draw = jax.jit(
-            lambda: begin(init_variables(trainee.model, seed)), out_shardings=trainee.shardings
+            lambda: begin(init_variables(setup.model, seed)), out_shardings=setup.shardings
         )
         return draw()
     if opt_state is None:
-        placed = jax.device_put(variables, trainee.shardings.variables)
-        return jax.jit(begin, out_shardings=trainee.shardings)(placed)
+        placed = jax.device_put(variables, setup.shardings.variables)
+        return jax.jit(begin, out_shardings=setup.shardings)(placed)
     state = TrainState(step=jnp.int32(0), **variables, opt_state=opt_state)
     # Copies: training reuses the buffers of its state, and these are the caller's.
-    return jax.device_put(state, trainee.shardings, may_alias=False)
+    return jax.device_put(state, setup.shardings, may_alias=False)

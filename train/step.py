@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from configs.base import RunConfig
-from model.balance import RouterStats, load_figures, merge_stats, updated_state
+from model.balance import RouterStats, load_metrics, merge_stats, updated_state
 from model.depth import DepthStats
 from model.early_exit import supervised_exits
 from model.model_state import ModelState
-from model.routed_layers import RoutedLayer, map_layers, routed_layers
+from model.moe_layers import MoELayer, map_layers, moe_layers
 from model.seeds import seed_key
 from model.transformer import output_weights, training_pass
 from model.warmup import updated_warmup
@@ -33,7 +33,7 @@ from train.losses import (
     exits_loss,
 )
 from train.multi_token import count_ahead, multi_token_loss
-from train.state import Trainee, TrainState
+from train.state import TrainSetup, TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
@@ -41,7 +41,7 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
-    run: RunConfig, trainee: Trainee, chunk_loss: ChunkLoss = cross_entropy
+    run: RunConfig, setup: TrainSetup, chunk_loss: ChunkLoss = cross_entropy
 ) -> TrainStep:
     """A jitted (state, batch) -> (state, metrics); the state's buffers are reused.
 
@@ -58,11 +58,11 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics, stats, memory = _gradients(run, trainee, chunk_loss, state, batch)
-        updates, opt_state = trainee.optimizer.update(grads, state.opt_state, state.params)
+        grads, metrics, stats, memory = _gradients(run, setup, chunk_loss, state, batch)
+        updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.float32(trainee.schedule(state.step)),
+            "learning_rate": jnp.float32(setup.schedule(state.step)),
             "router": {name: _layer_metrics(layer) for name, layer in stats.items()},
         }
         if run.model.early_exit is not None:
@@ -77,11 +77,11 @@ def make_train_step(
         )
         return new_state, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(trainee.shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
 
 
 def _gradients(
-    run: RunConfig, trainee: Trainee, chunk_loss: ChunkLoss, state: TrainState, batch: Batch
+    run: RunConfig, setup: TrainSetup, chunk_loss: ChunkLoss, state: TrainState, batch: Batch
 ) -> tuple[Any, Metrics, LayerStats, ModelState | None]:
     """Gradients of the mean objective over the whole batch plus the auxiliary losses, and the
     memory for the next step.
@@ -94,21 +94,21 @@ def _gradients(
     def loss(params, micro, earlier_counts, depth_key):
         variables = {"params": params, "router_state": state.router_state}
         hidden_BLD, sown, memory = training_pass(
-            trainee.model, variables, micro["tokens"], micro["positions"], state.memory, depth_key
+            setup.model, variables, micro["tokens"], micro["positions"], state.memory, depth_key
         )
-        w_DV = output_weights(trainee.model, variables)
+        w_DV = output_weights(setup.model, variables)
         inputs = {k: v for k, v in micro.items() if k not in ("tokens", "positions")}
 
-        def judge(hidden_BLD):
+        def loss_fn(hidden_BLD):
             return chunked_loss(
                 chunk_loss, hidden_BLD, w_DV, inputs, shared, run.execution.logits_chunks
             )
 
-        objective, sums = judge(hidden_BLD)
+        objective, sums = loss_fn(hidden_BLD)
         if run.model.early_exit is not None:
-            finish = partial(trainee.model.apply, variables, method="finish")
+            finish = partial(setup.model.apply, variables, method="finish")
             objective, exits_K = exits_loss(
-                lambda x_BLD: judge(finish(x_BLD)),
+                lambda x_BLD: loss_fn(finish(x_BLD)),
                 objective,
                 sown["exits"]["periods"]["hidden"],
                 supervised_exits(run.model, state.step),
@@ -174,7 +174,7 @@ def _accumulate(
         x = x.reshape(run.accumulation, x.shape[0] // run.accumulation, *x.shape[1:])
         return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
-    def one(carry, inputs):
+    def accumulate(carry, inputs):
         (grads, counts), (micro, key) = carry, inputs
         new_grads, (sums, stats, _) = grad(params, micro, counts, key)
         counts = {name: counts[name] + layer.counts_E for name, layer in stats.items()}
@@ -182,7 +182,7 @@ def _accumulate(
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     begin = (zeros, _no_counts(run))
-    carry, (sums, stats) = jax.lax.scan(one, begin, (jax.tree.map(cut, rows), keys))
+    carry, (sums, stats) = jax.lax.scan(accumulate, begin, (jax.tree.map(cut, rows), keys))
     sums = jax.tree.map(lambda x: x.sum(axis=0), sums)
     return carry[0], sums, {name: merge_stats(layer) for name, layer in stats.items()}
 
@@ -190,14 +190,14 @@ def _accumulate(
 def _no_counts(run: RunConfig) -> dict[str, jax.Array]:
     return {
         name: jnp.zeros((layer.count, layer.config.num_experts), jnp.int32)
-        for name, layer in routed_layers(run.model).items()
+        for name, layer in moe_layers(run.model).items()
     }
 
 
 def _updated_routers(run: RunConfig, router_state: Any, stats: LayerStats) -> Any:
     """Each layer's router after this step, in the tree of the collection router_state."""
 
-    def one(name: str, layer: RoutedLayer, part: Any) -> Any:
+    def update_layer(name: str, layer: MoELayer, part: Any) -> Any:
         router, part = layer.config.router, layer.stacked(part)
         if router.warmup is None:
             update = jax.vmap(partial(updated_state, config=router))
@@ -206,14 +206,14 @@ def _updated_routers(run: RunConfig, router_state: Any, stats: LayerStats) -> An
         state, warmup = warm(part["state"], part["warmup"], stats[name])
         return layer.unstacked({"state": state, "warmup": warmup})
 
-    return map_layers(run.model, router_state, one)
+    return map_layers(run.model, router_state, update_layer)
 
 
 def _layer_metrics(stats: RouterStats) -> Metrics:
-    """Figures of the layers of one name, [layers] each, and their load [layers, E]."""
+    """Metrics of the layers of one name, [layers] each, and their load [layers, E]."""
     counts, tokens = stats.counts_E, stats.num_tokens
     return {
-        **jax.vmap(load_figures)(counts, tokens)._asdict(),
+        **jax.vmap(load_metrics)(counts, tokens)._asdict(),
         "router_entropy": stats.entropy,
         "overflow_rows": stats.overflow_rows,
         "bytes_moved": stats.bytes_moved,
@@ -222,7 +222,7 @@ def _layer_metrics(stats: RouterStats) -> Metrics:
 
 
 def _depth_metrics(run: RunConfig, depth: dict[str, DepthStats]) -> Metrics:
-    """Figures of each routed layer, [periods] each; over micro-batches they add up to the mean."""
+    """Metrics of each depth layer, [periods] each; over micro-batches they add up to the mean."""
     return {
         name: {
             "chosen_fraction": layer.chosen_fraction / run.accumulation,

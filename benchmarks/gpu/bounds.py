@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.compile_checks import run
 from benchmarks.gpu.roofline import Bound, bound, case_of, work_of
-from kernels.compile_checks import run
 from parallel.topology import A100, H100
 
 

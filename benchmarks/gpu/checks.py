@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.compile_checks.devices import DEVICES, Device
 from benchmarks.gpu import operands as drawn
 from benchmarks.gpu.programs import (
     OURS,
@@ -37,7 +38,6 @@ from benchmarks.gpu.programs import (
 )
 from benchmarks.gpu.roofline import bound, case_of
 from kernels.backend import Target, current_target
-from kernels.compile_checks.devices import DEVICES, Device
 from parallel.topology import H100
 
 LARGEST_ERROR = 0.02

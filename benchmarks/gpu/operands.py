@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.compile_checks import work
 from benchmarks.gpu.roofline import Case
-from kernels.compile_checks import work
 from kernels.grouped_matmul import cases as grouped_cases
 from kernels.grouped_matmul import xla as grouped_xla
 from kernels.grouped_matmul.pallas_triton import swiglu_of_halves
@@ -128,7 +128,7 @@ def _draw_window(case: window_cases.CompiledCase) -> Operands:
     k = _normal(1, (1, case.length, case.num_kv_heads, case.head_dim), dtype)
     v = _normal(2, (1, case.length, case.num_kv_heads, value_dim), dtype)
     positions = jnp.arange(case.length, dtype=jnp.int32)[None]
-    sinks = _normal(3, (case.num_heads,), jnp.float32) if case.learned_sinks else None
+    sinks = _normal(3, (case.num_heads,), jnp.float32) if case.sink_logits else None
     operands = (q, k, v, positions, jnp.zeros_like(positions), sinks)
     if case.kernel == "forward":
         return operands
@@ -136,7 +136,11 @@ def _draw_window(case: window_cases.CompiledCase) -> Operands:
 
 
 def _expect_window(case: window_cases.CompiledCase) -> Callable[..., Any]:
-    reach = {"window_size": case.window_size, "num_sinks": case.num_sinks, "gaps": False}
+    reach = {
+        "window_size": case.window_size,
+        "num_sink_tokens": case.num_sink_tokens,
+        "gaps": False,
+    }
 
     def function(q, k, v, positions, segments, sinks, dout=None):
         def forward(q, k, v):
@@ -181,7 +185,11 @@ def _pool(seed: int, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _expect_paged(case: Any) -> Callable[..., Any]:
-    reach = {"window_size": case.window_size, "num_sinks": case.num_sinks, "sink_logits_H": None}
+    reach = {
+        "window_size": case.window_size,
+        "num_sink_tokens": case.num_sink_tokens,
+        "sink_logits_H": None,
+    }
 
     def function(q, k, v, tables, lengths, k_scales, v_scales):
         scales = {"k_scales_PSG": k_scales, "v_scales_PSG": v_scales}
@@ -207,14 +215,14 @@ def _draw_latent(case: Any) -> Operands:
 
 
 def _expect_latent(case: Any) -> Callable[..., Any]:
-    settings = {"window_size": case.window_size, "num_sinks": case.num_sinks}
+    settings = {"window_size": case.window_size, "num_sink_tokens": case.num_sink_tokens}
     settings["scale"] = (case.nope_head_dim + case.rope_head_dim) ** -0.5
 
     def function(q_latent, q_rope, latent, rope, tables, lengths, scales):
         queries = (q_latent.astype(jnp.float32), q_rope.astype(jnp.float32))
         operands = (*queries, latent, rope, tables, lengths)
         return paged_reference.paged_latent_attention(
-            *operands, latent_scales_PS=scales, **settings
+            *operands, latent_scales_ZS=scales, **settings
         )
 
     return function

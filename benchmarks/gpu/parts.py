@@ -19,12 +19,12 @@ from typing import Any
 
 import jax
 
+from benchmarks.compile_checks.cases import NAMES
 from benchmarks.gpu import ceilings, decoding, training
 from benchmarks.gpu.checks import check_all, is_right
 from benchmarks.gpu.environment import environment
 from benchmarks.gpu.programs import OURS, kind_of
 from kernels.backend import current_target
-from kernels.compile_checks.cases import NAMES
 
 SHARES = {"kernels": 0.5, "training": 0.2, "decoding": 0.3}
 """Of the report's minutes."""

@@ -128,7 +128,7 @@ def _of_window(
 ) -> dict[str, Peer]:
     q, k, v, _, _, _, *dout = operands
     window = None if case.window_size is None else (case.window_size - 1, 0)
-    without = "" if case.num_sinks == 0 and not case.learned_sinks else ", no sinks"
+    without = "" if case.num_sink_tokens == 0 and not case.sink_logits else ", no sinks"
 
     def attention(implementation):
         def run(q, k, v):
@@ -213,7 +213,11 @@ def _of_paged(case: paged_cases.CompiledCase, operands: Operands) -> dict[str, P
 
 
 def _paged_xla(case: paged_cases.CompiledCase) -> Callable[..., Any]:
-    reach = {"window_size": case.window_size, "num_sinks": case.num_sinks, "sink_logits_H": None}
+    reach = {
+        "window_size": case.window_size,
+        "num_sink_tokens": case.num_sink_tokens,
+        "sink_logits_H": None,
+    }
 
     def function(*operands):
         *operands, k_scales, v_scales = operands
@@ -224,12 +228,12 @@ def _paged_xla(case: paged_cases.CompiledCase) -> Callable[..., Any]:
 
 
 def _latent_xla(case: paged_cases.CompiledLatentCase) -> Callable[..., Any]:
-    reach = {"window_size": case.window_size, "num_sinks": case.num_sinks}
+    reach = {"window_size": case.window_size, "num_sink_tokens": case.num_sink_tokens}
     scale = (case.nope_head_dim + case.rope_head_dim) ** -0.5
 
     def function(*operands):
         *operands, scales = operands
-        settings = {"latent_scales_PS": scales, "scale": scale, **reach}
+        settings = {"latent_scales_ZS": scales, "scale": scale, **reach}
         return paged_reference.paged_latent_attention(*operands, **settings)
 
     return function

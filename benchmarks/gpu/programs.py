@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import serialize_executable
 
+from benchmarks.compile_checks.cases import program
+from benchmarks.compile_checks.devices import Device
 from benchmarks.gpu import operands as drawn
 from benchmarks.gpu.peers import peers
 from benchmarks.gpu.roofline import Bound, Case
-from kernels.compile_checks.cases import program
-from kernels.compile_checks.devices import Device
 from kernels.grouped_matmul.cases import CompiledCase as GroupedCase
 from kernels.grouped_matmul.tiles import Tiles
 from kernels.window_attention import pallas_mosaic as window_mosaic

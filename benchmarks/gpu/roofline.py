@@ -5,8 +5,8 @@ A bound, not an estimate: no program is faster, and none of these kernels has be
 
 from dataclasses import dataclass, replace
 
-from kernels.compile_checks import work
-from kernels.compile_checks.work import Work
+from benchmarks.compile_checks import work
+from benchmarks.compile_checks.work import Work
 from kernels.grouped_matmul import cases as grouped_cases
 from kernels.paged_attention import cases as paged_cases
 from kernels.window_attention import cases as window_cases

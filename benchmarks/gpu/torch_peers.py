@@ -61,7 +61,7 @@ def _grouped(torch: Any, case: GroupedCase, operands: Operands) -> dict[str, Cal
 
 
 def _attention(torch: Any, case: WindowCase, operands: Operands) -> dict[str, Callable[[], Any]]:
-    if case.window_size is not None or case.learned_sinks or case.dtype != "bfloat16":
+    if case.window_size is not None or case.sink_logits or case.dtype != "bfloat16":
         return {}
     q, k, v = (torch.from_dlpack(x).transpose(1, 2) for x in operands[:3])
     attend = torch.nn.functional.scaled_dot_product_attention

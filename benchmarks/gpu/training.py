@@ -21,7 +21,7 @@ from configs.feed_forward import MoEConfig, RouterConfig
 from model.flops import training_flops_per_token
 from model.router import route
 from parallel.mesh import make_mesh
-from train.state import init_state, plan_state
+from train.state import init_state, make_train_setup
 from train.step import make_train_step
 
 STEPS = 4
@@ -91,13 +91,13 @@ def measure(run: RunConfig, steps: int, folder: Path | None = None) -> dict[str,
     """
     mesh = make_mesh()
     with jax.set_mesh(mesh):
-        trainee = plan_state(run, mesh)
+        setup = make_train_setup(run, mesh)
         batch = draw_batch(run)
         began = time.monotonic()
-        lowered: Any = make_train_step(run, trainee)
-        step = lowered.lower(trainee.abstract_state, batch).compile()
+        lowered: Any = make_train_step(run, setup)
+        step = lowered.lower(setup.abstract_state, batch).compile()
         compile_seconds = time.monotonic() - began
-        state, metrics = init_state(trainee, run.seed), {}
+        state, metrics = init_state(setup, run.seed), {}
         seconds, losses = [], []
         for _ in range(2 + steps):
             began = time.perf_counter()

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from checkpoint.settings import Settings
-from checkpoint.tables import Row
+from checkpoint.config_reader import Settings
+from checkpoint.weight_map import Row
 from configs.architecture import ModelConfig
 
 
@@ -22,7 +22,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Packed:
-    """What of a family's released files is small floats with scales (checkpoint/storage.py)."""
+    """Tensors that a family releases as small floats with scales (checkpoint/export_dtype.py)."""
 
     dtype: Literal["float8", "mxfp4"]
     names: str
@@ -45,7 +45,7 @@ class GGUF:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A public architecture; see checkpoint/tables.py for how rows read."""
+    """A public architecture; see checkpoint/weight_map.py for how rows read."""
 
     model_type: str
     """config.json's model_type."""

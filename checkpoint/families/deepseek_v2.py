@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from checkpoint import gguf_tables
-from checkpoint.families import latent, parts, rows
+from checkpoint import gguf_weight_maps
+from checkpoint.config_reader import Settings
+from checkpoint.families import config_sections, latent, weight_maps
 from checkpoint.families.base import GGUF, Family
-from checkpoint.settings import Settings
 from configs.architecture import ModelConfig
 from configs.feed_forward import RouterConfig
 
@@ -55,7 +55,7 @@ def read_config(settings: Settings) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    router = parts.the_moe(config).router
+    router = config_sections.the_moe(config).router
     is_sequence = router.sequence_weight > 0
     return {
         **latent.write_model(config),
@@ -71,6 +71,6 @@ DEEPSEEK_V2 = Family(
     read_config=read_config,
     write_config=write_config,
     defaults=DEFAULTS,
-    rows=(*rows.EMBEDDING, *rows.LATENT, *rows.DEEPSEEK_MOE),
-    gguf=GGUF("deepseek2", gguf_tables.DEEPSEEK2),
+    rows=(*weight_maps.EMBEDDING, *weight_maps.LATENT, *weight_maps.DEEPSEEK_MOE),
+    gguf=GGUF("deepseek2", gguf_weight_maps.DEEPSEEK2),
 )

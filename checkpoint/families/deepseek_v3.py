@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from checkpoint import gguf_tables
-from checkpoint.families import latent, parts, rows
+from checkpoint import gguf_weight_maps
+from checkpoint.config_reader import Settings
+from checkpoint.families import config_sections, latent, weight_maps
 from checkpoint.families.base import GGUF, Copy, Family, Packed
-from checkpoint.settings import Settings
 from configs.architecture import ModelConfig
 from configs.feed_forward import RouterConfig
 
@@ -59,7 +59,7 @@ def read_config(settings: Settings) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Other engines choose their router by topk_method and scoring_func."""
-    router = parts.the_moe(config).router
+    router = config_sections.the_moe(config).router
     return {
         **latent.write_model(config),
         "topk_method": "noaux_tc",
@@ -71,8 +71,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 COPIES = (
-    Copy(f"{rows.LAYER}.embed_tokens.weight", of="model.embed_tokens.weight", is_written=True),
-    Copy(f"{rows.LAYER}.shared_head.head.weight", of="lm_head.weight", is_written=True),
+    Copy(
+        f"{weight_maps.LAYER}.embed_tokens.weight", of="model.embed_tokens.weight", is_written=True
+    ),
+    Copy(f"{weight_maps.LAYER}.shared_head.head.weight", of="lm_head.weight", is_written=True),
 )
 """Released multi-token modules repeat the embedding and the output layer that they share."""
 
@@ -93,10 +95,10 @@ DEEPSEEK_V3 = Family(
     read_config=read_config,
     write_config=write_config,
     defaults=DEFAULTS,
-    rows=rows.DEEPSEEK_V3,
+    rows=weight_maps.DEEPSEEK_V3,
     copies=COPIES,
-    multi_token=rows.MULTI_TOKEN,
+    multi_token=weight_maps.MULTI_TOKEN,
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     packed=PACKED,
-    gguf=GGUF("deepseek2", gguf_tables.DEEPSEEK2),
+    gguf=GGUF("deepseek2", gguf_weight_maps.DEEPSEEK2),
 )

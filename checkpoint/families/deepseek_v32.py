@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from checkpoint.families import deepseek_v3, latent, parts, rows
-from checkpoint.settings import Settings
+from checkpoint.config_reader import Settings
+from checkpoint.families import config_sections, deepseek_v3, latent, weight_maps
 from configs.architecture import ModelConfig
 from configs.attention import IndexerConfig, LatentAttentionConfig
 from configs.checks import UserError
@@ -23,7 +23,9 @@ def read_config(settings: Settings) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    attention = parts.the_one([layer.attention for layer in parts.unfolded(config)], "attention")
+    attention = config_sections.the_one(
+        [layer.attention for layer in config_sections.unfolded(config)], "attention"
+    )
     indexer = attention.indexer if isinstance(attention, LatentAttentionConfig) else None
     if indexer is None:
         raise UserError("deepseek_v32 has an indexer, the model has none: use deepseek_v3")
@@ -42,6 +44,6 @@ DEEPSEEK_V32 = dataclasses.replace(
     read_config=read_config,
     write_config=write_config,
     defaults=DEFAULTS,
-    rows=rows.DEEPSEEK_V32,
+    rows=weight_maps.DEEPSEEK_V32,
     gguf=None,
 )

@@ -6,11 +6,11 @@ named here.
 
 from typing import Any
 
-from checkpoint import gguf_tables
-from checkpoint.families import parts, rows
+from checkpoint import gguf_weight_maps
+from checkpoint.config_reader import Settings
+from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family, Packed
-from checkpoint.settings import Settings
-from checkpoint.tables import Row
+from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.checks import UserError
@@ -46,7 +46,7 @@ ROPE = {
 
 
 def read_config(settings: Settings) -> ModelConfig:
-    count = parts.read_num_layers(settings)
+    count = config_sections.read_num_layers(settings)
     kinds = settings.items(
         "layer_types", of=str, default=[WHOLE if i % 2 else WINDOW for i in range(count)]
     )
@@ -59,7 +59,9 @@ def read_config(settings: Settings) -> ModelConfig:
     ffn = MoEConfig(
         num_experts=settings.integer("num_local_experts", "num_experts"),
         d_ff=settings.integer("intermediate_size"),
-        router=parts.read_softmax_router(settings, normalize=True, auxiliary=1e-3, bias=True),
+        router=config_sections.read_softmax_router(
+            settings, normalize=True, auxiliary=1e-3, bias=True
+        ),
         bias=True,
         activation="clamped_swiglu",
         swiglu_limit=settings.number("swiglu_limit", default=7.0),
@@ -69,18 +71,18 @@ def read_config(settings: Settings) -> ModelConfig:
         LayerSpec(attention=_attention(settings, window if kind == WINDOW else None), ffn=ffn)
         for kind in kinds
     ]
-    return parts.read_model(settings, layers, norm_eps=1e-5)
+    return config_sections.read_model(settings, layers, norm_eps=1e-5)
 
 
 def _attention(settings: Settings, window_size: int | None) -> AttentionConfig:
-    return parts.read_grouped_query(
-        settings, rope_base=150_000.0, rope=ROPE, window_size=window_size, learned_sinks=True
+    return config_sections.read_grouped_query(
+        settings, rope_base=150_000.0, rope=ROPE, window_size=window_size, sink_logits=True
     )
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    ffn, windows = parts.the_moe(config), []
-    for layer in parts.unfolded(config):
+    ffn, windows = config_sections.the_moe(config), []
+    for layer in config_sections.unfolded(config):
         if not isinstance(layer.attention, AttentionConfig):
             raise UserError(
                 "gpt-oss has attention.kind='grouped_query', the model has "
@@ -91,20 +93,20 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     attention = config.pattern[0].attention
     assert isinstance(attention, AttentionConfig)
     return {
-        **parts.write_model(config),
-        **parts.write_grouped_query(attention),
-        **parts.write_softmax_router(ffn.router),
+        **config_sections.write_model(config),
+        **config_sections.write_grouped_query(attention),
+        **config_sections.write_softmax_router(ffn.router),
         "num_local_experts": ffn.num_experts,
         "experts_per_token": ffn.router.top_k,
         "intermediate_size": ffn.d_ff,
-        "sliding_window": parts.the_one(sizes, "sliding window") if sizes else 128,
+        "sliding_window": config_sections.the_one(sizes, "sliding window") if sizes else 128,
         "layer_types": [WHOLE if size is None else WINDOW for size in windows],
         "swiglu_limit": ffn.swiglu_limit,
         "swiglu_alpha": ffn.swiglu_alpha,
     }
 
 
-MOE = f"{rows.LAYER}.mlp"
+MOE = f"{weight_maps.LAYER}.mlp"
 
 GPT_OSS = Family(
     model_type="gpt_oss",
@@ -113,9 +115,9 @@ GPT_OSS = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     rows=(
-        *rows.EMBEDDING,
-        *rows.GROUPED_QUERY,
-        Row("layers.*.attention.sink_logits", f"{rows.ATTENTION}.sinks", "h -> h"),
+        *weight_maps.EMBEDDING,
+        *weight_maps.GROUPED_QUERY,
+        Row("layers.*.attention.sink_logits", f"{weight_maps.ATTENTION}.sinks", "h -> h"),
         Row("layers.*.moe.router", f"{MOE}.router.weight", "e d -> d e"),
         Row("layers.*.moe.router_bias", f"{MOE}.router.bias", "e -> e"),
         Row("layers.*.moe.gate_up", f"{MOE}.experts.gate_up_proj", "e d (f i) -> e d i f"),
@@ -133,5 +135,5 @@ GPT_OSS = Family(
             "lm_head",
         ),
     ),
-    gguf=GGUF("gpt-oss", gguf_tables.GPT_OSS),
+    gguf=GGUF("gpt-oss", gguf_weight_maps.GPT_OSS),
 )

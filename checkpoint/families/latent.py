@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from checkpoint.families import parts
-from checkpoint.settings import Settings
+from checkpoint.config_reader import Settings
+from checkpoint.families import config_sections
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import IndexerConfig, LatentAttentionConfig
 from configs.checks import UserError
@@ -25,13 +25,13 @@ def read_model(
         router=router,
     )
     dense = DenseConfig(d_ff=settings.integer("intermediate_size"))
-    count = parts.read_num_layers(settings)
+    count = config_sections.read_num_layers(settings)
     first = settings.integer("first_k_dense_replace", default=0, least=0)
     kinds = [DENSE if i < first else SPARSE for i in range(count)]
     if indexer is not None:  # transformers' DeepseekV32Config, alone, goes by a list
         kinds = _read_kinds(settings, kinds)
     layers = [LayerSpec(attention=attention, ffn=dense if k == DENSE else moe) for k in kinds]
-    return parts.read_model(settings, layers, norm_eps=1e-6)
+    return config_sections.read_model(settings, layers, norm_eps=1e-6)
 
 
 def _read_kinds(settings: Settings, default: list[str]) -> list[str]:
@@ -45,7 +45,7 @@ def _read_kinds(settings: Settings, default: list[str]) -> list[str]:
 
 
 def _read_attention(settings: Settings, indexer: IndexerConfig | None) -> LatentAttentionConfig:
-    base, scaling = parts.read_rope(settings, 10_000.0)
+    base, scaling = config_sections.read_rope(settings, 10_000.0)
     return LatentAttentionConfig(
         num_heads=settings.integer("num_attention_heads"),
         query_rank=settings.integer("q_lora_rank", default=None),
@@ -61,14 +61,14 @@ def _read_attention(settings: Settings, indexer: IndexerConfig | None) -> Latent
 
 
 def write_model(config: ModelConfig) -> dict[str, Any]:
-    layers = parts.unfolded(config)
-    attention = parts.the_one([layer.attention for layer in layers], "attention")
+    layers = config_sections.unfolded(config)
+    attention = config_sections.the_one([layer.attention for layer in layers], "attention")
     if not isinstance(attention, LatentAttentionConfig):
         raise UserError(f"DeepSeek has attention.kind='latent', the model has {attention.kind!r}")
-    moe, dense = parts.the_moe(config), [layer.ffn for layer in config.prefix]
-    width = parts.the_one(dense, "dense layer").d_ff if dense else moe.d_ff
+    moe, dense = config_sections.the_moe(config), [layer.ffn for layer in config.prefix]
+    width = config_sections.the_one(dense, "dense layer").d_ff if dense else moe.d_ff
     return {
-        **parts.write_model(config),
+        **config_sections.write_model(config),
         **_write_attention(attention),
         "intermediate_size": width,
         "first_k_dense_replace": len(config.prefix),
@@ -98,7 +98,7 @@ def _write_attention(attention: LatentAttentionConfig) -> dict[str, Any]:
         "v_head_dim": attention.value_head_dim,
         "attention_bias": attention.bias,
         "rope_interleave": True,
-        **parts.write_rope(attention.rope_base, attention.rope_scaling, is_latent=True),
+        **config_sections.write_rope(attention.rope_base, attention.rope_scaling, is_latent=True),
     }
 
 

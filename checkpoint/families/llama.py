@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from checkpoint import gguf_tables
-from checkpoint.families import parts, rows
+from checkpoint import gguf_weight_maps
+from checkpoint.config_reader import Settings
+from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family
-from checkpoint.settings import Settings
 from configs.architecture import LayerSpec, ModelConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
@@ -26,18 +26,20 @@ def read_config(settings: Settings) -> ModelConfig:
     ffn = DenseConfig(
         d_ff=settings.integer("intermediate_size"), bias=settings.flag("mlp_bias", default=False)
     )
-    layer = LayerSpec(attention=parts.read_grouped_query(settings), ffn=ffn)
-    layers = [layer] * parts.read_num_layers(settings)
-    return parts.read_model(settings, layers, norm_eps=1e-6)
+    layer = LayerSpec(attention=config_sections.read_grouped_query(settings), ffn=ffn)
+    layers = [layer] * config_sections.read_num_layers(settings)
+    return config_sections.read_model(settings, layers, norm_eps=1e-6)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    ffn = parts.the_one([layer.ffn for layer in parts.unfolded(config)], "feed-forward layer")
+    ffn = config_sections.the_one(
+        [layer.ffn for layer in config_sections.unfolded(config)], "feed-forward layer"
+    )
     if not isinstance(ffn, DenseConfig):
         raise UserError("llama has dense layers, the model has experts")
     return {
-        **parts.write_model(config),
-        **parts.write_grouped_query(parts.grouped_query(config)),
+        **config_sections.write_model(config),
+        **config_sections.write_grouped_query(config_sections.grouped_query(config)),
         "intermediate_size": ffn.d_ff,
         "pretraining_tp": 1,
     }
@@ -49,7 +51,7 @@ LLAMA = Family(
     read_config=read_config,
     write_config=write_config,
     defaults=DEFAULTS,
-    rows=(*rows.EMBEDDING, *rows.GROUPED_QUERY, *rows.DENSE),
+    rows=(*weight_maps.EMBEDDING, *weight_maps.GROUPED_QUERY, *weight_maps.DENSE),
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-    gguf=GGUF("llama", gguf_tables.LLAMA),
+    gguf=GGUF("llama", gguf_weight_maps.LLAMA),
 )

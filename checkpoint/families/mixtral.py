@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from checkpoint import gguf_tables
-from checkpoint.families import parts, rows
+from checkpoint import gguf_weight_maps
+from checkpoint.config_reader import Settings
+from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family
-from checkpoint.settings import Settings
-from checkpoint.tables import Row
+from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.feed_forward import MoEConfig
 
@@ -26,24 +26,24 @@ DEFAULTS = {
 
 
 def read_config(settings: Settings) -> ModelConfig:
-    attention = parts.read_grouped_query(
+    attention = config_sections.read_grouped_query(
         settings, rope_base=1e6, window_size=settings.integer("sliding_window", default=None)
     )
     ffn = MoEConfig(
         num_experts=settings.integer("num_local_experts", "num_experts"),
         d_ff=settings.integer("intermediate_size"),
-        router=parts.read_softmax_router(settings, normalize=True, auxiliary=1e-3),
+        router=config_sections.read_softmax_router(settings, normalize=True, auxiliary=1e-3),
     )
-    layers = [LayerSpec(attention=attention, ffn=ffn)] * parts.read_num_layers(settings)
-    return parts.read_model(settings, layers, norm_eps=1e-5)
+    layers = [LayerSpec(attention=attention, ffn=ffn)] * config_sections.read_num_layers(settings)
+    return config_sections.read_model(settings, layers, norm_eps=1e-5)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    attention, ffn = parts.grouped_query(config), parts.the_moe(config)
+    attention, ffn = config_sections.grouped_query(config), config_sections.the_moe(config)
     return {
-        **parts.write_model(config),
-        **parts.write_grouped_query(attention),
-        **parts.write_softmax_router(ffn.router),
+        **config_sections.write_model(config),
+        **config_sections.write_grouped_query(attention),
+        **config_sections.write_softmax_router(ffn.router),
         "num_local_experts": ffn.num_experts,
         "intermediate_size": ffn.d_ff,
         "sliding_window": attention.window_size,
@@ -51,7 +51,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-MOE = f"{rows.LAYER}.block_sparse_moe"
+MOE = f"{weight_maps.LAYER}.block_sparse_moe"
 
 MIXTRAL = Family(
     model_type="mixtral",
@@ -60,10 +60,10 @@ MIXTRAL = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     rows=(
-        *rows.EMBEDDING,
-        *rows.GROUPED_QUERY,
+        *weight_maps.EMBEDDING,
+        *weight_maps.GROUPED_QUERY,
         Row("layers.*.moe.router", f"{MOE}.gate.weight", "e d -> d e"),
-        *rows.experts(f"{MOE}.experts.{{e}}", gate="w1", up="w3", down="w2"),
+        *weight_maps.experts(f"{MOE}.experts.{{e}}", gate="w1", up="w3", down="w2"),
     ),
-    gguf=GGUF("llama", gguf_tables.LLAMA_MOE),
+    gguf=GGUF("llama", gguf_weight_maps.LLAMA_MOE),
 )

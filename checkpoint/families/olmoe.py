@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from checkpoint import gguf_tables
-from checkpoint.families import parts, rows
+from checkpoint import gguf_weight_maps
+from checkpoint.config_reader import Settings
+from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family
-from checkpoint.settings import Settings
-from checkpoint.tables import Row
+from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.feed_forward import MoEConfig
 
@@ -25,25 +25,25 @@ DEFAULTS = {
 
 
 def read_config(settings: Settings) -> ModelConfig:
-    attention = parts.read_grouped_query(
+    attention = config_sections.read_grouped_query(
         settings, qk_norm="all", clip_qkv=settings.number("clip_qkv", default=None)
     )
     normalize = settings.flag("norm_topk_prob", default=False)
     ffn = MoEConfig(
         num_experts=settings.integer("num_experts", "num_local_experts"),
         d_ff=settings.integer("intermediate_size"),
-        router=parts.read_softmax_router(settings, normalize=normalize, auxiliary=1e-2),
+        router=config_sections.read_softmax_router(settings, normalize=normalize, auxiliary=1e-2),
     )
-    layers = [LayerSpec(attention=attention, ffn=ffn)] * parts.read_num_layers(settings)
-    return parts.read_model(settings, layers, norm_eps=1e-5)
+    layers = [LayerSpec(attention=attention, ffn=ffn)] * config_sections.read_num_layers(settings)
+    return config_sections.read_model(settings, layers, norm_eps=1e-5)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    attention, ffn = parts.grouped_query(config), parts.the_moe(config)
+    attention, ffn = config_sections.grouped_query(config), config_sections.the_moe(config)
     return {
-        **parts.write_model(config),
-        **parts.write_grouped_query(attention),
-        **parts.write_softmax_router(ffn.router),
+        **config_sections.write_model(config),
+        **config_sections.write_grouped_query(attention),
+        **config_sections.write_softmax_router(ffn.router),
         "num_experts": ffn.num_experts,
         "intermediate_size": ffn.d_ff,
         "norm_topk_prob": ffn.router.normalize_gates,
@@ -58,12 +58,20 @@ OLMOE = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     rows=(
-        *rows.EMBEDDING,
-        *rows.GROUPED_QUERY,
-        Row("layers.*.attention.q_norm.scale", f"{rows.ATTENTION}.q_norm.weight", "(h c) -> h c"),
-        Row("layers.*.attention.k_norm.scale", f"{rows.ATTENTION}.k_norm.weight", "(h c) -> h c"),
-        rows.ROUTER,
-        *rows.EXPERTS,
+        *weight_maps.EMBEDDING,
+        *weight_maps.GROUPED_QUERY,
+        Row(
+            "layers.*.attention.q_norm.scale",
+            f"{weight_maps.ATTENTION}.q_norm.weight",
+            "(h c) -> h c",
+        ),
+        Row(
+            "layers.*.attention.k_norm.scale",
+            f"{weight_maps.ATTENTION}.k_norm.weight",
+            "(h c) -> h c",
+        ),
+        weight_maps.ROUTER,
+        *weight_maps.EXPERTS,
     ),
-    gguf=GGUF("olmoe", gguf_tables.OLMOE),
+    gguf=GGUF("olmoe", gguf_weight_maps.OLMOE),
 )

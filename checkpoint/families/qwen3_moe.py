@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from checkpoint import gguf_tables
-from checkpoint.families import parts, rows
+from checkpoint import gguf_weight_maps
+from checkpoint.config_reader import Settings
+from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family
-from checkpoint.settings import Settings
-from checkpoint.tables import Row
+from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.feed_forward import DenseConfig, MoEConfig
 
@@ -28,31 +28,34 @@ DEFAULTS = {
 
 def read_config(settings: Settings) -> ModelConfig:
     settings.expect("use_sliding_window", False)
-    attention = parts.read_grouped_query(settings, qk_norm="head")
+    attention = config_sections.read_grouped_query(settings, qk_norm="head")
     normalize = settings.flag("norm_topk_prob", default=False)
     moe = MoEConfig(
         num_experts=settings.integer("num_experts", "num_local_experts"),
         d_ff=settings.integer("moe_intermediate_size"),
-        router=parts.read_softmax_router(settings, normalize=normalize, auxiliary=1e-3),
+        router=config_sections.read_softmax_router(settings, normalize=normalize, auxiliary=1e-3),
     )
     dense = DenseConfig(d_ff=settings.integer("intermediate_size"))
     every = settings.integer("decoder_sparse_step", default=1)
     without = settings.items("mlp_only_layers", of=int, default=[])
     layers = [
         LayerSpec(attention=attention, ffn=dense if i in without or (i + 1) % every else moe)
-        for i in range(parts.read_num_layers(settings))
+        for i in range(config_sections.read_num_layers(settings))
     ]
-    return parts.read_model(settings, layers, norm_eps=1e-6)
+    return config_sections.read_model(settings, layers, norm_eps=1e-6)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    moe, ffns = parts.the_moe(config), [layer.ffn for layer in parts.unfolded(config)]
+    moe, ffns = (
+        config_sections.the_moe(config),
+        [layer.ffn for layer in config_sections.unfolded(config)],
+    )
     dense = [ffn for ffn in ffns if isinstance(ffn, DenseConfig)]
-    width = parts.the_one(dense, "dense layer").d_ff if dense else moe.d_ff
+    width = config_sections.the_one(dense, "dense layer").d_ff if dense else moe.d_ff
     return {
-        **parts.write_model(config),
-        **parts.write_grouped_query(parts.grouped_query(config)),
-        **parts.write_softmax_router(moe.router),
+        **config_sections.write_model(config),
+        **config_sections.write_grouped_query(config_sections.grouped_query(config)),
+        **config_sections.write_softmax_router(moe.router),
         "num_experts": moe.num_experts,
         "moe_intermediate_size": moe.d_ff,
         "intermediate_size": width,
@@ -71,13 +74,13 @@ QWEN3_MOE = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     rows=(
-        *rows.EMBEDDING,
-        *rows.GROUPED_QUERY,
-        Row("layers.*.attention.q_norm.scale", f"{rows.ATTENTION}.q_norm.weight", "c -> c"),
-        Row("layers.*.attention.k_norm.scale", f"{rows.ATTENTION}.k_norm.weight", "c -> c"),
-        *rows.DENSE,
-        rows.ROUTER,
-        *rows.EXPERTS,
+        *weight_maps.EMBEDDING,
+        *weight_maps.GROUPED_QUERY,
+        Row("layers.*.attention.q_norm.scale", f"{weight_maps.ATTENTION}.q_norm.weight", "c -> c"),
+        Row("layers.*.attention.k_norm.scale", f"{weight_maps.ATTENTION}.k_norm.weight", "c -> c"),
+        *weight_maps.DENSE,
+        weight_maps.ROUTER,
+        *weight_maps.EXPERTS,
     ),
-    gguf=GGUF("qwen3moe", gguf_tables.QWEN3_MOE),
+    gguf=GGUF("qwen3moe", gguf_weight_maps.QWEN3_MOE),
 )

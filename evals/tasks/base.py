@@ -20,7 +20,7 @@ class NotApplicable(UserError):
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelUnderTest:
     """A trained model as a task sees it."""
 
     score: Score

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.corpora import name_hash
-from evals.tasks.base import NotApplicable, Result, Subject
+from evals.tasks.base import ModelUnderTest, NotApplicable, Result
 
 NAME, VERSION = "line_completion", 1
 
@@ -37,7 +37,7 @@ class Example:
     """Module, function and line number."""
 
 
-def run(subject: Subject) -> Result:
+def run(subject: ModelUnderTest) -> Result:
     """Share of lines completed exactly, with its binomial standard error.
 
     Raises:
@@ -83,7 +83,7 @@ def begins_line(tokenizer: Tokenizer) -> np.ndarray:
     )
 
 
-def draw_examples(subject: Subject) -> list[Example]:
+def draw_examples(subject: ModelUnderTest) -> list[Example]:
     """The examples, in an order that depends on their places alone."""
     examples = []
     for module, tokens, _ in subject.held_out.documents():

@@ -8,12 +8,12 @@ import lzma
 
 import numpy as np
 
-from evals.tasks.base import Result, Subject
+from evals.tasks.base import ModelUnderTest, Result
 
 NAME, VERSION = "stdlib_bpb", 1
 
 
-def run(subject: Subject) -> Result:
+def run(subject: ModelUnderTest) -> Result:
     """The model's bits per byte; details hold gzip_bpb, xz_bpb and unigram_bpb."""
     files = [(tokens, size) for _, tokens, size in subject.held_out.documents()]
     scores = subject.score([tokens for tokens, _ in files])

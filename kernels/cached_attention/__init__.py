@@ -18,7 +18,7 @@ def cached_attention(
     v_scales_RSG=None,
     tables_RN=None,
     window_size=None,
-    num_sinks=0,
+    num_sink_tokens=0,
     sink_logits_H=None,
     scale=None,
     value_width=None,
@@ -46,7 +46,7 @@ def cached_attention(
     else:
         pos = jnp.broadcast_to(jnp.arange(k.shape[1])[None], k.shape[:2])
     m = (
-        visible(positions_T[:, None], pos, window_size=window_size, num_sinks=num_sinks)
+        visible(positions_T[:, None], pos, window_size=window_size, num_sink_tokens=num_sink_tokens)
         & (positions_T >= 0)[:, None]
     )
     v = jnp.where(m[..., None, None], v, 0)

@@ -79,4 +79,4 @@ def mosaic_is_faster(x_TD: jax.Array, w_EDF: jax.Array, num_rows: int) -> bool:
     if not prefers_mosaic("grouped_matmul/bf16", target):
         return False
     has_many_rows = num_rows >= MOSAIC_ROWS * w_EDF.shape[0]
-    return has_many_rows and pallas_mosaic.lacks(x_TD, w_EDF, target) is None
+    return has_many_rows and pallas_mosaic.unsupported_reason(x_TD, w_EDF, target) is None

@@ -84,13 +84,15 @@ def grouped_matmul(
     Raises:
       NotImplementedError: rows, a format, order of nibbles or size that the kernel lacks.
     """
-    lack = lacks(weight, gated=gated, target=target) or lacks_of_rows(x_TD, target)
-    if lack is not None:
-        raise NotImplementedError(lack)
+    reason = unsupported_reason(weight, gated=gated, target=target) or unsupported_rows_reason(
+        x_TD, target
+    )
+    if reason is not None:
+        raise NotImplementedError(reason)
     return _grouped_matmul(Plan(target, tiles, gated), x_TD, weight, group_sizes_E, rows_R)
 
 
-def lacks(weight: QTensor, *, gated: bool = False, target: Target) -> str | None:
+def unsupported_reason(weight: QTensor, *, gated: bool = False, target: Target) -> str | None:
     """What keeps the kernel from reading the weight, in a sentence; None: nothing."""
     if weight.format == "bf16":
         return "a QTensor of format bf16 has no scales: pass an array instead"
@@ -113,7 +115,7 @@ def lacks(weight: QTensor, *, gated: bool = False, target: Target) -> str | None
     return None
 
 
-def lacks_of_rows(x: Any, target: Target) -> str | None:
+def unsupported_rows_reason(x: Any, target: Target) -> str | None:
     """What keeps the kernel from multiplying rows; None: nothing."""
     if getattr(x, "dtype", None) == jnp.bfloat16 or target.platform == "interpret":
         return None
@@ -128,11 +130,14 @@ def takes_mosaic(x: Any, weight: QTensor, implementation: str, *, gated: bool = 
     op = f"grouped_matmul/{weight.format}"
     if not backend.prefers_mosaic(op, target):
         return False
-    return lacks(weight, gated=gated, target=target) is None and lacks_of_rows(x, target) is None
+    return (
+        unsupported_reason(weight, gated=gated, target=target) is None
+        and unsupported_rows_reason(x, target) is None
+    )
 
 
 def choose_tiles(mean_rows: int, *, gated: bool, target: Target) -> Tiles:
-    """Returns tiles for a group of mean_rows rows, none of which spills (kernels/compiled.json).
+    """Returns tiles for a group of mean_rows rows, none of which spills (compiled.json).
 
     Steps ahead as shared memory allows.
     """

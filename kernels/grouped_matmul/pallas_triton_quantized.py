@@ -76,16 +76,16 @@ def grouped_matmul(
     Raises:
       NotImplementedError: a format, order of nibbles or size of blocks that the kernel lacks.
     """
-    lack = lacks(weight) or lacks_of_rows(x_TD, weight, target)
-    if lack is not None:
-        raise NotImplementedError(lack)
+    reason = unsupported_reason(weight) or unsupported_rows_reason(x_TD, weight, target)
+    if reason is not None:
+        raise NotImplementedError(reason)
     plan = Plan(target, tiles, gated)
     if isinstance(x_TD, ScaledRows):
         return _rows_times_outputs(plan, x_TD, weight, group_sizes_E, rows_R)
     return _grouped_matmul(plan, x_TD, weight, group_sizes_E, rows_R)
 
 
-def lacks(weight: QTensor) -> str | None:
+def unsupported_reason(weight: QTensor) -> str | None:
     """What keeps the kernel from reading the weight, in a sentence; None: nothing."""
     if weight.format == "bf16":
         return "a QTensor of format bf16 has no scales: pass an array instead"
@@ -108,7 +108,9 @@ def lacks(weight: QTensor) -> str | None:
     return None
 
 
-def lacks_of_rows(x: jax.Array | ScaledRows, weight: QTensor, target: Target) -> str | None:
+def unsupported_rows_reason(
+    x: jax.Array | ScaledRows, weight: QTensor, target: Target
+) -> str | None:
     """What keeps the kernel from multiplying rows in fp8; None: nothing."""
     if not isinstance(x, ScaledRows):
         return None

@@ -55,7 +55,7 @@ def grouped_swiglu(
             x_TD, w_gate_up_ED2F, group_sizes_E, rows_R=rows_R, gated=True, target=current_target()
         )
     if is_quantized:
-        is_fused = pallas_triton_quantized.lacks(w_gate_up_ED2F) is None
+        is_fused = pallas_triton_quantized.unsupported_reason(w_gate_up_ED2F) is None
     else:  # the faster product makes up for gate and up that are written out
         num_rows = x_TD.shape[0] if rows_R is None else rows_R.shape[0]
         is_fused = not mosaic_is_faster(x_TD, w_gate_up_ED2F, num_rows)

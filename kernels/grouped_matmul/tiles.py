@@ -60,7 +60,7 @@ class Place(NamedTuple):
 def choose_tiles(
     mean_rows: int, d_in: int, d_out: int, *, target: Target, itemsize: int = 2, gated: bool = False
 ) -> Tiles:
-    """Returns tiles for a group of mean_rows rows, none of which spills (kernels/compiled.json).
+    """Returns tiles for a group of mean_rows rows, none of which spills (compiled.json).
 
     Few rows are a matter of reading weights: tiles that waste few rows, and deep steps. Many are a
     matter of tensor cores, which Hopper feeds from 64 rows on.

@@ -35,7 +35,7 @@ def is_available() -> bool:
     return _library() is not None
 
 
-def serves(x: jax.Array) -> bool:
+def is_used_for(x: jax.Array) -> bool:
     """Whether a program for the CPU would use these kernels on x, of which they take float32.
 
     Where the CPU is not what this process computes on, nobody is told that they are missing.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kernels.backend import current_target, takes_triton
 from kernels.paged_attention import pallas_triton, reference
-from kernels.paged_attention.parts import lacks
+from kernels.paged_attention.parts import unsupported_reason
 
 Implementation = Literal["auto", "xla", "triton"]
 
@@ -26,14 +26,14 @@ def paged_attention(
     k_scales_PSG: jax.Array | None = None,
     v_scales_PSG: jax.Array | None = None,
     window_size: int | None = None,
-    num_sinks: int = 0,
+    num_sink_tokens: int = 0,
     sink_logits_H: jax.Array | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Returns the attention of the last position of each sequence over its pages, [B, H, W].
 
     Position p of a sequence lies in page tables[p // S] at p % S. The query is at lengths - 1 and
-    sees positions within the window, itself included, and the first num_sinks: as in
+    sees positions within the window, itself included, and the first num_sink_tokens: as in
     `window_attention`, with the same heads, scale and sinks.
 
     Args:
@@ -60,9 +60,13 @@ def paged_attention(
     check_scales(v_pages_PSGW, v_scales_PSG)
     operands = (q_BHC, k_pages_PSGC, v_pages_PSGW, tables_BN, lengths_B.astype(jnp.int32))
     scales = {"k_scales_PSG": k_scales_PSG, "v_scales_PSG": v_scales_PSG}
-    reach = {"window_size": window_size, "num_sinks": num_sinks, "sink_logits_H": sink_logits_H}
+    reach = {
+        "window_size": window_size,
+        "num_sink_tokens": num_sink_tokens,
+        "sink_logits_H": sink_logits_H,
+    }
     size, widths = k_pages_PSGC.shape[1], (q_BHC.shape[-1], v_pages_PSGW.shape[3])
-    can_read = lacks(size, *widths) is None
+    can_read = unsupported_reason(size, *widths) is None
     if takes_triton(implementation) and (can_read or implementation == "triton"):
         target = current_target()
         return pallas_triton.paged_attention(*operands, **scales, **reach, target=target)

@@ -22,11 +22,11 @@ from kernels.paged_attention.parts import (
     Sums,
     Walk,
     added,
-    lacks,
     num_parts,
     read,
     softmax_over,
     sums_shapes,
+    unsupported_reason,
     wide,
     widened,
     write_sums,
@@ -47,7 +47,7 @@ def paged_attention(
     k_scales_PSG: jax.Array | None = None,
     v_scales_PSG: jax.Array | None = None,
     window_size: int | None,
-    num_sinks: int,
+    num_sink_tokens: int,
     sink_logits_H: jax.Array | None = None,
     target: Target,
 ) -> jax.Array:
@@ -56,12 +56,12 @@ def paged_attention(
     Raises:
       NotImplementedError: pages of a size that the kernel lacks.
     """
-    lack = lacks(k_pages_PSGC.shape[1], q_BHC.shape[-1], v_pages_PSGW.shape[-1])
-    if lack is not None:
-        raise NotImplementedError(lack)
+    reason = unsupported_reason(k_pages_PSGC.shape[1], q_BHC.shape[-1], v_pages_PSGW.shape[-1])
+    if reason is not None:
+        raise NotImplementedError(reason)
     (batch, heads, _), (_, size, kv_heads, width) = q_BHC.shape, v_pages_PSGW.shape
     parts = num_parts(PROGRAMS, batch * kv_heads, tables_BN.shape[1])
-    walk = Walk(size, size, window_size, num_sinks, parts)
+    walk = Walk(size, size, window_size, num_sink_tokens, parts)
     run = backend.triton_call(
         functools.partial(_kernel, walk=walk),
         name="paged_attention" if k_scales_PSG is None else "paged_attention_int8",

@@ -30,7 +30,7 @@ class Walk(NamedTuple):
     block_size: int
     """Positions at a time, which divide a page."""
     window_size: int | None
-    num_sinks: int
+    num_sink_tokens: int
     parts: int
 
 
@@ -48,7 +48,7 @@ Look = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Summed]]
 weights [R, S] that sums the values, [R, W]."""
 
 
-def lacks(page_size: int, *widths: int) -> str | None:
+def unsupported_reason(page_size: int, *widths: int) -> str | None:
     """What keeps the kernels from reading such pages, in a sentence; None: nothing."""
     if page_size < 16 or page_size & (page_size - 1):
         return f"page_size={page_size} must be a power of two from 16 on for the Triton kernel"
@@ -108,7 +108,7 @@ def softmax_over(
       shape: (R, W).
     """
     length, size = lengths_B[batch], walk.block_size
-    reach = {"window_size": walk.window_size, "num_sinks": walk.num_sinks}
+    reach = {"window_size": walk.window_size, "num_sink_tokens": walk.num_sink_tokens}
     sink_blocks, first_block, count = _seen_blocks(length, size, **reach)
     per_part, _ = divide(count + walk.parts - 1, walk.parts)
 
@@ -140,13 +140,13 @@ def _in_page(block: jax.Array, walk: Walk) -> tuple[jax.Array, Any]:
     return page, in_page * walk.block_size
 
 
-def _seen_blocks(length, size, window_size, num_sinks):
+def _seen_blocks(length, size, window_size, num_sink_tokens):
     """Blocks that are seen: how many with sinks before the window's, the window's first, all."""
     end, _ = divide(length + size - 1, size)
     if window_size is None:
         return jnp.int32(0), jnp.int32(0), end
     first, _ = divide(jnp.maximum(length - window_size, 0), size)
-    sinks = jnp.minimum(-(-num_sinks // size), first)
+    sinks = jnp.minimum(-(-num_sink_tokens // size), first)
     return sinks, first, end - first + sinks
 
 

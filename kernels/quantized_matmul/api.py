@@ -106,31 +106,33 @@ def _run(
             f"activations='int8' needs weights in blocks, {weights[0].format} has none"
         )
     if implementation == "mosaic":
-        target, lack = require_mosaic(), _lacks_kernel(weights, activations)
-        if lack is not None:
-            raise NotImplementedError(lack)
+        target, reason = require_mosaic(), _unsupported_reason(weights, activations)
+        if reason is not None:
+            raise NotImplementedError(reason)
         return pallas_mosaic_quantized.grouped_matmul(
             x_RK, weights[0], group_sizes_E, target=target
         )
-    if _lacks_kernel(weights, activations) is None and pallas_mosaic_quantized.takes_mosaic(
+    if _unsupported_reason(weights, activations) is None and pallas_mosaic_quantized.takes_mosaic(
         x_RK, weights[0], implementation
     ):
         return pallas_mosaic_quantized.grouped_matmul(
             x_RK, weights[0], group_sizes_E, target=current_target()
         )
     if takes_triton(implementation):
-        lack = _lacks_kernel(weights, activations) or pallas_triton_quantized.lacks(weights[0])
-        if lack is None:
+        reason = _unsupported_reason(
+            weights, activations
+        ) or pallas_triton_quantized.unsupported_reason(weights[0])
+        if reason is None:
             return pallas_triton_quantized.grouped_matmul(
                 x_RK, weights[0], group_sizes_E, target=current_target()
             )
         if implementation == "triton":
-            raise NotImplementedError(lack)
-    lack = cpu.why_not(x_RK, *weights)
+            raise NotImplementedError(reason)
+    reason = cpu.unsupported_reason(x_RK, *weights)
     native_one = partial(functions["cpu"], round_x=activations == "int8")
     if implementation == "cpu":
-        if lack is not None:
-            raise NotImplementedError(f"the CPU kernels can't multiply this: {lack}")
+        if reason is not None:
+            raise NotImplementedError(f"the CPU kernels can't multiply this: {reason}")
         return native_one(x_RK, *weights, group_sizes_E)
     plain = functions["xla" if implementation == "auto" else implementation]
 
@@ -139,14 +141,14 @@ def _run(
         x_RK = reference.round_rows(x_RK, block_size) if activations == "int8" else x_RK
         return plain(x_RK, *rest)
 
-    if implementation == "auto" and lack is None and native.serves(x_RK):
+    if implementation == "auto" and reason is None and native.is_used_for(x_RK):
         return lax.platform_dependent(
             x_RK, *weights, group_sizes_E, cpu=native_one, default=rounding
         )
     return rounding(x_RK, *weights, group_sizes_E)
 
 
-def _lacks_kernel(weights: tuple[QTensor, ...], activations: Activations) -> str | None:
+def _unsupported_reason(weights: tuple[QTensor, ...], activations: Activations) -> str | None:
     """What keeps GPU kernels from this product, in a sentence; None: nothing."""
     if len(weights) > 1:
         return "GPU kernels take gate and up as one weight: grouped_matmul.grouped_swiglu"

@@ -15,7 +15,7 @@ LARGEST_BLOCK = 1 << 16
 """Inputs whose products of bytes, 128 * 255 at most, 32 bits can add up."""
 
 
-def why_not(x: jax.Array, *weights: QTensor) -> str | None:
+def unsupported_reason(x: jax.Array, *weights: QTensor) -> str | None:
     """What these operands lack for the native kernels; None where they can be multiplied."""
     if x.dtype != jnp.float32:
         return f"x is {x.dtype}, they take float32"

@@ -22,14 +22,14 @@ def power_attention(
     segments_BL: jax.Array,
     *,
     window_size: int,
-    num_sinks: int,
+    num_sink_tokens: int,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Returns causal attention over a window, powers of two and sinks, [B, L, H, W].
 
     A row at position i sees those of its segment at i - j for 0 <= j < window_size, at i - 2^p for
-    every p >= 0, and at positions below num_sinks (LogSparse, Li et al. 2019, with a window and
-    StreamingLLM's sinks): see `num_edges`. Head h uses key/value head h // (H / G). Scores are
+    every p >= 0, and at positions below num_sink_tokens (LogSparse, Li et al. 2019, with a window
+    and StreamingLLM's sinks): see `num_edges`. Head h uses key/value head h // (H / G). Scores are
     divided by sqrt(C).
 
     Args:
@@ -54,7 +54,7 @@ def power_attention(
         positions_BL,
         segments_BL,
         window_size=window_size,
-        num_sinks=num_sinks,
+        num_sink_tokens=num_sink_tokens,
     )
 
 

@@ -30,7 +30,7 @@ def cached_power_attention(
     slot_positions_BS: jax.Array,
     *,
     window_size: int,
-    num_sinks: int,
+    num_sink_tokens: int,
 ) -> jax.Array:
     """`power_attention` of the new tokens over the cache, [B, L, H, W].
 
@@ -39,7 +39,7 @@ def cached_power_attention(
       slot_positions_BS: int32, the slot's number, or -1 where it is empty.
     """
     slots = k_BSGC.shape[1]
-    window_size, num_sinks = min(window_size, slots), min(num_sinks, slots)
+    window_size, num_sink_tokens = min(window_size, slots), min(num_sink_tokens, slots)
     powers = np.array(powers_of_two(window_size, slots), np.int32)
 
     def block(q_BGRMC: jax.Array, positions_BM: jax.Array) -> jax.Array:
@@ -48,21 +48,23 @@ def cached_power_attention(
         slots_BS = first_B1 + jnp.arange(count)[None]
         k_BGSC, v_BGSW = _at(k_BSGC, slots_BS), _at(v_BSGW, slots_BS)
         k_position_BS = _positions_at(slot_positions_BS, slots_BS)
-        reach = {"window_size": window_size, "num_sinks": num_sinks}
+        reach = {"window_size": window_size, "num_sink_tokens": num_sink_tokens}
         is_seen_BMS = visible(positions_BM[:, :, None], k_position_BS[:, None], **reach)
-        if num_sinks:
-            sink_BX = slot_positions_BS[:, :num_sinks]
+        if num_sink_tokens:
+            sink_BX = slot_positions_BS[:, :num_sink_tokens]
             sink_BX = jnp.where(sink_BX < first_B1, sink_BX, -1)
             is_sink_BMX = visible(positions_BM[:, :, None], sink_BX[:, None], **reach)
             is_seen_BMS = jnp.concatenate([is_seen_BMS, is_sink_BMX], axis=-1)
-            k_sink, v_sink = (x[:, :num_sinks].transpose(0, 2, 1, 3) for x in (k_BSGC, v_BSGW))
+            k_sink, v_sink = (
+                x[:, :num_sink_tokens].transpose(0, 2, 1, 3) for x in (k_BSGC, v_BSGW)
+            )
             k_BGSC = jnp.concatenate([k_BGSC, k_sink], axis=2)
             v_BGSW = jnp.concatenate([v_BGSW, v_sink], axis=2)
         bias_BMS = jnp.where(is_seen_BMS, 0.0, MASKED)
         if not len(powers):
             return attend(q_BGRMC, k_BGSC, v_BGSW, bias_BMS, None)[0]
         slots_BMP = positions_BM[:, :, None] - powers[None, None]
-        slots_BMP = jnp.where(slots_BMP >= num_sinks, slots_BMP, -1)
+        slots_BMP = jnp.where(slots_BMP >= num_sink_tokens, slots_BMP, -1)
         batch, tokens, far = slots_BMP.shape
         flat_BS = slots_BMP.reshape(batch, tokens * far)
         is_far_BMP = _positions_at(slot_positions_BS, flat_BS).reshape(slots_BMP.shape) >= 0
@@ -107,7 +109,7 @@ def cached_summary_attention(
         k_BGSC, v_BGSW = _at(k_BSGC, slots_BS), _at(v_BSGW, slots_BS)
         k_position_BS = _positions_at(slot_positions_BS, slots_BS)
         is_seen_BMS = visible(
-            positions_BM[:, :, None], k_position_BS[:, None], window_size=None, num_sinks=0
+            positions_BM[:, :, None], k_position_BS[:, None], window_size=None, num_sink_tokens=0
         )
         is_seen_BMS &= own_BM[:, :, None] - k_position_BS[:, None] // block_size <= near
         bias_BMS = jnp.where(is_seen_BMS, 0.0, MASKED)

@@ -17,25 +17,27 @@ def powers_of_two(least: int, below: int) -> list[int]:
     return [1 << p for p in range(max(below - 1, 0).bit_length()) if 1 << p >= least]
 
 
-def num_edges(length: int, window_size: int, num_sinks: int) -> int:
+def num_edges(length: int, window_size: int, num_sink_tokens: int) -> int:
     """Pairs of query and key in one document: for the query at position i the window, the powers of
     two up to i and the sinks, each key counted once; at most w + floor(log2 i) + 1 + g.
     """
     edges = 0
     for i in range(length):
         first_near = max(i - window_size + 1, 0)
-        sinks = min(num_sinks, first_near)
-        far = [d for d in powers_of_two(window_size, i + 1) if i - d >= num_sinks]
+        sinks = min(num_sink_tokens, first_near)
+        far = [d for d in powers_of_two(window_size, i + 1) if i - d >= num_sink_tokens]
         edges += i + 1 - first_near + sinks + len(far)
     return edges
 
 
 def seen_by_power_attention(
-    q_positions: jax.Array, k_positions: jax.Array, *, window_size: int, num_sinks: int
+    q_positions: jax.Array, k_positions: jax.Array, *, window_size: int, num_sink_tokens: int
 ) -> jax.Array:
-    """Whether a query at position i sees a key at j: i - j < w, i - j = 2^p, or j < num_sinks."""
+    """Whether a query at i sees a key at j: i - j < w, i - j = 2^p, or j < num_sink_tokens."""
     distance = q_positions - k_positions
-    near = visible(q_positions, k_positions, window_size=window_size, num_sinks=num_sinks)
+    near = visible(
+        q_positions, k_positions, window_size=window_size, num_sink_tokens=num_sink_tokens
+    )
     is_power = (distance > 0) & ((distance & (distance - 1)) == 0)
     return near | (is_power & (k_positions >= 0))
 
@@ -48,14 +50,14 @@ def power_attention(
     segments_BL: jax.Array,
     *,
     window_size: int,
-    num_sinks: int,
+    num_sink_tokens: int,
 ) -> jax.Array:
     """Returns softmax(q k^T / sqrt(C)) v over the visible keys of the segment, [B, L, H, W]."""
     mask_BLS = seen_by_power_attention(
         positions_BL[:, :, None],
         positions_BL[:, None, :],
         window_size=window_size,
-        num_sinks=num_sinks,
+        num_sink_tokens=num_sink_tokens,
     )
     mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
     return masked_attention(q_BLHC, k_BLGC, v_BLGW, mask_BLS)

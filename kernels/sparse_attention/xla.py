@@ -34,7 +34,7 @@ def power_attention(
     segments_BL: jax.Array,
     *,
     window_size: int,
-    num_sinks: int,
+    num_sink_tokens: int,
 ) -> jax.Array:
     """Returns attention over the window, powers of two and sinks, [B, L, H, W]."""
     length, heads = q_BLHC.shape[1:3]
@@ -53,11 +53,11 @@ def power_attention(
         q_position_NBM[..., :, None],
         k_position_NBS[..., None, :],
         window_size=window_size,
-        num_sinks=num_sinks,
+        num_sink_tokens=num_sink_tokens,
     )
     k_NBGSC, v_NBGSW = (_with_before(_blocks(x, block), near) for x in (k_BLGC, v_BLGW))
-    if num_sinks and near < len(q_position_NBM) - 1:
-        rows_BNX, is_sink_NBMX = _sinks(positions_BL, segments_BL, block, near, num_sinks)
+    if num_sink_tokens and near < len(q_position_NBM) - 1:
+        rows_BNX, is_sink_NBMX = _sinks(positions_BL, segments_BL, block, near, num_sink_tokens)
         k_NBGSC = jnp.concatenate([k_NBGSC, _rows_of_blocks(k_BLGC, rows_BNX)], axis=3)
         v_NBGSW = jnp.concatenate([v_NBGSW, _rows_of_blocks(v_BLGW, rows_BNX)], axis=3)
         is_near_NBMS = jnp.concatenate([is_near_NBMS, is_sink_NBMX], axis=-1)
@@ -67,7 +67,7 @@ def power_attention(
     if not powers:
         out_NBGRMW, _ = _looped(q_NBGRMC, k_NBGSC, v_NBGSW, bias_NBMS, None)
         return _unblocked(out_NBGRMW, length, heads)
-    far_BLGRP = _far_scores(q_BLGRC, k_BLGC, positions_BL, segments_BL, powers, num_sinks)
+    far_BLGRP = _far_scores(q_BLGRC, k_BLGC, positions_BL, segments_BL, powers, num_sink_tokens)
     far_NBGRMP = _blocks(far_BLGRP, block)
     out_NBGRMW, weights_NBGRMP = _looped(q_NBGRMC, k_NBGSC, v_NBGSW, bias_NBMS, far_NBGRMP)
     assert weights_NBGRMP is not None
@@ -97,7 +97,10 @@ def summary_attention(
         positions_BL, segments_BL, block_size, near
     )
     is_near_NBMS = is_same_NBMS & visible(
-        q_position_NBM[..., :, None], k_position_NBS[..., None, :], window_size=None, num_sinks=0
+        q_position_NBM[..., :, None],
+        k_position_NBS[..., None, :],
+        window_size=None,
+        num_sink_tokens=0,
     )
     bias_NBMS = jnp.where(is_near_NBMS, 0.0, MASKED)
     k_NBGMC, v_NBGMW = _blocks(k_BLGC, block_size), _blocks(v_BLGW, block_size)
@@ -223,7 +226,7 @@ def _rows_of_blocks(x_BLGC: jax.Array, rows_BNX: jax.Array) -> jax.Array:
 # --- What lies beyond the near blocks -------------------------------------------------------------
 
 
-def _sinks(positions_BL, segments_BL, block, near, num_sinks):
+def _sinks(positions_BL, segments_BL, block, near, num_sink_tokens):
     """Rows of each block's sinks [B, N, X], and which of its rows see them, [N, B, M, X].
 
     Only documents that begin before the block's first key have sinks that are not among its keys,
@@ -232,7 +235,9 @@ def _sinks(positions_BL, segments_BL, block, near, num_sinks):
     blocks = positions_BL.shape[1] // block
     first_N = (np.arange(blocks) - near) * block
     at_N = np.maximum(first_N, 0)
-    rows_BNX = at_N[None, :, None] - positions_BL[:, at_N, None] + np.arange(num_sinks)[None, None]
+    rows_BNX = (
+        at_N[None, :, None] - positions_BL[:, at_N, None] + np.arange(num_sink_tokens)[None, None]
+    )
     exists_BNX = (rows_BNX >= 0) & (rows_BNX < first_N[None, :, None])
     exists_BNX &= (positions_BL[:, at_N] >= 0)[:, :, None]
     rows_BNX = jnp.clip(rows_BNX, 0, positions_BL.shape[1] - 1)
@@ -246,14 +251,14 @@ def _sinks(positions_BL, segments_BL, block, near, num_sinks):
     return rows_BNX, is_same_NBMX & exists_NBX[:, :, None] & is_token_NBM[..., None]
 
 
-def _far_scores(q_BLGRC, k_BLGC, positions_BL, segments_BL, powers, num_sinks):
+def _far_scores(q_BLGRC, k_BLGC, positions_BL, segments_BL, powers, num_sink_tokens):
     """Scores of the keys at each power of two beyond the window, float32 [B, L, G, R, P].
 
     Sinks are left out: they stand beside the near keys.
     """
     scores, length = [], q_BLGRC.shape[1]
     for d in powers:
-        is_seen_BL = positions_BL[:, d:] - d >= num_sinks
+        is_seen_BL = positions_BL[:, d:] - d >= num_sink_tokens
         is_seen_BL &= segments_BL[:, d:] == segments_BL[:, : length - d]
         k_BLG1C = k_BLGC[:, : length - d, :, None].astype(jnp.float32)
         score_BLGR = (q_BLGRC[:, d:].astype(jnp.float32) * k_BLG1C).sum(axis=-1)

@@ -23,7 +23,7 @@ def window_attention(
     segments_BL: jax.Array,
     *,
     window_size: int | None,
-    num_sinks: int,
+    num_sink_tokens: int,
     sink_logits_H: jax.Array | None = None,
     gaps: bool = False,
     implementation: Implementation = "auto",
@@ -31,7 +31,7 @@ def window_attention(
     """Returns causal attention of each row over the rows of its own segment, [B, L, H, W].
 
     A row at position i sees those at j with 0 <= i - j < window_size, and the segment's first
-    num_sinks. Head h uses key/value head h // (H / G). Scores are divided by sqrt(C).
+    num_sink_tokens. Head h uses key/value head h // (H / G). Scores are divided by sqrt(C).
 
     Args:
       q_BLHC: float [B, L, H, C].
@@ -43,7 +43,7 @@ def window_attention(
         (the tokens that a layer of a Mixture-of-Depths works on).
       segments_BL: int32, equal for the rows of one document, which must be contiguous.
       window_size: rows visible to a query, itself included; None means all before it.
-      num_sinks: first positions of a segment that stay visible; 0 without a window.
+      num_sink_tokens: first positions of a segment that stay visible; 0 without a window.
       sink_logits_H: float32 [H], a logit of each query head that joins its softmax and has no value
         (gpt-oss, 2025); None for none.
       implementation: "reference" makes the whole [L, L] score matrix; "xla" skips blocks of keys
@@ -58,7 +58,11 @@ def window_attention(
     """
     _check(q_BLHC, k_BLGC, v_BLGW, sink_logits_H)
     rows = (q_BLHC, k_BLGC, v_BLGW, positions_BL, segments_BL)
-    reach = {"window_size": window_size, "num_sinks": num_sinks, "sink_logits_H": sink_logits_H}
+    reach = {
+        "window_size": window_size,
+        "num_sink_tokens": num_sink_tokens,
+        "sink_logits_H": sink_logits_H,
+    }
     if implementation == "reference":  # goes by the values of positions alone
         return reference.window_attention(*rows, **reach)
     if implementation == "cpu" and q_BLHC.dtype != jnp.float32:
@@ -67,11 +71,11 @@ def window_attention(
         return pallas_mosaic.window_attention(*rows, **reach, target=require_mosaic())
     if takes_triton(implementation):
         target = current_target()
-        can_mosaic = pallas_mosaic.lacks(q_BLHC, v_BLGW, target) is None
+        can_mosaic = pallas_mosaic.unsupported_reason(q_BLHC, v_BLGW, target) is None
         if implementation == "auto" and can_mosaic and prefers_mosaic("window_attention", target):
             return pallas_mosaic.window_attention(*rows, **reach, target=target)
         return pallas_triton.window_attention(*rows, **reach, target=target)
-    is_native = implementation == "cpu" or (implementation == "auto" and native.serves(q_BLHC))
+    is_native = implementation == "cpu" or (implementation == "auto" and native.is_used_for(q_BLHC))
     chosen = automatic if is_native else xla
     return chosen.window_attention(*rows, **reach, gaps=gaps)
 

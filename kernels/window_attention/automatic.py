@@ -24,14 +24,14 @@ def window_attention(
     segments_BL: jax.Array,
     *,
     window_size: int | None,
-    num_sinks: int,
+    num_sink_tokens: int,
     sink_logits_H: jax.Array | None,
     gaps: bool,
 ) -> jax.Array:
     """Returns the attention of each row over the visible rows of its segment, [B, L, H, W]."""
     sinks_H = jnp.zeros((0,), jnp.float32) if sink_logits_H is None else sink_logits_H
     operands = Operands(q_BLHC, k_BLGC, v_BLGW, positions_BL, segments_BL, sinks_H)
-    return _attention(Reach(window_size, num_sinks, gaps), operands)
+    return _attention(Reach(window_size, num_sink_tokens, gaps), operands)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

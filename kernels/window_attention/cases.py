@@ -14,7 +14,7 @@ class Case:
     """Lengths of the documents packed into each row; what is left of a row is padding."""
     length: int
     window_size: int | None = None
-    num_sinks: int = 0
+    num_sink_tokens: int = 0
 
 
 CASES = {
@@ -27,9 +27,11 @@ CASES = {
     "window_of_one": Case(length=130, documents=(130,), window_size=1),
     "window_at_block_edge": Case(length=256, documents=(256,), window_size=64),
     "window_beyond_length": Case(length=100, documents=(100,), window_size=500),
-    "sinks": Case(length=300, documents=(300,), window_size=50, num_sinks=4),
-    "sinks_packed": Case(length=320, documents=(2, 100, 180, 38), window_size=33, num_sinks=4),
-    "sinks_exceed_window": Case(length=200, documents=(200,), window_size=3, num_sinks=9),
+    "sinks": Case(length=300, documents=(300,), window_size=50, num_sink_tokens=4),
+    "sinks_packed": Case(
+        length=320, documents=(2, 100, 180, 38), window_size=33, num_sink_tokens=4
+    ),
+    "sinks_exceed_window": Case(length=200, documents=(200,), window_size=3, num_sink_tokens=9),
 }
 
 
@@ -44,8 +46,8 @@ class CompiledCase:
     num_kv_heads: int = 4
     length: int = 4096
     window_size: int | None = 1024
-    num_sinks: int = 4
-    learned_sinks: bool = False
+    num_sink_tokens: int = 4
+    sink_logits: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     kernel: Literal["forward", "gradient_q", "gradient_kv"] = "forward"
     compiler: Literal["triton", "mosaic"] = "triton"
@@ -56,20 +58,20 @@ class CompiledCase:
     """Bytes that registers may spill to memory, where no version without was as fast on a GPU."""
 
 
-LONG = {"length": 16_384, "window_size": None, "num_sinks": 0, "most_traffic": 3.0}
+LONG = {"length": 16_384, "window_size": None, "num_sink_tokens": 0, "most_traffic": 3.0}
 """Each byte takes part in thousands of products: reading it again costs nothing."""
 
 COMPILED = {
-    "causal": CompiledCase(window_size=None, num_sinks=0),
+    "causal": CompiledCase(window_size=None, num_sink_tokens=0),
     "long": CompiledCase(num_heads=32, num_kv_heads=8, **LONG),
     "long_gradient_q": CompiledCase(kernel="gradient_q", **LONG),
     "long_gradient_kv": CompiledCase(kernel="gradient_kv", most_spilled=96, **LONG),
-    "window": CompiledCase(num_sinks=0),
+    "window": CompiledCase(num_sink_tokens=0),
     "sinks": CompiledCase(),
-    "narrow": CompiledCase(head_dim=64, learned_sinks=True),
+    "narrow": CompiledCase(head_dim=64, sink_logits=True),
     "ragged": CompiledCase(length=4001),
     "latent": CompiledCase(
-        head_dim=192, value_dim=128, num_kv_heads=16, window_size=None, num_sinks=0
+        head_dim=192, value_dim=128, num_kv_heads=16, window_size=None, num_sink_tokens=0
     ),
     "float32": CompiledCase(head_dim=64, dtype="float32"),
     "float32_gradient_q": CompiledCase(head_dim=64, dtype="float32", kernel="gradient_q"),
@@ -80,17 +82,15 @@ COMPILED = {
     "narrow_gradient_kv": CompiledCase(head_dim=64, kernel="gradient_kv", most_spilled=96),
     "ragged_gradient_kv": CompiledCase(length=4001, kernel="gradient_kv", most_spilled=96),
     "latent_gradient_q": CompiledCase(
-        head_dim=192, value_dim=128, num_kv_heads=16, num_sinks=0, kernel="gradient_q"
+        head_dim=192, value_dim=128, num_kv_heads=16, num_sink_tokens=0, kernel="gradient_q"
     ),
     "latent_gradient_kv": CompiledCase(
-        head_dim=192, value_dim=128, num_kv_heads=16, num_sinks=0, kernel="gradient_kv"
+        head_dim=192, value_dim=128, num_kv_heads=16, num_sink_tokens=0, kernel="gradient_kv"
     ),
-    "mosaic_causal": CompiledCase(window_size=None, num_sinks=0, compiler="mosaic"),
+    "mosaic_causal": CompiledCase(window_size=None, num_sink_tokens=0, compiler="mosaic"),
     "mosaic_long": CompiledCase(num_heads=32, num_kv_heads=8, compiler="mosaic", **LONG),
     "mosaic_sinks": CompiledCase(compiler="mosaic", most_spilled=8),
-    "mosaic_narrow": CompiledCase(head_dim=64, learned_sinks=True, compiler="mosaic"),
-    "mosaic_ragged": CompiledCase(
-        length=4001, learned_sinks=True, compiler="mosaic", most_spilled=8
-    ),
+    "mosaic_narrow": CompiledCase(head_dim=64, sink_logits=True, compiler="mosaic"),
+    "mosaic_ragged": CompiledCase(length=4001, sink_logits=True, compiler="mosaic", most_spilled=8),
     "mosaic_narrow_values": CompiledCase(value_dim=64, compiler="mosaic"),
 }

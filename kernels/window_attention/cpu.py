@@ -18,12 +18,12 @@ class Reach(NamedTuple):
     """What a row sees; see api.py."""
 
     window_size: int | None
-    num_sinks: int
+    num_sink_tokens: int
     gaps: bool
 
     def attributes(self) -> dict[str, int | bool]:
         window = self.window_size or 0
-        return {"window": window, "num_sinks": self.num_sinks, "gaps": self.gaps}
+        return {"window": window, "num_sinks": self.num_sink_tokens, "gaps": self.gaps}
 
 
 class Operands(NamedTuple):

@@ -76,7 +76,7 @@ def window_attention(
     segments_BL: jax.Array,
     *,
     window_size: int | None,
-    num_sinks: int,
+    num_sink_tokens: int,
     sink_logits_H: jax.Array | None = None,
     target: Target,
     blocks: Blocks | None = None,
@@ -89,17 +89,17 @@ def window_attention(
     Raises:
       NotImplementedError: heads that are not 64 or 128 wide, or not in bfloat16.
     """
-    lack = lacks(q_BLHC, v_BLGW, target)
-    if lack is not None:
-        raise NotImplementedError(lack)
+    reason = unsupported_reason(q_BLHC, v_BLGW, target)
+    if reason is not None:
+        raise NotImplementedError(reason)
     rows = pallas_triton.rows_of(positions_BL, segments_BL)
     if blocks is None:
         blocks = INTERPRETED if target.platform == "interpret" else HOPPER
-    reach = Reach(window_size, num_sinks, target)
+    reach = Reach(window_size, num_sink_tokens, target)
     return _attention(reach, blocks, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows)
 
 
-def lacks(q_BLHC: jax.Array, v_BLGW: jax.Array, target: Target) -> str | None:
+def unsupported_reason(q_BLHC: jax.Array, v_BLGW: jax.Array, target: Target) -> str | None:
     """What keeps the kernel from attending, in a sentence; None: nothing."""
     if target.platform == "interpret":
         return None
@@ -378,8 +378,10 @@ def _over_block(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 def _sees(reach: Reach, q_rows: list[jax.Array], k_rows: list[jax.Array]) -> jax.Array:
     """Which of a block's keys its queries see, bool [M, N], by [positions, segments]."""
-    window_size, num_sinks = reach.window_size, reach.num_sinks
-    is_visible = visible(q_rows[0], k_rows[0], window_size=window_size, num_sinks=num_sinks)
+    window_size, num_sink_tokens = reach.window_size, reach.num_sink_tokens
+    is_visible = visible(
+        q_rows[0], k_rows[0], window_size=window_size, num_sink_tokens=num_sink_tokens
+    )
     return is_visible & (q_rows[1] == k_rows[1])
 
 

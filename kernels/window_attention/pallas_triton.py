@@ -37,7 +37,7 @@ class Blocks(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The blocks of the three kernels; none spills (kernels/compiled.json)."""
+    """The blocks of the three kernels; none spills (compiled.json)."""
 
     forward: Blocks
     queries: Blocks
@@ -60,7 +60,7 @@ class Reach(NamedTuple):
     """What a query sees, and what the kernels run on."""
 
     window_size: int | None
-    num_sinks: int
+    num_sink_tokens: int
     target: Target
     kernels: Kernels | None = None
     """None: chosen by the shapes."""
@@ -92,7 +92,7 @@ def window_attention(
     segments_BL: jax.Array,
     *,
     window_size: int | None,
-    num_sinks: int,
+    num_sink_tokens: int,
     sink_logits_H: jax.Array | None = None,
     target: Target,
     kernels: Kernels | None = None,
@@ -101,7 +101,7 @@ def window_attention(
 
     Differentiable in q, k, v and sink_logits. A row that sees nothing gets zeros.
     """
-    reach = Reach(window_size, num_sinks, target, kernels)
+    reach = Reach(window_size, num_sink_tokens, target, kernels)
     rows = rows_of(positions_BL, segments_BL)
     return _attention(reach, q_BLHC, k_BLGC, v_BLGW, sink_logits_H, rows)
 
@@ -221,7 +221,7 @@ def _sees(rows: Rows, reach: Reach, batch: Any, queries: Any, keys: Any) -> jax.
         rows.positions[batch, queries][:, None],
         rows.positions[batch, keys][None],
         window_size=reach.window_size,
-        num_sinks=reach.num_sinks,
+        num_sink_tokens=reach.num_sink_tokens,
     ) & (q_segments_M[:, None] == k_segments_N[None])
 
 
@@ -232,7 +232,7 @@ class Steps(NamedTuple):
     """
 
     first_sink: Any
-    num_sinks: Any
+    num_sink_tokens: Any
     """Blocks that only sinks make visible, which lie before the others."""
     first: Any
     whole: Any
@@ -241,14 +241,14 @@ class Steps(NamedTuple):
 
     @property
     def num_masked(self) -> Any:
-        return self.num_sinks + (self.whole - self.first) + (self.end - self.whole_end)
+        return self.num_sink_tokens + (self.whole - self.first) + (self.end - self.whole_end)
 
     def masked(self, i: Any) -> Any:
         """The i-th of the blocks that it sees a part of."""
-        rest = i - self.num_sinks
+        rest = i - self.num_sink_tokens
         before = self.whole - self.first
         block = jnp.where(rest < before, self.first + rest, self.whole_end + rest - before)
-        return jnp.where(i < self.num_sinks, self.first_sink + i, block)
+        return jnp.where(i < self.num_sink_tokens, self.first_sink + i, block)
 
 
 def key_blocks(
@@ -267,16 +267,16 @@ def key_blocks(
         first_whole = jnp.maximum(run_start, last_query - (reach.window_size - 1))
     first, _ = divide(first_key, num_keys)
     end, _ = divide(first_query + num_queries + num_keys - 1, num_keys)
-    first_sink = num_sinks = jnp.int32(0)
-    if reach.window_size is not None and reach.num_sinks:
+    first_sink = num_sink_tokens = jnp.int32(0)
+    if reach.window_size is not None and reach.num_sink_tokens:
         # A segment that began before the window is that of the first query.
         first_sink, _ = divide(start, num_keys)
-        end_sink, _ = divide(start + reach.num_sinks + num_keys - 1, num_keys)
-        num_sinks = jnp.maximum(jnp.minimum(end_sink, first) - first_sink, 0)
+        end_sink, _ = divide(start + reach.num_sink_tokens + num_keys - 1, num_keys)
+        num_sink_tokens = jnp.maximum(jnp.minimum(end_sink, first) - first_sink, 0)
     whole, _ = divide(first_whole + num_keys - 1, num_keys)
     whole_end, _ = divide(first_query + 1, num_keys)
     whole = jnp.clip(whole, first, end)
-    return Steps(first_sink, num_sinks, first, whole, jnp.clip(whole_end, whole, end), end)
+    return Steps(first_sink, num_sink_tokens, first, whole, jnp.clip(whole_end, whole, end), end)
 
 
 def _over_keys(rows: Rows, reach: Reach, batch: Any, first_query: Any, blocks: Blocks, step, carry):
@@ -512,8 +512,8 @@ def _query_blocks(rows, reach, batch, first_key, length, blocks) -> Steps:
     end, end_whole = rows.ends[batch, last_key], rows.run_ends[batch, first_key]
     if reach.window_size is not None:
         in_window = jnp.minimum(end, last_key + reach.window_size)
-        has_sinks = rows.starts[batch, last_key] + reach.num_sinks > first_key
-        end = jnp.where(has_sinks, end, in_window) if reach.num_sinks else in_window
+        has_sinks = rows.starts[batch, last_key] + reach.num_sink_tokens > first_key
+        end = jnp.where(has_sinks, end, in_window) if reach.num_sink_tokens else in_window
         end_whole = jnp.minimum(end_whole, first_key + reach.window_size)
     first, _ = divide(first_key, blocks.queries)
     last, _ = divide(end + blocks.queries - 1, blocks.queries)

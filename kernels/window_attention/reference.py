@@ -15,17 +15,17 @@ def visible(
     k_positions: jax.Array,
     *,
     window_size: int | None,
-    num_sinks: int,
+    num_sink_tokens: int,
 ) -> jax.Array:
-    """Whether a query at position i sees a key at position j: 0 <= i - j < w, or j < num_sinks <=
-    i.
+    """Whether a query at position i sees a key at position j: 0 <= i - j < w, or
+    j < num_sink_tokens <= i.
 
     The two arrays broadcast against each other; a key at a negative position is an empty slot.
     """
     distance = q_positions - k_positions
     is_visible = (distance >= 0) & (k_positions >= 0)
     if window_size is not None:
-        is_visible &= (distance < window_size) | (k_positions < num_sinks)
+        is_visible &= (distance < window_size) | (k_positions < num_sink_tokens)
     return is_visible
 
 
@@ -37,7 +37,7 @@ def window_attention(
     segments_BL: jax.Array,
     *,
     window_size: int | None,
-    num_sinks: int,
+    num_sink_tokens: int,
     sink_logits_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns softmax(q k^T / sqrt(C)) v over the visible keys of the segment, [B, L, H, W]."""
@@ -45,7 +45,7 @@ def window_attention(
         positions_BL[:, :, None],
         positions_BL[:, None, :],
         window_size=window_size,
-        num_sinks=num_sinks,
+        num_sink_tokens=num_sink_tokens,
     )
     mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
     return masked_attention(q_BLHC, k_BLGC, v_BLGW, mask_BLS, sink_logits_H)

@@ -31,7 +31,7 @@ def window_attention(
     segments_BL: jax.Array,
     *,
     window_size: int | None,
-    num_sinks: int,
+    num_sink_tokens: int,
     sink_logits_H: jax.Array | None,
     gaps: bool,
 ) -> jax.Array:
@@ -51,7 +51,7 @@ def window_attention(
             positions_BL[:, rows, None],
             positions_BL[:, None, keys],
             window_size=window_size,
-            num_sinks=num_sinks,
+            num_sink_tokens=num_sink_tokens,
         )
         mask_BMS &= segments_BL[:, rows, None] == segments_BL[:, None, keys]
         q_BGRMC = q_BGRLC[:, :, :, rows]
@@ -64,12 +64,12 @@ def window_attention(
             ),
             mask_BMS,
         )
-        if num_sinks and first_key > 0:
+        if num_sink_tokens and first_key > 0:
             if gaps:
                 starts_BM = _segment_starts(segments_BL)[:, rows]
-                found = _sinks_among(positions_BL, starts_BM, first_key, num_sinks)
+                found = _sinks_among(positions_BL, starts_BM, first_key, num_sink_tokens)
             else:
-                found = _sinks(positions_BL[:, rows], begin, first_key, num_sinks)
+                found = _sinks(positions_BL[:, rows], begin, first_key, num_sink_tokens)
             sink_rows_BMN, mask_BMN = found
             out_BGRMW = _attend_with_sinks(
                 q_BGRMC,
@@ -94,11 +94,11 @@ def _masked_scores(scores_BGRMS: jax.Array, mask_BMS: jax.Array) -> jax.Array:
 
 
 def _sinks(
-    positions_BM: jax.Array, begin: int, first_key: int, num_sinks: int
+    positions_BM: jax.Array, begin: int, first_key: int, num_sink_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
     """Rows of each query's sinks, and which of them lie before the block's own keys."""
     starts_BM = begin + jnp.arange(positions_BM.shape[1])[None] - positions_BM
-    sink_rows_BMN = starts_BM[:, :, None] + jnp.arange(num_sinks)[None, None]
+    sink_rows_BMN = starts_BM[:, :, None] + jnp.arange(num_sink_tokens)[None, None]
     is_before_BMN = (sink_rows_BMN < first_key) & (positions_BM >= 0)[:, :, None]
     return jnp.clip(sink_rows_BMN, 0, first_key - 1), is_before_BMN
 
@@ -111,15 +111,15 @@ def _segment_starts(segments_BL: jax.Array) -> jax.Array:
 
 
 def _sinks_among(
-    positions_BL: jax.Array, starts_BM: jax.Array, first_key: int, num_sinks: int
+    positions_BL: jax.Array, starts_BM: jax.Array, first_key: int, num_sink_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
     """As `_sinks` where positions have gaps: which of the segment's first rows are sinks is asked
     of the rows themselves. They lie before the query, so they are of its segment.
     """
-    rows_BMN = starts_BM[:, :, None] + jnp.arange(num_sinks)[None, None]
+    rows_BMN = starts_BM[:, :, None] + jnp.arange(num_sink_tokens)[None, None]
     clipped_BMN = jnp.clip(rows_BMN, 0, first_key - 1)
     at_BMN = jax.vmap(lambda positions_L, rows_MN: positions_L[rows_MN])(positions_BL, clipped_BMN)
-    return clipped_BMN, (rows_BMN < first_key) & (at_BMN >= 0) & (at_BMN < num_sinks)
+    return clipped_BMN, (rows_BMN < first_key) & (at_BMN >= 0) & (at_BMN < num_sink_tokens)
 
 
 def _attend_with_sinks(

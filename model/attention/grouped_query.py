@@ -25,7 +25,7 @@ def init_state(config: AttentionConfig, shape: StateShape) -> AnyKeyValueState:
         heads=config.num_kv_heads,
         widths=(config.head_dim, config.head_dim),
         window_size=config.window_size,
-        num_sink_tokens=config.num_sinks,
+        num_sink_tokens=config.num_sink_tokens,
     )
 
 
@@ -59,7 +59,7 @@ class GroupedQueryAttention(nn.Module):
         if c.rope_scaling is not None:
             q_BLHC *= c.rope_scaling.logit_scale
         sink_logits_H = None
-        if c.learned_sinks:  # they start as if one more key had the score 0
+        if c.sink_logits:  # they start as if one more key had the score 0
             sink_logits_H = zero_weight(self, "sink_logits", (c.num_heads,), ("heads",))
         out_BLHC, state = self._attended(q_BLHC, k_BLGC, v_BLGC, step, state, sink_logits_H)
         out_BLD = jnp.einsum("BLHC,HCD->BLD", out_BLHC, w_o_HCD.astype(x_BLD.dtype))
@@ -109,7 +109,7 @@ class GroupedQueryAttention(nn.Module):
     ) -> tuple[jax.Array, AnyKeyValueState | None]:
         """Each head's sum of values, [B, L, H, C], and the state with the tokens."""
         c = self.config
-        reach = {"window_size": c.window_size, "num_sinks": c.num_sinks}
+        reach = {"window_size": c.window_size, "num_sink_tokens": c.num_sink_tokens}
         if state is not None:
             state = state.write(step, k_BLGC, v_BLGC)
             if not step.is_whole:

@@ -119,7 +119,7 @@ def attend_chosen(
     def piece(queries: tuple[jax.Array, Index, jax.Array, jax.Array]) -> jax.Array:
         q_NHC, index_N, position_N, row_N = queries
         index_k_NSC, positions_NS, place_NS = gather_sequences(state, step, row_N)
-        is_seen_NS = visible(position_N[:, None], positions_NS, window_size=None, num_sinks=0)
+        is_seen_NS = visible(position_N[:, None], positions_NS, window_size=None, num_sink_tokens=0)
         as_rows = jax.tree.map(lambda x: x[:, None], index_N)
         scores_NS = key_scores(as_rows, index_k_NSC)[:, 0]
         best_NK, slot_NK = jax.lax.top_k(jnp.where(is_seen_NS, scores_NS, -jnp.inf), top_k)

@@ -101,7 +101,7 @@ class LatentAttention(nn.Module):
             rows, chosen = (positions_BL, segments_BL), self.execution.window_attention
             return sharded_window_attention(q_BLHC, k_BLHC, v_BLHW, *rows, implementation=chosen)
         places = (positions_BL[:, :, None], positions_BL[:, None, :])
-        mask_BLS = visible(*places, window_size=None, num_sinks=0)
+        mask_BLS = visible(*places, window_size=None, num_sink_tokens=0)
         mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
         assert self.config.indexer is not None
         mask_BLS = chosen_keys(index, index.k_BLC, mask_BLS, self.config.indexer.top_k)

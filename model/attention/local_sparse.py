@@ -116,7 +116,7 @@ class LocalSparseAttention(nn.Module):
         state: KeyValueState | SummaryState | None,
     ) -> tuple[jax.Array, KeyValueState | None]:
         c = self.config
-        reach = {"window_size": c.window_size, "num_sinks": c.num_sinks}
+        reach = {"window_size": c.window_size, "num_sink_tokens": c.num_sink_tokens}
         if state is None:
             rows = (step.positions_BL, step.segments_BL)
             chosen = self.execution.sparse_attention

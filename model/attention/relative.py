@@ -275,7 +275,7 @@ def cached_attention(
     content_BHLS = jnp.einsum(
         "BLHC,BSHC->BHLS", q_content_BLHC, k_BSHC, preferred_element_type=jnp.float32
     )
-    mask_BLS = visible(q_positions, k_positions, window_size=num_distances, num_sinks=0)
+    mask_BLS = visible(q_positions, k_positions, window_size=num_distances, num_sink_tokens=0)
     return _mix(content_BHLS + position_BHLS, mask_BLS, v_BSHC)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.compile_checks import work
 from benchmarks.gpu import checks, decoding, parts, peers, report, tables, times, training
 from benchmarks.gpu import operands as drawn
 from benchmarks.gpu.programs import OURS, Program, compile_loop, kind_of, poison
@@ -21,7 +22,6 @@ from configs.checks import UserError
 from kernels import backend
 from kernels.backend import H100 as H100_TARGET
 from kernels.backend import INTERPRET
-from kernels.compile_checks import work
 from kernels.grouped_matmul.cases import CompiledCase as GroupedCase
 from kernels.paged_attention.cases import CompiledCase as PagedCase
 from kernels.paged_attention.cases import CompiledLatentCase as LatentCase
@@ -41,7 +41,7 @@ LATENT = LatentCase(
     nope_head_dim=16,
 )
 WINDOW = WindowCase(
-    head_dim=16, num_heads=4, num_kv_heads=2, length=48, window_size=20, num_sinks=2
+    head_dim=16, num_heads=4, num_kv_heads=2, length=48, window_size=20, num_sink_tokens=2
 )
 
 
@@ -60,14 +60,14 @@ def test_grouped_work_by_hand():
 
 
 def test_window_work_by_hand():
-    case = dataclasses.replace(WINDOW, length=5, window_size=2, num_sinks=1)
+    case = dataclasses.replace(WINDOW, length=5, window_size=2, num_sink_tokens=1)
     assert work.visible_pairs(case) == 1 + 2 + 3 + 3 + 3  # itself, the one before, the first
     queries, keys = 2 * 5 * 4 * 16, 2 * 5 * 2 * 16
     forward = (2 * 12 * 4 * 32, 2 * queries + 2 * keys + 4 * 5 * 4 + 4 * 4 * 5)
     assert work_of(case) == forward
     gradient = work_of(dataclasses.replace(case, kernel="gradient_q"))
     assert gradient.flops - forward[0] == 2 * 12 * 4 * 48
-    assert work.visible_pairs(dataclasses.replace(case, window_size=None, num_sinks=0)) == 15
+    assert work.visible_pairs(dataclasses.replace(case, window_size=None, num_sink_tokens=0)) == 15
 
 
 def test_paged_work_by_hand(monkeypatch):
@@ -77,7 +77,7 @@ def test_paged_work_by_hand(monkeypatch):
         2 * 52 * 4 * 32,
         52 * 2 * 2 * 16 * 2 + heads * 2 * 32 + page_tables,
     )
-    windowed = dataclasses.replace(PAGED, pages="int8", window_size=8, num_sinks=1)
+    windowed = dataclasses.replace(PAGED, pages="int8", window_size=8, num_sink_tokens=1)
     assert work_of(windowed).least_bytes == 18 * 2 * 2 * 20 + heads * 2 * 32 + page_tables
     assert work_of(LATENT) == (
         2 * 52 * 4 * (48 + 32),
@@ -127,7 +127,7 @@ def test_without_a_gpu_bounds_are_printed_and_nothing_runs(monkeypatch, capsys):
     assert "nothing was run, and no speed is claimed" in said
     (row,) = [line for line in said.splitlines() if "paged_latent_attention/few_heads" in line]
     assert "us, memory" in row
-    assert "188 / 190" in row  # registers, as kernels/compiled.json has them
+    assert "188 / 190" in row  # registers, as benchmarks/compile_checks/compiled.json has them
     (row,) = [line for line in said.splitlines() if "fp8_rows_decode" in line]
     assert "│ -" in row
 
@@ -185,7 +185,7 @@ def tiny(monkeypatch, tmp_path):
         ("window_attention", WINDOW, {"jax.nn, xla, no sinks"}),
         pytest.param(
             "window_attention",
-            dataclasses.replace(WINDOW, num_sinks=0, kernel="gradient_kv"),
+            dataclasses.replace(WINDOW, num_sink_tokens=0, kernel="gradient_kv"),
             {"jax.nn, xla"},
             marks=pytest.mark.slow,
         ),
@@ -235,8 +235,8 @@ def test_kinds_of_programs(label, kind):
     [
         (GROUPED, "lax.ragged_dot"),
         (dataclasses.replace(GROUPED, gated=True, gathered=True), "lax.ragged_dot"),
-        (dataclasses.replace(WINDOW, num_sinks=0), "jax.nn, xla"),
-        (dataclasses.replace(WINDOW, num_sinks=0, kernel="gradient_q"), "jax.nn, xla"),
+        (dataclasses.replace(WINDOW, num_sink_tokens=0), "jax.nn, xla"),
+        (dataclasses.replace(WINDOW, num_sink_tokens=0, kernel="gradient_q"), "jax.nn, xla"),
     ],
     ids=["grouped", "swiglu", "window", "window_gradient"],
 )

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoint.families import FAMILIES, parts
+from checkpoint.config_reader import Settings
+from checkpoint.families import FAMILIES, config_sections
 from checkpoint.families.base import Family
 from checkpoint.gguf_config import config_from_gguf, config_to_gguf
-from checkpoint.settings import Settings
 from configs.architecture import ModelConfig
 from configs.attention import AttentionConfig, LatentAttentionConfig
 from configs.checks import UserError
@@ -103,7 +103,8 @@ def test_v32_lists_its_dense_layers():
     kinds = ["dense", "sparse", "dense", "sparse"]
     config = read("deepseek_v32", {"mlp_layer_types": kinds, "num_hidden_layers": 4})
     found = [
-        "dense" if isinstance(s.ffn, DenseConfig) else "sparse" for s in parts.unfolded(config)
+        "dense" if isinstance(s.ffn, DenseConfig) else "sparse"
+        for s in config_sections.unfolded(config)
     ]
     assert found == kinds
     with pytest.raises(UserError, match=r"mlp_layer_types=\['dense'\], expected 'dense' or"):

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.checks import UserError
-from data.public_tokenizer import read_public_tokenizer
-from data.tokenizer import train_tokenizer
+from data.tokenizers.public_tokenizer import read_public_tokenizer
+from data.tokenizers.tokenizer import train_tokenizer
 from infer.sources import Source, open_source
 from model.transformer import Transformer, abstract_variables
 from tests.checkpoint.cases import CASES, read_case, write_case

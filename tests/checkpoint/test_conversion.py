@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from checkpoint import gguf_write
 from checkpoint.assemble import Tensors, part_of, pieces
-from checkpoint.gguf_files import GGUFFile
-from checkpoint.gguf_write import write_gguf
-from checkpoint.tables import expand, flatten
-from checkpoint.tensor_files import open_tensors
+from checkpoint.weight_map import expand, flatten
 from configs.checks import UserError
+from formats.gguf import writer as gguf_writer
+from formats.gguf.reader import GGUFFile
+from formats.gguf.writer import write_gguf
+from formats.safetensors.reader import open_tensors
 from infer.convert import Conversion, convert
 from infer.sources import Source, open_source
 from tests.checkpoint.cases import CASES, write_case
@@ -98,8 +98,8 @@ def test_there_and_back_each_tensor_is_read_once(case: str, tmp_path: Path):
         np.testing.assert_array_equal(found, wanted, err_msg=name)
 
 
-def tensors_of(counts: collections.Counter[str]) -> list[gguf_write.Tensor]:
-    def reader(name: str, shape: tuple[int, ...]) -> gguf_write.Tensor:
+def tensors_of(counts: collections.Counter[str]) -> list[gguf_writer.Tensor]:
+    def reader(name: str, shape: tuple[int, ...]) -> gguf_writer.Tensor:
         def read() -> np.ndarray:
             counts[name] += 1
             if counts["stop at " + name] > 0:
@@ -112,7 +112,7 @@ def tensors_of(counts: collections.Counter[str]) -> list[gguf_write.Tensor]:
 
 
 def test_a_stopped_gguf_goes_on_and_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gguf_write, "MARKED_BYTES", 700)
+    monkeypatch.setattr(gguf_writer, "MARKED_BYTES", 700)
     metadata = {"general.architecture": "llama", "llama.block_count": 2}
     counts: collections.Counter[str] = collections.Counter()
     write_gguf(tmp_path / "whole.gguf", metadata, tensors_of(counts), "Q8_0")
@@ -135,7 +135,7 @@ def test_a_stopped_gguf_goes_on_and_is_the_same(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("change", ["metadata", "shorter", "no number"])
 def test_another_file_is_not_gone_on_with(change: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(gguf_write, "MARKED_BYTES", 0)
+    monkeypatch.setattr(gguf_writer, "MARKED_BYTES", 0)
     path, metadata = tmp_path / "it.gguf", {"general.architecture": "llama"}
     counts: collections.Counter[str] = collections.Counter({"stop at xxxxxxxx.weight": 1})
     with pytest.raises(UserError, match="stopped"):
@@ -154,7 +154,7 @@ def test_another_file_is_not_gone_on_with(change: str, tmp_path: Path, monkeypat
 
 
 def test_a_stopped_conversion_to_gguf_keeps_its_place(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(gguf_write, "MARKED_BYTES", 0)
+    monkeypatch.setattr(gguf_writer, "MARKED_BYTES", 0)
     write_case("llama", tmp_path / "first")
     target = tmp_path / "it.gguf"
     stopped = open_source(str(tmp_path / "first"))

@@ -23,7 +23,7 @@ NEAREST = [
     # A dense layer's nearest is Llama, experts' with grouped-query attention are Mixtral's.
     (dense_with_windows, "llama: this family has one attention for all layers"),
     (models.v31_nano, "mixtral: this family has one attention for all layers"),
-    (models.v3_nano, r"mixtral: the family mixtral can't say all .*learned_sinks was True"),
+    (models.v3_nano, r"mixtral: the family mixtral can't say all .*sink_logits was True"),
     (models.v31_dynamic_nano, r"mixtral: .*ffn\.num_shared_experts was 1, now 0"),
 ]
 
@@ -36,5 +36,7 @@ def test_the_nearest_familys_reason_is_told(model, reason: str):
 
 
 def test_the_family_that_was_asked_for_is_told():
-    with pytest.raises(UserError, match=r"family gpt_oss does not hold .*num_sinks was 4, now 0"):
+    with pytest.raises(
+        UserError, match=r"family gpt_oss does not hold .*num_sink_tokens was 4, now 0"
+    ):
         export_family(models.v31_nano(), "gpt_oss")

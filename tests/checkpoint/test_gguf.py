@@ -16,17 +16,17 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from checkpoint import gguf
+from checkpoint.config_reader import Settings
 from checkpoint.families import FAMILIES
 from checkpoint.families.base import Family
-from checkpoint.gguf_files import GGUFFile
-from checkpoint.settings import Settings
-from checkpoint.tables import expand, flatten
+from checkpoint.weight_map import expand, flatten
 from configs.architecture import ModelConfig
 from configs.checks import UserError
-from data.gguf_tokenizer import tokenizer_from_gguf
-from data.public_tokenizer import PublicTokenizer
 from data.smollm2 import packaged_gguf
-from data.tokenizer import train_tokenizer
+from data.tokenizers.gguf_tokenizer import tokenizer_from_gguf
+from data.tokenizers.public_tokenizer import PublicTokenizer
+from data.tokenizers.tokenizer import train_tokenizer
+from formats.gguf.reader import GGUFFile
 from infer.load import inference_execution
 from model.transformer import Transformer, abstract_variables
 

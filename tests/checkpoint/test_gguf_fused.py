@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from checkpoint import gguf
-from checkpoint.gguf_files import GGUFFile
 from checkpoint.gguf_fused import SplitTensors
-from checkpoint.gguf_write import Quantization, Tensor, write_gguf
-from checkpoint.tables import flatten
+from checkpoint.weight_map import flatten
 from configs.checks import UserError
+from formats.gguf.reader import GGUFFile
+from formats.gguf.writer import Quantization, Tensor, write_gguf
 from infer.convert import Conversion, convert
 from infer.sources import open_source
 from tests.checkpoint.test_gguf import built, placed

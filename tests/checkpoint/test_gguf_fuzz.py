@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoint.gguf_config import config_from_gguf
-from checkpoint.gguf_files import GGUFFile
 from configs.checks import UserError
-from data.gguf_tokenizer import tokenizer_from_gguf
-from tests.checkpoint.gguf_bytes import F32, STRING, gguf, pair, small, tensor, text
+from data.tokenizers.gguf_tokenizer import tokenizer_from_gguf
+from formats.gguf.reader import GGUFFile
+from tests.formats.gguf_bytes import F32, STRING, gguf, pair, small, tensor, text
 
 WHOLE = small()
 DATA = 8 * 4 + 32 * 4 + 8 * 4

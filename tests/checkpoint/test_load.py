@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from checkpoint import huggingface
+from checkpoint.config_reader import Settings
 from checkpoint.public import export_family, find_family, lost_settings, write_model
-from checkpoint.settings import Settings
-from checkpoint.tables import Row, expand, flatten, interleaved
+from checkpoint.weight_map import Row, expand, flatten, interleaved
 from configs.attention import LatentAttentionConfig
 from configs.checks import UserError
 from configs.models import (
@@ -184,8 +184,8 @@ def test_a_model_that_no_family_can_say_is_not_exported():
 def test_an_export_names_what_its_family_can_not_say():
     config = mixtral_8x7b()
     layer = config.pattern[0]
-    sinks = replace(layer, attention=replace(layer.attention, learned_sinks=True))
-    with pytest.raises(UserError, match=r"can't say all .*learned_sinks was True, now False"):
+    sinks = replace(layer, attention=replace(layer.attention, sink_logits=True))
+    with pytest.raises(UserError, match=r"can't say all .*sink_logits was True, now False"):
         write_model(export_family(mixtral_8x7b()), replace(config, pattern=(sinks,)))
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from checkpoint.logical_tensors import LogicalTensors
-from checkpoint.packed_floats import decode_fp8, decode_mxfp4, encode_fp8, encode_mxfp4
-from checkpoint.tensor_files import open_tensors
-from checkpoint.tensor_writer import TensorWriter
 from configs.checks import UserError
+from formats.block_floats import decode_fp8, decode_mxfp4, encode_fp8, encode_mxfp4
+from formats.safetensors.reader import open_tensors
+from formats.safetensors.writer import TensorWriter
 
 FP8 = {
     "quant_method": "fp8",
@@ -96,7 +96,7 @@ def test_unquantised_tensors_come_in_the_dtype_asked(tmp_path):
 
 def test_decoding_needs_little_beside_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint.logical_tensors._CHUNK", 2**14)
-    monkeypatch.setattr("checkpoint.packed_floats._CHUNK", 2**14)
+    monkeypatch.setattr("formats.block_floats._CHUNK", 2**14)
     blocks, scales = encode_mxfp4(normal(8, 64, 1024))
     values, value_scales = encode_fp8(normal(1024, 512), (128, 128))
     mxfp4 = logical(tmp_path / "a", {"w_blocks": blocks, "w_scales": scales}, MXFP4)

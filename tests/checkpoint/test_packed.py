@@ -1,7 +1,7 @@
 """Checkpoints with packed weights, as they are released: read exactly, and written again.
 
 What the scales mean is written out here once more, value by value, from the formats' descriptions:
-checkpoint/packed_floats.py is not asked.
+formats/block_floats.py is not asked.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from checkpoint import huggingface
+from checkpoint.export_dtype import choose_storage
 from checkpoint.families import FAMILIES
-from checkpoint.packed_floats import encode_fp8
-from checkpoint.storage import choose_storage
-from checkpoint.tensor_files import open_tensors
-from checkpoint.tensor_writer import TensorWriter
 from configs.checks import UserError
+from formats.block_floats import encode_fp8
+from formats.safetensors.reader import open_tensors
+from formats.safetensors.writer import TensorWriter
 from infer.convert import Conversion, convert
 from infer.logits import full_logits
 from infer.sources import Source, open_source

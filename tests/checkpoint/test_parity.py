@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 
 from checkpoint import huggingface
 from checkpoint.public import PublicCheckpoint, export_family, write_model
-from checkpoint.tensor_files import open_tensors
 from configs.checks import UserError
+from formats.safetensors.reader import open_tensors
 from infer.logits import cached_logits, full_logits
 from infer.sources import open_source
 from tests.checkpoint.cases import CASES, read_case, write_case

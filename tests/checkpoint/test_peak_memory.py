@@ -11,11 +11,11 @@ import pytest
 
 from checkpoint.families import MIXTRAL
 from checkpoint.public import write_model
-from checkpoint.tables import expand, flatten
-from checkpoint.tensor_writer import TensorWriter
+from checkpoint.weight_map import expand, flatten
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.feed_forward import MoEConfig, RouterConfig
+from formats.safetensors.writer import TensorWriter
 from model.transformer import Transformer, abstract_variables
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoint.logical_tensors import LogicalTensors
-from checkpoint.packed_floats import encode_fp8, encode_mxfp4
-from checkpoint.tensor_files import open_tensors
-from checkpoint.tensor_writer import TensorWriter
 from configs.checks import UserError
+from formats.block_floats import encode_fp8, encode_mxfp4
+from formats.safetensors.reader import open_tensors
+from formats.safetensors.writer import TensorWriter
 
 MAX_BYTES = 20_000_000
 """Far below what a header may claim; the files have at most some thousand bytes."""

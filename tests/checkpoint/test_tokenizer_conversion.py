@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from data.public_tokenizer import PublicTokenizer
+from data.tokenizers.public_tokenizer import PublicTokenizer
 from infer.convert import Conversion, Form, convert
 from infer.sources import open_source
 from tests.checkpoint.tiny_folder import (

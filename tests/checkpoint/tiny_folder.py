@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from data.tokenizer import train_tokenizer
+from data.tokenizers.tokenizer import train_tokenizer
 
 TEXT = "The capital of France is Paris and hello world"
 CONFIG: dict[str, Any] = {

@@ -64,7 +64,7 @@ IMPOSSIBLE = {
         3,
     ): "num_heads=4 must be divisible by num_kv_heads=3",
     ("model.pattern.0.attention.head_dim", 7): "head_dim=7 must be even",
-    ("model.pattern.0.attention.window_size", None): "num_sinks=2 has no effect",
+    ("model.pattern.0.attention.window_size", None): "num_sink_tokens=2 has no effect",
     ("model.pattern.0.attention.window_size", 0): "at least 1 token",
     ("model.pattern.0.ffn.router.top_k", 9): "router.top_k=9 must not exceed num_experts=8",
     (ROUTER + "num_null_experts", 2): "num_null_experts=2 must be below top_k=2",
@@ -261,6 +261,33 @@ def test_a_config_file_that_was_changed_is_refused(text, sentence):
         from_json(RunConfig, text, where="config.json")
 
 
+@pytest.mark.parametrize("name", ["v3_nano", "v2_nano"])
+def test_files_with_older_names_of_settings_are_read(name):
+    run = runs.__dict__[name]()
+    new = to_json(run)
+    old = new.replace('"num_sink_tokens"', '"num_sinks"').replace(
+        '"sink_logits"', '"learned_sinks"'
+    )
+    assert '"num_sinks"' in old
+    assert from_json(RunConfig, old, where="config.json") == run
+    both = new.replace('"num_sink_tokens"', '"num_sinks": 1, "num_sink_tokens"')
+    with pytest.raises(UserError, match="has both num_sinks and num_sink_tokens"):
+        from_json(RunConfig, both, where="config.json")
+    elsewhere = new.replace('"steps"', '"num_sinks": 1, "steps"')
+    with pytest.raises(UserError, match=r"unknown settings \['num_sinks'\]"):
+        from_json(RunConfig, elsewhere, where="config.json")
+
+
+def test_overrides_by_older_names_are_read():
+    """v3_nano has learned sinks, and no sink tokens unless it is told."""
+    layer = "--model.pattern.0.attention"
+    run = load_run("v3_nano", [f"{layer}.num-sinks", "3", f"{layer}.learned_sinks=False"])
+    assert run == load_run("v3_nano", [f"{layer}.num-sink-tokens=3", f"{layer}.sink-logits=False"])
+    attention = run.model.pattern[0].attention
+    assert isinstance(attention, AttentionConfig)
+    assert (attention.num_sink_tokens, attention.sink_logits) == (3, False)
+
+
 def test_differences_name_settings():
     before = runs.v31_nano()
     after = dataclasses.replace(
@@ -317,7 +344,9 @@ def test_every_run_says_how_to_run_it():
 
 
 def test_sinks_beyond_a_window_are_a_setting():
-    config = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, window_size=8, num_sinks=3)
+    config = AttentionConfig(
+        num_heads=2, num_kv_heads=1, head_dim=4, window_size=8, num_sink_tokens=3
+    )
     assert config.num_parameters(16) == 16 * 4 * (2 + 2 + 1 + 1)
 
 

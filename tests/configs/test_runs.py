@@ -11,7 +11,7 @@ from configs.cli import known_runs
 from parallel.mesh import AXES
 from train.distill import make_chunk_loss
 from train.losses import cross_entropy
-from train.state import plan_state
+from train.state import make_train_setup
 from train.step import make_train_step
 
 
@@ -35,14 +35,14 @@ def test_a_run_builds_abstractly(name):
     run = known_runs()[name]()
     sizes = (run.mesh.data, run.mesh.expert, run.mesh.tensor)
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
-    trainee = plan_state(run, mesh)
-    state = trainee.abstract_state
+    setup = make_train_setup(run, mesh)
+    state = setup.abstract_state
     size = sum(x.size for x in jax.tree.leaves(state.params))
     assert size == run.model.num_parameters + run.model.num_multi_token_parameters
     chunk_loss = make_chunk_loss(run.distill) if run.distill else cross_entropy
     with jax.sharding.use_abstract_mesh(mesh):
         new_state, metrics = jax.eval_shape(
-            make_train_step(run, trainee, chunk_loss), state, batch_of(run)
+            make_train_step(run, setup, chunk_loss), state, batch_of(run)
         )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
@@ -93,11 +93,11 @@ def test_each_device_holds_its_share_of_v31():
     run = known_runs()["v31"]()
     sizes = (run.mesh.data, run.mesh.expert, run.mesh.tensor)
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
-    trainee = plan_state(run, mesh)
+    setup = make_train_setup(run, mesh)
     shares = jax.tree.map(
         lambda x, s: np.prod(s.shard_shape(x.shape)),
-        trainee.abstract_state.params,
-        trainee.shardings.params,
+        setup.abstract_state.params,
+        setup.shardings.params,
     )
     per_device = sum(int(x) for x in jax.tree.leaves(shares))
     # Experts (13.4B of 14.0B) are split over all 128 devices, the rest over data = 8 only.

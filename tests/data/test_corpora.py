@@ -11,7 +11,7 @@ from configs.checks import UserError
 from data.corpora import Document, name_hash, read_documents, split
 from data.packing import PackedRows, document_positions
 from data.pipeline import Corpus, prepare_corpus
-from data.tokenizer import END_OF_TEXT_ID, train_tokenizer
+from data.tokenizers.tokenizer import END_OF_TEXT_ID, train_tokenizer
 from tests import tiny
 
 

@@ -6,7 +6,7 @@ import pytest
 from configs.checks import UserError
 from data.packing import PackedRows
 from data.pipeline import batches, prepare_corpus
-from data.tokenizer import END_OF_TEXT_ID
+from data.tokenizers.tokenizer import END_OF_TEXT_ID
 from tests import tiny
 
 

@@ -10,7 +10,7 @@ from checkpoint.run_corpus import count_tokens
 from data.pipeline import prepare_corpus
 from evals.run import check_tasks
 from evals.tasks import line_completion, stdlib_bpb
-from evals.tasks.base import Subject
+from evals.tasks.base import ModelUnderTest
 from evals.tasks.stdlib_bpb import ratio_standard_error, unigram_bits
 from infer.score import TokenScores
 from tests import tiny
@@ -23,9 +23,9 @@ def corpus(tmp_path_factory):
     return prepare_corpus(tiny.run(tmp_path).data, 300)
 
 
-def subject(corpus, score, length=64) -> Subject:
+def subject(corpus, score, length=64) -> ModelUnderTest:
     counts_V = count_tokens(corpus.training(), 300)
-    return Subject(score, length, corpus.tokenizer(), counts_V, corpus.held_out())
+    return ModelUnderTest(score, length, corpus.tokenizer(), counts_V, corpus.held_out())
 
 
 def knows_all(documents):

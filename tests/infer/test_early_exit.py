@@ -21,7 +21,7 @@ from tests import oracle, tiny
 from tests.probes import drawn
 
 DEPTH = MixtureOfDepthsConfig(capacity=0.5, selection="threshold")
-GLOBAL = tiny.attention(window_size=None, num_sinks=0)
+GLOBAL = tiny.attention(window_size=None, num_sink_tokens=0)
 DENSE = DenseConfig(d_ff=16)
 CONFIG = tiny.model(
     prefix=(LayerSpec(attention=GLOBAL, ffn=DENSE),),
@@ -185,7 +185,7 @@ def test_what_can_not_be_skipped_is_refused():
     training = LayerSpec(attention=GLOBAL, ffn=DENSE, depth=MixtureOfDepthsConfig(capacity=0.5))
     for pattern, layers, sentence in (
         ((seeing,), 2, "without router.context"),
-        ((training,), 2, r"use the config that model\.depth\.causal"),
+        ((training,), 2, r"use the config that model\.depth\.with_threshold_selection"),
         ((CONFIG.pattern[0],), 1, "no effect on a model of one period"),
     ):
         with pytest.raises(UserError, match=sentence):

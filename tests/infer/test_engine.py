@@ -30,7 +30,7 @@ CONFIG = tiny.model(
     prefix=(LayerSpec(attention=LATENT, ffn=DenseConfig(d_ff=16)),),
     pattern=(
         LayerSpec(attention=tiny.attention(window_size=7), ffn=tiny.moe()),
-        LayerSpec(attention=tiny.attention(window_size=None, num_sinks=0), ffn=CONTEXT),
+        LayerSpec(attention=tiny.attention(window_size=None, num_sink_tokens=0), ffn=CONTEXT),
     ),
     num_layers=3,
 )
@@ -142,9 +142,12 @@ def test_preferences_belong_to_their_requests():
     ],
 )
 def test_what_can_not_be_served_is_refused(options, request_of, sentence):
-    with pytest.raises(UserError, match=sentence):
+    def ask():
         engine = Engine(MODEL, VARIABLES, EngineOptions(**{"max_length": 64} | options))
         engine.add(Request(**{"prompt": PROMPTS[1], "max_new_tokens": 2} | request_of))
+
+    with pytest.raises(UserError, match=sentence):
+        ask()
 
 
 @pytest.mark.parametrize(("data", "expert", "tensor"), [(1, 4, 1), (1, 2, 2), (2, 2, 1)])

@@ -18,10 +18,10 @@ from model.unstacked import unstack, unstacked_config
 from tests import tiny
 from tests.probes import drawn
 
-LOCAL = tiny.attention(window_size=5, num_sinks=2)
+LOCAL = tiny.attention(window_size=5, num_sink_tokens=2)
 DENSE = DenseConfig(d_ff=16)
 CONFIG = tiny.model(
-    prefix=(LayerSpec(attention=tiny.attention(window_size=None, num_sinks=0), ffn=DENSE),),
+    prefix=(LayerSpec(attention=tiny.attention(window_size=None, num_sink_tokens=0), ffn=DENSE),),
     pattern=(LayerSpec(attention=LOCAL, ffn=tiny.moe()),),
     num_layers=4,
     context_length=128,
@@ -137,12 +137,12 @@ def test_what_can_not_be_drafted_is_refused(variables):
         window_size=4,
         far="summaries",
         block_size=4,
-        num_sinks=0,
+        num_sink_tokens=0,
     )
     depth = MixtureOfDepthsConfig(capacity=0.5)
     for spec, sentence in (
         (LayerSpec(attention=sparse, ffn=DENSE), "a summary holds tokens that would leave"),
-        (LayerSpec(attention=LOCAL, ffn=DENSE, depth=depth), r"model\.depth\.causal"),
+        (LayerSpec(attention=LOCAL, ffn=DENSE, depth=depth), r"with_threshold_selection gives"),
     ):
         with pytest.raises(UserError, match=sentence):
             ask(Transformer(tiny.model(pattern=(spec,), num_layers=2)))

@@ -14,7 +14,7 @@ from kernels.quantize import quantize
 from kernels.quantized_matmul import quantized_matmul
 from kernels.window_attention import window_attention
 
-REACH = {"window_size": 5, "num_sinks": 1}
+REACH = {"window_size": 5, "num_sink_tokens": 1}
 
 
 def device(platform, version="", capability=""):

@@ -26,7 +26,7 @@ SPREAD = Case(
     length=76,
     documents=(5, 44, 20),
     window_size=20,
-    num_sinks=3,
+    num_sink_tokens=3,
 )
 """Two blocks of 16 queries each, 16 keys at a time: documents, windows and sinks begin inside of
 blocks, the third begins within the second's window, and the last rows are padding."""
@@ -59,7 +59,7 @@ def test_documents_windows_and_sinks_inside_of_blocks_with_gradients():
     assert not gpu_callbacks.get_races().races_found
     for a, b, what in zip(ours, theirs, "oqkvb", strict=True):
         np.testing.assert_allclose(a, b, err_msg=what, rtol=1e-5, atol=5e-5)
-    for wrong in ({"window_size": 21}, {"num_sinks": 0}):
+    for wrong in ({"window_size": 21}, {"num_sink_tokens": 0}):
         found = reference(q, k, v, *rows, sink_logits_H=SINKS, **reach_of(SPREAD) | wrong)
         assert np.abs(ours[0] - np.where(rows[0][..., None, None] >= 0, found, 0)).max() > 1e-2
 
@@ -99,7 +99,7 @@ def test_what_the_kernel_cannot_do_is_said(width, dtype, sentence):
     row = jnp.arange(64, dtype=jnp.int32)[None]
     with pytest.raises(NotImplementedError, match=sentence):
         pallas_mosaic.window_attention(
-            q, q, q, row, 0 * row, window_size=None, num_sinks=0, target=H100
+            q, q, q, row, 0 * row, window_size=None, num_sink_tokens=0, target=H100
         )
 
 

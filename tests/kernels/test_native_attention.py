@@ -22,8 +22,12 @@ NATIVE_CASES = {
     # Odd widths, more keys than a chunk (96), heads that share a panel of queries with their rows.
     "odd_widths": Case(length=131, documents=(131,), num_heads=6, num_kv_heads=2, head_dim=17),
     "one_group_of_many_heads": Case(length=37, documents=(37,), num_heads=40, num_kv_heads=1),
-    "many_chunks": Case(batch=1, length=500, documents=(7, 480, 13), window_size=150, num_sinks=5),
-    "sinks_far_behind": Case(batch=1, length=400, documents=(400,), window_size=9, num_sinks=30),
+    "many_chunks": Case(
+        batch=1, length=500, documents=(7, 480, 13), window_size=150, num_sink_tokens=5
+    ),
+    "sinks_far_behind": Case(
+        batch=1, length=400, documents=(400,), window_size=9, num_sink_tokens=30
+    ),
 }
 
 
@@ -62,7 +66,7 @@ def pulled(case: Case, implementation, gaps, has_sinks, q, k, v, positions, segm
             positions,
             segments,
             window_size=case.window_size,
-            num_sinks=case.num_sinks,
+            num_sink_tokens=case.num_sink_tokens,
             sink_logits_H=sinks if has_sinks else None,
             gaps=gaps,
             implementation=implementation,
@@ -121,7 +125,7 @@ def test_any_documents_and_windows(documents, padding, window, sinks, heads):
         length=sum(documents) + padding,
         documents=tuple(documents),
         window_size=window,
-        num_sinks=sinks if window else 0,
+        num_sink_tokens=sinks if window else 0,
         num_heads=heads[0],
         num_kv_heads=heads[1],
         head_dim=8,
@@ -143,7 +147,15 @@ def test_padding_gets_zero_whatever_lies_there(isa):
     is_padding[[0, 1, 30, 31, 58, 59]] = True
     positions = jnp.where(is_padding[None], -1, positions)
     out = window_attention(
-        q, k, v, positions, segments, window_size=None, num_sinks=0, gaps=True, implementation="cpu"
+        q,
+        k,
+        v,
+        positions,
+        segments,
+        window_size=None,
+        num_sink_tokens=0,
+        gaps=True,
+        implementation="cpu",
     )
     np.testing.assert_array_equal(out[:, is_padding], 0)
     assert np.isfinite(np.asarray(out)).all()
@@ -152,7 +164,9 @@ def test_padding_gets_zero_whatever_lies_there(isa):
 def test_the_future_changes_nothing_before_it(isa):
     case = CASES["sinks_packed"]
     q, k, v, positions, segments, _, _ = draw(case)
-    attend = functools.partial(window_attention, window_size=33, num_sinks=4, implementation="cpu")
+    attend = functools.partial(
+        window_attention, window_size=33, num_sink_tokens=4, implementation="cpu"
+    )
     at = 150
     before = attend(q, k, v, positions, segments)[:, :at]
     noise = [x.at[:, at:].add(1.0) for x in (q, k, v)]
@@ -172,11 +186,11 @@ def test_bfloat16_is_said_to_be_missing_and_goes_to_xla_by_itself():
     q, k, v, positions, segments, _, _ = draw(case)
     q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
     attend = functools.partial(
-        window_attention, q, k, v, positions, segments, window_size=None, num_sinks=0
+        window_attention, q, k, v, positions, segments, window_size=None, num_sink_tokens=0
     )
     with pytest.raises(NotImplementedError, match="attend in float32"):
         attend(implementation="cpu")
-    assert not native.serves(q)
+    assert not native.is_used_for(q)
     assert attend().dtype == jnp.bfloat16
 
 
@@ -185,7 +199,9 @@ def test_the_platform_is_chosen_when_the_program_is_lowered():
     q, k, v, positions, segments, _, _ = draw(case)
 
     def loss(q):
-        return window_attention(q, k, v, positions, segments, window_size=50, num_sinks=4).sum()
+        return window_attention(
+            q, k, v, positions, segments, window_size=50, num_sink_tokens=4
+        ).sum()
 
     traced = jax.jit(jax.grad(loss)).trace(q)
     assert "moesaic_attention_backward" in traced.lower(lowering_platforms=("cpu",)).as_text()

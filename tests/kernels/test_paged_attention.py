@@ -34,7 +34,7 @@ def draw(case: Case):
 
 
 def reach_of(case: Case):
-    return {"window_size": case.window_size, "num_sinks": case.num_sinks}
+    return {"window_size": case.window_size, "num_sink_tokens": case.num_sink_tokens}
 
 
 def dense(case: Case, q, k, v, sinks=None):
@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_said():
         paged_attention(q, *(np.repeat(x, 4, axis=2) for x in (k, v)), tables, lengths)
     with pytest.raises(ValueError, match=r"lengths \(1,\) must be"):
         paged_attention(q, k, v, tables, lengths[:1])
-    small_pages = functools.partial(interpreted, window_size=None, num_sinks=0)
+    small_pages = functools.partial(interpreted, window_size=None, num_sink_tokens=0)
     with pytest.raises(NotImplementedError, match="page_size=8 must be a power of two from 16"):
         small_pages(q, k[:, :8], v[:, :8], tables, lengths)
     with pytest.raises(NotImplementedError, match="the default device is cpu"):

@@ -56,7 +56,7 @@ def draw(case: LatentCase):
     latent = normal(batch, max(case.lengths), rank)
     rope = normal(batch, max(case.lengths), case.rope_head_dim)
     up_k, up_v = normal(rank, heads, NOPE) / 4, normal(rank, heads, VALUE) / 4
-    q_latent = np.einsum("BHN,CHN->BHC", q_nope, up_k)
+    q_latent = np.einsum("BHN,RHN->BHR", q_nope, up_k)
     pages = into_pages((latent, rope), case.lengths, case.page_size, random)
     operands = (q_latent, q_rope, *pages, np.array(case.lengths, np.int32))
     return operands, (q_nope, q_rope, latent, rope, up_k, up_v)
@@ -64,7 +64,11 @@ def draw(case: LatentCase):
 
 def settings(case: LatentCase):
     scale = (NOPE + case.rope_head_dim) ** -0.5
-    return {"scale": scale, "window_size": case.window_size, "num_sinks": case.num_sinks}
+    return {
+        "scale": scale,
+        "window_size": case.window_size,
+        "num_sink_tokens": case.num_sink_tokens,
+    }
 
 
 def written_out(case, q_nope, q_rope, latent, rope, up_k, up_v):
@@ -76,7 +80,7 @@ def written_out(case, q_nope, q_rope, latent, rope, up_k, up_v):
     for b, length in enumerate(case.lengths):
         position = np.arange(length)
         is_seen = length - position <= (case.window_size or length)
-        is_seen |= position < case.num_sinks
+        is_seen |= position < case.num_sink_tokens
         for h in range(case.num_heads if length else 0):
             key = np.concatenate([latent[b, :length] @ up_k[:, h], rope[b, :length]], axis=-1)
             query = np.concatenate([q_nope[b, h], q_rope[b, h]]).astype(np.float64)
@@ -129,7 +133,7 @@ def test_int8_latents_equal_what_they_stand_for_and_stay_near_the_floats(functio
     run, floating = (jax.jit(functools.partial(f, **settings(case))) for f in (function, xla))
     is_written = ~np.isnan(latent[..., 0])
     nan_scales = jnp.where(is_written, scales, jnp.bfloat16(jnp.nan))
-    found = run(q_latent, q_rope, values, rope, *rest, latent_scales_PS=nan_scales)
+    found = run(q_latent, q_rope, values, rope, *rest, latent_scales_ZS=nan_scales)
     expected = floating(q_latent, q_rope, restored, rope, *rest)
     np.testing.assert_allclose(found, expected, **TOLERANCE)
     floats = floating(q_latent, q_rope, latent, rope, *rest)
@@ -161,17 +165,17 @@ def test_a_model_decodes_the_same_from_pages(function):
         (out_BLD, _), variables = layer.init_with_output(jax.random.key(1), *inputs)
         weights = nn.unbox(variables["params"])
         q_BHK = jnp.einsum("BD,DHK->BHK", x_BLD[:, -1], weights["q"])
-        down_BLC = jnp.einsum("BLD,DC->BLC", x_BLD, weights["kv_down"])
-        latent_BLC, rope_BL1E = down_BLC[..., :32], down_BLC[:, :, None, 32:]
-        latent_BLC = RMSNorm(1e-6).apply({"params": weights["kv_norm"]}, latent_BLC)
-        rope_BLE = rope(rope_BL1E, positions_BL, config.rope_base)[:, :, 0]
-        q_rope_BHE = rope(q_BHK[:, None, :, NOPE:], positions_BL[:, -1:], config.rope_base)[:, 0]
-        up_k_CHN, up_v_CHW = jnp.split(weights["kv_up"], [NOPE], axis=-1)
-        q_latent_BHC = jnp.einsum("BHN,CHN->BHC", q_BHK[..., :NOPE], up_k_CHN)
+        down_BLR = jnp.einsum("BLD,DR->BLR", x_BLD, weights["kv_down"])
+        latent_BLR, rope_BL1P = down_BLR[..., :32], down_BLR[:, :, None, 32:]
+        latent_BLR = RMSNorm(1e-6).apply({"params": weights["kv_norm"]}, latent_BLR)
+        rope_BLP = rope(rope_BL1P, positions_BL, config.rope_base)[:, :, 0]
+        q_rope_BHP = rope(q_BHK[:, None, :, NOPE:], positions_BL[:, -1:], config.rope_base)[:, 0]
+        up_k_RHN, up_v_RHW = jnp.split(weights["kv_up"], [NOPE], axis=-1)
+        q_latent_BHR = jnp.einsum("BHN,RHN->BHR", q_BHK[..., :NOPE], up_k_RHN)
         return (
-            (q_latent_BHC, q_rope_BHE),
-            (latent_BLC, rope_BLE),
-            (up_v_CHW, weights["o"]),
+            (q_latent_BHR, q_rope_BHP),
+            (latent_BLR, rope_BLP),
+            (up_v_RHW, weights["o"]),
             out_BLD[:, -1],
         )
 
@@ -179,16 +183,16 @@ def test_a_model_decodes_the_same_from_pages(function):
     queries, dense, ups, last_BD = of_layer(x_BLD)
     dense = [np.asarray(x) for x in dense]
     pages = into_pages(dense, [21], 16, np.random.RandomState(0))
-    reach = {"scale": config.query_head_dim**-0.5, "window_size": None, "num_sinks": 0}
+    reach = {"scale": config.query_head_dim**-0.5, "window_size": None, "num_sink_tokens": 0}
     function = jax.jit(functools.partial(function, **reach))
-    summed_BHC = function(*queries, *pages, jnp.array([21]))
-    found_BD = np.einsum("BHC,CHW,HWD->BD", summed_BHC, *ups)
+    summed_BHR = function(*queries, *pages, jnp.array([21]))
+    found_BD = np.einsum("BHR,RHW,HWD->BD", summed_BHR, *ups)
     np.testing.assert_allclose(found_BD, last_BD, **TOLERANCE)
 
 
 def test_what_does_not_fit_is_said():
     (q_latent, q_rope, latent, rope, tables, lengths), _ = draw(LATENT_CASES["ragged"])
-    with pytest.raises(ValueError, match=r"must be \[B, H, C\], \[B, H, E\]"):
+    with pytest.raises(ValueError, match=r"must be \[B, H, R\], \[B, H, P\]"):
         paged_latent_attention(q_latent, q_rope, latent[..., :8], rope, tables, lengths, scale=1.0)
     with pytest.raises(ValueError, match=r"lengths \(2,\) must be"):
         paged_latent_attention(q_latent, q_rope, latent, rope, tables, lengths[:2], scale=1.0)
@@ -202,5 +206,5 @@ def test_what_does_not_fit_is_said():
             lengths,
             scale=1.0,
             window_size=None,
-            num_sinks=0,
+            num_sink_tokens=0,
         )

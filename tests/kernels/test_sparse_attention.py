@@ -43,11 +43,11 @@ def draw(case: Case):
 
 
 def attend(kind, reach, implementation, q, k, v, pool, positions, segments):
-    """Reach is (window_size, num_sinks or block_size)."""
+    """Reach is (window_size, num_sink_tokens or block_size)."""
     window, other = reach
     rows, chosen = (positions, segments), {"implementation": implementation}
     if kind == "powers":
-        return power_attention(q, k, v, *rows, window_size=window, num_sinks=other, **chosen)
+        return power_attention(q, k, v, *rows, window_size=window, num_sink_tokens=other, **chosen)
     return summary_attention(q, k, v, pool, *rows, window_size=window, block_size=other, **chosen)
 
 
@@ -56,12 +56,12 @@ attend_jit = jax.jit(attend, static_argnums=(0, 1, 2))
 
 @jax.jit
 def dense_attention(q, k, v, positions, segments):
-    reach = {"window_size": None, "num_sinks": 0, "implementation": "reference"}
+    reach = {"window_size": None, "num_sink_tokens": 0, "implementation": "reference"}
     return window_attention(q, k, v, positions, segments, **reach)
 
 
 def reach_of(case: Case, kind: str) -> tuple[int, int]:
-    return case.window_size, case.num_sinks if kind == "powers" else case.block_size
+    return case.window_size, case.num_sink_tokens if kind == "powers" else case.block_size
 
 
 def gradients(kind, reach, implementation, *operands, positions, segments, dout):
@@ -143,9 +143,9 @@ def test_equal_keys_in_each_bucket_give_dense_attention():
 # --- Edges, reach, cost --------------------------------------------------------------------------
 
 
-def seen(length: int, window_size: int, num_sinks: int) -> np.ndarray:
+def seen(length: int, window_size: int, num_sink_tokens: int) -> np.ndarray:
     rows = np.arange(length)
-    reach = {"window_size": window_size, "num_sinks": num_sinks}
+    reach = {"window_size": window_size, "num_sink_tokens": num_sink_tokens}
     return seen_by_power_attention(rows[:, None], rows[None], **reach)
 
 
@@ -210,7 +210,7 @@ NEW = np.array([[*range(17, 31)], [-1, -1, *range(5, 14), -1, -1, -1]], np.int32
 @functools.partial(jax.jit, static_argnums=0)
 def cached(kind, q, k, v, pool, new, slot_positions):
     if kind == "powers":
-        reach = {"window_size": 5, "num_sinks": 2}
+        reach = {"window_size": 5, "num_sink_tokens": 2}
         return cached_power_attention(q, k, v, new, slot_positions, **reach)
     nodes = rebuilt(k, v, pool, 4)
     reach = {"window_size": 6, "block_size": 4}
@@ -267,7 +267,7 @@ def test_a_decoded_token_costs_log_n(kind):
         new, cache = ((1, 1, 2, 32), jnp.float32), ((1, slots, 2, 32), jnp.float32)
         rows = ((1, 1), jnp.int32), ((1, slots), jnp.int32)
         if kind == "powers":
-            reach = {"window_size": 64, "num_sinks": 4}
+            reach = {"window_size": 64, "num_sink_tokens": 4}
             return flops(
                 functools.partial(cached_power_attention, **reach), new, cache, cache, *rows
             )
@@ -289,10 +289,10 @@ def test_shapes_that_do_not_fit_are_refused():
     q, k, v, pool, positions, segments, _ = draw(CASES["one_row"])
     rows = (positions, segments)
     with pytest.raises(ValueError, match="multiple of"):
-        power_attention(q[:, :, :3], k, v, *rows, window_size=4, num_sinks=0)
+        power_attention(q[:, :, :3], k, v, *rows, window_size=4, num_sink_tokens=0)
     with pytest.raises(ValueError, match=r"must be \[B, L, H, C\]"):
-        power_attention(q, k[:1], v, *rows, window_size=4, num_sinks=0)
+        power_attention(q, k[:1], v, *rows, window_size=4, num_sink_tokens=0)
     with pytest.raises(ValueError, match="window_size=0 must be at least 1"):
-        power_attention(q, k, v, *rows, window_size=0, num_sinks=0)
+        power_attention(q, k, v, *rows, window_size=0, num_sink_tokens=0)
     with pytest.raises(ValueError, match=r"pool \(1, 8\) must be"):
         summary_attention(q, k, v, pool[:1], *rows, window_size=4, block_size=4)

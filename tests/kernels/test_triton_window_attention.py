@@ -14,7 +14,7 @@ from kernels.window_attention.cases import CASES, Case
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}  # float32 softmax in base 2, sums in another order
 FAST = ("one_row", "padded", "sinks_packed")
 """The others run after `make test`: three kernels and a reference take seconds to compile."""
-SPREAD = Case(length=96, documents=(5, 60, 31), window_size=20, num_sinks=3)
+SPREAD = Case(length=96, documents=(5, 60, 31), window_size=20, num_sink_tokens=3)
 """Blocks of 32 queries and 16 keys: documents, windows and sinks begin inside of blocks."""
 
 
@@ -41,7 +41,7 @@ def draw(case: Case, value_width: int | None = None):
 
 
 def reach_of(case: Case):
-    return {"window_size": case.window_size, "num_sinks": case.num_sinks}
+    return {"window_size": case.window_size, "num_sink_tokens": case.num_sink_tokens}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -119,7 +119,7 @@ def test_wrong_versions_are_rejected(wrong):
     reach = reach_of(SPREAD)
     expected = np.asarray(reference(*operands, **reach))
     if wrong == "no sinks":
-        reach["num_sinks"] = 0
+        reach["num_sink_tokens"] = 0
     else:
         reach["window_size"] += 1
     found = np.asarray(jax.jit(functools.partial(interpreted, **reach))(*operands))

@@ -43,7 +43,7 @@ def attend(case: Case, implementation, q, k, v, positions, segments, gaps=False)
         positions,
         segments,
         window_size=case.window_size,
-        num_sinks=case.num_sinks,
+        num_sink_tokens=case.num_sink_tokens,
         gaps=gaps,
         implementation=implementation,
     )
@@ -86,7 +86,9 @@ def test_positions_with_gaps(name, form):
     found = attend(case, "xla", *rows, gaps=True)
     np.testing.assert_allclose(np.where(is_token, found, 0.0), expected, **TOLERANCE)
     assert np.isfinite(np.asarray(found)).all()
-    if case.num_sinks:  # the wrong version: a row's place less its position is a document's start
+    if (
+        case.num_sink_tokens
+    ):  # the wrong version: a row's place less its position is a document's start
         wrong = np.where(is_token, attend(case, "xla", *rows), 0.0)
         assert np.abs(wrong - expected).max() > 0.1
 
@@ -108,7 +110,7 @@ def test_reference_is_a_loop_over_queries(name):
                 and (
                     case.window_size is None
                     or positions[0, i] - positions[0, j] < case.window_size
-                    or positions[0, j] < case.num_sinks
+                    or positions[0, j] < case.num_sink_tokens
                 )
             ]
             scores = np.array([q[0, i, head] @ k[0, j, group] for j in seen]) / case.head_dim**0.5
@@ -165,7 +167,7 @@ def test_learned_sinks_of_blocks_equal_the_reference_with_gradients(name):
                 positions,
                 segments,
                 window_size=case.window_size,
-                num_sinks=case.num_sinks,
+                num_sink_tokens=case.num_sink_tokens,
                 sink_logits_H=sinks,
                 implementation=implementation,
             )
@@ -191,7 +193,7 @@ def test_a_sink_at_minus_infinity_takes_nothing(implementation):
 
     @jax.jit
     def run(q, k, v, sinks):
-        reach = {"window_size": 20, "num_sinks": 0, "implementation": implementation}
+        reach = {"window_size": 20, "num_sink_tokens": 0, "implementation": implementation}
         return window_attention(q, k, v, positions, segments, sink_logits_H=sinks, **reach)
 
     plain = run(q, k, v, None)
@@ -203,6 +205,6 @@ def test_a_sink_at_minus_infinity_takes_nothing(implementation):
 def test_one_sink_per_query_head_is_needed():
     case = CASES["one_row"]
     q, k, v, positions, segments, _ = draw(case)
-    reach = {"window_size": None, "num_sinks": 0}
+    reach = {"window_size": None, "num_sink_tokens": 0}
     with pytest.raises(ValueError, match=r"\(2,\) must be one per query head, \(4,\)"):
         window_attention(q, k, v, positions, segments, sink_logits_H=jnp.zeros(2), **reach)

@@ -20,7 +20,7 @@ LENGTH = 24
 def config_of(context: ContextConfig | None, **router):
     """Two MoE layers, one windowed; the router may have null experts and a bias as well."""
     ffn = tiny.moe(router=RouterConfig(top_k=3, context=context, **router))
-    windowed, everywhere = tiny.attention(), tiny.attention(window_size=None, num_sinks=0)
+    windowed, everywhere = tiny.attention(), tiny.attention(window_size=None, num_sink_tokens=0)
     pattern = tuple(LayerSpec(attention=a, ffn=ffn) for a in (windowed, everywhere))
     return tiny.model(pattern=pattern)
 

@@ -11,7 +11,7 @@ from configs.architecture import LayerSpec, MixtureOfDepthsConfig
 from configs.base import ExecutionConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
-from model.depth import causal, num_chosen
+from model.depth import num_chosen, with_threshold_selection
 from model.model_state import init_state
 from model.step import make_step
 from model.transformer import (
@@ -31,13 +31,13 @@ DENSE = DenseConfig(d_ff=16)
 
 def config_of(depth: MixtureOfDepthsConfig, ffn=DENSE, **changes):
     """A layer for every token, then one for some, windowed and with sinks."""
-    plain = LayerSpec(attention=tiny.attention(window_size=None, num_sinks=0), ffn=DENSE)
+    plain = LayerSpec(attention=tiny.attention(window_size=None, num_sink_tokens=0), ffn=DENSE)
     routed = LayerSpec(attention=tiny.attention(window_size=5), ffn=ffn, depth=depth)
     return tiny.model(pattern=(plain, routed), **changes)
 
 
 TRAINED = config_of(HALF)
-SAMPLED = causal(TRAINED)
+SAMPLED = with_threshold_selection(TRAINED)
 VARIABLES = drawn(TRAINED, seed=3)  # of both: selection is no part of the variables
 
 
@@ -107,7 +107,7 @@ def test_decode_equals_full_forward(prefill):
 def test_the_training_rule_is_refused_with_a_cache():
     tokens, positions = inputs(TRAINED, 4)
     cache = init_state(TRAINED, 1, 4, "float32")
-    with pytest.raises(UserError, match=r"use the config that model\.depth\.causal gives"):
+    with pytest.raises(UserError, match=r"model\.depth\.with_threshold_selection gives"):
         hidden_states(Transformer(TRAINED), VARIABLES, tokens, positions, cache)
 
 
@@ -152,7 +152,7 @@ def test_experts_count_the_chosen_only():
     config = tiny.model(pattern=config_of(HALF, ffn=tiny.moe()).pattern[1:], num_layers=1)
     tokens, positions = inputs(config, LENGTH)
     positions[:, 20:] = -1
-    for one in (config, causal(config)):
+    for one in (config, with_threshold_selection(config)):
         model, variables = Transformer(one), drawn(config)
         _, sown = jax.jit(lambda v, m=model: hidden_and_router(m, v, tokens, positions))(variables)
         layer = sown["router"]["periods"]["layer_0"]
@@ -195,7 +195,7 @@ def test_a_block_costs_its_share():
     that, and choosing adds a little.
     """
     length, flops = 512, []
-    attention = tiny.attention(window_size=None, num_sinks=0)
+    attention = tiny.attention(window_size=None, num_sink_tokens=0)
     for depth in (None, MixtureOfDepthsConfig(capacity=0.125)):
         spec = LayerSpec(attention=attention, ffn=DenseConfig(d_ff=256), depth=depth)
         block = Block(spec, TRAINED, ExecutionConfig())

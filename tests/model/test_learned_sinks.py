@@ -12,8 +12,8 @@ from model.transformer import Transformer, abstract_variables, hidden_states, in
 from tests import oracle, tiny
 from tests.probes import check_causality, check_decode, drawn, inputs
 
-LOCAL = tiny.attention(learned_sinks=True)
-EVERYWHERE = tiny.attention(window_size=None, num_sinks=0, learned_sinks=True)
+LOCAL = tiny.attention(sink_logits=True)
+EVERYWHERE = tiny.attention(window_size=None, num_sink_tokens=0, sink_logits=True)
 CONFIG = tiny.model(
     pattern=tuple(LayerSpec(attention=a, ffn=DenseConfig(d_ff=16)) for a in (LOCAL, EVERYWHERE))
 )
@@ -58,7 +58,7 @@ def test_sinks_start_at_zero_and_are_counted():
     model = Transformer(CONFIG)
     abstract, axes = abstract_variables(model)
     assert sum(x.size for x in jax.tree.leaves(abstract["params"])) == CONFIG.num_parameters
-    without = dataclasses.replace(LOCAL, learned_sinks=False)
+    without = dataclasses.replace(LOCAL, sink_logits=False)
     assert LOCAL.num_parameters(32) == without.num_parameters(32) + 4
     assert axes["params"]["periods"]["layer_0"]["attention"]["sink_logits"] == ("layers", "heads")
     start = jax.jit(lambda: init_variables(model, 0)["params"]["periods"]["layer_0"]["attention"])()

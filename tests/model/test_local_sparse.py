@@ -18,9 +18,11 @@ from tests import oracle, tiny
 from tests.probes import check_causality, check_decode, drawn, inputs
 
 POWERS = LocalSparseAttentionConfig(
-    num_heads=4, num_kv_heads=2, head_dim=8, window_size=5, num_sinks=2
+    num_heads=4, num_kv_heads=2, head_dim=8, window_size=5, num_sink_tokens=2
 )
-SUMMARIES = dataclasses.replace(POWERS, window_size=6, num_sinks=0, far="summaries", block_size=4)
+SUMMARIES = dataclasses.replace(
+    POWERS, window_size=6, num_sink_tokens=0, far="summaries", block_size=4
+)
 LENGTH = 41
 
 
@@ -90,7 +92,7 @@ def test_chunks_of_a_prompt_equal_full_forward(variables):
 def test_a_window_beyond_the_length_is_grouped_query_attention():
     """Also with the same names of parameters."""
     wide = config_of(*(dataclasses.replace(a, window_size=100) for a in (POWERS, SUMMARIES)))
-    dense = config_of(*[tiny.attention(window_size=None, num_sinks=0)] * 2)
+    dense = config_of(*[tiny.attention(window_size=None, num_sink_tokens=0)] * 2)
     variables, (tokens, positions) = drawn(wide), inputs(wide, LENGTH)
     hidden = [
         jax.jit(lambda v, m=Transformer(c): hidden_states(m, v, tokens, positions)[0])(variables)
@@ -120,8 +122,8 @@ def test_the_configs_count_is_the_models():
 
 
 def test_settings_that_would_be_ignored_are_refused():
-    with pytest.raises(UserError, match="num_sinks=2 has no effect with far='summaries'"):
-        dataclasses.replace(SUMMARIES, num_sinks=2)
+    with pytest.raises(UserError, match="num_sink_tokens=2 has no effect with far='summaries'"):
+        dataclasses.replace(SUMMARIES, num_sink_tokens=2)
     with pytest.raises(UserError, match="block_size=None goes with far='summaries'"):
         dataclasses.replace(SUMMARIES, block_size=None)
     with pytest.raises(UserError, match="block_size=8 goes with far='summaries'"):

@@ -16,13 +16,13 @@ from parallel.sharding import tree_shardings
 from tests import oracle, tiny
 from tests.probes import check_decode, drawn, inputs
 
-EVERYWHERE = tiny.attention(window_size=None, num_sinks=0)
+EVERYWHERE = tiny.attention(window_size=None, num_sink_tokens=0)
 OLMOE = dataclasses.replace(EVERYWHERE, qk_norm="all", clip_qkv=0.4)
 LAYERS = {
-    "gpt-oss": tiny.attention(bias=True, learned_sinks=True),
+    "gpt-oss": tiny.attention(bias=True, sink_logits=True),
     "Qwen3": dataclasses.replace(EVERYWHERE, qk_norm="head"),
     "OLMoE": OLMOE,
-    "everything": tiny.attention(bias=True, qk_norm="head", clip_qkv=0.5, learned_sinks=True),
+    "everything": tiny.attention(bias=True, qk_norm="head", clip_qkv=0.5, sink_logits=True),
 }
 CONFIG = tiny.model(
     num_layers=4,

@@ -157,7 +157,7 @@ def test_without_distances_it_is_attention_over_a_window():
     ours = jax.jit(segment_attention)(
         q * 8**-0.5, q * 8**-0.5, k, v, jnp.zeros((18, 3, 8)), positions, documents
     )
-    attend = partial(reference.window_attention, window_size=18, num_sinks=0)
+    attend = partial(reference.window_attention, window_size=18, num_sink_tokens=0)
     expected = jax.jit(attend)(q, k, v, positions, documents)
     np.testing.assert_allclose(ours, expected, atol=EXACT)
 

@@ -1,4 +1,4 @@
-"""The router and the load figures against double loops and closed forms."""
+"""The router and the load metrics against double loops and closed forms."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from configs.feed_forward import RouterConfig
 from model.balance import (
     load_balance_loss,
-    load_figures,
+    load_metrics,
     matching_null,
     router_stats,
     token_expert_information,
@@ -116,13 +116,13 @@ def test_router_stats_equal_a_loop_over_real_tokens():
 
 def test_load_figures():
     counts = jnp.asarray([40, 40, 0, 0, 10, 10])
-    figures = load_figures(counts, jnp.float32(50))
+    metrics = load_metrics(counts, jnp.float32(50))
     relative = np.array([40, 40, 0, 0, 10, 10]) * 6 / 100
-    assert figures.load_cv == pytest.approx(relative.std(), rel=1e-6)
-    assert figures.max_violation == pytest.approx(1.4)
-    assert figures.dead_experts == 2
-    assert figures.peak_load == pytest.approx(0.8)
-    assert figures.mean_k == pytest.approx(2.0)
+    assert metrics.load_cv == pytest.approx(relative.std(), rel=1e-6)
+    assert metrics.max_violation == pytest.approx(1.4)
+    assert metrics.dead_experts == 2
+    assert metrics.peak_load == pytest.approx(0.8)
+    assert metrics.mean_k == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(("experts", "top_k", "tokens"), [(64, 2, 2048), (16, 2, 4096)])
@@ -134,8 +134,8 @@ def test_the_floor_is_what_uniform_routing_shows(experts, top_k, tokens):
         ids = np.argpartition(random.rand(tokens, experts), top_k, axis=1)[:, :top_k]
         counts = np.bincount(ids.reshape(-1), minlength=experts)
         squares.append((counts * experts / (tokens * top_k)).var())
-    figures = load_figures(jnp.full(experts, tokens * top_k // experts), jnp.float32(tokens))
-    assert np.mean(squares) == pytest.approx(float(figures.load_cv_floor) ** 2, rel=0.1)
+    metrics = load_metrics(jnp.full(experts, tokens * top_k // experts), jnp.float32(tokens))
+    assert np.mean(squares) == pytest.approx(float(metrics.load_cv_floor) ** 2, rel=0.1)
 
 
 # --- scores, groups, bias, null experts ---------------------------------------------------------
@@ -305,8 +305,8 @@ def settle(config: RouterConfig, draw, steps: int, state=None) -> tuple[list, Ro
     def step(x, state):
         routing = route(x, config, state)
         stats = stats_of(x, routing, np.ones(len(x), bool), config)
-        figures = load_figures(stats.counts_E, stats.num_tokens)
-        return figures.load_cv, figures.mean_k, updated_state(state, stats, config)
+        metrics = load_metrics(stats.counts_E, stats.num_tokens)
+        return metrics.load_cv, metrics.mean_k, updated_state(state, stats, config)
 
     for i in range(steps):
         cv, mean_k, state = step(jnp.asarray(draw(i)), state)

@@ -25,7 +25,7 @@ from tests.probes import drawn
 CONFIG = tiny.model(
     prefix=(LayerSpec(attention=tiny.attention(), ffn=DenseConfig(d_ff=16)),),
     pattern=(
-        LayerSpec(attention=tiny.attention(window_size=None, num_sinks=0), ffn=tiny.moe()),
+        LayerSpec(attention=tiny.attention(window_size=None, num_sink_tokens=0), ffn=tiny.moe()),
         LayerSpec(attention=tiny.attention(window_size=5), ffn=DenseConfig(d_ff=16)),
     ),
     num_layers=7,

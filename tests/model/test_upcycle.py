@@ -31,7 +31,7 @@ TOLERANCE = 1e-5  # float32 sums in another order
 
 WINDOWED = LayerSpec(attention=tiny.attention(), ffn=DenseConfig(d_ff=48))
 GLOBAL = LayerSpec(
-    attention=tiny.attention(window_size=None, num_sinks=0), ffn=DenseConfig(d_ff=40)
+    attention=tiny.attention(window_size=None, num_sink_tokens=0), ffn=DenseConfig(d_ff=40)
 )
 BIASED = dataclasses.replace(GLOBAL, ffn=DenseConfig(d_ff=40, bias=True))
 DENSE = tiny.model(pattern=(GLOBAL,), num_layers=2, tie_embeddings=True)

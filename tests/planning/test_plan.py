@@ -19,7 +19,7 @@ from planning.loops import balanced_load
 from planning.plan import make_plan
 from tests.planning.runs import LENGTH, PERIODS, READABLE, ROWS, moe_run, moe_step_flops
 from train.loop import to_devices
-from train.state import init_state, plan_state
+from train.state import init_state, make_train_setup
 
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = [{}, {"expert": 2}, {"data": 2, "expert": 2}]
@@ -69,7 +69,7 @@ def test_arguments_are_what_a_real_run_holds(mesh):
     """To the byte: state and batch on each device."""
     run = moe_run(**mesh)
     devices = make_mesh(**dataclasses.asdict(run.mesh))
-    state = init_state(plan_state(run, devices), seed=0)
+    state = init_state(make_train_setup(run, devices), seed=0)
     rows = np.zeros((run.batch_size, run.data.seq_len), np.int32)
     batch = to_devices(dict.fromkeys(("tokens", "targets", "positions"), rows), devices)
     held = dict.fromkeys(devices.devices.flat, 0)
@@ -162,7 +162,7 @@ from parallel.mesh import make_mesh
 from planning.program import compile_step
 from tests.planning.runs import wide_run
 from train.loop import to_devices
-from train.state import init_state, plan_state
+from train.state import init_state, make_train_setup
 
 def status(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -171,7 +171,7 @@ def status(name):
 run = wide_run()
 mesh = make_mesh(**dataclasses.asdict(run.mesh))
 program = compile_step(run, "train", mesh)
-state = init_state(plan_state(run, mesh), seed=0)
+state = init_state(make_train_setup(run, mesh), seed=0)
 rows = np.zeros((run.batch_size, run.data.seq_len), np.int32)
 batch = to_devices({name: rows for name in ("tokens", "targets", "positions")}, mesh)
 jax.block_until_ready((state, batch))

@@ -28,7 +28,7 @@ def parent(tmp_path_factory):
     tiny.write_sources(tmp_path)
     layer = tiny.model().pattern[0]
     run = tiny.run(tmp_path, steps=4, model=tiny.model(pattern=(layer,), num_layers=1))
-    fit(run, tmp_path / "parent", make_extend=stop_after(3, signal.SIGTERM))
+    fit(run, tmp_path / "parent", make_transform=stop_after(3, signal.SIGTERM))
     return run, tmp_path / "parent"
 
 
@@ -80,7 +80,7 @@ def test_what_growth_decides_is_no_override(parent, tmp_path):
 def spy(seen: list[int], stop: int):
     """Notes the rows of each step; signals in one of them."""
 
-    def make_extend(mesh):
+    def make_transform(mesh):
         interrupt = stop_after(stop, signal.SIGTERM)(mesh)
 
         def extend(batch):
@@ -89,7 +89,7 @@ def spy(seen: list[int], stop: int):
 
         return extend
 
-    return make_extend
+    return make_transform
 
 
 def test_a_run_reads_on_after_its_parents_rows_and_so_when_it_goes_on(parent, tmp_path):
@@ -99,9 +99,9 @@ def test_a_run_reads_on_after_its_parents_rows_and_so_when_it_goes_on(parent, tm
     whole = np.concatenate([next(stream)["row"] for _ in range(7)]).tolist()
     origin = ModelOrigin(name="parent", weights="0" * 64, step=3, rows_read=24)
     seen: list[int] = []
-    fit(run, tmp_path / "heir", make_extend=spy(seen, stop=3), initial=origin)
+    fit(run, tmp_path / "heir", make_transform=spy(seen, stop=3), initial=origin)
     assert len(seen) == 24
-    fit(run, tmp_path / "heir", make_extend=spy(seen, stop=0))
+    fit(run, tmp_path / "heir", make_transform=spy(seen, stop=0))
     assert seen == whole[24:]
     assert not set(seen) & set(whole[:24])
 
@@ -113,6 +113,6 @@ def test_a_grown_run_of_earlier_versions_goes_on_where_it_was(parent, tmp_path):
     make_old(tmp_path / "old")
     origin = ModelOrigin(name="parent", weights="0" * 64, step=3, rows_read=24)
     seen: list[int] = []
-    fit(run, tmp_path / "old", make_extend=spy(seen, stop=0), initial=origin)
+    fit(run, tmp_path / "old", make_transform=spy(seen, stop=0), initial=origin)
     stream = batches(prepare_corpus(run.data, 300).training(), seq_len=32, batch_size=8, seed=0)
     assert seen == [next(stream)["row"].tolist() for _ in range(4)][3]

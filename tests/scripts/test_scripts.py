@@ -234,9 +234,9 @@ def test_an_upcycled_run_begins_where_its_dense_source_ended(trained):
     config = json.loads((upcycled / "config.json").read_text())
     assert [x["ffn"]["kind"] for x in config["model"]["pattern"]] == ["dense", "moe"]
     bits = []
-    for folder, options in ((dense, []), (upcycled, ["--beginning"])):
+    for folder, options in ((dense, []), (upcycled, ["--initial"])):
         run(trained, "evaluate", str(folder), "--tasks", "stdlib_bpb", *options)
-        name = "evals_beginning.json" if options else "evals.json"
+        name = "evals_initial.json" if options else "evals.json"
         bits.append(json.loads((folder / name).read_text())[0]["value"])
     assert bits[1] == pytest.approx(bits[0], abs=1e-5)
 

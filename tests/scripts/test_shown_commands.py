@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.export_dtype import choose_storage
 from checkpoint.public import export_family
-from checkpoint.storage import choose_storage
 from configs.checks import UserError
 from configs.cli import load_run
 from evals.compare import print_story

@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from configs.checks import UserError
-from data.public_tokenizer import PublicTokenizer
-from data.tokenizer import train_tokenizer
-from data.tokenizer_export import write_public_tokenizer
+from data.tokenizers.public_tokenizer import PublicTokenizer
+from data.tokenizers.tokenizer import train_tokenizer
+from data.tokenizers.tokenizer_export import write_public_tokenizer
 from infer.sampling import Sampling
 from scripts import chat, command, convert, generate, score
 from tests.checkpoint.cases import read_case

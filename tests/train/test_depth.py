@@ -19,7 +19,7 @@ from tests.probes import drawn
 from train.loop import fit, mesh_of
 from train.losses import collect_router_stats, depth_loss
 from train.metrics import read_lines
-from train.state import init_state, plan_state
+from train.state import init_state, make_train_setup
 from train.step import make_train_step
 
 EXITS = EarlyExitConfig(dropout=0.3, loss_scale=0.5, rotation=2)
@@ -70,12 +70,12 @@ def test_a_steps_loss_by_hand(tmp_path):
     """The weighted mean of the exits' cross-entropies, through one norm and one output layer."""
     config = exiting(3, dropout=0.0, rotation=1)
     run = tiny.run(tmp_path, model=config)
-    trainee, variables = plan_state(run, mesh_of(run)), drawn(config)
-    state, batch = init_state(trainee, 0, variables), batch_of(run)
-    _, metrics = make_train_step(run, trainee)(state, batch)
+    setup, variables = make_train_setup(run, mesh_of(run)), drawn(config)
+    state, batch = init_state(setup, 0, variables), batch_of(run)
+    _, metrics = make_train_step(run, setup)(state, batch)
 
     rows = (batch["tokens"], batch["positions"])
-    _, sown, _ = jax.jit(lambda v: training_pass(trainee.model, v, *rows))(variables)
+    _, sown, _ = jax.jit(lambda v: training_pass(setup.model, v, *rows))(variables)
     params = jax.device_get(variables["params"])
     nats = []
     for x in np.asarray(sown["exits"]["periods"]["hidden"], np.float64):

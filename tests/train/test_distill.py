@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint.store import latest_step
+from checkpoint.orbax_store import latest_step
 from configs.base import DistillConfig
 from configs.checks import UserError
 from data.pipeline import prepare_corpus

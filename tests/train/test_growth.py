@@ -20,7 +20,7 @@ from tests.train.test_loop import losses, stop_after
 from train.growth import grow_optimizer_state, load_grown_optimizer_state
 from train.loop import fit
 from train.metrics import read_lines
-from train.state import plan_state
+from train.state import make_train_setup
 
 BIASED = RouterConfig(top_k=2, scores="sigmoid", balance="loss_free", bias_rate=1e-3)
 LAYER = dataclasses.replace(tiny.model().pattern[0], ffn=tiny.moe(router=BIASED))
@@ -45,7 +45,7 @@ def moments(opt_state, names):
 def test_moments_grow_with_their_parameters(tmp_path, kind, operator, factor):
     run = tiny.run(tmp_path, model=MODEL, optimizer=OPTIMIZERS[kind])
     grown = dataclasses.replace(run, model=grown_config(MODEL, operator, factor))
-    before, after = (plan_state(r, make_mesh(1, 1, 1)).abstract_state for r in (run, grown))
+    before, after = (make_train_setup(r, make_mesh(1, 1, 1)).abstract_state for r in (run, grown))
     random = np.random.RandomState(0)
     state = jax.tree.map(
         lambda x: jnp.asarray(random.rand(*x.shape) + 3, x.dtype), before.opt_state
@@ -75,7 +75,7 @@ def test_moments_grow_with_their_parameters(tmp_path, kind, operator, factor):
 
 def test_adams_count_goes_on_and_the_schedule_begins_again(tmp_path):
     run = tiny.run(tmp_path, model=MODEL)
-    abstract = plan_state(run, make_mesh(1, 1, 1)).abstract_state
+    abstract = make_train_setup(run, make_mesh(1, 1, 1)).abstract_state
     state = jax.tree.map(lambda x: jnp.full(x.shape, 7, x.dtype), abstract.opt_state)
     ours = grow_optimizer_state(state, abstract.params, "copy")
     kinds = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
@@ -111,7 +111,7 @@ def test_a_warmed_up_run_resumes_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(second[:, 8:], second[:, :8])
     fit(run, tmp_path / "unbroken", **begin)
     stop = stop_after(3, signal.SIGTERM)
-    assert fit(run, tmp_path / "stopped", make_extend=stop, **begin).steps == 3
+    assert fit(run, tmp_path / "stopped", make_transform=stop, **begin).steps == 3
     shutil.rmtree(tmp_path / "parent")
     fit(run, tmp_path / "stopped")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")

@@ -16,7 +16,8 @@ from data.pipeline import batches, prepare_corpus
 from infer.sources import open_source
 from model.transformer import Transformer, hidden_states, output_weights
 from model.upcycle import upcycled_config
-from scripts.sources import InitialWeights, beginning, initial_weights
+from scripts import sources
+from scripts.sources import InitialWeights, initial_weights
 from tests import tiny
 from tests.probes import drawn
 from train.initial import initial_variables
@@ -73,7 +74,7 @@ def test_the_upcycled_run_begins_with_the_dense_models_loss_and_is_a_source_itse
     gone = dataclasses.replace(run, init=InitConfig(source="gone"))
     assert initial_weights(gone, run_dir) == InitialWeights()  # a resumed run needs no source
     trained = dataclasses.replace(run, init=InitConfig(source=str(run_dir)))
-    moe = beginning(trained)["params"]["periods"]["layer_0"]["moe"]
+    moe = sources.initial_variables(trained)["params"]["periods"]["layer_0"]["moe"]
     assert (np.asarray(moe["down"][:, 0]) != np.asarray(moe["down"][:, 1])).any()
 
 
@@ -113,4 +114,4 @@ def test_a_source_that_nobody_read_is_refused(source):
     with pytest.raises(UserError, match=r"no effect without init\.source"):
         InitConfig(drop=0.5)
     with pytest.raises(UserError, match="began with random weights"):
-        beginning(tiny.run(source))
+        sources.initial_variables(tiny.run(source))

@@ -35,7 +35,7 @@ def losses(run_dir: Path) -> list[float]:
 def stop_after(steps: int, number: signal.Signals):
     """A hook that signals this process while it is in the given step."""
 
-    def make_extend(_mesh):
+    def make_transform(_mesh):
         seen = 0
 
         def extend(batch):
@@ -47,7 +47,7 @@ def stop_after(steps: int, number: signal.Signals):
 
         return extend
 
-    return make_extend
+    return make_transform
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def story(tmp_path_factory):
     run = tiny.run(tmp_path, steps=STEPS, mesh=MeshConfig(expert=4))
     result = fit(run, tmp_path / "unbroken")
     assert (result.steps, result.interrupted) == (STEPS, None)
-    result = fit(run, tmp_path / "stopped", make_extend=stop_after(STOP, signal.SIGTERM))
+    result = fit(run, tmp_path / "stopped", make_transform=stop_after(STOP, signal.SIGTERM))
     assert (result.steps, result.interrupted) == (STOP, signal.SIGTERM)
     return run, tmp_path
 
@@ -182,7 +182,7 @@ def test_what_routers_learn_without_gradients_is_saved_and_resumed(tmp_path):
         tmp_path, model=tiny.model(pattern=pattern), mesh=MeshConfig(expert=2), accumulation=2
     )
     fit(run, tmp_path / "unbroken")
-    fit(run, tmp_path / "stopped", make_extend=stop_after(3, signal.SIGTERM))
+    fit(run, tmp_path / "stopped", make_transform=stop_after(3, signal.SIGTERM))
     fit(run, tmp_path / "stopped")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
     _, variables = load_model(run, tmp_path / "stopped")
@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tmp_path)
         loss, sums = cross_entropy(logits, inputs)
         return loss * jnp.where(inputs["poison"].max() > 0, jnp.nan, 1.0), sums
 
-    def make_extend(_mesh):
+    def make_transform(_mesh):
         seen = 0
 
         def extend(batch):
@@ -269,7 +269,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tmp_path)
         return extend
 
     with pytest.raises(TrainingAlarm, match=r"at step 4: .*checkpoint before it is at step 3"):
-        fit(run, tmp_path / "run", chunk_loss=explode, make_extend=make_extend)
+        fit(run, tmp_path / "run", chunk_loss=explode, make_transform=make_transform)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "3"]
     texts = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(text, parse_constant=no_json) for text in texts]
@@ -284,9 +284,9 @@ def no_json(constant: str):
     raise AssertionError(f"{constant} is not JSON")
 
 
-def line(step: int, **figures):
+def line(step: int, **metrics):
     usual = {"loss": 1.0, "grad_norm": 1.0, "dead_experts": [0.0, 0.0], "peak_load": [0.2, 0.3]}
-    return {"step": step, **usual, **figures}
+    return {"step": step, **usual, **metrics}
 
 
 def test_layers_of_unequal_experts_are_logged_drawn_and_watched(tmp_path):

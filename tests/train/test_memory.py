@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from checkpoint.store import CheckpointStore
+from checkpoint.orbax_store import CheckpointStore
 from configs.base import DistillConfig, MeshConfig, OptimizerConfig
 from configs.checks import UserError
 from data.pipeline import batches, prepare_corpus
@@ -24,7 +24,7 @@ from tests import tiny
 from tests.train.test_loop import SUMS, losses, stop_after
 from train.distill import Teacher, distill
 from train.loop import fit, mesh_of
-from train.state import init_state, plan_state
+from train.state import init_state, make_train_setup
 from train.step import make_train_step
 
 STEPS, STOP = 24, 10  # an epoch of the tiny corpus is 20 steps
@@ -37,7 +37,7 @@ def story(tmp_path_factory):
     tiny.write_sources(tmp_path)
     run = tiny.memory_run(tmp_path, steps=STEPS, mesh=MeshConfig(expert=2))
     fit(run, tmp_path / "unbroken")
-    fit(run, tmp_path / "stopped", make_extend=stop_after(STOP, signal.SIGTERM))
+    fit(run, tmp_path / "stopped", make_transform=stop_after(STOP, signal.SIGTERM))
     return run, tmp_path
 
 
@@ -77,8 +77,8 @@ def stream_of(run):
 
 def test_the_memory_lies_where_the_rows_do(story):
     run, _ = story
-    trainee = plan_state(run, mesh_of(run))
-    specs = {tuple(s.spec) for s in jax.tree.leaves(trainee.shardings.memory)}
+    setup = make_train_setup(run, mesh_of(run))
+    specs = {tuple(s.spec) for s in jax.tree.leaves(setup.shardings.memory)}
     assert specs == {(None, BATCH_AXES, None, None), (None, BATCH_AXES, None)}
 
 
@@ -136,7 +136,7 @@ def test_checkpoints_without_memory_keep_their_form(story, tmp_path):
     """What the versions before wrote is read, and nothing else is written."""
     _, sources = story
     run = tiny.run(sources, steps=3)
-    parts = plan_state(run, mesh_of(run)).abstract_state.to_dict()
+    parts = make_train_setup(run, mesh_of(run)).abstract_state.to_dict()
     assert set(parts) == {field.name for field in dataclasses.fields(Before)}
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), Before(**parts))
     rows = prepare_corpus(run.data, run.model.vocab_size).training()
@@ -181,12 +181,12 @@ def test_copying_from_beyond_a_segment_takes_memory(tmp_path, remembers):
         data=dataclasses.replace(base.data, seq_len=16),
     )
     mesh, found = mesh_of(run), []
-    trainee = plan_state(run, mesh)
+    setup = make_train_setup(run, mesh)
     with jax.set_mesh(mesh):
-        state, step = init_state(trainee, 0), make_train_step(run, trainee)
+        state, step = init_state(setup, 0), make_train_step(run, setup)
         for _, batch in zip(range(COPY_STEPS), copy_batches(16, 16), strict=False):
             if not remembers:
-                state = state.replace(memory=trainee.begin_memory())
+                state = state.replace(memory=setup.begin_memory())
             state, metrics = step(state, {name: jnp.asarray(x) for name, x in batch.items()})
             if (batch["targets"] >= 0).any():  # every third segment has nothing to copy
                 found.append(float(metrics["loss"]))

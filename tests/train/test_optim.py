@@ -11,7 +11,7 @@ from model.transformer import Transformer, abstract_variables
 from parallel.mesh import make_mesh
 from tests import tiny
 from train.optim import make_optimizer, make_schedule
-from train.state import plan_state
+from train.state import make_train_setup
 
 MUON = OptimizerConfig(kind="muon", momentum=0.9, learning_rate=0.1, warmup_steps=0, weight_decay=0)
 
@@ -112,13 +112,13 @@ def test_clipping_bounds_the_gradient_norm():
 def test_moments_are_split_like_their_parameters(tmp_path, kind):
     mesh_config = MeshConfig(data=2, expert=2, tensor=2)
     optimizer = MUON if kind == "muon" else OptimizerConfig(learning_rate=0.1, warmup_steps=0)
-    trainee = plan_state(
+    setup = make_train_setup(
         tiny.run(tmp_path, mesh=mesh_config, optimizer=optimizer), make_mesh(2, 2, 2)
     )
     wanted = PartitionSpec(None, "expert", "data", None, "tensor")
     found = [
         sharding.spec
-        for path, sharding in jax.tree_util.tree_leaves_with_path(trainee.shardings.opt_state)
+        for path, sharding in jax.tree_util.tree_leaves_with_path(setup.shardings.opt_state)
         if "gate_up" in str(path) and "moe" in str(path) and "shared" not in str(path)
     ]
     assert len(found) == (1 if kind == "muon" else 2)  # Muon keeps one moment, AdamW two

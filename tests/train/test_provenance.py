@@ -20,7 +20,7 @@ from evals.expert_domains import label_experts
 from evals.run import evaluate
 from infer.load import load_model
 from infer.sources import open_source
-from scripts.sources import beginning, initial_weights
+from scripts.sources import initial_variables, initial_weights
 from tests import tiny
 from tests.train.test_loop import stop_after
 from train.loop import fit
@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("provenance")
     tiny.write_sources(tmp_path)
     run = tiny.run(tmp_path)
-    fit(run, tmp_path / "run", make_extend=stop_after(3, signal.SIGTERM))
+    fit(run, tmp_path / "run", make_transform=stop_after(3, signal.SIGTERM))
     ids = prepare_corpus(run.data, 300).tokenizer().encode(TEXT).ids
     bits = bits_of(tmp_path / "run")
     (tmp_path / "corpus").rename(tmp_path / "corpus as it was")
@@ -220,15 +220,15 @@ def test_a_run_that_began_with_another_knows_which(case, tmp_path):
     follower = heir(run, run_dir)
     begin = initial_weights(follower, tmp_path / "heir")
     options = {"variables": begin.take(), "initial": begin.origin}
-    fit(follower, tmp_path / "heir", make_extend=stop_after(3, signal.SIGTERM), **options)
+    fit(follower, tmp_path / "heir", make_transform=stop_after(3, signal.SIGTERM), **options)
     known = read_provenance(tmp_path / "heir")
     assert known is not None
     assert known.initial is not None
     assert known.initial.weights == weights_fingerprint(load_model(run, run_dir)[1])
-    beginning(follower, tmp_path / "heir")
+    initial_variables(follower, tmp_path / "heir")
     fit(run, run_dir)  # the source learns on: its weights are others now
     with pytest.raises(UserError, match=r"began with .*at step 3 .* is .*at step 6"):
-        beginning(follower, tmp_path / "heir")
+        initial_variables(follower, tmp_path / "heir")
     again = initial_weights(follower, tmp_path / "heir")
     with pytest.raises(UserError, match=r"initial weights: was .*at step 3 .*, now .*at step 6"):
         fit(follower, tmp_path / "heir", initial=again.origin)

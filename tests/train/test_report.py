@@ -21,8 +21,8 @@ NAMES = ["a$1_$b", "$\\frac{1}$", "two $", "a\\$b", os.fsdecode(b"caf\xe9"), "ru
 
 
 def lines(steps: int = 5) -> list[dict]:
-    figures = {"cross_entropy": 2.0, "loss": 2.5, "tokens_per_second": 1e3}
-    return [{"step": step, **figures} for step in range(1, steps + 1)]
+    metrics = {"cross_entropy": 2.0, "loss": 2.5, "tokens_per_second": 1e3}
+    return [{"step": step, **metrics} for step in range(1, steps + 1)]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,120 @@
+"""Weight maps of GGUF files, one for each architecture of llama.cpp: see checkpoint/weight_map.py
+for how rows read. Shapes are in numpy's order; letters are those of families/weight_maps.py.
+"""
+
+from checkpoint.weight_map import Order, Row, interleaved
+
+BLOCK = "blk.*"
+
+EMBEDDING = (
+    Row("embedding", "token_embd.weight", "v d -> v d"),
+    Row("output", "output.weight", "v d -> d v"),
+    Row("final_norm.scale", "output_norm.weight", "d -> d"),
+)
+
+NORMS = (
+    Row("layers.*.attention_norm.scale", f"{BLOCK}.attn_norm.weight", "d -> d"),
+    Row("layers.*.ffn_norm.scale", f"{BLOCK}.ffn_norm.weight", "d -> d"),
+)
+
+
+def grouped_query(order: Order | None = None) -> tuple[Row, ...]:
+    """
+    Args:
+      order: of the entries of query and key heads.
+    """
+    return (
+        Row("layers.*.attention.q", f"{BLOCK}.attn_q.weight", "(h c) d -> d h c", order),
+        Row("layers.*.attention.kv", f"{BLOCK}.attn_k.weight", "(g c) d -> d 0 g c", order),
+        Row("layers.*.attention.kv", f"{BLOCK}.attn_v.weight", "(g c) d -> d 1 g c"),
+        Row("layers.*.attention.o", f"{BLOCK}.attn_output.weight", "d (h c) -> h c d"),
+        Row("layers.*.attention.q_bias", f"{BLOCK}.attn_q.bias", "(h c) -> h c", order),
+        Row("layers.*.attention.kv_bias", f"{BLOCK}.attn_k.bias", "(g c) -> 0 g c", order),
+        Row("layers.*.attention.kv_bias", f"{BLOCK}.attn_v.bias", "(g c) -> 1 g c"),
+        Row("layers.*.attention.o_bias", f"{BLOCK}.attn_output.bias", "d -> d"),
+    )
+
+
+def swiglu(parameter: str, suffix: str) -> tuple[Row, ...]:
+    """A dense SwiGLU layer, or shared experts."""
+    return (
+        Row(f"{parameter}.gate_up", f"{BLOCK}.ffn_gate{suffix}.weight", "f d -> d 0 f"),
+        Row(f"{parameter}.gate_up", f"{BLOCK}.ffn_up{suffix}.weight", "f d -> d 1 f"),
+        Row(f"{parameter}.down", f"{BLOCK}.ffn_down{suffix}.weight", "d f -> f d"),
+    )
+
+
+DENSE = swiglu("layers.*.ffn", "")
+
+EXPERTS = (
+    Row("layers.*.moe.router", f"{BLOCK}.ffn_gate_inp.weight", "e d -> d e"),
+    Row("layers.*.moe.gate_up", f"{BLOCK}.ffn_gate_exps.weight", "e f d -> e d 0 f"),
+    Row("layers.*.moe.gate_up", f"{BLOCK}.ffn_up_exps.weight", "e f d -> e d 1 f"),
+    Row("layers.*.moe.down", f"{BLOCK}.ffn_down_exps.weight", "e d f -> e f d"),
+)
+
+LLAMA = (
+    *EMBEDDING,
+    *NORMS,
+    *grouped_query(interleaved("head_dim")),
+    *DENSE,
+    Row("layers.*.ffn.gate_up_bias", f"{BLOCK}.ffn_gate.bias", "f -> 0 f"),
+    Row("layers.*.ffn.gate_up_bias", f"{BLOCK}.ffn_up.bias", "f -> 1 f"),
+    Row("layers.*.ffn.down_bias", f"{BLOCK}.ffn_down.bias", "d -> d"),
+)
+"""Heads turn pairs side by side, where the Hugging Face form has halves."""
+
+LLAMA_MOE = (*EMBEDDING, *NORMS, *grouped_query(interleaved("head_dim")), *EXPERTS)
+"""Mixtral, which is an architecture "llama" with experts."""
+
+QWEN3_MOE = (
+    *EMBEDDING,
+    *NORMS,
+    *grouped_query(),
+    Row("layers.*.attention.q_norm.scale", f"{BLOCK}.attn_q_norm.weight", "c -> c"),
+    Row("layers.*.attention.k_norm.scale", f"{BLOCK}.attn_k_norm.weight", "c -> c"),
+    *EXPERTS,
+)
+
+OLMOE = (
+    *EMBEDDING,
+    *NORMS,
+    *grouped_query(),
+    Row("layers.*.attention.q_norm.scale", f"{BLOCK}.attn_q_norm.weight", "(h c) -> h c"),
+    Row("layers.*.attention.k_norm.scale", f"{BLOCK}.attn_k_norm.weight", "(h c) -> h c"),
+    *EXPERTS,
+)
+
+GPT_OSS = (
+    *EMBEDDING,
+    NORMS[0],
+    Row("layers.*.ffn_norm.scale", f"{BLOCK}.post_attention_norm.weight", "d -> d"),
+    *grouped_query(),
+    Row("layers.*.attention.sink_logits", f"{BLOCK}.attn_sinks.weight", "h -> h"),
+    *EXPERTS,
+    Row("layers.*.moe.router_bias", f"{BLOCK}.ffn_gate_inp.bias", "e -> e"),
+    Row("layers.*.moe.gate_up_bias", f"{BLOCK}.ffn_gate_exps.bias", "e f -> e 0 f"),
+    Row("layers.*.moe.gate_up_bias", f"{BLOCK}.ffn_up_exps.bias", "e f -> e 1 f"),
+    Row("layers.*.moe.down_bias", f"{BLOCK}.ffn_down_exps.bias", "e d -> e d"),
+)
+
+_ROTARY = interleaved("rope_head_dim")
+_Q, _DOWN = "layers.*.attention.q", "layers.*.attention.q_down"
+
+DEEPSEEK2 = (
+    *EMBEDDING,
+    *NORMS,
+    Row(_DOWN, f"{BLOCK}.attn_q_a.weight", "q d -> d q"),
+    Row("layers.*.attention.q_norm.scale", f"{BLOCK}.attn_q_a_norm.weight", "q -> q"),
+    Row(_Q, f"{BLOCK}.attn_q_b.weight", "(h c) q -> q h c", _ROTARY, requires=_DOWN),
+    Row(_Q, f"{BLOCK}.attn_q.weight", "(h c) d -> d h c", _ROTARY, unless=_DOWN),
+    Row("layers.*.attention.kv_down", f"{BLOCK}.attn_kv_a_mqa.weight", "c d -> d c", _ROTARY),
+    Row("layers.*.attention.kv_norm.scale", f"{BLOCK}.attn_kv_a_norm.weight", "r -> r"),
+    Row("layers.*.attention.kv_up", f"{BLOCK}.attn_kv_b.weight", "(h c) r -> r h c"),
+    Row("layers.*.attention.o", f"{BLOCK}.attn_output.weight", "d (h c) -> h c d"),
+    *DENSE,
+    *EXPERTS,
+    *swiglu("layers.*.moe.shared", "_shexp"),
+    Row("layers.*.moe.state.bias_E", f"{BLOCK}.exp_probs_b.bias", "e -> e"),
+)
+"""DeepSeek-V2 and V3. Newer files hold attn_kv_b as two tensors: see gguf_latent.py."""

@@ -1,0 +1,1 @@
+"""GGUF: header, split files, reader and writer."""

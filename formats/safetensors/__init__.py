@@ -1,0 +1,1 @@
+"""safetensors: header, reader and writer."""

@@ -1,4 +1,0 @@
-"""What the GPU compiler makes of the kernels, without a GPU: compiled, counted, held to limits.
-
-`scripts.check_kernels` runs it; kernels/compiled.json keeps the results.
-"""

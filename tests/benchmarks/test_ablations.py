@@ -1,0 +1,164 @@
+"""What the A/B experiments count, draw up and report; their trainings are not run here."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.ablations import context_router, dynamic_experts, growth, long_context, recurrence
+from benchmarks.ablations.base import Finding, Report, Target, append_report
+from benchmarks.ablations.training import HeldOut, Trained, small_run, train
+from benchmarks.flops import count_flops
+from model.model_state import init_state
+from scripts import ablations
+from train.report import Picture
+
+
+def test_a_figure_is_judged_by_its_median():
+    target = Target(limit=0.5, stretch=0.1, at_most=True)
+    assert target.verdict(0.6) == "MISSED"
+    assert target.verdict(0.5) == "reached"
+    assert target.verdict(0.1) == "stretch reached"
+    found = Finding(name="ratio", values=(0.9, 0.4, 0.45), target=target)
+    assert found.row() == ["ratio", "0.45", "0.5833 ± 0.28", "3", "<= 0.5 (<= 0.1)", "reached"]
+    assert Target(limit=4.3, stretch=30).verdict(29.0) == "reached"
+
+
+def test_a_report_is_added_to_the_log_and_says_what_was_missed(tmp_path):
+    findings = [
+        Finding(name="speed", values=(2.0,), target=Target(limit=3.0)),
+        Finding(name="loss", values=(0.1, 0.2)),
+    ]
+    report = Report(
+        title="thing: against another",
+        article="3 times",
+        bound="4 times",
+        setting="small",
+        findings=findings,
+        picture=Picture("thing", "", b""),
+        notes=["A null."],
+    )
+    log = tmp_path / "ablations.md"
+    log.write_text("# Claims\n")
+    append_report(report, log, "python -m scripts.ablations thing", 90.0)
+    text = log.read_text()
+    assert text.startswith("# Claims\n\n## thing: against another (")
+    assert "| speed | 2 | 2 ± 0 | 1 | >= 3 | MISSED |" in text
+    assert text.endswith("- A null.\n")
+    assert report.missed == ["speed"]
+
+
+def test_operations_are_counted_by_hand_and_loops_by_their_trips():
+    a, b = jnp.zeros((4, 8)), jnp.zeros((8, 16))
+    assert count_flops(lambda a, b: a @ b, a, b) == 2 * 4 * 8 * 16
+
+    def looped(x):
+        return jax.lax.scan(lambda x, _: (x @ jnp.zeros((8, 8)), None), x, length=5)[0]
+
+    assert count_flops(looped, a) == pytest.approx(5 * 2 * 4 * 8 * 8)
+    assert count_flops(lambda a: a.sum(), a) == 4 * 8
+    with pytest.raises(NotImplementedError, match="trip count"):
+        count_flops(lambda a: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x + 1, a), a)
+
+
+def test_the_planted_task_can_be_solved_with_the_flag_and_not_without():
+    rows = context_router.planted_rows(np.random.RandomState(0), 512)
+    asked = rows["targets"] >= 0
+    assert asked.any()
+    assert not asked[:, 0].any()
+    flags = np.broadcast_to(rows["tokens"][:, :1], asked.shape)[asked]
+    words, answers = rows["tokens"][asked], rows["targets"][asked]
+    by_both, by_word = {}, {}
+    for flag, word, answer in zip(flags, words, answers, strict=True):
+        by_both.setdefault((flag, word), set()).add(answer)
+        by_word.setdefault(word, []).append(answer)
+    assert all(len(answers) == 1 for answers in by_both.values())
+    best = sum(max(np.bincount(answers)) for answers in by_word.values())
+    assert best / asked.sum() < 0.5
+
+
+def test_a_passkey_row_asks_for_each_value_once_and_tells_it_before():
+    row = long_context.passkey_row(np.random.RandomState(0), 512)
+    asked = np.flatnonzero(row["targets"] >= 0)
+    assert len(asked) == long_context.NEEDLES
+    body = 512 - 2 * long_context.NEEDLES
+    needles = row["tokens"][:body][row["tokens"][:body] >= long_context.BYTES] - long_context.BYTES
+    told = dict(zip(*divmod(needles, long_context.VALUES), strict=True))
+    assert len(told) == long_context.NEEDLES
+    for place in asked:
+        key = row["tokens"][place] - long_context.FIRST_KEY
+        assert row["targets"][place] == long_context.FIRST_ANSWER + told[key]
+    assert np.all(np.diff(row["positions"]) == 1)
+
+
+def test_a_cache_grows_with_the_text():
+    config = long_context.model(2048)
+    small, large = (init_state(config, 1, slots, "float32") for slots in (64, 256))
+    full = jax.tree.map(lambda x: x + 7, small)
+    grown = long_context._enlarged(full, large)
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), grown, large)
+    for layer, spec in zip(grown.periods, config.pattern, strict=True):
+        positions = np.asarray(layer.attention.positions_BS)[0, 0]
+        slots = 36 if spec.attention.window_size else 64
+        assert (positions[:slots] == 6).all()
+        assert (positions[slots:] == -1).all()
+
+
+def test_steps_until_in_range_wait_for_every_new_expert():
+    def step(loads):
+        return {"layer_0": {"expert_load": np.array([loads])}}
+
+    steps = [step([1, 1, 1, 0])] * 12 + [step([1, 1, 1, 1])] * 30
+    trained = Trained(None, None, np.zeros(42), steps, 0.0)  # type: ignore[arg-type]
+    assert growth._steps_until_in_range(trained) == 12 + growth.SMOOTHED // 2
+    target = Target(limit=200, at_most=True)
+    never = Trained(None, None, np.zeros(12), steps[:12], 0.0)  # type: ignore[arg-type]
+    assert growth._steps_until_in_range(never) == math.inf
+    entered = Finding(name="steps", values=(math.inf, 3.0, math.inf), target=target)
+    assert entered.row()[-1] == "MISSED"
+
+
+def test_excess_load_leaves_out_what_drawing_gives():
+    random = np.random.RandomState(0)
+    drawn = np.stack([np.bincount(random.randint(64, size=20_000), minlength=64)])
+    assert HeldOut(0.0, drawn, 10_000).excess_cv < 0.03
+    counts = drawn + 300 * (np.arange(64) % 2)
+    assert HeldOut(0.0, counts, int(counts.sum() / 2)).excess_cv == pytest.approx(0.32, abs=0.02)
+
+
+def test_expert_share_is_most_of_the_work():
+    assert 0.7 < dynamic_experts.expert_share() < 0.9
+
+
+@pytest.mark.slow
+def test_training_in_memory_learns():
+    model = context_router.planted_model("context")
+    config = small_run(model, steps=30, seed=0, seq_len=context_router.PLANTED_LENGTH)
+    trained = train(config, context_router.planted_batches(config.batch_size, 0), "planted")
+    assert trained.losses[-1] < 0.5 * trained.losses[0]
+    assert len(trained.router) == 30
+
+
+@pytest.mark.slow
+def test_recurrence_reaches_its_targets(monkeypatch):
+    monkeypatch.setattr(recurrence, "ROUNDS", 2)
+    assert recurrence.run(1).missed == []
+
+
+def test_results_go_to_the_users_folder_unless_asked(tmp_path, monkeypatch):
+    """Never into a file of the project by default."""
+    finding = Finding(name="speed", values=(2.0,), target=Target(limit=3.0))
+    texts = {"title": "thing", "article": "3 times", "bound": "4 times", "setting": "small"}
+    report = Report(**texts, findings=[finding], picture=Picture("thing", "", b"png"))
+    monkeypatch.setattr(ablations, "ABLATIONS", {"balance": lambda seeds: report})
+    monkeypatch.chdir(tmp_path)
+    kept = jax.config.jax_compilation_cache_dir
+    ours = "runs/ablations/ablations.md"
+    for arguments, log in (([], ours), (["--log", "mine/a.md"], "mine/a.md")):
+        ablations.main(["balance", *arguments])
+        jax.config.update("jax_compilation_cache_dir", kept)  # the session's, not the command's
+        assert (tmp_path / log).read_text().startswith("\n## thing (")
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert made == {ours, "runs/ablations/balance.png", "mine/a.md"}
