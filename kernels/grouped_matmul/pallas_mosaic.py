@@ -73,13 +73,13 @@ def grouped_matmul(
     Raises:
       NotImplementedError: another dtype or width.
     """
-    lack = lacks(x_TD, w_EDF, target)
-    if lack is not None:
-        raise NotImplementedError(lack)
+    reason = unsupported_reason(x_TD, w_EDF, target)
+    if reason is not None:
+        raise NotImplementedError(reason)
     return _grouped_matmul(Plan(target, tiles), x_TD, w_EDF, group_sizes_E, rows_R)
 
 
-def lacks(x: jax.Array, w_EDF: jax.Array, target: Target) -> str | None:
+def unsupported_reason(x: jax.Array, w_EDF: jax.Array, target: Target) -> str | None:
     """What keeps the kernel from multiplying, in a sentence; None: nothing."""
     if target.platform == "interpret":
         return None
