@@ -17,8 +17,8 @@ import numpy as np
 
 from benchmarks.ggml import Ggml
 from kernels.grouped_matmul import cpu, xla
+from kernels.matmul import matmul
 from kernels.quantize import Format, quantize, repack
-from kernels.quantized_matmul import quantized_matmul
 
 ROWS = 4096
 GROUPED = ((8, 512, 1024), (64, 256, 512), (128, 512, 1024))
@@ -158,9 +158,7 @@ def quantized_comparisons(rounds: int) -> Iterator[Comparison]:
         for format in ("int8", "int4"):
             weights = repack(quantize(w_LKN, format), "panels")
             for activations in ("float", "int8"):
-                product = functools.partial(
-                    quantized_matmul, activations=activations, implementation="cpu"
-                )
+                product = functools.partial(matmul, activations=activations, implementation="cpu")
                 programs[f"{format}, {activations} activations"] = _chain(product, x_RK, weights)
         seconds = in_turn(programs, rounds, repeats=2)
         label = f"{num_rows} x {num_inputs} x {num_outputs}"
@@ -205,7 +203,7 @@ def _decoding_programs(
         "llama.cpp": peer.products(x_RK, list(w_LKN.swapaxes(1, 2)), kind)
     }
     for activations in ("float", "int8"):
-        product = functools.partial(quantized_matmul, activations=activations, implementation="cpu")
+        product = functools.partial(matmul, activations=activations, implementation="cpu")
         chain = _chain(product, jnp.array(x_RK), weights)
         programs[f"{activations} activations"] = chain
     return programs

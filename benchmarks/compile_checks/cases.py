@@ -159,7 +159,7 @@ def _kernel_name(case: grouped_cases.CompiledCase) -> str:
 
 
 def _quantized_weight(case: grouped_cases.CompiledCase, columns: int) -> QTensor:
-    assert case.format != "float32"
+    assert case.format not in ("bf16", "float32")
     spec = FORMATS[case.format]
     stored = case.d_in * spec.bits // (8 * spec.dtype.itemsize)
     return QTensor(

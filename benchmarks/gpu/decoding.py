@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks.gpu.peer_process import run_peer
-from kernels.backend import current_target, prefers_mosaic
+from kernels.backend import current_target
 from kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from kernels.matmul import matmul
 from kernels.paged_attention import paged_attention
-from kernels.quantize import QTensor, quantize, repack
-from kernels.quantized_matmul import quantized_matmul
+from kernels.quantize import preferred_packing, quantize, repack
 from model.layers import rope
 from parallel.expert import apply_experts
 
@@ -95,8 +95,7 @@ def draw_decoder(shape: Shape, weights: str, seed: int = 0) -> Decoder:
         if weights == "bf16":
             return w.astype(jnp.bfloat16)
         made = quantize(w, weights)  # type: ignore[arg-type]
-        is_split = not prefers_mosaic("grouped_matmul/int4", current_target())
-        return repack(made, "split_128") if weights == "int4" and is_split else made
+        return repack(made, preferred_packing(made.format, current_target()))
 
     @jax.jit
     def layer(key: jax.Array) -> Layer:
@@ -128,11 +127,6 @@ def draw_pages(shape: Shape, batch: int, steps: int) -> Pages:
     return Pages(pool(0), pool(1), tables_BN, jnp.full((batch,), shape.context, jnp.int32))
 
 
-def project(x_BD: jax.Array, weight: Any) -> jax.Array:
-    """x @ weight, of an array or a QTensor."""
-    return quantized_matmul(x_BD, weight) if isinstance(weight, QTensor) else x_BD @ weight
-
-
 def norm(x_BD: jax.Array) -> jax.Array:
     x32_BD = x_BD.astype(jnp.float32)
     scale_B1 = lax.rsqrt(jnp.mean(x32_BD * x32_BD, axis=-1, keepdims=True) + 1e-5)
@@ -141,8 +135,6 @@ def norm(x_BD: jax.Array) -> jax.Array:
 
 def experts(x_RD: jax.Array, sizes_E: jax.Array, weights: dict[str, Any]) -> jax.Array:
     h_RF = grouped_swiglu(x_RD, weights["gate_up"], sizes_E)
-    if isinstance(weights["down"], QTensor):
-        return quantized_matmul(h_RF, weights["down"], sizes_E)
     return grouped_matmul(h_RF, weights["down"], sizes_E)
 
 
@@ -161,7 +153,7 @@ def run_layer(
     All layers share its trace: sixteen by themselves take ten seconds to lower.
     """
     batch, heads = x_BD.shape[0], (shape.num_heads, shape.head_dim)
-    qkv_B3HC = project(norm(x_BD), layer.qkv).reshape(batch, 3, *heads)
+    qkv_B3HC = matmul(norm(x_BD), layer.qkv).reshape(batch, 3, *heads)
     q_BHC, k_BHC = (
         rope(norm(qkv_B3HC[:, i])[:, None], position_B[:, None], 1e4)[:, 0] for i in range(2)
     )
@@ -169,7 +161,7 @@ def run_layer(
     at = (tables_BN[rows_B, position_B // PAGE_SIZE], position_B % PAGE_SIZE)
     k_PSHC, v_PSHC = k_PSHC.at[at].set(k_BHC), v_PSHC.at[at].set(qkv_B3HC[:, 2])
     out_BHC = paged_attention(q_BHC, k_PSHC, v_PSHC, tables_BN, position_B + 1)
-    x_BD += project(out_BHC.reshape(batch, -1), layer.out)
+    x_BD += matmul(out_BHC.reshape(batch, -1), layer.out)
     h_BD = norm(x_BD)
     scores_BE = jax.nn.softmax(h_BD.astype(jnp.float32) @ layer.router_DE)
     gates_BK, ids_BK = lax.top_k(scores_BE, shape.top_k)
@@ -200,7 +192,7 @@ def decode(
             k_PSHC.append(k)
             v_PSHC.append(v)
             used += count
-        logits_BV = project(norm(x_BD), decoder.output)
+        logits_BV = matmul(norm(x_BD), decoder.output)
         token_B = logits_BV.argmax(axis=-1).astype(jnp.int32)
         lengths_B = pages.lengths_B + 1
         return token_B, Pages(tuple(k_PSHC), tuple(v_PSHC), pages.tables_BN, lengths_B), used

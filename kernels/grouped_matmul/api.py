@@ -1,35 +1,24 @@
-"""The signature of grouped_matmul, its checks, and the choice of an implementation.
+"""The signatures of grouped_matmul and grouped_swiglu, and their checks.
 
-R rows sorted by group, E groups (experts), D input width, F output width.
+T rows of x, R rows sorted by group, E groups (experts), D input width, F output width.
 """
-
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from kernels.backend import current_target, prefers_mosaic, require_mosaic, takes_triton
-from kernels.grouped_matmul import automatic, cpu, pallas_mosaic, pallas_triton, reference, xla
-from kernels.grouped_matmul.contractions import GroupedMatmul
-
-Implementation = Literal["auto", "reference", "xla", "cpu", "triton", "mosaic"]
-
-MOSAIC_ROWS = 128
-"""Of a group on average, from which "auto" takes Mosaic's kernel: its tiles have so many."""
-
-_IMPLEMENTATIONS: dict[Implementation, GroupedMatmul] = {
-    "auto": automatic.grouped_matmul,
-    "reference": reference.grouped_matmul,
-    "xla": xla.grouped_matmul,
-    "cpu": cpu.grouped_matmul,
-}
+from kernels.backend import current_target
+from kernels.grouped_matmul.implementations import multiply
+from kernels.grouped_matmul.request import Activations, Implementation, Request
+from kernels.quantize import QTensor
 
 
 def grouped_matmul(
     x_RD: jax.Array,
-    w_EDF: jax.Array,
+    weight: jax.Array | QTensor,
     group_sizes_E: jax.Array,
     *,
+    activations: Activations = "auto",
+    fixed_order: bool = False,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Returns y[r] = x[r] @ w[group of r], [R, F] in x's dtype, with sums in float32.
@@ -39,44 +28,113 @@ def grouped_matmul(
 
     Args:
       x_RD: float [R, D], rows sorted by group.
-      w_EDF: float [E, D, F], x's dtype.
+      weight: [E, D, F], an array or a QTensor (kernels/quantize). An array has x's dtype.
+        A QTensor is read in few bits, by kernels alone; its dimensions of inputs and of outputs
+        count as one each.
       group_sizes_E: int32 [E], each >= 0, summing to at most R.
+      activations: what a QTensor's product makes of x. "float" multiplies it as it is; "int8"
+        rounds it to 8 bits with a scale per row and block of inputs, on the CPU alone; "auto" is
+        "float".
+      fixed_order: a row's result has the same bits whatever other rows there are, and wherever it
+        stands among them: for a request that must not depend on its batch. Slower for many rows.
       implementation: "reference" multiplies every row with every matrix; "xla" does only the work
-        that the groups ask for; "cpu" is C++ (float32, built with the installation); "triton" is a
-        GPU kernel; "mosaic" is one for Hopper alone (bfloat16, D and F multiples of 64), with
-        w's gradient of "triton"; "auto" takes "mosaic", for many rows, or "triton", whichever was
-        measured to be faster (kernels/backend.py), or "cpu", where it runs, and "xla" elsewhere.
+        that the groups ask for; both make floats of a QTensor. "cpu" is C++ (built with the
+        installation), for arrays in float32 and for int8 and int4 packed as "panels"; "triton" is
+        a GPU kernel, whose int4 are packed as "split_128"; "mosaic" is one for Hopper alone
+        (bfloat16 rows; arrays D and F multiples of 64, with w's gradient of "triton"; QTensors
+        in "canonical" order). "auto" takes the first that can and that was measured to be the
+        faster (kernels/backend.py): "mosaic", "triton", "cpu", and for arrays "xla". For a
+        QTensor it takes "xla" only where none of the kernels runs.
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: the implementation asked for can't do this here.
-    Numerics: float32 within 1e-5 relative of the reference (the order of sums differs).
+      NotImplementedError: the implementation asked for can't do this here; "auto", too, for a
+        QTensor that the kernels here can't read: kernels.quantize.repack(weight,
+        preferred_packing(format, target)).
+    Numerics: float32 within 1e-5 relative of the reference (the order of sums differs); on the CPU
+      each x of up to four rows may be held to 2^-23 of its block's largest |x|. "int8" adds at most
+      half a step per input, |error| <= sum over k of |w[k]| * (largest |x| of k's block) / 254. A
+      row that is not finite has results that are not.
     """
-    rows, groups = x_RD.shape, w_EDF.shape
-    if x_RD.ndim != 2 or w_EDF.ndim != 3 or rows[1] != groups[1]:
+    request = Request(
+        x_TK=x_RD,
+        weight=_as_matrices(weight),
+        group_sizes_E=group_sizes_E,
+        activations=activations,
+        fixed_order=fixed_order,
+        implementation=implementation,
+        target=current_target(),
+    )
+    _check(request)
+    return multiply(request)
+
+
+def grouped_swiglu(
+    x_TD: jax.Array,
+    weight: jax.Array | QTensor,
+    group_sizes_E: jax.Array,
+    *,
+    rows_R: jax.Array | None = None,
+    activations: Activations = "auto",
+    fixed_order: bool = False,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Returns silu(gate[r]) * up[r], [R, F] in x's dtype: the halves of x[rows[r]] @ w[group of r].
+
+    The first half of a routed expert, as one op where a kernel fuses it: "triton" gathers the rows
+    in the kernel, and gate and up never leave it; nor do they leave "mosaic" and "cpu" for a
+    QTensor. Rows past the last group are unspecified but finite, as in `grouped_matmul`.
+
+    Args:
+      x_TD: float [T, D].
+      weight: gate's and up's, [E, D, 2, F] or [E, D, 2 F]: the gate's columns before those of up.
+      group_sizes_E: int32 [E], of sorted rows, summing to at most R.
+      rows_R: int32 in [0, T): the row of x that each sorted row is. None: x is sorted, and R is T.
+      Others as in `grouped_matmul`.
+    Raises:
+      As `grouped_matmul`; also "mosaic" for an array.
+    """
+    request = Request(
+        x_TK=x_TD,
+        weight=_as_matrices(weight),
+        group_sizes_E=group_sizes_E,
+        rows_R=rows_R,
+        gated=True,
+        activations=activations,
+        fixed_order=fixed_order,
+        implementation=implementation,
+        target=current_target(),
+    )
+    _check(request)
+    return multiply(request)
+
+
+def _as_matrices(weight: jax.Array | QTensor) -> jax.Array | QTensor:
+    """[E, D, F] of a QTensor of any shape, or of an array whose gate and up are a dimension."""
+    if isinstance(weight, QTensor):
+        return weight.as_matrices()
+    if weight.ndim == 4:
+        return weight.reshape(*weight.shape[:2], -1)
+    return weight
+
+
+def _check(request: Request) -> None:
+    x, weight, sizes_E = request.x_TK, request.weight, request.group_sizes_E
+    rows, groups = x.shape, weight.shape
+    if x.ndim != 2 or weight.ndim != 3 or rows[1] != groups[1]:
         raise ValueError(f"x {rows} must be [R, D] and w {groups} [E, D, F] with the same D")
-    if group_sizes_E.shape != groups[:1]:
+    if request.gated and groups[2] % 2:
+        raise ValueError(f"w {groups} must hold as many columns of the gate as of up")
+    if sizes_E.shape != groups[:1]:
         raise ValueError(
-            f"group_sizes {group_sizes_E.shape} must have one entry per matrix of w {groups}"
+            f"group_sizes {sizes_E.shape} must have one entry per matrix of w {groups}"
         )
-    if x_RD.dtype != w_EDF.dtype:
-        raise ValueError(f"x is {x_RD.dtype}, w is {w_EDF.dtype}: cast one to the other's dtype")
-    if not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
-        raise ValueError(f"group_sizes must be integers, got {group_sizes_E.dtype}")
-    if implementation == "cpu" and x_RD.dtype != jnp.float32:
-        raise NotImplementedError(f"the CPU kernels multiply float32, x is {x_RD.dtype}")
-    if implementation == "mosaic":
-        return pallas_mosaic.grouped_matmul(x_RD, w_EDF, group_sizes_E, target=require_mosaic())
-    if takes_triton(implementation):
-        is_mosaic = implementation == "auto" and mosaic_is_faster(x_RD, w_EDF, rows[0])
-        chosen = pallas_mosaic if is_mosaic else pallas_triton
-        return chosen.grouped_matmul(x_RD, w_EDF, group_sizes_E, target=current_target())
-    return _IMPLEMENTATIONS[implementation](x_RD, w_EDF, group_sizes_E)
-
-
-def mosaic_is_faster(x_TD: jax.Array, w_EDF: jax.Array, num_rows: int) -> bool:
-    """Whether "auto" means Mosaic's kernel, where it means a kernel, for so many sorted rows."""
-    target = current_target()
-    if not prefers_mosaic("grouped_matmul/bf16", target):
-        return False
-    has_many_rows = num_rows >= MOSAIC_ROWS * w_EDF.shape[0]
-    return has_many_rows and pallas_mosaic.unsupported_reason(x_TD, w_EDF, target) is None
+    if not jnp.issubdtype(sizes_E.dtype, jnp.integer):
+        raise ValueError(f"group_sizes must be integers, got {sizes_E.dtype}")
+    if not isinstance(weight, QTensor):
+        if x.dtype != weight.dtype:
+            raise ValueError(f"x is {x.dtype}, w is {weight.dtype}: cast one to the other's dtype")
+        if request.activations == "int8":
+            raise ValueError(
+                f"activations='int8' is for weights of few bits, w is {weight.dtype}: quantize it, "
+                "or pass activations='float'"
+            )

@@ -39,7 +39,7 @@ class CompiledCase:
     d_in: int = 2048
     d_out: int = 1408
     num_groups: int = 64
-    format: Format | Literal["float32"] = "bf16"
+    format: Format | Literal["bf16", "float32"] = "bf16"
     """Of the weights; float32 of the rows, too, which are bfloat16 elsewhere."""
     fp8_rows: bool = False
     """Rows in fp8, which Hopper multiplies."""

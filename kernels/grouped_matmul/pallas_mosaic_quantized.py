@@ -84,22 +84,20 @@ def grouped_matmul(
     Raises:
       NotImplementedError: rows, a format, order of nibbles or size that the kernel lacks.
     """
-    reason = unsupported_reason(weight, gated=gated, target=target) or unsupported_rows_reason(
-        x_TD, target
-    )
+    reason = unsupported_reason(x_TD, weight, gated=gated, target=target)
     if reason is not None:
         raise NotImplementedError(reason)
     return _grouped_matmul(Plan(target, tiles, gated), x_TD, weight, group_sizes_E, rows_R)
 
 
-def unsupported_reason(weight: QTensor, *, gated: bool = False, target: Target) -> str | None:
-    """What keeps the kernel from reading the weight, in a sentence; None: nothing."""
-    if weight.format == "bf16":
-        return "a QTensor of format bf16 has no scales: pass an array instead"
+def unsupported_reason(
+    x_TD: Any, weight: QTensor, *, gated: bool = False, target: Target
+) -> str | None:
+    """What keeps the kernel from multiplying, in a sentence; None: nothing."""
     if weight.packing != "canonical":
         return (
             f"the Mosaic kernel reads weights in canonical order and these are {weight.packing}: "
-            "kernels.quantize.repack(weight, 'canonical')"
+            "kernels.quantize.repack(weight, 'canonical') once, as preferred_packing says"
         )
     if weight.block_size % DEPTH:
         return (
@@ -112,32 +110,13 @@ def unsupported_reason(weight: QTensor, *, gated: bool = False, target: Target) 
             f"the Mosaic kernel writes {COLUMNS_OF_WARPGROUP} outputs at a time, and these weights "
             f"have {num_outputs}: take 'triton'"
         )
+    if getattr(x_TD, "dtype", None) != jnp.bfloat16 and target.platform != "interpret":
+        return "the Mosaic kernel multiplies rows in bfloat16: cast x, or take 'triton'"
     return None
 
 
-def unsupported_rows_reason(x: Any, target: Target) -> str | None:
-    """What keeps the kernel from multiplying rows; None: nothing."""
-    if getattr(x, "dtype", None) == jnp.bfloat16 or target.platform == "interpret":
-        return None
-    return "the Mosaic kernel multiplies rows in bfloat16: cast x, or take 'triton'"
-
-
-def takes_mosaic(x: Any, weight: QTensor, implementation: str, *, gated: bool = False) -> bool:
-    """Whether "auto" means this kernel here and now: it was measured to be the faster one."""
-    if implementation != "auto" or not backend.takes_triton("auto"):
-        return False
-    target = backend.current_target()
-    op = f"grouped_matmul/{weight.format}"
-    if not backend.prefers_mosaic(op, target):
-        return False
-    return (
-        unsupported_reason(weight, gated=gated, target=target) is None
-        and unsupported_rows_reason(x, target) is None
-    )
-
-
 def choose_tiles(mean_rows: int, *, gated: bool, target: Target) -> Tiles:
-    """Returns tiles for a group of mean_rows rows, none of which spills (compiled.json).
+    """Returns tiles for a group of mean_rows rows, none of which spills (kernels/compiled.json).
 
     Steps ahead as shared memory allows.
     """

@@ -76,7 +76,7 @@ def grouped_matmul(
     Raises:
       NotImplementedError: a format, order of nibbles or size of blocks that the kernel lacks.
     """
-    reason = unsupported_reason(weight) or unsupported_rows_reason(x_TD, weight, target)
+    reason = unsupported_reason(x_TD, weight, target)
     if reason is not None:
         raise NotImplementedError(reason)
     plan = Plan(target, tiles, gated)
@@ -85,14 +85,15 @@ def grouped_matmul(
     return _grouped_matmul(plan, x_TD, weight, group_sizes_E, rows_R)
 
 
-def unsupported_reason(weight: QTensor) -> str | None:
-    """What keeps the kernel from reading the weight, in a sentence; None: nothing."""
-    if weight.format == "bf16":
-        return "a QTensor of format bf16 has no scales: pass an array instead"
-    if weight.format == "int4" and weight.packing != "split_128":
+def unsupported_reason(x: jax.Array | ScaledRows, weight: QTensor, target: Target) -> str | None:
+    """What keeps the kernel from multiplying, in a sentence; None: nothing."""
+    readable_order = "split_128" if weight.format == "int4" else "canonical"
+    # Bytes lie alike in both; only nibbles are split.
+    if weight.packing == "panels" or (weight.bits == 4 and weight.packing != readable_order):
         return (
-            f"the kernel reads int4 in split_128 order and these weights are {weight.packing}: "
-            "kernels.quantize.repack(weight, 'split_128')"
+            f"the kernel reads {weight.format} in {readable_order} order and these weights are "
+            f"{weight.packing}: kernels.quantize.repack(weight, '{readable_order}') once, as "
+            "preferred_packing says"
         )
     least = INT4_PERIOD if weight.format == "int4" else 16
     if weight.block_size % least:
@@ -105,15 +106,10 @@ def unsupported_reason(weight: QTensor) -> str | None:
             f"Pallas counts these {weight.values.size} bytes in 32 bits, of which one is a sign: "
             "split them (over devices), or let them be more than 2**32"
         )
-    return None
+    return _reason_of_fp8_rows(weight, target) if isinstance(x, ScaledRows) else None
 
 
-def unsupported_rows_reason(
-    x: jax.Array | ScaledRows, weight: QTensor, target: Target
-) -> str | None:
-    """What keeps the kernel from multiplying rows in fp8; None: nothing."""
-    if not isinstance(x, ScaledRows):
-        return None
+def _reason_of_fp8_rows(weight: QTensor, target: Target) -> str | None:
     if target.capability < OLDEST_E4M3:
         return f"rows in fp8 need a GPU of compute capability {OLDEST_E4M3 / 10}: pass bfloat16"
     if weight.format != "fp8_e4m3" or weight.block_size != BLOCK_SIZE:

@@ -18,7 +18,6 @@ TARGETS = (
     "moesaic_rows_times_matrix",
     "moesaic_rows_times_rows",
     "moesaic_quantized_matmul",
-    "moesaic_quantized_swiglu",
     "moesaic_attention_forward",
     "moesaic_attention_backward",
 )

@@ -3,16 +3,25 @@
 K inputs, N outputs, S blocks of Z inputs (block_size).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from kernels.quantize.packing import pack, unpack, unpack_scales
-from kernels.quantize.qtensor import FORMATS, Format, QTensor
+from kernels.quantize.packing import PANEL_OUTPUTS, pack, unpack, unpack_output, unpack_scales
+from kernels.quantize.qtensor import FORMATS, Format, MatrixDims, QTensor
+
+MATRIX = MatrixDims()
 
 
 def quantize(
-    w_KN: jax.Array, format: Format, *, block_size: int = 128, scale_dtype: str = "float32"
+    w: jax.Array,
+    format: Format,
+    *,
+    dims: MatrixDims = MATRIX,
+    block_size: int = 128,
+    scale_dtype: str = "float32",
 ) -> QTensor:
     """Returns w rounded to the nearest value that the format holds, in canonical order.
 
@@ -20,8 +29,9 @@ def quantize(
     point); blocks lie along the inputs, which a product sums over (reference/methods.md D1).
 
     Args:
-      w_KN: float [..., K, N].
-      block_size: inputs that share a scale; must divide K. bf16 has no scales.
+      w: float, its last dimensions those of one matrix.
+      dims: which they are; the default is [..., K, N].
+      block_size: inputs that share a scale; must divide K, the product of the inputs' dimensions.
       scale_dtype: float32, or bfloat16 (rounded up, so that no weight is clipped by it).
     Raises:
       ValueError: an unknown format or scale dtype, a block_size that does not divide K, or, where
@@ -29,14 +39,10 @@ def quantize(
     Numerics: |w - dequantize(q)| <= scale / 2 for int8 and int4; for fp8_e4m3 at most
       max(|w| / 16, scale / 1024); an all-zero block stays zero.
     """
-    _check(w_KN, format, block_size, scale_dtype)
+    _check(w, format, dims, block_size, scale_dtype)
     spec = FORMATS[format]
-    w_NK = jnp.swapaxes(w_KN.astype(jnp.float32), -1, -2)
-    if format == "bf16":
-        *leading, num_outputs, _ = w_NK.shape
-        return QTensor(
-            w_NK.astype(spec.dtype), jnp.zeros((*leading, 0, num_outputs), scale_dtype), format, 0
-        )
+    stack, inputs, outputs = dims.split(w.shape)
+    w_NK = _outputs_first(w.astype(jnp.float32), stack, inputs, outputs, dims)
     w_NSZ = w_NK.reshape(*w_NK.shape[:-1], -1, block_size)
     scale_NS1 = _round_up(jnp.abs(w_NSZ).max(axis=-1, keepdims=True) / spec.largest, scale_dtype)
     ratio_NSZ = w_NSZ / jnp.where(scale_NS1 > 0, scale_NS1, 1.0).astype(jnp.float32)
@@ -46,20 +52,55 @@ def quantize(
         values = ratio_NK.astype(spec.dtype)
     else:
         values = pack(jnp.round(ratio_NK).astype(jnp.int8), spec.bits, "canonical")
-    return QTensor(values, jnp.swapaxes(scale_NS1[..., 0], -1, -2), format, block_size)
+    scales_SN = jnp.swapaxes(scale_NS1[..., 0], -1, -2)
+    first = dims.outputs_first
+    return QTensor(values, scales_SN, format, block_size, "canonical", inputs, outputs, first)
 
 
 def dequantize(weight: QTensor, dtype: str = "float32") -> jax.Array:
-    """The weights that a QTensor stands for, [..., K, N]: the definition of correct."""
-    values = weight.values
-    if weight.format in ("int8", "int4"):
-        values = unpack(values, weight.bits, weight.packing)
-    w_NK = values.astype(jnp.float32)
-    if weight.format != "bf16":
-        scale_SN = unpack_scales(weight.scales.astype(jnp.float32), weight.packing)
-        scale_NS = jnp.swapaxes(scale_SN, -1, -2)
-        w_NK *= jnp.repeat(scale_NS, weight.block_size, axis=-1)
-    return jnp.swapaxes(w_NK, -1, -2).astype(dtype)
+    """The weights that a QTensor stands for, of its shape: the definition of correct."""
+    stored = unpack(weight.values, weight.bits, weight.packing)
+    scale_SN = unpack_scales(weight.scales.astype(jnp.float32), weight.packing)
+    scale_NS = jnp.swapaxes(scale_SN, -1, -2)
+    w_NK = stored.astype(jnp.float32) * jnp.repeat(scale_NS, weight.block_size, axis=-1)
+    w = w_NK if weight.outputs_first else jnp.swapaxes(w_NK, -1, -2)
+    return w.reshape(weight.shape).astype(dtype)
+
+
+def take_outputs(weight: QTensor, ids: jax.Array, dtype: str = "float32") -> jax.Array:
+    """The weights of some outputs, [*ids.shape, *inputs]: rows of an embedding table.
+
+    Args:
+      weight: one matrix, without a stack.
+      ids: int32, each in [0, N).
+    """
+    assert not weight.stack
+    num_inputs, num_outputs = weight.matrix_shape
+    values, scales = weight.values, weight.scales
+    if weight.packing == "panels":
+        panels = values.reshape(num_outputs // PANEL_OUTPUTS, -1, PANEL_OUTPUTS, 4)
+        panel, place = ids // PANEL_OUTPUTS, ids % PANEL_OUTPUTS
+        of_ids, scales_S = panels[panel, :, place], scales[panel, :, place]
+    else:
+        of_ids, scales_S = values[ids], jnp.moveaxis(scales, -1, 0)[ids]
+    stored = unpack_output(of_ids.reshape(*ids.shape, -1), weight.bits, weight.packing)
+    scales_S = jnp.repeat(scales_S.astype(jnp.float32), weight.block_size, axis=-1)
+    w_K = stored.astype(jnp.float32) * scales_S
+    return w_K.reshape(*ids.shape, *(weight.inputs or (num_inputs,))).astype(dtype)
+
+
+def _outputs_first(
+    w: jax.Array,
+    stack: tuple[int, ...],
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    dims: MatrixDims,
+) -> jax.Array:
+    """w as [..., N, K]."""
+    num_inputs, num_outputs = math.prod(inputs), math.prod(outputs)
+    if dims.outputs_first:
+        return w.reshape(*stack, num_outputs, num_inputs)
+    return jnp.swapaxes(w.reshape(*stack, num_inputs, num_outputs), -1, -2)
 
 
 def _round_up(scale: jax.Array, dtype: str) -> jax.Array:
@@ -69,20 +110,21 @@ def _round_up(scale: jax.Array, dtype: str) -> jax.Array:
     return jnp.where(is_below, jnp.nextafter(rounded, jnp.full_like(rounded, jnp.inf)), rounded)
 
 
-def _check(w_KN: jax.Array, format: Format, block_size: int, scale_dtype: str) -> None:
+def _check(
+    w: jax.Array, format: Format, dims: MatrixDims, block_size: int, scale_dtype: str
+) -> None:
     if format not in FORMATS:
         raise ValueError(f"format {format!r} must be one of {sorted(FORMATS)}")
     if scale_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"scale_dtype {scale_dtype!r} must be float32 or bfloat16")
-    if w_KN.ndim < 2:
-        raise ValueError(f"a weight of shape {w_KN.shape} must be [..., inputs, outputs]")
-    if format != "bf16" and (block_size < 1 or w_KN.shape[-2] % block_size):
+    num_inputs = math.prod(dims.split(w.shape)[1])
+    if block_size < 1 or num_inputs % block_size:
         raise ValueError(
-            f"block_size={block_size} must divide the {w_KN.shape[-2]} inputs of w {w_KN.shape}"
+            f"block_size={block_size} must divide the {num_inputs} inputs of w {w.shape}"
         )
-    if format == "int4" and w_KN.shape[-2] % 2:
-        raise ValueError(f"int4 packs inputs in pairs, w {w_KN.shape} has {w_KN.shape[-2]} inputs")
-    if not isinstance(w_KN, Tracer):
-        wrong = int((~jnp.isfinite(w_KN)).sum())
+    if format == "int4" and num_inputs % 2:
+        raise ValueError(f"int4 packs inputs in pairs, w {w.shape} has {num_inputs} inputs")
+    if not isinstance(w, Tracer):
+        wrong = int((~jnp.isfinite(w)).sum())
         if wrong:
-            raise ValueError(f"{wrong} of {w_KN.size} weights are not finite: nothing to round to")
+            raise ValueError(f"{wrong} of {w.size} weights are not finite: nothing to round to")

@@ -5,9 +5,9 @@ K inputs, N outputs, S blocks of inputs.
 `canonical`: an output's inputs one after the other; of int4, byte b holds inputs 2b (low nibble)
 and 2b + 1. What checkpoints keep.
 `split_128` (Pallas-Triton, int4): within every 128 inputs, byte b holds inputs b (low) and b + 64.
-`panels` (native CPU kernels, int8 and int4): 16 outputs side by side with four inputs each, so that
-64 bytes are one instruction's operands: [N/16, K/4, 16, 4]; of int4 [N/16, K/8, 16, 4] bytes whose
-low nibbles are the first four of eight inputs. A panel's scales lie together too: [N/16, S, 16].
+`panels` (native CPU kernels): 16 outputs side by side with four inputs each, so that 64 bytes are
+one instruction's operands: [N/16, K/4, 16, 4]; of int4 [N/16, K/8, 16, 4] bytes whose low nibbles
+are the first four of eight inputs. A panel's scales lie together too: [N/16, S, 16].
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def unpack_nibbles(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def pack(values_NK: jax.Array, bits: int, packing: Packing) -> jax.Array:
-    """Stored values of int8 [..., N, K] in plain order: [..., N, K * bits / 8].
+    """Stored values of int8 or fp8 [..., N, K] in plain order: [..., N, K * bits / 8].
 
     Raises:
       ValueError: N or K is not a multiple of what the order puts side by side.
@@ -71,6 +71,16 @@ def unpack(stored: jax.Array, bits: int, packing: Packing) -> jax.Array:
     return ordered.reshape(*leading, num_outputs, num_bytes * 8 // bits)
 
 
+def unpack_output(stored_B: jax.Array, bits: int, packing: Packing) -> jax.Array:
+    """The values [..., K] of the stored bytes [..., K * bits / 8] of one output."""
+    if bits == 8:
+        return stored_B
+    *leading, num_bytes = stored_B.shape
+    period = stored_B.reshape(*leading, -1, {"canonical": 1, "panels": 4, "split_128": 64}[packing])
+    values = jnp.concatenate(unpack_nibbles(period), axis=-1)
+    return values.reshape(*leading, 2 * num_bytes)
+
+
 def pack_scales(scales_SN: jax.Array, packing: Packing) -> jax.Array:
     """Scales [..., S, N] as the order keeps them: [..., N/16, S, 16] for panels."""
     if packing != "panels":
@@ -89,8 +99,12 @@ def unpack_scales(scales: jax.Array, packing: Packing) -> jax.Array:
 
 
 def repack(weight: QTensor, packing: Packing) -> QTensor:
-    """The same weights in another order; formats that have only one return as they are."""
-    if weight.format not in ("int8", "int4") or weight.packing == packing:
+    """The same weights in another order.
+
+    Raises:
+      ValueError: K or N is not a multiple of what the order puts side by side.
+    """
+    if weight.packing == packing:
         return weight
     plain = unpack(weight.values, weight.bits, weight.packing)
     values = pack(plain, weight.bits, packing)

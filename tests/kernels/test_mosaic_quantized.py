@@ -17,7 +17,6 @@ from kernels.backend import H100, INTERPRET
 from kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels.grouped_matmul import pallas_mosaic_quantized as kernel
 from kernels.quantize import dequantize, quantize
-from kernels.quantized_matmul import quantized_matmul
 
 D_IN, D_OUT = 256, 40
 """Two steps of 128 inputs; two and a half blocks of 16 outputs, of two warpgroups each."""
@@ -126,12 +125,11 @@ def test_canonical_nibbles_are_xlas_own_int4():
     [
         ({"packing": "split_128"}, r"canonical order and these are split_128: .*repack"),
         ({"format": "int8", "block_size": 64}, "a multiple of 128 inputs"),
-        ({"format": "bf16"}, "pass an array"),
         ({"format": "int8"}, "writes 64 outputs at a time, and these weights have 16"),
     ],
 )
 def test_what_the_kernel_cannot_read_is_said(changes, sentence):
-    weight = dataclasses.replace(quantize(jnp.ones((1, 256, 16)), "int4"), **changes)
+    weight = dataclasses.replace(quantize(jnp.ones((1, 256, 16)), "int4").as_matrices(), **changes)
     with pytest.raises(NotImplementedError, match=sentence):
         kernel.grouped_matmul(
             jnp.ones((4, 256), jnp.bfloat16), weight, jnp.ones(1, jnp.int32), target=H100
@@ -147,14 +145,14 @@ def test_rows_must_be_bfloat16():
 def test_the_ops_take_it_by_name_and_refuse_what_it_lacks(monkeypatch):
     x, weight, sizes, _ = draw("int8")
     with pytest.raises(NotImplementedError, match=r"needs a Hopper GPU .* default device is cpu"):
-        quantized_matmul(x, weight, sizes, implementation="mosaic")
-    for module in ("backend", "grouped_matmul.swiglu", "quantized_matmul.api"):
+        grouped_matmul(x, weight, sizes, implementation="mosaic")
+    for module in ("backend", "grouped_matmul.api"):
         monkeypatch.setattr(f"kernels.{module}.current_target", lambda: INTERPRET)
-    traced = jax.make_jaxpr(functools.partial(quantized_matmul, implementation="mosaic"))
+    traced = jax.make_jaxpr(functools.partial(grouped_matmul, implementation="mosaic"))
     assert "mosaic_grouped_matmul_int8" in str(traced(x, weight, sizes))
     traced = jax.make_jaxpr(functools.partial(grouped_swiglu, implementation="mosaic"))
     assert "mosaic_grouped_matmul_int8" in str(traced(x, weight, sizes))
     with pytest.raises(NotImplementedError, match="do not round rows"):
-        quantized_matmul(x, weight, sizes, activations="int8", implementation="mosaic")
+        grouped_matmul(x, weight, sizes, activations="int8", implementation="mosaic")
     with pytest.raises(NotImplementedError, match="multiplies quantized weights"):
         grouped_swiglu(x, dequantize(weight), sizes, implementation="mosaic")

@@ -7,8 +7,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orbax.checkpoint import v1 as ocp
 
-from kernels.quantize import QTensor, dequantize, quantize, repack
+from kernels import native
+from kernels.backend import A100, H100, Target
+from kernels.grouped_matmul import grouped_matmul, pallas_mosaic_quantized, pallas_triton_quantized
+from kernels.quantize import (
+    QUANTIZED,
+    MatrixDims,
+    QTensor,
+    choose_block_size,
+    dequantize,
+    preferred_packing,
+    quantizable_reason,
+    quantize,
+    repack,
+    take_outputs,
+    to_format,
+)
 from kernels.quantize.packing import pack, unpack
 
 SCALED = ("fp8_e4m3", "int8", "int4")
@@ -51,13 +67,6 @@ def test_any_pair_of_weights(a, b):
         # Steps below the least float32 are none: then all a block can hold is zero.
         tiny = np.finfo(np.float32).tiny * 512
         assert (np.abs(back - w) <= bound(w, q) + tiny).all()
-
-
-def test_bf16_is_a_cast():
-    w = draw(8, 4)
-    q = quantize(w, "bf16")
-    np.testing.assert_array_equal(dequantize(q), w.astype(ml_dtypes.bfloat16).astype(np.float32))
-    assert q.nbytes == 2 * w.size
 
 
 def test_a_zero_block_stays_zero_and_has_no_nan():
@@ -112,8 +121,9 @@ def test_canonical_int4_has_the_even_input_in_the_low_nibble():
     assert int(stored[0, 0]) == 3 | (14 << 4)
 
 
-def test_another_order_is_the_same_weight():
-    q = quantize(draw(2, 256, 32), "int4")
+@pytest.mark.parametrize("format", SCALED)
+def test_another_order_is_the_same_weight(format):
+    q = quantize(draw(2, 256, 32), format)
     for packing in ("panels", "split_128", "canonical"):
         np.testing.assert_array_equal(dequantize(repack(q, packing)), dequantize(q))
 
@@ -143,7 +153,7 @@ def test_quantize_runs_under_jit():
     [
         (lambda: quantize(draw(100, 4), "int8"), "block_size=128 must divide the 100 inputs"),
         (lambda: quantize(draw(128, 4), "int3"), "must be one of"),
-        (lambda: quantize(draw(128), "int8"), r"must be \[..., inputs, outputs\]"),
+        (lambda: quantize(draw(128), "int8"), "has no 1 dimensions of inputs and 1 of outputs"),
         (lambda: quantize(draw(3, 4), "int4", block_size=3), "in pairs"),
         (lambda: quantize(draw(128, 4), "int8", scale_dtype="float16"), "float32 or bfloat16"),
         (lambda: quantize(draw(128, 4) * np.inf, "int8"), "512 of 512 weights are not finite"),
@@ -153,3 +163,138 @@ def test_quantize_runs_under_jit():
 def test_what_can_not_be_done_is_said(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+# --- The weight's own dimensions -----------------------------------------------------------------
+
+SHAPES = {
+    "q": ((3, 64, 4, 8), MatrixDims(1, 2), (3, 32, 64)),
+    "kv": ((64, 2, 4, 8), MatrixDims(1, 3), (64, 64)),
+    "gate_up": ((5, 64, 2, 16), MatrixDims(1, 2), (5, 32, 64)),
+    "o": ((4, 8, 48), MatrixDims(2, 1), (48, 32)),
+    "down": ((2, 5, 32, 16), MatrixDims(), (2, 5, 16, 32)),
+    "output layer": ((96, 64), MatrixDims(1, 1, outputs_first=True), (96, 64)),
+}
+"""Shape, dimensions, and what is stored: [..., N, K]."""
+
+
+@pytest.mark.parametrize("packing", ["canonical", "panels"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_weight_keeps_its_shape(name, packing):
+    """And its blocks lie along what a product sums over: each is rounded by itself."""
+    shape, dims, stored = SHAPES[name]
+    w = draw(*shape)
+    q = repack(quantize(w, "int8", dims=dims, block_size=16), packing)
+    assert q.shape == shape
+    assert q.values.shape == stored
+    back = np.asarray(dequantize(q))
+    assert back.shape == shape
+    stack, inputs, outputs = dims.split(shape)
+    first, last = (outputs, inputs) if dims.outputs_first else (inputs, outputs)
+    matrix = w.reshape(*stack, np.prod(first), np.prod(last))
+    matrix = matrix if dims.outputs_first else matrix.swapaxes(-1, -2)
+    largest = np.abs(matrix.reshape(*matrix.shape[:-1], -1, 16)).max(-1, keepdims=True)
+    by_hand = np.round(matrix.reshape(*matrix.shape[:-1], -1, 16) / largest * 127) * largest / 127
+    by_hand = by_hand.reshape(matrix.shape)
+    by_hand = by_hand if dims.outputs_first else by_hand.swapaxes(-1, -2)
+    np.testing.assert_allclose(back, by_hand.reshape(shape), rtol=1e-5, atol=1e-6)
+
+
+def test_a_scan_over_layers_sees_one_layer_s_shape():
+    shape, dims, _ = SHAPES["q"]
+    q = repack(quantize(draw(*shape), "int4", dims=dims, block_size=32), "panels")
+
+    def layer(_, weight):
+        assert weight.shape == shape[1:]
+        return None, dequantize(weight)
+
+    np.testing.assert_array_equal(jax.lax.scan(layer, None, q)[1], dequantize(q))
+    twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), q)
+    assert twice.shape == (6, *shape[1:])
+    assert jax.eval_shape(lambda q: q, q).shape == shape
+
+
+def test_a_part_of_the_outputs_has_no_shape():
+    q = quantize(draw(64, 4, 8), "int8", dims=MatrixDims(1, 2), block_size=32)
+    half = jax.tree.map(lambda a: a[..., :16, :], q)
+    with pytest.raises(ValueError, match="slice or split only the dimensions that stack"):
+        _ = half.shape
+
+
+@pytest.mark.parametrize("format", SCALED)
+@pytest.mark.parametrize("packing", ["canonical", "panels", "split_128"])
+def test_rows_of_an_embedding_table(format, packing):
+    dims = MatrixDims(1, 1, outputs_first=True)
+    q = repack(quantize(draw(96, 128), format, dims=dims, block_size=32), packing)
+    ids = jnp.array([[5, 0, 95], [17, 17, 32]])
+    np.testing.assert_array_equal(take_outputs(q, ids), dequantize(q)[ids])
+
+
+@pytest.mark.parametrize("format", SCALED)
+def test_a_checkpoint_keeps_it(format, tmp_path):
+    q = quantize(draw(2, 64, 4, 8), format, dims=MatrixDims(1, 2), block_size=32)
+    q = repack(q, "panels")
+    tree = {"layer": {"q": q, "scale": jnp.ones(3)}}
+    ocp.save(tmp_path / "it", tree)
+    restored = ocp.load(tmp_path / "it", jax.eval_shape(lambda: tree))
+    assert isinstance(restored["layer"]["q"], QTensor)
+    assert restored["layer"]["q"].shape == (2, 64, 4, 8)
+    np.testing.assert_array_equal(dequantize(restored["layer"]["q"]), dequantize(q))
+
+
+# --- What targets read ---------------------------------------------------------------------------
+
+CPU = Target("cpu")
+
+
+@pytest.mark.parametrize("target", [CPU, A100, H100, Target("rocm")], ids=str)
+@pytest.mark.parametrize("format", QUANTIZED.values())
+@pytest.mark.parametrize("num_inputs", [576, 1536, 128, 48, 100])
+def test_what_is_called_quantizable_can_be_multiplied(format, num_inputs, target):
+    """By the kernels' own judgment; SmolLM2-135M's width, 576, has blocks of 64 at most."""
+    reason = quantizable_reason((num_inputs, 64), format, target)
+    block_size = choose_block_size(num_inputs, format, target)
+    assert (reason is None) == (block_size is not None)
+    if reason is not None:
+        assert f"{num_inputs} inputs" in reason
+        return
+    assert num_inputs % block_size == 0
+    weight = to_format(jnp.ones((1, num_inputs, 64)), name_of(format), target)
+    assert weight.packing == preferred_packing(format, target)
+    x, sizes = jnp.ones((4, num_inputs)), jnp.array([4])
+    if target == CPU:  # scales of 8 bits, rounded up: 127 steps need not be the largest weight
+        np.testing.assert_allclose(grouped_matmul(x, weight, sizes), num_inputs, rtol=2**-7)
+        return
+    reasons = [pallas_triton_quantized.unsupported_reason(x, weight, target)]
+    if target == H100:
+        x = x.astype(jnp.bfloat16)
+        reasons.append(pallas_mosaic_quantized.unsupported_reason(x, weight, target=target))
+    assert None in reasons
+
+
+def name_of(format):
+    return next(name for name, value in QUANTIZED.items() if value == format)
+
+
+@pytest.mark.parametrize(
+    ("target", "num_inputs", "block_sizes"),
+    [(CPU, 576, (32, 32)), (CPU, 48, (16, 16)), (A100, 1024, (128, 128)), (A100, 576, (64, None))],
+)
+def test_blocks_are_as_large_as_they_may_be(target, num_inputs, block_sizes):
+    found = tuple(choose_block_size(num_inputs, format, target) for format in ("int8", "int4"))
+    assert found == block_sizes
+
+
+@pytest.mark.skipif(not native.is_available(), reason="no native library")
+def test_outputs_that_fill_no_panel_stay_floats():
+    reason = quantizable_reason((64, 3, 8), "int8", CPU, dims=MatrixDims(1, 2))
+    assert reason is not None
+    assert "a multiple of 16 outputs on cpu" in reason
+    with pytest.raises(ValueError, match="leave it in float32 or bfloat16"):
+        to_format(jnp.ones((64, 3, 8)), "int8", CPU, dims=MatrixDims(1, 2))
+
+
+def test_plain_formats_are_arrays():
+    w = draw(64, 16)
+    np.testing.assert_array_equal(to_format(jnp.asarray(w), "float32", CPU), w)
+    np.testing.assert_array_equal(to_format(w, "bfloat16", A100), w.astype(ml_dtypes.bfloat16))

@@ -171,10 +171,13 @@ def test_every_pair_of_nibbles_is_widened_exactly():
         ({}, r"int4 in split_128 order and these weights are canonical: .*repack"),
         ({"packing": "split_128", "block_size": 64}, "a multiple of 128 inputs for int4"),
         ({"format": "int8", "block_size": 8}, "a multiple of 16 inputs for int8"),
-        ({"format": "bf16"}, "pass an array"),
+        (
+            {"format": "int8", "packing": "panels"},
+            "in canonical order .* are panels: .*repack",
+        ),
     ],
 )
 def test_what_the_kernel_cannot_read_is_said(changes, sentence):
-    weight = dataclasses.replace(quantize(jnp.ones((1, 256, 16)), "int4"), **changes)
+    weight = dataclasses.replace(quantize(jnp.ones((1, 256, 16)), "int4").as_matrices(), **changes)
     with pytest.raises(NotImplementedError, match=sentence):
         kernel.grouped_matmul(jnp.ones((4, 256)), weight, jnp.ones(1, jnp.int32), target=INTERPRET)

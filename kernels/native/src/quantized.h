@@ -14,6 +14,12 @@ constexpr int64_t kPanelOutputs = 16;
 // Rows of x that one pass over a panel serves.
 constexpr int64_t kMaxRows = 8;
 
+// What a stored value is. kInt4 is two's complement, kE4m3 a float of 4 bits of exponent, 3 of
+// mantissa, whose greatest code is not a number.
+enum class Format { kInt8, kInt4, kE4m3 };
+
+constexpr int BitsOf(Format format) { return format == Format::kInt4 ? 4 : 8; }
+
 // A packed matrix [inputs, outputs].
 struct QuantizedMatrix {
   const uint8_t* values;  // panels, one after the other
@@ -21,10 +27,10 @@ struct QuantizedMatrix {
   bool are_scales_bfloat16;
   int64_t inputs, outputs;
   int64_t block;  // inputs that share a scale; a multiple of 8
-  int bits;       // 8 or 4, two's complement
+  Format format;
 
   const uint8_t* Panel(int64_t panel) const {
-    return values + panel * kPanelOutputs * inputs * bits / 8;
+    return values + panel * kPanelOutputs * inputs * BitsOf(format) / 8;
   }
 };
 
@@ -47,7 +53,7 @@ struct QuantizedKernels {
   // y[rows, 16] = x[rows, inputs] * one panel, with exact float32 x. rows <= kMaxRows.
   void (*panel)(const QuantizedMatrix& w, int64_t panel, const float* x, int64_t rows, float* y,
                 int64_t y_stride);
-  // The same with x rounded: the products within a block are exact in integers.
+  // The same with x rounded and whole weights: products within a block are exact in integers.
   void (*panel_rounded)(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x, int64_t rows,
                         float* y, int64_t y_stride);
   // One row of x rounded: see RoundedRows. Where x is not finite, its block's scale is NaN.

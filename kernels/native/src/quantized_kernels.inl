@@ -30,18 +30,31 @@ MOESAIC_INLINE Vector Scales(const QuantizedMatrix& w, int64_t panel, int64_t bl
   return (Vector)bits;
 }
 
+// Floats of e4m3 codes below 256. Numbers below 2^-6 have no leading one, and the code of what is
+// not a number is no greater number here.
+MOESAIC_INLINE Vector FromE4m3(IntVector code) {
+  const IntVector magnitude = code & 0x7F;
+  const IntVector small = (IntVector)(ToFloat(magnitude) * 0x1p-9f);
+  IntVector bits = (magnitude << 20) + (120 << 23);  // the exponents' biases are 7 and 127
+  bits = magnitude < 8 ? small : bits;
+  bits = magnitude == 0x7F ? IntVector{} + 0x7FC00000 : bits;
+  return (Vector)(bits | ((code & 0x80) << 24));
+}
+
 // Of each lane's four bytes, the weight of input `index` of the group: byte `index` for 8 bits,
 // nibble `index` in the panel's order for 4.
-template <int kBits>
+template <Format kFormat>
 MOESAIC_INLINE Vector Weight(IntVector group, int index) {
+  if (kFormat == Format::kE4m3) return FromE4m3((group >> (8 * index)) & 0xFF);
+  constexpr int kBits = BitsOf(kFormat);
   const int top = kBits == 8 ? 24 - 8 * index : index < 4 ? 28 - 8 * index : 24 - 8 * (index - 4);
   return ToFloat((group << top) >> (32 - kBits));
 }
 
-template <int kBits, int kRows>
+template <Format kFormat, int kRows>
 static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, float* y,
                        int64_t y_stride) {
-  constexpr int kInputs = 32 / kBits;  // of one group
+  constexpr int kInputs = 32 / BitsOf(kFormat);  // of one group
   // A lone row's sum is cut in four, for a sum waits for the one before it.
   constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
   const uint8_t* bytes = w.Panel(panel);
@@ -54,7 +67,7 @@ static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, 
         const IntVector group = LoadInts(bytes + part * sizeof(IntVector));
 #pragma GCC unroll 8
         for (int i = 0; i < kInputs; ++i) {
-          const Vector weight = Weight<kBits>(group, i);
+          const Vector weight = Weight<kFormat>(group, i);
 #pragma GCC unroll 8
           for (int row = 0; row < kRows; ++row) {
             sums[row][part][i % kChains] += Broadcast(x[row * w.inputs + k + i]) * weight;
@@ -196,10 +209,10 @@ static void RoundedPanel(const QuantizedMatrix& w, int64_t panel, const RoundedR
 template <int kRows>
 static void PanelOfRows(const QuantizedMatrix& w, int64_t panel, const float* x, float* y,
                         int64_t y_stride) {
-  if (w.bits == 8) {
-    ExactPanel<8, kRows>(w, panel, x, y, y_stride);
-  } else {
-    ExactPanel<4, kRows>(w, panel, x, y, y_stride);
+  switch (w.format) {
+    case Format::kInt8: return ExactPanel<Format::kInt8, kRows>(w, panel, x, y, y_stride);
+    case Format::kInt4: return ExactPanel<Format::kInt4, kRows>(w, panel, x, y, y_stride);
+    case Format::kE4m3: return ExactPanel<Format::kE4m3, kRows>(w, panel, x, y, y_stride);
   }
 }
 
@@ -208,7 +221,7 @@ static void RoundedPanelOfRows(const QuantizedMatrix& w, int64_t panel, const Ro
                                float* y, int64_t y_stride) {
   if constexpr (kRows <= kDigitRows) {
     if (x.digits == kExactDigits) {
-      if (w.bits == 8) {
+      if (w.format == Format::kInt8) {
         RoundedPanel<8, kRows, kExactDigits>(w, panel, x, y, y_stride);
       } else {
         RoundedPanel<4, kRows, kExactDigits>(w, panel, x, y, y_stride);
@@ -216,7 +229,7 @@ static void RoundedPanelOfRows(const QuantizedMatrix& w, int64_t panel, const Ro
       return;
     }
   }
-  if (w.bits == 8) {
+  if (w.format == Format::kInt8) {
     RoundedPanel<8, kRows, 1>(w, panel, x, y, y_stride);
   } else {
     RoundedPanel<4, kRows, 1>(w, panel, x, y, y_stride);
@@ -290,10 +303,10 @@ static void Round(const float* x, int64_t inputs, int64_t block, int digits, int
   }
 }
 
-template <int kBits>
+template <Format kFormat>
 static void DequantizePanel(const QuantizedMatrix& w, int64_t panel, int64_t begin, int64_t depth,
                             float* to, int64_t stride) {
-  constexpr int kInputs = 32 / kBits;  // of one group
+  constexpr int kInputs = 32 / BitsOf(kFormat);  // of one group
   const uint8_t* bytes = w.Panel(panel) + begin / kInputs * kGroupBytes;
   for (int64_t k = begin; k < begin + depth; k += kInputs) {
     for (int64_t part = 0; part < kParts; ++part, bytes += sizeof(IntVector)) {
@@ -301,7 +314,7 @@ static void DequantizePanel(const QuantizedMatrix& w, int64_t panel, int64_t beg
       const Vector scale = Scales(w, panel, k / w.block, part);
 #pragma GCC unroll 8
       for (int i = 0; i < kInputs; ++i) {
-        Store(to + (k - begin + i) * stride + part * kLanes, scale * Weight<kBits>(group, i));
+        Store(to + (k - begin + i) * stride + part * kLanes, scale * Weight<kFormat>(group, i));
       }
     }
   }
@@ -309,10 +322,10 @@ static void DequantizePanel(const QuantizedMatrix& w, int64_t panel, int64_t beg
 
 static void Dequantize(const QuantizedMatrix& w, int64_t panel, int64_t begin, int64_t depth,
                        float* to, int64_t stride) {
-  if (w.bits == 8) {
-    DequantizePanel<8>(w, panel, begin, depth, to, stride);
-  } else {
-    DequantizePanel<4>(w, panel, begin, depth, to, stride);
+  switch (w.format) {
+    case Format::kInt8: return DequantizePanel<Format::kInt8>(w, panel, begin, depth, to, stride);
+    case Format::kInt4: return DequantizePanel<Format::kInt4>(w, panel, begin, depth, to, stride);
+    case Format::kE4m3: return DequantizePanel<Format::kE4m3>(w, panel, begin, depth, to, stride);
   }
 }
 

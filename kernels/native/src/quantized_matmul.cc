@@ -35,17 +35,19 @@ struct Weights {
   const char* scales;
   bool are_scales_bfloat16;
   int64_t groups, inputs, outputs, block;
-  int bits;
+  Format format;
+
+  int64_t RowBytes() const { return inputs * BitsOf(format) / 8; }
 
   QuantizedMatrix Of(int64_t group) const {
     const int64_t scale_bytes = are_scales_bfloat16 ? 2 : 4;
-    return {values + group * inputs * outputs * bits / 8,
+    return {values + group * outputs * RowBytes(),
             scales + group * (inputs / block) * outputs * scale_bytes,
             are_scales_bfloat16,
             inputs,
             outputs,
             block,
-            bits};
+            format};
   }
 };
 
@@ -86,14 +88,15 @@ Rows RowsOf(ffi::ThreadPool& pool, const F32& x, const Weights& weights, int dig
 }
 
 // Whether a task is done sooner with floats in digits.
-bool PrefersDigits(const Task& task) {
-  return task.rows <= CurrentIsa().quantized->digit_rows;
+bool PrefersDigits(const Task& task, Format format) {
+  return format != Format::kE4m3 && task.rows <= CurrentIsa().quantized->digit_rows;
 }
 
 // Digits of x for these tasks.
-int DigitsFor(const std::vector<Task>& tasks, bool round) {
+int DigitsFor(const std::vector<Task>& tasks, Format format, bool round) {
   if (round) return 1;
-  return std::any_of(tasks.begin(), tasks.end(), PrefersDigits) ? kExactDigits : 0;
+  const auto prefers = [&](const Task& task) { return PrefersDigits(task, format); };
+  return std::any_of(tasks.begin(), tasks.end(), prefers) ? kExactDigits : 0;
 }
 
 // y[rows, cols] from column `col` of w on, through floats.
@@ -111,17 +114,17 @@ void FloatProduct(const QuantizedMatrix& w, const Rows& x, int64_t row, int64_t 
   Gemm(*isa.gemm, a, pack, y, y_stride, rows, cols, w.inputs);
 }
 
-// y[rows, cols] of one task.
-void Product(const QuantizedMatrix& w, const Rows& x, int64_t row, const Task& task, float* y,
-             int64_t y_stride) {
+// y[rows, cols] of one task, from column `first` of w on.
+void Product(const QuantizedMatrix& w, const Rows& x, int64_t row, const Task& task, int64_t first,
+             float* y, int64_t y_stride) {
   const QuantizedKernels& kernels = *CurrentIsa().quantized;
-  const bool takes_digits = x.digits == 1 || PrefersDigits(task);
+  const bool takes_digits = x.digits == 1 || PrefersDigits(task, w.format);
   if (task.rows >= kGemmRows && !takes_digits) {
-    FloatProduct(w, x, row, task.rows, task.col, task.cols, y, y_stride);
+    FloatProduct(w, x, row, task.rows, first, task.cols, y, y_stride);
     return;
   }
   for (int64_t col = 0; col < task.cols; col += kPanelOutputs) {
-    const int64_t panel = (task.col + col) / kPanelOutputs;
+    const int64_t panel = (first + col) / kPanelOutputs;
     for (int64_t i = 0; i < task.rows; i += kMaxRows) {
       const int64_t rows = std::min(kMaxRows, task.rows - i);
       float* to = y + i * y_stride + col;
@@ -143,22 +146,27 @@ void Gate(float* gate, int64_t gate_stride, const float* up, int64_t rows, int64
 
 // The weights in these buffers, or why they are none.
 ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuffer& scales,
-                                int64_t bits, int64_t block) {
+                                int64_t block) {
   const auto shape = values.dimensions(), scale_shape = scales.dimensions();
   const bool is_bfloat16 = scales.element_type() == ffi::BF16;
-  if (shape.size() != 3 || scale_shape.size() != 4 || (bits != 4 && bits != 8) ||
+  const ffi::DataType type = values.element_type();
+  if (shape.size() != 3 || scale_shape.size() != 4 ||
+      !(type == ffi::S8 || type == ffi::U8 || type == ffi::F8E4M3FN) ||
       !(is_bfloat16 || scales.element_type() == ffi::F32)) {
     return ffi::Unexpected(ffi::Error::InvalidArgument(
         "values and scales must be stacks of 4 or 8 bits and of float32 or bfloat16"));
   }
+  const Format format = type == ffi::S8   ? Format::kInt8
+                        : type == ffi::U8 ? Format::kInt4
+                                          : Format::kE4m3;
   const Weights weights = {static_cast<const uint8_t*>(values.untyped_data()),
                            static_cast<const char*>(scales.untyped_data()),
                            is_bfloat16,
                            shape[0],
-                           shape[2] * 8 / bits,
+                           shape[2] * 8 / BitsOf(format),
                            shape[1],
                            block,
-                           static_cast<int>(bits)};
+                           format};
   if (block <= 0 || block % 8 || weights.inputs % block || weights.outputs % kPanelOutputs ||
       scale_shape[0] != shape[0] || scale_shape[1] != shape[1] / kPanelOutputs ||
       scale_shape[2] != weights.inputs / block || scale_shape[3] != kPanelOutputs) {
@@ -168,60 +176,46 @@ ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuff
   return weights;
 }
 
-// y[r] = x[r] * w[group of r], or with an `up` silu(x[r] * gate[..]) * (x[r] * up[..]); rows past
-// the last group are zero.
-ffi::Error Run(ffi::ThreadPool& pool, const F32& x, const Weights& weights, const Weights* up,
-               const S32& group_sizes, ffi::ResultBuffer<ffi::F32>& y, bool round) {
-  const int64_t num_rows = x.dimensions()[0], outputs = weights.outputs;
-  if (x.dimensions()[1] != weights.inputs || y->dimensions()[1] != outputs ||
-      static_cast<int64_t>(group_sizes.element_count()) != weights.groups ||
-      (up != nullptr && (up->inputs != weights.inputs || up->outputs != outputs ||
-                         up->groups != weights.groups || up->block != weights.block))) {
+// y[r] = x[r] * w[group of r]; gated, silu of the first half of the outputs times the second. Rows
+// past the last group are zero.
+ffi::Error QuantizedMatmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer values,
+                           ffi::AnyBuffer scales, S32 group_sizes, ffi::ResultBuffer<ffi::F32> y,
+                           int64_t block, bool gated, bool round) {
+  const auto weights_or = WeightsOf(values, scales, block);
+  if (!weights_or.has_value()) return weights_or.error();
+  const Weights& weights = *weights_or;
+  const int64_t num_rows = x.dimensions()[0], outputs = y->dimensions()[1];
+  const int64_t matrices = gated ? 2 : 1;
+  if (x.dimensions()[1] != weights.inputs || outputs * matrices != weights.outputs ||
+      outputs % kPanelOutputs || (round && weights.format == Format::kE4m3) ||
+      static_cast<int64_t>(group_sizes.element_count()) != weights.groups) {
     return ffi::Error::InvalidArgument("x, the weights and y don't fit each other");
   }
   auto starts_or = Starts(group_sizes, num_rows);
   if (!starts_or.has_value()) return starts_or.error();
   const std::vector<int64_t>& starts = *starts_or;
-  const int64_t column_bytes =
-      std::max<int64_t>(1, weights.inputs * weights.bits / 8 * std::min(num_rows, kMaxRows));
+  const int64_t column_bytes = std::max<int64_t>(
+      1, matrices * weights.RowBytes() * std::min(num_rows, kMaxRows));
   const bool is_alone = column_bytes * outputs < kAloneBytes;
   const int64_t min_cols = is_alone ? outputs : kTaskBytes / column_bytes;
   const std::vector<Task> tasks =
-      CutIntoTasks(Sizes(starts), outputs, *CurrentIsa().gemm, pool.num_threads(),
-                   min_cols);
-  const Rows rows = RowsOf(pool, x, weights, DigitsFor(tasks, round));
+      CutIntoTasks(Sizes(starts), outputs, *CurrentIsa().gemm, pool.num_threads(), min_cols);
+  const Rows rows = RowsOf(pool, x, weights, DigitsFor(tasks, weights.format, round));
   ParallelFor(pool, tasks.size(), [&](int64_t index) {
     const Task& task = tasks[index];
+    const QuantizedMatrix w = weights.Of(task.group);
     const int64_t row = starts[task.group] + task.row;
     float* to = y->typed_data() + row * outputs + task.col;
-    Product(weights.Of(task.group), rows, row, task, to, outputs);
-    if (up != nullptr) {
-      std::vector<float> scratch(task.rows * task.cols);
-      Product(up->Of(task.group), rows, row, task, scratch.data(), task.cols);
-      Gate(to, outputs, scratch.data(), task.rows, task.cols);
+    Product(w, rows, row, task, task.col, to, outputs);
+    if (gated) {
+      std::vector<float> up(task.rows * task.cols);
+      Product(w, rows, row, task, outputs + task.col, up.data(), task.cols);
+      Gate(to, outputs, up.data(), task.rows, task.cols);
     }
   });
   const int64_t used = starts.back();
   std::memset(y->typed_data() + used * outputs, 0, (num_rows - used) * outputs * sizeof(float));
   return ffi::Error::Success();
-}
-
-ffi::Error QuantizedMatmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
-                           S32 group_sizes, ffi::ResultBuffer<ffi::F32> y, int64_t bits,
-                           int64_t block, bool round) {
-  const auto weights = WeightsOf(values, scales, bits, block);
-  if (!weights.has_value()) return weights.error();
-  return Run(pool, x, *weights, nullptr, group_sizes, y, round);
-}
-
-ffi::Error QuantizedSwiglu(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer gate_values, ffi::AnyBuffer gate_scales,
-                           ffi::AnyBuffer up_values, ffi::AnyBuffer up_scales, S32 group_sizes,
-                           ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t block, bool round) {
-  const auto gate = WeightsOf(gate_values, gate_scales, bits, block);
-  if (!gate.has_value()) return gate.error();
-  const auto up = WeightsOf(up_values, up_scales, bits, block);
-  if (!up.has_value()) return up.error();
-  return Run(pool, x, *gate, &*up, group_sizes, y, round);
 }
 
 }  // namespace
@@ -237,22 +231,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moesaic_quantized_matmul, moesaic::QuantizedMatmul
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<int64_t>("bits")
                                   .Attr<int64_t>("block")
-                                  .Attr<bool>("round"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moesaic_quantized_swiglu, moesaic::QuantizedSwiglu,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("block")
+                                  .Attr<bool>("gated")
                                   .Attr<bool>("round"));
 
 #pragma GCC visibility pop

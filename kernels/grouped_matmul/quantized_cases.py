@@ -1,4 +1,4 @@
-"""Named shapes that the tests and the benchmarks of quantized_matmul share."""
+"""Named shapes that the tests and the benchmarks of products with quantised weights share."""
 
 from dataclasses import dataclass
 

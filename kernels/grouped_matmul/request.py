@@ -1,0 +1,60 @@
+"""A grouped product as it is asked for: what every implementation is given, and judges."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+
+from kernels.backend import Target
+from kernels.quantize import QTensor
+
+Implementation = Literal["auto", "reference", "xla", "cpu", "triton", "mosaic"]
+Activations = Literal["auto", "float", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """x[rows[r]] @ weight[group of r], or the silu(gate) * up of its halves."""
+
+    x_TK: jax.Array
+    weight: jax.Array | QTensor
+    """[E, K, N]; of matrices alone."""
+    group_sizes_E: jax.Array
+    rows_R: jax.Array | None = None
+    """None: x is sorted, and R is T."""
+    gated: bool = False
+    activations: Activations = "auto"
+    fixed_order: bool = False
+    implementation: Implementation = "auto"
+    target: Target
+    """The default device's."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.x_TK.shape[0] if self.rows_R is None else self.rows_R.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def num_outputs(self) -> int:
+        """Of a row of the result."""
+        return self.weight.shape[-1] // (2 if self.gated else 1)
+
+    @property
+    def weight_is_mixed(self) -> bool:
+        """Whether the weight is an array of another dtype than x."""
+        weight = self.weight
+        return not isinstance(weight, QTensor) and weight.dtype != self.x_TK.dtype
+
+    @property
+    def array(self) -> jax.Array:
+        """The weight where it is no QTensor."""
+        assert not isinstance(self.weight, QTensor)
+        return self.weight
+
+    @property
+    def sorted_x(self) -> jax.Array:
+        """[R, K]."""
+        return self.x_TK if self.rows_R is None else self.x_TK[self.rows_R]
