@@ -1,4 +1,4 @@
-"""What a generation gives: texts that grow row by row, and how fast they did.
+"""Result of a generation: sequences that grow row by row, and their timings.
 
 B rows, N tokens of a step (in `Timings`: rows that had not ended).
 """
