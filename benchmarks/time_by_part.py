@@ -1,4 +1,4 @@
-"""Where a step's time goes, by part of the model, from XLA's own trace.
+"""Time of a step by part of the model, from XLA's own trace.
 
 XLA names every instruction after the code it came from; the trace says how long each ran on each
 thread. Time inside a loop is counted once, at the instruction that spent it.

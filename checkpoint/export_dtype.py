@@ -1,4 +1,4 @@
-"""How an export holds a model's tensors: in one dtype, or packed as their family was released.
+"""Storage of an export's tensors: in one dtype, or packed as their family was released.
 
 Packed, the weights that the family names (families/base.py: `Packed`) are small floats with scales,
 two tensors each, and everything else is bfloat16; checkpoint/logical_tensors.py reads the same.

@@ -1,4 +1,4 @@
-"""Whether a public checkpoint and a model fit each other, tensor by tensor, told by the headers."""
+"""Matching of a public checkpoint's tensors with a model's, by the headers alone."""
 
 import re
 from collections.abc import Iterable, Sequence

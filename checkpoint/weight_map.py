@@ -1,4 +1,4 @@
-"""Tables that say which tensor of a public checkpoint lies where in a model's parameters.
+"""Weight maps: which tensor of a public checkpoint lies where in a model's parameters.
 
 A row of a table names a parameter, the public tensor, and how one becomes the other:
 

@@ -1,4 +1,4 @@
-"""What a model is, layer by layer: the part of a config that its checkpoint depends on.
+"""Model architecture, layer by layer: the part of a config that its checkpoint depends on.
 
 Frozen and made of plain values, like all configs: see configs/base.py.
 """

@@ -1,4 +1,4 @@
-"""How configs refuse what makes no sense: one sentence with what came and what was needed."""
+"""Checks of settings: one sentence with what came and what was needed."""
 
 import dataclasses
 import math

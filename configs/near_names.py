@@ -1,4 +1,4 @@
-"""Which setting a mistyped one was meant to be: abbreviations and prefixes before spelling."""
+"""Suggestions for mistyped settings: abbreviations and prefixes before spelling."""
 
 import dataclasses
 import difflib

@@ -1,4 +1,4 @@
-"""What a corpus has of its source: files read and left out, tokens, and what changed since."""
+"""Inventory of a corpus: files read and left out, tokens, changes of its source since."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Settings and tokenizers as strangers send them: read whole, if they are what they should be."""
+"""Untrusted small files (settings, tokenizers), read whole after checks of kind and size."""
 
 import stat
 from pathlib import Path

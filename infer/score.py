@@ -1,4 +1,4 @@
-"""How well a model predicts given tokens: log-likelihood and best guess at every position.
+"""Scoring of given tokens: log-likelihood and best guess at every position.
 
 A model with memory reads each document segment by segment and keeps what it has seen; others read
 overlapping windows.

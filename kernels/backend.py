@@ -1,4 +1,4 @@
-"""Which device a kernel is for, and how Pallas hands it to its compiler.
+"""Target devices of the GPU kernels, and Pallas' calls to their compilers.
 
 The only module that chooses between Pallas' GPU compilers and names their parameters. jax 0.11
 deprecates the one in general use, Triton (Pallas changelog, July 2026): what replaces it changes

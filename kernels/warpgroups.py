@@ -1,4 +1,4 @@
-"""What bodies of Mosaic kernels are made of: Hopper's warpgroups, tensor cores and shared memory.
+"""Building blocks of Mosaic kernels: Hopper's warpgroups, tensor cores and shared memory.
 
 A warpgroup is 128 threads that hold an array in their registers, spread in a layout, and start
 products together (wgmma). The interpreter of jax 0.10 has no layouts, no left operand in registers,

@@ -1,4 +1,4 @@
-"""How evenly a layer's experts are used: what the router reports, the losses, the load metrics.
+"""Load balance of a layer's experts: the router's statistics, the losses, the load metrics.
 
 T tokens, E experts, K experts per token. c_i are the choices expert i received, f_i = c_i / sum(c)
 its share, u_i = E f_i its load relative to the mean, P_i the mean over tokens of its score.

@@ -1,4 +1,4 @@
-"""FLOPs that the mathematics of a model asks for: the useful work that a machine is judged by.
+"""Model FLOPs, the numerator of MFU: the work that the mathematics asks for.
 
 Two per weight that a token meets (the embedding is only looked up), and two per visible key and
 channel of each of scores and values; an indexer scores all keys before a query. Norms, softmax and

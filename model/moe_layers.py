@@ -1,4 +1,4 @@
-"""Which MoE layers a model has, and where each lies in the collections "router", "router_state"
+"""The MoE layers of a model, and the place of each in the collections "router", "router_state"
 and "params".
 
 A layer of the pattern is named "layer_0", ...: its arrays are stacked over the periods. A

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with which weight.
+"""The router: the experts that a token goes to, and their weights.
 
 T tokens, E experts, N null experts, K choices per token, J groups of experts.
 """

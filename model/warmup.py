@@ -1,4 +1,4 @@
-"""How reserved twins of grown experts enter the choice (methods in the line of expert upcycling).
+"""Warm-up of reserved twins of grown experts (methods in the line of expert upcycling).
 
 Growth by "reserve" leaves each parent p with n - 1 twins whose bias keeps them from being chosen.
 On the first step the load c_p of each parent and a gap B are measured: B is the 99.9th percentile

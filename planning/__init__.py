@@ -1,1 +1,1 @@
-"""What a step of a run would need on a cluster: compiled for it here, and read from the program."""
+"""Plans of a step on a cluster: compiled for it here, and read from the program."""

@@ -1,4 +1,4 @@
-"""What dominates a plan and what to change: sentences for a person, from the plan's numbers."""
+"""Advice on a plan: sentences on what dominates it and what to change."""
 
 from planning.collectives import grouped
 from planning.memory import USABLE

@@ -1,4 +1,4 @@
-"""Which devices take part in a collective together, as XLA's text says it and as mesh axes do."""
+"""Device groups of a collective, as XLA's text has them and as mesh axes give them."""
 
 import math
 import re

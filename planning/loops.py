@@ -1,4 +1,4 @@
-"""What only the data decide: the rows of an expert, and how often loops over their tiles run.
+"""Data-dependent loops: the rows of an expert, and the trip counts of loops over their tiles.
 
 kernels/grouped_matmul/xla.py runs ceil(rows of the expert / tile) times for each expert. Planning
 takes the balanced load, every expert the same rows, and counts rows / tile, not rounded up; real

@@ -1,4 +1,4 @@
-"""What a compiled step holds in a device's memory, and whether that fits.
+"""Device memory of a compiled step, and whether it fits.
 
 Sizes of what goes in come from shapes and shardings; everything else from XLA's buffer assignment
 (`Compiled.memory_analysis`), which is what the program will allocate.

@@ -1,4 +1,4 @@
-"""To which part of the model an instruction belongs, told by the name XLA keeps for it.
+"""Parts of the model that instructions belong to, by the name XLA keeps for each.
 
 Names are the paths of Flax's modules and JAX's transformations, such as
 "jit(step)/transpose(jvp(Transformer))/while/body/.../periods/layer_0/moe/shared/dot_general". A

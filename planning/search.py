@@ -1,4 +1,4 @@
-"""Which mesh and which recomputation suit a run: all are estimated, the best are compiled."""
+"""Search for a run's mesh and recomputation: all are estimated, the best are compiled."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Figures as people read them: bytes in powers of ten, as data sheets have them."""
+"""Numbers formatted for people: bytes in powers of ten, as data sheets have them."""
 
 
 def gigabytes(size: float) -> str:

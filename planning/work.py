@@ -1,4 +1,4 @@
-"""What one device does in a step, instruction by instruction, read from the compiled program.
+"""Work of one device in a step, instruction by instruction, read from the compiled program.
 
 FLOPs are those of matrix products, two per multiply-add. Bytes are what each kernel reads and
 writes, once each, as if nothing stayed in a cache: an operand of which a kernel reads a slice

@@ -1,5 +1,5 @@
-"""How a training step's cost grows: with layers, experts, sequence length; and compile time with
-depth.
+"""Scaling of a training step's cost with layers, experts and sequence length, and of compile time
+with depth.
 
     python -m scripts.bench_scaling
 

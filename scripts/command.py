@@ -1,4 +1,4 @@
-"""What all verbs share: arguments, exit codes, and how the process is set up.
+"""The command line shared by all verbs: arguments, exit codes, and the process's setup.
 
 Exit codes: 0 done; 1 the run stopped itself (an alarm); 2 bad input, said in one sentence; 3 a
 fault of the program, with its traceback; 128 + n stopped by signal n after saving. Output that

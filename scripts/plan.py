@@ -1,4 +1,4 @@
-"""What a step of a run needs on a GPU cluster: memory, collectives, FLOPs and least times, from the
+"""Plans a step of a run on a GPU cluster: memory, collectives, FLOPs and least times, from the
 program compiled for it on this machine, which needs no GPU.
 
     python -m scripts.plan deepseek_v3 --device h100 --mesh data=16,expert=32

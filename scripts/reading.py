@@ -1,4 +1,4 @@
-"""A model on its way in, and text on its way out: the bar and the printer of several verbs."""
+"""Progress bar for loading a model, and streaming printer for its text, shared by several verbs."""
 
 import contextlib
 import sys

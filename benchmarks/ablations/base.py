@@ -1,4 +1,4 @@
-"""What an A/B experiment reports, and how that is printed and kept."""
+"""Findings and reports of an A/B experiment, printed and kept."""
 
 import datetime
 import math

@@ -1,4 +1,4 @@
-"""What the experiments share: training a small model on given batches, judging it on held-out rows.
+"""Training and held-out evaluation of the small models that the experiments compare.
 
 N rows, L tokens of a row, V vocab, E experts, P periods.
 """

@@ -1,4 +1,4 @@
-"""What the GPU compiler makes of the kernels, without a GPU: compiled, counted, held to limits.
+"""Compile checks: the GPU kernels compiled without a GPU, counted, held to limits.
 
 `scripts.check_kernels` runs it; benchmarks/compile_checks/compiled.json keeps the results.
 """

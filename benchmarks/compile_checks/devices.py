@@ -1,4 +1,4 @@
-"""GPUs that exist for the compiler alone."""
+"""Compile-only GPU targets."""
 
 import importlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a compiled case must fulfil, and how much of it may get worse."""
+"""Limits that a compiled case is held to, and by how much it may get worse."""
 
 import hashlib
 from dataclasses import asdict

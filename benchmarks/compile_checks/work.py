@@ -1,4 +1,4 @@
-"""What each case must do at least: FLOPs, and bytes to and from memory.
+"""Least work of each case: FLOPs, and bytes to and from memory.
 
 The bytes are the operands that are used and the results, each once, however the work is done. Of a
 gradient's kernel the FLOPs include the scores that it makes again. Gathered rows count as often as

@@ -1,4 +1,4 @@
-"""What can be said of the kernels' cases without a GPU: bounds, and what the compiler made."""
+"""Bounds and compile results of the kernels' cases, shown where there is no GPU."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""What a card reaches at best: a large copy, and a large product of bfloat16 matrices."""
+"""Ceilings of a card, measured: a large copy, and a large product of bfloat16 matrices."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""Where a profiled program's time went on the device, by kernel."""
+"""Device time of a profiled program, by kernel."""
 
 from collections import defaultdict
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a case is timed against: XLA's and cuBLAS's products, jax's own Pallas kernels, tokamax.
+"""Peers that a case is timed against: XLA, cuBLAS, jax's own Pallas kernels, tokamax.
 
 A peer does the useful work of the case, as near as it can: its name says what it leaves out. One
 that can't run on the device is reported with what it said.

@@ -1,4 +1,4 @@
-"""What a family's file says."""
+"""Records that describe a family of public checkpoints."""
 
 import re
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What the DeepSeek families' config.json share: latent attention, dense layers before experts."""
+"""Config sections of the DeepSeek families: latent attention, dense layers before experts."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What data.tokenizer names: a public model's tokenizer."""
+"""The public tokenizer that data.tokenizer names."""
 
 import os
 from pathlib import Path

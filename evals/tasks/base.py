@@ -1,4 +1,4 @@
-"""What a task is given and what it returns."""
+"""A task's input (the model under test) and its result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What the Triton kernels of paged attention share: parts of a sequence, each with its own softmax.
+"""Split sequences for paged attention's Triton kernels: each part has its own softmax.
 
 The pages of a sequence are dealt to several programs, so that few sequences still fill a GPU; each
 leaves the sums of its softmax, and XLA adds them up (FlashDecoding, Dao et al. 2023).
