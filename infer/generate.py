@@ -90,13 +90,15 @@ def generate(
         engine.add(request)
     texts: list[list[int]] = [[] for _ in prompts]
     while engine.has_work():
-        emitted = engine.step()
-        for place in range(max((len(e.tokens) for e in emitted), default=0)):
+        new: dict[int, list[int]] = {}
+        for emitted in engine.step():
+            new.setdefault(emitted.request, []).extend(emitted.tokens)
+        for place in range(max(map(len, new.values()), default=0)):
             new_B = np.full(len(prompts), -1, np.int32)
-            for one in emitted:
-                if place < len(one.tokens):
-                    new_B[one.request] = one.tokens[place]
-                    texts[one.request].append(one.tokens[place])
+            for number, tokens in new.items():
+                if place < len(tokens):
+                    new_B[number] = tokens[place]
+                    texts[number].append(tokens[place])
             on_tokens(new_B)
     return engine.timings.generation(texts, has_draft=draft is not None)
 

@@ -116,11 +116,11 @@ def attend_chosen(
     """
     batch, length, heads, _ = q_BLHC.shape
 
-    def piece(queries: tuple[jax.Array, Index, jax.Array, jax.Array]) -> jax.Array:
-        q_NHC, index_N, position_N, row_N = queries
+    def piece(queries: tuple[jax.Array, ...]) -> jax.Array:
+        q_NHC, index_q_NHC, weights_NH, position_N, row_N = queries
         index_k_NSC, positions_NS, place_NS = gather_sequences(state, step, row_N)
         is_seen_NS = visible(position_N[:, None], positions_NS, window_size=None, num_sink_tokens=0)
-        as_rows = jax.tree.map(lambda x: x[:, None], index_N)
+        as_rows = Index(index_q_NHC[:, None], index_k_NSC, weights_NH[:, None])
         scores_NS = key_scores(as_rows, index_k_NSC)[:, 0]
         best_NK, slot_NK = jax.lax.top_k(jnp.where(is_seen_NS, scores_NS, -jnp.inf), top_k)
         is_key_NK = best_NK > -jnp.inf
@@ -140,9 +140,9 @@ def attend_chosen(
             one_per_row=True,
         )
 
-    flat: tuple = jax.tree.map(
-        lambda x: x.reshape(batch * length, *x.shape[2:]),
-        (q_BLHC, index._replace(k_BLC=index.k_BLC[..., :0]), step.positions_BL, step.state_rows()),
+    flat = tuple(
+        x.reshape(batch * length, *x.shape[2:])
+        for x in (q_BLHC, index.q_BLHC, index.weights_BLH, step.positions_BL, step.state_rows())
     )
     if batch * length <= QUERIES_AT_ONCE:
         out_THW = piece(flat)

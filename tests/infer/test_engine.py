@@ -136,7 +136,11 @@ def test_preferences_belong_to_their_requests():
         ({"max_rows": 0}, {}, "max_rows=0 must be greater than 0"),
         ({"kv_dtype": "int3"}, {}, "kv=int3 must be float32, bfloat16 or int8"),
         ({"num_pages": 1}, {}, "num_pages=1 must be at least 2"),
-        ({"num_pages": 2}, {"max_new_tokens": 60}, r"exceed the 2 pages of 64 positions: 2 are"),
+        (
+            {"num_pages": 2, "page_size": 8},
+            {"max_new_tokens": 7},
+            "exceed the 2 pages of 8 .*: 2 are",
+        ),
         ({"max_length": 8}, {"max_new_tokens": 7}, "2 tokens and 7 new ones exceed the engine's"),
         ({}, {"sampling": Sampling(logit_bias={300: 1.0})}, "logit_bias names token 300"),
     ],

@@ -104,7 +104,7 @@ def test_a_prompt_leaves_the_same_state_either_way(model):
 
     @partial(jax.jit, static_argnums=0)
     def read(is_whole):
-        state = init_state(model.config, 2, 16, "float32")
+        state = init_state(model.config, 2, 16, "float32", spare=5)
         return hidden_states(model, variables, tokens, positions, state, is_whole=is_whole)
 
     (ours, state), (other, other_state) = read(True), read(False)

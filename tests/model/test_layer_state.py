@@ -48,7 +48,8 @@ SPARSE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 
 def of(attention, ffn=DENSE, depth=None):
     spec = LayerSpec(attention=attention, ffn=ffn, depth=depth)
-    return tiny.model(prefix=(spec,) if depth is None else (), pattern=(spec,), num_layers=2)
+    is_plain = depth is None and isinstance(ffn, DenseConfig)
+    return tiny.model(prefix=(spec,) if is_plain else (), pattern=(spec,), num_layers=2)
 
 
 KINDS = {
