@@ -9,13 +9,13 @@ two tensors each, and everything else is bfloat16; checkpoint/logical_tensors.py
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import ml_dtypes
 import numpy as np
 
 from checkpoint.families import FAMILIES
-from checkpoint.families.base import Family, Packed
+from checkpoint.families.base import Family, Packed, PackedDtype
 from checkpoint.logical_tensors import BLOCKS, SCALE_INV, SCALES, fp8_block
 from checkpoint.weight_map import Entry
 from configs.checks import UserError, require
@@ -23,7 +23,6 @@ from formats.block_floats import FP8, GROUP, encode_fp8, encode_mxfp4, fp8_scale
 from formats.safetensors.writer import Planned
 
 PlainDtype = Literal["float32", "bfloat16", "float16"]
-PackedDtype = Literal["float8", "mxfp4"]
 ExportDtype = Literal[PlainDtype, PackedDtype]
 
 DTYPES = {
@@ -56,19 +55,22 @@ class Storage:
           UserError: its shape can't be packed.
         """
         name, shape = entry.name, entry.shape
-        if not self._packs(entry):
+        packing = self._packing(entry)
+        if packing is None:
             return [(name, self._plain(entry), shape)]
-        if self._is("float8"):
+        if packing == "float8":
             scales = fp8_scales_shape(shape, self.block)
             return [(name, FP8, shape), (name + SCALE_INV, np.dtype(np.float32), scales)]
-        experts, inputs, outputs = shape
-        require(
-            inputs % GROUP == 0,
-            f"{name} has {inputs} inputs, which mxfp4 needs in groups of {GROUP}: export in "
-            "bfloat16",
-        )
-        scales, byte = (experts, outputs, inputs // GROUP), np.dtype(np.uint8)
-        return [(name + BLOCKS, byte, (*scales, GROUP // 2)), (name + SCALES, byte, scales)]
+        if packing == "mxfp4":
+            experts, inputs, outputs = shape
+            require(
+                inputs % GROUP == 0,
+                f"{name} has {inputs} inputs, which mxfp4 needs in groups of {GROUP}: export in "
+                "bfloat16",
+            )
+            scales, byte = (experts, outputs, inputs // GROUP), np.dtype(np.uint8)
+            return [(name + BLOCKS, byte, (*scales, GROUP // 2)), (name + SCALES, byte, scales)]
+        assert_never(packing)
 
     def encode(self, entry: Entry, tensor: np.ndarray) -> list[np.ndarray]:
         """What the tensors of `plan` hold.
@@ -76,14 +78,17 @@ class Storage:
         Raises:
           UserError: a value does not fit.
         """
-        if not self._packs(entry):
+        packing = self._packing(entry)
+        if packing is None:
             return [_cast(tensor, self._plain(entry), entry.name)]
         _cast(tensor, tensor.dtype, entry.name)
-        if self._is("float8"):
+        if packing == "float8":
             values, scales = encode_fp8(tensor, self.block, power_of_two=self.power_of_two)
             return [values, scales.astype(np.float32)]
-        packed = [encode_mxfp4(np.ascontiguousarray(expert_KN.T)) for expert_KN in tensor]
-        return [np.stack(part) for part in zip(*packed, strict=True)]
+        if packing == "mxfp4":
+            packed = [encode_mxfp4(np.ascontiguousarray(expert_KN.T)) for expert_KN in tensor]
+            return [np.stack(part) for part in zip(*packed, strict=True)]
+        assert_never(packing)
 
     def settings(self) -> dict[str, Any]:
         """config.json's keys, as other engines read them."""
@@ -91,22 +96,23 @@ class Storage:
         if self.packed is None:
             return values
         quant_config: dict[str, Any] = {"quant_method": _METHODS[self.packed.dtype]}
-        if self._is("float8"):
+        if self.packed.dtype == "float8":
             quant_config |= {
                 "fmt": "e4m3",
                 "activation_scheme": "dynamic",
                 "weight_block_size": list(self.block),
             }
             quant_config |= {"scale_fmt": "ue8m0"} if self.power_of_two else {}
-        else:
+        elif self.packed.dtype == "mxfp4":
             quant_config["modules_to_not_convert"] = list(self.packed.plain_modules)
+        else:
+            assert_never(self.packed.dtype)
         return values | {"quantization_config": quant_config}
 
-    def _is(self, dtype: PackedDtype) -> bool:
-        return self.packed is not None and self.packed.dtype == dtype
-
-    def _packs(self, entry: Entry) -> bool:
-        return self.packed is not None and self.packed.holds(entry.name)
+    def _packing(self, entry: Entry) -> PackedDtype | None:
+        if self.packed is None or not self.packed.holds(entry.name):
+            return None
+        return self.packed.dtype
 
     def _plain(self, entry: Entry) -> np.dtype[Any]:
         """State that steers the choice of experts stays float32, as DeepSeek ships it."""

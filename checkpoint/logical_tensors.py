@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, assert_never, get_args
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +30,8 @@ _CHUNK = 2**22  # values at a time
 _PACKED_ONLY = (FP8, E8M0, np.dtype(ml_dtypes.float8_e5m2))
 _FP8_SCALES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), E8M0)
 Block = tuple[int, int]
+Method = Literal["fp8", "mxfp4"]
+"""A quant_method of config.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class _Logical:
     """One tensor presented: what it is read from, and how (`method` None: as it is)."""
 
     shape: tuple[int, ...]
-    method: str | None
+    method: Method | None
     values: TensorInfo
     scales: TensorInfo | None = None
 
@@ -62,8 +64,10 @@ class LogicalTensors:
             self._tensors = _pair_fp8(files.tensors, self._block)
         elif method == "mxfp4":
             self._tensors = _pair_mxfp4(files.tensors)
-        else:
+        elif method is None:
             self._tensors = {n: _plain(info, method) for n, info in files.tensors.items()}
+        else:
+            assert_never(method)
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def sources(self, name: str) -> tuple[str, ...]:
@@ -150,12 +154,12 @@ class LogicalTensors:
         )
 
 
-def _method(quantization: Mapping[str, Any] | None) -> str | None:
+def _method(quantization: Mapping[str, Any] | None) -> Method | None:
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     require(
-        method in ("fp8", "mxfp4"),
+        method in get_args(Method),
         f"quantization_config is {quote(quantization)}; the quant_method that can be read is fp8 "
         "(float8 blocks) or mxfp4: get the checkpoint in one of them, or in bfloat16",
     )

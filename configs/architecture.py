@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.attention import Attention, LocalSparseAttentionConfig, RelativeAttentionConfig
-from configs.checks import require, require_finite, require_positive
+from configs.checks import require, require_choices, require_finite, require_positive
 from configs.feed_forward import DenseConfig, MoEConfig
 
 
@@ -114,6 +114,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_finite(self, "model")
+        require_choices(self, "model")
         require_positive(self, "vocab_size", "d_model", "num_layers", "context_length", "norm_eps")
         require(len(self.pattern) > 0, "pattern is empty: give at least one LayerSpec")
         require(

@@ -9,6 +9,8 @@ from typing import Literal
 from configs.checks import require, require_positive
 from configs.rope import RopeScaling
 
+QKNorm = Literal["head", "all"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
@@ -33,7 +35,7 @@ class AttentionConfig:
     so that a head may attend to nothing (gpt-oss, 2025)."""
     bias: bool = False
     """Whether queries, keys, values and the result have a bias (gpt-oss)."""
-    qk_norm: Literal["head", "all"] | None = None
+    qk_norm: QKNorm | None = None
     """RMSNorm of queries and keys before RoPE: of each head by itself, with one scale for all heads
     (Qwen3, 2025), or of all heads together, with a scale each (OLMoE, 2024)."""
     clip_qkv: float | None = None

@@ -13,7 +13,13 @@ from pathlib import PurePath
 from typing import Literal
 
 from configs.architecture import ModelConfig
-from configs.checks import require, require_finite, require_positive, require_seed
+from configs.checks import (
+    require,
+    require_choices,
+    require_finite,
+    require_positive,
+    require_seed,
+)
 from configs.feed_forward import MoEConfig
 
 
@@ -275,6 +281,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
+        require_choices(self)
         require_positive(self, "steps", "batch_size", "accumulation")
         require_seed(self.seed)
         require(

@@ -1,7 +1,10 @@
 """Checks of settings: one sentence with what came and what was needed."""
 
 import dataclasses
+import functools
 import math
+import types
+import typing
 from typing import Any
 
 
@@ -36,6 +39,38 @@ def require_finite(config: Any, prefix: str = "") -> None:
         for field in dataclasses.fields(config):
             name = f"{prefix}.{field.name}" if prefix else field.name
             require_finite(getattr(config, field.name), name)
+
+
+def require_choices(config: Any, prefix: str = "") -> None:
+    """
+    Raises:
+      UserError: a setting in the config, or in a config or tuple inside it, is none of its choices.
+    """
+    if isinstance(config, tuple):
+        for i, item in enumerate(config):
+            require_choices(item, f"{prefix}.{i}")
+    elif dataclasses.is_dataclass(config):
+        for name, choices in choices_of(type(config)).items():
+            value = getattr(config, name)
+            where = f"{prefix}.{name}" if prefix else name
+            require(value in choices, f"{where}={value!r} must be one of {choices}")
+        for field in dataclasses.fields(config):
+            where = f"{prefix}.{field.name}" if prefix else field.name
+            require_choices(getattr(config, field.name), where)
+
+
+@functools.cache
+def choices_of(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The values that each setting of a config class has a list of."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+        parts = typing.get_args(hint) if is_union else (hint,)
+        literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+        if literals:
+            others = tuple(None for part in parts if part is types.NoneType)
+            found[name] = tuple(x for part in literals for x in typing.get_args(part)) + others
+    return found
 
 
 def require_seed(seed: int) -> None:

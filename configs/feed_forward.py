@@ -4,10 +4,15 @@ Frozen and made of plain values, like all configs: see configs/base.py.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 from configs.attention import AttentionConfig
 from configs.checks import require, require_positive
+
+Scores = Literal["softmax", "sigmoid", "sqrt_softplus"]
+GroupScore = Literal["best_two", "best"]
+GROUP_MEMBERS: dict[GroupScore, int] = {"best_two": 2, "best": 1}
+"""Experts whose scores are summed for a group's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +71,13 @@ class ContextConfig:
         )
 
     def num_parameters(self, d_model: int, num_experts: int) -> int:
+        """Those of the router's logits included."""
         if self.kind == "correlation":
             return 3 * d_model * num_experts
-        return self.num_heads * self.head_dim * (3 * d_model + num_experts)
+        if self.kind == "causal":
+            own = d_model * num_experts
+            return own + self.num_heads * self.head_dim * (3 * d_model + num_experts)
+        assert_never(self.kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +100,8 @@ class RouterConfig:
 
     top_k: int
     """Choices per token, K; with null experts, the most experts a token can have."""
-    scores: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
-    """Of the logits: Mixtral's, DeepSeek-V3's, DeepSeek-V4's."""
+    scores: Scores = "softmax"
+    """Of the logits: Mixtral's, DeepSeek-V3's, DeepSeek-V4's (model/router_scores.py)."""
     normalize_gates: bool = True
     """Whether the chosen gates are rescaled to sum to 1."""
     gate_scale: float = 1.0
@@ -101,7 +110,7 @@ class RouterConfig:
     """Group-limited choice (DeepSeek-V3): experts lie in this many groups of neighbours ..."""
     top_groups: int | None = None
     """... and only those in this many best groups may be chosen."""
-    group_score: Literal["best_two", "best"] = "best_two"
+    group_score: GroupScore = "best_two"
     """What a group is judged by: the sum of its best two experts (DeepSeek-V3), or its best one
     (DeepSeek-V2, whose gates are not rescaled: normalize_gates=False and gate_scale=16)."""
     bias: bool = False
@@ -242,7 +251,7 @@ class MoEConfig:
         groups, best = self.router.num_groups, self.router.top_groups
         if groups is None or best is None:
             return
-        size, least = self.num_experts // groups, 2 if self.router.group_score == "best_two" else 1
+        size, least = self.num_experts // groups, GROUP_MEMBERS[self.router.group_score]
         require(
             self.num_experts % groups == 0 and size >= least,
             f"num_experts={self.num_experts} must be divisible into router.num_groups={groups} "
@@ -269,10 +278,11 @@ class MoEConfig:
         ffns = round(3 * d_model * self.d_ff * (experts + self.num_shared_experts))
         biases = round((2 * self.d_ff + d_model) * experts) if self.bias else 0
         context = self.router.context
-        extra = context.num_parameters(d_model, self.num_experts) if context else 0
-        own = 0 if context and context.kind == "correlation" else d_model * self.num_experts
-        own += self.num_experts if self.router.bias else 0
-        return ffns + biases + own + extra
+        logits = d_model * self.num_experts
+        if context is not None:
+            logits = context.num_parameters(d_model, self.num_experts)
+        own = self.num_experts if self.router.bias else 0
+        return ffns + biases + own + logits
 
     def num_parameters(self, d_model: int) -> int:
         return self._num_parameters(d_model, self.num_experts)

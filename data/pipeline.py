@@ -4,7 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import grain
 import numpy as np
@@ -220,8 +220,10 @@ def batches(
         streams = StreamRows(file, seq_len, batch_size, process_index, process_count)
         rows = grain.MapDataset.source(streams).repeat(MAX_EPOCHS)
         rows = rows[rows_before // process_count :] if rows_before else rows
-    else:
+    elif order == "shuffled":
         rows = grain.MapDataset.source(PackedRows(file, seq_len)).seed(seed).shuffle()
         rows = rows.repeat(MAX_EPOCHS)[rows_before + process_index :: process_count]
+    else:
+        assert_never(order)
     rows = rows.batch(batch_size // process_count)
     return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

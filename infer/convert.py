@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 from checkpoint import gguf, huggingface
 from checkpoint.export_dtype import DTYPES, ExportDtype, choose_storage
@@ -131,15 +131,18 @@ def _family(source: Source, target: Path, conversion: Conversion) -> Family | No
     if to == "huggingface":
         choose_storage(family, dtype or kept_dtype(source), _quantization(source))
         return family
-    require(
-        dtype is None,
-        f"{dtype} is a form of huggingface folders only, not of gguf: a GGUF has a quantization",
-    )
-    require(
-        family.gguf is not None,
-        f"llama.cpp does not know the family {family.model_type}: use huggingface",
-    )
-    return family
+    if to == "gguf":
+        require(
+            dtype is None,
+            f"{dtype} is a form of huggingface folders only, not of gguf: a GGUF has a "
+            "quantization",
+        )
+        require(
+            family.gguf is not None,
+            f"llama.cpp does not know the family {family.model_type}: use huggingface",
+        )
+        return family
+    assert_never(to)
 
 
 def kept_dtype(source: Source) -> ExportDtype:

@@ -4,7 +4,7 @@ T tokens, E experts, K experts per token. c_i are the choices expert i received,
 its share, u_i = E f_i its load relative to the mean, P_i the mean over tokens of its score.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,8 @@ def updated_state(state: RouterState, stats: RouterStats, config: RouterConfig) 
         bias_E += jnp.float32(rate) * jnp.sign(counts_E.mean() - counts_E)
     elif config.balance == "quantile":
         bias_E += jnp.float32(rate) * (stats.quantile_bias_E - bias_E)
+    elif config.balance != "none":
+        assert_never(config.balance)
     if config.target_k is not None:
         # An integral controller on the mean lags while a young router's logits grow.
         null_logit = jnp.where(stats.num_tokens > 0, stats.null_logit, null_logit)

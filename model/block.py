@@ -3,13 +3,15 @@
 B batch, L length, D d_model, E experts.
 """
 
+from typing import assert_never
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from configs.architecture import LayerSpec, ModelConfig
 from configs.base import ExecutionConfig
-from configs.feed_forward import DenseConfig
+from configs.feed_forward import DenseConfig, MoEConfig
 from model.attention.kinds import attention_layer
 from model.depth import routed
 from model.layers import RMSNorm, SwiGLU, newest
@@ -66,10 +68,12 @@ class Block(nn.Module):
         out_stddev = depth_scale * ffn.d_ff**-0.5
         if isinstance(ffn, DenseConfig):
             update_BLD = SwiGLU(ffn, out_stddev, name="ffn")(h_BLD)
-        else:
+        elif isinstance(ffn, MoEConfig):
             update_BLD, router_state = MoE(ffn, self.execution, eps, out_stddev, name="moe")(
                 h_BLD, step, router_state, preference_BE
             )
+        else:
+            assert_never(ffn)
         state = None if attention_state is None else BlockState(attention_state, router_state)
         return x_BLD, attended_BLD, update_BLD, state
 

@@ -14,7 +14,7 @@ B batch, L length, C tokens chosen of a row, D d_model.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import flax.linen as nn
 import jax
@@ -98,8 +98,10 @@ def routed(
     update = _update_of(block, state, preference_BE)
     if depth.selection == "top_capacity":
         x_BLD, is_chosen_BL, state = update_best(update, x_BLD, r_BL, step, depth.capacity)
-    else:
+    elif depth.selection == "threshold":
         x_BLD, is_chosen_BL, state = update_positive(update, x_BLD, r_BL, step)
+    else:
+        assert_never(depth.selection)
     stats = depth_stats(r_BL, is_chosen_BL, step.positions_BL >= 0)
     block.sow("router", "depth", stats, init_fn=lambda: None, reduce_fn=newest)
     return constrain(x_BLD, "batch", "length", None), state

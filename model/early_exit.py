@@ -14,7 +14,7 @@ period is computed and thrown away for that row: shapes are static. Inference li
 infer/early_exit.py. P periods, K exits supervised in a step.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +48,16 @@ def dropout_rates(config: ModelConfig) -> np.ndarray:
 
 def exit_weights(config: ModelConfig) -> np.ndarray:
     """e(l) of each exit, the last layer among them, float32 [P]; not normalised."""
-    layer_P, scale = exit_layers(config), _exits(config).loss_scale
-    if _exits(config).weighting == "uniform":
+    exits = _exits(config)
+    layer_P, scale = exit_layers(config), exits.loss_scale
+    if exits.weighting == "uniform":
         return np.array([*[scale] * (len(layer_P) - 1), 1.0], np.float32)
-    e_P = scale * layer_P * (layer_P + 1) / 2
-    last = config.num_layers - 1
-    e_P[-1] = last + scale * (last - 1) * last / 2
-    return e_P.astype(np.float32)
+    if exits.weighting == "quadratic":
+        e_P = scale * layer_P * (layer_P + 1) / 2
+        last = config.num_layers - 1
+        e_P[-1] = last + scale * (last - 1) * last / 2
+        return e_P.astype(np.float32)
+    assert_never(exits.weighting)
 
 
 def supervised_exits(config: ModelConfig, step: jax.Array) -> Supervised:

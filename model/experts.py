@@ -4,6 +4,7 @@ D d_model, F d_ff, E experts, R rows sorted by expert, X experts of this shard.
 """
 
 import functools
+from typing import assert_never
 
 import flax.linen as nn
 import jax
@@ -96,11 +97,13 @@ def activated(gate: jax.Array, up: jax.Array, config: MoEConfig) -> jax.Array:
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     if config.activation == "swiglu":
         return jax.nn.silu(gate) * up
-    limit, alpha = config.swiglu_limit, config.swiglu_alpha
-    assert limit is not None
-    assert alpha is not None
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+    if config.activation == "clamped_swiglu":
+        limit, alpha = config.swiglu_limit, config.swiglu_alpha
+        assert limit is not None
+        assert alpha is not None
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+    assert_never(config.activation)
 
 
 def _gate_beside_up(w_gate_up_XD2F: jax.Array) -> jax.Array:

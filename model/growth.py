@@ -19,6 +19,7 @@ P periods, E experts before.
 """
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -29,11 +30,31 @@ from configs.checks import require
 from configs.feed_forward import BiasWarmupConfig, MoEConfig, RouterConfig
 from model.moe_layers import MoELayer, map_layers, moe_layers
 from model.router import RouterState
+from model.router_scores import SCORES
 from model.seeds import seed_key
 from model.transformer import Variables
 from model.warmup import initial_warmup
 
 Operator = Literal["copy", "reserve", "split"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthKind:
+    """What an operator does to a layer."""
+
+    widens_choice: bool
+    """Whether a token goes to all twins of its experts, so that top_k grows with their number; else
+    the twins are held back, by the router's bias."""
+    cuts_experts: bool
+    """Whether an expert's hidden units are shared out between its twins, whose results are summed;
+    else the twins are copies."""
+
+
+OPERATORS: dict[Operator, GrowthKind] = {
+    "copy": GrowthKind(widens_choice=True, cuts_experts=False),
+    "reserve": GrowthKind(widens_choice=False, cuts_experts=False),
+    "split": GrowthKind(widens_choice=True, cuts_experts=True),
+}
 
 EXPERT_AND_WIDTH = {
     "gate_up": (-4, -1),
@@ -68,7 +89,7 @@ def grown_config(
         "becomes as many",
     )
     require(
-        warmup_steps is None or operator == "reserve",
+        warmup_steps is None or not OPERATORS[operator].widens_choice,
         f"warmup_steps={warmup_steps} goes with growth by 'reserve': the twins of {operator!r} are "
         "chosen from the first step",
     )
@@ -92,17 +113,18 @@ def _grown_layer(
         return spec
     ffn = spec.ffn
     _check(ffn, operator, factor)
+    kind = OPERATORS[operator]
     router = dataclasses.replace(ffn.router, warmup=warmup)
-    if operator != "reserve":
+    if kind.widens_choice:
         router = dataclasses.replace(
             router,
             top_k=factor * router.top_k,
             num_null_experts=factor * router.num_null_experts,
             target_k=None if router.target_k is None else factor * router.target_k,
-            gate_scale=router.gate_scale * _gate_factor(router, operator, factor),
+            gate_scale=router.gate_scale * _gate_factor(router, kind, factor),
         )
     shared, d_ff = ffn.num_shared_experts, ffn.d_ff
-    if operator == "split":
+    if kind.cuts_experts:
         shared, d_ff = factor * shared, d_ff // factor
     grown = dataclasses.replace(
         ffn,
@@ -115,7 +137,7 @@ def _grown_layer(
 
 
 def _check(ffn: MoEConfig, operator: Operator, factor: int) -> None:
-    router = ffn.router
+    router, kind = ffn.router, OPERATORS[operator]
     require(
         router.num_groups is None,
         f"growth by {operator!r} is not exact with router.num_groups={router.num_groups}: a "
@@ -123,35 +145,36 @@ def _check(ffn: MoEConfig, operator: Operator, factor: int) -> None:
         "two best would be twins; leave the groups out first",
     )
     require(
-        operator != "split" or ffn.d_ff % factor == 0,
-        f"growth by 'split' needs a d_ff divisible by {factor}, got {ffn.d_ff}",
+        not kind.cuts_experts or ffn.d_ff % factor == 0,
+        f"growth by {operator!r} needs a d_ff divisible by {factor}, got {ffn.d_ff}",
     )
-    if operator != "reserve":
+    if kind.widens_choice:
         return
     require(
         router.balance != "none",
-        "growth by 'reserve' needs a router with a bias: set router.balance and router.bias_rate",
+        f"growth by {operator!r} needs a router with a bias: set router.balance and "
+        "router.bias_rate",
     )
     require(
-        router.scores != "softmax" or router.normalize_gates,
-        "growth by 'reserve' is not exact with softmax gates that are not renormalised: the twins "
-        "would double the denominator",
+        router.normalize_gates or not SCORES[router.scores].is_shared,
+        f"growth by {operator!r} is not exact with {router.scores} gates that are not "
+        "renormalised: the twins would double the denominator",
     )
     require(
-        router.scores != "sqrt_softplus" and router.num_null_experts == 0,
-        "growth by 'reserve' needs scores between 0 and 1 and no null experts, whose softmax share "
-        "the twins would halve",
+        SCORES[router.scores].is_bounded and router.num_null_experts == 0,
+        f"growth by {operator!r} needs scores between 0 and 1 and no null experts, whose softmax "
+        "share the twins would halve",
     )
 
 
-def _gate_factor(router: RouterConfig, operator: Operator, factor: int) -> float:
+def _gate_factor(router: RouterConfig, kind: GrowthKind, factor: int) -> float:
     """By which gates must grow so that a family of twins adds up to its parent.
 
-    Renormalised gates and softmax scores are divided by the twins' presence; sigmoid and
-    sqrt-softplus scores that are not renormalised are not.
+    Renormalised gates and shared scores (softmax) are divided by the twins' presence; others are
+    not.
     """
-    is_shared = router.normalize_gates or router.scores == "softmax"
-    wanted = 1.0 if operator == "copy" else float(factor)
+    is_shared = router.normalize_gates or SCORES[router.scores].is_shared
+    wanted = float(factor) if kind.cuts_experts else 1.0
     return wanted if is_shared else wanted / factor
 
 
@@ -177,7 +200,7 @@ def grow(
     grown = moe_layers(grown_config(config, operator, factor, warmup_steps))
     require(0 <= drop < 1, f"drop={drop} must lie in [0, 1)")
     require(
-        not drop or operator != "split",
+        not drop or not OPERATORS[operator].cuts_experts,
         f"drop={drop} goes with 'copy' and 'reserve': experts that are split have no copies",
     )
 
@@ -185,7 +208,8 @@ def grow(
         names = _names(path)
         new = grow_leaf(names, x, operator, factor)
         # Parts of an expert are summed, and each brings its share of the bias.
-        return new / factor if operator == "split" and names[-1] == "down_bias" else new
+        is_summed = OPERATORS[operator].cuts_experts and names[-1] == "down_bias"
+        return new / factor if is_summed else new
 
     params = jax.tree_util.tree_map_with_path(grow_parameter, variables["params"])
     if drop:
@@ -233,7 +257,7 @@ def grow_leaf(
     expert_dim, width_dim = EXPERT_AND_WIDTH.get(leaf, (-1, None))
     if "context" in names and leaf != "o":
         return x
-    if operator == "split" and width_dim is not None:
+    if OPERATORS[operator].cuts_experts and width_dim is not None:
         return jnp.concatenate(jnp.split(x, factor, axis=width_dim), axis=expert_dim)
     new = x if new_scale == 1.0 else new_scale * x
     return jnp.concatenate([x, *[new] * (factor - 1)], axis=expert_dim)
@@ -246,10 +270,10 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
 def _grown_state(
     state: RouterState, router: RouterConfig, operator: Operator, factor: int
 ) -> RouterState:
-    """The twins' presence divides every softmax score, so the bias beside it is divided too."""
-    bias_E = state.bias_E / factor if router.scores == "softmax" else state.bias_E
+    """The twins' presence divides every shared score, so the bias beside it is divided too."""
+    bias_E = state.bias_E / factor if SCORES[router.scores].is_shared else state.bias_E
     twin_E = bias_E
-    if operator == "reserve":
+    if not OPERATORS[operator].widens_choice:
         twin_E = jnp.broadcast_to(bias_E.min(axis=-1, keepdims=True) - RESERVE_GAP, bias_E.shape)
     return state.replace(bias_E=jnp.concatenate([bias_E, *[twin_E] * (factor - 1)], axis=-1))
 

@@ -3,7 +3,7 @@
 B batch, L length, D d_model, F d_ff, H heads, C head_dim.
 """
 
-from typing import Any, cast
+from typing import Any, assert_never, cast
 
 import flax.linen as nn
 import jax
@@ -93,6 +93,8 @@ def rope_frequencies(width: int, base: float, scaling: RopeScaling | None) -> np
         frequency *= kept + (1 - kept) / scaling.factor
     elif isinstance(scaling, LinearRopeConfig):
         frequency /= scaling.factor
+    elif scaling is not None:
+        assert_never(scaling)
     return frequency.astype(np.float32)
 
 

@@ -3,6 +3,8 @@
 B batch, L length, T tokens (B * L), D d_model, E experts, K experts per token.
 """
 
+from typing import assert_never
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -99,23 +101,30 @@ class MoE(nn.Module):
     def _router_logits(self, x_BLD, step, context_state):
         """Float32 [B, L, E], and the context router's state."""
         num_experts, context = self.config.num_experts, self.config.router.context
-        if context is not None and context.kind == "correlation":
+        if context is None:
+            logits_BLE = self._own_logits(x_BLD)
+        elif context.kind == "correlation":
             logits_BLE = ExpertCorrelation(num_experts, name="correlation")(x_BLD)
-        else:
-            d_model = x_BLD.shape[-1]
-            shape, axes = (d_model, num_experts), ("embed", None)
-            w_router_DE = weight(self, "router", shape, axes, d_model**-0.5)
-            logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD, w_router_DE)
-        if context is not None and context.kind == "causal":
+        elif context.kind == "causal":
+            logits_BLE = self._own_logits(x_BLD)
             attention = GroupedQueryAttention(
                 context.attention(), self.execution, self.norm_eps, 0.0, num_experts, name="context"
             )
             update_BLE, context_state = attention(x_BLD, step, context_state)
             logits_BLE += update_BLE
+        else:
+            assert_never(context.kind)
         if self.config.router.bias:
             bias_E = zero_weight(self, "router_bias", (num_experts,), (None,))
             logits_BLE += bias_E[None, None]
         return logits_BLE, context_state
+
+    def _own_logits(self, x_BLD):
+        """Of each token by itself, float32 [B, L, E]."""
+        d_model, num_experts = x_BLD.shape[-1], self.config.num_experts
+        shape, axes = (d_model, num_experts), ("embed", None)
+        w_router_DE = weight(self, "router", shape, axes, d_model**-0.5)
+        return jnp.einsum("BLD,DE->BLE", x_BLD, w_router_DE)
 
 
 def _bias(

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from configs.feed_forward import RouterConfig
+from configs.feed_forward import GROUP_MEMBERS, RouterConfig
+from model.router_scores import SCORES
 
 
 class RouterState(struct.PyTreeNode):
@@ -84,7 +85,7 @@ def route(
         nulls = jnp.broadcast_to(state.null_logit, (logits.shape[0], config.num_null_experts))
         logits = jnp.concatenate([logits, nulls], axis=1)
         biases.append(jax.lax.stop_gradient(state.bias_E))
-    scores = _scores(logits, config.scores)
+    scores = SCORES[config.scores].forward(logits)
     scores_TE = scores[:, :num_experts]
     if preference_E is not None:
         biases.append(preference_E)
@@ -111,14 +112,8 @@ def route(
 
 def score_deviation(router_logits_TE: jax.Array, config: RouterConfig) -> jax.Array:
     """Standard deviation of each token's scores over the experts, [T, 1]: a preference's unit."""
-    scores_TE = _scores(router_logits_TE, config.scores)
+    scores_TE = SCORES[config.scores].forward(router_logits_TE)
     return jax.lax.stop_gradient(scores_TE.std(axis=-1, keepdims=True))
-
-
-def _scores(logits: jax.Array, kind: str) -> jax.Array:
-    if kind == "softmax":
-        return jax.nn.softmax(logits, axis=-1)
-    return jax.nn.sigmoid(logits) if kind == "sigmoid" else jnp.sqrt(jax.nn.softplus(logits))
 
 
 def _gates(scores_TE: jax.Array, ids_TK: jax.Array, config: RouterConfig) -> jax.Array:
@@ -130,8 +125,9 @@ def _gates(scores_TE: jax.Array, ids_TK: jax.Array, config: RouterConfig) -> jax
 
 
 def _probabilities(logits_TE: jax.Array, scores_TE: jax.Array, config: RouterConfig) -> jax.Array:
-    if config.scores == "softmax":
-        return jax.nn.softmax(logits_TE, axis=-1) if config.num_null_experts else scores_TE
+    kind = SCORES[config.scores]
+    if kind.is_shared:
+        return kind.forward(logits_TE) if config.num_null_experts else scores_TE
     return scores_TE / jnp.maximum(scores_TE.sum(axis=-1, keepdims=True), 1e-20)
 
 
@@ -140,20 +136,14 @@ def _null_rivals(
 ) -> jax.Array:
     """The logits at which a null expert would draw with each expert that it may displace, [T, N].
 
-    Exact but for softmax with biases, whose scores all move with the null's; then a first step.
+    Exact but for shared scores with biases, which all move with the null's; then a first step.
     """
     nulls, top_k = min(config.num_null_experts, config.top_k), config.top_k
     if nulls == 0 or state is None:
         return choice[:, :0]
     best_TK, _ = jax.lax.top_k(choice[:, :num_experts], top_k)
     score_TN = jnp.maximum(best_TK[:, top_k - nulls :], 1e-20)
-    if config.scores == "softmax":
-        return state.null_logit + jnp.log(score_TN / jnp.maximum(choice[:, -1:], 1e-20))
-    if config.scores == "sigmoid":
-        score_TN = jnp.minimum(score_TN, 1 - 1e-7)
-        return jnp.log(score_TN) - jnp.log1p(-score_TN)
-    softplus_TN = score_TN**2
-    return softplus_TN + jnp.log(-jnp.expm1(-softplus_TN))
+    return SCORES[config.scores].inverse(score_TN, choice[:, -1:], state.null_logit)
 
 
 def _keep_best_groups(
@@ -164,7 +154,7 @@ def _keep_best_groups(
     """
     tokens, num_experts = choice_TE.shape
     choice_TJE = choice_TE.reshape(tokens, num_groups, num_experts // num_groups)
-    judged = 2 if config.group_score == "best_two" else 1
+    judged = GROUP_MEMBERS[config.group_score]
     group_TJ = jax.lax.top_k(choice_TJE, judged)[0].sum(axis=-1)
     _, best_TG = jax.lax.top_k(group_TJ, top_groups)
     is_best_TJ = jax.nn.one_hot(best_TG, num_groups, dtype=jnp.bool_).any(axis=1)

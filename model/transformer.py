@@ -3,7 +3,7 @@
 B batch, L length, D d_model, V vocab.
 """
 
-from typing import Any, cast
+from typing import Any, assert_never, cast
 
 import flax.linen as nn
 import jax
@@ -64,6 +64,8 @@ class Transformer(nn.Module):
         if self.execution.remat == "full":
             period = nn.remat(Period, prevent_cse=False)
             block = nn.remat(Block, prevent_cse=False)
+        elif self.execution.remat != "none":
+            assert_never(self.execution.remat)
         self.prefix = [block(spec, c, self.execution) for spec in c.prefix]
         self.periods = nn.scan(
             period,

@@ -93,7 +93,7 @@ def apply_experts(
             f"(size {sizes[EXPERT]}): change the mesh or num_experts"
         )
     plan = _Plan(grouped_fn, num_experts, **sizes, capacity_factor=capacity_factor)
-    carry = _all_to_all if transport == "all_to_all" and plan.expert > 1 else _gather
+    carry = TRANSPORTS[transport] if plan.expert > 1 else _gather
 
     def body(x_TD, expert_ids_TK, gates_TK, weights):
         out_TD, stats = carry(x_TD, expert_ids_TK, gates_TK, weights, plan)
@@ -208,6 +208,9 @@ def _all_to_all(
 
     return lax.cond(overflow > 0, overflows, fits)
 
+
+TRANSPORTS = {"gather": _gather, "all_to_all": _all_to_all}
+"""By name (Transport): where there is one expert shard, all carry nothing."""
 
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 """Of such a function the backward pass keeps what goes in, and computes the rest again."""

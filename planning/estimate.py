@@ -6,7 +6,7 @@ partitioner chooses) is left out; planning/search.py compiles the best candidate
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -141,8 +141,10 @@ def _activations(run: RunConfig) -> float:
     if run.execution.remat == "full":
         kept = run.model.num_periods * tokens * run.model.d_model * width
         working = sum(layers)  # a period is computed again as a whole
-    else:
+    elif run.execution.remat == "none":
         kept, working = run.model.num_periods * sum(layers), max(layers)
+    else:
+        assert_never(run.execution.remat)
     vocab = run.model.vocab_size / run.mesh.tensor
     logits = tokens / run.execution.logits_chunks * vocab * 8
     return kept + BACKWARD * working + 2 * vocab * run.model.d_model * (4 + width) + logits
@@ -170,8 +172,10 @@ def _expert_rows(run: RunConfig, ffn: MoEConfig) -> float:
     tokens, shards, top_k = _local_tokens(run), run.mesh.expert, ffn.router.top_k
     if run.execution.transport == "gather":
         return tokens * shards * top_k
-    assert run.execution.capacity_factor is not None
-    return shards * rows_per_peer(int(tokens), top_k, run.execution.capacity_factor, shards)
+    if run.execution.transport == "all_to_all":
+        assert run.execution.capacity_factor is not None
+        return shards * rows_per_peer(int(tokens), top_k, run.execution.capacity_factor, shards)
+    assert_never(run.execution.transport)
 
 
 # --- Network --------------------------------------------------------------------------------------
@@ -208,8 +212,10 @@ def _dispatch(run, ffn, collect, tokens, row, passes) -> Iterator[Collective]:
     if execution.transport == "all_to_all":
         rows = rows_per_peer(int(tokens), top_k, execution.capacity_factor, shards) * shards
         yield from collect("all-to-all", EXPERT, rows * row, 2 * passes)
-    else:
+    elif execution.transport == "gather":
         yield from collect("all-gather", EXPERT, tokens * row, passes)
         yield from collect(
             "reduce-scatter", EXPERT, tokens * shards * run.model.d_model * 4, passes
         )
+    else:
+        assert_never(execution.transport)

@@ -9,6 +9,7 @@ import functools
 import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import assert_never
 
 from jax.sharding import Mesh
 
@@ -145,7 +146,9 @@ def useful_flops(run: RunConfig, step: Step) -> float:
         return run.tokens_per_step * training_flops_per_token(run.model, length)
     if step == "prefill":
         return run.tokens_per_step * forward_flops_per_token(run.model, length)
-    return run.batch_size * decode_flops_per_token(run.model, length)
+    if step == "decode":
+        return run.batch_size * decode_flops_per_token(run.model, length)
+    assert_never(step)
 
 
 def _parts(

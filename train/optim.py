@@ -1,6 +1,6 @@
 """Optimisers and learning-rate schedules, from optax."""
 
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import optax
@@ -28,11 +28,13 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, max(last - warmup, 1), alpha=config.final_ratio)
         return optax.join_schedules([warm, decay], [warmup])
-    assert config.decay_fraction is not None
-    decay_steps = max(round(config.decay_fraction * steps), 1)
-    begin = max(last - decay_steps, warmup)
-    decay = optax.linear_schedule(peak, final, max(last - begin, 1))
-    return optax.join_schedules([warm, optax.constant_schedule(peak), decay], [warmup, begin])
+    if config.schedule == "wsd":
+        assert config.decay_fraction is not None
+        decay_steps = max(round(config.decay_fraction * steps), 1)
+        begin = max(last - decay_steps, warmup)
+        decay = optax.linear_schedule(peak, final, max(last - begin, 1))
+        return optax.join_schedules([warm, optax.constant_schedule(peak), decay], [warmup, begin])
+    assert_never(config.schedule)
 
 
 def make_optimizer(
@@ -57,7 +59,7 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             mask=is_matrix,
         )
-    else:
+    elif config.kind == "muon":
         assert config.momentum is not None
         hidden = jax.tree.map(_hidden_matrix_dims, logical_axes, **is_axes)
         update = muon(
@@ -70,6 +72,8 @@ def make_optimizer(
             muon_weight_dimension_numbers=lambda _: hidden,
             consistent_rms=MUON_RMS,
         )
+    else:
+        assert_never(config.kind)
     clip = optax.identity()
     if config.clip_norm is not None:
         clip = optax.clip_by_global_norm(config.clip_norm)

@@ -7,6 +7,7 @@ sequence is written, and read again by the sum over the parts.
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import assert_never
 
 import numpy as np
 
@@ -36,9 +37,12 @@ def window_ratio(case: WindowCase, device: Device) -> float:
         grid = _over_keys(case, blocks, itemsize)
     elif case.kernel == "gradient_kv":
         grid = _over_queries(case, kernels.keys, itemsize)
+    elif case.kernel == "gradient_q":
+        grid = _over_keys(case, kernels.queries, itemsize)
+    elif case.kernel == "forward":
+        grid = _over_keys(case, kernels.forward, itemsize)
     else:
-        is_forward = case.kernel == "forward"
-        grid = _over_keys(case, kernels.forward if is_forward else kernels.queries, itemsize)
+        assert_never(case.kernel)
     return moved(grid, device) / work.window(case).least_bytes
 
 

@@ -132,6 +132,7 @@ def _grouped_matmul(
     def gradient(x, weight, sizes, rows, dy):
         if case.contraction == "gradient_x":
             return jax.vjp(lambda x: forward(x, weight, sizes, rows), x)[1](dy)
+        assert case.contraction == "gradient_w"
         return jax.vjp(lambda w: forward(x, w, sizes, rows), weight)[1](dy)
 
     is_forward = case.contraction == "forward"
@@ -197,6 +198,7 @@ def _window_attention(case: window_cases.CompiledCase, device: Device, sizes: An
         rest = (positions, segments, sinks)
         if case.kernel == "gradient_q":
             return jax.vjp(lambda q: forward(q, k, v, *rest), q)[1](dout)
+        assert case.kernel == "gradient_kv"
         return jax.vjp(lambda k, v: forward(q, k, v, *rest), k, v)[1](dout)
 
     operands = (q, k, v, row, row, sinks)
@@ -219,9 +221,11 @@ def _rows_of_attention(case: window_cases.CompiledCase, itemsize: int, target: T
     if case.compiler == "mosaic":
         return window_mosaic.HOPPER.queries
     kernels = window.choose_kernels(case.head_dim, itemsize, target)
-    if case.kernel == "gradient_kv":
-        return kernels.keys.keys
-    return (kernels.forward if case.kernel == "forward" else kernels.queries).queries
+    return {
+        "forward": kernels.forward.queries,
+        "gradient_q": kernels.queries.queries,
+        "gradient_kv": kernels.keys.keys,
+    }[case.kernel]
 
 
 def _paged_attention(case: paged_cases.CompiledCase, device: Device) -> Program:

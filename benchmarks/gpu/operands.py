@@ -114,6 +114,7 @@ def _expect_grouped(case: grouped_cases.CompiledCase) -> Callable[..., Any]:
         dy = dy.astype(jnp.float32)
         if case.contraction == "gradient_x":
             return jax.vjp(lambda x: forward(x, wide, sizes, rows), x)[1](dy)
+        assert case.contraction == "gradient_w"
         return jax.vjp(lambda w: forward(x, w, sizes, rows), wide)[1](dy)
 
     return function
@@ -152,7 +153,7 @@ def _expect_window(case: window_cases.CompiledCase) -> Callable[..., Any]:
         if dout is None:
             return forward(*rows)
         dq, dk, dv = jax.vjp(forward, *rows)[1](dout.astype(jnp.float32))
-        return (dq,) if case.kernel == "gradient_q" else (dk, dv)
+        return {"gradient_q": (dq,), "gradient_kv": (dk, dv)}[case.kernel]
 
     return function
 

@@ -9,7 +9,7 @@ B sequences, H query heads, G key/value heads, C head_dim, L positions.
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +87,10 @@ def _of_grouped(
         found["one dense product"] = _bound(lambda dy, w: dy @ w.T, *dy, plain[0])
     elif case.contraction == "gradient_w":
         found["one dense product"] = _bound(lambda x, dy: x.T @ dy, x, *dy)
-    else:
+    elif case.contraction == "forward":
         found |= _forward_of_grouped(case, (x, plain, sizes), capability)
+    else:
+        assert_never(case.contraction)
     return found
 
 
@@ -166,6 +168,7 @@ def _with_gradient(case: window_cases.CompiledCase, attend: Callable) -> Callabl
             return attend(q, k, v)
         if case.kernel == "gradient_q":
             return jax.vjp(lambda q: attend(q, k, v), q)[1](dout)
+        assert case.kernel == "gradient_kv"
         return jax.vjp(lambda k, v: attend(q, k, v), k, v)[1](dout)
 
     return function

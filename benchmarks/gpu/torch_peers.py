@@ -50,6 +50,7 @@ def _grouped(torch: Any, case: GroupedCase, operands: Operands) -> dict[str, Cal
     if case.contraction == "gradient_x":
         dy, w_t = give(dy[0]), weight.transpose(1, 2)
         return {GROUPED: lambda: product(dy, w_t, offs=ends)}
+    assert case.contraction == "forward"
     if not case.gated:
         return {GROUPED: lambda: product(x, weight, offs=ends)}
 
@@ -72,7 +73,7 @@ def _attention(torch: Any, case: WindowCase, operands: Operands) -> dict[str, Ca
     if case.kernel == "forward":
         return {ATTENTION: forward}
     dout = torch.from_dlpack(operands[6]).transpose(1, 2)
-    wanted = [q] if case.kernel == "gradient_q" else [k, v]
+    wanted = {"gradient_q": [q], "gradient_kv": [k, v]}[case.kernel]
     for x in wanted:
         x.requires_grad_(True)
     return {ATTENTION: lambda: torch.autograd.grad(forward(), wanted, dout)}

@@ -9,6 +9,8 @@ from checkpoint.config_reader import Settings
 from checkpoint.weight_map import Row
 from configs.architecture import ModelConfig
 
+PackedDtype = Literal["float8", "mxfp4"]
+
 
 @dataclass(frozen=True)
 class Copy:
@@ -24,7 +26,7 @@ class Copy:
 class Packed:
     """Tensors that a family releases as small floats with scales (checkpoint/export_dtype.py)."""
 
-    dtype: Literal["float8", "mxfp4"]
+    dtype: PackedDtype
     names: str
     """Regular expression of the tensors stored so."""
     plain_modules: tuple[str, ...] = ()

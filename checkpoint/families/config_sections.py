@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, assert_never
 
 from checkpoint.config_reader import Settings
 from configs.architecture import LayerSpec, ModelConfig
@@ -209,7 +209,10 @@ def read_rope(
         return theta, _read_llama3(given, settings)
     if kind == "linear":
         return theta, LinearRopeConfig(factor=given.number("factor"))
-    return theta, _read_yarn(given, settings) if kind == "yarn" else None
+    if kind == "yarn":
+        return theta, _read_yarn(given, settings)
+    assert kind in ("default", "dynamic"), kind
+    return theta, None
 
 
 def _read_llama3(given: Settings, settings: Settings) -> Llama3RopeConfig:
@@ -308,6 +311,8 @@ def write_rope(
             "truncate": scaling.truncate,
         }
         parameters |= _write_scales(scaling, is_latent=is_latent)
+    elif not isinstance(scaling, LinearRopeConfig):
+        assert_never(scaling)
     kinds = {"rope_type": scaling.kind, "type": scaling.kind}
     return {
         "rope_theta": base,

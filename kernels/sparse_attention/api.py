@@ -12,6 +12,7 @@ import jax
 from kernels.sparse_attention import reference, xla
 
 Implementation = Literal["auto", "reference", "xla"]
+IMPLEMENTATIONS = {"auto": xla, "reference": reference, "xla": xla}
 
 
 def power_attention(
@@ -46,8 +47,7 @@ def power_attention(
     Numerics: softmax in float32; float32 within 1e-5 of the reference.
     """
     _check(q_BLHC, k_BLGC, v_BLGW, window_size)
-    chosen = reference if implementation == "reference" else xla
-    return chosen.power_attention(
+    return IMPLEMENTATIONS[implementation].power_attention(
         q_BLHC,
         k_BLGC,
         v_BLGW,
@@ -92,8 +92,7 @@ def summary_attention(
     _check(q_BLHC, k_BLGC, v_BLGW, window_size)
     if pool_GC.shape != k_BLGC.shape[2:]:
         raise ValueError(f"pool {pool_GC.shape} must be [G, C], {k_BLGC.shape[2:]}")
-    chosen = reference if implementation == "reference" else xla
-    return chosen.summary_attention(
+    return IMPLEMENTATIONS[implementation].summary_attention(
         q_BLHC,
         k_BLGC,
         v_BLGW,

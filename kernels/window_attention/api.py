@@ -3,7 +3,7 @@
 B batch, L rows, H query heads, G key/value heads, C head_dim, W width of values (C in most models).
 """
 
-from typing import Literal
+from typing import Literal, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -69,15 +69,17 @@ def window_attention(
         raise NotImplementedError(f"the CPU kernels attend in float32, q is {q_BLHC.dtype}")
     if implementation == "mosaic":
         return pallas_mosaic.window_attention(*rows, **reach, target=require_mosaic())
-    if takes_triton(implementation):
+    if takes_triton(implementation) or implementation == "triton":
         target = current_target()
         can_mosaic = pallas_mosaic.unsupported_reason(q_BLHC, v_BLGW, target) is None
         if implementation == "auto" and can_mosaic and prefers_mosaic("window_attention", target):
             return pallas_mosaic.window_attention(*rows, **reach, target=target)
         return pallas_triton.window_attention(*rows, **reach, target=target)
-    is_native = implementation == "cpu" or (implementation == "auto" and native.is_used_for(q_BLHC))
-    chosen = automatic if is_native else xla
-    return chosen.window_attention(*rows, **reach, gaps=gaps)
+    if implementation == "cpu" or (implementation == "auto" and native.is_used_for(q_BLHC)):
+        return automatic.window_attention(*rows, **reach, gaps=gaps)
+    if implementation == "auto" or implementation == "xla":
+        return xla.window_attention(*rows, **reach, gaps=gaps)
+    assert_never(implementation)
 
 
 def _check(

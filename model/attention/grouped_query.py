@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from configs.attention import AttentionConfig
+from configs.attention import AttentionConfig, QKNorm
 from configs.base import ExecutionConfig
 from model.attention.sharded import sharded_cached_attention, sharded_window_attention
 from model.layer_state import AnyKeyValueState, StateShape, key_value_state
@@ -16,6 +16,8 @@ from model.layers import RMSNorm, rope, weight, zero_weight
 from model.step import Step
 
 QUERY_AXES, KEY_AXES = ("heads", "head_dim"), ("kv_heads", "head_dim")
+NORMED_DIMS: dict[QKNorm, int] = {"head": 1, "all": 2}
+"""Last dimensions of queries and keys that have a norm's scale each."""
 
 
 def init_state(config: AttentionConfig, shape: StateShape) -> AnyKeyValueState:
@@ -88,9 +90,9 @@ class GroupedQueryAttention(nn.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         c = self.config
         if c.qk_norm is not None:
-            kept = 1 if c.qk_norm == "head" else 2
-            q_BLHC = RMSNorm(self.norm_eps, QUERY_AXES[-kept:], name="q_norm")(q_BLHC)
-            k_BLGC = RMSNorm(self.norm_eps, KEY_AXES[-kept:], name="k_norm")(k_BLGC)
+            normed = NORMED_DIMS[c.qk_norm]
+            q_BLHC = RMSNorm(self.norm_eps, QUERY_AXES[-normed:], name="q_norm")(q_BLHC)
+            k_BLGC = RMSNorm(self.norm_eps, KEY_AXES[-normed:], name="k_norm")(k_BLGC)
         if c.clip_qkv is None:
             return q_BLHC, k_BLGC, v_BLGC
         q_BLHC, k_BLGC, v_BLGC = (

@@ -101,7 +101,7 @@ class LocalSparseAttention(nn.Module):
         kv_BL2GC = jnp.einsum("BLD,DiGC->BLiGC", x_BLD, w_kv_D2GC.astype(dtype))
         q_BLHC = rope(q_BLHC, step.positions_BL, c.rope_base)
         k_BLGC, v_BLGC = rope(kv_BL2GC[:, :, 0], step.positions_BL, c.rope_base), kv_BL2GC[:, :, 1]
-        attend = self._over_summaries if c.far == "summaries" else self._over_powers
+        attend = {"summaries": self._over_summaries, "powers_of_two": self._over_powers}[c.far]
         if state is not None and step.rows_BL is not None:
             raise NotImplementedError(f"{SLOT_IS_POSITION}: give each sequence a row of tokens")
         out_BLHC, state = attend(q_BLHC, k_BLGC, v_BLGC, step, state)
