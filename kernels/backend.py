@@ -16,22 +16,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.lib.triton import dialect as triton_dialect  # these two for dot_e4m3 alone
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from 0.12 on
-from jax._src.pallas.triton import lowering as triton_lowering
-from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import triton as plgpu
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
-OLDEST_CUDA = 80
-"""Compute capability, times ten, from which there are bfloat16 tensor cores (A100)."""
-HOPPER = 90
+from configs import accelerators
+
+OLDEST_CUDA = accelerators.A100.capability
+"""Compute capability, times ten, from which there are bfloat16 tensor cores."""
+HOPPER = accelerators.H100.capability
 """That of the only GPUs with wgmma, which Mosaic's kernels are written in."""
-HOPPER_CORES = 132
-"""Of an H100 or H200 (SXM): the programs of a kernel whose programs loop over its work."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class Target:
 
 
 INTERPRET = Target("interpret")
-A100, H100 = Target("cuda", 80), Target("cuda", 90)
+A100, H100 = Target("cuda", OLDEST_CUDA), Target("cuda", HOPPER)
 
 
 def current_target() -> Target:
@@ -192,19 +186,18 @@ def mosaic_call(
 ) -> Callable[..., Any]:
     """Returns a function of arrays that runs `kernel` once per core of the GPU.
 
+    Programs loop over their work: there is one on each core of an H100 or H200 (SXM).
+
     Refs of operands and results lie in global memory, those of `scratch` in shared memory. The
     kernel asks for its `core` and `warpgroup` (lax.axis_index). Interpreted, it runs once, as each
     run is compiled anew; what it reads outside of an array is 0, as on a GPU, and races are found.
     """
     is_interpreted = target.platform == "interpret"
-    interpreter = InterpretGPUParams(
-        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
     return mosaic_gpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(1 if is_interpreted else HOPPER_CORES,),
+        grid=(1 if is_interpreted else accelerators.H100.num_cores,),
         grid_names=("core",),
         num_threads=num_warpgroups,
         thread_name="warpgroup",
@@ -213,7 +206,16 @@ def mosaic_call(
             approx_math=True,  # exponentials, as Triton's
             lowering_semantics=mosaic_gpu.LoweringSemantics.Lane,  # the layouts are the body's own
         ),
-        interpret=interpreter if is_interpreted else None,
+        interpret=_mosaic_interpreter() if is_interpreted else None,
+    )
+
+
+def _mosaic_interpreter() -> Any:
+    # Public from jax 0.12 on; until then a user of a CPU or of a GPU does without it.
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams(
+        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
     )
 
 
@@ -262,35 +264,3 @@ def dot(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
     """float32 [M, N], summed in float32; float32 operands are not rounded to TF32."""
     precision = lax.Precision.HIGHEST if a_MK.dtype == jnp.float32 else None
     return lax.dot(a_MK, b_KN, precision=precision, preferred_element_type=jnp.float32)
-
-
-def dot_e4m3(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
-    """float32 [M, N] of float8_e4m3fn operands, in fp8 tensor cores where K lies together in both.
-
-    Their sums keep some 14 bits (DeepSeek-V3, 2024, section 3.3.2): take K of at most 128 at a time
-    and add the results in float32.
-    """
-    return _dot_e4m3_p.bind(a_MK, b_KN)
-
-
-_dot_e4m3_p = Primitive("dot_e4m3")
-mlir.register_lowering(
-    _dot_e4m3_p,
-    mlir.lower_fun(
-        lambda a, b: dot(a.astype(jnp.float32), b.astype(jnp.float32)), multiple_results=False
-    ),
-)
-
-
-@_dot_e4m3_p.def_abstract_eval
-def _dot_e4m3_shape(a, b):
-    return ShapedArray((a.shape[0], b.shape[1]), jnp.dtype(jnp.float32))
-
-
-@triton_lowering.register_lowering(_dot_e4m3_p)
-def _dot_e4m3_triton(context, a, b):
-    """As Pallas lowers `dot`, which allows no imprecise sums: then Triton multiplies in float16."""
-    (out,) = context.avals_out
-    float32 = mlir.dtype_to_ir_type(jnp.dtype(jnp.float32))
-    zeros = triton_lowering._zeros(mlir.ir.RankedTensorType.get(out.shape, float32))
-    return triton_dialect.dot(a, b, zeros, max_num_imprecise_acc=2**30)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from jax.sharding import Mesh
 
-from parallel.topology import Accelerator
+from configs.accelerators import Accelerator
 from planning.groups import Groups, groups_by_axes, read_groups
 from planning.parts import part_of
 from planning.work import Executed

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
+from configs.accelerators import Accelerator
 from configs.architecture import LayerSpec
 from configs.base import RunConfig
 from configs.feed_forward import MoEConfig
@@ -21,7 +22,6 @@ from model.transformer import Transformer, abstract_variables
 from parallel.expert import rows_per_peer
 from parallel.mesh import AXES, DATA, EXPERT, TENSOR
 from parallel.sharding import tree_shardings
-from parallel.topology import Accelerator
 from planning.collectives import Collective
 from planning.groups import groups_by_axes
 from train.optim import make_optimizer, make_schedule

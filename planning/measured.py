@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from configs.accelerators import Accelerator
 from configs.base import RunConfig
-from parallel.topology import Accelerator, compile_only_mesh
+from parallel.topology import compile_only_mesh
 from planning.plan import make_plan
 
 

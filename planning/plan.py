@@ -13,9 +13,9 @@ from typing import assert_never
 
 from jax.sharding import Mesh
 
+from configs.accelerators import Accelerator
 from configs.base import RunConfig
 from model.flops import decode_flops_per_token, forward_flops_per_token, training_flops_per_token
-from parallel.topology import Accelerator
 from planning.collectives import Collective, collectives
 from planning.hlo import parse
 from planning.kernels import Assumed, mean_keys

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from configs.accelerators import Accelerator
 from configs.base import MeshConfig, RunConfig
 from configs.checks import UserError, require
-from parallel.topology import Accelerator, compile_only_mesh
+from parallel.topology import compile_only_mesh
 from planning.estimate import Estimate, Weights, estimate, weights_of
 from planning.memory import USABLE
 from planning.plan import Plan, make_plan

@@ -26,8 +26,8 @@ from benchmarks.compile_checks.cases import NAMES
 from benchmarks.gpu import parts, report, tables, training
 from benchmarks.gpu.bounds import print_bounds
 from benchmarks.gpu.environment import missing_packages
+from configs.accelerators import accelerator_of
 from configs.checks import UserError
-from parallel.topology import accelerator_of
 from planning.measured import compared, plan_metrics
 from scripts import command
 

@@ -15,10 +15,11 @@ import dataclasses
 
 import jax
 
+from configs.accelerators import ACCELERATORS
 from configs.base import RunConfig
 from configs.checks import require
 from parallel.mesh import make_mesh
-from parallel.topology import ACCELERATORS, MAX_DEVICES, compile_only_mesh
+from parallel.topology import MAX_DEVICES, compile_only_mesh
 from planning.plan import Plan, make_plan
 from planning.report import print_found, print_plan, write_plan
 from planning.request import planned_run

@@ -6,11 +6,16 @@ modules of 0.10.2 have and those of 0.12.0.1 lack or warn of.
 
 import ast
 import importlib
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
+
+import moesaic
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,6 +107,66 @@ def test_one_module_names_the_compiler_that_jax_deprecates():
         path for path in FILES if any(is_under(n, {TRITON}) for n in names_of(path.read_text()))
     ]
     assert [str(path.relative_to(ROOT)) for path in users] == ["kernels/backend.py"]
+
+
+def private_at_import(source: str) -> set[str]:
+    """The private modules of jax that importing the source imports, not what its functions do."""
+    tree = WithoutFunctions().visit(ast.parse(source))
+    return {name for name in names_of(ast.unparse(tree)) if is_under(name, {"jax._src"})}
+
+
+class WithoutFunctions(ast.NodeTransformer):
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.Pass:
+        return ast.Pass()
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+REACHING = [
+    path
+    for path in FILES
+    if path.relative_to(ROOT).parts[0] != "tests" and private_at_import(path.read_text())
+]
+
+
+def test_private_modules_of_jax_are_imported_where_they_are_needed():
+    """By one kernel's product of fp8, and where Pallas' interpreter of Mosaic's kernels runs."""
+    assert [module_name(path) for path in REACHING] == ["kernels.fp8_dot"]
+    users = [
+        module_name(path)
+        for path in FILES
+        if any(is_under(name, {"jax._src"}) for name in names_of(path.read_text()))
+        and path.relative_to(ROOT).parts[0] != "tests"
+    ]
+    assert users == ["kernels.backend", "kernels.fp8_dot"]
+
+
+def test_no_verb_imports_a_module_that_reaches_into_jax():
+    """A release of jax that moves its private modules breaks fp8 on a GPU and nothing else."""
+    verbs = [f"scripts.{name}" for name in moesaic.find_verbs(ROOT)]
+    reaching = [module_name(path) for path in REACHING]
+    program = f"""
+import importlib, sys
+for verb in {verbs}:
+    importlib.import_module(verb)
+assert not set({reaching}) & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from jax._src.lib import xla_client",
+        "import jax\nVERSION = jax._src.lib.version",
+        "try:\n    import jax._src.core\nexcept ImportError:\n    pass",
+    ],
+)
+def test_a_private_import_is_found(source):
+    assert private_at_import(source)
+    assert not private_at_import("def late():\n" + textwrap.indent(source, "    "))
 
 
 @pytest.mark.parametrize(

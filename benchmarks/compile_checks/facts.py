@@ -110,7 +110,15 @@ def tool(name: str) -> Path:
 
 
 def _assemble(ptx_file: Path, cubin: Path, entry: str, device: Device) -> dict[str, int]:
-    command = [tool("ptxas"), "-v", "-O3", f"-arch={device.architecture}", ptx_file, "-o", cubin]
+    command = [
+        tool("ptxas"),
+        "-v",
+        "-O3",
+        f"-arch={device.accelerator.architecture}",
+        ptx_file,
+        "-o",
+        cubin,
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     said = said[said.index(f"'{entry}'") :]
     stack, stores, loads = (

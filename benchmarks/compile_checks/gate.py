@@ -35,8 +35,10 @@ def faults(name: str, device: Device, facts: Facts) -> list[str]:
             f"spills: {facts.spilled_bytes} bytes, stack {facts.stack_bytes} bytes, "
             f"{facts.local_accesses} accesses to local memory"
         )
-    if facts.shared_bytes > device.shared_bytes:
-        found.append(f"{facts.shared_bytes} bytes of shared memory, over {device.shared_bytes}")
+    if facts.shared_bytes > device.accelerator.shared_bytes:
+        found.append(
+            f"{facts.shared_bytes} bytes of shared memory, over {device.accelerator.shared_bytes}"
+        )
     if facts.registers * facts.threads > REGISTERS_OF_A_CORE:
         found.append(f"{facts.registers} registers in {facts.threads} threads: none can start")
     if case.has_tensor_cores:

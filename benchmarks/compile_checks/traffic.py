@@ -38,8 +38,8 @@ class Access(NamedTuple):
 
 def moved(grid: Iterable[Access], device: Device) -> float:
     """Bytes read from and written to memory by programs in this order."""
-    cache, written, programs = _Cache(device.l2_bytes), 0.0, iter(grid)
-    while wave := list(itertools.islice(programs, device.num_cores)):
+    cache, written, programs = _Cache(device.accelerator.l2_bytes), 0.0, iter(grid)
+    while wave := list(itertools.islice(programs, device.accelerator.num_cores)):
         reads, writes = {}, {}
         for program in wave:
             reads |= program.reads

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from benchmarks.compile_checks import run
 from benchmarks.gpu.roofline import Bound, bound, case_of, work_of
-from parallel.topology import A100, H100
+from configs.accelerators import A100, H100
 
 
 def print_bounds(names: Iterable[str]) -> None:

@@ -37,8 +37,8 @@ from benchmarks.gpu.programs import (
     save,
 )
 from benchmarks.gpu.roofline import bound, case_of
+from configs.accelerators import H100
 from kernels.backend import Target, current_target
-from parallel.topology import H100
 
 LARGEST_ERROR = 0.02
 """A result's, of the largest value: bfloat16, of weights that were rounded to it (2^-9 each)."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from benchmarks.compile_checks import work
 from benchmarks.compile_checks.work import Work
+from configs.accelerators import Accelerator
 from kernels.grouped_matmul import cases as grouped_cases
 from kernels.paged_attention import cases as paged_cases
 from kernels.window_attention import cases as window_cases
-from parallel.topology import Accelerator
 
 CASES = {
     "grouped_matmul": grouped_cases.COMPILED,

@@ -148,7 +148,9 @@ def test_the_command_reports_what_a_process_said(monkeypatch, capsys):
 def test_results_are_kept_beside_those_of_other_cases(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "COMMITTED", tmp_path / "compiled.json")
     monkeypatch.setattr(run, "tool_versions", lambda: {"ptxas": "1"})
-    monkeypatch.setattr(run, "program_hash", lambda name, device: f"{name} {device.architecture}")
+    monkeypatch.setattr(
+        run, "program_hash", lambda name, device: f"{name} {device.accelerator.architecture}"
+    )
     run.write({run.KEYS[0]: SOUND})
     run.write({run.KEYS[1]: SOUND})
     kept = json.loads(run.COMMITTED.read_text())["cases"]
@@ -218,7 +220,9 @@ def test_the_model_takes_the_strips_of_the_kernel():
 
 
 def test_a_cache_that_holds_everything_moves_the_least():
-    endless = dataclasses.replace(H100, l2_bytes=2**40)
+    endless = dataclasses.replace(
+        H100, accelerator=dataclasses.replace(H100.accelerator, l2_bytes=2**40)
+    )
     for name in ("bf16_prefill", "bf16_gradient_x", "mixtral_down", "mixtral_gradient_w"):
         case = COMPILED[name]
         tiles = traffic.tiles_of(case, H100.target)

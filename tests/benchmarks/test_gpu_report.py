@@ -18,6 +18,7 @@ from benchmarks.gpu import checks, decoding, parts, peers, report, tables, times
 from benchmarks.gpu import operands as drawn
 from benchmarks.gpu.programs import OURS, Program, compile_loop, kind_of, poison
 from benchmarks.gpu.roofline import CASES, bound, case_of, work_of
+from configs.accelerators import A100, H100, H200, accelerator_of
 from configs.checks import UserError
 from kernels import backend
 from kernels.backend import H100 as H100_TARGET
@@ -26,7 +27,6 @@ from kernels.grouped_matmul.cases import CompiledCase as GroupedCase
 from kernels.paged_attention.cases import CompiledCase as PagedCase
 from kernels.paged_attention.cases import CompiledLatentCase as LatentCase
 from kernels.window_attention.cases import CompiledCase as WindowCase
-from parallel.topology import A100, H100, H200, accelerator_of
 from scripts import gpu_report
 
 GROUPED = GroupedCase(rows=40, d_in=128, d_out=24, num_groups=3)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from configs.accelerators import ACCELERATORS, H100
 from configs.checks import UserError
 from parallel import topology
-from parallel.topology import ACCELERATORS, H100, compile_only_mesh
+from parallel.topology import compile_only_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_PLUGIN = bool(
@@ -40,14 +41,15 @@ def test_a_missing_plugin_is_said_with_what_to_install(monkeypatch):
 def test_data_sheets_agree_with_themselves(accelerator):
     """TF32 runs at half the rate of bfloat16, and memory in XLA's words is the memory."""
     assert accelerator.flops_32 == accelerator.flops_16 / 2
-    assert f"device_memory_size: {accelerator.memory}" in accelerator.target
+    assert f"device_memory_size: {accelerator.memory}" in accelerator.xla_target
 
 
 PROGRAM = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 jax.config.update("jax_platforms", "cpu")
-from parallel.topology import ACCELERATORS, compile_only_mesh
+from configs.accelerators import ACCELERATORS
+from parallel.topology import compile_only_mesh
 for name, accelerator in ACCELERATORS.items():
     mesh = compile_only_mesh(accelerator, data=4, expert=4)
     x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from parallel.topology import H100
+from configs.accelerators import H100
 from planning.advice import advice
 from planning.collectives import Collective
 from planning.hlo import Array

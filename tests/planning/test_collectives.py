@@ -6,8 +6,8 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from configs.accelerators import H100
 from parallel.mesh import make_mesh
-from parallel.topology import H100
 from planning.collectives import Collective, collectives, grouped
 from planning.groups import groups_by_axes
 from planning.hlo import parse

@@ -129,7 +129,8 @@ PROGRAM = """
 import dataclasses, json
 import jax
 jax.config.update("jax_platforms", "cpu")
-from parallel.topology import H100, compile_only_mesh
+from configs.accelerators import H100
+from parallel.topology import compile_only_mesh
 from planning.plan import make_plan
 from tests.planning.runs import READABLE, moe_run
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from configs.accelerators import H100
 from kernels.grouped_matmul.xla import tile_rows
 from model.flops import training_flops_per_token
 from parallel.mesh import make_mesh
-from parallel.topology import H100
 from planning.collectives import grouped
 from planning.loops import balanced_load
 from planning.plan import make_plan

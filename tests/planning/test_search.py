@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
+from configs.accelerators import H100
 from configs.base import MeshConfig
 from configs.checks import UserError
 from parallel.mesh import make_mesh
-from parallel.topology import H100
 from planning.memory import USABLE
 from planning.plan import make_plan
 from planning.search import candidates

@@ -16,7 +16,8 @@ import collections, dataclasses, json, re, sys
 from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
-from parallel.topology import H100, compile_only_mesh
+from configs.accelerators import H100
+from parallel.topology import compile_only_mesh
 from planning import program
 from planning.hlo import parse
 from planning.work import executed
