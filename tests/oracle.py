@@ -17,8 +17,11 @@ from configs.attention import (
 from configs.feed_forward import DenseConfig, MoEConfig
 
 
-def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.ndarray):
-    """Hidden states [L, D] of one row of packed documents, and logits [L, V]."""
+def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.ndarray, wrong=""):
+    """Hidden states [L, D] of one row of packed documents, and logits [L, V].
+
+    wrong: a plausible mistake that the parts below know by this name; tests/probes.py looks for it.
+    """
     params = _float64(params)
     documents = np.cumsum(np.concatenate([[0], positions[1:] != positions[:-1] + 1]))
     x = params["embedding"][tokens]
@@ -29,16 +32,16 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
             for i, spec in enumerate(config.pattern)
         ]
     for spec, layer in layers:
-        x = block(x, layer, spec, config.norm_eps, positions, documents)
+        x = block(x, layer, spec, config.norm_eps, positions, documents, wrong)
     x = rms_norm(x, params["final_norm"]["scale"], config.norm_eps)
     w = params["embedding"].T if config.tie_embeddings else params["output"]
     return x, x @ w
 
 
-def block(x, layer, spec: LayerSpec, eps, positions, documents):
+def block(x, layer, spec: LayerSpec, eps, positions, documents, wrong=""):
     """One layer, of the tokens that it chooses where it has a Mixture-of-Depths router."""
     if spec.depth is None:
-        return x + block_update(x, layer, spec, eps, positions, documents)
+        return x + block_update(x, layer, spec, eps, positions, documents, wrong)
     r = x @ layer["depth_router"]
     chosen = np.flatnonzero(r > 0)
     if spec.depth.selection == "top_capacity":
@@ -50,17 +53,18 @@ def block(x, layer, spec: LayerSpec, eps, positions, documents):
     return x
 
 
-def block_update(x, layer, spec: LayerSpec, eps, positions, documents):
+def block_update(x, layer, spec: LayerSpec, eps, positions, documents, wrong=""):
     """attention(norm(x)) + ffn(norm(x + attention(norm(x))))."""
     h = rms_norm(x, layer["attention_norm"]["scale"], eps)
     attend = ATTENTIONS[type(spec.attention)]
-    first = attend(h, layer["attention"], spec.attention, positions, documents)
+    mistake = {"wrong": wrong} if wrong else {}
+    first = attend(h, layer["attention"], spec.attention, positions, documents, **mistake)
     h = rms_norm(x + first, layer["ffn_norm"]["scale"], eps)
     if isinstance(spec.ffn, DenseConfig):
         return first + np.stack([swiglu(t, **layer["ffn"]) for t in h])
     logits = router_logits(h, layer["moe"], spec.ffn, positions, documents)
     rows = zip(h, logits, strict=True)
-    return first + np.stack([moe(t, row, layer["moe"], spec.ffn) for t, row in rows])
+    return first + np.stack([moe(t, row, layer["moe"], spec.ffn, wrong) for t, row in rows])
 
 
 def rms_norm(x, scale, eps):
@@ -99,9 +103,9 @@ def projections(x, w, config: AttentionConfig, eps=1e-6, wrong=""):
     return tuple(np.clip(y, -bound, bound) for y in (q, k, v))
 
 
-def attention(x, w, config: AttentionConfig, positions, documents, wrong_sink="", wrong=""):
-    """wrong_sink: "of the group" takes the logit of the key/value head; "with a value" counts the
-    sink as one more token with the first one's value. wrong: of `projections`."""
+def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
+    """wrong: "sink of the group" takes the logit of the key/value head; "sink with a value" counts
+    the sink as one more token with the first one's value; or of `projections`."""
     length, (_, heads, width) = len(x), w["q"].shape
     out = np.zeros((length, w["o"].shape[-1]))
     queries, keys, all_values = projections(x, w, config, wrong=wrong)
@@ -123,10 +127,10 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong_sink=""
             weights = np.exp(np.array(scores) - max(scores))
             sink = 0.0
             if config.sink_logits:
-                own = group if wrong_sink == "of the group" else head
+                own = group if wrong == "sink of the group" else head
                 sink = np.exp(w["sink_logits"][own] - max(scores))
             weights /= weights.sum() + sink
-            if wrong_sink == "with a value":
+            if wrong == "sink with a value":
                 weights[0] += 1 - weights.sum()
             out[i] += (weights[:, None] * np.array(values)).sum(0) @ w["o"][head]
     return out + w["o_bias"] if config.bias else out
@@ -193,11 +197,10 @@ def _fenwick_buckets(i, size, window, wrong):
     return buckets + alone
 
 
-def latent_attention(
-    x, w, config: LatentAttentionConfig, positions, documents, rope_everything=False, wrong=""
-):
-    """Every head's own keys and values; `rope_everything` is a wrong version that turns all of a
-    key. wrong: of `indexed`; "bias past norm" of the latents."""
+def latent_attention(x, w, config: LatentAttentionConfig, positions, documents, wrong=""):
+    """Every head's own keys and values. wrong: "all turned" turns all of a key and not its last
+    part; "bias past norm" of the latents; or of `indexed`."""
+    turns_all = wrong == "all turned"
     nope, base, rank = config.nope_head_dim, config.rope_base, config.latent_rank
     bias = w["kv_down_bias"] if config.bias else np.zeros(rank + config.rope_head_dim)
     down = x @ w["kv_down"] + bias
@@ -214,12 +217,12 @@ def latent_attention(
         for j in range(len(x)):
             up = latent[j] @ w["kv_up"][:, head]
             shared = rotate(down[j, rank:], positions[j], base)
-            own = rotate(up[:nope], positions[j], base) if rope_everything else up[:nope]
+            own = rotate(up[:nope], positions[j], base) if turns_all else up[:nope]
             keys.append(np.concatenate([own, shared]))
             values.append(up[nope:])
         for i in range(len(x)):
             q = bottleneck[i] @ w["q"][:, head]
-            own = rotate(q[:nope], positions[i], base) if rope_everything else q[:nope]
+            own = rotate(q[:nope], positions[i], base) if turns_all else q[:nope]
             q = np.concatenate([own, rotate(q[nope:], positions[i], base)])
             seen = [j for j in range(i + 1) if documents[j] == documents[i]]
             if config.indexer is not None:

@@ -7,10 +7,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import DictKey
 
 from configs.architecture import ModelConfig
 from model.model_state import init_state
 from model.transformer import Transformer, Variables, abstract_variables, hidden_states
+from tests import oracle
 
 
 def drawn(config: ModelConfig, seed: int = 1) -> Variables:
@@ -29,6 +31,43 @@ def inputs(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
     """One row of random tokens and its positions, int32 [1, L]."""
     tokens = np.random.RandomState(0).randint(0, config.vocab_size, (1, length))
     return tokens.astype(np.int32), np.arange(length, dtype=np.int32)[None]
+
+
+class Parity:
+    """Our hidden states of one row of two packed documents, beside the numpy oracle's.
+
+    The scales of norms are of order 1, and with them all activations: in smaller ones a mistake at
+    a bound or in a softmax would not be seen.
+
+    tolerance: of float32 through the model's layers against float64.
+    """
+
+    def __init__(self, config: ModelConfig, length: int, *, tolerance: float) -> None:
+        self.config, self.tolerance = config, tolerance
+        self.variables = jax.tree_util.tree_map_with_path(_with_loud_norms, drawn(config))
+        tokens, positions = inputs(config, length)
+        packed = np.concatenate([positions[:, :7], positions[:, : length - 7]], axis=1)
+        self.row = (tokens[0], packed[0])
+        read = jax.jit(lambda v: hidden_states(Transformer(config), v, tokens, packed)[0])
+        self.ours_LD = np.asarray(read(self.variables)[0])
+
+    def check(self) -> None:
+        np.testing.assert_allclose(self.ours_LD, self._oracle(self.config), atol=self.tolerance)
+
+    def check_told_apart(self, wrong: str | ModelConfig) -> None:
+        """Ours is nowhere near a wrong version: the oracle with a mistake that it knows by name, or
+        with the settings of another model."""
+        named = isinstance(wrong, str)
+        other_LD = self._oracle(self.config, wrong) if named else self._oracle(wrong)
+        assert np.abs(self.ours_LD - other_LD).max() > 100 * self.tolerance
+
+    def _oracle(self, config: ModelConfig, wrong: str = "") -> np.ndarray:
+        params = jax.device_get(self.variables["params"])
+        return oracle.transformer(params, config, *self.row, wrong)[0]
+
+
+def _with_loud_norms(path, x):
+    return x * x.shape[-1] ** 0.5 if path[-1] == DictKey("scale") else x
 
 
 def check_causality(config: ModelConfig, variables: Variables, length: int) -> None:

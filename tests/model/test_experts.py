@@ -13,11 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs.architecture import LayerSpec
 from configs.feed_forward import MoEConfig, RouterConfig
 from model.experts import WEIGHT_AXES, expert_function
-from model.transformer import Transformer, abstract_variables, hidden_states, init_variables
+from model.transformer import Transformer, abstract_variables, init_variables
 from parallel.expert import apply_experts
 from parallel.mesh import make_mesh
 from tests import oracle, tiny
-from tests.probes import drawn, inputs
+from tests.probes import Parity
 
 CLAMPED = {"activation": "clamped_swiglu", "swiglu_limit": 0.7, "swiglu_alpha": 1.702}
 GPT_OSS = tiny.moe(
@@ -36,27 +36,17 @@ LENGTH, D = 20, 12
 
 
 @pytest.fixture(scope="module")
-def variables():
-    return drawn(CONFIG)
+def parity():
+    return Parity(CONFIG, LENGTH, tolerance=3e-5)
 
 
-def test_equals_the_numpy_oracle(variables):
-    model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
-    hidden, _ = jax.jit(lambda v: hidden_states(model, v, tokens, positions))(variables)
-    params = jax.device_get(variables["params"])
-    expected, _ = oracle.transformer(params, CONFIG, tokens[0], positions[0])
-    np.testing.assert_allclose(hidden[0], expected, atol=3e-5)  # float32 through three layers
+def test_equals_the_numpy_oracle(parity):
+    parity.check()
 
 
 @pytest.mark.parametrize("wrong", ["up without 1", "gate bounded below", "one bias"])
-def test_wrong_experts_are_told_apart(variables, wrong):
-    layer = jax.device_get(variables["params"])["periods"]["layer_0"]["moe"]
-    w = {name: np.asarray(x[0], np.float64) for name, x in layer.items()}
-    x = np.random.RandomState(0).randn(5, 32)
-    logits = oracle.router_logits(x, w, GPT_OSS, None, None)
-    right = [oracle.moe(*row, w, GPT_OSS) for row in zip(x, logits, strict=True)]
-    other = [oracle.moe(*row, w, GPT_OSS, wrong) for row in zip(x, logits, strict=True)]
-    assert np.abs(np.array(right) - np.array(other)).max() > 1e-2
+def test_wrong_experts_are_told_apart(parity, wrong):
+    parity.check_told_apart(wrong)
 
 
 def test_shapes_starts_and_counts():

@@ -16,8 +16,8 @@ from model.attention.indexer import Index, chosen_keys
 from model.flops import decode_flops_per_token
 from model.model_state import init_state, rewind
 from model.transformer import Transformer, abstract_variables, hidden_states
-from tests import oracle, tiny
-from tests.probes import check_causality, check_decode, drawn, inputs
+from tests import tiny
+from tests.probes import Parity, check_causality, check_decode, inputs
 
 SPARSE = LatentAttentionConfig(
     num_heads=3,
@@ -45,8 +45,14 @@ def with_top_k(top_k: int):
 
 
 @pytest.fixture(scope="module")
-def variables():
-    return drawn(CONFIG)
+def parity():
+    """Two documents in the row; the second has more keys than a query may see."""
+    return Parity(CONFIG, LENGTH, tolerance=3e-5)
+
+
+@pytest.fixture(scope="module")
+def variables(parity):
+    return parity.variables
 
 
 @functools.cache
@@ -59,24 +65,13 @@ def read(config, variables, tokens, positions, cache=None):
     return step_of(config)(variables, tokens, positions, cache)
 
 
-def test_equals_the_numpy_oracle(variables):
-    """Two documents in the row; the second has more keys than a query may see."""
-    tokens, positions = inputs(CONFIG, LENGTH)
-    packed = np.concatenate([positions[:, :7], positions[:, : LENGTH - 7]], axis=1)
-    hidden, _ = read(CONFIG, variables, tokens, packed)
-    params = jax.device_get(variables["params"])
-    expected, _ = oracle.transformer(params, CONFIG, tokens[0], packed[0])
-    np.testing.assert_allclose(hidden[0], expected, atol=3e-5)
+def test_equals_the_numpy_oracle(parity):
+    parity.check()
 
 
 @pytest.mark.parametrize("wrong", ["no relu", "last turned", "no norm"])
-def test_wrong_indexers_are_told_apart(variables, wrong):
-    layer = jax.device_get(variables["params"])["prefix_0"]["attention"]
-    w = jax.tree.map(lambda x: np.asarray(x, np.float64), layer)
-    x, documents = np.random.RandomState(0).randn(LENGTH, 32), np.zeros(LENGTH)
-    right = oracle.latent_attention(x, w, SPARSE, np.arange(LENGTH), documents)
-    other = oracle.latent_attention(x, w, SPARSE, np.arange(LENGTH), documents, wrong=wrong)
-    assert np.abs(right - other).max() > 1e-2
+def test_wrong_indexers_are_told_apart(parity, wrong):
+    parity.check_told_apart(wrong)
 
 
 def test_with_room_for_all_keys_it_is_plain_latent_attention(variables):

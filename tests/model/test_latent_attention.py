@@ -13,8 +13,8 @@ from configs.feed_forward import DenseConfig
 from configs.rope import YarnConfig
 from model.model_state import init_state
 from model.transformer import Transformer, abstract_variables, hidden_states
-from tests import oracle, tiny
-from tests.probes import check_causality, check_decode, drawn, inputs
+from tests import tiny
+from tests.probes import Parity, check_causality, check_decode, inputs
 
 LATENT = LatentAttentionConfig(
     num_heads=3,
@@ -41,35 +41,28 @@ ATTENTIONS = {
 
 
 @pytest.fixture(scope="module", params=ATTENTIONS.values(), ids=ATTENTIONS.keys())
-def latent(request):
-    config = config_of(request.param)
-    return config, drawn(config)
+def parity(request):
+    return Parity(config_of(request.param), LENGTH, tolerance=2e-5)
 
 
-def test_equals_the_numpy_oracle(latent):
-    config, variables = latent
-    model, (tokens, positions) = Transformer(config), inputs(config, LENGTH)
-    packed = np.concatenate([positions[:, :7], positions[:, : LENGTH - 7]], axis=1)
-    hidden, _ = jax.jit(lambda v: hidden_states(model, v, tokens, packed))(variables)
-    params = jax.device_get(variables["params"])
-    expected, _ = oracle.transformer(params, config, tokens[0], packed[0])
-    np.testing.assert_allclose(hidden[0], expected, atol=2e-5)
+@pytest.fixture(scope="module")
+def latent(parity):
+    return parity.config, parity.variables
 
 
-def test_turning_the_part_without_position_is_told_apart():
+def test_equals_the_numpy_oracle(parity):
+    parity.check()
+
+
+def test_turning_the_part_without_position_is_told_apart(parity):
     """The mistake that absorption can't survive: RoPE on all of the key."""
-    random = np.random.RandomState(0)
-    config = dataclasses.replace(LATENT, query_rank=None, bias=True)
-    shapes = {"kv_down": (32, 14), "kv_up": (10, 3, 14), "q": (32, 3, 12), "o": (3, 6, 32)}
-    shapes |= {"kv_down_bias": (14,), "o_bias": (32,)}
-    w = {name: random.randn(*shape) * shape[0] ** -0.5 for name, shape in shapes.items()}
-    w["kv_norm"] = {"scale": np.ones(10)}
-    x, positions, documents = random.randn(9, 32), np.arange(9), np.zeros(9)
-    right = oracle.latent_attention(x, w, config, positions, documents)
-    wrong = oracle.latent_attention(x, w, config, positions, documents, rope_everything=True)
-    assert np.abs(right - wrong).max() > 1e-2
-    wrong = oracle.latent_attention(x, w, config, positions, documents, wrong="bias past norm")
-    assert np.abs(right - wrong).max() > 1e-2
+    parity.check_told_apart("all turned")
+
+
+def test_a_bias_past_the_norm_is_told_apart(parity):
+    if not parity.config.pattern[0].attention.bias:
+        pytest.skip("without a bias it is no mistake")
+    parity.check_told_apart("bias past norm")
 
 
 @pytest.mark.parametrize("prefill", [1, 11])

@@ -8,9 +8,9 @@ import pytest
 
 from configs.architecture import LayerSpec
 from configs.feed_forward import DenseConfig
-from model.transformer import Transformer, abstract_variables, hidden_states, init_variables
-from tests import oracle, tiny
-from tests.probes import check_causality, check_decode, drawn, inputs
+from model.transformer import Transformer, abstract_variables, init_variables
+from tests import tiny
+from tests.probes import Parity, check_causality, check_decode
 
 LOCAL = tiny.attention(sink_logits=True)
 EVERYWHERE = tiny.attention(window_size=None, num_sink_tokens=0, sink_logits=True)
@@ -21,28 +21,23 @@ LENGTH = 30
 
 
 @pytest.fixture(scope="module")
-def variables():
+def parity():
     """Sinks of order 1, so that they take a share worth seeing."""
-    return drawn(CONFIG)
+    return Parity(CONFIG, LENGTH, tolerance=2e-5)
 
 
-def test_equals_the_numpy_oracle(variables):
-    model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
-    packed = np.concatenate([positions[:, :7], positions[:, : LENGTH - 7]], axis=1)
-    hidden, _ = jax.jit(lambda v: hidden_states(model, v, tokens, packed))(variables)
-    params = jax.device_get(variables["params"])
-    expected, _ = oracle.transformer(params, CONFIG, tokens[0], packed[0])
-    np.testing.assert_allclose(hidden[0], expected, atol=2e-5)  # float32 through two layers
+@pytest.fixture(scope="module")
+def variables(parity):
+    return parity.variables
 
 
-@pytest.mark.parametrize("wrong", ["of the group", "with a value"])
-def test_wrong_sinks_are_told_apart(variables, wrong):
-    layer = jax.device_get(variables["params"])["periods"]["layer_0"]["attention"]
-    w = {name: np.asarray(x[0], np.float64) for name, x in layer.items()}
-    x, positions, documents = np.random.RandomState(0).randn(9, 32), np.arange(9), np.zeros(9)
-    right = oracle.attention(x, w, LOCAL, positions, documents)
-    other = oracle.attention(x, w, LOCAL, positions, documents, wrong_sink=wrong)
-    assert np.abs(right - other).max() > 1e-2
+def test_equals_the_numpy_oracle(parity):
+    parity.check()
+
+
+@pytest.mark.parametrize("wrong", ["sink of the group", "sink with a value"])
+def test_wrong_sinks_are_told_apart(parity, wrong):
+    parity.check_told_apart(wrong)
 
 
 @pytest.mark.parametrize("prefill", [1, 15])

@@ -14,8 +14,8 @@ from configs.checks import UserError
 from configs.feed_forward import DenseConfig
 from model.model_state import init_state
 from model.transformer import Transformer, abstract_variables, hidden_states
-from tests import oracle, tiny
-from tests.probes import check_causality, check_decode, drawn, inputs
+from tests import tiny
+from tests.probes import Parity, check_causality, check_decode, drawn, inputs
 
 POWERS = LocalSparseAttentionConfig(
     num_heads=4, num_kv_heads=2, head_dim=8, window_size=5, num_sink_tokens=2
@@ -37,31 +37,23 @@ CONFIG = config_of(POWERS, SUMMARIES)
 
 
 @pytest.fixture(scope="module")
-def variables():
-    return drawn(CONFIG)
+def parity():
+    return Parity(CONFIG, LENGTH, tolerance=2e-5)
 
 
-def test_equals_the_numpy_oracle(variables):
-    model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
-    packed = np.concatenate([positions[:, :7], positions[:, : LENGTH - 7]], axis=1)
-    hidden, _ = jax.jit(lambda v: hidden_states(model, v, tokens, packed))(variables)
-    params = jax.device_get(variables["params"])
-    expected, _ = oracle.transformer(params, CONFIG, tokens[0], packed[0])
-    np.testing.assert_allclose(hidden[0], expected, atol=2e-5)  # float32 through two layers
+@pytest.fixture(scope="module")
+def variables(parity):
+    return parity.variables
 
 
-@pytest.mark.parametrize(
-    ("config", "wrong"), [(POWERS, "from the window's edge"), (SUMMARIES, "too early")]
-)
-def test_wrong_versions_are_told_apart(config, wrong):
+def test_equals_the_numpy_oracle(parity):
+    parity.check()
+
+
+@pytest.mark.parametrize("wrong", ["from the window's edge", "too early"])
+def test_wrong_versions_are_told_apart(parity, wrong):
     """Powers that begin behind the window, and a bucket that the window still holds."""
-    random = np.random.RandomState(0)
-    shapes = {"q": (16, 4, 8), "kv": (16, 2, 2, 8), "o": (4, 8, 16), "pool": (2, 8)}
-    w = {name: random.randn(*shape) * shape[0] ** -0.5 for name, shape in shapes.items()}
-    x, positions, documents = random.randn(24, 16), np.arange(24), np.zeros(24)
-    right = oracle.local_sparse_attention(x, w, config, positions, documents)
-    other = oracle.local_sparse_attention(x, w, config, positions, documents, wrong=wrong)
-    assert np.abs(right - other).max() > 1e-2
+    parity.check_told_apart(wrong)
 
 
 def test_future_tokens_change_nothing_before_them(variables):

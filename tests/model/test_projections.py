@@ -13,8 +13,8 @@ from configs.feed_forward import DenseConfig
 from model.transformer import Transformer, abstract_variables, hidden_states, init_variables
 from parallel.mesh import make_mesh
 from parallel.sharding import tree_shardings
-from tests import oracle, tiny
-from tests.probes import check_decode, drawn, inputs
+from tests import tiny
+from tests.probes import Parity, check_decode, inputs
 
 EVERYWHERE = tiny.attention(window_size=None, num_sink_tokens=0)
 OLMOE = dataclasses.replace(EVERYWHERE, qk_norm="all", clip_qkv=0.4)
@@ -34,32 +34,37 @@ LENGTH = 26
 
 
 @pytest.fixture(scope="module")
-def variables():
-    return drawn(CONFIG)
+def parity():
+    return Parity(CONFIG, LENGTH, tolerance=3e-5)
 
 
-def test_equals_the_numpy_oracle(variables):
-    model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
-    packed = np.concatenate([positions[:, :7], positions[:, : LENGTH - 7]], axis=1)
-    hidden, _ = jax.jit(lambda v: hidden_states(model, v, tokens, packed))(variables)
-    params = jax.device_get(variables["params"])
-    expected, _ = oracle.transformer(params, CONFIG, tokens[0], packed[0])
-    np.testing.assert_allclose(hidden[0], expected, atol=3e-5)  # float32 through four layers
+@pytest.fixture(scope="module")
+def variables(parity):
+    return parity.variables
 
 
-def test_bounds_before_the_norm_are_told_apart(variables):
-    layer = jax.device_get(variables["params"])["periods"]["layer_2"]["attention"]
-    w = jax.tree.map(lambda x: np.asarray(x[0], np.float64), layer)
-    x, places, documents = np.random.RandomState(0).randn(9, 32), np.arange(9), np.zeros(9)
-    right = oracle.attention(x, w, OLMOE, places, documents)
-    for config, wrong in (
-        (OLMOE, "clipped before the norm"),
-        (dataclasses.replace(OLMOE, clip_qkv=None), ""),
-    ):
-        other = oracle.attention(x, w, config, places, documents, wrong=wrong)
-        assert np.abs(right - other).max() > 3e-3
-    by_head = dataclasses.replace(OLMOE, qk_norm="head")
-    assert np.abs(right - oracle.attention(x, w, by_head, places, documents)).max() > 3e-3
+def test_equals_the_numpy_oracle(parity):
+    parity.check()
+
+
+def with_olmoe(attention):
+    """The model with another attention in the place of OLMoE's."""
+    *before, olmoe, last = CONFIG.pattern
+    other = dataclasses.replace(olmoe, attention=attention)
+    return dataclasses.replace(CONFIG, pattern=(*before, other, last))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "clipped before the norm",
+        with_olmoe(dataclasses.replace(OLMOE, clip_qkv=None)),
+        with_olmoe(dataclasses.replace(OLMOE, qk_norm="head")),
+    ],
+    ids=["clipped before the norm", "not clipped", "normed by head"],
+)
+def test_wrong_norms_and_bounds_are_told_apart(parity, wrong):
+    parity.check_told_apart(wrong)
 
 
 @pytest.mark.slow
