@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.checks import UserError
+from model.layers import unembed
 from model.model_state import init_memory, init_state
 from model.transformer import Transformer, Variables, hidden_states, output_weights
 
@@ -79,5 +80,4 @@ def _read(model, is_whole, variables, tokens_BL, positions_BL, state):
 
 
 def _logits(model: Transformer, variables: Variables, hidden_BLD: jax.Array) -> jax.Array:
-    w_DV = output_weights(model, variables)
-    return jnp.einsum("LD,DV->LV", hidden_BLD[0], w_DV, preferred_element_type=jnp.float32)
+    return unembed(hidden_BLD[0], output_weights(model, variables))

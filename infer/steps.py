@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from infer.early_exit import exit_step
 from infer.sampling import SamplingRows, TokenCounts, sample
 from infer.self_speculative import Draft, Verified, draft_and_verify
+from model.layers import unembed
 from model.model_state import ModelState, init_state, put_rows, state_axes, take_rows
 from model.step import Preference, make_step
 from model.transformer import Transformer, Variables, forward, output_weights
@@ -203,5 +204,4 @@ def begin_counts(counts: TokenCounts, row: jax.Array, is_prompt_V: jax.Array) ->
 
 
 def _logits(model: Transformer, variables: Variables, hidden_BD: jax.Array) -> jax.Array:
-    w_DV = output_weights(model, variables)
-    return jnp.einsum("BD,DV->BV", hidden_BD, w_DV, preferred_element_type=jnp.float32)
+    return unembed(hidden_BD, output_weights(model, variables))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
@@ -25,6 +24,7 @@ from configs.checks import UserError
 from data.packing import PackedRows
 from data.pipeline import prepare_corpus
 from data.tokenizers.tokenizer import fingerprint, vocabulary_difference
+from model.layers import unembed
 from model.transformer import Transformer, Variables, hidden_states, output_weights
 from train.loop import BatchTransform, FitResult, OnStep, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation
@@ -158,9 +158,7 @@ def _with_top_k(teacher: Teacher, config: DistillConfig) -> BatchTransform:
         pieces = hidden_BLD.reshape(batch, chunks, length // chunks, width).swapaxes(0, 1)
 
         def best_tokens(hidden_BcD):
-            logits_BcV = jnp.einsum(
-                "BcD,DV->BcV", hidden_BcD, w_DV, preferred_element_type=jnp.float32
-            )
+            logits_BcV = unembed(hidden_BcD, w_DV)
             best, ids = jax.lax.top_k(logits_BcV / config.temperature, top_k)
             log_normaliser = jax.nn.logsumexp(
                 logits_BcV / config.temperature, axis=-1, keepdims=True

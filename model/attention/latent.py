@@ -21,11 +21,12 @@ import jax.numpy as jnp
 
 from configs.attention import LatentAttentionConfig
 from configs.base import ExecutionConfig
+from kernels.quantize import MatrixDims
 from kernels.window_attention import masked_attention, visible
 from model.attention.indexer import Index, Indexer, attend_chosen, chosen_keys
 from model.attention.sharded import sharded_cached_attention, sharded_window_attention
 from model.layer_state import AnyKeyValueState, StateShape, key_value_state, num_slots
-from model.layers import RMSNorm, rope, weight, zero_weight
+from model.layers import RMSNorm, project, rope, weight, zero_weight
 from model.step import Step
 
 LATENT_NORM_EPS = 1e-6
@@ -65,7 +66,7 @@ class LatentAttention(nn.Module):
         up_axes = ("embed", "heads", "head_dim")
         w_up_RHC = weight(self, "kv_up", up_shape, up_axes, c.latent_rank**-0.5)
         o_shape, o_axes = (c.num_heads, c.value_head_dim, d_model), ("heads", "head_dim", "embed")
-        w_o_HWD = weight(self, "o", o_shape, o_axes, self.out_stddev)
+        w_o_HWD = weight(self, "o", o_shape, o_axes, self.out_stddev, MatrixDims(2, 1))
         h_BLQ = self._query_latent(x_BLD)
         queries = self._queries(h_BLQ, step.positions_BL)
         keys = self._latent(x_BLD, step.positions_BL)
@@ -80,7 +81,7 @@ class LatentAttention(nn.Module):
             out_BLHW = self._over_row(queries, keys, index, w_ups, step)
         else:
             out_BLHW = self._over_state(queries, index, w_ups, step, state)
-        out_BLD = jnp.einsum("BLHW,HWD->BLD", out_BLHW, w_o_HWD.astype(dtype))
+        out_BLD = project("BLHW,HWD->BLD", out_BLHW, w_o_HWD)
         if c.bias:
             out_BLD += zero_weight(self, "o_bias", (d_model,), ("embed",)).astype(dtype)[None, None]
         return out_BLD, state
@@ -135,8 +136,9 @@ class LatentAttention(nn.Module):
         if c.query_rank is None:
             return x_BLD
         shape = (d_model, c.query_rank)
-        w_DQ = weight(self, "q_down", shape, ("embed", "latent"), d_model**-0.5)
-        h_BLQ = jnp.einsum("BLD,DQ->BLQ", x_BLD, w_DQ.astype(x_BLD.dtype))
+        axes = ("embed", "latent")
+        w_DQ = weight(self, "q_down", shape, axes, d_model**-0.5, MatrixDims(1, 1))
+        h_BLQ = project("BLD,DQ->BLQ", x_BLD, w_DQ)
         if c.bias:
             bias_Q = zero_weight(self, "q_down_bias", shape[1:], ("latent",))
             h_BLQ += bias_Q.astype(x_BLD.dtype)[None, None]
@@ -146,8 +148,9 @@ class LatentAttention(nn.Module):
         """Queries without and with position, [B, L, H, N] and [B, L, H, P]."""
         c, width = self.config, h_BLQ.shape[-1]
         shape = (width, c.num_heads, c.query_head_dim)
-        w_QHC = weight(self, "q", shape, ("embed", "heads", "head_dim"), width**-0.5)
-        q_BLHC = jnp.einsum("BLQ,QHC->BLHC", h_BLQ, w_QHC.astype(h_BLQ.dtype))
+        axes = ("embed", "heads", "head_dim")
+        w_QHC = weight(self, "q", shape, axes, width**-0.5, MatrixDims(1, 2))
+        q_BLHC = project("BLQ,QHC->BLHC", h_BLQ, w_QHC)
         if c.rope_scaling is not None:
             q_BLHC *= c.rope_scaling.logit_scale
         q_nope_BLHN, q_rope_BLHP = jnp.split(q_BLHC, [c.nope_head_dim], axis=-1)
@@ -157,8 +160,9 @@ class LatentAttention(nn.Module):
         """What is cached: the normed latent [B, L, R] and the turned rotary key [B, L, 1, P]."""
         c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
         shape = (d_model, c.latent_rank + c.rope_head_dim)
-        w_DC = weight(self, "kv_down", shape, ("embed", "latent"), d_model**-0.5)
-        down_BLC = jnp.einsum("BLD,DC->BLC", x_BLD, w_DC.astype(dtype))
+        axes = ("embed", "latent")
+        w_DC = weight(self, "kv_down", shape, axes, d_model**-0.5, MatrixDims(1, 1))
+        down_BLC = project("BLD,DC->BLC", x_BLD, w_DC)
         if c.bias:
             bias_C = zero_weight(self, "kv_down_bias", shape[1:], ("latent",))
             down_BLC += bias_C.astype(dtype)[None, None]
