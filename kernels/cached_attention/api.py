@@ -4,15 +4,18 @@ T tokens, R rows (sequences), S slots of a row, P pages of Z positions, N pages 
 heads, G key/value heads, C head_dim, W width of values.
 """
 
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, assert_never
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from kernels.cached_attention import reference, xla
+from kernels import native
+from kernels.cached_attention import cpu, reference, xla
 from kernels.cached_attention.state import Options, State
 
-Implementation = Literal["auto", "reference", "xla"]
+Implementation = Literal["auto", "reference", "xla", "cpu"]
 
 
 def cached_attention(
@@ -61,7 +64,8 @@ def cached_attention(
       one_per_row: the caller's word that T = R and rows are 0, 1, ..., R - 1 (one new token of
         each sequence), so that XLA and GPUs need not look for the tokens that share a row.
       implementation: "reference" copies a row's slots for each token; "xla" takes tiles of
-        tokens, as "auto" does.
+        tokens; "cpu" is C++ that reads slots where they lie and never writes scores out (float32
+        queries); "auto" takes "cpu" in programs for the CPU, where it can, and "xla" elsewhere.
     Raises:
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the implementation asked for can't do this here.
@@ -86,9 +90,31 @@ def cached_attention(
         value_width=v_RSGW.shape[-1] if v_RSGW is not None else value_width or 0,
         one_per_row=one_per_row,
     )
-    operands = (q_THC, rows_T.astype(jnp.int32), positions_T.astype(jnp.int32), state)
-    chosen = reference if implementation == "reference" else xla
-    return chosen.cached_attention(*operands, sink_logits_H, options)
+    rows_T, positions_T = rows_T.astype(jnp.int32), positions_T.astype(jnp.int32)
+    operands = (q_THC, rows_T, positions_T, state, sink_logits_H)
+    return _run(implementation, options, operands)
+
+
+def _run(implementation: Implementation, options: Options, operands: tuple[Any, ...]) -> jax.Array:
+    q_THC, _, _, state, _ = operands
+    by_xla = partial(xla.cached_attention, options=options)
+    by_cpu = partial(cpu.cached_attention, options=options)
+    reason = cpu.unsupported_reason(q_THC, state)
+    match implementation:
+        case "reference":
+            return reference.cached_attention(*operands, options=options)
+        case "xla":
+            return by_xla(*operands)
+        case "cpu":
+            if reason is not None:
+                raise NotImplementedError(reason)
+            return by_cpu(*operands)
+        case "auto":
+            if reason is None and native.serves(q_THC):
+                return lax.platform_dependent(*operands, cpu=by_cpu, default=by_xla)
+            return by_xla(*operands)
+        case _:
+            assert_never(implementation)
 
 
 def _check_places(

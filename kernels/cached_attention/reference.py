@@ -43,10 +43,23 @@ def attend(
         window_size=options.window_size,
         num_sinks=options.num_sinks,
     )
-    # What no token sees may be anything: 0 * NaN would be NaN.
-    v_SGW = jnp.where(is_seen_MS.any(axis=0)[:, None, None], slots.v_SGW, 0)
+    v_SGW, sees_nan_M = _finite(slots.v_SGW, is_seen_MS)
     q_MHC = q_MHC * (options.scale * q_MHC.shape[-1] ** 0.5)  # masked_attention divides by the root
     out_1MHW = masked_attention(
         q_MHC[None], slots.k_SGC[None], v_SGW[None], is_seen_MS[None], sink_logits_H
     )
-    return jnp.where(is_seen_MS.any(axis=1)[:, None, None], out_1MHW[0], 0)
+    out_MHW = jnp.where(is_seen_MS.any(axis=1)[:, None, None], out_1MHW[0], 0)
+    return jnp.where(sees_nan_M[:, None, None], jnp.nan, out_MHW)
+
+
+def _finite(v_SGW: jax.Array, is_seen_MS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values that can be multiplied with weights of zero, and the tokens, [M], that see others.
+
+    What a token does not see may be anything, and 0 * NaN would be NaN.
+    """
+    v_SGW = jnp.where(is_seen_MS.any(axis=0)[:, None, None], v_SGW, 0)
+    if len(is_seen_MS) == 1:
+        return v_SGW, jnp.zeros((1,), bool)
+    is_finite_S = jnp.isfinite(v_SGW).all(axis=(1, 2))
+    sees_nan_M = (is_seen_MS & ~is_finite_S[None]).any(axis=1)
+    return jnp.where(is_finite_S[:, None, None], v_SGW, 0), sees_nan_M

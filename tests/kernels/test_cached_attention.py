@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import native
 from kernels.cached_attention import cached_attention
 from kernels.cached_attention.cases import CASES, Case
 from kernels.paged_attention import quantize_positions
@@ -134,21 +135,110 @@ def attended(implementation, drawn: Drawn, **changes):
     settings = drawn.settings | {"implementation": implementation} | changes
     arrays = {k: v for k, v in settings.items() if isinstance(v, np.ndarray)}
     fixed = {k: v for k, v in settings.items() if k not in arrays}
-    function = jax.jit(functools.partial(cached_attention, **fixed))
-    return np.asarray(function(*drawn.operands, **arrays))
+    return np.asarray(jitted(**fixed)(*drawn.operands, **arrays))
 
 
-IMPLEMENTATIONS = ["reference", "xla"]
+@functools.cache
+def jitted(**fixed):
+    return jax.jit(functools.partial(cached_attention, **fixed))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+needs_library = pytest.mark.skipif(
+    not native.is_available(), reason="the native library is not built: no C++ compiler"
+)
+IMPLEMENTATIONS = ["reference", "xla", pytest.param("cpu", marks=needs_library)]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_sums_over_positions(name, implementation):
-    case = CASES[name]
+    check(CASES[name], implementation)
+
+
+@needs_library
+@pytest.mark.parametrize("name", CASES)
+def test_native_equals_sums_over_positions(name, isa):
+    check(CASES[name], "cpu")
+
+
+def check(case: Case, implementation):
     drawn = draw(case)
     found = attended(implementation, drawn)
     np.testing.assert_allclose(found, oracle(case, drawn), **TOLERANCE)
     np.testing.assert_array_equal(found[drawn.operands[3] < 0], 0)
+
+
+def of_tokens(drawn: Drawn, at) -> Drawn:
+    q, k, v, rows, positions, slots = drawn.operands
+    return drawn._replace(operands=(q[at], k, v, rows[at], positions[at], slots))
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["mixed", "ring_sinks", "paged_int8", "latent", "sink_logits"])
+def test_other_tokens_change_no_bit(name, isa):
+    """One token alone, all in another order, and all of them, each in a tile of another size."""
+    drawn = draw(CASES[name])
+    found = attended("cpu", drawn)
+    order = np.random.RandomState(0).permutation(len(found))
+    np.testing.assert_array_equal(attended("cpu", of_tokens(drawn, order)), found[order])
+    for t in range(0, len(found), 5):
+        np.testing.assert_array_equal(attended("cpu", of_tokens(drawn, [t]))[0], found[t])
+
+
+@needs_library
+def test_other_rows_and_empty_slots_change_no_bit():
+    drawn = draw(CASES["mixed"])
+    q, k, v, rows, positions, slots = drawn.operands
+    padding = ((1, 2), (0, 700))
+    k, v = (np.pad(x, (*padding, (0, 0), (0, 0)), constant_values=NAN) for x in (k, v))
+    slots = np.pad(slots, padding, constant_values=-1)
+    rows = np.where(rows < 0, -1, rows + 1)
+    more = drawn._replace(operands=(q, k, v, rows, positions, slots))
+    np.testing.assert_array_equal(attended("cpu", more), attended("cpu", drawn))
+
+
+@needs_library
+def test_pages_have_the_bits_of_slots_in_order():
+    drawn = draw(CASES["odd_pages"])
+    q, k, v, rows, positions, _ = drawn.operands
+    tables = drawn.settings["tables_RN"]
+    slots = np.full((len(tables), tables.shape[1] * k.shape[1]), -1, np.int32)
+    dense = [np.full((*slots.shape, *x.shape[2:]), NAN, np.float32) for x in (k, v)]
+    for r, length in enumerate(CASES["odd_pages"].lengths):
+        slots[r, :length] = np.arange(length)
+        for x, pages in zip(dense, (k, v), strict=True):
+            held = pages[tables[r, : -(-length // k.shape[1])]]
+            x[r, :length] = held.reshape(-1, *x.shape[2:])[:length]
+    in_order = Drawn((q, *dense, rows, positions, slots), {}, drawn.k, drawn.v)
+    np.testing.assert_array_equal(attended("cpu", in_order), attended("cpu", drawn))
+
+
+@needs_library
+def test_more_work_than_there_is_room_for_at_once():
+    """Partial results of 600 tokens over 1,024 slots go through memory in several waves."""
+    case = Case(lengths=(1024,), tokens=((0, 424, 600),), slots=1024, num_heads=16, head_dim=64)
+    drawn = draw(case)
+    found = attended("cpu", drawn)
+    some = [0, 250, 251, 599]
+    expected = oracle(case, of_tokens(drawn, some))
+    np.testing.assert_allclose(found[some], expected, **TOLERANCE)
+    np.testing.assert_array_equal(attended("cpu", of_tokens(drawn, [599]))[0], found[599])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_a_token_sees_decides_whether_its_result_is_finite(implementation):
+    """Position 40 of row 1 has a value that is none, and so has position 45 a key."""
+    case = CASES["mixed"]
+    drawn = draw(case)
+    expected = attended(implementation, drawn)
+    _, k, v, rows, positions, slots = drawn.operands
+    (k_slot,), (v_slot,) = (np.flatnonzero(slots[1] == p) for p in (45, 40))
+    v[1, v_slot, 0, 3], k[1, k_slot] = np.inf, NAN
+    found = attended(implementation, drawn)
+    is_touched = (rows == 1) & (positions >= 40)
+    np.testing.assert_array_equal(found[~is_touched], expected[~is_touched])
+    assert not np.isfinite(found[is_touched][:, :3, 3]).any()
+    assert np.isnan(found[(rows == 1) & (positions >= 45)]).all()
 
 
 @pytest.mark.parametrize("name", ["decode", "latent_int8"])
@@ -189,6 +279,41 @@ def test_no_scores_of_all_tokens_are_made_at_once():
     function = jax.jit(functools.partial(cached_attention, implementation="xla"))
     memory = function.lower(*operands).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 8e6
+
+
+@needs_library
+def test_places_that_are_none_are_said():
+    drawn = draw(CASES["paged"])
+    q, k, v, rows, positions, _ = drawn.operands
+    tables = drawn.settings["tables_RN"]
+    wrong_rows = np.where(rows == 1, 7, rows)
+    wrong_positions = np.where(rows == 1, 5000, positions)
+    wrong_tables = np.where(tables == tables[0, 0], 99, tables)
+    for changed, table, message in (
+        ((q, k, v, wrong_rows, positions, None), tables, "is of row 7, and there are 4"),
+        ((q, k, v, rows, wrong_positions, None), tables, "the pages of a row hold 320"),
+        ((q, k, v, rows, positions, None), wrong_tables, r"is not in \[0, 81\): check the tables"),
+    ):
+        wrong = drawn._replace(operands=changed)
+        with pytest.raises(ValueError, match=message):
+            attended("cpu", wrong, tables_RN=table)
+
+
+@needs_library
+def test_the_platform_is_chosen_when_the_program_is_lowered():
+    drawn = draw(CASES["decode"])
+    traced = jax.jit(cached_attention).trace(*drawn.operands)
+    assert "moesaic_cached_attention" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "moesaic" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_the_native_kernels_say_what_they_lack():
+    drawn = draw(CASES["decode"])
+    q, k, *rest = drawn.operands
+    with pytest.raises(NotImplementedError, match="attend in float32, q is bfloat16"):
+        cached_attention(q.astype(jnp.bfloat16), k, *rest, implementation="cpu")
+    with pytest.raises(NotImplementedError, match="and the state is float16"):
+        cached_attention(q, k.astype(np.float16), *rest, implementation="cpu")
 
 
 def test_what_does_not_fit_is_said():
