@@ -50,7 +50,7 @@ def cached_attention(
         none if sink_logits_H is None else sink_logits_H.astype(jnp.float32),
         is_paged=state.tables_RN is not None,
         window=options.window_size or 0,
-        num_sink_tokens=options.num_sink_tokens,
+        num_sinks=options.num_sink_tokens,
         value_width=options.value_width if is_latent else 0,
         scale=np.float32(options.scale),
     )
