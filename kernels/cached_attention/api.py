@@ -110,7 +110,7 @@ def _run(implementation: Implementation, options: Options, operands: tuple[Any, 
                 raise NotImplementedError(reason)
             return by_cpu(*operands)
         case "auto":
-            if reason is None and native.serves(q_THC):
+            if reason is None and native.is_used_for(q_THC):
                 return lax.platform_dependent(*operands, cpu=by_cpu, default=by_xla)
             return by_xla(*operands)
         case _:
