@@ -3,12 +3,14 @@
 L length, V vocab.
 """
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from configs.checks import UserError
 from model.layers import unembed
@@ -36,15 +38,20 @@ def check_tokens(model: Transformer, tokens: Sequence[int]) -> None:
         )
 
 
-def full_logits(model: Transformer, variables: Variables, tokens: Sequence[int]) -> np.ndarray:
+def full_logits(
+    model: Transformer, variables: Variables, tokens: Sequence[int], *, mesh: Mesh | None = None
+) -> np.ndarray:
     """Float32 [L, V]: row t predicts token t + 1 from tokens 0 to t, all in one pass.
 
+    Args:
+      mesh: where the variables lie; None is one device.
     Raises:
       UserError: see check_tokens.
     """
     check_tokens(model, tokens)
     tokens_BL = np.asarray([tokens], np.int32)
-    return np.asarray(_full(model, variables, tokens_BL))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return np.asarray(_full(model, variables, tokens_BL))
 
 
 @partial(jax.jit, static_argnums=0)

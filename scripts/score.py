@@ -16,7 +16,7 @@ from formats.safetensors.header import explain_os_errors
 from infer.logits import full_logits
 from infer.sources import open_source
 from scripts import command
-from scripts.reading import reading
+from scripts.model_options import add_model_options, load_model
 
 
 def main(argv: list[str]) -> None:
@@ -24,13 +24,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("--tokens-file", type=Path, required=True, help="JSON list of token ids")
     parser.add_argument("--logits", type=Path, required=True, help=".npy file to write")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    add_model_options(parser, has_state=False)
     arguments = parser.parse_args(argv)
     tokens = read_tokens(arguments.tokens_file)
     source = open_source(arguments.source)
-    with reading(source) as progress:
-        model, variables = source.load(dtype=arguments.dtype, progress=progress)
-    logits_LV = full_logits(model, variables, tokens)
+    model, variables, mesh = load_model(source, arguments)
+    logits_LV = full_logits(model, variables, tokens, mesh=mesh)
     write_logits(arguments.logits, logits_LV)
     print(f"{arguments.logits}: float32 {list(logits_LV.shape)}")
 
