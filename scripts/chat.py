@@ -24,7 +24,7 @@ from infer.sampling import Sampling
 from infer.sources import open_source
 from scripts import command
 from scripts.arguments import finite, utf8
-from scripts.model_options import load_model
+from scripts.model_options import add_model_options, load_model
 from scripts.reading import Printer, length_shown
 
 Answer = Callable[[list[int], int, OnTokens], Generation]
