@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from configs.small_files import read_small_file
+from configs.small_files import read_json_object
 from data.public_tokenizer import PublicTokenizer, adds_bos
 from data.special_tokens import (
     GENERATION_CONFIG,
@@ -67,7 +67,7 @@ def copy_tokenizer(source: Path, folder: Path, tokenizer: PublicTokenizer | None
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if tokenizer is not None:
-        state = json.loads(read_small_file(source / TOKENIZER))
+        state = read_json_object(source / TOKENIZER)
         exported = _exported(state, tokenizer)
         if exported == state:
             shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from checkpoint.provenance import ModelOrigin, confirm_teacher, weights_fingerprint
 from configs.base import DistillConfig, RunConfig
 from configs.checks import UserError
+from configs.small_files import read_json
 from data.packing import PackedRows
 from data.pipeline import prepare_corpus
 from data.tokenizer import fingerprint, vocabulary_difference
@@ -223,10 +224,10 @@ class TopKCache:
         }
         directory.mkdir(parents=True, exist_ok=True)
         described = directory / "cache.json"
-        if described.exists() and json.loads(described.read_text()) != settings:
+        mend = "delete that folder, it will be made again"
+        if described.exists() and read_json(described, mend) != settings:
             raise UserError(
-                f"{directory} holds what another teacher said, or with other settings: "
-                "delete that folder, it will be made again"
+                f"{directory} holds what another teacher said, or with other settings: {mend}"
             )
         id_dtype = np.uint16 if teacher.run.model.vocab_size <= 2**16 else np.uint32
         self._ids = _open(directory / "ids.bin", id_dtype, shape)

@@ -23,6 +23,7 @@ from benchmarks.gpu import ceilings, decoding, training
 from benchmarks.gpu.checks import check_all, is_right
 from benchmarks.gpu.environment import environment
 from benchmarks.gpu.programs import OURS, kind_of
+from checkpoint.atomic_folder import replace_text
 from kernels.backend import current_target
 from kernels.compile_checks.cases import NAMES
 
@@ -263,7 +264,7 @@ def main(argv: list[str]) -> None:
     )
 
     def keep(result: Result) -> None:
-        (request.folder / f"{name}.json").write_text(json.dumps(result))
+        replace_text(request.folder / f"{name}.json", json.dumps(result))
 
     PARTS[name](request, keep)
 
