@@ -72,5 +72,6 @@ DEEPSEEK_V2 = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     rows=(*rows.EMBEDDING, *rows.LATENT, *rows.DEEPSEEK_MOE),
+    fuses_experts=True,
     gguf=GGUF("deepseek2", gguf_tables.DEEPSEEK2),
 )

@@ -98,5 +98,6 @@ DEEPSEEK_V3 = Family(
     multi_token=rows.MULTI_TOKEN,
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     packed=PACKED,
+    fuses_experts=True,
     gguf=GGUF("deepseek2", gguf_tables.DEEPSEEK2),
 )

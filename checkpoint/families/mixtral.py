@@ -65,5 +65,6 @@ MIXTRAL = Family(
         Row("layers.*.moe.router", f"{MOE}.gate.weight", "e d -> d e"),
         *rows.experts(f"{MOE}.experts.{{e}}", gate="w1", up="w3", down="w2"),
     ),
+    fuses_experts=True,
     gguf=GGUF("llama", gguf_tables.LLAMA_MOE),
 )

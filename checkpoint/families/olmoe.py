@@ -65,5 +65,6 @@ OLMOE = Family(
         rows.ROUTER,
         *rows.EXPERTS,
     ),
+    fuses_experts=True,
     gguf=GGUF("olmoe", gguf_tables.OLMOE),
 )

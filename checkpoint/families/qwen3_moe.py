@@ -79,5 +79,6 @@ QWEN3_MOE = Family(
         rows.ROUTER,
         *rows.EXPERTS,
     ),
+    fuses_experts=True,
     gguf=GGUF("qwen3moe", gguf_tables.QWEN3_MOE),
 )
