@@ -1,7 +1,7 @@
 """A teacher and its student side by side: summary.json, pictures and one page."""
 
+import dataclasses
 import html
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from checkpoint.run_directory import read_run
 from configs.checks import UserError
 from configs.serialization import finite_json
 from data.tokenizers.tokenizer import end_of_text_id
-from evals.held_out import FILE
+from evals.held_out import read_held_out
 from evals.run import TASKS, Progress, evaluate
 from evals.tasks.base import Result, Skipped
 from infer.generate import generate
@@ -97,6 +97,8 @@ def summarize(
         summary[f"{name}_line_standard_error"] = contender.results[lines].standard_error
         summary[f"{name}_parameters"] = model.num_parameters
         summary[f"{name}_active_parameters"] = model.num_active_parameters
+        weights = contender.results[bits].weights
+        summary[f"{name}_weights"] = weights and dataclasses.asdict(weights)
     return summary | {"seconds": seconds, "peak_rss_mb": peak_rss_mb}
 
 
@@ -138,12 +140,10 @@ def write_comparison(
             line_errors,
             "share of lines",
         ),
-        draw_held_out({name: read_lines(c.run_dir / FILE) for name, c in names.items()}),
+        draw_held_out({name: read_held_out(c.run_dir) for name, c in names.items()}),
         *([load] if load else []),
     ]
-    settings = {
-        name: json.loads((c.run_dir / "config.json").read_text()) for name, c in names.items()
-    }
+    settings = {name: dataclasses.asdict(read_run(c.run_dir)) for name, c in names.items()}
     sections = [_metrics(summary), *(_completion(p, text) for p, text in completions.items())]
     title = "Moesaic: a mixture of experts trained on this Python's library, and its student"
     return write_page(directory, title, sections, pictures, settings)

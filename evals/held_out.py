@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.base import RunConfig
+from configs.checks import require
 from data.pipeline import prepare_corpus
 from infer.load import inference_model
 from infer.score import score_documents
@@ -17,8 +18,20 @@ from model.transformer import Variables
 from train.metrics import Line, read_lines
 
 FILE = "held_out.jsonl"
+COLUMNS = ("step", "cross_entropy")
 MAX_FILES = 64
 ROWS_AT_ONCE = 16
+
+
+def read_held_out(run_dir: Path) -> list[Line]:
+    """The lines that a run's `HeldOutLoss` wrote.
+
+    Raises:
+      UserError: there are none, or the file is damaged.
+    """
+    lines = read_lines(run_dir / FILE, COLUMNS)
+    require(bool(lines), f"{run_dir / FILE} has no line: remove {run_dir} and train the run again")
+    return lines
 
 
 class HeldOutLoss:
@@ -48,7 +61,7 @@ class HeldOutLoss:
 
     def lines(self) -> list[Line]:
         """What was measured so far."""
-        return read_lines(self.path) if self.path.exists() else []
+        return read_lines(self.path, COLUMNS) if self.path.exists() else []
 
     def loss(self, variables: Variables) -> float:
         """Nats per token of these variables."""

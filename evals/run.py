@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint.provenance import weights_fingerprint
 from checkpoint.run_corpus import open_run_corpus
 from checkpoint.run_directory import read_run
 from configs.checks import UserError, require
-from configs.serialization import finite_json
+from evals.results import FILE, FILE_OF_INITIAL, write_results
 from evals.tasks import line_completion, stdlib_bpb
 from evals.tasks.base import ModelUnderTest, NotApplicable, Result, Skipped
-from formats.atomic_folder import replace_text
-from infer.load import inference_model, load_model
+from infer.load import inference_model
+from infer.run_weights import RunWeights, load_with_identity
 from infer.score import TokenScores, num_rows, score_documents
 from model.transformer import Transformer, Variables
 
@@ -58,10 +59,11 @@ def evaluate(
     run = read_run(run_dir)
     corpus = open_run_corpus(run, run_dir)
     if initial is None:
-        model, variables = load_model(run, run_dir)
+        model, variables, weights = load_with_identity(run, run_dir)
     else:
         model, variables = inference_model(run), initial
-    path = run_dir / ("evals.json" if initial is None else "evals_initial.json")
+        weights = RunWeights(step=0, sha256=weights_fingerprint(variables))
+    path = run_dir / (FILE if initial is None else FILE_OF_INITIAL)
     results: list[Result] = []
     for name in tasks:
         subject = ModelUnderTest(
@@ -72,19 +74,13 @@ def evaluate(
             held_out=corpus.held_out,
         )
         try:
-            results.append(TASKS[name](subject))
+            results.append(dataclasses.replace(TASKS[name](subject), weights=weights))
         except NotApplicable as error:
             yield Skipped(name, str(error))
         else:
-            _write(path, results)
+            write_results(path, results)
             yield results[-1]
     require(bool(results), f"none of the tasks {', '.join(tasks)} applies to {run_dir}")
-
-
-def _write(path: Path, results: Sequence[Result]) -> None:
-    """Replaces the file as a whole."""
-    written = [dataclasses.asdict(result) for result in results]
-    replace_text(path, finite_json(written, indent=2) + "\n")
 
 
 def _score(

@@ -6,7 +6,6 @@ this file and the bodies of kernels, and no caller. The other, Mosaic, is for Ho
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+
+from formats.small_files import read_record
 
 OLDEST_CUDA = 80
 """Compute capability, times ten, from which there are bfloat16 tensor cores (A100)."""
@@ -128,8 +129,14 @@ MEASURED = Path(__file__).with_name("measured.json")
 
 @functools.cache
 def measured() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """What MEASURED holds; nothing where it is missing."""
-    return json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    """What MEASURED holds; nothing where it is missing.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    by_case = dict[str, dict[str, dict[str, dict[str, float]]]]
+    mend = f"git checkout {MEASURED} brings it back"
+    return read_record(by_case, MEASURED, mend) if MEASURED.exists() else {}
 
 
 def prefers_mosaic(op: str, target: Target) -> bool:

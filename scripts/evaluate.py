@@ -1,4 +1,4 @@
-"""Runs benchmarks on a trained run and writes its evals.json.
+"""Runs benchmarks on a trained run and writes its evals.json, which its report.html shows, too.
 
     python -m scripts.evaluate runs/v31_nano --tasks stdlib_bpb,line_completion
     python -m scripts.evaluate runs/smollm2_code --initial
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoint.run_directory import read_run
+from evals.results import write_run_report
 from evals.run import TASKS, Progress, check_tasks, evaluate
 from evals.tasks.base import Result, Skipped
 from scripts import command
@@ -30,11 +31,15 @@ def main(argv: list[str]) -> None:
     names, run_dir = arguments.tasks.split(","), arguments.run_dir
     check_tasks(names)
     first = initial_variables(read_run(run_dir), run_dir) if arguments.initial else None
+    newest = None
     for found in evaluate(run_dir, names, progress_bar, first):
         if isinstance(found, Skipped):
             print(f"{found.task} skipped: {found.reason}", flush=True)
         else:
             show(str(run_dir), [found])
+            newest = found.weights
+    if first is None and (run_dir / "metrics.jsonl").exists():
+        write_run_report(run_dir, newest)
 
 
 def progress_bar(name: str) -> Progress:

@@ -6,13 +6,13 @@ The first is a JSON list of token ids, the second float32 [tokens, vocabulary]: 
 t + 1. SRC is a run directory, a folder in Hugging Face form, a GGUF file, or smollm2.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from configs.checks import UserError
 from formats.safetensors.header import explain_os_errors
+from formats.small_files import read_record
 from infer.logits import full_logits
 from infer.sources import open_source
 from scripts import command
@@ -58,15 +58,11 @@ def read_tokens(path: Path) -> list[int]:
     Raises:
       UserError: no file, or no JSON list of ids.
     """
+    advice = "write the token ids there, as a JSON list"
     try:
-        tokens = json.loads(path.read_text())
+        return read_record(list[int], path, advice)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: write the token ids there, as a JSON list") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
-        raise UserError(f"{path} holds {str(tokens)[:60]}, expected a JSON list of token ids")
-    return tokens
+        raise UserError(f"{path} is missing: {advice}") from error
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from configs.checks import UserError
 from data.packing import PackedRows
 from data.pipeline import prepare_corpus
 from data.tokenizers.tokenizer import fingerprint, vocabulary_difference
+from formats.small_files import read_json
 from model.layers import unembed
 from model.transformer import Transformer, Variables, hidden_states, output_weights
 from train.loop import BatchTransform, FitResult, OnStep, fit, to_devices
@@ -221,10 +222,10 @@ class TopKCache:
         }
         directory.mkdir(parents=True, exist_ok=True)
         described = directory / "cache.json"
-        if described.exists() and json.loads(described.read_text()) != settings:
+        mend = "delete that folder, it will be made again"
+        if described.exists() and read_json(described, mend) != settings:
             raise UserError(
-                f"{directory} holds what another teacher said, or with other settings: "
-                "delete that folder, it will be made again"
+                f"{directory} holds what another teacher said, or with other settings: {mend}"
             )
         id_dtype = np.uint16 if teacher.run.model.vocab_size <= 2**16 else np.uint32
         self._ids = _open(directory / "ids.bin", id_dtype, shape)

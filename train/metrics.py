@@ -20,8 +20,9 @@ import numpy as np
 
 from configs.architecture import ModelConfig
 from configs.base import AlarmConfig
-from configs.checks import UserError
+from configs.checks import UserError, require
 from configs.serialization import finite_json
+from formats.small_files import UNLIMITED, read_small_file
 from model.early_exit import exit_layers
 from model.moe_layers import moe_layers
 
@@ -61,25 +62,34 @@ class MetricsLog:
         self._file.close()
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_lines(path: Path, columns: Sequence[str] = ("step",)) -> list[Line]:
     """The lines of a metrics.jsonl; a last line cut short by a kill is left out, null is NaN.
 
+    Args:
+      columns: what each line needs, as numbers.
     Raises:
-      UserError: no such file, or another line that is not JSON.
+      UserError: no such file, or another line that is not JSON or lacks a column.
     """
-    if not path.exists():
-        raise UserError(f"{path} is missing: the run has not been trained here")
-    texts = path.read_text().splitlines()
+    mend = "restore the file, or move it away and go on without"
+    try:
+        texts = read_small_file(path, mend, UNLIMITED).splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: the run has not been trained here") from error
     lines = []
     for number, text in enumerate(texts, start=1):
+        where = f"{path} line {number}"
         try:
-            lines.append(_with_nan(json.loads(text)))
-        except json.JSONDecodeError as error:
-            if number < len(texts):
-                raise UserError(
-                    f"{path} line {number} is not JSON ({error}): restore the file, or move it "
-                    "away and go on without"
-                ) from error
+            line = _with_nan(json.loads(text))
+        except (json.JSONDecodeError, RecursionError) as error:
+            if number == len(texts):
+                break
+            raise UserError(f"{where} is not JSON ({error}): {mend}") from error
+        require(isinstance(line, dict), f"{where} is {text[:60]}, expected an object: {mend}")
+        for name in columns:
+            value = line.get(name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(is_number, f"{where} has {name}={value!r:.60}, expected a number: {mend}")
+        lines.append(line)
     return lines
 
 

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from formats.small_files import read_json_object
 from train.metrics import Line, read_lines
 
 INK, SOFT, BLUE, ORANGE = "#1f2933", "#9aa5b1", "#2f6f9f", "#d9822b"
+COLUMNS = ("step", "loss", "cross_entropy", "tokens_per_second")
+"""Of the log, that are drawn or told."""
 MAX_LAYERS = 8
 """Layers drawn in a heat map; of deeper models, as many spread over the depth."""
 
@@ -29,13 +33,15 @@ class Picture:
     png: bytes
 
 
-def write_report(run_dir: Path) -> None:
+def write_report(run_dir: Path, sections: Sequence[str] = ()) -> None:
     """Draws run_dir/loss.png, load.png (MoE only) and report.html from metrics.jsonl.
 
+    Args:
+      sections: HTML put under the run's own table.
     Raises:
-      UserError: there is no metrics.jsonl.
+      UserError: there is no metrics.jsonl, or it is damaged.
     """
-    lines = read_lines(run_dir / "metrics.jsonl")
+    lines = read_lines(run_dir / "metrics.jsonl", COLUMNS)
     name = printable(run_dir.resolve().name)
     pictures, summary = [], {"steps": "none are in the log"}
     if lines:
@@ -47,8 +53,8 @@ def write_report(run_dir: Path) -> None:
             "last loss": f"{lines[-1]['loss']:.4f}",
             "median tokens per second": f"{speed:,.0f}",
         }
-    config = json.loads((run_dir / "config.json").read_text())
-    write_page(run_dir, f"Run {name}", [table(summary)], pictures, config)
+    config = read_json_object(run_dir / "config.json", "restore it or start a new run")
+    write_page(run_dir, f"Run {name}", [table(summary), *sections], pictures, config)
 
 
 def draw_loss(runs: dict[str, list[Line]]) -> Picture:

@@ -40,8 +40,8 @@ def cached_attention(
     """Returns the attention of each token over its row's slots, [T, H, W] in q's dtype.
 
     The tokens' own keys and values are already written. A token at position i of row r sees the
-    slots of r that hold positions j with 0 <= i - j < window_size or j < num_sink_tokens <= i, as in
-    `window_attention`, with the same heads and sinks; one that sees nothing gets zero.
+    slots of r that hold positions j with 0 <= i - j < window_size or j < num_sink_tokens <= i, as
+    in `window_attention`, with the same heads and sinks; one that sees nothing gets zero.
 
     Args:
       q_THC: float [T, H, C], the tokens of any rows in any order; those of one row that follow
