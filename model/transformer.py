@@ -117,9 +117,15 @@ class Transformer(nn.Module):
             raise ValueError("layers of a repeated pattern have no numbers: unstack the model")
         is_dropped_PB = self._dropped_rows(x_BLD.shape[0])
         preference, step = step.preference, step.replace(preference=None)
-        states = None if state is None else state.periods
-        x_BLD, states = self.periods(x_BLD, states, step, is_dropped_PB, preference)
-        return x_BLD, None if state is None else state.replace(periods=states)
+        rest = (step, is_dropped_PB, preference)
+        if state is None:
+            (x_BLD, _), _ = self.periods((x_BLD, None), None, *rest)
+            return x_BLD, None
+        if state.is_stacked:
+            (x_BLD, _), states = self.periods((x_BLD, None), state.periods, *rest)
+        else:
+            (x_BLD, states), _ = self.periods((x_BLD, state.periods), None, *rest)
+        return x_BLD, state.replace(periods=states)
 
     def _embedded(self, tokens_BL: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.execution.compute_dtype)

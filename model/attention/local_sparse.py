@@ -58,8 +58,8 @@ class SummaryState(RowsFirst, struct.PyTreeNode):
         raise NotImplementedError(self.unrewindable_reason)
 
     def logical_axes(self) -> Any:
-        rows = jax.tree.map(lambda x: ("batch", *[None] * (x.ndim - 1)), self.nodes)
-        return self.replace(tokens=self.tokens.logical_axes(), nodes=rows)
+        nodes = Nodes(("batch", None, None), *[("batch", None, None, None)] * 2)  # type: ignore[arg-type]
+        return self.replace(tokens=self.tokens.logical_axes(), nodes=nodes)
 
 
 def init_state(config: LocalSparseAttentionConfig, shape: StateShape) -> Any:

@@ -126,6 +126,8 @@ class RelativeAttention(nn.Module):
         kv_BS2HC = project("BSD,DiHC->BSiHC", seen_BSD, w_kv_D2HC)
         k_BSHC, v_BSHC = kv_BS2HC[:, :, 0], kv_BS2HC[:, :, 1]
         if isinstance(state, KeyValueState):
+            if step.rows_BL is not None:
+                raise NotImplementedError(f"{NO_PAGES}: give each sequence a row of tokens")
             state = state.write(step, k_BSHC, v_BSHC)
         if isinstance(state, KeyValueState) and not step.is_whole:
             reach = min(c.window_size, state.positions_RS.shape[1])

@@ -124,9 +124,11 @@ def test_a_token_that_is_not_chosen_leaves_no_trace():
     whole = init_state(TRAINED, 1, LENGTH, "float32").periods[1].attention.positions_RS.shape[2]
     kept = np.asarray(cache.periods[1].attention.positions_RS[0, 0])
     assert (kept >= 0).sum() < min(whole, LENGTH)
-    step = read.lower(tokens[:, :1], positions[:, :1], cache).as_text()
-    assert step.count("stablehlo.case") == 1
-    assert "stablehlo.case" not in read.lower(tokens[:, :2], positions[:, :2], cache).as_text()
+    one, two = (
+        read.lower(tokens[:, :n], positions[:, :n], cache).as_text().count("stablehlo.case")
+        for n in (1, 2)
+    )
+    assert one == two + 1  # beside those that choose a kernel by the platform
 
 
 def test_padding_is_chosen_last_and_changes_nothing():
