@@ -1,4 +1,4 @@
-"""A conversation in the terminal: `make chat`, or
+"""A conversation with a model in the terminal: `make chat`.
 
     python -m scripts.chat [SRC] [--system "You are brief."]
 

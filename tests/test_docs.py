@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import moesaic
 from configs.cli import known_runs, load_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,15 @@ def test_make_targets_exist():
     for page in PAGES:
         named = re.findall(r"^ {4}make ([\w.-]+)|`make ([\w.-]+)`", page.read_text(), re.MULTILINE)
         assert {a or b for a, b in named} <= targets, page.name
+
+
+def test_verbs_of_the_console_command_exist():
+    verbs = moesaic.find_verbs(ROOT)
+    for page in PAGES:
+        for words in re.findall(r"(?:^ {4}|`)moesaic ([^`#\n]+)", _joined(page), re.MULTILINE):
+            named = shlex.split(words)
+            is_general = named[0] == "VERB" or named[0] in moesaic.HELP
+            assert is_general or moesaic.split_verb(named, verbs)[0], f"{page.name}: {words}"
 
 
 @pytest.mark.parametrize(("verb", "arguments"), commands(), ids=lambda value: str(value))
