@@ -100,17 +100,17 @@ def read_piece(
 
 def read_prompts(
     model: Transformer,
-    size: StateSize,
     variables: Variables,
     tokens_BL: jax.Array,
     positions_BL: jax.Array,
+    state: ModelState,
 ) -> tuple[jax.Array, ModelState]:
     """Reads whole prompts side by side; the most likely token after each, int32 [B], and the state.
 
     The engine reads prompts one by one; a step of this form is what the planner plans.
     """
     step = make_step(tokens_BL, positions_BL, is_whole=True)
-    hidden_BLD, state = cast(Any, forward(model, variables, step, _empty(model, size)))
+    hidden_BLD, state = cast(Any, forward(model, variables, step, state))
     last_B1 = jnp.argmax(positions_BL, axis=1, keepdims=True)
     hidden_BD = jnp.take_along_axis(hidden_BLD, last_B1[:, :, None], axis=1)[:, 0]
     return jnp.argmax(_logits(model, variables, hidden_BD), axis=-1), laid_out(state)

@@ -31,8 +31,8 @@ class ModelState(struct.PyTreeNode):
     periods: tuple[BlockState, ...]
     """One per layer of the pattern."""
     is_stacked: bool = struct.field(pytree_node=False, default=True)
-    """Whether those of the pattern are stacked over its periods in dim 0. Where it runs once they are
-    not: XLA would copy all of a state to take it out of a stack and put it back."""
+    """Whether those of the pattern are stacked over its periods in dim 0. Where it runs once they
+    are not: XLA would copy all of a state to take it out of a stack and put it back."""
 
 
 def init_state(

@@ -114,15 +114,15 @@ def test_the_training_rule_is_refused_with_a_cache():
 def test_a_token_that_is_not_chosen_leaves_no_trace():
     """Its cache slot stays empty, and its step branches around the block."""
     tokens, positions = inputs(SAMPLED, LENGTH)
-    model, cache = Transformer(SAMPLED), init_state(SAMPLED, 1, LENGTH, "float32")
+    model, cache = Transformer(SAMPLED), init_state(SAMPLED, 1, LENGTH, "float32", spare=1)
     read = jax.jit(lambda t, p, c: hidden_states(model, VARIABLES, t, p, c))
     for t in range(LENGTH):
         _, cache = read(tokens[:, t : t + 1], positions[:, t : t + 1], cache)
     _, sown = jax.jit(lambda v: hidden_and_router(model, v, tokens, positions))(VARIABLES)
     fraction = sown["router"]["periods"]["layer_1"]["depth"].chosen_fraction[0]
     assert 0.2 < fraction < 0.8
-    whole = init_state(TRAINED, 1, LENGTH, "float32").periods[1].attention.positions_RS.shape[2]
-    kept = np.asarray(cache.periods[1].attention.positions_RS[0, 0])
+    whole = init_state(TRAINED, 1, LENGTH, "float32").periods[1].attention.positions_RS.shape[-1]
+    kept = np.asarray(cache.periods[1].attention.positions_RS[0])
     assert (kept >= 0).sum() < min(whole, LENGTH)
     one, two = (
         read.lower(tokens[:, :n], positions[:, :n], cache).as_text().count("stablehlo.case")
