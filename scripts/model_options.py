@@ -37,6 +37,14 @@ def add_model_options(parser: argparse.ArgumentParser, *, has_state: bool = True
         )
 
 
+def description(arguments: argparse.Namespace) -> str:
+    """The format and mesh that were asked for, as "int8_expert4"; empty for what is the default."""
+    kinds = [] if arguments.weights == "float32" else [arguments.weights]
+    kinds += [arguments.dtype] if arguments.dtype else []
+    sizes = [(axis, getattr(arguments, f"mesh.{axis}")) for axis in AXES]
+    return "_".join([*kinds, *(f"{axis}{size}" for axis, size in sizes if size != 1)])
+
+
 def load_model(
     source: Source, arguments: argparse.Namespace, *, for_decoding: bool = False
 ) -> tuple[Transformer, Variables, Mesh | None]:
