@@ -23,10 +23,16 @@ from configs.attention import LatentAttentionConfig
 from configs.base import ExecutionConfig
 from kernels.quantize import MatrixDims
 from kernels.window_attention import masked_attention, visible
-from model.attention.indexer import Index, Indexer, attend_chosen, chosen_keys
+from model.attention.indexer import (
+    Index,
+    Indexer,
+    attend_chosen,
+    chosen_keys,
+    imitation_loss,
+)
 from model.attention.sharded import sharded_cached_attention, sharded_window_attention
 from model.layer_state import AnyKeyValueState, StateShape, key_value_state, num_slots
-from model.layers import RMSNorm, project, rope, weight, zero_weight
+from model.layers import RMSNorm, newest, project, rope, weight, zero_weight
 from model.step import Step
 
 LATENT_NORM_EPS = 1e-6
@@ -72,7 +78,9 @@ class LatentAttention(nn.Module):
         keys = self._latent(x_BLD, step.positions_BL)
         index = None
         if c.indexer is not None:
-            index = Indexer(c, name="indexer")(x_BLD, h_BLQ, step.positions_BL)
+            # It learns from its own loss alone, and no other part learns from that.
+            told = jax.lax.stop_gradient((x_BLD, h_BLQ))
+            index = Indexer(c, name="indexer")(*told, step.positions_BL)
         w_uk_RHN, w_uv_RHW = jnp.split(w_up_RHC.astype(dtype), [c.nope_head_dim], axis=-1)
         w_ups = (w_uk_RHN, w_uv_RHW)
         if state is not None:
@@ -98,14 +106,18 @@ class LatentAttention(nn.Module):
         k_BLHC = jnp.concatenate([k_nope_BLHN, k_rope_BLHP], axis=-1)
         v_BLHW = jnp.einsum("BLR,RHW->BLHW", latent_BLR, w_uv_RHW)
         positions_BL, segments_BL = step.positions_BL, step.segments_BL
-        if index is None or not self._leaves_out(positions_BL.shape[1]):
+        mask_BLS = None
+        if index is not None and self.config.indexer is not None:
+            places = (positions_BL[:, :, None], positions_BL[:, None, :])
+            mask_BLS = visible(*places, window_size=None, num_sink_tokens=0)
+            mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
+            mask_BLS = chosen_keys(index, index.k_BLC, mask_BLS, self.config.indexer.top_k)
+            if self.is_mutable_collection("router"):
+                loss = imitation_loss(q_BLHC, k_BLHC, index, mask_BLS)
+                self.sow("router", "indexer_loss", loss, init_fn=lambda: None, reduce_fn=newest)
+        if mask_BLS is None or not self._leaves_out(positions_BL.shape[1]):
             rows, chosen = (positions_BL, segments_BL), self.execution.window_attention
             return sharded_window_attention(q_BLHC, k_BLHC, v_BLHW, *rows, implementation=chosen)
-        places = (positions_BL[:, :, None], positions_BL[:, None, :])
-        mask_BLS = visible(*places, window_size=None, num_sink_tokens=0)
-        mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
-        assert self.config.indexer is not None
-        mask_BLS = chosen_keys(index, index.k_BLC, mask_BLS, self.config.indexer.top_k)
         return masked_attention(q_BLHC, k_BLHC, v_BLHW, mask_BLS)
 
     def _over_state(
