@@ -19,7 +19,15 @@ from data.locks import refuse_second
 from data.pipeline import Corpus
 
 LOCK = ".lock"
-MAY_CHANGE = ("steps", "mesh.", "execution.", "checkpoint.", "alarms.")
+MAY_CHANGE = (
+    "steps",
+    "mesh.",
+    "execution.",
+    "checkpoint.",
+    "alarms.",
+    "metrics.",
+    "validation.",
+)
 """Settings that may differ when a run goes on; anything else would make it another experiment."""
 
 

@@ -8,7 +8,7 @@ B rows, L length, V vocab, J teacher tokens kept.
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from data.packing import PackedRows
 from data.pipeline import prepare_corpus
 from data.tokenizer import fingerprint, vocabulary_difference
 from model.transformer import Transformer, Variables, hidden_states, output_weights
-from train.loop import Extend, FitResult, OnStep, fit, to_devices
+from train.loop import Extend, FitResult, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation
+from train.recorder import Hook
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def distill(
     load: LoadTeacher,
     teacher_tokenizer: Tokenizer,
     *,
-    on_step: OnStep = lambda step, variables: None,
+    hooks: Sequence[Hook] = (),
 ) -> FitResult:
     """Trains the student as train.loop.fit does, towards run.distill's objective.
 
@@ -96,7 +97,7 @@ def distill(
         chunk_loss=make_chunk_loss(config),
         make_extend=make_extend,
         objective="distillation",
-        on_step=on_step,
+        hooks=hooks,
     )
 
 

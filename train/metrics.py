@@ -6,7 +6,9 @@ multi-token modules last, lists under "load_cv", "load_cv_floor", "max_violation
 "peak_load", "router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps
 "expert_load", a list per layer of each expert's load over the mean. Layers that choose their tokens
 list "chosen_fraction" and "predictor_accuracy"; with early exit, "exit_cross_entropy" has the exits
-that the step supervised, by the number of layers before them. A number that is not finite is null.
+that the step supervised, by the number of layers before them. Steps after which the run was
+measured on held-out text have "validation_loss" and "validation_bits_per_byte" (see
+train/validation.py). A number that is not finite is null.
 """
 
 import json

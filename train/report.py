@@ -46,7 +46,7 @@ def write_report(run_dir: Path) -> None:
             "steps": f"{lines[-1]['step']:,}",
             "last loss": f"{lines[-1]['loss']:.4f}",
             "median tokens per second": f"{speed:,.0f}",
-        }
+        } | _validation_figures(lines)
     config = json.loads((run_dir / "config.json").read_text())
     write_page(run_dir, f"Run {name}", [table(figures)], pictures, config)
 
@@ -59,6 +59,7 @@ def draw_loss(runs: dict[str, list[Line]]) -> Picture:
         smooth = smoothed(nats)
         axes.plot(steps, nats, color=color, alpha=0.2, linewidth=0.8)
         axes.plot(steps, smooth, color=color, linewidth=1.8)
+        _draw_validation(axes, lines, color)
         label = no_formula(f" {name} {smooth[-1]:.2f}")
         ends_last = steps[-1] == max(lines[-1]["step"] for lines in runs.values())
         axes.annotate(
@@ -72,14 +73,41 @@ def draw_loss(runs: dict[str, list[Line]]) -> Picture:
         )
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per token")
-    return to_picture(figure, "loss", "Training loss; the bold line is its running mean.")
+    caption = "Training loss; the bold line is its running mean."
+    if any(_validated(lines) for lines in runs.values()):
+        caption += " The circles are the loss on held-out text."
+    return to_picture(figure, "loss", caption)
 
 
-def draw_held_out(runs: dict[str, list[Line]]) -> Picture:
-    """Held-out loss of runs that were measured on the same tokens, each value a dot."""
+def _draw_validation(axes: Axes, lines: list[Line], color: str) -> None:
+    """A circle for each measurement, in the colour of its run."""
+    measured = _validated(lines)
+    steps, nats = _column(measured, "step"), _column(measured, "validation_loss")
+    axes.plot(steps, nats, "o", color=color, markerfacecolor="white", markersize=5)
+
+
+def _validated(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if "validation_loss" in line]
+
+
+def _validation_figures(lines: list[Line]) -> dict[str, str]:
+    """Rows of the report's table: the last measurement on held-out text."""
+    for line in reversed(_validated(lines)):
+        figures = {"last validation loss": f"{line['validation_loss']:.4f}"}
+        if "validation_bits_per_byte" in line:
+            figures["in bits per byte"] = f"{line['validation_bits_per_byte']:.4f}"
+        return figures
+    return {}
+
+
+def draw_validation(runs: dict[str, list[Line]]) -> Picture | None:
+    """Validation loss of runs of one corpus; None where one of them was not measured."""
+    measured = {name: _validated(lines) for name, lines in runs.items()}
+    if not all(measured.values()):
+        return None
     figure, axes = new_figure(7.5, 3.6)
-    for (name, lines), color in zip(runs.items(), (BLUE, ORANGE, INK), strict=False):
-        steps, nats = _column(lines, "step"), _column(lines, "cross_entropy")
+    for (name, lines), color in zip(measured.items(), (BLUE, ORANGE, INK), strict=False):
+        steps, nats = _column(lines, "step"), _column(lines, "validation_loss")
         axes.plot(steps, nats, "o-", color=color, linewidth=1.8, markersize=4)
         axes.annotate(
             no_formula(f" {name} {nats[-1]:.2f}"),
@@ -91,12 +119,12 @@ def draw_held_out(runs: dict[str, list[Line]]) -> Picture:
             annotation_clip=False,
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("held-out cross-entropy, nats per token")
+    axes.set_ylabel("validation loss, nats per token")
     caption = (
-        "Loss on the beginnings of held-out files, the same for all, as training goes on. Where "
-        "runs are of different lengths, only their ends compare: rates fall sooner in a short one."
+        "Loss on held-out text, the same rows for all, as training goes on. Where runs are of "
+        "different lengths, only their ends compare: rates fall sooner in a short one."
     )
-    return to_picture(figure, "held_out_loss", caption)
+    return to_picture(figure, "validation_loss", caption)
 
 
 def draw_load(lines: list[Line]) -> Picture | None:
