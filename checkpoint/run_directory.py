@@ -25,7 +25,15 @@ from formats.atomic_folder import replace_text
 from formats.small_files import read_record
 
 LOCK = ".lock"
-MAY_CHANGE = ("steps", "mesh.", "execution.", "checkpoint.", "alarms.")
+MAY_CHANGE = (
+    "steps",
+    "mesh.",
+    "execution.",
+    "checkpoint.",
+    "alarms.",
+    "metrics.",
+    "validation.",
+)
 """Settings that may differ when a run goes on; anything else would make it another experiment."""
 
 

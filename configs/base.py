@@ -15,6 +15,7 @@ from typing import Literal
 from configs.architecture import ModelConfig
 from configs.checks import require, require_finite, require_positive, require_seed
 from configs.feed_forward import MoEConfig
+from configs.monitoring import MetricsConfig, ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +271,8 @@ class RunConfig:
     execution: ExecutionConfig = ExecutionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     alarms: AlarmConfig = AlarmConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    validation: ValidationConfig = ValidationConfig()
     distill: DistillConfig | None = None
     """Set for a student: how it learns from its teacher."""
 

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     require(
         run.distill is None,
         f"{run.name} learns from a teacher, and scripts.train has none: python -m scripts.distill "
-        f"{run.name} --teacher runs/TEACHER, or --distill None to train it alone",
+        f"{run.name} --teacher runs/TEACHER",
     )
     command.use_host_devices(run.mesh.num_devices)
     require_memory(run)

@@ -8,7 +8,7 @@ B rows, L length, V vocab, J teacher tokens kept.
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from data.tokenizers.tokenizer import fingerprint, vocabulary_difference
 from formats.small_files import read_json
 from model.layers import unembed
 from model.transformer import Transformer, Variables, hidden_states, output_weights
-from train.loop import BatchTransform, FitResult, OnStep, fit, to_devices
+from train.loop import BatchTransform, FitResult, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation
+from train.recorder import Hook
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def distill(
     load: LoadTeacher,
     teacher_tokenizer: Tokenizer,
     *,
-    on_step: OnStep = lambda step, variables: None,
+    hooks: Sequence[Hook] = (),
 ) -> FitResult:
     """Trains the student as train.loop.fit does, towards run.distill's objective.
 
@@ -97,7 +98,7 @@ def distill(
         chunk_loss=make_chunk_loss(config),
         make_transform=make_transform,
         objective="distillation",
-        on_step=on_step,
+        hooks=hooks,
     )
 
 

@@ -6,7 +6,9 @@ multi-token modules last, lists under "load_cv", "load_cv_floor", "max_violation
 "peak_load", "router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps
 "expert_load", a list per layer of each expert's load over the mean. Layers that choose their tokens
 list "chosen_fraction" and "predictor_accuracy"; with early exit, "exit_cross_entropy" has the exits
-that the step supervised, by the number of layers before them. A number that is not finite is null.
+that the step supervised, by the number of layers before them. Steps after which the run was
+measured on held-out text have "validation_loss" and "validation_bits_per_byte" (see
+train/validation.py). A number that is not finite is null.
 """
 
 import json
@@ -62,13 +64,17 @@ class MetricsLog:
         self._file.close()
 
 
-def read_lines(path: Path, columns: Sequence[str] = ("step",)) -> list[Line]:
+def read_lines(
+    path: Path, columns: Sequence[str] = ("step",), optional: Sequence[str] = ()
+) -> list[Line]:
     """The lines of a metrics.jsonl; a last line cut short by a kill is left out, null is NaN.
 
     Args:
       columns: what each line needs, as numbers.
+      optional: what a line may lack, but has as a number if at all.
     Raises:
-      UserError: no such file, or another line that is not JSON or lacks a column.
+      UserError: no such file, or another line that is not JSON, lacks a column or has no number
+        in it.
     """
     mend = "restore the file, or move it away and go on without"
     try:
@@ -85,7 +91,7 @@ def read_lines(path: Path, columns: Sequence[str] = ("step",)) -> list[Line]:
                 break
             raise UserError(f"{where} is not JSON ({error}): {mend}") from error
         require(isinstance(line, dict), f"{where} is {text[:60]}, expected an object: {mend}")
-        for name in columns:
+        for name in (*columns, *(name for name in optional if name in line)):
             value = line.get(name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             require(is_number, f"{where} has {name}={value!r:.60}, expected a number: {mend}")

@@ -20,7 +20,6 @@ from data.packing import PackedRows
 from data.pipeline import Corpus, prepare_corpus
 from data.tokenizers.public_tokenizer import read_public_tokenizer
 from evals.expert_domains import read_domains, read_preference
-from evals.held_out import read_held_out
 from evals.results import read_results, write_results
 from evals.tasks.base import Result
 from kernels import backend
@@ -31,7 +30,13 @@ from train.distill import Teacher, TopKCache
 from train.metrics import MetricsLog
 from train.report import write_report
 
-LINE = {"step": 1, "loss": 2.0, "cross_entropy": 2.0, "tokens_per_second": 9.0}
+LINE = {
+    "step": 1,
+    "loss": 2.0,
+    "cross_entropy": 2.0,
+    "tokens_per_second": 9.0,
+    "validation_loss": 2.0,
+}
 LABELS = {
     "domains": ["low", "high"],
     "threshold": 0.0,
@@ -59,8 +64,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     (at / "run" / "expert_domains.json").write_text(json.dumps(LABELS))
     result = Result("stdlib_bpb", 1, 2.0, 0.1, "bits", 3, {"gzip_bpb": 2.5})
     write_results(at / "run" / "evals.json", [result])
-    for name in ("metrics.jsonl", "held_out.jsonl"):
-        (at / "run" / name).write_text(2 * (json.dumps(LINE) + "\n"))
+    (at / "run" / "metrics.jsonl").write_text(2 * (json.dumps(LINE) + "\n"))
     cache(at)
     (at / "model").mkdir()
     (at / "model" / "model.json").write_text(to_json(run.model))
@@ -115,7 +119,6 @@ READERS = {
     "run/held_out.json": lambda at: open_run_corpus(tiny.run(at), at / "run"),
     "run/token_counts.npy": lambda at: open_run_corpus(tiny.run(at), at / "run"),
     "run/metrics.jsonl": resume_log,
-    "run/held_out.jsonl": lambda at: read_held_out(at / "run"),
     "run/expert_domains.json": lambda at: read_preference(at / "run", "low"),
     "run/evals.json": lambda at: read_results(at / "run" / "evals.json"),
     "run/teacher_cache/cache.json": cache,
@@ -154,7 +157,6 @@ DAMAGES = {
 
 HARMLESS = {
     "run/metrics.jsonl": {"empty", "truncated"},  # a log that begins; a last line cut by a kill
-    "run/held_out.jsonl": {"truncated"},
     "public/tokenizer_config.json": {"other keys"},
     "public/special_tokens_map.json": {"other keys"},
     "public/generation_config.json": {"other keys"},
