@@ -331,12 +331,6 @@ class RunConfig:
     def _check_layers(self) -> None:
         for spec in self.model.layer_kinds:
             require(
-                getattr(spec.attention, "indexer", None) is None,
-                "a model with attention.indexer can be scored and generates, but not trained: its "
-                "choice of keys has no gradient and learns from a loss of its own, which is not "
-                "there; leave the indexer out to train",
-            )
-            require(
                 spec.depth is None or spec.depth.selection == "top_capacity",
                 "depth.selection='threshold' is for scoring and generating, which choose it by "
                 "themselves: a run is trained with depth.selection='top_capacity'",

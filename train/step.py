@@ -27,10 +27,12 @@ from train.losses import (
     auxiliary_loss,
     chunked_loss,
     collect_depth_stats,
+    collect_indexer_losses,
     collect_router_stats,
     cross_entropy,
     depth_loss,
     exits_loss,
+    weighted_indexer_loss,
 )
 from train.multi_token import count_ahead, multi_token_loss
 from train.state import TrainSetup, TrainState
@@ -51,7 +53,8 @@ def make_train_step(
       A step that takes batch arrays [A * B, L, ...] ("tokens", "targets", "positions", and what the
       objective reads; "shared" goes to it whole) and reports float32 scalars "loss" (the objective,
       per target token), the objective's own sums per target token, "auxiliary", "grad_norm",
-      "learning_rate", with multi-token modules "multi_token" (train/multi_token.py); and per MoE
+      "learning_rate", with multi-token modules "multi_token" (train/multi_token.py), with indexers
+      "indexer", their mean loss in nats; and per MoE
       layer, under "router", and per layer that chooses its tokens, under "depth", arrays [layers of
       that name, ...]. With early_exit, "exits": the cross-entropies [K] of the exits that this step
       supervises, and the periods [K] before them, -1 for none.
@@ -117,6 +120,11 @@ def _gradients(
         sums = jax.tree.map(lambda x: x / num_targets, sums | {"loss": objective})
         sums |= {"auxiliary": auxiliary, "depth": _depth_metrics(run, depth)}
         total = objective / num_targets + auxiliary
+        imitation = collect_indexer_losses(sown)
+        if imitation is not None:
+            weighted = weighted_indexer_loss(imitation, run.model)
+            total += weighted / run.accumulation
+            sums["indexer"] = jnp.stack(list(imitation.values())).mean()
         if run.model.multi_token is not None:
             modules, places = sown["multi_token"], micro["positions"]
             ahead = multi_token_loss(
