@@ -24,7 +24,7 @@ from infer.sampling import Sampling
 from infer.sources import open_source
 from scripts import command
 from scripts.arguments import finite, utf8
-from scripts.model_options import add_model_options, load_model
+from scripts.model_options import add_model_options, asked_mesh, load_model
 from scripts.reading import Printer, length_shown
 
 Answer = Callable[[list[int], int, OnTokens], Generation]
@@ -33,6 +33,7 @@ Answer = Callable[[list[int], int, OnTokens], Generation]
 
 def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
+    mesh = asked_mesh(arguments)
     sampling = Sampling(arguments.temperature, arguments.top_p)
     command.keep_compiled()
     source = open_source(arguments.source)
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     tokenizer = source.tokenizer()
     first = [{"role": "system", "content": arguments.system}] if arguments.system else []
     chat_ids(tokenizer, [*first, {"role": "user", "content": "hello"}])  # refuses before loading
-    model, variables, mesh = load_model(source, arguments, for_decoding=True)
+    model, variables = load_model(source, arguments, mesh, for_decoding=True)
 
     def answer(ids: list[int], seed: int, on_tokens: OnTokens) -> Generation:
         return generate(

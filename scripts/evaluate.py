@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +24,7 @@ from evals.run import TASKS, Held, Progress, check_tasks, evaluate
 from evals.tasks.base import Result, Skipped
 from infer.sources import open_source
 from scripts import command
-from scripts.model_options import add_model_options, description, load_model
+from scripts.model_options import add_model_options, asked_mesh, description, load_model
 from scripts.sources import initial_variables
 from train.progress import ProgressBar
 
@@ -35,10 +36,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--initial", action="store_true", help="the weights the run began with")
     add_model_options(parser, has_state=False)
     arguments = parser.parse_args(argv)
+    mesh = asked_mesh(arguments)
     names, run_dir = arguments.tasks.split(","), arguments.run_dir
     check_tasks(names)
     first = initial_variables(read_run(run_dir), run_dir) if arguments.initial else None
-    held, newest = _held(arguments), None
+    held, newest = _held(arguments, mesh), None
     for found in evaluate(run_dir, names, progress_bar, first, held):
         if isinstance(found, Skipped):
             print(f"{found.task} skipped: {found.reason}", flush=True)
@@ -49,13 +51,13 @@ def main(argv: list[str]) -> None:
         write_run_report(run_dir, newest)
 
 
-def _held(arguments: argparse.Namespace) -> Held | None:
+def _held(arguments: argparse.Namespace, mesh: Mesh | None) -> Held | None:
     """The newest variables in the format and on the mesh that were asked for; None: as trained."""
     name = description(arguments)
     if not name:
         return None
     require(not arguments.initial, f"--initial is scored as it is: leave {name} out")
-    return Held(name, *load_model(open_source(str(arguments.run_dir)), arguments))
+    return Held(name, *load_model(open_source(str(arguments.run_dir)), arguments, mesh), mesh)
 
 
 def progress_bar(name: str) -> Progress:

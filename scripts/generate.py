@@ -27,19 +27,20 @@ from model.transformer import Transformer
 from model.unstacked import unstack_preference
 from scripts import command
 from scripts.arguments import finite, utf8
-from scripts.model_options import add_model_options, load_model
+from scripts.model_options import add_model_options, asked_mesh, load_model
 from scripts.reading import Printer, length_shown
 
 
 def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
+    mesh = asked_mesh(arguments)
     sampling = _sampling(arguments)
     draft = _draft(arguments.draft_exit, arguments.draft_length)
     command.keep_compiled()
     source = open_source(arguments.source)
     preference = _preference(source, arguments.expert_preference)
     tokenizer = source.tokenizer()
-    model, variables, mesh = load_model(source, arguments, for_decoding=True)
+    model, variables = load_model(source, arguments, mesh, for_decoding=True)
     continue_prompt = functools.partial(
         generate,
         model,

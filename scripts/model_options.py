@@ -1,6 +1,7 @@
 """Options of verbs that read a model: its weights' format, its keys' format, its mesh."""
 
 import argparse
+import math
 
 from jax.sharding import Mesh
 
@@ -11,6 +12,9 @@ from model.transformer import Transformer, Variables
 from parallel.mesh import AXES, make_mesh
 from scripts import command
 from scripts.reading import reading
+
+MOST_DEVICES = 64
+"""Of a process: more, made of a CPU's threads, take minutes to begin with."""
 
 KV_FORMATS = ("float32", "bfloat16", "int8")
 
@@ -45,28 +49,46 @@ def description(arguments: argparse.Namespace) -> str:
     return "_".join([*kinds, *(f"{axis}{size}" for axis, size in sizes if size != 1)])
 
 
-def load_model(
-    source: Source, arguments: argparse.Namespace, *, for_decoding: bool = False
-) -> tuple[Transformer, Variables, Mesh | None]:
-    """The model in the formats and on the mesh that were asked for; None is one device.
+def asked_mesh(arguments: argparse.Namespace) -> Mesh | None:
+    """The mesh that was asked for, None for one device; to be called before JAX touches any.
 
     Raises:
-      UserError: as Source.load; fewer devices than the mesh has.
+      UserError: sizes that no mesh has, fewer devices than that, or weights that it can't split.
     """
     sizes = {axis: getattr(arguments, f"mesh.{axis}") for axis in AXES}
-    mesh = None
     for axis, size in sizes.items():
         require(size >= 1, f"--mesh.{axis} {size} must be at least 1")
-    if max(sizes.values()) > 1:
-        command.use_host_devices(sizes["data"] * sizes["expert"] * sizes["tensor"])
+    count = math.prod(sizes.values())
+    require(
+        count <= MOST_DEVICES,
+        f"the mesh has {count:,} devices, at most {MOST_DEVICES} are used by one process: make it "
+        "smaller",
+    )
+    mesh = None
+    if count > 1:
+        command.use_host_devices(count)
         mesh = make_mesh(**sizes)
-    weights = check_format(arguments.weights, mesh)
+    check_format(arguments.weights, mesh)
+    return mesh
+
+
+def load_model(
+    source: Source,
+    arguments: argparse.Namespace,
+    mesh: Mesh | None,
+    *,
+    for_decoding: bool = False,
+) -> tuple[Transformer, Variables]:
+    """The model in the formats that were asked for, on this mesh.
+
+    Raises:
+      UserError: as Source.load.
+    """
     with reading(source) as progress:
-        model, variables = source.load(
+        return source.load(
             mesh=mesh,
             dtype=arguments.dtype,
-            weights=weights,
+            weights=check_format(arguments.weights, mesh),
             progress=progress,
             for_decoding=for_decoding,
         )
-    return model, variables, mesh

@@ -16,7 +16,7 @@ from formats.small_files import read_record
 from infer.logits import full_logits
 from infer.sources import open_source
 from scripts import command
-from scripts.model_options import add_model_options, load_model
+from scripts.model_options import add_model_options, asked_mesh, load_model
 
 
 def main(argv: list[str]) -> None:
@@ -26,9 +26,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--logits", type=Path, required=True, help=".npy file to write")
     add_model_options(parser, has_state=False)
     arguments = parser.parse_args(argv)
+    mesh = asked_mesh(arguments)
     tokens = read_tokens(arguments.tokens_file)
     source = open_source(arguments.source)
-    model, variables, mesh = load_model(source, arguments)
+    model, variables = load_model(source, arguments, mesh)
     logits_LV = full_logits(model, variables, tokens, mesh=mesh)
     write_logits(arguments.logits, logits_LV)
     print(f"{arguments.logits}: float32 {list(logits_LV.shape)}")
