@@ -230,7 +230,7 @@ def collect_indexer_losses(sown: dict[str, Any]) -> dict[str, jax.Array] | None:
     layers; None without any (model/attention/indexer.py: imitation_loss)."""
     found = {
         jax.tree_util.keystr(path): loss.mean()
-        for path, loss in jax.tree.leaves_with_path(sown["router"])
+        for path, loss in jax.tree.leaves_with_path(sown.get("router", {}))
         if path[-1] == jax.tree_util.DictKey("indexer_loss")
     }
     return found or None
