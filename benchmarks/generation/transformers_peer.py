@@ -9,8 +9,12 @@ import sys
 import time
 from typing import Any
 
-from work import SKIPPED, measures, read_work  # pyright: ignore[reportMissingImports]
-from worker import serve  # pyright: ignore[reportMissingImports]  (this file's neighbours)
+try:
+    from benchmarks.generation.work import SKIPPED, measures, read_work
+    from benchmarks.generation.worker import serve
+except ImportError:  # run by another Python, as a file of its own
+    from work import SKIPPED, measures, read_work  # pyright: ignore[reportMissingImports]
+    from worker import serve  # pyright: ignore[reportMissingImports]
 
 
 def main(folder: str, threads: str, work_text: str) -> None:

@@ -121,7 +121,11 @@ def test_a_token_that_is_not_chosen_leaves_no_trace():
     _, sown = jax.jit(lambda v: hidden_and_router(model, v, tokens, positions))(VARIABLES)
     fraction = sown["router"]["periods"]["layer_1"]["depth"].chosen_fraction[0]
     assert 0.2 < fraction < 0.8
-    whole = init_state(TRAINED, 1, LENGTH, "float32").periods[1].attention.positions_RS.shape[-1]
+    whole = (
+        init_state(TRAINED, 1, LENGTH, "float32", spare=1)
+        .periods[1]
+        .attention.positions_RS.shape[-1]
+    )
     kept = np.asarray(cache.periods[1].attention.positions_RS[0])
     assert (kept >= 0).sum() < min(whole, LENGTH)
     one, two = (
