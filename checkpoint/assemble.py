@@ -30,6 +30,9 @@ ALIGNMENT = 64
 Progress = Callable[[int], None]
 """Called with the number of elements read since the last call."""
 
+Convert = Callable[[Any, jax.Array], Any]
+"""See `load`."""
+
 
 class Tensors(Protocol):
     """A checkpoint's tensors as numbers, whatever it holds them in."""
@@ -61,16 +64,19 @@ def load(
     tensors: Tensors,
     abstract_variables: Any,
     progress: Progress = lambda _: None,
+    convert: Convert = lambda _, x: x,
 ) -> Any:
     """The variables, laid out and typed as the abstract ones.
 
     Args:
       abstract_variables: ShapeDtypeStructs with shardings.
+      convert: (path, variable) to what stands in its place, called as soon as it is read: into a
+        format of few bits, so that only one variable at a time is there in floats.
     """
     by_leaf = _by_leaf(entries, abstract_variables)
 
     def load_leaf(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return _load_leaf(by_leaf[leaf_name(path)], tensors, leaf, progress)
+        return convert(path, _load_leaf(by_leaf[leaf_name(path)], tensors, leaf, progress))
 
     return jax.tree_util.tree_map_with_path(load_leaf, abstract_variables)
 

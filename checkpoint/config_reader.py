@@ -1,13 +1,12 @@
 """A public config.json, asked by name and type."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.checks import UserError
-from formats.small_files import read_small_file
+from formats.small_files import read_json_object
 
 _NEEDED: Any = object()
 
@@ -37,18 +36,11 @@ class Settings:
           UserError: no file, or no JSON object.
         """
         try:
-            values = json.loads(read_small_file(path))
+            return cls(read_json_object(path), str(path))
         except FileNotFoundError as error:
             raise UserError(
                 f"{path} is missing: a checkpoint in Hugging Face form has one"
             ) from error
-        except UserError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{path} is a JSON {type(values).__name__}, expected an object")
-        return cls(values, str(path))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Settings":
         """The same values, with others for what they leave out."""

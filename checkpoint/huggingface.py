@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,9 +12,10 @@ from checkpoint import assemble
 from checkpoint.config_reader import Settings
 from checkpoint.export_dtype import ExportDtype, choose_storage
 from checkpoint.families.base import Family
+from checkpoint.families.weight_maps import FUSED_EXPERTS, with_fused_experts
 from checkpoint.logical_tensors import LogicalTensors
 from checkpoint.public import PublicCheckpoint, find_family, read_model, write_model
-from checkpoint.weight_map import expand, flatten
+from checkpoint.weight_map import Row, expand, flatten
 from configs.architecture import ModelConfig
 from formats.safetensors.reader import open_tensors
 from formats.safetensors.writer import TensorWriter
@@ -31,7 +33,15 @@ def open_checkpoint(folder: Path) -> PublicCheckpoint:
     quantization = settings.part("quantization_config")
     tensors = LogicalTensors(open_tensors(folder), quantization and quantization.values)
     config = read_model(family, settings, tensors)
-    return PublicCheckpoint(folder, family, settings, config, family.rows, tensors)
+    return PublicCheckpoint(folder, family, settings, config, _rows(family, tensors), tensors)
+
+
+def _rows(family: Family, tensors: LogicalTensors) -> Sequence[Row]:
+    """The family's table for the names that the files have: experts one by one, or fused."""
+    fused = re.escape(FUSED_EXPERTS).replace(r"\*", r"\d+")
+    if family.fuses_experts and any(re.fullmatch(fused, name) for name in tensors.shapes):
+        return with_fused_experts(family.rows)
+    return family.rows
 
 
 def export(

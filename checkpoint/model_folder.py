@@ -13,7 +13,8 @@ from orbax.checkpoint import v1 as ocp
 from checkpoint.orbax_store import STATE, restore_variables
 from configs.architecture import ModelConfig
 from configs.checks import UserError
-from configs.serialization import from_json, to_json
+from configs.serialization import to_json
+from formats.small_files import read_record
 
 CONFIG = "model.json"
 VARIABLES = "checkpoints/0"
@@ -28,8 +29,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
       UserError: the file is damaged.
     """
-    path = folder / CONFIG
-    return from_json(ModelConfig, path.read_text(), where=str(path))
+    return read_record(ModelConfig, folder / CONFIG, "convert the model again")
 
 
 def write_model_folder(folder: Path, config: ModelConfig, variables: Any) -> None:

@@ -8,6 +8,7 @@ is still the same. Runs made before this was kept have none, and are read withou
 import dataclasses
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from configs.checks import require
 from configs.serialization import from_json, to_json
 from data.pipeline import CorpusFingerprints
 from formats.atomic_folder import replace_text
+from formats.small_files import read_record
 
 FILE = "provenance.json"
 KEY, TOKENIZER_KEY = "provenance", "tokenizer"
@@ -95,7 +97,13 @@ def read_provenance(run_dir: Path) -> Provenance | None:
         f"{run_dir / FILE} is of another run than the newest checkpoint beside it "
         f"({'; '.join(changed)}): put back the one that was there, or move the file away",
     )
-    return in_checkpoint
+    return with_fingerprints_of(in_folder.corpus, in_checkpoint)
+
+
+def with_fingerprints_of(corpus: CorpusFingerprints, known: Provenance) -> Provenance:
+    """The provenance with these fingerprints where an earlier version kept none."""
+    kept = {name: x for name, x in dataclasses.asdict(known.corpus).items() if x is not None}
+    return dataclasses.replace(known, corpus=dataclasses.replace(corpus, **kept))
 
 
 def checkpoint_tokenizer(checkpoints: Path) -> str | None:
@@ -109,11 +117,12 @@ def write_provenance(run_dir: Path, provenance: Provenance) -> None:
     replace_text(run_dir / FILE, to_json(provenance))
 
 
-def resume_provenance(run_dir: Path, stated: Provenance) -> Provenance | None:
+def resume_provenance(run_dir: Path, stated: Provenance, corpus_dir: Path) -> Provenance | None:
     """Provenance of a run that goes on; None of one that was made before this was kept.
 
     Args:
       stated: what it is about to go on with; its initial weights count where it says some.
+      corpus_dir: where its corpus lies.
     Raises:
       UserError: the two differ.
     """
@@ -123,12 +132,28 @@ def resume_provenance(run_dir: Path, stated: Provenance) -> Provenance | None:
     initial = stated.initial or known.initial
     stated = dataclasses.replace(stated, initial=initial, teacher=known.teacher)
     changed = provenance_differences(known, stated)
+    is_corpus = bool(changed) and changed == _corpus_differences(known, stated)
+    advice = (
+        _corpus_advice(run_dir, corpus_dir)
+        if is_corpus
+        else "give what it was started with, or choose another --run-dir"
+    )
     require(
         not changed,
-        f"{run_dir} holds a run that was made from something else ({'; '.join(changed)}): give "
-        "what it was started with, or choose another --run-dir",
+        f"{run_dir} holds a run that was made from something else ({'; '.join(changed)}): {advice}",
     )
     return known
+
+
+def _corpus_advice(run_dir: Path, corpus_dir: Path) -> str:
+    """What to do about a corpus that was made anew from other text, or by another version."""
+    source, folder = shlex.quote(str(run_dir)), shlex.quote(f"{corpus_dir}_2")
+    return (
+        f"put back the folder {corpus_dir} that it was trained on, for one made anew differs where "
+        "its text has changed, or where a version of this program collects other files; or begin a "
+        "new run with these weights and the text as it is now (--init.source "
+        f"{source} --data.tokenizer {source} --data.directory {folder} --run-dir NEW)"
+    )
 
 
 def confirm_teacher(run_dir: Path, teacher: ModelOrigin) -> None:
@@ -157,17 +182,24 @@ def provenance_differences(before: Provenance, after: Provenance) -> list[str]:
     lines = []
     if before.objective != after.objective:
         lines.append(f"objective was {_verb(before)}, now {_verb(after)}")
-    for field in dataclasses.fields(CorpusFingerprints):
-        old, new = (getattr(x.corpus, field.name) for x in (before, after))
-        if old != new:
-            name = field.name.replace("_", " ")
-            lines.append(f"{name} had the SHA-256 {old[:8]}..., now {new[:8]}...")
+    lines += _corpus_differences(before, after)
     for name, old, new in (
         ("initial weights", before.initial, after.initial),
         ("teacher", before.teacher, after.teacher),
     ):
         if _identity(old) != _identity(new):
             lines.append(f"{name}: was {old or 'none'}, now {new or 'none'}")
+    return lines
+
+
+def _corpus_differences(before: Provenance, after: Provenance) -> list[str]:
+    """Sentences on the files whose fingerprints both have, and differ."""
+    lines = []
+    for field in dataclasses.fields(CorpusFingerprints):
+        old, new = (getattr(x.corpus, field.name) for x in (before, after))
+        if None not in (old, new) and old != new:
+            name = field.name.replace("_", " ")
+            lines.append(f"{name} had the SHA-256 {old[:8]}..., now {new[:8]}...")
     return lines
 
 
@@ -182,7 +214,8 @@ def _identity(model: ModelOrigin | None) -> tuple[Any, ...] | None:
 def _read_file(path: Path) -> Provenance | None:
     if not path.exists():
         return None
-    return from_json(Provenance, path.read_text(), where=str(path))
+    mend = "remove it where a checkpoint lies beside it, which holds the same, or start a new run"
+    return read_record(Provenance, path, mend)
 
 
 def _read_checkpoint(checkpoints: Path) -> Provenance | None:

@@ -31,16 +31,22 @@ class PublicCheckpoint:
     rows: Sequence[Row]
     tensors: assemble.Tensors
 
-    def load(self, abstract_variables: Any, progress: assemble.Progress = lambda _: None) -> Any:
+    def load(
+        self,
+        abstract_variables: Any,
+        progress: assemble.Progress = lambda _: None,
+        convert: assemble.Convert = lambda _, x: x,
+    ) -> Any:
         """The variables of `config`'s model, each tensor read once for each shard it lies in.
 
         Args:
           abstract_variables: of that model: ShapeDtypeStructs with shardings.
+          convert: see assemble.load.
         Raises:
           UserError: a tensor is missing, unknown, of another shape, truncated or not finite.
         """
         entries = self._checked_entries(abstract_variables)
-        return assemble.load(entries, self.tensors, abstract_variables, progress)
+        return assemble.load(entries, self.tensors, abstract_variables, progress, convert)
 
     def unread(self, abstract_variables: Any) -> Any:
         """As `load`, with an `assemble.LazyParameter` for each array: what is damaged is told

@@ -18,7 +18,7 @@ from checkpoint.provenance import checkpoint_tokenizer, read_provenance
 from configs.base import RunConfig
 from configs.checks import UserError, require
 from data.packing import TokenFile
-from data.pipeline import Corpus, open_corpus
+from data.pipeline import Corpus, CorpusFingerprints, open_corpus
 from data.tokenizers.tokenizer import fingerprint, load_tokenizer, num_ids, parse_tokenizer
 
 TOKEN_COUNTS = "token_counts.npy"
@@ -36,22 +36,23 @@ class RunCorpus:
     """Occurrences of each token in the training text, int64."""
 
 
-def keep_corpus(corpus: Corpus, run_dir: Path, *, is_new: bool) -> None:
-    """Copies into the run's folder what it keeps.
+def keep_corpus(corpus: Corpus, run_dir: Path, known: CorpusFingerprints | None) -> str:
+    """Copies into the run's folder what it keeps; returns the fingerprint of the token counts.
 
     Args:
-      is_new: whether files that are there may be of another corpus; the others stay.
+      known: of a run that goes on with this corpus; what the folder has by then stays.
     """
-    counts = run_dir / TOKEN_COUNTS
     for source in (corpus.tokenizer_path, *_held_out_files(corpus.directory)):
         target = run_dir / source.name
         if not target.exists() or fingerprint(target) != fingerprint(source):
             shutil.copyfile(source, _unfinished(target))
             os.replace(_unfinished(target), target)
-    if is_new or not counts.exists():
+    counts, before = run_dir / TOKEN_COUNTS, known.token_counts if known else None
+    if before is None or not counts.exists() or fingerprint(counts) != before:
         with _unfinished(counts).open("wb") as file:
             np.save(file, count_tokens(corpus.training(), num_ids(corpus.tokenizer())))
         os.replace(_unfinished(counts), counts)
+    return fingerprint(counts)
 
 
 def count_tokens(file: TokenFile, vocab_size: int) -> np.ndarray:
@@ -94,12 +95,39 @@ def open_run_corpus(run: RunConfig, run_dir: Path) -> RunCorpus:
         tokenizer = corpus.tokenizer()
         counts_V = count_tokens(corpus.training(), num_ids(tokenizer))
         return RunCorpus(tokenizer, corpus.held_out(), counts_V)
-    tokenizer = read_run_tokenizer(run, run_dir)
+    tokenizer, known = read_run_tokenizer(run, run_dir), provenance.corpus
     held_out = TokenFile(run_dir / "held_out.bin", advice=AGAIN)
-    _check(held_out.path, provenance.corpus.held_out_tokens)
-    counts = run_dir / TOKEN_COUNTS
-    require(counts.exists(), f"{counts} is missing: {AGAIN}")
-    return RunCorpus(tokenizer, held_out, np.load(counts))
+    _check(held_out.path, known.held_out_tokens)
+    sidecar = held_out.path.with_suffix(".json")
+    _check(sidecar, known.held_out_documents)
+    require(
+        held_out.sidecar.tokenizer_sha256 == known.tokenizer,
+        f"{sidecar} is of text in another tokenizer's tokens than the run's: remove it, and "
+        f"{AGAIN}",
+    )
+    counts_V = _read_counts(run_dir / TOKEN_COUNTS, known.token_counts, num_ids(tokenizer))
+    return RunCorpus(tokenizer, held_out, counts_V)
+
+
+def _read_counts(path: Path, known: str | None, vocab_size: int) -> np.ndarray:
+    """Token counts, int64 [V].
+
+    Raises:
+      UserError: they are missing, damaged, or another run's.
+    """
+    require(path.is_file(), f"{path} is missing: {AGAIN}")
+    _check(path, known)
+    try:
+        counts_V = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and {AGAIN}") from error
+    is_counts = isinstance(counts_V, np.ndarray) and counts_V.dtype == np.int64
+    require(
+        is_counts and counts_V.shape == (vocab_size,),
+        f"{path} does not hold a count for each of the {vocab_size} tokens of the run's tokenizer: "
+        f"remove it, and {AGAIN}",
+    )
+    return counts_V
 
 
 def _held_out_files(directory: Path) -> tuple[Path, Path]:
@@ -110,7 +138,11 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.unfinished")
 
 
-def _check(path: Path, known: str) -> None:
+def _check(path: Path, known: str | None) -> None:
+    """Compares a kept file with its fingerprint, where one is known."""
+    if known is None:
+        return
+    require(path.is_file(), f"{path} is no plain file: remove it, and {AGAIN}")
     found = fingerprint(path)
     require(
         found == known,

@@ -9,17 +9,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoint.orbax_store import latest_step
-from checkpoint.provenance import Provenance, resume_provenance, write_provenance
+from checkpoint.provenance import (
+    Provenance,
+    resume_provenance,
+    with_fingerprints_of,
+    write_provenance,
+)
 from checkpoint.run_corpus import keep_corpus
 from configs.base import RunConfig
 from configs.checks import UserError, require
-from configs.serialization import differences, from_json, to_json
+from configs.serialization import differences, to_json
 from data.locks import refuse_second
 from data.pipeline import Corpus
 from formats.atomic_folder import replace_text
+from formats.small_files import read_record
 
 LOCK = ".lock"
-MAY_CHANGE = ("steps", "mesh.", "execution.", "checkpoint.", "alarms.")
+MAY_CHANGE = (
+    "steps",
+    "mesh.",
+    "execution.",
+    "checkpoint.",
+    "alarms.",
+    "metrics.",
+    "validation.",
+)
 """Settings that may differ when a run goes on; anything else would make it another experiment."""
 
 
@@ -63,12 +77,14 @@ def open_run_dir(run: RunConfig, run_dir: Path, stated: Provenance, corpus: Corp
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_text(run_dir / "config.json", to_json(run))
-        if known is None:
-            write_provenance(run_dir, stated)
-        keep_corpus(corpus, run_dir, is_new=known is None)
+        counts = keep_corpus(corpus, run_dir, known.corpus if known else None)
+        now = dataclasses.replace(stated.corpus, token_counts=counts)
+        made_from = with_fingerprints_of(now, known or stated)
+        if made_from != known:
+            write_provenance(run_dir, made_from)
     except OSError as error:
         raise UserError(f"{run_dir} can't be written: {error.strerror}") from error
-    return known or stated
+    return made_from
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -86,7 +102,7 @@ def _check_same(run: RunConfig, run_dir: Path, stated: Provenance) -> Provenance
             f"{run_dir} holds a run with another config ({'; '.join(changed)}): choose another "
             "--run-dir, or give the settings it was started with",
         )
-    known = resume_provenance(run_dir, stated)
+    known = resume_provenance(run_dir, stated, Path(run.data.directory))
     if known is None:
         print(
             f"note: {run_dir} was made before runs kept fingerprints: whether it goes on with the "
@@ -116,4 +132,4 @@ def read_run(run_dir: Path) -> RunConfig:
     if not path.exists():
         advice = runs_inside(run_dir) or "it has no config.json"
         raise UserError(f"{run_dir} is no run directory: {advice}")
-    return from_json(RunConfig, path.read_text(), where=str(path))
+    return read_record(RunConfig, path, "restore it or start a new run")

@@ -156,9 +156,12 @@ class IndexerConfig:
     """Width of their queries and of the one key they share, C_I."""
     top_k: int
     """Keys that a query sees."""
+    loss_weight: float = 1.0
+    """Of the loss from which it alone learns: the divergence of its scores from the attention's
+    weights over the keys that it chose."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_heads", "head_dim", "top_k")
+        require_positive(self, "num_heads", "head_dim", "top_k", "loss_weight")
 
     def num_parameters(self, d_model: int, query_rank: int) -> int:
         """Weights of queries, the key and its norm, and how much each head counts."""

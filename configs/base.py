@@ -21,6 +21,7 @@ from configs.checks import (
     require_seed,
 )
 from configs.feed_forward import MoEConfig
+from configs.monitoring import MetricsConfig, ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +277,8 @@ class RunConfig:
     execution: ExecutionConfig = ExecutionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     alarms: AlarmConfig = AlarmConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    validation: ValidationConfig = ValidationConfig()
     distill: DistillConfig | None = None
     """Set for a student: how it learns from its teacher."""
 
@@ -334,12 +337,6 @@ class RunConfig:
 
     def _check_layers(self) -> None:
         for spec in self.model.layer_kinds:
-            require(
-                getattr(spec.attention, "indexer", None) is None,
-                "a model with attention.indexer can be scored and generates, but not trained: its "
-                "choice of keys has no gradient and learns from a loss of its own, which is not "
-                "there; leave the indexer out to train",
-            )
             require(
                 spec.depth is None or spec.depth.selection == "top_capacity",
                 "depth.selection='threshold' is for scoring and generating, which choose it by "

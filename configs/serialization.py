@@ -51,14 +51,14 @@ def from_json(cls: type[C], text: str, *, where: str) -> C:
     """
     try:
         tree = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(
             f"{where} is not valid JSON ({error}): restore it or start a new run"
         ) from error
-    return _build(cls, tree, where)
+    return from_tree(cls, tree, where)
 
 
-def _build(annotation: Any, value: Any, where: str) -> Any:
+def from_tree(annotation: Any, value: Any, where: str) -> Any:
     """The value as the annotated type: dataclasses, tuples, unions and plain values."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if dataclasses.is_dataclass(annotation):
@@ -66,21 +66,40 @@ def _build(annotation: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         require(value in arguments, f"{where} is {value!r}, expected one of {arguments}")
         return value
-    if origin is tuple:
-        require(isinstance(value, list), f"{where} is {value!r}, expected a list")
-        return tuple(_build(arguments[0], item, f"{where}.{i}") for i, item in enumerate(value))
+    if annotation is Any:
+        return value
+    if origin in (tuple, list):
+        require(isinstance(value, list), f"{where} is {_shown(value)}, expected a list")
+        return origin(_build_items(arguments[0], value, where))
+    if origin is dict:
+        require(isinstance(value, dict), f"{where} is {_shown(value)}, expected an object")
+        return {
+            name: from_tree(arguments[1], item, f"{where}.{name}") for name, item in value.items()
+        }
     if origin in (types.UnionType, typing.Union):
         return _build_union(arguments, value, where)
     number = annotation is float and isinstance(value, int) and not isinstance(value, bool)
     right_type = number or type(value) is annotation
     require(
-        right_type, f"{where} is {value!r}, expected {getattr(annotation, '__name__', annotation)}"
+        right_type,
+        f"{where} is {_shown(value)}, expected {getattr(annotation, '__name__', annotation)}",
     )
     require(
         not isinstance(value, float) or math.isfinite(value),
         f"{where} is {value}, expected a number",
     )
     return annotation(value)
+
+
+def _build_items(annotation: Any, values: list[Any], where: str) -> list[Any]:
+    if annotation in (int, str) and all(type(value) is annotation for value in values):
+        return values  # at once: a corpus has millions of documents
+    return [from_tree(annotation, item, f"{where}.{i}") for i, item in enumerate(values)]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
 
 
 def _build_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -90,14 +109,16 @@ def _build_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     if len(choices) > 1:
         kinds = {choice.__dataclass_fields__["kind"].default: choice for choice in choices}
         kind = value.get("kind") if isinstance(value, dict) else None
-        require(kind in kinds, f"{where}.kind is {kind!r}, expected one of {tuple(kinds)}")
-        return _build(kinds[kind], value, where)
-    return _build(choices[0], value, where)
+        is_known = isinstance(kind, str) and kind in kinds
+        require(is_known, f"{where}.kind is {kind!r}, expected one of {tuple(kinds)}")
+        return from_tree(kinds[kind], value, where)
+    return from_tree(choices[0], value, where)
 
 
 def _build_dataclass(cls: type, value: Any, where: str) -> Any:
     require(
-        isinstance(value, dict), f"{where} is {value!r}, expected the settings of {cls.__name__}"
+        isinstance(value, dict),
+        f"{where} is {_shown(value)}, expected the settings of {cls.__name__}",
     )
     value = _with_new_names(cls, value, where)
     hints = typing.get_type_hints(cls)
@@ -115,7 +136,7 @@ def _build_dataclass(cls: type, value: Any, where: str) -> Any:
     )
     require(not missing, f"{where} lacks the settings {missing} of {cls.__name__}")
     return cls(
-        **{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()}
+        **{name: from_tree(hints[name], item, f"{where}.{name}") for name, item in value.items()}
     )
 
 

@@ -6,6 +6,7 @@ without regard to documents, so none of a row is wasted; positions restart at ev
 is what keeps documents apart in the model (model/transformer.py).
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,11 +16,13 @@ from typing import Any, SupportsIndex
 import numpy as np
 from tokenizers import Tokenizer
 
-from configs.checks import UserError
+from configs.checks import UserError, require
 from data.corpora import Document
 from data.tokenizers.tokenizer import END_OF_TEXT_ID, end_of_text_id
+from formats.small_files import UNLIMITED, read_record
 
 FORMAT = 1
+DTYPES = ("uint16", "uint32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,30 @@ def write_tokens(
     return sidecar
 
 
+def _read_sidecar(path: Path, mend: str) -> Sidecar:
+    """
+    Raises:
+      FileNotFoundError: there is none.
+      UserError: it is damaged, or contradicts itself.
+    """
+    sidecar = read_record(Sidecar, path, mend, UNLIMITED)
+    require(
+        sidecar.format == FORMAT,
+        f"{path} has format {sidecar.format}, this program reads {FORMAT}: {mend}",
+    )
+    require(
+        sidecar.dtype in DTYPES,
+        f"{path} has dtype {sidecar.dtype!r}, expected one of {', '.join(DTYPES)}: {mend}",
+    )
+    lengths = {len(x) for x in (sidecar.names, sidecar.starts, sidecar.byte_counts)}
+    ends = [-1, *sidecar.starts, sidecar.num_tokens]
+    require(
+        len(lengths) == 1 and all(a < b for a, b in itertools.pairwise(ends)),
+        f"{path} lists documents that don't lie one after the other: {mend}",
+    )
+    return sidecar
+
+
 class TokenFile:
     """A memory-mapped token file; opened lazily, so it can be sent to other processes."""
 
@@ -82,18 +109,10 @@ class TokenFile:
         """
         mend = advice or f"delete the folder {path.parent}, it will be made again"
         try:
-            self.sidecar = Sidecar(**json.loads(path.with_suffix(".json").read_text()))
+            self.sidecar = _read_sidecar(path.with_suffix(".json"), mend)
             num_bytes = path.stat().st_size
         except FileNotFoundError as error:
             raise UserError(f"{error.filename} is missing: {mend}") from error
-        except (json.JSONDecodeError, TypeError) as error:
-            raise UserError(
-                f"{path.with_suffix('.json')} is no token sidecar ({error}): {mend}"
-            ) from error
-        if self.sidecar.format != FORMAT:
-            raise UserError(
-                f"{path} has format {self.sidecar.format}, this program reads {FORMAT}: {mend}"
-            )
         self.path, self.dtype = path, np.dtype(self.sidecar.dtype)
         if num_bytes != self.sidecar.num_tokens * self.dtype.itemsize:
             raise UserError(

@@ -22,8 +22,11 @@ from data.tokenizers.tokenizer import (
     train_tokenizer,
 )
 from data.tokenizers.tokenizer_sources import load_public_tokenizer
+from formats.small_files import read_record
 
 Batch = dict[str, np.ndarray]
+
+SETTINGS = "corpus.json"
 
 MAX_EPOCHS = 1_000_000  # an endless repeat overflows the length of Grain's prefetch
 
@@ -35,6 +38,26 @@ class CorpusFingerprints:
     tokenizer: str
     training_tokens: str
     held_out_tokens: str
+    held_out_documents: str | None = None
+    """Of their sidecar, which says where documents begin and of how many bytes they are; None in
+    runs made before it was kept, and then not compared."""
+    token_counts: str | None = None
+    """Of what the run keeps of the training text (checkpoint/run_corpus.py); None likewise, and of
+    a corpus, which has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSettings:
+    """What a corpus was made with and of, as its corpus.json has it."""
+
+    source: str
+    suffix: str
+    holdout_fraction: float
+    vocab_size: int
+    tokenizer: str | None = None
+    tokenizer_sha256: str | None = None
+    left_out: list[list[str]] | None = None
+    """Pairs of a file and why it could not be read; None in a corpus of before that was noted."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +80,8 @@ class Corpus:
         """Files of the source that could not be read when the corpus was made; None in a corpus of
         before that was noted.
         """
-        found = json.loads((self.directory / "corpus.json").read_text()).get("left_out")
-        return None if found is None else [LeftOut(*pair) for pair in found]
+        left_out = _read_settings(self.directory).left_out
+        return None if left_out is None else [LeftOut(*pair) for pair in left_out]
 
     def tokenizer(self):
         return load_tokenizer(self.tokenizer_path)
@@ -74,6 +97,7 @@ class Corpus:
             tokenizer=fingerprint(self.tokenizer_path),
             training_tokens=fingerprint(self.training().path),
             held_out_tokens=fingerprint(self.held_out().path),
+            held_out_documents=fingerprint(self.held_out().path.with_suffix(".json")),
         )
 
 
@@ -134,25 +158,33 @@ def _build_beside(directory: Path, settings: dict[str, Any]) -> None:
 
 
 def _check_settings(directory: Path, settings: dict[str, object]) -> None:
-    try:
-        found = json.loads((directory / "corpus.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{directory} is there but holds no corpus ({error}): delete it or set --data.directory"
-        ) from error
+    found = _read_settings(directory)
     for name, wanted in settings.items():
-        if _plain(name, found.get(name)) != wanted:
+        made_with = getattr(found, name)
+        if _plain(name, made_with) != wanted:
             raise UserError(
-                f"the corpus in {directory} was made with {name}={found.get(name)!r}, this run "
-                "asks for "
+                f"the corpus in {directory} was made with {name}={made_with!r}, this run asks for "
                 f"{wanted!r}: set --data.directory to another folder"
             )
     path = Corpus(directory).tokenizer_path
-    if path.exists() and found.get("tokenizer_sha256") not in (None, fingerprint(path)):
+    if path.exists() and found.tokenizer_sha256 not in (None, fingerprint(path)):
         raise UserError(
             f"{path} is not the tokenizer that the token files beside it were made with: delete "
             f"the folder {directory}, it will be made again"
         )
+
+
+def _read_settings(directory: Path) -> CorpusSettings:
+    mend = f"delete {directory}, it will be made again, or set --data.directory"
+    try:
+        found = read_record(CorpusSettings, directory / SETTINGS, mend)
+    except FileNotFoundError as error:
+        raise UserError(f"{directory} is there but holds no corpus ({error}): {mend}") from error
+    require(
+        all(len(pair) == 2 for pair in found.left_out or ()),
+        f"{directory / SETTINGS} has a left_out that is no list of files and reasons: {mend}",
+    )
+    return found
 
 
 def _plain(name: str, value: object) -> object:
@@ -179,7 +211,7 @@ def _build(directory: Path, settings: dict[str, Any]) -> None:
     tokenizer, sha256 = corpus.tokenizer(), fingerprint(corpus.tokenizer_path)
     write_tokens(directory / "train.bin", training, tokenizer, sha256)
     write_tokens(directory / "held_out.bin", held_out, tokenizer, sha256)
-    (directory / "corpus.json").write_text(
+    (directory / SETTINGS).write_text(
         json.dumps(settings | {"tokenizer_sha256": sha256, "left_out": left_out})
     )
 

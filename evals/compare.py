@@ -1,7 +1,7 @@
 """A teacher and its student side by side: summary.json, pictures and one page."""
 
+import dataclasses
 import html
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,21 @@ from checkpoint.run_directory import read_run
 from configs.checks import UserError
 from configs.serialization import finite_json
 from data.tokenizers.tokenizer import end_of_text_id
-from evals.held_out import FILE
 from evals.run import TASKS, Progress, evaluate
 from evals.tasks.base import Result, Skipped
 from infer.generate import generate
 from infer.load import load_model
 from infer.sampling import Sampling
 from train.metrics import read_lines
-from train.report import draw_bars, draw_held_out, draw_load, table, write_page
+from train.report import (
+    COLUMNS,
+    OPTIONAL,
+    draw_bars,
+    draw_load,
+    draw_validation,
+    table,
+    write_page,
+)
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9)
 """Of the completions: greedy decoding of a model this small repeats itself."""
@@ -97,6 +104,8 @@ def summarize(
         summary[f"{name}_line_standard_error"] = contender.results[lines].standard_error
         summary[f"{name}_parameters"] = model.num_parameters
         summary[f"{name}_active_parameters"] = model.num_active_parameters
+        weights = contender.results[bits].weights
+        summary[f"{name}_weights"] = weights and dataclasses.asdict(weights)
     return summary | {"seconds": seconds, "peak_rss_mb": peak_rss_mb}
 
 
@@ -122,7 +131,11 @@ def write_comparison(
     bit_errors = {name: c.results["stdlib_bpb"].standard_error for name, c in names.items()}
     lines = {name: c.results["line_completion"].value for name, c in names.items()}
     line_errors = {name: c.results["line_completion"].standard_error for name, c in names.items()}
-    load = draw_load(read_lines(teacher.run_dir / "metrics.jsonl"))
+    logs = {
+        name: read_lines(c.run_dir / "metrics.jsonl", COLUMNS, OPTIONAL)
+        for name, c in names.items()
+    }
+    drawn = (draw_validation(logs), draw_load(logs["teacher"]))
     pictures = [
         draw_bars(
             "bits_per_byte",
@@ -138,12 +151,9 @@ def write_comparison(
             line_errors,
             "share of lines",
         ),
-        draw_held_out({name: read_lines(c.run_dir / FILE) for name, c in names.items()}),
-        *([load] if load else []),
+        *(picture for picture in drawn if picture is not None),
     ]
-    settings = {
-        name: json.loads((c.run_dir / "config.json").read_text()) for name, c in names.items()
-    }
+    settings = {name: dataclasses.asdict(read_run(c.run_dir)) for name, c in names.items()}
     sections = [_metrics(summary), *(_completion(p, text) for p, text in completions.items())]
     title = "Moesaic: a mixture of experts trained on this Python's library, and its student"
     return write_page(directory, title, sections, pictures, settings)

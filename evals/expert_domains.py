@@ -12,13 +12,15 @@ deviation of a token's scores, added to the choice of its experts; gates don't s
 D domains, P periods, E experts.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +29,12 @@ import numpy as np
 from checkpoint.run_corpus import open_run_corpus
 from checkpoint.run_directory import read_run
 from configs.architecture import ModelConfig
+from configs.base import RunConfig
 from configs.checks import UserError, require
 from data.packing import TokenFile, document_positions
-from infer.load import load_model
+from formats.atomic_folder import replace_text
+from formats.small_files import read_record
+from infer.run_weights import RunWeights, load_with_identity, newer_weights
 from model.moe_layers import MoELayer, moe_layers
 from model.transformer import Preference, Transformer, Variables, hidden_and_router
 
@@ -54,22 +59,40 @@ STDLIB_DOMAINS: Domains = {
 """For the built-in corpus, the standard library: by package."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerLabels:
+    """Labels of one layer's experts."""
+
+    layer: str
+    period: int
+    experts: dict[str, list[int]]
+    """By domain."""
+    npmi: list[list[float]]
+    """[D, E]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLabels:
+    """What expert_domains.json holds."""
+
+    domains: list[str]
+    threshold: float
+    layers: list[LayerLabels]
+    weights: RunWeights | None = None
+    """Those that were labelled; None in older files."""
+
+
 def read_domains(path: Path) -> Domains:
     """Domains from a JSON file: {"domain": ["beginning of a name", ...], ...}.
 
     Raises:
       UserError: not such a file.
     """
+    advice = 'write it like {"domain": ["beginning of a name", ...], ...}'
     try:
-        tree = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
-    is_mapping = isinstance(tree, dict) and all(
-        isinstance(value, list) and all(isinstance(x, str) for x in value)
-        for value in tree.values()
-    )
-    require(is_mapping, f'{path} must be like {{"domain": ["beginning of a name", ...], ...}}')
-    return tree
+        return read_record(dict[str, list[str]], path, advice)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {advice}") from error
 
 
 def sort_documents(names: Sequence[str], domains: Domains) -> dict[str, list[int]]:
@@ -126,7 +149,7 @@ def label_experts(
     require(bool(layers), f"{run_dir} has no MoE layer: there are no experts to label")
     held_out = open_run_corpus(run, run_dir).held_out
     places = sort_documents(held_out.sidecar.names, domains)
-    model, variables = load_model(run, run_dir)
+    model, variables, weights = load_with_identity(run, run_dir)
     counts = [
         _count(model, variables, held_out, places[domain], run.data.seq_len) for domain in domains
     ]
@@ -140,10 +163,12 @@ def label_experts(
             }
             matrices[f"{name} of period {period}"] = npmi_DE
             labelled.append(
-                {"layer": name, "period": period, "experts": experts, "npmi": npmi_DE.tolist()}
+                LayerLabels(layer=name, period=period, experts=experts, npmi=npmi_DE.tolist())
             )
-    tree = {"domains": list(domains), "threshold": threshold, "layers": labelled}
-    (run_dir / FILE).write_text(json.dumps(tree) + "\n")
+    labels = ExpertLabels(
+        domains=list(domains), threshold=threshold, layers=labelled, weights=weights
+    )
+    replace_text(run_dir / FILE, json.dumps(dataclasses.asdict(labels)) + "\n")
     return matrices
 
 
@@ -193,37 +218,80 @@ def read_preference(run_dir: Path, wanted: str) -> Preference:
       UserError: the experts have no labels yet, an unknown domain, a beta that is no number, or
         labels of another model.
     """
-    path = run_dir / FILE
-    require(
-        path.exists(),
-        f"{run_dir} has no labelled experts: python -m scripts.label_experts "
-        f"{shlex.quote(str(run_dir))} labels them",
-    )
-    tree = json.loads(path.read_text())
+    labels = read_labels(run_dir)
     domain, _, text = wanted.partition(":")
     require(
-        domain in tree["domains"],
-        f"unknown domain {domain!r}: {path} knows {', '.join(tree['domains'])}",
+        domain in labels.domains,
+        f"unknown domain {domain!r}: {run_dir / FILE} knows {', '.join(labels.domains)}",
     )
     try:
         beta = float(text) if text else DEFAULT_BETA
     except ValueError as error:
         raise UserError(f"beta={text!r} of --expert-preference is no number") from error
     require(math.isfinite(beta), f"beta={text!r} of --expert-preference must be a finite number")
-    return _preference(read_run(run_dir).model, tree, domain, beta, path)
+    return _preference(read_run(run_dir), labels, domain, beta, run_dir)
+
+
+def read_labels(run_dir: Path) -> ExpertLabels:
+    """
+    Raises:
+      UserError: the experts have no labels yet, or the file is damaged.
+    """
+    path = run_dir / FILE
+    require(path.exists(), f"{run_dir} has no labelled experts: {_again(run_dir)} labels them")
+    return read_record(ExpertLabels, path, f"{_again(run_dir)} makes it again")
+
+
+def _again(run_dir: Path) -> str:
+    return f"python -m scripts.label_experts {shlex.quote(str(run_dir))}"
 
 
 def _preference(
-    config: ModelConfig, tree: dict[str, Any], domain: str, beta: float, path: Path
+    run: RunConfig, labels: ExpertLabels, domain: str, beta: float, run_dir: Path
 ) -> Preference:
-    labels = {(x["layer"], x["period"]): x for x in tree["layers"]}
+    by_layer = {(x.layer, x.period): x for x in labels.layers}
     preference = {}
-    for name, layer in _layers(config).items():
-        wanted_PBE = np.zeros((layer.count, 1, layer.config.num_experts), np.float32)
+    for name, layer in _layers(run.model).items():
+        num_experts = layer.config.num_experts
+        wanted_PBE = np.zeros((layer.count, 1, num_experts), np.float32)
         for period in range(layer.count):
-            label = labels.get((name, period))
-            if label is None or len(label["npmi"][0]) != layer.config.num_experts:
-                raise UserError(f"{path} labels the experts of another model: make it again")
-            wanted_PBE[period, 0, label["experts"][domain]] = beta
+            label = by_layer.get((name, period))
+            if label is None or not _fits(label, labels.domains, num_experts):
+                raise UserError(
+                    f"{run_dir / FILE} labels the experts of another model: {_again(run_dir)} "
+                    "makes it again"
+                )
+            wanted_PBE[period, 0, label.experts[domain]] = beta
         preference[name] = jnp.asarray(wanted_PBE)
+    _check_weights(labels, run, run_dir)
     return preference
+
+
+def _fits(label: LayerLabels, domains: list[str], num_experts: int) -> bool:
+    return (
+        set(label.experts) == set(domains)
+        and all(0 <= e < num_experts for experts in label.experts.values() for e in experts)
+        and {len(row_E) for row_E in label.npmi} == {num_experts}
+    )
+
+
+def _check_weights(labels: ExpertLabels, run: RunConfig, run_dir: Path) -> None:
+    """
+    Raises:
+      UserError: the run's newest weights are not those that were labelled.
+    """
+    path, again = run_dir / FILE, _again(run_dir)
+    if labels.weights is None:
+        print(
+            f"note: {path} was made before labels kept which weights they are of: where the run "
+            f"was trained on since, {again} makes it again",
+            file=sys.stderr,
+            flush=True,
+        )
+        return
+    newest = newer_weights(labels.weights, run, run_dir)
+    require(
+        newest is None,
+        f"{path} labels the experts of {labels.weights}, and the newest are {newest}: {again} "
+        "makes it again",
+    )

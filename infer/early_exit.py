@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from configs.checks import require
 from configs.feed_forward import MoEConfig
 from model.early_exit import exit_layers
+from model.layers import unembed
 from model.model_state import ModelState
 from model.step import Step, make_step
 from model.transformer import Transformer, Variables, output_weights
@@ -77,7 +78,7 @@ def exit_step(
     x_B1D, state = begin(model, variables, step, state)
     w_DV = output_weights(model, variables)
     is_exited_B1, exits_B1 = step.positions_BL < 0, jnp.zeros_like(step.positions_BL)
-    logits_BV = jnp.zeros((token_B.shape[0], w_DV.shape[1]), jnp.float32)
+    logits_BV = jnp.zeros((token_B.shape[0], model.config.vocab_size), jnp.float32)
     for layers in exit_ranges(model):
         part = step.replace(layers=layers)
 
@@ -170,12 +171,10 @@ def run_layers(
     return cast(Any, model.apply(variables, x_BLD, step, state, method="run_periods"))
 
 
-def exit_logits(
-    model: Transformer, variables: Variables, x_BLD: jax.Array, w_DV: jax.Array
-) -> jax.Array:
+def exit_logits(model: Transformer, variables: Variables, x_BLD: jax.Array, w_DV: Any) -> jax.Array:
     """What the model says from a state before, at or after an exit, float32 [B, L, V]."""
     hidden_BLD = cast(jax.Array, model.apply(variables, x_BLD, method="finish"))
-    return jnp.einsum("BLD,DV->BLV", hidden_BLD, w_DV, preferred_element_type=jnp.float32)
+    return unembed(hidden_BLD, w_DV)
 
 
 def _num_layers(model: Transformer, exits: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from checkpoint.orbax_store import restore_variables
 from configs.base import ExecutionConfig, RunConfig
+from infer.weights import WeightFormat, stacked_sharding
 from model.depth import with_threshold_selection
 from model.transformer import Transformer, Variables, abstract_variables
 from parallel.sharding import tree_shardings
@@ -46,11 +47,18 @@ def inference_execution(execution: ExecutionConfig = ExecutionConfig()) -> Execu
     return dataclasses.replace(execution, transport="gather", capacity_factor=None, remat="none")
 
 
-def abstract_on_mesh(model: Transformer, mesh: Mesh | None, dtype: Dtype = "float32") -> Variables:
+def abstract_on_mesh(
+    model: Transformer,
+    mesh: Mesh | None,
+    dtype: Dtype = "float32",
+    weights: WeightFormat = "float32",
+) -> Variables:
     """The model's abstract variables with shardings, its parameters in the dtype.
 
     Args:
       mesh: where they go; None is the first device.
+      weights: the format they get once they are there (infer/weights.py): what has few bits is
+        split over the mesh by layers and experts alone.
     Raises:
       UserError: the mesh does not divide a dimension it splits.
     """
@@ -59,6 +67,10 @@ def abstract_on_mesh(model: Transformer, mesh: Mesh | None, dtype: Dtype = "floa
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
     else:
         shardings = tree_shardings(mesh, axes, abstract)
+        if weights != "float32":
+            shardings = jax.tree_util.tree_map_with_path(
+                stacked_sharding(model, weights, mesh), shardings
+            )
 
     def abstract_leaf(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         kept = path[0].key != "params"

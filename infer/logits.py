@@ -3,14 +3,17 @@
 L length, V vocab.
 """
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from configs.checks import UserError
+from model.layers import unembed
 from model.model_state import init_memory, init_state
 from model.transformer import Transformer, Variables, hidden_states, output_weights
 
@@ -35,15 +38,20 @@ def check_tokens(model: Transformer, tokens: Sequence[int]) -> None:
         )
 
 
-def full_logits(model: Transformer, variables: Variables, tokens: Sequence[int]) -> np.ndarray:
+def full_logits(
+    model: Transformer, variables: Variables, tokens: Sequence[int], *, mesh: Mesh | None = None
+) -> np.ndarray:
     """Float32 [L, V]: row t predicts token t + 1 from tokens 0 to t, all in one pass.
 
+    Args:
+      mesh: where the variables lie; None is one device.
     Raises:
       UserError: see check_tokens.
     """
     check_tokens(model, tokens)
     tokens_BL = np.asarray([tokens], np.int32)
-    return np.asarray(_full(model, variables, tokens_BL))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return np.asarray(_full(model, variables, tokens_BL))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -79,5 +87,4 @@ def _read(model, is_whole, variables, tokens_BL, positions_BL, state):
 
 
 def _logits(model: Transformer, variables: Variables, hidden_BLD: jax.Array) -> jax.Array:
-    w_DV = output_weights(model, variables)
-    return jnp.einsum("LD,DV->LV", hidden_BLD[0], w_DV, preferred_element_type=jnp.float32)
+    return unembed(hidden_BLD[0], output_weights(model, variables))

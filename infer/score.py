@@ -10,11 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.layers import unembed
 from model.model_state import init_memory
 from model.transformer import Preference, Transformer, Variables, hidden_states, output_weights
 
@@ -157,13 +159,13 @@ def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL, memory, p
 
 
 def nats_and_best(
-    hidden_BLD: jax.Array, w_DV: jax.Array, targets_BL: jax.Array
+    hidden_BLD: jax.Array, w_DV: Any, targets_BL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """-log p(target) and the best token at each place, [B, L]; logits are made a row at a time."""
 
     def one_row(row):
         hidden_LD, targets_L = row
-        logits_LV = jnp.einsum("LD,DV->LV", hidden_LD, w_DV, preferred_element_type=jnp.float32)
+        logits_LV = unembed(hidden_LD, w_DV)
         target_L = jnp.take_along_axis(logits_LV, targets_L[:, None], axis=1)[:, 0]
         return jax.nn.logsumexp(logits_LV, axis=1) - target_L, jnp.argmax(logits_LV, axis=1)
 

@@ -29,6 +29,7 @@ from data.smollm2 import NAME, packaged_gguf
 from data.tokenizers.public_tokenizer import PublicTokenizer, read_public_tokenizer
 from data.tokenizers.tokenizer import end_of_text_id
 from infer.load import Dtype, abstract_on_mesh, inference_execution
+from infer.weights import WeightFormat, check_format, converted, converter
 from model.depth import with_threshold_selection
 from model.transformer import Transformer, Variables
 from model.unstacked import unstack, unstacked_config
@@ -63,6 +64,7 @@ class Source:
         *,
         mesh: Mesh | None = None,
         dtype: Dtype | None = None,
+        weights: WeightFormat = "float32",
         progress: Progress = lambda done, total: None,
         for_decoding: bool = False,
     ) -> tuple[Transformer, Variables]:
@@ -72,18 +74,30 @@ class Source:
           mesh: where they go; None is the first device.
           dtype: of the parameters and of the computation; routers stay float32. None computes as
             the run was trained, everything else in float32, from float32 parameters.
+          weights: the format of the weights in memory (infer/weights.py); each is brought into it
+            as soon as it is read. Other than float32, layers lie apart.
           for_decoding: whether each layer's weights lie apart (model/unstacked.py).
         Raises:
-          UserError: what is there can't be read, or the mesh does not divide it.
+          UserError: what is there can't be read, the mesh does not divide it, or formats that
+            can't go together.
         """
-        model = self._model(dtype, is_apart=for_decoding and self.public is not None)
-        abstract = abstract_on_mesh(model, mesh, dtype or "float32")
+        check_format(weights, mesh)
+        require(
+            weights == "float32" or dtype is None,
+            f"weights={weights} says what dtype={dtype} would: leave one out",
+        )
+        is_apart = for_decoding or weights != "float32"
+        model = self._model(dtype, is_apart=is_apart and self.public is not None)
+        abstract = abstract_on_mesh(model, mesh, dtype or "float32", weights)
         if self.public is None:
             variables = self._restore(abstract)
-            return unstack(model, variables) if for_decoding else (model, variables)
+            if is_apart:
+                model, variables = unstack(model, variables)
+            return model, converted(variables, converter(model, weights))
         checkpoint = dataclasses.replace(self.public, config=model.config)
         total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
-        return model, checkpoint.load(abstract, counted(progress, total))
+        convert = converter(model, weights)
+        return model, checkpoint.load(abstract, counted(progress, total), convert)
 
     def load_or_leave(
         self, *, dtype: Dtype, progress: Progress = lambda done, total: None

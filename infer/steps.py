@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from infer.early_exit import exit_step
 from infer.sampling import SamplingRows, TokenCounts, sample
 from infer.self_speculative import Draft, Verified, draft_and_verify
+from model.layers import unembed
 from model.model_state import ModelState, init_state, put_rows, state_axes, take_rows
 from model.step import Preference, make_step
 from model.transformer import Transformer, Variables, forward, output_weights
@@ -99,17 +100,17 @@ def read_piece(
 
 def read_prompts(
     model: Transformer,
-    size: StateSize,
     variables: Variables,
     tokens_BL: jax.Array,
     positions_BL: jax.Array,
+    state: ModelState,
 ) -> tuple[jax.Array, ModelState]:
     """Reads whole prompts side by side; the most likely token after each, int32 [B], and the state.
 
     The engine reads prompts one by one; a step of this form is what the planner plans.
     """
     step = make_step(tokens_BL, positions_BL, is_whole=True)
-    hidden_BLD, state = cast(Any, forward(model, variables, step, _empty(model, size)))
+    hidden_BLD, state = cast(Any, forward(model, variables, step, state))
     last_B1 = jnp.argmax(positions_BL, axis=1, keepdims=True)
     hidden_BD = jnp.take_along_axis(hidden_BLD, last_B1[:, :, None], axis=1)[:, 0]
     return jnp.argmax(_logits(model, variables, hidden_BD), axis=-1), laid_out(state)
@@ -203,5 +204,4 @@ def begin_counts(counts: TokenCounts, row: jax.Array, is_prompt_V: jax.Array) ->
 
 
 def _logits(model: Transformer, variables: Variables, hidden_BD: jax.Array) -> jax.Array:
-    w_DV = output_weights(model, variables)
-    return jnp.einsum("BD,DV->BV", hidden_BD, w_DV, preferred_element_type=jnp.float32)
+    return unembed(hidden_BD, output_weights(model, variables))

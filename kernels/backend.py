@@ -6,7 +6,6 @@ this file and the bodies of kernels, and no caller. The other, Mosaic, is for Ho
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import triton as plgpu
 
 from configs import accelerators
+from formats.small_files import read_record
 
 OLDEST_CUDA = accelerators.A100.capability
 """Compute capability, times ten, from which there are bfloat16 tensor cores."""
@@ -122,8 +122,14 @@ MEASURED = Path(__file__).with_name("measured.json")
 
 @functools.cache
 def measured() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """What MEASURED holds; nothing where it is missing."""
-    return json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    """What MEASURED holds; nothing where it is missing.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    by_case = dict[str, dict[str, dict[str, dict[str, float]]]]
+    mend = f"git checkout {MEASURED} brings it back"
+    return read_record(by_case, MEASURED, mend) if MEASURED.exists() else {}
 
 
 def prefers_mosaic(op: str, target: Target) -> bool:

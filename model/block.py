@@ -3,7 +3,7 @@
 B batch, L length, D d_model, E experts.
 """
 
-from typing import assert_never
+from typing import Any, assert_never
 
 import flax.linen as nn
 import jax
@@ -98,13 +98,20 @@ class Period(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x_BLD: jax.Array,
-        states: tuple[BlockState, ...] | None,
+        carry: tuple[jax.Array, tuple[BlockState, ...] | None],
+        stacked: tuple[BlockState, ...] | None,
         step: Step,
         is_dropped_B: jax.Array | None = None,
         preference: Preference | None = None,
-    ) -> tuple[jax.Array, tuple[BlockState, ...] | None]:
-        """Rows with is_dropped are given back as they came."""
+    ) -> tuple[tuple[jax.Array, Any], Any]:
+        """Rows with is_dropped are given back as they came.
+
+        Args:
+          carry: x_BLD, and the layers' states where they are not stacked (ModelState.is_stacked).
+          stacked: the states of this period, where they are.
+        """
+        x_BLD, own = carry
+        states = stacked if own is None else own
         before_BLD, after = x_BLD, []
         if is_dropped_B is not None:  # padding: no expert works on it, no router counts it
             is_row_B1 = is_dropped_B[:, None]
@@ -126,7 +133,9 @@ class Period(nn.Module):
             x_BLD = jnp.where(is_dropped_B[:, None, None], before_BLD, x_BLD)
         if self.model.early_exit is not None:
             self.sow("exits", "hidden", x_BLD, init_fn=lambda: None, reduce_fn=newest)
-        return x_BLD, None if states is None else tuple(after)
+        if states is None:
+            return (x_BLD, None), None
+        return ((x_BLD, None), tuple(after)) if own is None else ((x_BLD, tuple(after)), None)
 
 
 def _keep_exited(step: Step, old_BLD: jax.Array, new_BLD: jax.Array) -> jax.Array:

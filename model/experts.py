@@ -4,7 +4,7 @@ D d_model, F d_ff, E experts, R rows sorted by expert, X experts of this shard.
 """
 
 import functools
-from typing import assert_never
+from typing import Any, assert_never
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from configs.feed_forward import MoEConfig
 from kernels.grouped_matmul import Implementation, grouped_matmul, grouped_swiglu
+from kernels.quantize import MatrixDims, QTensor
 from model.layers import weight, zero_weight
 from parallel.expert import GroupedFn
 from parallel.mesh import TENSOR, axis_sizes
@@ -26,15 +27,16 @@ WEIGHT_AXES = {
 
 def expert_weights(
     module: nn.Module, config: MoEConfig, d_model: int, out_stddev: float
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """The module's float32 parameters gate_up [E, D, 2, F] and down [E, F, D], with config.bias
     gate_up_bias [E, 2, F] and down_bias [E, D].
     """
     experts, d_ff = config.num_experts, config.d_ff
     shapes = {"gate_up": (experts, d_model, 2, d_ff), "down": (experts, d_ff, d_model)}
     stddevs = {"gate_up": d_model**-0.5, "down": out_stddev}
+    dims = {"gate_up": MatrixDims(1, 2), "down": MatrixDims(1, 1)}
     weights = {
-        name: weight(module, name, shape, WEIGHT_AXES[name], stddevs[name])
+        name: weight(module, name, shape, WEIGHT_AXES[name], stddevs[name], dims[name])
         for name, shape in shapes.items()
     }
     if config.bias:
@@ -54,20 +56,19 @@ def expert_function(config: MoEConfig, implementation: Implementation) -> Groupe
 def _swiglu_experts(
     x_RD: jax.Array,
     group_sizes_X: jax.Array,
-    weights: dict[str, jax.Array],
+    weights: dict[str, Any],
     *,
     implementation: Implementation,
 ) -> jax.Array:
     """W_down(silu(W_gate x) * W_up x) of each row with its own expert's matrices, [R, D]."""
-    w_gate_up_XDC = _gate_beside_up(weights["gate_up"])
-    h_RF = grouped_swiglu(x_RD, w_gate_up_XDC, group_sizes_X, implementation=implementation)
+    h_RF = grouped_swiglu(x_RD, weights["gate_up"], group_sizes_X, implementation=implementation)
     return grouped_matmul(h_RF, weights["down"], group_sizes_X, implementation=implementation)
 
 
 def _other_experts(
     x_RD: jax.Array,
     group_sizes_X: jax.Array,
-    weights: dict[str, jax.Array],
+    weights: dict[str, Any],
     *,
     config: MoEConfig,
     implementation: Implementation,
@@ -106,7 +107,9 @@ def activated(gate: jax.Array, up: jax.Array, config: MoEConfig) -> jax.Array:
     assert_never(config.activation)
 
 
-def _gate_beside_up(w_gate_up_XD2F: jax.Array) -> jax.Array:
+def _gate_beside_up(w_gate_up_XD2F: jax.Array | QTensor) -> jax.Array | QTensor:
+    if isinstance(w_gate_up_XD2F, QTensor):
+        return w_gate_up_XD2F
     num_local, d_model, _, d_ff = w_gate_up_XD2F.shape
     return w_gate_up_XD2F.reshape(num_local, d_model, 2 * d_ff)
 

@@ -9,9 +9,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from configs.feed_forward import DenseConfig
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
+from kernels.matmul import matmul
+from kernels.quantize import MatrixDims, QTensor
+
+
+class Declared(nn.LogicallyPartitioned):
+    """A parameter in its box: the names of its dimensions, and which of them make its matrix."""
+
+    dims: MatrixDims | None = struct.field(default=None, pytree_node=False)
+    """None: the parameter stays in floats, whatever format the weights have."""
 
 
 def weight(
@@ -20,13 +30,62 @@ def weight(
     shape: tuple[int, ...],
     logical_axes: tuple[str | None, ...],
     stddev: float,
-) -> jax.Array:
+    dims: MatrixDims | None = None,
+) -> Any:
     """A float32 parameter drawn from normal(0, stddev); `logical_axes` names its dimensions.
 
     Dimensions named None only stack matrices (gate and up); see parallel/sharding.py for the names.
+
+    Args:
+      dims: which dimensions a product sums over and which it gives, for a weight that may be held
+        in few bits; it is then a QTensor, which `project` and its like multiply by.
+    Raises:
+      ValueError: a QTensor of another shape, or of a weight without dims.
     """
-    init = nn.with_logical_partitioning(nn.initializers.normal(stddev), logical_axes)
-    return cast(jax.Array, module.param(name, init, shape, jnp.float32))
+    if module.has_variable("params", name):
+        held = module.get_variable("params", name)
+        if isinstance(held, QTensor):
+            if dims is None or held.shape != shape:
+                raise ValueError(f"{name} {shape} can't be a QTensor of shape {held.shape}")
+            return held
+    draw = nn.initializers.normal(stddev)
+
+    def init(*arguments: Any) -> Declared:
+        return Declared(draw(*arguments), logical_axes, dims=dims)
+
+    return module.param(name, init, shape, jnp.float32)
+
+
+def project(equation: str, x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
+    """The product of rows of x with a weight, in x's dtype: where the model multiplies by weights.
+
+    Args:
+      equation: as of jnp.einsum, x first: "BLD,DHC->BLHC". The weight's dimensions that x has are
+        summed over; of a QTensor they are those it was declared with.
+    """
+    if isinstance(w, QTensor):
+        return matmul(x, w, equation)
+    return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def in_dtype(w: jax.Array | QTensor, dtype: jnp.dtype) -> jax.Array | QTensor:
+    """A weight as its product takes it: an array in this dtype, a QTensor as it is."""
+    return w if isinstance(w, QTensor) else w.astype(dtype)
+
+
+def unembed(hidden: jax.Array, w: jax.Array | QTensor) -> jax.Array:
+    """Logits of hidden states, float32 [..., V].
+
+    Args:
+      hidden: [..., D].
+      w: what `output_weights` gives: [D, V], or a QTensor of it or of the embedding's [V, D].
+    """
+    if not isinstance(w, QTensor):
+        return jnp.einsum("...D,DV->...V", hidden, w, preferred_element_type=jnp.float32)
+    leading = hidden.shape[:-1]
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    equation = "TD,VD->TV" if w.outputs_first else "TD,DV->TV"
+    return matmul(rows, w, equation).astype(jnp.float32).reshape(*leading, -1)
 
 
 def zero_weight(
@@ -149,15 +208,22 @@ class SwiGLU(nn.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         d_model, d_ff, dtype = x_BLD.shape[-1], self.config.d_ff, x_BLD.dtype
         w_gate_up_D2F = weight(
-            self, "gate_up", (d_model, 2, d_ff), ("embed", None, "mlp"), d_model**-0.5
+            self,
+            "gate_up",
+            (d_model, 2, d_ff),
+            ("embed", None, "mlp"),
+            d_model**-0.5,
+            MatrixDims(1, 2),
         )
-        w_down_FD = weight(self, "down", (d_ff, d_model), ("mlp", "embed"), self.out_stddev)
-        h_BL2F = jnp.einsum("BLD,DiF->BLiF", x_BLD, w_gate_up_D2F.astype(dtype))
+        w_down_FD = weight(
+            self, "down", (d_ff, d_model), ("mlp", "embed"), self.out_stddev, MatrixDims(1, 1)
+        )
+        h_BL2F = project("BLD,DiF->BLiF", x_BLD, w_gate_up_D2F)
         if self.config.bias:
             bias_2F = zero_weight(self, "gate_up_bias", (2, d_ff), (None, "mlp"))
             h_BL2F += bias_2F.astype(dtype)[None, None]
         h_BLF = jax.nn.silu(h_BL2F[:, :, 0]) * h_BL2F[:, :, 1]
-        out_BLD = jnp.einsum("BLF,FD->BLD", h_BLF, w_down_FD.astype(dtype))
+        out_BLD = project("BLF,FD->BLD", h_BLF, w_down_FD)
         if self.config.bias:
             bias_D = zero_weight(self, "down_bias", (d_model,), ("embed",))
             out_BLD += bias_D.astype(dtype)[None, None]

@@ -29,7 +29,10 @@ class ModelState(struct.PyTreeNode):
 
     prefix: tuple[BlockState, ...]
     periods: tuple[BlockState, ...]
-    """One per layer of the pattern, stacked over the periods in dim 0."""
+    """One per layer of the pattern."""
+    is_stacked: bool = struct.field(pytree_node=False, default=True)
+    """Whether those of the pattern are stacked over its periods in dim 0. Where it runs once they
+    are not: XLA would copy all of a state to take it out of a stack and put it back."""
 
 
 def init_state(
@@ -65,7 +68,7 @@ def init_state(
             reason = unpageable_reason(spec)
             if reason is not None:
                 raise UserError(f"this model's state can't lie in pages: {reason}")
-    return _of_layers(config, init_block)
+    return _of_layers(config, init_block, is_stacked=config.num_periods > 1)
 
 
 def unpageable_reason(spec: LayerSpec) -> str | None:
@@ -95,15 +98,20 @@ def init_memory(config: ModelConfig, batch_size: int, dtype: str) -> ModelState 
         dims = (*stack, batch_size)
         return BlockState(init_attention_memory(spec.attention, dims, config.d_model, dtype), None)
 
-    return _of_layers(config, init_block)
+    return _of_layers(config, init_block, is_stacked=True)
 
 
 def _of_layers(
-    config: ModelConfig, init_block: Callable[[LayerSpec, tuple[int, ...]], BlockState]
+    config: ModelConfig,
+    init_block: Callable[[LayerSpec, tuple[int, ...]], BlockState],
+    *,
+    is_stacked: bool,
 ) -> ModelState:
+    stack = (config.num_periods,) if is_stacked else ()
     return ModelState(
         prefix=tuple(init_block(spec, ()) for spec in config.prefix),
-        periods=tuple(init_block(spec, (config.num_periods,)) for spec in config.pattern),
+        periods=tuple(init_block(spec, stack) for spec in config.pattern),
+        is_stacked=is_stacked,
     )
 
 
@@ -149,9 +157,10 @@ def state_axes(state: ModelState) -> ModelState:
         axes = layer.logical_axes()
         return jax.tree.map(lambda names: (*stack, *names), axes, is_leaf=_is_names)
 
-    return ModelState(
+    stack = ("layers",) if state.is_stacked else ()
+    return state.replace(
         prefix=tuple(_map_block(lambda x: named(x, ()), block) for block in state.prefix),
-        periods=tuple(_map_block(lambda x: named(x, ("layers",)), b) for b in state.periods),
+        periods=tuple(_map_block(lambda x: named(x, stack), block) for block in state.periods),
     )
 
 
@@ -163,9 +172,10 @@ def _each(fn: Callable[..., LayerState], *states: ModelState) -> ModelState:
     """fn of each layer's state, of all layers, one after the other or stacked."""
     prefixes = zip(*(s.prefix for s in states), strict=True)
     periods = zip(*(s.periods for s in states), strict=True)
-    return ModelState(
+    over_periods = jax.vmap(fn) if states[0].is_stacked else fn
+    return states[0].replace(
         prefix=tuple(_map_block(fn, *blocks) for blocks in prefixes),
-        periods=tuple(_map_block(jax.vmap(fn), *blocks) for blocks in periods),
+        periods=tuple(_map_block(over_periods, *blocks) for blocks in periods),
     )
 
 

@@ -15,7 +15,7 @@ from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
 from model.experts import WEIGHT_AXES, expert_function, expert_weights
 from model.layer_state import AnyKeyValueState
-from model.layers import SwiGLU, newest, weight, zero_weight
+from model.layers import SwiGLU, in_dtype, newest, weight, zero_weight
 from model.router import initial_state, needs_state, route, score_deviation
 from model.step import Step
 from model.warmup import initial_warmup, warmup_stats
@@ -68,7 +68,7 @@ class MoE(nn.Module):
             x_TD,
             routing.expert_ids_TK,
             routing.gates_TK,
-            jax.tree.map(lambda w: w.astype(dtype), weights),
+            {name: in_dtype(w, dtype) for name, w in weights.items()},
             grouped_fn=expert_function(c, self.execution.grouped_matmul),
             num_experts=c.num_experts,
             weight_axes={name: WEIGHT_AXES[name] for name in weights},

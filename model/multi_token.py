@@ -17,7 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.layers import RMSNorm, weight
+from kernels.quantize import MatrixDims
+from model.layers import RMSNorm, project, weight
 from model.step import Step
 from parallel.sharding import constrain
 
@@ -42,13 +43,14 @@ class MultiTokenModule(nn.Module):
         Returns:
           What the output layer and the next module read, [B, L, D].
         """
-        d_model, dtype = hidden_BLD.shape[-1], hidden_BLD.dtype
+        d_model = hidden_BLD.shape[-1]
         shape = (2 * d_model, d_model)
-        w_CD = weight(self, "projection", shape, ("latent", "embed"), shape[0] ** -0.5)
+        axes = ("latent", "embed")
+        w_CD = weight(self, "projection", shape, axes, shape[0] ** -0.5, MatrixDims(1, 1))
         hidden_BLD = RMSNorm(self.norm_eps, name="hidden_norm")(hidden_BLD)
         next_BLD = RMSNorm(self.norm_eps, name="token_norm")(next_BLD)
         both_BLC = jnp.concatenate([hidden_BLD, next_BLD], axis=-1)
-        x_BLD = jnp.einsum("BLC,CD->BLD", both_BLC, w_CD.astype(dtype))
+        x_BLD = project("BLC,CD->BLD", both_BLC, w_CD)
         x_BLD = constrain(x_BLD, "batch", "length", None)
         x_BLD, _ = self.layer(x_BLD, step, None)
         return RMSNorm(self.norm_eps, name="norm")(x_BLD)

@@ -12,9 +12,10 @@ import numpy as np
 
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig
+from kernels.quantize import MatrixDims, QTensor, take_outputs
 from model.block import SHAPES_ALONE, Block, Period
 from model.early_exit import dropout_rates
-from model.layers import RMSNorm, weight
+from model.layers import Declared, RMSNorm, weight
 from model.model_state import ModelState
 from model.multi_token import MultiTokenModule, ahead
 from model.seeds import seed_key
@@ -54,12 +55,16 @@ class Transformer(nn.Module):
         # Rows of length 1 where they are output weights too, unit entries where they only feed in.
         stddev = c.d_model**-0.5 if c.tie_embeddings else 1.0
         self.embedding_VD = weight(
-            self, "embedding", (c.vocab_size, c.d_model), ("vocab", "embed"), stddev
+            self,
+            "embedding",
+            (c.vocab_size, c.d_model),
+            ("vocab", "embed"),
+            stddev,
+            MatrixDims(1, 1, outputs_first=True),
         )
         if not c.tie_embeddings:
-            self.output_DV = weight(
-                self, "output", (c.d_model, c.vocab_size), ("embed", "vocab"), c.d_model**-0.5
-            )
+            shape, axes = (c.d_model, c.vocab_size), ("embed", "vocab")
+            self.output_DV = weight(self, "output", shape, axes, c.d_model**-0.5, MatrixDims(1, 1))
         period, block = Period, Block
         if self.execution.remat == "full":
             period = nn.remat(Period, prevent_cse=False)
@@ -114,12 +119,20 @@ class Transformer(nn.Module):
             raise ValueError("layers of a repeated pattern have no numbers: unstack the model")
         is_dropped_PB = self._dropped_rows(x_BLD.shape[0])
         preference, step = step.preference, step.replace(preference=None)
-        states = None if state is None else state.periods
-        x_BLD, states = self.periods(x_BLD, states, step, is_dropped_PB, preference)
-        return x_BLD, None if state is None else state.replace(periods=states)
+        rest = (step, is_dropped_PB, preference)
+        if state is None:
+            (x_BLD, _), _ = self.periods((x_BLD, None), None, *rest)
+            return x_BLD, None
+        if state.is_stacked:
+            (x_BLD, _), states = self.periods((x_BLD, None), state.periods, *rest)
+        else:
+            (x_BLD, states), _ = self.periods((x_BLD, state.periods), None, *rest)
+        return x_BLD, state.replace(periods=states)
 
     def _embedded(self, tokens_BL: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.execution.compute_dtype)
+        if isinstance(self.embedding_VD, QTensor):
+            return take_outputs(self.embedding_VD, tokens_BL, dtype.name)
         table_VD = constrain(
             self.embedding_VD.astype(dtype), "vocab", None
         )  # whole rows to look up
@@ -146,9 +159,12 @@ class Transformer(nn.Module):
             hidden_BLD = module(hidden_BLD, next_BLD, step)
             self.sow("multi_token", f"hidden_{k}", hidden_BLD)
 
-    def unembedding(self) -> jax.Array:
-        """The output layer, [D, V] in the compute dtype."""
-        w_DV = self.embedding_VD.T if self.config.tie_embeddings else self.output_DV
+    def unembedding(self) -> jax.Array | QTensor:
+        """The output layer, [D, V] in the compute dtype; a QTensor as it is held."""
+        held = self.embedding_VD if self.config.tie_embeddings else self.output_DV
+        if isinstance(held, QTensor):
+            return held
+        w_DV = held.T if self.config.tie_embeddings else held
         w_DV = w_DV.astype(jnp.dtype(self.execution.compute_dtype))
         return constrain(w_DV, None, "vocab")
 
@@ -219,9 +235,10 @@ def training_pass(
     return hidden_BLD, sown, memory
 
 
-def output_weights(model: Transformer, variables: Variables) -> jax.Array:
-    """The output layer with these variables, [D, V] in the compute dtype."""
-    return cast(jax.Array, model.apply(variables, method="unembedding"))
+def output_weights(model: Transformer, variables: Variables) -> Any:
+    """The output layer with these variables: [D, V] in the compute dtype, or a QTensor, which
+    `model.layers.unembed` multiplies by."""
+    return model.apply(variables, method="unembedding")
 
 
 def abstract_variables(model: Transformer) -> tuple[Variables, Variables]:
@@ -235,6 +252,19 @@ def abstract_variables(model: Transformer) -> tuple[Variables, Variables]:
         "router_state": jax.tree.map(lambda x: (None,) * x.ndim, boxed["router_state"]),
     }
     return nn.unbox(boxed), axes
+
+
+def weight_dims(model: Transformer) -> Any:
+    """Which dimensions of each parameter make its matrix, as a MatrixDims; None of those that stay
+    in floats. In a tree like variables["params"]."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    keys = dict.fromkeys(("params", SHAPES_ALONE), jax.random.key(0))
+    boxed = jax.eval_shape(model.init, keys, make_step(tokens, tokens))["params"]
+    return jax.tree.map(
+        lambda box: box.dims if isinstance(box, Declared) else None,
+        boxed,
+        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
+    )
 
 
 def init_variables(model: Transformer, seed: int) -> Variables:

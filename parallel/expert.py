@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec
 
 from configs.checks import UserError
 from parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR, axis_sizes
+from parallel.sharding import LogicalAxes
 
 Transport = Literal["gather", "all_to_all"]
 
@@ -59,11 +60,11 @@ def apply_experts(
     x_TD: jax.Array,
     expert_ids_TK: jax.Array,
     gates_TK: jax.Array,
-    weights: Any,
+    weights: dict[str, Any],
     *,
     grouped_fn: GroupedFn,
     num_experts: int,
-    weight_axes: Any,
+    weight_axes: dict[str, LogicalAxes],
     transport: Transport = "gather",
     capacity_factor: float | None = None,
 ) -> tuple[jax.Array, ExpertStats]:
@@ -77,10 +78,10 @@ def apply_experts(
       x_TD: float [T, D].
       expert_ids_TK: int32 [T, K] in [0, num_experts), or -1 for no work at all.
       gates_TK: float32 [T, K]; the sum over K is taken in float32.
-      weights: tree of arrays whose first dimension is the expert.
+      weights: arrays by name, or trees of arrays, whose first dimension is the expert.
       grouped_fn: what the experts compute; see GroupedFn. With a tensor axis it receives its slice
         of the weights and returns a partial sum.
-      weight_axes: tree like `weights` of logical axes; "expert" and "mlp" decide how they are
+      weight_axes: the logical axes of each; "expert" and "mlp" decide how they are
         split.
       capacity_factor: all_to_all only: rows of a buffer over the rows of a balanced load.
     Raises:
@@ -106,7 +107,7 @@ def apply_experts(
     tokens = PartitionSpec(BATCH_AXES)
     out_TD, stats = jax.shard_map(
         body,
-        in_specs=(tokens, tokens, tokens, jax.tree.map(_weight_spec, weights, weight_axes)),
+        in_specs=(tokens, tokens, tokens, _weight_specs(weights, weight_axes)),
         out_specs=(tokens, PartitionSpec()),
         # The replay's branches differ in what varies over devices; parity tests check gradients.
         check_vma=False,
@@ -129,10 +130,18 @@ def _pad_rows(x: jax.Array, rows: int, value: int) -> jax.Array:
     return jnp.pad(x, ((0, rows), (0, 0)), constant_values=value) if rows else x
 
 
-def _weight_spec(_: jax.Array, logical_axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Weights are split by expert and by feed-forward width; other dimensions arrive whole."""
+def _weight_specs(weights: dict[str, Any], weight_axes: dict[str, LogicalAxes]) -> dict[str, Any]:
+    """Weights are split by expert and by feed-forward width; other dimensions arrive whole. One of
+    several arrays (of few bits: values and scales) is split by expert alone.
+    """
     mesh_axes = {"expert": EXPERT, "mlp": TENSOR}
-    return PartitionSpec(*(mesh_axes.get(name or "") for name in logical_axes))
+
+    def spec(weight: Any, logical_axes: LogicalAxes) -> PartitionSpec:
+        if not isinstance(weight, jax.Array):
+            return PartitionSpec(EXPERT)
+        return PartitionSpec(*(mesh_axes.get(name or "") for name in logical_axes))
+
+    return {name: spec(weight, weight_axes[name]) for name, weight in weights.items()}
 
 
 # --- transports: one device's part, returning float32 out_TD ------------------------------------

@@ -110,12 +110,14 @@ def _prefill(run: RunConfig, mesh: Mesh) -> _Made:
     model, variables, size = _inference(run, mesh)
     rows = _rows(mesh, (run.batch_size, run.data.seq_len), "the prompts")
 
-    def run_step(variables, tokens, positions):
-        return read_prompts(model, size, variables, tokens, positions)
-
     shardings = _state_shardings(mesh, model, size)
-    function = jax.jit(run_step, out_shardings=(None, shardings))
-    arguments = {"variables": variables, "tokens": rows, "positions": rows}
+    state = _placed(jax.eval_shape(lambda: empty_state(model, size)), shardings)
+
+    def run_step(variables, tokens, positions, state):
+        return read_prompts(model, variables, tokens, positions, state)
+
+    function = jax.jit(run_step, donate_argnums=3, out_shardings=(None, shardings))
+    arguments = {"variables": variables, "tokens": rows, "positions": rows, "cache": state}
     run = dataclasses.replace(run, execution=model.execution)
     return _Made(run, function, arguments, run.batch_size * run.data.seq_len)
 

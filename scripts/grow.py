@@ -18,6 +18,7 @@ from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import has_checkpoint, read_run
 from configs.base import InitConfig
 from configs.cli import with_overrides
+from evals.results import write_run_report
 from infer.load import load_model
 from model.growth import Operator, grow, grown_config
 from planning.available import require_memory
@@ -27,7 +28,6 @@ from scripts.sources import describe_initial, parent_origin, require_same_tokeni
 from scripts.train import describe, finish
 from train.growth import load_grown_optimizer_state
 from train.loop import fit
-from train.report import write_report
 
 
 def main(argv: list[str]) -> int:
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     if arguments.optimizer == "grown":
         opt_state = load_grown_optimizer_state(parent, arguments.parent, *how)
     result = fit(run, run_dir, variables=variables, opt_state=opt_state, initial=origin)
-    write_report(run_dir)
+    write_run_report(run_dir)
     return finish(run, run_dir, result)
 
 

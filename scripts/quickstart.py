@@ -6,6 +6,7 @@
 Interrupted, it goes on where it was when started again.
 """
 
+import dataclasses
 import resource
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from configs.base import RunConfig
 from configs.cli import load_run
 from data.pipeline import prepare_corpus
 from evals.compare import complete, evaluate_run, print_story, summarize, write_comparison
-from evals.held_out import HeldOutLoss
 from scripts import command
 from scripts.distill import teacher_of
 from scripts.evaluate import progress_bar, show
@@ -33,19 +33,19 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     teacher_dir, student_dir = (arguments.run_dir / name for name in ("teacher", "student"))
     overrides = SHORT if arguments.short else ()
-    teacher, student = (load_run(name, overrides) for name in ("v31_nano", "v31_nano_student"))
+    names = ("v31_nano", "v31_nano_student")
+    teacher, student = (_measured_often(load_run(name, overrides)) for name in names)
     command.use_host_devices(max(teacher.mesh.num_devices, student.mesh.num_devices))
 
     watch = Stopwatch()
     describe(teacher)
     prepare_corpus(teacher.data, teacher.model.vocab_size)
     watch.lap("corpus")
-    results = [fit(teacher, teacher_dir, on_step=held_out_loss(teacher, teacher_dir))]
+    results = [fit(teacher, teacher_dir)]
     watch.lap("teacher")
     if results[-1].interrupted is None:
         describe(student)
-        hook = held_out_loss(student, student_dir)
-        results.append(distill(student, student_dir, *teacher_of(teacher_dir), on_step=hook))
+        results.append(distill(student, student_dir, *teacher_of(teacher_dir)))
         watch.lap("student")
     if results[-1].interrupted is not None:
         print("stopped and saved; the same command goes on from there")
@@ -63,9 +63,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def held_out_loss(run: RunConfig, run_dir: Path) -> HeldOutLoss:
-    """Measured ten times in a run, for the picture."""
-    return HeldOutLoss(run, run_dir, every=max(run.steps // 10, 1))
+def _measured_often(run: RunConfig) -> RunConfig:
+    """With the validation loss ten times, for the picture."""
+    validation = dataclasses.replace(run.validation, every=max(run.steps // 10, 1))
+    return dataclasses.replace(run, validation=validation)
 
 
 if __name__ == "__main__":

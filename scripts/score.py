@@ -6,17 +6,17 @@ The first is a JSON list of token ids, the second float32 [tokens, vocabulary]: 
 t + 1. SRC is a run directory, a folder in Hugging Face form, a GGUF file, or smollm2.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from configs.checks import UserError
 from formats.safetensors.header import explain_os_errors
+from formats.small_files import read_record
 from infer.logits import full_logits
 from infer.sources import open_source
 from scripts import command
-from scripts.reading import reading
+from scripts.model_options import add_model_options, asked_mesh, load_model
 
 
 def main(argv: list[str]) -> None:
@@ -24,13 +24,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("--tokens-file", type=Path, required=True, help="JSON list of token ids")
     parser.add_argument("--logits", type=Path, required=True, help=".npy file to write")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    add_model_options(parser, has_state=False)
     arguments = parser.parse_args(argv)
+    mesh = asked_mesh(arguments)
     tokens = read_tokens(arguments.tokens_file)
     source = open_source(arguments.source)
-    with reading(source) as progress:
-        model, variables = source.load(dtype=arguments.dtype, progress=progress)
-    logits_LV = full_logits(model, variables, tokens)
+    model, variables = load_model(source, arguments, mesh)
+    logits_LV = full_logits(model, variables, tokens, mesh=mesh)
     write_logits(arguments.logits, logits_LV)
     print(f"{arguments.logits}: float32 {list(logits_LV.shape)}")
 
@@ -59,15 +59,11 @@ def read_tokens(path: Path) -> list[int]:
     Raises:
       UserError: no file, or no JSON list of ids.
     """
+    advice = "write the token ids there, as a JSON list"
     try:
-        tokens = json.loads(path.read_text())
+        return read_record(list[int], path, advice)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: write the token ids there, as a JSON list") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
-        raise UserError(f"{path} holds {str(tokens)[:60]}, expected a JSON list of token ids")
-    return tokens
+        raise UserError(f"{path} is missing: {advice}") from error
 
 
 if __name__ == "__main__":

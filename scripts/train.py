@@ -13,11 +13,11 @@ from pathlib import Path
 from configs.base import RunConfig
 from configs.checks import require
 from configs.cli import load_run
+from evals.results import write_run_report
 from planning.available import require_memory
 from scripts import command
 from scripts.sources import initial_weights
 from train.loop import FitResult, fit
-from train.report import write_report
 
 
 def main(argv: list[str]) -> int:
@@ -26,14 +26,14 @@ def main(argv: list[str]) -> int:
     require(
         run.distill is None,
         f"{run.name} learns from a teacher, and scripts.train has none: python -m scripts.distill "
-        f"{run.name} --teacher runs/TEACHER, or --distill None to train it alone",
+        f"{run.name} --teacher runs/TEACHER",
     )
     command.use_host_devices(run.mesh.num_devices)
     require_memory(run)
     describe(run)
     begin = initial_weights(run, arguments.run_dir)
     result = fit(run, arguments.run_dir, variables=begin.take(), initial=begin.origin)
-    write_report(arguments.run_dir)
+    write_run_report(arguments.run_dir)
     return finish(run, arguments.run_dir, result)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from configs.checks import require
 from configs.cli import load_run
+from evals.results import write_run_report
 from model.upcycle import upcycled_config
 from planning.available import require_memory
 from scripts import command
@@ -21,7 +22,6 @@ from scripts.arguments import finite
 from scripts.sources import initial_weights
 from scripts.train import describe, finish
 from train.loop import fit
-from train.report import write_report
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     describe(run)
     begin = initial_weights(run, run_dir)
     result = fit(run, run_dir, variables=begin.take(), initial=begin.origin)
-    write_report(run_dir)
+    write_run_report(run_dir)
     return finish(run, run_dir, result)
 
 

@@ -14,6 +14,7 @@ from configs.base import (
     RunConfig,
 )
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+from configs.monitoring import ValidationConfig
 
 
 def attention(**changes) -> AttentionConfig:
@@ -50,7 +51,7 @@ def memory_model(memory_length: int = 24, **changes) -> ModelConfig:
 
 
 def run(tmp_path: Path, **changes) -> RunConfig:
-    """A run on the tiny corpus that `write_sources` makes under tmp_path."""
+    """A run on the tiny corpus that `write_sources` makes under tmp_path; without validation."""
     base = RunConfig(
         name="tiny",
         steps=6,
@@ -66,6 +67,7 @@ def run(tmp_path: Path, **changes) -> RunConfig:
         mesh=MeshConfig(),
         execution=ExecutionConfig(logits_chunks=2),
         checkpoint=CheckpointConfig(every=2, keep=2),
+        validation=ValidationConfig(every=None),
     )
     return dataclasses.replace(base, **changes)
 

@@ -8,13 +8,12 @@ B rows, L length, V vocab, J teacher tokens kept.
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
@@ -25,9 +24,12 @@ from configs.checks import UserError
 from data.packing import PackedRows
 from data.pipeline import prepare_corpus
 from data.tokenizers.tokenizer import fingerprint, vocabulary_difference
+from formats.small_files import read_json
+from model.layers import unembed
 from model.transformer import Transformer, Variables, hidden_states, output_weights
-from train.loop import BatchTransform, FitResult, OnStep, fit, to_devices
+from train.loop import BatchTransform, FitResult, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation
+from train.recorder import Hook
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def distill(
     load: LoadTeacher,
     teacher_tokenizer: Tokenizer,
     *,
-    on_step: OnStep = lambda step, variables: None,
+    hooks: Sequence[Hook] = (),
 ) -> FitResult:
     """Trains the student as train.loop.fit does, towards run.distill's objective.
 
@@ -96,7 +98,7 @@ def distill(
         chunk_loss=make_chunk_loss(config),
         make_transform=make_transform,
         objective="distillation",
-        on_step=on_step,
+        hooks=hooks,
     )
 
 
@@ -158,9 +160,7 @@ def _with_top_k(teacher: Teacher, config: DistillConfig) -> BatchTransform:
         pieces = hidden_BLD.reshape(batch, chunks, length // chunks, width).swapaxes(0, 1)
 
         def best_tokens(hidden_BcD):
-            logits_BcV = jnp.einsum(
-                "BcD,DV->BcV", hidden_BcD, w_DV, preferred_element_type=jnp.float32
-            )
+            logits_BcV = unembed(hidden_BcD, w_DV)
             best, ids = jax.lax.top_k(logits_BcV / config.temperature, top_k)
             log_normaliser = jax.nn.logsumexp(
                 logits_BcV / config.temperature, axis=-1, keepdims=True
@@ -223,10 +223,10 @@ class TopKCache:
         }
         directory.mkdir(parents=True, exist_ok=True)
         described = directory / "cache.json"
-        if described.exists() and json.loads(described.read_text()) != settings:
+        mend = "delete that folder, it will be made again"
+        if described.exists() and read_json(described, mend) != settings:
             raise UserError(
-                f"{directory} holds what another teacher said, or with other settings: "
-                "delete that folder, it will be made again"
+                f"{directory} holds what another teacher said, or with other settings: {mend}"
             )
         id_dtype = np.uint16 if teacher.run.model.vocab_size <= 2**16 else np.uint32
         self._ids = _open(directory / "ids.bin", id_dtype, shape)

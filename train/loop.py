@@ -5,7 +5,7 @@ again.
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,14 @@ from model.transformer import Variables
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec
 from train.losses import ChunkLoss, cross_entropy
-from train.metrics import Alarms, MetricsLog, TrainingAlarm, logged_num_experts, make_line
-from train.progress import ProgressBar
+from train.pending import PendingMetrics
+from train.recorder import Hook, Recorder
 from train.state import TrainState, init_state, make_train_setup
-from train.step import make_train_step
+from train.step import TrainStep, make_train_step
+from train.validation import Validation
 
 BatchTransform = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
 """Adds what the objective needs (the teacher's view) to a batch on the devices."""
-
-
-OnStep = Callable[[int, Variables], None]
-"""Called after each step with the steps done and the variables, the mesh in use."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def fit(
     variables: Variables | None = None,
     opt_state: Any = None,
     initial: ModelOrigin | None = None,
-    on_step: OnStep = lambda step, variables: None,
+    hooks: Sequence[Hook] = (),
 ) -> FitResult:
     """Trains until run.steps are done or a signal asks to stop; started again, it goes on.
 
@@ -81,11 +78,85 @@ def fit(
         run.init (train/initial.py).
       opt_state: the optimiser's state it begins with beside these variables; None is a fresh one.
       initial: where these variables are from; None is not compared when a run goes on.
-      on_step: for what else is to be measured; it changes nothing.
+      hooks: called with each step and its line of the log when its metrics have been fetched.
     Raises:
       UserError: a run_dir with another experiment or another process in it, a corpus or checkpoint
       that can't be read, no disk.
       TrainingAlarm: the run stopped itself; checkpoints are those from before the fault.
+    """
+    _refuse_fewer_steps(run, run_dir)
+    mesh = mesh_of(run)
+    setup = make_train_setup(run, mesh)
+    corpus = _open_corpus(run)
+    stated = Provenance(objective=objective, corpus=corpus.fingerprints(), initial=initial)
+    with _first_writes(run_dir), jax.set_mesh(mesh), _stop_signals() as stop:
+        known = open_run_dir(run, run_dir, stated, corpus)
+        transform = make_transform(mesh) if make_transform else _unchanged
+        known = read_provenance(run_dir) or known  # with the teacher that make_transform has noted
+        metadata = checkpoint_metadata(run, known, corpus.tokenizer_path)
+        keep = run.checkpoint.keep
+        with CheckpointStore(run_dir / "checkpoints", keep=keep, metadata=metadata) as store:
+            began = time.monotonic()
+            iterator = _batches(run, corpus, known.initial.rows_read if known.initial else 0)
+            state, first = _start(run, setup, store, iterator, variables, opt_state)
+            del variables, opt_state  # the state has its own; these may be as large
+            step = make_train_step(run, setup, chunk_loss)
+            validation = Validation(run, corpus, mesh)
+            with Recorder(run, run_dir, store, hooks) as recorder:
+                loop = _Loop(
+                    run, mesh, iterator, transform, step, validation, store, recorder, stop
+                )
+                state, done = loop.train(state, first)
+            if done > (store.latest_step or 0):
+                store.save(done, state.to_dict(), iterator)
+            store.wait()
+            return FitResult(done, stop.signal, time.monotonic() - began, done - first)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """The steps of a run, one after the other, and all that they need."""
+
+    run: RunConfig
+    mesh: Mesh
+    batches: Any
+    transform: BatchTransform
+    step: TrainStep
+    validation: Validation
+    store: CheckpointStore
+    recorder: Recorder
+    stop: "_Stop"
+
+    def train(self, state: TrainState, done: int) -> tuple[TrainState, int]:
+        """The state after the last step, and the steps done; its metrics are all in the record.
+
+        Args:
+          state: used up.
+        """
+        every = self.run.metrics.fetch_every
+        pending = PendingMetrics(every, self.mesh.devices.flat[0].platform)
+        while done < self.run.steps and self.stop.signal is None:
+            batch = self.transform(to_devices(next(self.batches), self.mesh))
+            state, metrics = self.step(state, batch)
+            done += 1
+            pending.add(done, metrics)
+            if self.validation.is_due(done):
+                pending.settle()
+                pending.extend_last(self.validation.measure(state.variables))
+            if done % self.run.checkpoint.every == 0:
+                self.recorder.record(pending.fetch(whole=True))  # an alarm comes before the save
+                self.store.save(done, state.to_dict(), self.batches)
+            elif pending.is_due():
+                self.recorder.record(pending.fetch())
+            pending.restart_clock()
+        self.recorder.record(pending.fetch(whole=True))
+        return state, done
+
+
+def _refuse_fewer_steps(run: RunConfig, run_dir: Path) -> None:
+    """
+    Raises:
+      UserError: the run has more steps behind it than it asks for.
     """
     behind = latest_step(run_dir / "checkpoints") or 0
     require(
@@ -93,46 +164,18 @@ def fit(
         f"the run in {run_dir} has {behind} steps behind it, steps={run.steps} asks for fewer: "
         "give more, or another --run-dir",
     )
-    mesh = mesh_of(run)
-    setup = make_train_setup(run, mesh)
+
+
+def _open_corpus(run: RunConfig) -> Corpus:
+    """The run's corpus, made if need be; says what is in it."""
     corpus = prepare_corpus(run.data, run.model.vocab_size)
     for sentence in inventory(corpus, run):
         print(sentence, flush=True)
-    stated = Provenance(objective=objective, corpus=corpus.fingerprints(), initial=initial)
-    with _first_writes(run_dir), jax.set_mesh(mesh), _stop_signals() as stop:
-        known = open_run_dir(run, run_dir, stated, corpus)
-        transform = make_transform(mesh) if make_transform else None
-        known = read_provenance(run_dir) or known  # with the teacher that make_transform has noted
-        metadata = checkpoint_metadata(run, known, corpus.tokenizer_path)
-        keep = run.checkpoint.keep
-        with CheckpointStore(run_dir / "checkpoints", keep=keep, metadata=metadata) as store:
-            began = time.monotonic()
-            iterator = _batches(run, corpus, known.initial.rows_read if known.initial else 0)
-            state, done = _start(run, setup, store, iterator, variables, opt_state)
-            behind = done
-            del variables, opt_state  # the state has its own; these may be as large
-            step = make_train_step(run, setup, chunk_loss)
-            log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
-            alarms = Alarms(run.alarms, logged_num_experts(run.model))
-            with contextlib.closing(log), ProgressBar(run.name, total=run.steps, done=done) as bar:
-                while done < run.steps and stop.signal is None:
-                    state, metrics, seconds = _one_step(
-                        step, state, next(iterator), mesh, transform
-                    )
-                    done += 1
-                    tokens = run.tokens_per_step
-                    line = make_line(done, metrics, seconds, run.steps, tokens, run.model)
-                    log.append(line)
-                    _check(alarms, line, store)
-                    if done % run.checkpoint.every == 0:
-                        store.save(done, state.to_dict(), iterator)
-                    on_step(done, state.variables)
-                    speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-                    bar.update(done, f"loss {line['loss']:.3f}  {speed}")
-            if done > (store.latest_step or 0):
-                store.save(done, state.to_dict(), iterator)
-            store.wait()
-            return FitResult(done, stop.signal, time.monotonic() - began, done - behind)
+    return corpus
+
+
+def _unchanged(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return batch
 
 
 def mesh_of(run: RunConfig) -> Mesh:
@@ -190,32 +233,6 @@ def _start(
     wanted = abstract_like(setup.abstract_state.to_dict(), setup.shardings.to_dict())
     state = TrainState(**store.restore(wanted, iterator))
     return state, int(state.step)
-
-
-def _one_step(step, state, batch, mesh, transform):
-    """Runs a step to its end: metrics on the host, and the seconds it took."""
-    began = time.monotonic()
-    on_devices = to_devices(batch, mesh)
-    if transform is not None:
-        on_devices = transform(on_devices)
-    state, metrics = step(state, on_devices)
-    metrics = jax.device_get(
-        metrics
-    )  # waits: collectives of two steps in flight can starve each other
-    return state, metrics, time.monotonic() - began
-
-
-def _check(alarms: Alarms, line: dict[str, Any], store: CheckpointStore) -> None:
-    try:
-        alarms.check(line)
-    except TrainingAlarm as alarm:
-        good = store.latest_step
-        kept = (
-            f"the last checkpoint before it is at step {good}"
-            if good
-            else "no checkpoint came before"
-        )
-        raise TrainingAlarm(f"{alarm}; {kept}, in {store.directory}") from None
 
 
 @dataclass

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from configs.architecture import ModelConfig
+from configs.attention import LatentAttentionConfig
 from model.balance import RouterStats, load_balance_loss, token_expert_information
 from model.depth import DepthStats
 from model.early_exit import Supervised
@@ -222,6 +223,27 @@ def collect_depth_stats(sown: dict[str, Any], config: ModelConfig) -> dict[str, 
     """What the depth layers (Mixture-of-Depths) sowed, by layer as in LayerStats."""
     depth_layers = [f"layer_{i}" for i, spec in enumerate(config.pattern) if spec.depth is not None]
     return {name: sown["router"]["periods"][name]["depth"] for name in depth_layers}
+
+
+def collect_indexer_losses(sown: dict[str, Any]) -> dict[str, jax.Array] | None:
+    """What latent attentions' indexers have still to learn, by layer: nats, the mean of stacked
+    layers; None without any (model/attention/indexer.py: imitation_loss)."""
+    found = {
+        jax.tree_util.keystr(path): loss.mean()
+        for path, loss in jax.tree.leaves_with_path(sown.get("router", {}))
+        if path[-1] == jax.tree_util.DictKey("indexer_loss")
+    }
+    return found or None
+
+
+def weighted_indexer_loss(losses: dict[str, jax.Array], config: ModelConfig) -> jax.Array:
+    """The mean over layers, times the indexers' weight; no gradient of it leaves them."""
+    weights = {
+        spec.attention.indexer.loss_weight
+        for spec in config.layer_kinds
+        if isinstance(spec.attention, LatentAttentionConfig) and spec.attention.indexer is not None
+    }
+    return max(weights) * jnp.stack(list(losses.values())).mean()
 
 
 def depth_loss(stats: dict[str, DepthStats], config: ModelConfig) -> jax.Array:

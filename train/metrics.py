@@ -6,7 +6,9 @@ multi-token modules last, lists under "load_cv", "load_cv_floor", "max_violation
 "peak_load", "router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps
 "expert_load", a list per layer of each expert's load over the mean. Layers that choose their tokens
 list "chosen_fraction" and "predictor_accuracy"; with early exit, "exit_cross_entropy" has the exits
-that the step supervised, by the number of layers before them. A number that is not finite is null.
+that the step supervised, by the number of layers before them. Steps after which the run was
+measured on held-out text have "validation_loss" and "validation_bits_per_byte" (see
+train/validation.py). A number that is not finite is null.
 """
 
 import json
@@ -20,8 +22,9 @@ import numpy as np
 
 from configs.architecture import ModelConfig
 from configs.base import AlarmConfig
-from configs.checks import UserError
+from configs.checks import UserError, require
 from configs.serialization import finite_json
+from formats.small_files import UNLIMITED, read_small_file
 from model.early_exit import exit_layers
 from model.moe_layers import moe_layers
 
@@ -61,25 +64,38 @@ class MetricsLog:
         self._file.close()
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_lines(
+    path: Path, columns: Sequence[str] = ("step",), optional: Sequence[str] = ()
+) -> list[Line]:
     """The lines of a metrics.jsonl; a last line cut short by a kill is left out, null is NaN.
 
+    Args:
+      columns: what each line needs, as numbers.
+      optional: what a line may lack, but has as a number if at all.
     Raises:
-      UserError: no such file, or another line that is not JSON.
+      UserError: no such file, or another line that is not JSON, lacks a column or has no number
+        in it.
     """
-    if not path.exists():
-        raise UserError(f"{path} is missing: the run has not been trained here")
-    texts = path.read_text().splitlines()
+    mend = "restore the file, or move it away and go on without"
+    try:
+        texts = read_small_file(path, mend, UNLIMITED).splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: the run has not been trained here") from error
     lines = []
     for number, text in enumerate(texts, start=1):
+        where = f"{path} line {number}"
         try:
-            lines.append(_with_nan(json.loads(text)))
-        except json.JSONDecodeError as error:
-            if number < len(texts):
-                raise UserError(
-                    f"{path} line {number} is not JSON ({error}): restore the file, or move it "
-                    "away and go on without"
-                ) from error
+            line = _with_nan(json.loads(text))
+        except (json.JSONDecodeError, RecursionError) as error:
+            if number == len(texts):
+                break
+            raise UserError(f"{where} is not JSON ({error}): {mend}") from error
+        require(isinstance(line, dict), f"{where} is {text[:60]}, expected an object: {mend}")
+        for name in (*columns, *(name for name in optional if name in line)):
+            value = line.get(name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(is_number, f"{where} has {name}={value!r:.60}, expected a number: {mend}")
+        lines.append(line)
     return lines
 
 

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from formats.small_files import read_json_object
 from train.metrics import Line, read_lines
 
 INK, SOFT, BLUE, ORANGE = "#1f2933", "#9aa5b1", "#2f6f9f", "#d9822b"
+COLUMNS = ("step", "loss", "cross_entropy", "tokens_per_second")
+"""Of the log, that are drawn or told."""
+OPTIONAL = ("validation_loss", "validation_bits_per_byte")
+"""The same, where the run was measured."""
 MAX_LAYERS = 8
 """Layers drawn in a heat map; of deeper models, as many spread over the depth."""
 
@@ -29,13 +35,15 @@ class Picture:
     png: bytes
 
 
-def write_report(run_dir: Path) -> None:
+def write_report(run_dir: Path, sections: Sequence[str] = ()) -> None:
     """Draws run_dir/loss.png, load.png (MoE only) and report.html from metrics.jsonl.
 
+    Args:
+      sections: HTML put under the run's own table.
     Raises:
-      UserError: there is no metrics.jsonl.
+      UserError: there is no metrics.jsonl, or it is damaged.
     """
-    lines = read_lines(run_dir / "metrics.jsonl")
+    lines = read_lines(run_dir / "metrics.jsonl", COLUMNS, OPTIONAL)
     name = printable(run_dir.resolve().name)
     pictures, summary = [], {"steps": "none are in the log"}
     if lines:
@@ -46,9 +54,9 @@ def write_report(run_dir: Path) -> None:
             "steps": f"{lines[-1]['step']:,}",
             "last loss": f"{lines[-1]['loss']:.4f}",
             "median tokens per second": f"{speed:,.0f}",
-        }
-    config = json.loads((run_dir / "config.json").read_text())
-    write_page(run_dir, f"Run {name}", [table(summary)], pictures, config)
+        } | _validation_metrics(lines)
+    config = read_json_object(run_dir / "config.json", "restore it or start a new run")
+    write_page(run_dir, f"Run {name}", [table(summary), *sections], pictures, config)
 
 
 def draw_loss(runs: dict[str, list[Line]]) -> Picture:
@@ -59,6 +67,7 @@ def draw_loss(runs: dict[str, list[Line]]) -> Picture:
         smooth = smoothed(nats)
         axes.plot(steps, nats, color=color, alpha=0.2, linewidth=0.8)
         axes.plot(steps, smooth, color=color, linewidth=1.8)
+        _draw_validation(axes, lines, color)
         label = no_formula(f" {name} {smooth[-1]:.2f}")
         ends_last = steps[-1] == max(lines[-1]["step"] for lines in runs.values())
         axes.annotate(
@@ -72,14 +81,41 @@ def draw_loss(runs: dict[str, list[Line]]) -> Picture:
         )
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per token")
-    return to_picture(figure, "loss", "Training loss; the bold line is its running mean.")
+    caption = "Training loss; the bold line is its running mean."
+    if any(_validated(lines) for lines in runs.values()):
+        caption += " The circles are the loss on held-out text."
+    return to_picture(figure, "loss", caption)
 
 
-def draw_held_out(runs: dict[str, list[Line]]) -> Picture:
-    """Held-out loss of runs that were measured on the same tokens, each value a dot."""
+def _draw_validation(axes: Axes, lines: list[Line], color: str) -> None:
+    """A circle for each measurement, in the colour of its run."""
+    measured = _validated(lines)
+    steps, nats = _column(measured, "step"), _column(measured, "validation_loss")
+    axes.plot(steps, nats, "o", color=color, markerfacecolor="white", markersize=5)
+
+
+def _validated(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if "validation_loss" in line]
+
+
+def _validation_metrics(lines: list[Line]) -> dict[str, str]:
+    """Rows of the report's table: the last measurement on held-out text."""
+    for line in reversed(_validated(lines)):
+        metrics = {"last validation loss": f"{line['validation_loss']:.4f}"}
+        if "validation_bits_per_byte" in line:
+            metrics["in bits per byte"] = f"{line['validation_bits_per_byte']:.4f}"
+        return metrics
+    return {}
+
+
+def draw_validation(runs: dict[str, list[Line]]) -> Picture | None:
+    """Validation loss of runs of one corpus; None where one of them was not measured."""
+    measured = {name: _validated(lines) for name, lines in runs.items()}
+    if not all(measured.values()):
+        return None
     figure, axes = new_figure(7.5, 3.6)
-    for (name, lines), color in zip(runs.items(), (BLUE, ORANGE, INK), strict=False):
-        steps, nats = _column(lines, "step"), _column(lines, "cross_entropy")
+    for (name, lines), color in zip(measured.items(), (BLUE, ORANGE, INK), strict=False):
+        steps, nats = _column(lines, "step"), _column(lines, "validation_loss")
         axes.plot(steps, nats, "o-", color=color, linewidth=1.8, markersize=4)
         axes.annotate(
             no_formula(f" {name} {nats[-1]:.2f}"),
@@ -91,12 +127,12 @@ def draw_held_out(runs: dict[str, list[Line]]) -> Picture:
             annotation_clip=False,
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("held-out cross-entropy, nats per token")
+    axes.set_ylabel("validation loss, nats per token")
     caption = (
-        "Loss on the beginnings of held-out files, the same for all, as training goes on. Where "
-        "runs are of different lengths, only their ends compare: rates fall sooner in a short one."
+        "Loss on held-out text, the same rows for all, as training goes on. Where runs are of "
+        "different lengths, only their ends compare: rates fall sooner in a short one."
     )
-    return to_picture(figure, "held_out_loss", caption)
+    return to_picture(figure, "validation_loss", caption)
 
 
 def draw_load(lines: list[Line]) -> Picture | None:

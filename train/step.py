@@ -27,10 +27,12 @@ from train.losses import (
     auxiliary_loss,
     chunked_loss,
     collect_depth_stats,
+    collect_indexer_losses,
     collect_router_stats,
     cross_entropy,
     depth_loss,
     exits_loss,
+    weighted_indexer_loss,
 )
 from train.multi_token import count_ahead, multi_token_loss
 from train.state import TrainSetup, TrainState
@@ -51,7 +53,8 @@ def make_train_step(
       A step that takes batch arrays [A * B, L, ...] ("tokens", "targets", "positions", and what the
       objective reads; "shared" goes to it whole) and reports float32 scalars "loss" (the objective,
       per target token), the objective's own sums per target token, "auxiliary", "grad_norm",
-      "learning_rate", with multi-token modules "multi_token" (train/multi_token.py); and per MoE
+      "learning_rate", with multi-token modules "multi_token" (train/multi_token.py), with indexers
+      "indexer", their mean loss in nats; and per MoE
       layer, under "router", and per layer that chooses its tokens, under "depth", arrays [layers of
       that name, ...]. With early_exit, "exits": the cross-entropies [K] of the exits that this step
       supervises, and the periods [K] before them, -1 for none.
@@ -90,6 +93,7 @@ def _gradients(
     rows = {name: x for name, x in batch.items() if name not in ("shared", "row")}
     num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
     num_ahead = count_ahead(batch["targets"], batch["positions"], run.model.multi_token)
+    chunks = run.execution.logits_chunks
 
     def loss(params, micro, earlier_counts, depth_key):
         variables = {"params": params, "router_state": state.router_state}
@@ -100,38 +104,34 @@ def _gradients(
         inputs = {k: v for k, v in micro.items() if k not in ("tokens", "positions")}
 
         def loss_fn(hidden_BLD):
-            return chunked_loss(
-                chunk_loss, hidden_BLD, w_DV, inputs, shared, run.execution.logits_chunks
-            )
+            return chunked_loss(chunk_loss, hidden_BLD, w_DV, inputs, shared, chunks)
 
         objective, sums = loss_fn(hidden_BLD)
         if run.model.early_exit is not None:
             finish = partial(setup.model.apply, variables, method="finish")
-            objective, exits_K = exits_loss(
+            objective, sums["exits"] = exits_loss(
                 lambda x_BLD: loss_fn(finish(x_BLD)),
                 objective,
                 sown["exits"]["periods"]["hidden"],
                 supervised_exits(run.model, state.step),
             )
-            sums |= {"exits": exits_K}
         stats, depth = collect_router_stats(sown, run.model), collect_depth_stats(sown, run.model)
         auxiliary = _auxiliary(run, stats, depth, earlier_counts)
         sums = jax.tree.map(lambda x: x / num_targets, sums | {"loss": objective})
         sums |= {"auxiliary": auxiliary, "depth": _depth_metrics(run, depth)}
         total = objective / num_targets + auxiliary
+        imitation = collect_indexer_losses(sown)
+        if imitation is not None:
+            weighted = weighted_indexer_loss(imitation, run.model)
+            total += weighted / run.accumulation
+            sums["indexer"] = jnp.stack(list(imitation.values())).mean()
         if run.model.multi_token is not None:
+            modules, places = sown["multi_token"], micro["positions"]
             ahead = multi_token_loss(
-                chunk_loss,
-                sown["multi_token"],
-                w_DV,
-                inputs,
-                micro["positions"],
-                shared,
-                run.execution.logits_chunks,
-                num_ahead,
+                chunk_loss, modules, w_DV, inputs, places, shared, chunks, num_ahead
             )
             total += run.model.multi_token.loss_weight * ahead
-            sums |= {"multi_token": ahead}
+            sums["multi_token"] = ahead
         return total, (sums, stats, memory)
 
     grad: Callable[..., Any] = jax.grad(loss, has_aux=True)

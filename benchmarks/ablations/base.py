@@ -2,7 +2,6 @@
 
 import datetime
 import math
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import processor
 from train.report import Picture
 
 
@@ -106,7 +106,7 @@ def append_report(report: Report, path: Path, command: str, seconds: float) -> N
     """Adds the experiment to the log of ablations as a section of Markdown."""
     today = datetime.date.today().isoformat()
     lines = ["", f"## {report.title} ({today})", "", f"    {command}", ""]
-    lines += [f"{_cpu()}, {seconds / 60:.0f} min.", ""]
+    lines += [f"{processor()}, {seconds / 60:.0f} min.", ""]
     lines += [f"- {label}: {text}" for label, text in _texts(report)]
     lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(finding.row()) + " |" for finding in report.findings]
@@ -117,13 +117,3 @@ def append_report(report: Report, path: Path, command: str, seconds: float) -> N
 
 def _texts(report: Report) -> list[tuple[str, str]]:
     return [("Article", report.article), ("Bound", report.bound), ("Setting", report.setting)]
-
-
-def _cpu() -> str:
-    """The processor's name, without which a timing says nothing."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

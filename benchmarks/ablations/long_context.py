@@ -154,7 +154,8 @@ def _retrieve(trained: Trained, length: int, seed: int) -> np.ndarray:
             count = min(CHUNK, body - begin)
             if begin + count > size:
                 size = next(sizes)
-                cache = _enlarged(cache, init_state(stretched.config, 1, size, "float32"))
+                empty = init_state(stretched.config, 1, size, "float32", spare=CHUNK - 1)
+                cache = _enlarged(cache, empty)
             tokens, positions = np.zeros(CHUNK, np.int32), np.full(CHUNK, -1, np.int32)
             tokens[:count] = row["tokens"][begin : begin + count]
             positions[:count] = np.arange(begin, begin + count)

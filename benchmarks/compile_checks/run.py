@@ -17,8 +17,11 @@ from benchmarks.compile_checks.cases import NAMES, runs_on
 from benchmarks.compile_checks.devices import DEVICES, Device
 from benchmarks.compile_checks.facts import Facts
 from benchmarks.compile_checks.gate import program_hash
+from configs.checks import require
+from formats.small_files import read_json_object
 
 COMMITTED = Path(__file__).resolve().parent / "compiled.json"
+RESTORE = f"git checkout {COMMITTED} brings it back"
 SAMPLE = 4
 """Cases that are compiled again although nothing of theirs changed."""
 TOOLS = ("jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
@@ -40,8 +43,17 @@ def split(key: str) -> tuple[str, Device]:
 
 
 def read_committed() -> dict[str, Any]:
-    """{"tools": versions, "cases": {key: {"program": hash, and the fields of Facts}}}."""
-    return json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {"tools": {}, "cases": {}}
+    """{"tools": versions, "cases": {key: {"program": hash, and the fields of Facts}}}.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    if not COMMITTED.exists():
+        return {"tools": {}, "cases": {}}
+    found = read_json_object(COMMITTED, RESTORE)
+    is_table = {"tools", "cases"} <= set(found) and isinstance(found["cases"], dict)
+    require(is_table, f"{COMMITTED} has no tools and cases: {RESTORE}")
+    return found
 
 
 def committed_facts(entry: dict[str, Any]) -> Facts:

@@ -24,6 +24,7 @@ from benchmarks.gpu import ceilings, decoding, training
 from benchmarks.gpu.checks import check_all, is_right
 from benchmarks.gpu.environment import environment
 from benchmarks.gpu.programs import OURS, kind_of
+from formats.atomic_folder import replace_text
 from kernels.backend import current_target
 
 SHARES = {"kernels": 0.5, "training": 0.2, "decoding": 0.3}
@@ -263,7 +264,7 @@ def main(argv: list[str]) -> None:
     )
 
     def keep(result: Result) -> None:
-        (request.folder / f"{name}.json").write_text(json.dumps(result))
+        replace_text(request.folder / f"{name}.json", json.dumps(result))
 
     PARTS[name](request, keep)
 

@@ -15,6 +15,9 @@ from rich.table import Table
 
 from benchmarks.gpu import parts, tables
 from benchmarks.gpu.pictures import draw_kernels
+from configs.checks import require
+from formats.atomic_folder import replace_text
+from formats.small_files import read_json_object
 from kernels import backend
 from train.report import write_page
 
@@ -27,12 +30,16 @@ Report = dict[str, Any]
 def read(folder: Path) -> Report:
     """The folder's report; empty where it has none."""
     path = folder / "report.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    mend = "remove it, or choose another --folder"
+    report = read_json_object(path, mend) if path.exists() else {}
+    for name, found in report.items():
+        require(isinstance(found, dict), f"{path} has {name}={str(found)[:60]}, no part: {mend}")
+    return report
 
 
 def write(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    replace_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
 
 
 def measure(

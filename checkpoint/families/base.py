@@ -67,6 +67,9 @@ class Family:
     """The tensor that each multi-token module has one of; None where the family has no modules."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of tensors that follow from the config."""
+    fuses_experts: bool = False
+    """Whether files may hold each layer's experts in two tensors, see weight_maps.FUSED_MOE: read,
+    never written."""
     packed: Packed | None = None
     """None where released files are in plain floats."""
     gguf: GGUF | None = None

@@ -72,5 +72,6 @@ DEEPSEEK_V2 = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     rows=(*weight_maps.EMBEDDING, *weight_maps.LATENT, *weight_maps.DEEPSEEK_MOE),
+    fuses_experts=True,
     gguf=GGUF("deepseek2", gguf_weight_maps.DEEPSEEK2),
 )

@@ -100,5 +100,6 @@ DEEPSEEK_V3 = Family(
     multi_token=weight_maps.MULTI_TOKEN,
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     packed=PACKED,
+    fuses_experts=True,
     gguf=GGUF("deepseek2", gguf_weight_maps.DEEPSEEK2),
 )

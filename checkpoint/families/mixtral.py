@@ -65,5 +65,6 @@ MIXTRAL = Family(
         Row("layers.*.moe.router", f"{MOE}.gate.weight", "e d -> d e"),
         *weight_maps.experts(f"{MOE}.experts.{{e}}", gate="w1", up="w3", down="w2"),
     ),
+    fuses_experts=True,
     gguf=GGUF("llama", gguf_weight_maps.LLAMA_MOE),
 )

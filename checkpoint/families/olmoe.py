@@ -73,5 +73,6 @@ OLMOE = Family(
         weight_maps.ROUTER,
         *weight_maps.EXPERTS,
     ),
+    fuses_experts=True,
     gguf=GGUF("olmoe", gguf_weight_maps.OLMOE),
 )

@@ -82,5 +82,6 @@ QWEN3_MOE = Family(
         weight_maps.ROUTER,
         *weight_maps.EXPERTS,
     ),
+    fuses_experts=True,
     gguf=GGUF("qwen3moe", gguf_weight_maps.QWEN3_MOE),
 )

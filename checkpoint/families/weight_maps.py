@@ -95,6 +95,23 @@ DENSE = swiglu("layers.*.ffn", f"{LAYER}.mlp")
 EXPERTS = experts(f"{LAYER}.mlp.experts.{{e}}", "gate_proj", "up_proj", "down_proj")
 ROUTER = Row("layers.*.moe.router", f"{LAYER}.mlp.gate.weight", "e d -> d e")
 
+FUSED_EXPERTS = f"{LAYER}.mlp.experts.gate_up_proj"
+FUSED_MOE = (
+    ROUTER,
+    Row("layers.*.moe.gate_up", FUSED_EXPERTS, "e (i f) d -> e d i f"),
+    Row("layers.*.moe.down", f"{LAYER}.mlp.experts.down_proj", "e d f -> e f d"),
+)
+"""As transformers 5 holds a layer's experts in memory, all in two tensors, the gates' rows before
+the ups', and writes them when asked (`save_pretrained(..., save_original_format=False)`). Mixtral's
+router has another name there than in its released form."""
+
+
+def with_fused_experts(table: tuple[Row, ...]) -> tuple[Row, ...]:
+    """A family's rows for files whose experts are fused."""
+    replaced = {row.parameter for row in FUSED_MOE}
+    return (*(row for row in table if row.parameter not in replaced), *FUSED_MOE)
+
+
 DEEPSEEK_MOE = (
     *DENSE,
     ROUTER,

@@ -5,7 +5,6 @@ spell `bos_token` and `eos_token`; generation_config.json, or config.json where 
 lists in `eos_token_id` every id that ends an answer (transformers' GenerationConfig).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from configs.checks import UserError
-from formats.small_files import read_small_file
+from formats.small_files import read_json_object
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 GENERATION_CONFIG, MODEL_CONFIG = "generation_config.json", "config.json"
@@ -68,16 +67,9 @@ def read_object(path: Path) -> dict[str, Any]:
       UserError: something else.
     """
     try:
-        values = json.loads(read_small_file(path))
+        return read_json_object(path)
     except FileNotFoundError:
         return {}
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is a JSON {type(values).__name__}, expected an object")
-    return values
 
 
 def _spelt_id(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:

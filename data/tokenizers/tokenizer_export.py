@@ -19,7 +19,7 @@ from data.tokenizers.special_tokens import (
     read_object,
     token_ids,
 )
-from formats.small_files import read_small_file
+from formats.small_files import read_json_object
 
 TOKENIZER = "tokenizer.json"
 OTHER_FORMS = (
@@ -67,7 +67,7 @@ def copy_tokenizer(source: Path, folder: Path, tokenizer: PublicTokenizer | None
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if tokenizer is not None:
-        state = json.loads(read_small_file(source / TOKENIZER))
+        state = read_json_object(source / TOKENIZER)
         exported = _exported(state, tokenizer)
         if exported == state:
             shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from configs.checks import UserError
 from data.packing import TokenFile
+from infer.run_weights import RunWeights
 from infer.score import TokenScores
 
 Score = Callable[[list[np.ndarray]], list[TokenScores]]
@@ -53,3 +54,5 @@ class Result:
     count: int
     """Items the value is the mean of."""
     details: dict[str, Any] = field(default_factory=dict)
+    weights: RunWeights | None = None
+    """Which it speaks of; a task leaves it out, `evals.run` knows. None in older files, too."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MODULE = "moesaic_native"
 SOURCES = Path(__file__).parent / "src"
@@ -20,6 +21,7 @@ TARGETS = (
     "moesaic_quantized_matmul",
     "moesaic_attention_forward",
     "moesaic_attention_backward",
+    "moesaic_cached_attention",
 )
 REBUILD = "run `make .venv`, or `pip install .`, with a C++ compiler (g++ or clang++) present"
 
@@ -46,7 +48,7 @@ def call(
     target: str,
     result: jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct],
     *operands: jax.Array,
-    **attributes: int | bool,
+    **attributes: int | bool | np.float32,
 ) -> Any:
     """What one of TARGETS makes of CPU arrays, shaped as `result`; only where is_available()."""
     if not is_available():

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from configs.attention import AttentionConfig, QKNorm
 from configs.base import ExecutionConfig
+from kernels.quantize import MatrixDims
 from model.attention.sharded import sharded_cached_attention, sharded_window_attention
 from model.layer_state import AnyKeyValueState, StateShape, key_value_state
-from model.layers import RMSNorm, rope, weight, zero_weight
+from model.layers import RMSNorm, project, rope, weight, zero_weight
 from model.step import Step
 
 QUERY_AXES, KEY_AXES = ("heads", "head_dim"), ("kv_heads", "head_dim")
@@ -54,7 +55,9 @@ class GroupedQueryAttention(nn.Module):
         q_BLHC, k_BLGC, v_BLGC = self._projected(x_BLD)
         out_axis = None if self.out_features else "embed"
         out_shape = (c.num_heads, c.head_dim, self.out_features or d_model)
-        w_o_HCD = weight(self, "o", out_shape, (*QUERY_AXES, out_axis), self.out_stddev)
+        w_o_HCD = weight(
+            self, "o", out_shape, (*QUERY_AXES, out_axis), self.out_stddev, MatrixDims(2, 1)
+        )
         q_BLHC, k_BLGC, v_BLGC = self._normed_and_bounded(q_BLHC, k_BLGC, v_BLGC)
         q_BLHC = rope(q_BLHC, step.positions_BL, c.rope_base, c.rope_scaling)
         k_BLGC = rope(k_BLGC, step.positions_BL, c.rope_base, c.rope_scaling)
@@ -64,7 +67,7 @@ class GroupedQueryAttention(nn.Module):
         if c.sink_logits:  # they start as if one more key had the score 0
             sink_logits_H = zero_weight(self, "sink_logits", (c.num_heads,), ("heads",))
         out_BLHC, state = self._attended(q_BLHC, k_BLGC, v_BLGC, step, state, sink_logits_H)
-        out_BLD = jnp.einsum("BLHC,HCD->BLD", out_BLHC, w_o_HCD.astype(x_BLD.dtype))
+        out_BLD = project("BLHC,HCD->BLD", out_BLHC, w_o_HCD)
         if c.bias:
             o_bias_D = zero_weight(self, "o_bias", out_shape[2:], (out_axis,))
             out_BLD += o_bias_D.astype(out_BLD.dtype)[None, None]
@@ -75,10 +78,13 @@ class GroupedQueryAttention(nn.Module):
         c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
         q_shape, kv_shape = (c.num_heads, c.head_dim), (2, c.num_kv_heads, c.head_dim)
         kv_axes = (None, *KEY_AXES)
-        w_q_DHC = weight(self, "q", (d_model, *q_shape), ("embed", *QUERY_AXES), d_model**-0.5)
-        w_kv_D2GC = weight(self, "kv", (d_model, *kv_shape), ("embed", *kv_axes), d_model**-0.5)
-        q_BLHC = jnp.einsum("BLD,DHC->BLHC", x_BLD, w_q_DHC.astype(dtype))
-        kv_BL2GC = jnp.einsum("BLD,DiGC->BLiGC", x_BLD, w_kv_D2GC.astype(dtype))
+        stddev, q_axes = d_model**-0.5, ("embed", *QUERY_AXES)
+        w_q_DHC = weight(self, "q", (d_model, *q_shape), q_axes, stddev, MatrixDims(1, 2))
+        w_kv_D2GC = weight(
+            self, "kv", (d_model, *kv_shape), ("embed", *kv_axes), stddev, MatrixDims(1, 3)
+        )
+        q_BLHC = project("BLD,DHC->BLHC", x_BLD, w_q_DHC)
+        kv_BL2GC = project("BLD,DiGC->BLiGC", x_BLD, w_kv_D2GC)
         if c.bias:
             q_BLHC += zero_weight(self, "q_bias", q_shape, QUERY_AXES).astype(dtype)[None, None]
             bias_2GC = zero_weight(self, "kv_bias", kv_shape, kv_axes).astype(dtype)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from configs.attention import LatentAttentionConfig
 from kernels.cached_attention import cached_attention
 from kernels.window_attention import visible
+from kernels.window_attention.reference import MASKED
 from model.layer_state import AnyKeyValueState, KeyValueState, gather_sequences
 from model.layers import LayerNorm, rope, weight
 from model.step import Step
@@ -28,6 +29,8 @@ from model.step import Step
 KEY_NORM_EPS = 1e-6
 QUERIES_AT_ONCE = 16
 """Whose chosen keys are gathered together."""
+QUERIES_OF_LOSS = 128
+"""Whose attention weights are made together for the indexer's loss."""
 
 
 class Index(NamedTuple):
@@ -96,6 +99,49 @@ def key_scores(index: Index, k_BSC: jax.Array) -> jax.Array:
         "BLHC,BSC->BLHS", index.q_BLHC, k_BSC, preferred_element_type=jnp.float32
     )
     return jnp.einsum("BLHS,BLH->BLS", jax.nn.relu(products_BLHS), index.weights_BLH)
+
+
+def imitation_loss(
+    q_BLHC: jax.Array, k_BSHC: jax.Array, index: Index, mask_BLS: jax.Array
+) -> jax.Array:
+    """Mean over tokens of KL(p || softmax(I)) over the keys that a query sees, nats, float32 []:
+    how the indexer learns (DeepSeek-V3.2, 2025). p is the attention's own weights, summed over its
+    heads and scaled to sum to 1, a constant.
+
+    A block of queries is made at a time: the weights take [B, H, block, S] of memory.
+
+    Args:
+      q_BLHC, k_BSHC: the attention's, each head's own.
+      mask_BLS: the keys that the query sees, those that the indexer chose.
+    """
+    batch, length, heads, width = q_BLHC.shape
+    block = min(QUERIES_OF_LOSS, length)
+    q_BLHC, k_BSHC = jax.lax.stop_gradient((q_BLHC * width**-0.5, k_BSHC))
+    scores_BLS = key_scores(index, index.k_BLC)
+
+    def block_loss(rows: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q_BMHC, scores_BMS, mask_BMS = rows
+        weights_BHMS = jnp.einsum(
+            "BMHC,BSHC->BHMS", q_BMHC, k_BSHC, preferred_element_type=jnp.float32
+        )
+        weights_BHMS = jnp.where(mask_BMS[:, None], weights_BHMS, -jnp.inf)
+        sees_BM = mask_BMS.any(axis=-1)
+        p_BMS = jax.nn.softmax(jnp.where(sees_BM[:, None, :, None], weights_BHMS, 0.0)).sum(axis=1)
+        p_BMS = jnp.where(mask_BMS, p_BMS / heads, 0.0)
+        guess_BMS = jax.nn.log_softmax(jnp.where(mask_BMS, scores_BMS, MASKED), axis=-1)
+        log_p_BMS = jnp.log(jnp.where(p_BMS > 0, p_BMS, 1.0))
+        kl_BM = jnp.where(p_BMS > 0, p_BMS * (log_p_BMS - guess_BMS), 0.0).sum(axis=-1)
+        return jnp.where(sees_BM, kl_BM, 0.0).sum()
+
+    def cut(x_BL: jax.Array) -> jax.Array:
+        x_BL = jnp.pad(x_BL, ((0, 0), (0, -length % block), *[(0, 0)] * (x_BL.ndim - 2)))
+        return x_BL.reshape(batch, -1, block, *x_BL.shape[2:]).swapaxes(0, 1)
+
+    total = jax.lax.map(
+        jax.checkpoint(block_loss), jax.tree.map(cut, (q_BLHC, scores_BLS, mask_BLS))
+    )
+    count = mask_BLS.any(axis=-1).sum(dtype=jnp.float32)
+    return total.sum() / jnp.maximum(count, 1.0)
 
 
 def attend_chosen(

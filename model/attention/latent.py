@@ -21,11 +21,18 @@ import jax.numpy as jnp
 
 from configs.attention import LatentAttentionConfig
 from configs.base import ExecutionConfig
+from kernels.quantize import MatrixDims
 from kernels.window_attention import masked_attention, visible
-from model.attention.indexer import Index, Indexer, attend_chosen, chosen_keys
+from model.attention.indexer import (
+    Index,
+    Indexer,
+    attend_chosen,
+    chosen_keys,
+    imitation_loss,
+)
 from model.attention.sharded import sharded_cached_attention, sharded_window_attention
 from model.layer_state import AnyKeyValueState, StateShape, key_value_state, num_slots
-from model.layers import RMSNorm, rope, weight, zero_weight
+from model.layers import RMSNorm, newest, project, rope, weight, zero_weight
 from model.step import Step
 
 LATENT_NORM_EPS = 1e-6
@@ -65,13 +72,15 @@ class LatentAttention(nn.Module):
         up_axes = ("embed", "heads", "head_dim")
         w_up_RHC = weight(self, "kv_up", up_shape, up_axes, c.latent_rank**-0.5)
         o_shape, o_axes = (c.num_heads, c.value_head_dim, d_model), ("heads", "head_dim", "embed")
-        w_o_HWD = weight(self, "o", o_shape, o_axes, self.out_stddev)
+        w_o_HWD = weight(self, "o", o_shape, o_axes, self.out_stddev, MatrixDims(2, 1))
         h_BLQ = self._query_latent(x_BLD)
         queries = self._queries(h_BLQ, step.positions_BL)
         keys = self._latent(x_BLD, step.positions_BL)
         index = None
         if c.indexer is not None:
-            index = Indexer(c, name="indexer")(x_BLD, h_BLQ, step.positions_BL)
+            # It learns from its own loss alone, and no other part learns from that.
+            told = jax.lax.stop_gradient((x_BLD, h_BLQ))
+            index = Indexer(c, name="indexer")(*told, step.positions_BL)
         w_uk_RHN, w_uv_RHW = jnp.split(w_up_RHC.astype(dtype), [c.nope_head_dim], axis=-1)
         w_ups = (w_uk_RHN, w_uv_RHW)
         if state is not None:
@@ -80,7 +89,7 @@ class LatentAttention(nn.Module):
             out_BLHW = self._over_row(queries, keys, index, w_ups, step)
         else:
             out_BLHW = self._over_state(queries, index, w_ups, step, state)
-        out_BLD = jnp.einsum("BLHW,HWD->BLD", out_BLHW, w_o_HWD.astype(dtype))
+        out_BLD = project("BLHW,HWD->BLD", out_BLHW, w_o_HWD)
         if c.bias:
             out_BLD += zero_weight(self, "o_bias", (d_model,), ("embed",)).astype(dtype)[None, None]
         return out_BLD, state
@@ -97,14 +106,18 @@ class LatentAttention(nn.Module):
         k_BLHC = jnp.concatenate([k_nope_BLHN, k_rope_BLHP], axis=-1)
         v_BLHW = jnp.einsum("BLR,RHW->BLHW", latent_BLR, w_uv_RHW)
         positions_BL, segments_BL = step.positions_BL, step.segments_BL
-        if index is None or not self._leaves_out(positions_BL.shape[1]):
+        mask_BLS = None
+        if index is not None and self.config.indexer is not None:
+            places = (positions_BL[:, :, None], positions_BL[:, None, :])
+            mask_BLS = visible(*places, window_size=None, num_sink_tokens=0)
+            mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
+            mask_BLS = chosen_keys(index, index.k_BLC, mask_BLS, self.config.indexer.top_k)
+            if self.is_mutable_collection("router"):
+                loss = imitation_loss(q_BLHC, k_BLHC, index, mask_BLS)
+                self.sow("router", "indexer_loss", loss, init_fn=lambda: None, reduce_fn=newest)
+        if mask_BLS is None or not self._leaves_out(positions_BL.shape[1]):
             rows, chosen = (positions_BL, segments_BL), self.execution.window_attention
             return sharded_window_attention(q_BLHC, k_BLHC, v_BLHW, *rows, implementation=chosen)
-        places = (positions_BL[:, :, None], positions_BL[:, None, :])
-        mask_BLS = visible(*places, window_size=None, num_sink_tokens=0)
-        mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
-        assert self.config.indexer is not None
-        mask_BLS = chosen_keys(index, index.k_BLC, mask_BLS, self.config.indexer.top_k)
         return masked_attention(q_BLHC, k_BLHC, v_BLHW, mask_BLS)
 
     def _over_state(
@@ -135,8 +148,9 @@ class LatentAttention(nn.Module):
         if c.query_rank is None:
             return x_BLD
         shape = (d_model, c.query_rank)
-        w_DQ = weight(self, "q_down", shape, ("embed", "latent"), d_model**-0.5)
-        h_BLQ = jnp.einsum("BLD,DQ->BLQ", x_BLD, w_DQ.astype(x_BLD.dtype))
+        axes = ("embed", "latent")
+        w_DQ = weight(self, "q_down", shape, axes, d_model**-0.5, MatrixDims(1, 1))
+        h_BLQ = project("BLD,DQ->BLQ", x_BLD, w_DQ)
         if c.bias:
             bias_Q = zero_weight(self, "q_down_bias", shape[1:], ("latent",))
             h_BLQ += bias_Q.astype(x_BLD.dtype)[None, None]
@@ -146,8 +160,9 @@ class LatentAttention(nn.Module):
         """Queries without and with position, [B, L, H, N] and [B, L, H, P]."""
         c, width = self.config, h_BLQ.shape[-1]
         shape = (width, c.num_heads, c.query_head_dim)
-        w_QHC = weight(self, "q", shape, ("embed", "heads", "head_dim"), width**-0.5)
-        q_BLHC = jnp.einsum("BLQ,QHC->BLHC", h_BLQ, w_QHC.astype(h_BLQ.dtype))
+        axes = ("embed", "heads", "head_dim")
+        w_QHC = weight(self, "q", shape, axes, width**-0.5, MatrixDims(1, 2))
+        q_BLHC = project("BLQ,QHC->BLHC", h_BLQ, w_QHC)
         if c.rope_scaling is not None:
             q_BLHC *= c.rope_scaling.logit_scale
         q_nope_BLHN, q_rope_BLHP = jnp.split(q_BLHC, [c.nope_head_dim], axis=-1)
@@ -157,8 +172,9 @@ class LatentAttention(nn.Module):
         """What is cached: the normed latent [B, L, R] and the turned rotary key [B, L, 1, P]."""
         c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
         shape = (d_model, c.latent_rank + c.rope_head_dim)
-        w_DC = weight(self, "kv_down", shape, ("embed", "latent"), d_model**-0.5)
-        down_BLC = jnp.einsum("BLD,DC->BLC", x_BLD, w_DC.astype(dtype))
+        axes = ("embed", "latent")
+        w_DC = weight(self, "kv_down", shape, axes, d_model**-0.5, MatrixDims(1, 1))
+        down_BLC = project("BLD,DC->BLC", x_BLD, w_DC)
         if c.bias:
             bias_C = zero_weight(self, "kv_down_bias", shape[1:], ("latent",))
             down_BLC += bias_C.astype(dtype)[None, None]

@@ -18,6 +18,7 @@ from flax import struct
 from configs.attention import LocalSparseAttentionConfig
 from configs.base import ExecutionConfig
 from configs.checks import UserError
+from kernels.quantize import MatrixDims
 from kernels.sparse_attention import (
     Nodes,
     cached_power_attention,
@@ -29,7 +30,7 @@ from kernels.sparse_attention import (
     updated,
 )
 from model.layer_state import KeyValueState, RowsFirst, StateShape, key_value_state
-from model.layers import rope, weight
+from model.layers import project, rope, weight
 from model.step import Step
 
 SLOT_IS_POSITION = "sparse attention finds tokens by their slot, which is their position"
@@ -57,8 +58,8 @@ class SummaryState(RowsFirst, struct.PyTreeNode):
         raise NotImplementedError(self.unrewindable_reason)
 
     def logical_axes(self) -> Any:
-        rows = jax.tree.map(lambda x: ("batch", *[None] * (x.ndim - 1)), self.nodes)
-        return self.replace(tokens=self.tokens.logical_axes(), nodes=rows)
+        nodes = Nodes(("batch", None, None), *[("batch", None, None, None)] * 2)  # type: ignore[arg-type]
+        return self.replace(tokens=self.tokens.logical_axes(), nodes=nodes)
 
 
 def init_state(config: LocalSparseAttentionConfig, shape: StateShape) -> Any:
@@ -91,21 +92,26 @@ class LocalSparseAttention(nn.Module):
         step: Step,
         state: KeyValueState | SummaryState | None,
     ) -> tuple[jax.Array, KeyValueState | SummaryState | None]:
-        c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
+        c, d_model = self.config, x_BLD.shape[-1]
         q_shape, kv_shape = (c.num_heads, c.head_dim), (2, c.num_kv_heads, c.head_dim)
         q_axes, kv_axes = ("heads", "head_dim"), (None, "kv_heads", "head_dim")
-        w_q_DHC = weight(self, "q", (d_model, *q_shape), ("embed", *q_axes), d_model**-0.5)
-        w_kv_D2GC = weight(self, "kv", (d_model, *kv_shape), ("embed", *kv_axes), d_model**-0.5)
-        w_o_HCD = weight(self, "o", (*q_shape, d_model), (*q_axes, "embed"), self.out_stddev)
-        q_BLHC = jnp.einsum("BLD,DHC->BLHC", x_BLD, w_q_DHC.astype(dtype))
-        kv_BL2GC = jnp.einsum("BLD,DiGC->BLiGC", x_BLD, w_kv_D2GC.astype(dtype))
+        stddev, o_axes = d_model**-0.5, (*q_axes, "embed")
+        w_q_DHC = weight(
+            self, "q", (d_model, *q_shape), ("embed", *q_axes), stddev, MatrixDims(1, 2)
+        )
+        w_kv_D2GC = weight(
+            self, "kv", (d_model, *kv_shape), ("embed", *kv_axes), stddev, MatrixDims(1, 3)
+        )
+        w_o_HCD = weight(self, "o", (*q_shape, d_model), o_axes, self.out_stddev, MatrixDims(2, 1))
+        q_BLHC = project("BLD,DHC->BLHC", x_BLD, w_q_DHC)
+        kv_BL2GC = project("BLD,DiGC->BLiGC", x_BLD, w_kv_D2GC)
         q_BLHC = rope(q_BLHC, step.positions_BL, c.rope_base)
         k_BLGC, v_BLGC = rope(kv_BL2GC[:, :, 0], step.positions_BL, c.rope_base), kv_BL2GC[:, :, 1]
         attend = {"summaries": self._over_summaries, "powers_of_two": self._over_powers}[c.far]
         if state is not None and step.rows_BL is not None:
             raise NotImplementedError(f"{SLOT_IS_POSITION}: give each sequence a row of tokens")
         out_BLHC, state = attend(q_BLHC, k_BLGC, v_BLGC, step, state)
-        return jnp.einsum("BLHC,HCD->BLD", out_BLHC, w_o_HCD.astype(dtype)), state
+        return project("BLHC,HCD->BLD", out_BLHC, w_o_HCD), state
 
     def _over_powers(
         self,

@@ -21,11 +21,12 @@ from flax import struct
 
 from configs.attention import RelativeAttentionConfig
 from configs.checks import UserError
+from kernels.quantize import MatrixDims
 from kernels.window_attention import visible
 from kernels.window_attention.reference import MASKED
 from kernels.window_attention.xla import block_rows
 from model.layer_state import KeyValueState, RowsFirst, StateShape, key_value_state
-from model.layers import weight
+from model.layers import project, weight
 from model.step import Step, document_segments
 
 BIAS_STDDEV = 0.02  # of u and w at the start, as in the authors' code
@@ -98,22 +99,23 @@ class RelativeAttention(nn.Module):
     ) -> tuple[jax.Array, KeyValueState | SegmentMemory | None]:
         c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
         in_shape, in_axes = (d_model, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
-        w_q_DHC = weight(self, "q", in_shape, in_axes, d_model**-0.5)
+        w_q_DHC = weight(self, "q", in_shape, in_axes, d_model**-0.5, MatrixDims(1, 2))
         w_kv_D2HC = weight(
             self,
             "kv",
             (d_model, 2, c.num_heads, c.head_dim),
             ("embed", None, "kv_heads", "head_dim"),
             d_model**-0.5,
+            MatrixDims(1, 3),
         )
         w_r_DHC = weight(self, "r", in_shape, in_axes, d_model**-0.5).astype(dtype)
         bias_shape, bias_axes = in_shape[1:], in_axes[1:]
         u_HC = weight(self, "content_bias", bias_shape, bias_axes, BIAS_STDDEV)
         w_HC = weight(self, "position_bias", bias_shape, bias_axes, BIAS_STDDEV)
         out_shape, out_axes = (*bias_shape, d_model), (*bias_axes, "embed")
-        w_o_HCD = weight(self, "o", out_shape, out_axes, self.out_stddev)
+        w_o_HCD = weight(self, "o", out_shape, out_axes, self.out_stddev, MatrixDims(2, 1))
 
-        q_BLHC = jnp.einsum("BLD,DHC->BLHC", x_BLD, w_q_DHC.astype(dtype))
+        q_BLHC = project("BLD,DHC->BLHC", x_BLD, w_q_DHC)
         q_content_BLHC, q_position_BLHC = (
             (q_BLHC + bias_HC.astype(dtype)[None, None]) * c.head_dim**-0.5
             for bias_HC in (u_HC, w_HC)
@@ -121,9 +123,11 @@ class RelativeAttention(nn.Module):
         seen_BSD, positions_BS, segments_BS = x_BLD, step.positions_BL, step.segments_BL
         if isinstance(state, SegmentMemory):
             seen_BSD, positions_BS, segments_BS, state = _remember(state, x_BLD, step.positions_BL)
-        kv_BS2HC = jnp.einsum("BSD,DiHC->BSiHC", seen_BSD, w_kv_D2HC.astype(dtype))
+        kv_BS2HC = project("BSD,DiHC->BSiHC", seen_BSD, w_kv_D2HC)
         k_BSHC, v_BSHC = kv_BS2HC[:, :, 0], kv_BS2HC[:, :, 1]
         if isinstance(state, KeyValueState):
+            if step.rows_BL is not None:
+                raise NotImplementedError(f"{NO_PAGES}: give each sequence a row of tokens")
             state = state.write(step, k_BSHC, v_BSHC)
         if isinstance(state, KeyValueState) and not step.is_whole:
             reach = min(c.window_size, state.positions_RS.shape[1])
@@ -138,7 +142,7 @@ class RelativeAttention(nn.Module):
             out_BLHC = segment_attention(
                 q_content_BLHC, q_position_BLHC, k_BSHC, v_BSHC, r_NHC, positions_BS, segments_BS
             )
-        return jnp.einsum("BLHC,HCD->BLD", out_BLHC, w_o_HCD.astype(dtype)), state
+        return project("BLHC,HCD->BLD", out_BLHC, w_o_HCD), state
 
 
 def _remember(

@@ -100,7 +100,8 @@ def test_a_cache_grows_with_the_text():
     grown = long_context._enlarged(full, large)
     jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), grown, large)
     for layer, spec in zip(grown.periods, config.pattern, strict=True):
-        positions = np.asarray(layer.attention.positions_BS)[0, 0]
+        positions_RS = np.asarray(layer.attention.positions_RS)
+        positions = positions_RS.reshape(-1, positions_RS.shape[-1])[0]
         slots = 36 if spec.attention.window_size else 64
         assert (positions[:slots] == 6).all()
         assert (positions[slots:] == -1).all()

@@ -7,32 +7,23 @@ With mesh sizes, onto that many CPU devices.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from benchmarks.resident_memory import reset_peak, resident
 from infer.convert import Conversion, convert
 from infer.sources import Source, open_source
 from parallel.mesh import make_mesh
-
-
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (most since the last reset), bytes."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def started(folder: str) -> tuple[Source, int]:
     """The source, and what is resident before anything is read."""
     jax.block_until_ready(jax.numpy.zeros(8) + 1)  # the runtime's own threads and buffers
     source = open_source(folder)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    return source, before
+    return source, reset_peak()
 
 
 def convert_to(folder: str, form: Any, target: str) -> None:

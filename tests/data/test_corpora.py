@@ -137,7 +137,7 @@ def damage_format(path: Path) -> None:
     ("damage", "sentence"),
     [
         (damage_truncate, "its sidecar promises"),
-        (damage_sidecar, "no token sidecar"),
+        (damage_sidecar, "is not valid JSON"),
         (damage_format, "format 99, this program reads 1"),
         (Path.unlink, "is missing"),
     ],

@@ -1,13 +1,20 @@
 """Evaluation of a run whose text is no Python: what applies is shown and written, one by one."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 
+from checkpoint.provenance import weights_fingerprint
+from checkpoint.run_directory import read_run
 from configs.checks import UserError
 from evals import run as evals_run
+from evals.results import read_results, write_results, write_run_report
 from evals.run import evaluate
 from evals.tasks.base import Result, Skipped
+from infer.load import load_model
+from infer.run_weights import RunWeights
 from scripts import evaluate as verb
 from tests import tiny
 from train.loop import fit
@@ -37,6 +44,38 @@ def test_a_task_that_does_not_apply_is_skipped_with_its_reason(run_dir, capsys):
     (written,) = json.loads((run_dir / "evals.json").read_text())
     assert written["task"] == "stdlib_bpb"
     assert 0 < written["value"] < 16
+
+
+def test_results_say_which_weights_they_are_of(run_dir):
+    """And the report, of those that are not the newest."""
+    verb.main([str(run_dir), "--tasks", "stdlib_bpb"])
+    (result,) = read_results(run_dir / "evals.json")
+    sha256 = weights_fingerprint(load_model(read_run(run_dir), run_dir)[1])
+    newest = RunWeights(step=3, sha256=sha256)
+    assert result.weights == newest
+    shown = (run_dir / "report.html").read_text()
+    assert f"{result.value:.4f} ± {result.standard_error:.4f}" in shown
+    assert "stale" not in shown
+    for weights, sentence in (
+        (newest, None),
+        (RunWeights(step=2, sha256=sha256), "at step 2 .*, the newest are those at step 3"),
+        (
+            RunWeights(step=3, sha256="0" * 64),
+            r"at step 3 \(00000000\), the newest are the weights",
+        ),
+        (None, "measured before results kept which weights they are of"),
+    ):
+        write_results(run_dir / "evals.json", [dataclasses.replace(result, weights=weights)])
+        write_run_report(run_dir)
+        shown = (run_dir / "report.html").read_text()
+        assert ("stale" in shown) == (sentence is not None)
+        assert sentence is None or re.search(f"stale: .*{sentence}", shown)
+
+
+def test_damaged_results_do_not_keep_a_run_from_its_report(run_dir):
+    (run_dir / "evals.json").write_text("[{")
+    write_run_report(run_dir)
+    assert "python -m scripts.evaluate makes it again" in (run_dir / "report.html").read_text()
 
 
 def test_nothing_that_applies_is_an_error(run_dir):

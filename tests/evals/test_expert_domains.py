@@ -49,7 +49,7 @@ def test_domains_that_cant_be_are_refused(tmp_path):
     with pytest.raises(UserError, match="give at least two"):
         sort_documents(names, {"markup": ["xml"]})
     path = tmp_path / "domains.json"
-    for text, sentence in (("{", "is not valid JSON"), ('{"a": "xml"}', "must be like")):
+    for text, sentence in (("{", "is not valid JSON"), ('{"a": "xml"}', "write it like")):
         path.write_text(text)
         with pytest.raises(UserError, match=sentence):
             read_domains(path)

@@ -141,7 +141,7 @@ def test_keys_of_skipped_layers_come_from_the_state_that_left(stacked, early):
                 entering[2 * period], layer["attention_norm"]["scale"], CONFIG.norm_eps
             )
             values = np.einsum("LD,DGC->LGC", h, layer["attention"]["kv"][:, 1])
-            kept = cache.periods[2 * period].attention.v_RSGW[0, row]
+            kept = cache.periods[2 * period].attention.v_RSGW[row]
             np.testing.assert_allclose(kept, values, atol=1e-4)
     wrong, _, _ = slow_loop(params, TOKENS[0], THRESHOLD, forget=True)
     assert np.abs(wrong - logits[0]).max() > 0.1

@@ -22,6 +22,7 @@ from kernels.paged_attention import (
 from kernels.paged_attention.cases import LATENT_CASES, LatentCase
 from model.attention.latent import LatentAttention
 from model.layers import RMSNorm, rope
+from model.step import make_step
 
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}  # float32 softmax in base 2, sums in another order
 NOPE, VALUE = 16, 24
@@ -161,7 +162,7 @@ def test_a_model_decodes_the_same_from_pages(function):
     def of_layer(x_BLD):
         """Its weights and its result, and by the equations what pages would hold and the query."""
         positions_BL = jnp.arange(21, dtype=jnp.int32)[None]
-        inputs = (x_BLD, positions_BL, jnp.zeros_like(positions_BL), None)
+        inputs = (x_BLD, make_step(positions_BL, positions_BL), None)
         (out_BLD, _), variables = layer.init_with_output(jax.random.key(1), *inputs)
         weights = nn.unbox(variables["params"])
         q_BHK = jnp.einsum("BD,DHK->BHK", x_BLD[:, -1], weights["q"])

@@ -114,19 +114,25 @@ def test_the_training_rule_is_refused_with_a_cache():
 def test_a_token_that_is_not_chosen_leaves_no_trace():
     """Its cache slot stays empty, and its step branches around the block."""
     tokens, positions = inputs(SAMPLED, LENGTH)
-    model, cache = Transformer(SAMPLED), init_state(SAMPLED, 1, LENGTH, "float32")
+    model, cache = Transformer(SAMPLED), init_state(SAMPLED, 1, LENGTH, "float32", spare=1)
     read = jax.jit(lambda t, p, c: hidden_states(model, VARIABLES, t, p, c))
     for t in range(LENGTH):
         _, cache = read(tokens[:, t : t + 1], positions[:, t : t + 1], cache)
     _, sown = jax.jit(lambda v: hidden_and_router(model, v, tokens, positions))(VARIABLES)
     fraction = sown["router"]["periods"]["layer_1"]["depth"].chosen_fraction[0]
     assert 0.2 < fraction < 0.8
-    whole = init_state(TRAINED, 1, LENGTH, "float32").periods[1].attention.positions_RS.shape[2]
-    kept = np.asarray(cache.periods[1].attention.positions_RS[0, 0])
+    whole = (
+        init_state(TRAINED, 1, LENGTH, "float32", spare=1)
+        .periods[1]
+        .attention.positions_RS.shape[-1]
+    )
+    kept = np.asarray(cache.periods[1].attention.positions_RS[0])
     assert (kept >= 0).sum() < min(whole, LENGTH)
-    step = read.lower(tokens[:, :1], positions[:, :1], cache).as_text()
-    assert step.count("stablehlo.case") == 1
-    assert "stablehlo.case" not in read.lower(tokens[:, :2], positions[:, :2], cache).as_text()
+    one, two = (
+        read.lower(tokens[:, :n], positions[:, :n], cache).as_text().count("stablehlo.case")
+        for n in (1, 2)
+    )
+    assert one == two + 1  # beside those that choose a kernel by the platform
 
 
 def test_padding_is_chosen_last_and_changes_nothing():

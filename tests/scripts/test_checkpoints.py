@@ -92,8 +92,8 @@ def test_a_conversion_that_can_not_be_meant_is_refused(arguments, sentence, llam
 
 TOKENS = [
     ("[1, 2", "is not valid JSON"),
-    ('{"tokens": [1]}', "expected a JSON list of token ids"),
-    ("[1, 2.5]", "expected a JSON list of token ids"),
+    ('{"tokens": [1]}', "expected a list: write the token ids there, as a JSON list"),
+    ("[1, 2.5]", "1 is 2.5, expected int: write the token ids there, as a JSON list"),
     ("[]", "there are no tokens"),
     ("[1, 128]", r"vocabulary is \[0, 128\)"),
     (json.dumps([1] * 300), "exceed the model's context_length=256"),

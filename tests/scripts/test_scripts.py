@@ -29,7 +29,7 @@ def settings(tmp_path: Path) -> list[str]:
         *("--data.directory", str(tmp_path / "corpus"), "--data.seq-len", "32"),
         *("--model.vocab-size", "300", "--model.d-model", "32", "--model.num-layers", "2"),
         *("--batch-size", "8", "--optimizer.warmup-steps", "2", "--execution.logits-chunks", "2"),
-        *("--checkpoint.every", "3", "--steps", str(STEPS)),
+        *("--checkpoint.every", "3", "--steps", str(STEPS), "--validation.every", "6"),
     ]
 
 

@@ -14,12 +14,15 @@ from checkpoint.run_directory import read_run, sole_writer
 from configs.base import AlarmConfig, CheckpointConfig, ExecutionConfig, MeshConfig, OptimizerConfig
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, RouterConfig
+from configs.monitoring import MetricsConfig
 from infer.load import load_model
 from model.growth import grow, grown_config
 from tests import tiny
+from train import loop
 from train.loop import fit
 from train.losses import cross_entropy
 from train.metrics import Alarms, MetricsLog, TrainingAlarm, logged_num_experts, read_lines
+from train.pending import PendingMetrics
 from train.report import write_report
 
 STEPS, STOP = 8, 4
@@ -156,6 +159,26 @@ def test_the_report_has_every_picture(story):
     assert "http" not in page
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_metrics_fetched_together_are_those_fetched_one_by_one(story, monkeypatch, platform):
+    """Stopped and resumed, too: with what an accelerator leaves in flight when it is asked."""
+    run, tmp_path = story
+    run = dataclasses.replace(run, mesh=MeshConfig(), steps=7)
+    if not (tmp_path / "each").exists():
+        fit(run, tmp_path / "each")
+    together = dataclasses.replace(
+        run, metrics=MetricsConfig(fetch_every=3), checkpoint=CheckpointConfig(every=5, keep=2)
+    )
+    monkeypatch.setattr(loop, "PendingMetrics", lambda n, _: PendingMetrics(n, platform))
+    folder, seen = tmp_path / f"together {platform}", []
+    hooks = [lambda step, line: seen.append((step, line["loss"]))]
+    fit(together, folder, make_transform=stop_after(STOP, signal.SIGTERM), hooks=hooks)
+    assert [step for step, _ in seen] == list(range(1, STOP + 1))
+    fit(together, folder, hooks=hooks)
+    assert losses(folder) == losses(tmp_path / "each")
+    assert seen == [(x["step"], x["loss"]) for x in read_lines(folder / "metrics.jsonl")]
+
+
 def fit_variant(tmp_path, name, **changes):
     tiny.write_sources(tmp_path)
     run = tiny.run(tmp_path, steps=3, **changes)
@@ -250,9 +273,14 @@ def test_muon_and_bfloat16_train(tmp_path):
     assert values[-1] < values[0]
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tmp_path):
+@pytest.mark.parametrize(("fetch_every", "every", "good"), [(None, 1, 3), (3, 2, 2)])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(
+    tmp_path, fetch_every, every, good
+):
+    """Fetched with others or alone, the fault comes before the checkpoint of its step."""
     tiny.write_sources(tmp_path)
-    run = tiny.run(tmp_path, checkpoint=CheckpointConfig(every=1, keep=2))
+    checkpoint = CheckpointConfig(every=every, keep=2)
+    run = tiny.run(tmp_path, checkpoint=checkpoint, metrics=MetricsConfig(fetch_every=fetch_every))
 
     def explode(logits, inputs, shared):
         loss, sums = cross_entropy(logits, inputs)
@@ -268,13 +296,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tmp_path)
 
         return extend
 
-    with pytest.raises(TrainingAlarm, match=r"at step 4: .*checkpoint before it is at step 3"):
+    with pytest.raises(
+        TrainingAlarm, match=rf"at step 4: .*checkpoint before it is at step {good}"
+    ):
         fit(run, tmp_path / "run", chunk_loss=explode, make_transform=make_transform)
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "3"]
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == [str(step) for step in (2, 3) if step % every == 0]
     texts = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(text, parse_constant=no_json) for text in texts]
-    assert logged[3]["loss"] is None
-    assert [line["loss"] is None for line in logged[:3]] == [False] * 3
+    assert [line["loss"] is None for line in logged] == [False] * 3 + [True]
     read = read_lines(tmp_path / "run" / "metrics.jsonl")[3]
     assert np.isnan(read["loss"])
 
@@ -345,5 +375,8 @@ def test_a_damaged_log_is_refused(tmp_path):
     assert read_lines(path) == [{"step": 1}]
     MetricsLog(path, resume_step=0).close()
     assert path.read_text() == ""
+    path.write_text('{"step": 1}\n{"step": 2, "validation_loss": "low"}\n')
+    with pytest.raises(UserError, match="line 2 has validation_loss='low', expected a number"):
+        read_lines(path, optional=("validation_loss",))
     with pytest.raises(UserError, match="is missing"):
         read_lines(tmp_path / "nowhere.jsonl")

@@ -4,6 +4,7 @@ else.
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -16,9 +17,10 @@ from checkpoint.run_corpus import open_run_corpus, read_run_tokenizer
 from configs.base import InitConfig
 from configs.checks import UserError
 from data.pipeline import prepare_corpus
-from evals.expert_domains import label_experts
+from evals.expert_domains import ExpertLabels, LayerLabels, label_experts, read_preference
 from evals.run import evaluate
 from infer.load import load_model
+from infer.run_weights import RunWeights, load_with_identity
 from infer.sources import open_source
 from scripts.sources import initial_variables, initial_weights
 from tests import tiny
@@ -98,7 +100,7 @@ def flip(path: Path) -> None:
     path.write_bytes(values)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "held_out.bin"])
+@pytest.mark.parametrize("name", KEPT[1:])
 def test_what_was_changed_in_the_folder_is_refused(case, name):
     run, run_dir, _, _ = case
     flip(run_dir / name)
@@ -129,6 +131,73 @@ def test_a_run_goes_on_with_its_own_corpus_alone(case):
     assert (run_dir / "metrics.jsonl").read_bytes() == before
     shutil.rmtree(run.data.directory)
     assert fit(run, run_dir).steps == run.steps  # the corpus made anew from the same text
+
+
+def test_a_corpus_made_anew_from_other_files_is_refused_with_what_to_do(case, tmp_path):
+    """As a version that collects other files makes it; a run may begin as advised."""
+    run, run_dir, _, _ = case
+    (Path(run.data.source) / "tests").mkdir(exist_ok=True)
+    shutil.copy(Path(run.data.source) / "module_0.py", Path(run.data.source) / "tests" / "a.py")
+    try:
+        with pytest.raises(UserError, match="training tokens had") as refused:
+            fit(run, run_dir)
+        corpus, sentence = run.data.directory, str(refused.value)
+        assert f"put back the folder {corpus} that it was trained on" in sentence
+        (advised,) = re.findall(
+            r"\(--init.source (\S+) --data.tokenizer (\S+) "
+            r"--data.directory (\S+) --run-dir NEW\)",
+            sentence,
+        )
+        assert advised == (str(run_dir), str(run_dir), f"{corpus}_2")
+        follower = heir(run, run_dir, tokenizer=advised[1], directory=str(tmp_path / "corpus_2"))
+        begin = initial_weights(follower, tmp_path / "NEW")
+        assert begin.origin is not None
+        assert begin.origin.weights == weights_fingerprint(load_model(run, run_dir)[1])
+    finally:
+        shutil.rmtree(Path(run.data.source) / "tests")
+
+
+def test_other_settings_beside_another_corpus_are_not_blamed_on_the_corpus(case):
+    run, run_dir, _, _ = case
+    another_corpus(run)
+    with pytest.raises(UserError, match=r"objective was .*: give what it was started with, or"):
+        fit(run, run_dir, objective="distillation")
+
+
+def test_held_out_documents_of_another_tokenizer_are_refused(case):
+    """In a run that keeps no fingerprint of its sidecar, too."""
+    run, run_dir, _, bits = case
+    without_later_fingerprints(run_dir)
+    assert bits_of(run_dir) == bits
+    sidecar = json.loads((run_dir / "held_out.json").read_text())
+    (run_dir / "held_out.json").write_text(json.dumps(sidecar | {"tokenizer_sha256": "0" * 64}))
+    with pytest.raises(UserError, match="another tokenizer's tokens than the run's: remove it"):
+        open_run_corpus(run, run_dir)
+
+
+def test_fingerprints_that_a_run_lacks_are_noted_when_it_goes_on(case):
+    run, run_dir, _, _ = case
+    whole = read_provenance(run_dir)
+    without_later_fingerprints(run_dir)
+    assert read_provenance(run_dir) != whole
+    counts = np.load(run_dir / "token_counts.npy")
+    np.save(run_dir / "token_counts.npy", counts[::-1])  # unnoticed, and so not to be trusted
+    same_corpus(run)
+    fit(run, run_dir)
+    assert read_provenance(run_dir) == whole
+    np.testing.assert_array_equal(np.load(run_dir / "token_counts.npy"), counts)
+    newest = json.loads((run_dir / "checkpoints" / "6" / "_CHECKPOINT_METADATA").read_text())
+    assert newest["custom_metadata"]["provenance"]["corpus"]["token_counts"] is not None
+
+
+def without_later_fingerprints(run_dir: Path) -> None:
+    """The provenance as the first version that kept one wrote it."""
+    for path in (*run_dir.glob("checkpoints/*/_CHECKPOINT_METADATA"), run_dir / "provenance.json"):
+        tree = json.loads(path.read_text())
+        known = tree.get("custom_metadata", {}).get("provenance", tree)
+        for name in ("held_out_documents", "token_counts"):
+            del known["corpus"][name]
+        path.write_text(json.dumps(tree))
 
 
 def test_one_token_that_differs_is_enough(case):
@@ -189,6 +258,41 @@ def test_a_fingerprint_is_of_values_names_and_shapes():
     ]
     found = {weights_fingerprint(x) for x in (tree, *others)}
     assert len(found) == 6
+
+
+# --- What was made of a run's weights ------------------------------------------------------------
+
+
+def test_labels_of_other_weights_are_refused(case, capsys):
+    """Of another step, or of a run that was trained anew in the same folder."""
+    run, run_dir, _, _ = case
+    _, _, weights = load_with_identity(run, run_dir)
+    assert weights.sha256 == weights_fingerprint(load_model(run, run_dir)[1])
+    experts = {"low": [0], "high": [1, 2]}
+    layer = LayerLabels(layer="layer_0", period=0, experts=experts, npmi=[[0.0] * 8] * 2)
+    labels = ExpertLabels(domains=["low", "high"], threshold=0.0, layers=[layer], weights=weights)
+
+    def preferred(labels: ExpertLabels) -> list[int]:
+        (run_dir / "expert_domains.json").write_text(json.dumps(dataclasses.asdict(labels)))
+        return np.flatnonzero(read_preference(run_dir, "high")["layer_0"]).tolist()
+
+    assert preferred(labels) == [1, 2]
+    assert capsys.readouterr().err == ""
+    assert preferred(dataclasses.replace(labels, weights=None)) == [1, 2]
+    assert "before labels kept which weights they are of" in capsys.readouterr().err
+    for other, sentence in (
+        (
+            RunWeights(step=2, sha256=weights.sha256),
+            "step 2 .*, and the newest are those at step 3",
+        ),
+        (RunWeights(step=3, sha256="0" * 64), "step 3 .00000000., and the newest are the weights"),
+    ):
+        with pytest.raises(UserError, match=sentence) as refused:
+            preferred(dataclasses.replace(labels, weights=other))
+        assert f"python -m scripts.label_experts {run_dir} makes it again" in str(refused.value)
+    layer = dataclasses.replace(layer, experts={"low": [0], "high": [-1]})
+    with pytest.raises(UserError, match="labels the experts of another model"):
+        preferred(dataclasses.replace(labels, layers=[layer]))
 
 
 # --- A run that begins with another ---------------------------------------------------------------

@@ -1,13 +1,11 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "isa.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace moesaic {
@@ -19,23 +17,6 @@ using S32 = ffi::Buffer<ffi::S32>;
 
 // Parts of a group's queries that a thread should find, in a call of few rows and groups.
 constexpr int64_t kTasksPerThread = 4;
-
-// A thread's memory for packed operands: kept for its life, as large as it ever had to be.
-float* ThreadScratch(int64_t floats) {
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    memory.reset();
-    const int64_t bytes = (floats * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    if (memory == nullptr) throw std::bad_alloc();
-    size = floats;
-  }
-  return memory.get();
-}
 
 // Positions and segments with padding after the last row, and each segment's first row.
 struct PaddedRows {

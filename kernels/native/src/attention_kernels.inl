@@ -19,12 +19,12 @@ MOESAIC_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 MOESAIC_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 MOESAIC_INLINE int64_t RoundUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// exp(x) for x <= 88, within 2 units in the last place; exactly 0 below -87.
+// exp(x) for x <= 88, within 2 units in the last place; exactly 0 below -87, NaN for NaN.
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2, and exp(r) by its Taylor polynomial of degree 6, whose first
 // missing term is below 2^-23. Two parts of ln 2 keep r exact (Cody and Waite, 1980).
 MOESAIC_INLINE Vector Exp(Vector x) {
-  const Vector clipped = x > -87.0f ? x : Broadcast(-87.0f);
+  const Vector clipped = x < -87.0f ? Broadcast(-87.0f) : x;
   const Vector shifted = clipped * 1.44269504f + 12582912.0f;
   const Vector n = shifted - 12582912.0f;
   const Vector r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -37,7 +37,7 @@ MOESAIC_INLINE Vector Exp(Vector x) {
   sum = sum * r + 1.0f;
   const IntVector exponent = __builtin_convertvector(n, IntVector) << 23;
   const Vector result = (Vector)((IntVector)sum + exponent);
-  return x > -87.0f ? result : Vector{};
+  return x < -87.0f ? Vector{} : result;
 }
 
 // Panel `panel` of a group: its queries' rows and heads.

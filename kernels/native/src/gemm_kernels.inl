@@ -45,9 +45,9 @@ static void Tile(int64_t depth, const float* a, const float* b, float* c, int64_
 }
 
 // Four vectors of four, transposed in registers.
-MOESAIC_INLINE void Transpose4(const float* source, int64_t stride, float* packed, int64_t width) {
-  const Vector4 r0 = Load4(source), r1 = Load4(source + stride);
-  const Vector4 r2 = Load4(source + 2 * stride), r3 = Load4(source + 3 * stride);
+MOESAIC_INLINE void Transpose4(const float* s0, const float* s1, const float* s2, const float* s3,
+                               float* packed, int64_t width) {
+  const Vector4 r0 = Load4(s0), r1 = Load4(s1), r2 = Load4(s2), r3 = Load4(s3);
   const Vector4 low01 = __builtin_shufflevector(r0, r1, 0, 4, 1, 5);
   const Vector4 high01 = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
   const Vector4 low23 = __builtin_shufflevector(r2, r3, 0, 4, 1, 5);
@@ -72,7 +72,9 @@ static void Pack(const float* source, int64_t depth_stride, int64_t stride, int6
     const int64_t whole = depth / 4 * 4;
     for (int64_t k = 0; k < whole; k += 4) {
       for (int64_t i = 0; i < kWidth; i += 4) {
-        Transpose4(source + i * stride + k, stride, packed + k * kWidth + i, kWidth);
+        const float* from = source + i * stride + k;
+        Transpose4(from, from + stride, from + 2 * stride, from + 3 * stride,
+                   packed + k * kWidth + i, kWidth);
       }
     }
     for (int64_t k = whole; k < depth; ++k) {

@@ -10,17 +10,20 @@ namespace avx512 {
 extern const GemmKernels kGemmKernels;
 extern const QuantizedKernels kQuantizedKernels;
 extern const AttentionKernels kAttentionKernels;
+extern const CachedAttentionKernels kCachedAttentionKernels;
 }
 namespace avx2 {
 extern const GemmKernels kGemmKernels;
 extern const QuantizedKernels kQuantizedKernels;
 extern const AttentionKernels kAttentionKernels;
+extern const CachedAttentionKernels kCachedAttentionKernels;
 }
 #endif
 namespace baseline {
 extern const GemmKernels kGemmKernels;
 extern const QuantizedKernels kQuantizedKernels;
 extern const AttentionKernels kAttentionKernels;
+extern const CachedAttentionKernels kCachedAttentionKernels;
 }
 
 namespace {
@@ -29,15 +32,18 @@ namespace {
 const Isa kIsas[] = {
 #if defined(__x86_64__)
     {"avx512", &avx512::kGemmKernels, &avx512::kQuantizedKernels, &avx512::kAttentionKernels,
+     &avx512::kCachedAttentionKernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vnni");
      }},
     {"avx2", &avx2::kGemmKernels, &avx2::kQuantizedKernels, &avx2::kAttentionKernels,
+     &avx2::kCachedAttentionKernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"baseline", &baseline::kGemmKernels, &baseline::kQuantizedKernels, &baseline::kAttentionKernels, [] { return true; }},
+    {"baseline", &baseline::kGemmKernels, &baseline::kQuantizedKernels, &baseline::kAttentionKernels,
+     &baseline::kCachedAttentionKernels, [] { return true; }},
 };
 
 std::atomic<const Isa*> chosen{nullptr};

@@ -3,6 +3,7 @@
 #define MOESAIC_ISA_H_
 
 #include "attention.h"
+#include "cached_attention.h"
 #include "gemm.h"
 #include "quantized.h"
 
@@ -14,6 +15,7 @@ struct Isa {
   const GemmKernels* gemm;
   const QuantizedKernels* quantized;
   const AttentionKernels* attention;
+  const CachedAttentionKernels* cached_attention;
   bool (*is_supported)();
 };
 

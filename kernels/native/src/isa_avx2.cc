@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "cached_attention.h"
 #include "gemm.h"
 #include "quantized.h"
 
@@ -23,6 +24,9 @@
 #include "gemm_kernels.inl"
 #include "quantized_kernels.inl"
 #include "attention_kernels.inl"
+#include "cached_slots.inl"
+#include "cached_products.inl"
+#include "cached_attention_kernels.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop

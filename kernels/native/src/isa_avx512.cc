@@ -1,11 +1,15 @@
 // 32 registers of 16 floats: 24 sums, 2 of B, 1 of A.
 #if defined(__x86_64__)
 
+#if !defined(__clang__)  // GCC 12 warns of its own header's undefined vectors
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include <cstdint>
 
 #include "attention.h"
+#include "cached_attention.h"
 #include "gemm.h"
 #include "quantized.h"
 
@@ -24,6 +28,9 @@
 #include "gemm_kernels.inl"
 #include "quantized_kernels.inl"
 #include "attention_kernels.inl"
+#include "cached_slots.inl"
+#include "cached_products.inl"
+#include "cached_attention_kernels.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "cached_attention.h"
 #include "gemm.h"
 #include "quantized.h"
 
@@ -18,3 +19,6 @@
 #include "gemm_kernels.inl"
 #include "quantized_kernels.inl"
 #include "attention_kernels.inl"
+#include "cached_slots.inl"
+#include "cached_products.inl"
+#include "cached_attention_kernels.inl"

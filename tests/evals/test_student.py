@@ -10,14 +10,15 @@ import pytest
 from configs.base import RunConfig
 from configs.checks import UserError
 from configs.cli import load_run
+from configs.monitoring import ValidationConfig
 from data.pipeline import prepare_corpus
-from evals.held_out import HeldOutLoss
 from infer.logits import full_logits
 from infer.sources import open_source
 from scripts import convert, evaluate
 from tests import tiny
 from train.loop import fit
-from train.report import draw_held_out
+from train.metrics import read_lines
+from train.report import draw_validation
 
 EVERY = 4
 
@@ -34,7 +35,8 @@ def small_student(tmp_path: Path) -> RunConfig:
         directory=str(tmp_path / "corpus"),
         holdout_fraction=0.3,
     )
-    return dataclasses.replace(run, data=data, distill=None)
+    validation = ValidationConfig(every=EVERY, max_rows=1000)
+    return dataclasses.replace(run, data=data, validation=validation, distill=None)
 
 
 @pytest.fixture(scope="module")
@@ -42,48 +44,36 @@ def trained(tmp_path_factory) -> tuple[RunConfig, Path]:
     tmp_path = tmp_path_factory.mktemp("student")
     tiny.write_sources(tmp_path)
     run, folder = small_student(tmp_path), tmp_path / "runs" / "student"
-    fit(run, folder, on_step=HeldOutLoss(run, folder, every=EVERY))
+    fit(run, folder)
     return run, folder
 
 
-def held_out_lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
-
-
 def test_the_loss_is_that_of_the_logits(trained):
-    """Of the last line, against logits of each file's beginning on one device, to 1e-4 nats."""
+    """Of the last line, against logits of each row on one device, to 1e-4 nats."""
     run, folder = trained
-    assert [line["step"] for line in held_out_lines(folder)] == [EVERY, run.steps]
+    lines = [x for x in read_lines(folder / "metrics.jsonl") if "validation_loss" in x]
+    assert [line["step"] for line in lines] == [EVERY, run.steps]
     model, variables = open_source(str(folder)).load()
-    nats = []
-    for _, tokens, _ in prepare_corpus(run.data, 300).held_out().documents():
-        tokens = tokens[: run.data.seq_len + 1]
-        logits = full_logits(model, variables, tokens[:-1].tolist()).astype(np.float64)
-        shifted = logits - logits.max(1, keepdims=True)
-        log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-        nats += (-log_p[np.arange(len(tokens) - 1), tokens[1:]]).tolist()
-    assert held_out_lines(folder)[-1]["cross_entropy"] == pytest.approx(np.mean(nats), abs=1e-4)
-
-
-def test_lines_after_the_step_of_a_resume_are_measured_again(trained):
-    run, folder = trained
-    hook = HeldOutLoss(run, folder, every=EVERY)
-    before = hook.lines()
-    _, variables = open_source(str(folder)).load()
-    hook(EVERY - 1, variables)
-    assert hook.lines() == before  # none of its steps
-    hook(EVERY, variables)
-    assert [line["step"] for line in hook.lines()] == [EVERY]
-    hook(run.steps, variables)
-    assert hook.lines()[-1] == before[-1]
+    held_out, length, nats = prepare_corpus(run.data, 300).held_out(), run.data.seq_len, []
+    for start in range(0, len(held_out.tokens) - length, length):
+        tokens = np.asarray(held_out.tokens[start : start + length + 1], np.int32)
+        ends = np.flatnonzero(tokens[:-1] == 0)  # a document sees nothing of the one before
+        for part in np.split(np.arange(length), ends[ends > 0]):
+            logits = full_logits(model, variables, tokens[part].tolist()).astype(np.float64)
+            shifted = logits - logits.max(1, keepdims=True)
+            log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+            nats += (-log_p[np.arange(len(part)), tokens[part + 1]]).tolist()
+    assert len(nats) > 1000
+    assert lines[-1]["validation_loss"] == pytest.approx(np.mean(nats), abs=1e-4)
 
 
 def test_both_curves_are_drawn(trained):
     """Names and last values are in the picture: without them it is another."""
-    lines = [{"step": step, "cross_entropy": 8 - step / 50} for step in range(25, 251, 25)]
-    both = draw_held_out({"teacher": lines, "student": lines[:7]})
+    lines = [{"step": step, "validation_loss": 8 - step / 50} for step in range(25, 251, 25)]
+    both = draw_validation({"teacher": lines, "student": lines[:7]})
     assert "held-out" in both.caption
-    assert both.png != draw_held_out({"teacher": lines, "pupil": lines[:7]}).png
+    assert both.png != draw_validation({"teacher": lines, "pupil": lines[:7]}).png
+    assert draw_validation({"teacher": lines, "student": [{"step": 1}]}) is None
 
 
 @pytest.mark.parametrize(("form", "name"), [("huggingface", "exported"), ("gguf", "student.gguf")])

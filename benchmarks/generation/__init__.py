@@ -1,0 +1,1 @@
+"""Generation on this machine: speed beside other programs, quality by format, memory."""

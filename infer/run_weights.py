@@ -1,0 +1,47 @@
+"""Identity of a run's weights: what was made or measured with some says which they were."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint.orbax_store import latest_step, restore_variables
+from checkpoint.provenance import weights_fingerprint
+from configs.base import RunConfig
+from infer.load import abstract_on_mesh, inference_model
+from model.transformer import Transformer, Variables
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunWeights:
+    """Steps that a run's weights were trained for, and their fingerprint."""
+
+    step: int
+    sha256: str
+    """See checkpoint.provenance.weights_fingerprint."""
+
+    def __str__(self) -> str:
+        return f"the weights at step {self.step} ({self.sha256[:8]})"
+
+
+def load_with_identity(run: RunConfig, run_dir: Path) -> tuple[Transformer, Variables, RunWeights]:
+    """`infer.load.load_model` on the first device, and which weights these are.
+
+    Raises:
+      UserError: no checkpoint, or one that can't be read.
+    """
+    model = inference_model(run)
+    variables, step = restore_variables(run_dir / "checkpoints", abstract_on_mesh(model, None))
+    return model, variables, RunWeights(step=step, sha256=weights_fingerprint(variables))
+
+
+def newer_weights(known: RunWeights, run: RunConfig, run_dir: Path) -> str | None:
+    """Names the newest weights of the run where they are not the known ones.
+
+    Those of another step are not read.
+    """
+    step = latest_step(run_dir / "checkpoints")
+    if step is None:
+        return "no checkpoint"
+    if step != known.step:
+        return f"those at step {step}"
+    found = load_with_identity(run, run_dir)[2]
+    return None if found == known else str(found)

@@ -1,0 +1,173 @@
+"""Formats of weights in memory: which weights of a model have few bits, and how they get them.
+
+A weight's format is chosen when a model is loaded, and every product with it follows
+(model/layers.py: project). Norms, biases, routers and small weights stay in float32.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from configs.checks import require
+from kernels.backend import current_target
+from kernels.quantize import MatrixDims, QTensor, dequantize
+from kernels.quantize.formats import QUANTIZED, WeightFormat, quantizable_reason, to_format
+from model.transformer import Transformer, abstract_variables, weight_dims
+from parallel.mesh import TENSOR
+
+FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+
+SMALLEST = 4096
+"""Weights of a matrix below which it stays in float32: a call costs more than its bytes."""
+
+LARGEST_PIECE = 2**24
+"""Weights that are rounded at a time: the temporaries of rounding are a few times as large."""
+
+Convert = Callable[[Any, jax.Array], Any]
+"""(path of a variable, the variable) to what the model holds in its place."""
+
+
+def check_format(weights: str, mesh: Mesh | None = None) -> WeightFormat:
+    """
+    Raises:
+      UserError: no such format, or one that can't be split as the mesh asks.
+    """
+    require(weights in FORMATS, f"weights={weights} must be one of {', '.join(FORMATS)}")
+    found = cast(WeightFormat, weights)
+    tensor = 1 if mesh is None else mesh.shape[TENSOR]
+    require(
+        found not in QUANTIZED or tensor == 1,
+        f"weights={weights} can't be split over the mesh axis 'tensor' (size {tensor}), which cuts "
+        "through blocks: split 'expert' or 'data', or take bfloat16",
+    )
+    return found
+
+
+def formats_of(model: Transformer, weights: WeightFormat) -> dict[str, WeightFormat]:
+    """The format of each parameter that does not stay in float32, by the parameter's path.
+
+    What int4 would cost most is kept in int8: embedding and output layer, as in llama.cpp's files.
+    """
+    target = current_target()
+    chosen: dict[str, WeightFormat] = {}
+    for path, (shape, dims) in _matrices(model).items():
+        is_vocabulary = path.endswith(("'embedding']", "'output']")) and path.count("[") == 1
+        format = "int8" if weights == "int4" and is_vocabulary else weights
+        if weights == "float32" or math.prod(shape[-_num_dims(dims) :]) < SMALLEST:
+            continue
+        if format in QUANTIZED:
+            reason = quantizable_reason(shape, QUANTIZED[format], target, dims=dims)
+            if reason is not None:
+                continue
+        chosen[path] = format
+    return chosen
+
+
+def converter(model: Transformer, weights: WeightFormat) -> Convert:
+    """What brings each variable, one at a time, into its format."""
+    formats, matrices = formats_of(model, weights), _matrices(model)
+
+    def convert(path: Any, x: jax.Array) -> Any:
+        name = jax.tree_util.keystr(path[1:])
+        if path[0].key != "params" or name not in formats:
+            return x
+        return _in_format(x, formats[name], matrices[name][1])
+
+    return convert
+
+
+def stacked_sharding(
+    model: Transformer, weights: WeightFormat, mesh: Mesh
+) -> Callable[[Any, NamedSharding], NamedSharding]:
+    """The sharding of each variable: of few bits, only what stacks matrices (layers, experts) is
+    split over the mesh.
+    """
+    formats, matrices = formats_of(model, weights), _matrices(model)
+
+    def sharding(path: Any, given: NamedSharding) -> NamedSharding:
+        name = jax.tree_util.keystr(path[1:])
+        if path[0].key != "params" or formats.get(name) not in QUANTIZED:
+            return given
+        shape, dims = matrices[name]
+        stack = len(shape) - _num_dims(dims)
+        return NamedSharding(mesh, PartitionSpec(*given.spec[:stack]))
+
+    return sharding
+
+
+def num_bytes(variables: Any) -> int:
+    """Of all arrays, on one device where they are not split."""
+    return sum(x.nbytes for x in jax.tree.leaves(variables))
+
+
+def _num_dims(dims: MatrixDims) -> int:
+    return dims.inputs + dims.outputs
+
+
+def _matrices(model: Transformer) -> dict[str, tuple[tuple[int, ...], MatrixDims]]:
+    """Shape and dims of each weight that may have few bits, by its path."""
+    abstract, _ = abstract_variables(model)
+    dims = jax.tree.leaves_with_path(
+        weight_dims(model), is_leaf=lambda x: isinstance(x, MatrixDims)
+    )
+    by_path = {jax.tree_util.keystr(path): found for path, found in dims}
+    leaves = jax.tree.leaves_with_path(abstract["params"])
+    shapes = {jax.tree_util.keystr(path): x.shape for path, x in leaves}
+    return {path: (shapes[path], found) for path, found in by_path.items()}
+
+
+def _in_format(x: jax.Array, format: WeightFormat, dims: MatrixDims) -> jax.Array | QTensor:
+    """x in its format; a large one a piece of its first dim at a time where that may be cut."""
+    stack = x.ndim - _num_dims(dims)
+    is_cuttable = stack > 0 or dims.outputs_first
+    is_whole = x.size <= LARGEST_PIECE or not is_cuttable or len(x.devices()) > 1
+    if format not in QUANTIZED or is_whole:
+        return _convert(format, dims, x)
+    rows = max(LARGEST_PIECE // max(x.size // len(x), 1), 1)
+    if stack == 0:
+        rows = max(rows // 256, 1) * 256  # whole panels of outputs
+    pieces = [_convert(format, dims, x[i : i + rows]) for i in range(0, len(x), rows)]
+    if stack > 0:
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+    return _beside(pieces)
+
+
+def _beside(pieces: list[Any]) -> QTensor:
+    """Matrices of some outputs each as one of all."""
+    scale_dim = 0 if pieces[0].packing == "panels" else 1
+    values = jnp.concatenate([p.values for p in pieces], axis=0)
+    scales = jnp.concatenate([p.scales for p in pieces], axis=scale_dim)
+    outputs = (sum(p.outputs[0] for p in pieces), *pieces[0].outputs[1:])
+    return dataclasses.replace(pieces[0], values=values, scales=scales, outputs=outputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _convert(format: WeightFormat, dims: MatrixDims, x: jax.Array) -> jax.Array | QTensor:
+    return to_format(x, format, current_target(), dims=dims)
+
+
+def converted(variables: Any, convert: Convert) -> Any:
+    """Variables in their formats; those that are given lose each array as it is converted."""
+
+    def walk(tree: Any, path: tuple[Any, ...]) -> Any:
+        if not isinstance(tree, dict):
+            return jax.tree_util.tree_map_with_path(
+                lambda rest, x: convert((*path, *rest), x), tree
+            )
+        return {
+            name: walk(tree.pop(name), (*path, jax.tree_util.DictKey(name))) for name in list(tree)
+        }
+
+    return walk(variables, ())
+
+
+def as_array(x: Any) -> np.ndarray | jax.Array:
+    """A weight in floats, whatever its format."""
+    return dequantize(x) if isinstance(x, QTensor) else x

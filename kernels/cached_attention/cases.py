@@ -1,0 +1,96 @@
+"""Named calls that the tests of cached attention share."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    lengths: tuple[int, ...]
+    """Positions that each row holds."""
+    tokens: tuple[tuple[int, int, int], ...]
+    """(row, first position, count) of the tokens that ask, in their order; row -1: padding."""
+    slots: int | None = None
+    """Of each row: where a row has more positions, it holds the sinks and the newest."""
+    page_size: int | None = None
+    """Pages instead of slots."""
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    value_width: int | None = None
+    """None: head_dim."""
+    is_latent: bool = False
+    """Values are entries of the keys."""
+    window_size: int | None = None
+    num_sink_tokens: int = 0
+    has_sink_logits: bool = False
+    scale: float | None = None
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Of the state."""
+    scale_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+DECODED = ((0, 0, 1), (1, 46, 1), (2, 299, 1), (3, 64, 1))
+MIXED = ((2, 299, 1), (-1, 0, 2), (1, 30, 17), (0, 0, 1), (-1, 0, 1), (3, 25, 40), (1, 3, 1))
+LENGTHS = (1, 47, 300, 65)
+
+CASES = {
+    "decode": Case(lengths=LENGTHS, tokens=DECODED, slots=320),
+    "chunk": Case(lengths=(150,), tokens=((0, 50, 100),), slots=150),
+    "mixed": Case(lengths=LENGTHS, tokens=MIXED, slots=301),
+    "long": Case(
+        lengths=(1500, 700),
+        tokens=((0, 1490, 10), (1, 699, 1)),
+        slots=1600,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+    ),
+    "empty_row": Case(lengths=(0, 9), tokens=((0, 3, 2), (1, 8, 1)), slots=12),
+    "paged": Case(lengths=LENGTHS, tokens=MIXED, page_size=16),
+    "odd_pages": Case(lengths=LENGTHS, tokens=MIXED, page_size=7, head_dim=17, value_width=5),
+    "ring": Case(lengths=LENGTHS, tokens=MIXED, slots=80, window_size=40),
+    "ring_sinks": Case(lengths=LENGTHS, tokens=MIXED, slots=85, window_size=40, num_sink_tokens=5),
+    "wide_sinks": Case(
+        lengths=(200,), tokens=((0, 5, 195),), slots=200, window_size=3, num_sink_tokens=9
+    ),
+    "paged_window": Case(lengths=LENGTHS, tokens=MIXED, page_size=32, window_size=33),
+    "sink_logits": Case(lengths=LENGTHS, tokens=MIXED, slots=300, has_sink_logits=True),
+    "multi_head": Case(lengths=LENGTHS, tokens=MIXED, slots=300, num_kv_heads=6),
+    "multi_query": Case(lengths=(70,), tokens=((0, 60, 10),), page_size=8, num_kv_heads=1),
+    "bfloat16": Case(lengths=LENGTHS, tokens=MIXED, slots=300, dtype="bfloat16"),
+    "int8": Case(lengths=LENGTHS, tokens=MIXED, slots=300, dtype="int8"),
+    "paged_int8": Case(
+        lengths=LENGTHS, tokens=MIXED, page_size=16, dtype="int8", scale_dtype="bfloat16"
+    ),
+    "latent": Case(
+        lengths=LENGTHS,
+        tokens=MIXED,
+        slots=310,
+        num_heads=20,
+        num_kv_heads=1,
+        head_dim=40,
+        value_width=32,
+        is_latent=True,
+        scale=0.2,
+    ),
+    "many_heads": Case(
+        lengths=(90,),
+        tokens=((0, 85, 5),),
+        slots=90,
+        num_heads=400,
+        num_kv_heads=2,
+        value_width=3,
+    ),
+    "latent_int8": Case(
+        lengths=LENGTHS,
+        tokens=DECODED,
+        page_size=16,
+        num_heads=5,
+        num_kv_heads=1,
+        head_dim=40,
+        value_width=32,
+        is_latent=True,
+        dtype="int8",
+    ),
+}

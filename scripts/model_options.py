@@ -1,0 +1,94 @@
+"""Options of verbs that read a model: its weights' format, its keys' format, its mesh."""
+
+import argparse
+import math
+
+from jax.sharding import Mesh
+
+from configs.checks import require
+from infer.sources import Source
+from infer.weights import FORMATS, check_format
+from model.transformer import Transformer, Variables
+from parallel.mesh import AXES, make_mesh
+from scripts import command
+from scripts.reading import reading
+
+MOST_DEVICES = 64
+"""Of a process: more, made of a CPU's threads, take minutes to begin with."""
+
+KV_FORMATS = ("float32", "bfloat16", "int8")
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, has_state: bool = True) -> None:
+    """--dtype, --weights, --mesh.AXIS; for verbs that generate --kv and --kv-pages, too."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation")
+    parser.add_argument(
+        "--weights",
+        choices=FORMATS,
+        default="float32",
+        help="format of the weights in memory (float32); fp8, int8 and int4 are rounded to nearest",
+    )
+    for axis in AXES:
+        parser.add_argument(
+            f"--mesh.{axis}", type=int, default=1, metavar="N", help=f"devices along {axis!r} (1)"
+        )
+    if has_state:
+        parser.add_argument(
+            "--kv", choices=KV_FORMATS, help="format of keys and values in memory (the dtype's)"
+        )
+        parser.add_argument(
+            "--kv-pages", type=int, metavar="N", help="keep them in N pages of 64 positions"
+        )
+
+
+def description(arguments: argparse.Namespace) -> str:
+    """The format and mesh that were asked for, as "int8_expert4"; empty for what is the default."""
+    kinds = [] if arguments.weights == "float32" else [arguments.weights]
+    kinds += [arguments.dtype] if arguments.dtype else []
+    sizes = [(axis, getattr(arguments, f"mesh.{axis}")) for axis in AXES]
+    return "_".join([*kinds, *(f"{axis}{size}" for axis, size in sizes if size != 1)])
+
+
+def asked_mesh(arguments: argparse.Namespace) -> Mesh | None:
+    """The mesh that was asked for, None for one device; to be called before JAX touches any.
+
+    Raises:
+      UserError: sizes that no mesh has, fewer devices than that, or weights that it can't split.
+    """
+    sizes = {axis: getattr(arguments, f"mesh.{axis}") for axis in AXES}
+    for axis, size in sizes.items():
+        require(size >= 1, f"--mesh.{axis} {size} must be at least 1")
+    count = math.prod(sizes.values())
+    require(
+        count <= MOST_DEVICES,
+        f"the mesh has {count:,} devices, at most {MOST_DEVICES} are used by one process: make it "
+        "smaller",
+    )
+    mesh = None
+    if count > 1:
+        command.use_host_devices(count)
+        mesh = make_mesh(**sizes)
+    check_format(arguments.weights, mesh)
+    return mesh
+
+
+def load_model(
+    source: Source,
+    arguments: argparse.Namespace,
+    mesh: Mesh | None,
+    *,
+    for_decoding: bool = False,
+) -> tuple[Transformer, Variables]:
+    """The model in the formats that were asked for, on this mesh.
+
+    Raises:
+      UserError: as Source.load.
+    """
+    with reading(source) as progress:
+        return source.load(
+            mesh=mesh,
+            dtype=arguments.dtype,
+            weights=check_format(arguments.weights, mesh),
+            progress=progress,
+            for_decoding=for_decoding,
+        )

@@ -1,0 +1,80 @@
+"""The record of a run on the host: the log, the alarms, hooks, the progress bar."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from checkpoint.orbax_store import CheckpointStore
+from configs.base import RunConfig
+from train.metrics import Alarms, Line, MetricsLog, TrainingAlarm, logged_num_experts, make_line
+from train.pending import Measured
+from train.progress import ProgressBar
+
+Hook = Callable[[int, Line], None]
+"""Called with a step and its line of metrics.jsonl; for what a user logs elsewhere."""
+
+
+class Recorder:
+    """Keeps the record of a run; a context manager, which closes it."""
+
+    def __init__(
+        self, run: RunConfig, run_dir: Path, store: CheckpointStore, hooks: Sequence[Hook]
+    ) -> None:
+        """Opens the log, less the lines after the newest checkpoint.
+
+        Args:
+          store: the run's checkpoints, for what an alarm says of them.
+        """
+        self.run, self.store, self.hooks = run, store, hooks
+        done = store.latest_step or 0
+        self._alarms = Alarms(run.alarms, logged_num_experts(run.model))
+        self._log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
+        self._bar = ProgressBar(run.name, total=run.steps, done=done)
+        self._validation = ""
+
+    def __enter__(self) -> "Recorder":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with contextlib.closing(self._log):
+            self._bar.__exit__(error_type, error, trace)
+
+    def record(self, measured: Iterable[Measured]) -> None:
+        """
+        Raises:
+          TrainingAlarm: of the first of these steps that gives one; it and those before it are in
+            the log.
+        """
+        for step, metrics, seconds in measured:
+            tokens = self.run.tokens_per_step
+            line = make_line(step, metrics, seconds, self.run.steps, tokens, self.run.model)
+            self._log.append(line)
+            self._check(line)
+            for hook in self.hooks:
+                hook(step, line)
+            self._show(line)
+
+    def _check(self, line: Line) -> None:
+        try:
+            self._alarms.check(line)
+        except TrainingAlarm as alarm:
+            good = self.store.latest_step
+            kept = (
+                f"the last checkpoint before it is at step {good}"
+                if good
+                else "no checkpoint came before"
+            )
+            raise TrainingAlarm(f"{alarm}; {kept}, in {self.store.directory}") from None
+
+    def _show(self, line: Line) -> None:
+        if "validation_loss" in line:
+            self._validation = f"  validation {line['validation_loss']:.3f}"
+        speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+        self._bar.update(line["step"], f"loss {line['loss']:.3f}{self._validation}  {speed}")

@@ -1,0 +1,92 @@
+"""Validation loss: how well the model predicts held-out text, the same rows each time.
+
+It looks at the run's variables and changes nothing: neither the rows that training reads nor any
+random number. Each row is read from its own beginning, as in training, so that the first of its
+tokens are predicted from little; scripts.evaluate gives every token a context.
+
+S batches, B rows of a batch, L length.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from configs.base import RunConfig
+from data.held_out import held_out_batches, token_bytes
+from data.pipeline import Corpus
+from model.depth import with_threshold_selection
+from model.model_state import init_memory
+from model.transformer import Transformer, Variables, hidden_states, output_weights
+from parallel.mesh import BATCH_AXES
+from train.losses import chunked_loss, cross_entropy
+
+
+class Validation:
+    """The held-out rows of a run, on its devices, and the program that measures on them."""
+
+    def __init__(self, run: RunConfig, corpus: Corpus, mesh: Mesh) -> None:
+        """
+        Args:
+          mesh: in use whenever the loss is measured.
+        """
+        self.every, self.steps = run.validation.every, run.steps
+        if self.every is None:
+            return
+        batches = held_out_batches(
+            corpus.held_out(),
+            run.data.seq_len,
+            run.validation.max_rows,
+            run.batch_size // run.accumulation,
+            multiple_of=math.prod(mesh.shape[axis] for axis in BATCH_AXES),
+            streams=run.model.memory_length is not None,
+        )
+        targets = batches["targets"][batches["targets"] >= 0]
+        bytes_V = token_bytes(corpus.tokenizer(), run.model.vocab_size)
+        self._num_tokens = targets.size
+        self._num_bytes = 0 if bytes_V is None else int(bytes_V[targets].sum())
+        split = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+        self._batches = {
+            name: jax.make_array_from_callback(x_SBL.shape, split, x_SBL.__getitem__)
+            for name, x_SBL in batches.items()
+        }
+        execution = dataclasses.replace(run.execution, remat="none")
+        model = Transformer(with_threshold_selection(run.model), execution)
+        self._nats = jax.jit(partial(_nats, model))
+
+    def is_due(self, step: int) -> bool:
+        """Whether the loss is measured after this step."""
+        return self.every is not None and (step % self.every == 0 or step == self.steps)
+
+    def measure(self, variables: Variables) -> dict[str, Any]:
+        """ "validation_loss", nats per token, and where it is known what bytes the tokens stand for
+        "validation_bits_per_byte"; float32 scalars on the devices.
+        """
+        nats = self._nats(variables, self._batches)
+        measured = {"validation_loss": nats / self._num_tokens}
+        if self._num_bytes:
+            measured["validation_bits_per_byte"] = nats / (math.log(2) * self._num_bytes)
+        return measured
+
+
+def _nats(model: Transformer, variables: Variables, batches: dict[str, jax.Array]) -> jax.Array:
+    """-log p summed over the targets of all batches, float32; a memory starts empty."""
+    w_DV, chunks = output_weights(model, variables), model.execution.logits_chunks
+
+    def add(carry: tuple[jax.Array, Any], batch: dict[str, jax.Array]) -> tuple[Any, None]:
+        nats, memory = carry
+        hidden_BLD, memory = hidden_states(
+            model, variables, batch["tokens"], batch["positions"], memory
+        )
+        targets = {"targets": batch["targets"]}
+        more, _ = chunked_loss(cross_entropy, hidden_BLD, w_DV, targets, None, chunks)
+        return (nats + more, memory), None
+
+    rows = batches["tokens"].shape[1]
+    memory = init_memory(model.config, rows, model.execution.compute_dtype)
+    (nats, _), _ = jax.lax.scan(add, (jnp.float32(0), memory), batches)
+    return nats
