@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.attention import Attention, LocalSparseAttentionConfig, RelativeAttentionConfig
+from configs.attention import Attention
 from configs.checks import require, require_choices, require_finite, require_positive
 from configs.feed_forward import DenseConfig, MoEConfig
 
@@ -61,11 +61,8 @@ class LayerSpec:
     depth: MixtureOfDepthsConfig | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.depth is None or not isinstance(self.attention, LocalSparseAttentionConfig),
-            "a layer with depth sees only the chosen tokens, between which powers of two and "
-            "summaries have gaps: give it attention.kind='grouped_query' or 'latent'",
-        )
+        reason = self.attention.unskippable_reason
+        require(self.depth is None or reason is None, f"{reason}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,16 +153,16 @@ class ModelConfig:
     def _check_memory(self) -> None:
         specs = (*self.prefix, *self.pattern)
         attentions = [spec.attention for spec in specs]
-        relative = [a for a in attentions if isinstance(a, RelativeAttentionConfig)]
-        if not relative:
+        memories = [a.memory_tokens for a in attentions if a.memory_tokens is not None]
+        if not memories:
             return
         require(
-            len(relative) == len(attentions),
-            f"{len(relative)} of {len(attentions)} layers of prefix and pattern have relative "
+            len(memories) == len(attentions),
+            f"{len(memories)} of {len(attentions)} layers of prefix and pattern have relative "
             "attention: memory goes from segment to segment in every layer or in none, give all of "
             "them kind='relative'",
         )
-        lengths = sorted({attention.memory_length for attention in relative})
+        lengths = sorted(set(memories))
         require(
             len(lengths) == 1,
             f"layers have memory_length={lengths}: give all of them the same",
@@ -190,9 +187,7 @@ class ModelConfig:
     @property
     def memory_length(self) -> int | None:
         """Tokens that each layer keeps from one segment to the next; None without memory."""
-        attention = self.pattern[0].attention
-        is_relative = isinstance(attention, RelativeAttentionConfig)
-        return attention.memory_length if is_relative else None
+        return self.pattern[0].attention.memory_tokens
 
     @property
     def num_periods(self) -> int:

@@ -12,8 +12,27 @@ from configs.rope import RopeScaling
 QKNorm = Literal["head", "all"]
 
 
+class AttentionTraits:
+    """What a kind of attention says of itself beside its settings, here as most do.
+
+    Each config has num_heads, out_width and num_parameters(d_model) as well.
+    """
+
+    @property
+    def memory_tokens(self) -> int | None:
+        """Tokens that a layer keeps from one segment of a stream to the next; None: there is no
+        such memory."""
+        return None
+
+    @property
+    def unskippable_reason(self) -> str | None:
+        """Why tokens can't pass such a layer by (Mixture-of-Depths), in a sentence; None: they
+        can."""
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(AttentionTraits):
     """Grouped-query attention (Ainslie et al. 2023) with RoPE, a sliding window and sink tokens."""
 
     kind: Literal["grouped_query"] = "grouped_query"
@@ -78,7 +97,7 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalSparseAttentionConfig:
+class LocalSparseAttentionConfig(AttentionTraits):
     """Grouped-query attention over a window and O(log n) places before it, with RoPE."""
 
     kind: Literal["local_sparse"] = "local_sparse"
@@ -122,6 +141,13 @@ class LocalSparseAttentionConfig:
         require(
             self.block_size is None or self.block_size > 0,
             f"block_size={self.block_size} must be at least 1 token",
+        )
+
+    @property
+    def unskippable_reason(self) -> str | None:
+        return (
+            "a layer with depth sees only the chosen tokens, between which powers of two and "
+            "summaries have gaps: give it attention.kind='grouped_query' or 'latent'"
         )
 
     @property
@@ -170,7 +196,7 @@ class IndexerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentAttentionConfig:
+class LatentAttentionConfig(AttentionTraits):
     """Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads are projections
     of one small vector per token, which alone is cached beside one rotary key."""
 
@@ -239,7 +265,7 @@ class LatentAttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelativeAttentionConfig:
+class RelativeAttentionConfig(AttentionTraits):
     """Attention by relative position over a memory of earlier segments (Transformer-XL, 2019).
 
     Every query sees itself and the memory_length tokens before it in its document, so the result
@@ -259,6 +285,10 @@ class RelativeAttentionConfig:
             f"memory_length={self.memory_length} must be at least 1 token: a query that sees only "
             "itself needs no relative attention",
         )
+
+    @property
+    def memory_tokens(self) -> int | None:
+        return self.memory_length
 
     @property
     def window_size(self) -> int:

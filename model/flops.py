@@ -9,7 +9,8 @@ the forward pass.
 import numpy as np
 
 from configs.architecture import LayerSpec, ModelConfig
-from configs.attention import Attention, LatentAttentionConfig, LocalSparseAttentionConfig
+from configs.attention import Attention
+from model.attention.kinds import KINDS
 
 
 def training_flops_per_token(model: ModelConfig, length: int) -> float:
@@ -50,27 +51,11 @@ def _multi_token_flops(model: ModelConfig, length: int) -> float:
 def _attention_flops(spec: LayerSpec, places: np.ndarray) -> float:
     """Scores and values of one layer, for a query at these places (from 1) on average."""
     attention, capacity = spec.attention, 1.0 if spec.depth is None else spec.depth.capacity
-    if isinstance(attention, LatentAttentionConfig):
-        widths = attention.query_head_dim + attention.value_head_dim
-    else:
-        widths = 2 * attention.head_dim
     # A layer of a Mixture-of-Depths has fewer queries, and each of them fewer keys.
     places = np.maximum(places * capacity, 1)
-    keys = float(visible_keys(attention, places).mean())
-    work = keys * attention.num_heads * widths
-    if isinstance(attention, LatentAttentionConfig) and attention.indexer is not None:
-        work += places.mean() * attention.indexer.num_heads * attention.indexer.head_dim
-    return 2.0 * capacity * work
+    return capacity * KINDS[type(attention)].mixing_flops(attention, places)
 
 
 def visible_keys(attention: Attention, places: np.ndarray) -> np.ndarray:
     """Keys that the query at each place sees, itself included."""
-    if isinstance(attention, LatentAttentionConfig):
-        return places if attention.indexer is None else np.minimum(places, attention.indexer.top_k)
-    if attention.window_size is None:
-        return places
-    near = np.minimum(places, attention.window_size)
-    if isinstance(attention, LocalSparseAttentionConfig):
-        return near + np.log2(np.maximum(places / attention.window_size, 1))
-    sinks = getattr(attention, "num_sink_tokens", 0)
-    return np.minimum(places, near + sinks)
+    return KINDS[type(attention)].visible_keys(attention, places)

@@ -7,6 +7,7 @@ B batch, L length, S keys, D d_model, H query heads, G key/value heads, C head_d
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs.attention import AttentionConfig, QKNorm
 from configs.base import ExecutionConfig
@@ -30,6 +31,20 @@ def init_state(config: AttentionConfig, shape: StateShape) -> AnyKeyValueState:
         window_size=config.window_size,
         num_sink_tokens=config.num_sink_tokens,
     )
+
+
+def visible_keys(config: AttentionConfig, places: np.ndarray) -> np.ndarray:
+    """Those of the window, and the sink tokens before it."""
+    if config.window_size is None:
+        return places
+    near = np.minimum(places, config.window_size)
+    return np.minimum(places, near + config.num_sink_tokens)
+
+
+def mixing_flops(config: AttentionConfig, places: np.ndarray) -> float:
+    """Scores and values: two per key, head and channel of each."""
+    keys = float(visible_keys(config, places).mean())
+    return 2.0 * (keys * config.num_heads * 2 * config.head_dim)
 
 
 class GroupedQueryAttention(nn.Module):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from configs.attention import (
     Attention,
     AttentionConfig,
@@ -28,6 +30,14 @@ class AttentionKind:
     state) and gives the same shape and the state with the step's tokens."""
     init_state: Callable[[Any, StateShape], LayerState]
     """An empty state."""
+    visible_keys: Callable[[Any, np.ndarray], np.ndarray]
+    """Keys that a query at each place (from 1) has a score with, itself included."""
+    mixing_flops: Callable[[Any, np.ndarray], float]
+    """Of what is no product with a weight, of a query on average over these places: scores and
+    values."""
+    init_memory: Callable[[Any, tuple[int, ...], int, str], LayerState] | None = None
+    """(config, dims, d_model, dtype) to an empty memory, of kinds that read a stream segment by
+    segment (config.memory_tokens)."""
 
 
 KINDS: dict[type, AttentionKind] = {
@@ -36,24 +46,33 @@ KINDS: dict[type, AttentionKind] = {
             config, execution, norm_eps, out_stddev, gaps=gaps, name="attention"
         ),
         grouped_query.init_state,
+        grouped_query.visible_keys,
+        grouped_query.mixing_flops,
     ),
     LatentAttentionConfig: AttentionKind(
         lambda config, execution, norm_eps, out_stddev, gaps: latent.LatentAttention(
             config, execution, out_stddev, name="attention"
         ),
         latent.init_state,
+        latent.visible_keys,
+        latent.mixing_flops,
     ),
     LocalSparseAttentionConfig: AttentionKind(
         lambda config, execution, norm_eps, out_stddev, gaps: local_sparse.LocalSparseAttention(
             config, execution, out_stddev, name="attention"
         ),
         local_sparse.init_state,
+        local_sparse.visible_keys,
+        local_sparse.mixing_flops,
     ),
     RelativeAttentionConfig: AttentionKind(
         lambda config, execution, norm_eps, out_stddev, gaps: relative.RelativeAttention(
             config, out_stddev, name="attention"
         ),
         relative.init_state,
+        relative.visible_keys,
+        relative.mixing_flops,
+        relative.init_memory,
     ),
 }
 
@@ -76,11 +95,12 @@ def init_attention_state(config: Attention, shape: StateShape) -> Any:
 
 def init_attention_memory(
     config: Attention, dims: tuple[int, ...], d_model: int, dtype: str
-) -> relative.SegmentMemory:
+) -> Any:
     """The empty memory of a layer that reads a stream segment by segment.
 
     Args:
       dims: those before the tokens', the batch last.
     """
-    assert isinstance(config, RelativeAttentionConfig)
-    return relative.init_memory(config, dims, d_model, dtype)
+    init_memory = KINDS[type(config)].init_memory
+    assert init_memory is not None
+    return init_memory(config, dims, d_model, dtype)

@@ -18,6 +18,7 @@ Q query_rank, R latent_rank.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs.attention import LatentAttentionConfig
 from configs.base import ExecutionConfig
@@ -51,6 +52,20 @@ def init_state(config: LatentAttentionConfig, shape: StateShape) -> AnyKeyValueS
         widths=(config.latent_rank + config.rope_head_dim, 0),
         index_width=config.indexer and config.indexer.head_dim,
     )
+
+
+def visible_keys(config: LatentAttentionConfig, places: np.ndarray) -> np.ndarray:
+    """All before the query, or those that an indexer chooses."""
+    return places if config.indexer is None else np.minimum(places, config.indexer.top_k)
+
+
+def mixing_flops(config: LatentAttentionConfig, places: np.ndarray) -> float:
+    """An indexer scores all keys before a query."""
+    keys, widths = float(visible_keys(config, places).mean()), config.query_head_dim
+    work = keys * config.num_heads * (widths + config.value_head_dim)
+    if config.indexer is not None:
+        work += places.mean() * config.indexer.num_heads * config.indexer.head_dim
+    return 2.0 * work
 
 
 class LatentAttention(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from configs.attention import LocalSparseAttentionConfig
@@ -76,6 +77,18 @@ def init_state(config: LocalSparseAttentionConfig, shape: StateShape) -> Any:
     dims = (*shape.stack, shape.num_rows)
     nodes = empty_nodes(dims, shape.max_length, config.block_size, heads, width, width)
     return SummaryState(tokens, nodes)
+
+
+def visible_keys(config: LocalSparseAttentionConfig, places: np.ndarray) -> np.ndarray:
+    """Those of the window, and one for each doubling of the distance beyond it."""
+    near = np.minimum(places, config.window_size)
+    return near + np.log2(np.maximum(places / config.window_size, 1))
+
+
+def mixing_flops(config: LocalSparseAttentionConfig, places: np.ndarray) -> float:
+    """Scores and values: two per key, head and channel of each."""
+    keys = float(visible_keys(config, places).mean())
+    return 2.0 * (keys * config.num_heads * 2 * config.head_dim)
 
 
 class LocalSparseAttention(nn.Module):

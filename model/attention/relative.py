@@ -84,6 +84,17 @@ def init_memory(
     )
 
 
+def visible_keys(config: RelativeAttentionConfig, places: np.ndarray) -> np.ndarray:
+    """Those of the memory, and the query's own."""
+    return np.minimum(places, config.window_size)
+
+
+def mixing_flops(config: RelativeAttentionConfig, places: np.ndarray) -> float:
+    """Without the scores of distances, which other attentions' positions have no like of."""
+    keys = float(visible_keys(config, places).mean())
+    return 2.0 * (keys * config.num_heads * 2 * config.head_dim)
+
+
 class RelativeAttention(nn.Module):
     """Attention over the segment's own tokens, after a memory of earlier ones, or over a state."""
 
