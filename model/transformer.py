@@ -3,6 +3,7 @@
 B batch, L length, D d_model, V vocab.
 """
 
+from functools import lru_cache
 from typing import Any, assert_never, cast
 
 import flax.linen as nn
@@ -243,6 +244,22 @@ def output_weights(model: Transformer, variables: Variables) -> Any:
 
 def abstract_variables(model: Transformer) -> tuple[Variables, Variables]:
     """Variables as ShapeDtypeStructs and the tree of their logical axes; nothing is allocated."""
+    variables, axes = _abstract(model, jax.sharding.get_abstract_mesh())
+    return _copied(variables), _copied(axes)
+
+
+def _copied(tree: Any) -> Any:
+    return {name: _copied(x) for name, x in tree.items()} if isinstance(tree, dict) else tree
+
+
+@lru_cache(maxsize=64)
+def _abstract(model: Transformer, mesh: jax.sharding.AbstractMesh) -> tuple[Variables, Variables]:
+    """Known from then on: tracing takes a second and more, and a program asks several times.
+
+    Args:
+      mesh: the one in use.
+    """
+    del mesh
     tokens = jnp.zeros((1, 2), jnp.int32)
     keys = dict.fromkeys(("params", SHAPES_ALONE), jax.random.key(0))
     boxed = _kept(jax.eval_shape(model.init, keys, make_step(tokens, tokens)))

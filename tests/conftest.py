@@ -1,5 +1,6 @@
 """Tests run on eight simulated CPU devices; our own layers under JAX's strictest rules."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ FLAGS = (
 )
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 jax.config.update("jax_num_cpu_devices", 8)
+# Tracing makes objects by the million and keeps most: looking for garbage among them every 700
+# (Python's default) takes a tenth of all time.
+gc.set_threshold(50_000, 10, 10)
 # Many tests compile the same tiny programs: the workers of a session share what they compiled.
 _SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/moesaic-tests-{_SESSION}")

@@ -1,6 +1,7 @@
 """Peak memory: of reading long prompts, and of loading a checkpoint into a few bits.
 
-Each figure is of a process of its own (peaks.py), beyond what it held before.
+Each figure is of a process of its own (peaks.py), beyond what it held before; what compiling takes
+is part of it.
 """
 
 import json
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.generation.peaks import random_variables
-from benchmarks.generation.programs import ROOT, our_environment
+from benchmarks.generation.programs import ROOT
 from checkpoint import huggingface
 from checkpoint.public import export_family
 from configs.architecture import LayerSpec, ModelConfig
@@ -38,9 +39,7 @@ def peak(what: str, *arguments: str) -> dict[str, float]:
       RuntimeError: it died.
     """
     command = [sys.executable, "-m", "benchmarks.generation.peaks", what, *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=dict(our_environment())
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,7 @@
 """scripts.bench_generation: turns alternate, figures are those of the work, absences are told."""
 
 import dataclasses
+import importlib.util
 import os
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import machine
-from benchmarks.generation import memory, ours, peaks, programs, quality, report, speed
+from benchmarks.generation import llama_peer, memory, ours, peaks, programs, quality, report, speed
 from benchmarks.generation.programs import Programs, llama_name, our_name
 from benchmarks.generation.work import MEASURES, make_work, read_work
 from benchmarks.generation.worker import Program, WorkerFailure, started
@@ -20,6 +21,7 @@ from infer.sources import open_source
 from model.transformer import Transformer
 from scripts import bench_generation
 from tests import tiny
+from tests.checkpoint.tiny_folder import write_llama
 
 FAKE = """
 import sys
@@ -110,6 +112,26 @@ def test_decoding_counts_the_timed_steps_alone(monkeypatch):
     assert made.decode(8) == 4 * 8
     assert made.decode(8) == 4 * 8  # again, with what the turn before has left
     assert made.prefill() == 30
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None,
+    reason='llama.cpp is not there: pip install ".[llama]" builds it in ten minutes',
+)
+@pytest.mark.parametrize("kind", llama_peer.KINDS)
+def test_llama_cpp_continues_each_sequence(kind, tmp_path):
+    """A model of bigrams says what follows; each sequence goes on by itself."""
+    write_llama(tmp_path / "model", {i: i + 1 for i in range(3, 60)}, vocab_size=288)
+    path, reason = programs.llama_file(open_source(str(tmp_path / "model")), tmp_path)
+    assert path is not None, reason
+    target = tmp_path / f"{kind}.gguf"
+    llama_peer.quantize(path, target, kind, threads=2)
+    model = llama_peer.load(target)
+    context = llama_peer.Context(model, rows=2, length=20, batch=16, threads=2)
+    for _ in range(2):
+        context.clear()
+        assert context.read([[3, 4, 5], [9]]) == [6, 10]
+        assert context.read([[6], [10]]) == [7, 11]
 
 
 def test_quality_is_that_of_the_logits():

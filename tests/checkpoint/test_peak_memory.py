@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.generation import memory
+from benchmarks.generation.memory import large_model
 from checkpoint.families import MIXTRAL
 from checkpoint.public import write_model
 from checkpoint.weight_map import expand, flatten
-from configs.architecture import LayerSpec, ModelConfig
-from configs.attention import AttentionConfig
-from configs.feed_forward import MoEConfig, RouterConfig
 from formats.safetensors.writer import TensorWriter
 from model.transformer import Transformer, abstract_variables
 
@@ -24,23 +23,9 @@ LARGEST = 4 * math.prod((32_000, 512))
 """Bytes of the largest tensor, the embedding."""
 
 
-def model() -> ModelConfig:
-    """275M parameters; the largest tensor is the embedding, 65 MB in float32."""
-    attention = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=64)
-    ffn = MoEConfig(num_experts=8, d_ff=1536, router=RouterConfig(top_k=2, z_loss_weight=0.0))
-    return ModelConfig(
-        vocab_size=32_000,
-        d_model=512,
-        num_layers=12,
-        pattern=(LayerSpec(attention=attention, ffn=ffn),),
-        context_length=1024,
-        norm_eps=1e-5,
-    )
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    folder, config = tmp_path_factory.mktemp("large"), model()
+    folder, config = tmp_path_factory.mktemp("large"), large_model()
     shapes = flatten(abstract_variables(Transformer(config))[0])
     entries = expand(MIXTRAL.rows, config, shapes)
     plan = [(entry.name, np.dtype(np.float32), entry.shape) for entry in entries]
@@ -60,16 +45,24 @@ def checkpoint(tmp_path_factory) -> Path:
 )
 def test_peak_memory_is_the_result_and_a_piece(checkpoint, dtype, mesh):
     used = measured(checkpoint, dtype, *mesh)
-    whole = (2 if dtype == "bfloat16" else 4) * model().num_parameters
+    whole = (2 if dtype == "bfloat16" else 4) * large_model().num_parameters
     assert used["result"] >= whole
     assert whole * 0.9 < used["peak"] <= 1.3 * whole + LARGEST, used
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_loading_into_few_bits_needs_the_result_and_a_tensor(checkpoint, weights):
+    used = memory.peak("load", str(checkpoint), weights)
+    assert used["largest"] == LARGEST
+    assert used["result"] < {"int8": 1.1, "int4": 0.7}[weights] * large_model().num_parameters
+    assert used["peak"] <= memory.ALLOWED * used["result"] + LARGEST, used
 
 
 @pytest.mark.parametrize("form", ["huggingface", "gguf"])
 def test_a_conversion_needs_a_few_tensors(checkpoint, form, tmp_path):
     """A tensor as it is read, as it is written, a piece of 64 MiB, and the program's own growth."""
     used = measured(checkpoint, "to", form, str(tmp_path / f"it.{form}"))
-    assert used["peak"] < 4 * LARGEST < model().num_parameters, used
+    assert used["peak"] < 4 * LARGEST < large_model().num_parameters, used
 
 
 def measured(checkpoint, *arguments: str) -> dict[str, int]:

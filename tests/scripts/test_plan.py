@@ -1,7 +1,11 @@
 """python -m scripts.plan as a user types it, on host devices."""
 
+import re
+
 import pytest
 
+from configs.checks import UserError
+from scripts import command, plan
 from tests.parallel.test_topology import HAS_PLUGIN, needs_plugin
 from tests.scripts.test_scripts import run
 
@@ -31,16 +35,20 @@ def test_a_plan_of_host_devices_has_tables_and_a_page(tmp_path):
         (("v31_nano_student", "--device", "cpu"), "learns from a teacher"),
     ],
 )
-def test_what_can_not_be_planned_is_said_in_a_sentence(tmp_path, arguments, sentence):
-    _, err = run(tmp_path, "plan", *arguments, code=2)
-    assert sentence in err
-    assert err.count("\n") == 1
+def test_what_can_not_be_planned_is_said_in_a_sentence(arguments, sentence, monkeypatch):
+    monkeypatch.setattr(command, "use_host_devices", lambda count: None)  # they are there
+    with pytest.raises(UserError, match=re.escape(sentence)) as refused:
+        plan.main([*arguments])
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.skipif(HAS_PLUGIN, reason="jax-cuda13-plugin is installed")
 def test_a_gpu_without_the_plugin_names_the_extra(tmp_path):
+    """In a process of its own: it chooses JAX's platforms."""
     _, err = run(tmp_path, "plan", "v31_nano", code=2)
     assert "make plan ARGS=" in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
 
 
 @needs_plugin

@@ -161,8 +161,8 @@ BAD = {
         "the student's vocabulary has 4096 entries, the teacher's 300",
     ),
     "another config": (
-        ["train", "v31_nano", "--run-dir", "{run}", "--seed", "7"],
-        "seed was 0, now 7",
+        ["train", "v31_nano", "--run-dir", "{run}", "{settings}", "--seed", "7"],
+        "(seed was 0, now 7)",
     ),
     "context": (
         ["generate", "{run}", "--prompt", "x", "--max-new-tokens", "9999"],
@@ -186,7 +186,7 @@ BAD = {
 }
 
 
-AS_A_USER = ("no such folder", "unknown option", "unknown run", "context")
+AS_A_USER = ("unknown option", "context")
 """Tried in processes of their own, whose exit code and output are looked at; a process takes four
 seconds to start, so the other sentences are those of `main`."""
 
@@ -213,9 +213,14 @@ def test_bad_input_ends_in_one_sentence(places, name):
 def test_bad_input_is_refused(places, name, monkeypatch):
     (verb, *arguments), sentence = BAD[name]
     monkeypatch.setattr(command, "use_host_devices", lambda count: None)  # they are there
+    given = [[a.format(**places)] if a != "{settings}" else trained_with(places) for a in arguments]
     with pytest.raises(UserError, match=re.escape(sentence)) as refused:
-        main_of(verb)([a.format(**places) for a in arguments])
+        main_of(verb)([argument for part in given for argument in part])
     assert "\n" not in str(refused.value)
+
+
+def trained_with(places: dict[str, Path]) -> list[str]:
+    return [*settings(places["tmp"]), "--mesh.expert", "4"]
 
 
 def main_of(verb: str) -> command.Main:
