@@ -3,6 +3,7 @@
 B batch, L length, D d_model, V vocab.
 """
 
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any, assert_never, cast
 
@@ -244,7 +245,8 @@ def output_weights(model: Transformer, variables: Variables) -> Any:
 
 def abstract_variables(model: Transformer) -> tuple[Variables, Variables]:
     """Variables as ShapeDtypeStructs and the tree of their logical axes; nothing is allocated."""
-    variables, axes = _abstract(model, jax.sharding.get_abstract_mesh())
+    key = cast(Hashable, model)  # a frozen dataclass of frozen ones
+    variables, axes = _abstract(key, jax.sharding.get_abstract_mesh())
     return _copied(variables), _copied(axes)
 
 
@@ -253,7 +255,7 @@ def _copied(tree: Any) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _abstract(model: Transformer, mesh: jax.sharding.AbstractMesh) -> tuple[Variables, Variables]:
+def _abstract(model: Any, mesh: jax.sharding.AbstractMesh) -> tuple[Variables, Variables]:
     """Known from then on: tracing takes a second and more, and a program asks several times.
 
     Args:
