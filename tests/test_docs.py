@@ -31,6 +31,15 @@ def test_links_lead_to_files(page):
     assert not missing
 
 
+def test_files_that_additions_touch_exist():
+    """Those that the page names whole; NAME, OP and TARGET stand for the reader's."""
+    paths = re.findall(
+        r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|json))`", _joined(ROOT / "docs/extending.md")
+    )
+    assert len(paths) > 15
+    assert not [path for path in set(paths) if not (ROOT / path).exists()]
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:

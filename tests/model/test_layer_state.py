@@ -18,6 +18,7 @@ from configs.attention import (
 )
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
+from model.attention import kinds
 from model.model_state import (
     copy_page,
     init_state,
@@ -100,6 +101,10 @@ def kind(request):
         return forward(model, variables, step, state)
 
     return request.param, config, read, tokens, positions, np.asarray(expected)
+
+
+def test_every_kind_is_here():
+    assert {type(config.pattern[0].attention) for config in KINDS.values()} == set(kinds.KINDS)
 
 
 def close(found, expected):

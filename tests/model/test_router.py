@@ -19,6 +19,7 @@ from model.balance import (
     updated_state,
 )
 from model.router import RouterState, initial_state, route
+from model.router_scores import SCORES
 
 T, E = 50, 6
 
@@ -362,7 +363,7 @@ def test_the_mean_number_of_experts_is_held_under_a_shift():
     assert np.mean([k for _, k in history[-20:]]) == pytest.approx(2.0, rel=0.02)
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("scores", SCORES)
 def test_the_matching_null_logit_gives_the_wanted_mean(scores):
     """One look at a batch finds the logit, whatever the router's scale and padding."""
     config = RouterConfig(top_k=3, num_null_experts=2, target_k=1.7, scores=scores)
