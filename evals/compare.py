@@ -13,7 +13,7 @@ from checkpoint.run_directory import read_run
 from configs.checks import UserError
 from configs.serialization import finite_json
 from data.tokenizers.tokenizer import end_of_text_id
-from evals.run import TASKS, Progress, evaluate
+from evals.run import TASKS, Progress, evaluate, open_run
 from evals.tasks.base import Result, Skipped
 from infer.generate import generate
 from infer.load import load_model
@@ -49,7 +49,7 @@ def evaluate_run(run_dir: Path, progress: Callable[[str], Progress]) -> Evaluate
       UserError: one does not apply to it.
     """
     results: dict[str, Result] = {}
-    for found in evaluate(run_dir, list(TASKS), progress):
+    for found in evaluate(open_run(run_dir), list(TASKS), progress):
         if isinstance(found, Skipped):
             raise UserError(f"{found.task} does not apply to {run_dir}: {found.reason}")
         results[found.task] = found

@@ -1,8 +1,9 @@
-"""Runs benchmarks on a trained run and writes their results beside it."""
+"""Runs benchmarks on a model and writes their results: a run beside it, others where asked."""
 
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoint.provenance import weights_fingerprint
-from checkpoint.run_corpus import open_run_corpus
+from checkpoint.run_corpus import RunCorpus, count_tokens, open_run_corpus
 from checkpoint.run_directory import read_run
+from configs.base import DataConfig
 from configs.checks import UserError, require
+from data.pipeline import prepare_corpus
+from data.tokenizers.tokenizer import num_ids
 from evals.results import FILE, FILE_OF_INITIAL, write_results
 from evals.tasks import line_completion, stdlib_bpb
 from evals.tasks.base import ModelUnderTest, NotApplicable, Result, Skipped
 from infer.load import inference_model
 from infer.run_weights import RunWeights, load_with_identity
 from infer.score import TokenScores, num_rows, score_documents
+from infer.sources import Source
 from model.transformer import Transformer, Variables
 
 TASKS: dict[str, Callable[[ModelUnderTest], Result]] = {
@@ -45,35 +50,41 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Held:
-    """A run's newest variables as they lie in memory: in few bits, or over a mesh."""
+class Evaluated:
+    """A model as it lies in memory, the text it is measured on, and where its results go."""
 
-    name: str
-    """Of the format and mesh, for the results' file."""
+    title: str
     model: Transformer
     variables: Variables
     mesh: Mesh | None
+    length: int
+    """Tokens it reads at once."""
+    corpus: RunCorpus
+    """In the model's own tokens."""
+    weights: RunWeights
+    path: Path
+    """Of the results."""
+
+    def held_as(
+        self, name: str, model: Transformer, variables: Variables, mesh: Mesh | None
+    ) -> "Evaluated":
+        """The same weights in another format or on a mesh, with results of their own.
+
+        Args:
+          name: of format and mesh, for the results' file.
+        """
+        path = self.path.with_name(f"{self.path.stem}_{name}.json")
+        return dataclasses.replace(self, model=model, variables=variables, mesh=mesh, path=path)
 
 
-def evaluate(
-    run_dir: Path,
-    tasks: Sequence[str],
-    progress: Callable[[str], Progress],
-    initial: Variables | None = None,
-    held: Held | None = None,
-) -> Iterator[Result | Skipped]:
-    """Runs the tasks one after the other; what is there already is in run_dir/evals.json.
+def open_run(run_dir: Path, initial: Variables | None = None) -> Evaluated:
+    """A run's newest variables, on the text that it did not learn from.
 
     Args:
-      progress: called with a task's name; gives the function that receives its progress.
-      held: the run's newest variables in another format or on a mesh, to be scored as they are;
-        the results go to evals_NAME.json.
-      initial: what the run began with, to be scored in place of its newest variables; the results
-        go to evals_initial.json.
+      initial: what the run began with, in place of its newest variables.
     Raises:
-      UserError: an unknown task, a run without checkpoint; at the end, if no task applied.
+      UserError: a run without checkpoint, or one that lost what it keeps of its corpus.
     """
-    check_tasks(tasks)
     run = read_run(run_dir)
     corpus = open_run_corpus(run, run_dir)
     if initial is None:
@@ -81,45 +92,81 @@ def evaluate(
     else:
         model, variables = inference_model(run), initial
         weights = RunWeights(step=0, sha256=weights_fingerprint(variables))
-    path, mesh = run_dir / (FILE if initial is None else FILE_OF_INITIAL), None
-    if held is not None:
-        model, variables, mesh = held.model, held.variables, held.mesh
-        path = path.with_name(f"{path.stem}_{held.name}.json")
-    results: list[Result] = []
+    path, length = run_dir / (FILE if initial is None else FILE_OF_INITIAL), run.data.seq_len
+    return Evaluated(str(run_dir), model, variables, None, length, corpus, weights, path)
+
+
+def open_text(
+    source: Source, text: str, suffix: str, fraction: float, folder: Path
+) -> tuple[RunCorpus, Path]:
+    """Held-out text in the source's own tokens, and the folder that keeps it and the results.
+
+    Args:
+      text: 'stdlib', a folder, or a file: see configs.base.DataConfig.
+      fraction: of the text that is held out; the rest gives the unigram model its counts.
+      folder: where texts and results are kept, by the names of both.
+    Raises:
+      UserError: a text or tokenizer that can't be read.
+    """
+    kept = folder / f"{_plain(source.name)}_on_{_plain(text)}"
+    # A run's folder and a model's hold tokenizer.json; files and packages are known by name.
+    settings = DataConfig(
+        source=text,
+        suffix=suffix,
+        tokenizer=source.name,
+        directory=str(kept / "text"),
+        holdout_fraction=fraction,
+    )
+    corpus = prepare_corpus(settings, source.config.vocab_size)
+    tokenizer = corpus.tokenizer()
+    counts_V = count_tokens(corpus.training(), num_ids(tokenizer))
+    return RunCorpus(tokenizer, corpus.held_out(), counts_V), kept
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_.") or "text"
+
+
+def evaluate(
+    evaluated: Evaluated, tasks: Sequence[str], progress: Callable[[str], Progress]
+) -> Iterator[Result | Skipped]:
+    """Runs the tasks one after the other; what is there already is in evaluated.path.
+
+    Args:
+      progress: called with a task's name; gives the function that receives its progress.
+    Raises:
+      UserError: an unknown task; at the end, if no task applied.
+    """
+    check_tasks(tasks)
+    corpus, results = evaluated.corpus, []
     for name in tasks:
         subject = ModelUnderTest(
-            score=functools.partial(
-                _score, model, variables, run.data.seq_len, progress(name), mesh
-            ),
-            length=run.data.seq_len,
+            score=functools.partial(_score, evaluated, progress(name)),
+            length=evaluated.length,
             tokenizer=corpus.tokenizer,
             token_counts_V=corpus.token_counts_V,
             held_out=corpus.held_out,
         )
         try:
-            results.append(dataclasses.replace(TASKS[name](subject), weights=weights))
+            results.append(dataclasses.replace(TASKS[name](subject), weights=evaluated.weights))
         except NotApplicable as error:
             yield Skipped(name, str(error))
         else:
-            write_results(path, results)
+            write_results(evaluated.path, results)
             yield results[-1]
-    require(bool(results), f"none of the tasks {', '.join(tasks)} applies to {run_dir}")
+    require(bool(results), f"none of the tasks {', '.join(tasks)} applies to {evaluated.title}")
 
 
 def _score(
-    model: Transformer,
-    variables: Variables,
-    length: int,
-    progress: Progress,
-    mesh: Mesh | None,
-    documents: list[np.ndarray],
+    evaluated: Evaluated, progress: Progress, documents: list[np.ndarray]
 ) -> list[TokenScores]:
+    model, length, mesh = evaluated.model, evaluated.length, evaluated.mesh
     has_memory = model.config.memory_length is not None
     total = num_rows((len(tokens) for tokens in documents), length, has_memory=has_memory)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         return score_documents(
             model,
-            variables,
+            evaluated.variables,
             documents,
             length=length,
             batch_size=max(TOKENS_AT_ONCE // length, 1),

@@ -14,12 +14,14 @@ from model.transformer import Transformer, Variables
 class RunWeights:
     """Steps that a run's weights were trained for, and their fingerprint."""
 
-    step: int
+    step: int | None
+    """None: of a model that is no run."""
     sha256: str
     """See checkpoint.provenance.weights_fingerprint."""
 
     def __str__(self) -> str:
-        return f"the weights at step {self.step} ({self.sha256[:8]})"
+        at_step = "" if self.step is None else f" at step {self.step}"
+        return f"the weights{at_step} ({self.sha256[:8]})"
 
 
 def load_with_identity(run: RunConfig, run_dir: Path) -> tuple[Transformer, Variables, RunWeights]:

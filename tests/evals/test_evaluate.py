@@ -4,19 +4,24 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from checkpoint.provenance import weights_fingerprint
 from checkpoint.run_directory import read_run
 from configs.checks import UserError
+from data.packing import TokenFile
 from evals import run as evals_run
 from evals.results import read_results, write_results, write_run_report
-from evals.run import evaluate
+from evals.run import evaluate, open_run
 from evals.tasks.base import Result, Skipped
 from infer.load import load_model
 from infer.run_weights import RunWeights
+from infer.sources import open_source
+from model.transformer import hidden_states, output_weights
 from scripts import evaluate as verb
 from tests import tiny
+from tests.checkpoint.tiny_folder import byte_level, write_llama, write_tokenizer
 from train.loop import fit
 
 TASKS = "line_completion,stdlib_bpb"
@@ -80,7 +85,7 @@ def test_damaged_results_do_not_keep_a_run_from_its_report(run_dir):
 
 def test_nothing_that_applies_is_an_error(run_dir):
     with pytest.raises(UserError, match="none of the tasks line_completion applies to"):
-        list(evaluate(run_dir, ["line_completion"], no_progress))
+        list(evaluate(open_run(run_dir), ["line_completion"], no_progress))
 
 
 def test_a_result_is_written_when_it_is_there(run_dir, monkeypatch):
@@ -93,7 +98,7 @@ def test_a_result_is_written_when_it_is_there(run_dir, monkeypatch):
 
     (run_dir / "evals.json").unlink(missing_ok=True)
     monkeypatch.setitem(evals_run.TASKS, "line_completion", interrupted)
-    found = evaluate(run_dir, ["stdlib_bpb", "line_completion"], no_progress)
+    found = evaluate(open_run(run_dir), ["stdlib_bpb", "line_completion"], no_progress)
     assert isinstance(next(found), Result)
     with pytest.raises(KeyboardInterrupt):
         next(found)
@@ -102,6 +107,60 @@ def test_a_result_is_written_when_it_is_there(run_dir, monkeypatch):
 
 def test_reasons_name_the_tokenizer_where_it_is_that(run_dir, monkeypatch):
     monkeypatch.setattr(evals_run.line_completion, "begins_line", lambda tokenizer: [])
-    skipped, _ = evaluate(run_dir, TASKS.split(","), no_progress)
+    skipped, _ = evaluate(open_run(run_dir), TASKS.split(","), no_progress)
     assert isinstance(skipped, Skipped)
     assert "needs a byte-level tokenizer" in skipped.reason
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """A public checkpoint of random weights with its tokenizer, and a folder of short texts."""
+    tmp_path = tmp_path_factory.mktemp("letters")
+    write_llama(tmp_path / "model", hidden_size=256)
+    write_tokenizer(tmp_path / "model", byte_level())
+    (tmp_path / "texts").mkdir()
+    for i in range(8):
+        (tmp_path / f"texts/{i}.txt").write_text(f"The capital of France is {i} Paris" * 2)
+    return tmp_path
+
+
+def test_a_model_that_is_no_run_is_measured_on_a_text(letters, capsys):
+    """Its bits per byte are those of a plain pass over each text that is held out."""
+    options = ["--text", str(letters / "texts"), "--suffix", ".txt", "--held-out", "0.5"]
+    options += ["--folder", str(letters / "evals"), "--tasks", "stdlib_bpb"]
+    verb.main([str(letters / "model"), *options])
+    (path,) = (letters / "evals").glob("*/evals.json")
+    assert f"results: {path}" in capsys.readouterr().out.replace("\n", "")
+    (result,) = read_results(path)
+    model, variables = open_source(str(letters / "model")).load()
+    tokenizer, nats, size = byte_level(), 0.0, 0
+    for name in TokenFile(path.parent / "text/held_out.bin").sidecar.names:
+        text = (letters / "texts" / name).read_text()
+        tokens = np.array([[0, *tokenizer.encode(text).ids]])
+        hidden, _ = hidden_states(model, variables, tokens, np.arange(tokens.size)[None])
+        logits = np.asarray(hidden[0] @ output_weights(model, variables), np.float64)
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats -= log_probs[np.arange(tokens.size - 1), tokens[0, 1:]].sum()
+        size += len(text.encode())
+    assert 0 < size < 8 * 60
+    assert result.value == pytest.approx(nats / np.log(2) / size, rel=1e-5)
+    assert result.weights is not None
+    assert result.weights.step is None
+    verb.main([str(letters / "model"), *options, "--weights", "int8"])
+    (rounded,) = read_results(path.with_name("evals_int8.json"))
+    assert rounded.value == pytest.approx(result.value, rel=0.02)
+    assert rounded.value != result.value
+
+
+def test_what_does_not_go_with_a_model_is_said(letters, run_dir):
+    model, run = str(letters / "model"), str(run_dir)
+    for arguments, sentence in (
+        ([model, "--initial"], "--initial is of a run"),
+        ([model, "--length", "65"], "--length 65 must be from 2 to the model's 64"),
+        ([model, "--held-out", "1"], "--held-out 1.0 must lie between 0 and 1"),
+        ([model, "--text", str(letters / "none")], "is no folder and no file"),
+        ([run, "--length", "9"], "--length 9 goes with --text"),
+        ([run, "--held-out", "0.5"], "--held-out 0.5 goes with --text"),
+    ):
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            verb.main(arguments)

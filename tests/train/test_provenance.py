@@ -18,7 +18,7 @@ from configs.base import InitConfig
 from configs.checks import UserError
 from data.pipeline import prepare_corpus
 from evals.expert_domains import ExpertLabels, LayerLabels, label_experts, read_preference
-from evals.run import evaluate
+from evals.run import evaluate, open_run
 from infer.load import load_model
 from infer.run_weights import RunWeights, load_with_identity
 from infer.sources import open_source
@@ -54,7 +54,7 @@ def case(trained, tmp_path):
 
 
 def bits_of(run_dir: Path) -> float:
-    (result,) = evaluate(run_dir, ["stdlib_bpb"], lambda name: lambda done, total: None)
+    (result,) = evaluate(open_run(run_dir), ["stdlib_bpb"], lambda name: lambda done, total: None)
     assert result.details["unigram_bpb"] > 0
     return result.value
 
