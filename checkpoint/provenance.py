@@ -20,6 +20,7 @@ from checkpoint.store import latest_step, read_metadata
 from configs.checks import require
 from configs.serialization import from_json, to_json
 from data.pipeline import CorpusFingerprints
+from parallel.distributed import on_host
 
 FILE = "provenance.json"
 KEY, TOKENIZER_KEY = "provenance", "tokenizer"
@@ -63,11 +64,11 @@ class Provenance:
 def weights_fingerprint(variables: Any) -> str:
     """SHA-256 of the names, shapes, dtypes and values of a tree of arrays.
 
-    The same on every mesh and however the arrays lie on disk.
+    The same on every mesh and however the arrays lie on disk. All processes must ask for it.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        x = np.ascontiguousarray(jax.device_get(leaf))
+        x = np.ascontiguousarray(on_host(leaf))
         digest.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}\n".encode())
         digest.update(x.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -50,13 +50,13 @@ def placed(model: Transformer, mesh: Mesh | None, dtype: Dtype = "float32") -> V
     """The model's abstract variables with shardings, its parameters in the dtype.
 
     Args:
-      mesh: where they go; None is the first device.
+      mesh: where they go; None is the first device of this process.
     Raises:
       UserError: the mesh does not divide a dimension it splits.
     """
     abstract, axes = abstract_variables(model)
     if mesh is None:
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
     else:
         shardings = tree_shardings(mesh, axes, abstract)
 

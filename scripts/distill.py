@@ -18,20 +18,18 @@ from planning.available import require_memory
 from scripts import command
 from scripts.train import describe, finish
 from train.distill import LoadTeacher, Teacher, distill
-from train.report import write_report
 
 
 def main(argv: list[str]) -> int:
-    parser = command.parser(__doc__, run=True)
+    parser = command.add_process_options(command.parser(__doc__, run=True))
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher's run")
     arguments, overrides = command.split_run_arguments(parser, argv)
     run = load_run(arguments.run, overrides, arguments.own_options)
-    command.use_host_devices(run.mesh.num_devices)
+    command.start_processes(arguments, run.mesh.num_devices)
     teacher = teacher_of(arguments.teacher)
     require_memory(run, teacher[0].model)
     describe(run)
     result = distill(run, arguments.run_dir, *teacher)
-    write_report(arguments.run_dir)
     return finish(run, arguments.run_dir, result)
 
 

@@ -27,7 +27,6 @@ from scripts.sources import describe_beginning, parent_origin, require_same_toke
 from scripts.train import describe, finish
 from train.growth import load_grown_optimizer_state
 from train.loop import fit
-from train.report import write_report
 
 
 def main(argv: list[str]) -> int:
@@ -70,7 +69,6 @@ def main(argv: list[str]) -> int:
     if arguments.optimizer == "grown":
         opt_state = load_grown_optimizer_state(parent, arguments.parent, *how)
     result = fit(run, run_dir, variables=variables, opt_state=opt_state, initial=origin)
-    write_report(run_dir)
     return finish(run, run_dir, result)
 
 

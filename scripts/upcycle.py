@@ -21,7 +21,6 @@ from scripts.arguments import finite
 from scripts.sources import initial_weights
 from scripts.train import describe, finish
 from train.loop import fit
-from train.report import write_report
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +48,6 @@ def main(argv: list[str]) -> int:
     describe(run)
     begin = initial_weights(run, run_dir)
     result = fit(run, run_dir, variables=begin.take(), initial=begin.origin)
-    write_report(run_dir)
     return finish(run, run_dir, result)
 
 

@@ -55,7 +55,9 @@ class Validation:
             for name, x_SBL in batches.items()
         }
         execution = dataclasses.replace(run.execution, remat="none")
-        self._nats = jax.jit(partial(_nats, Transformer(causal(run.model), execution)))
+        model = Transformer(causal(run.model), execution)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._nats = jax.jit(partial(_nats, model), out_shardings=everywhere)
 
     def is_due(self, step: int) -> bool:
         """Whether the loss is measured after this step."""
