@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import os
+import socket
 import sys
 import threading
 import time
@@ -66,15 +67,15 @@ def stated_launch(
     Raises:
       UserError: some of the three without the others, or a value that can't be.
     """
-    names = ("--coordinator-address", "--num-processes", "--process-id")
-    values = (coordinator_address, num_processes, process_id)
-    given = [name for name, value in zip(names, values, strict=True) if value is not None]
+    options = {
+        "--coordinator-address": coordinator_address,
+        "--num-processes": num_processes,
+        "--process-id": process_id,
+    }
+    missing = [name for name, value in options.items() if value is None]
     if coordinator_address is None or num_processes is None or process_id is None:
-        require(
-            not given,
-            f"{' and '.join(given)} came without the others of {', '.join(names)}: give all three, "
-            "or none",
-        )
+        given = " and ".join(name for name in options if name not in missing)
+        require(not given, f"{given} came without {' and '.join(missing)}: give all three, or none")
         return None
     host, _, port = coordinator_address.rpartition(":")
     require(
@@ -84,7 +85,8 @@ def stated_launch(
     require(num_processes > 0, f"--num-processes {num_processes} must be at least 1")
     require(
         0 <= process_id < num_processes,
-        f"--process-id {process_id} must lie between 0 and --num-processes {num_processes} less 1",
+        f"--process-id {process_id} must be one of 0 to {num_processes - 1}, as --num-processes is "
+        f"{num_processes}",
     )
     return Launch(coordinator_address, num_processes, process_id)
 
@@ -149,13 +151,15 @@ def start(launch: Launch, num_devices: int) -> None:
     Args:
       num_devices: of the mesh, over all processes.
     Raises:
-      UserError: devices that the processes do not divide.
+      UserError: devices that the processes do not divide; the first one's port is taken.
     """
     require(
         num_devices % launch.num_processes == 0,
         f"the mesh has {num_devices} devices, which must be divisible by the "
         f"{launch.num_processes} processes: change the mesh or the number of processes",
     )
+    if launch.process_id == 0:
+        _require_free_port(launch.coordinator_address)
     jax.config.update("jax_num_cpu_devices", num_devices // launch.num_processes)
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, which is ours
     with _deadline(launch):
@@ -169,6 +173,23 @@ def start(launch: Launch, num_devices: int) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     threading.Thread(target=_end_with_others, name=FAILURE, daemon=True).start()
+
+
+def _require_free_port(address: str) -> None:
+    """
+    Raises:
+      UserError: another program of this machine listens there, which jax would share with it.
+    """
+    has_both = socket.has_dualstack_ipv6()
+    with socket.socket(socket.AF_INET6 if has_both else socket.AF_INET) as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ended connections may linger
+        try:
+            found.bind(("", int(address.rpartition(":")[2])))
+        except OSError as error:
+            raise UserError(
+                f"the first process can't listen at {address} ({error.strerror}): give all "
+                "processes a --coordinator-address with another port"
+            ) from error
 
 
 def is_started() -> bool:

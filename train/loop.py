@@ -119,7 +119,7 @@ def fit(
             if done > first and done % run.checkpoint.every:  # else it is saved
                 store.save(done, state.to_dict(), iterator)
             store.wait()
-            return FitResult(done, stop.signal, time.monotonic() - began, done - first)
+            return FitResult(done, stop.agreed, time.monotonic() - began, done - first)
 
 
 @dataclass(frozen=True)
@@ -296,8 +296,10 @@ def _start(
 
 @dataclass
 class _Stop:
-    signal: int | None = None
-    """That this process got; once they stop, that any of them got."""
+    received: int | None = None
+    """The signal that this process got."""
+    agreed: int | None = None
+    """The signal of any process, once all know of it and stop."""
     asked: jax.Array | None = None
     """The largest signal of all processes when they last began a step; on the devices."""
 
@@ -308,14 +310,14 @@ class _Stop:
         before is read, so that no accelerator waits for it.
         """
         if not is_started():
-            return self.signal is not None
-        before, self.asked = self.asked, largest(self.signal or 0)
+            self.agreed = self.received
+            return self.agreed is not None
+        before, self.asked = self.asked, largest(self.received or 0)
         if jax.local_devices()[0].platform == "cpu":
             self.asked.block_until_ready()  # see PendingMetrics
         if before is not None and int(before):
-            self.signal = int(before)
-            return True
-        return False
+            self.agreed = int(before)
+        return self.agreed is not None
 
 
 @contextlib.contextmanager
@@ -324,9 +326,9 @@ def _stop_signals() -> Iterator[_Stop]:
     stop = _Stop()
 
     def note(number: int, _: object) -> None:
-        if stop.signal is not None:
+        if stop.received is not None:
             raise KeyboardInterrupt
-        stop.signal = number
+        stop.received = number
         print("\nstopping after this step ...", flush=True)
 
     numbers = (signal.SIGINT, signal.SIGTERM)

@@ -81,14 +81,14 @@ def test_a_failure_ends_the_other_too(tmp_path, fails):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        (("host:1234", None, None), "--coordinator-address came without the others"),
-        ((None, 2, 0), "--num-processes and --process-id came without the others"),
+        (("host:1234", None, None), "address came without --num-processes and --process-id: give"),
+        ((None, 2, 0), "--num-processes and --process-id came without --coordinator-address: give"),
         (("host", 2, 0), "'host' must be the first process's HOST:PORT"),
         ((":1234", 2, 0), "must be the first process's HOST:PORT"),
         (("host:99999", 2, 0), "must be the first process's HOST:PORT"),
         (("host:1234", 0, 0), "--num-processes 0 must be at least 1"),
-        (("host:1234", 2, 2), "--process-id 2 must lie between 0 and --num-processes 2 less 1"),
-        (("host:1234", 2, -1), "--process-id -1 must lie between"),
+        (("host:1234", 2, 2), "--process-id 2 must be one of 0 to 1, as --num-processes is 2"),
+        (("host:1234", 2, -1), "--process-id -1 must be one of 0 to 1"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(values, sentence):
@@ -123,6 +123,13 @@ def test_a_pod_that_is_no_part_of_an_indexed_job_stands_alone(monkeypatch):
 def test_devices_that_processes_do_not_divide_are_refused():
     with pytest.raises(UserError, match="has 3 devices, which must be divisible by the 2 proc"):
         distributed.start(Launch("host:1", 2, 0), num_devices=3)
+
+
+def test_a_port_that_another_program_has_is_refused():
+    with socket.create_server(("", 0)) as other:
+        address = f"localhost:{other.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"can't listen at {address} \(Address already in use"):
+            distributed.start(Launch(address, 2, 0), num_devices=2)
 
 
 def test_a_process_alone_needs_nobody():

@@ -176,7 +176,7 @@ def test_a_run_begins_with_a_trained_model_and_learns_from_one(trained):
 def test_half_a_launch_is_refused(verb):
     run_name = "v31_nano" if verb is train else "v31_nano_student"
     more = [] if verb is train else ["--teacher", "runs/none"]
-    with pytest.raises(UserError, match="--num-processes came without the others of"):
+    with pytest.raises(UserError, match="--num-processes came without --coordinator-address"):
         verb.main([run_name, *more, "--num-processes", "2"])
 
 
