@@ -365,9 +365,9 @@ def _deadline(launch: Launch) -> Iterator[None]:
     sentence = (
         f"error: the {launch.num_processes} processes did not come together at "
         f"{launch.coordinator_address} within {START_SECONDS} s (this is process "
-        f"{launch.process_id}): start all of them with the same --coordinator-address and "
-        "--num-processes, each with its own --process-id; with --num-processes 1 a run stands "
-        "alone whatever the environment says"
+        f"{launch.process_id}): start all of them with the same --coordinator-address, which every "
+        "machine must reach, and --num-processes, each with its own --process-id; with "
+        "--num-processes 1 a run stands alone whatever the environment says"
     )
 
     def end() -> None:
