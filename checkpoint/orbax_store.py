@@ -5,13 +5,15 @@ steps. It appears under that name only when it is whole, so a run that is killed
 on from the one before.
 """
 
+import asyncio
 import contextlib
 import functools
+import json
 import logging
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +22,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from configs.checks import UserError
+from parallel.distributed import lost_process
 
 STATE, DATA = "state", "data"
 
@@ -50,7 +53,11 @@ class CheckpointStore:
     def __enter__(self) -> "CheckpointStore":
         return self
 
-    def __exit__(self, error_type: type | None, *_: object) -> None:
+    def __exit__(
+        self, error_type: type | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is not None and lost_process(error):
+            return  # a save at work would wait for that process
         with self._quiet:
             if error_type is None:
                 self.wait()
@@ -71,9 +78,10 @@ class CheckpointStore:
         """
         if self.latest_step == step:
             return
+        parts = {STATE: state, DATA: _DataPosition(data_iterator)}
         with self._explain_failed_save():
             self._checkpointer.save_checkpointables_async(
-                step, {STATE: state, DATA: data_iterator}, custom_metadata=self._metadata
+                step, parts, custom_metadata=self._metadata
             )
 
     def wait(self) -> None:
@@ -97,7 +105,7 @@ class CheckpointStore:
         step = self.latest_step
         assert step is not None, "there is no checkpoint to restore"
         with _explain_failed_load(self.directory / str(step)):
-            wanted = {STATE: abstract_state, DATA: data_iterator}
+            wanted = {STATE: abstract_state, DATA: _DataPosition(data_iterator)}
             return self._checkpointer.load_checkpointables(step, wanted)[STATE]
 
     @contextlib.contextmanager
@@ -111,6 +119,36 @@ class CheckpointStore:
                 "disk are whole; make room or choose another --run-dir, then start the same "
                 "command again"
             ) from error
+
+
+class _DataPosition:
+    """A data iterator as Orbax saves it, in the file that Grain itself writes with one process.
+
+    The position is a count of steps, the same on every process: the first one writes it, and any
+    number of them go on from it.
+    """
+
+    FILE = "process_0-of-1.json"
+
+    def __init__(self, iterator: Any) -> None:
+        self._iterator = iterator
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """The position as it is now, to be written in the background."""
+        return self._write(directory, json.dumps(self._iterator.get_state(), indent=4))
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        """Sets the iterator, in the background."""
+        return self._read(directory)
+
+    async def _write(self, directory: Any, text: str) -> None:
+        folder = await directory.await_creation()
+        if jax.process_index() == 0:
+            await asyncio.to_thread((folder / self.FILE).write_text, text)
+
+    async def _read(self, directory: Any) -> None:
+        text = await asyncio.to_thread((directory / self.FILE).read_text)
+        self._iterator.set_state(json.loads(text))
 
 
 def latest_step(directory: Path) -> int | None:

@@ -22,6 +22,7 @@ from configs.serialization import from_json, to_json
 from data.pipeline import CorpusFingerprints
 from formats.atomic_folder import replace_text
 from formats.small_files import read_record
+from parallel.distributed import on_host
 
 FILE = "provenance.json"
 KEY, TOKENIZER_KEY = "provenance", "tokenizer"
@@ -65,11 +66,11 @@ class Provenance:
 def weights_fingerprint(variables: Any) -> str:
     """SHA-256 of the names, shapes, dtypes and values of a tree of arrays.
 
-    The same on every mesh and however the arrays lie on disk.
+    The same on every mesh and however the arrays lie on disk. All processes must ask for it.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        x = np.ascontiguousarray(jax.device_get(leaf))
+        x = np.ascontiguousarray(on_host(leaf))
         digest.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}\n".encode())
         digest.update(x.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -230,15 +230,17 @@ def batches(
     """Endless batches of rows: every row once per epoch.
 
     Shuffled: in an order drawn anew each epoch. Step s takes rows [s * batch_size, (s + 1) *
-    batch_size) of the shuffled rows, and each process every process_count-th of them. Streams: see
-    StreamRows; each process takes its block of the batch, and an epoch's end leads back to the
-    beginning of every stream. Either way the global batches do not depend on the number of
-    processes. The iterator's state (a step count) belongs into the checkpoint.
+    batch_size) of the shuffled rows. Streams: see StreamRows; an epoch's end leads back to the
+    beginning of every stream. Either way each process takes its block of neighbouring rows of the
+    batch, so that the global batches, and the order in them, do not depend on the number of
+    processes. The iterator's state (a step count, the same on all) belongs into the checkpoint.
 
     Args:
       batch_size: rows of the global batch.
       seed: of the shuffled order; streams have only one.
       rows_before: rows of that order that are left out at its beginning; of streams, whole batches.
+      process_index: of the block; processes with the same rows have the same one.
+      process_count: blocks that a batch is cut into.
     Returns:
       Iterator of {"tokens", "targets", "positions": int32 [B / process_count, L], "row": int32}.
     Raises:
@@ -248,14 +250,15 @@ def batches(
         raise UserError(
             f"batch_size={batch_size} must be divisible by the {process_count} processes"
         )
+    own_rows = batch_size // process_count
     if order == "streams":
         streams = StreamRows(file, seq_len, batch_size, process_index, process_count)
         rows = grain.MapDataset.source(streams).repeat(MAX_EPOCHS)
-        rows = rows[rows_before // process_count :] if rows_before else rows
+        blocks = rows[rows_before // process_count :].batch(own_rows)
     elif order == "shuffled":
         rows = grain.MapDataset.source(PackedRows(file, seq_len)).seed(seed).shuffle()
-        rows = rows.repeat(MAX_EPOCHS)[rows_before + process_index :: process_count]
+        blocks = rows.repeat(MAX_EPOCHS)[rows_before:].batch(own_rows)
+        blocks = blocks[process_index::process_count]
     else:
         assert_never(order)
-    rows = rows.batch(batch_size // process_count)
-    return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    return iter(blocks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

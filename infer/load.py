@@ -56,7 +56,7 @@ def abstract_on_mesh(
     """The model's abstract variables with shardings, its parameters in the dtype.
 
     Args:
-      mesh: where they go; None is the first device.
+      mesh: where they go; None is the first device of this process.
       weights: the format they get once they are there (infer/weights.py): what has few bits is
         split over the mesh by layers and experts alone.
     Raises:
@@ -64,7 +64,7 @@ def abstract_on_mesh(
     """
     abstract, axes = abstract_variables(model)
     if mesh is None:
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
     else:
         shardings = tree_shardings(mesh, axes, abstract)
         if weights != "float32":

@@ -31,10 +31,11 @@ def require_memory(run: RunConfig, teacher: ModelConfig | None = None) -> None:
     if teacher is not None:
         weights = WEIGHT_BYTES * teacher.num_parameters / run.mesh.num_devices
         needed = dataclasses.replace(needed, state=needed.state + weights)
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     on_host = device.platform == "cpu"
     have = available_memory() if on_host else (device.memory_stats() or {}).get("bytes_limit")
-    devices = run.mesh.num_devices if on_host else 1  # devices of a host share its memory
+    # Devices of a host share its memory.
+    devices = run.mesh.num_devices // jax.process_count() if on_host else 1
     if have is None or devices * needed.total <= have:
         return
     where = "this machine has" if on_host else f"each device of {run.mesh.num_devices} has"

@@ -1,8 +1,8 @@
 """The command line shared by all verbs: arguments, exit codes, and the process's setup.
 
-Exit codes: 0 done; 1 the run stopped itself (an alarm); 2 bad input, said in one sentence; 3 a
-fault of the program, with its traceback; 128 + n stopped by signal n after saving. Output that
-nobody reads any more (`| head`) ends like SIGPIPE.
+Exit codes: 0 done; 1 the run stopped itself (an alarm, or another of its processes ended); 2 bad
+input, said in one sentence; 3 a fault of the program, with its traceback; 128 + n stopped by signal
+n after saving. Output that nobody reads any more (`| head`) ends like SIGPIPE.
 """
 
 import argparse
@@ -22,6 +22,14 @@ import jax
 
 from configs.checks import UserError
 from configs.near_names import hint
+from parallel.distributed import (
+    announce_failure,
+    detected_launch,
+    leave,
+    lost_process,
+    start,
+    stated_launch,
+)
 from train.metrics import TrainingAlarm
 
 PLUGINS = "jax._src.xla_bridge"
@@ -44,22 +52,33 @@ def execute(main: Main, *, huge_pages: bool = False) -> None:
     try:
         code = _code_of(main)
         sys.stdout.flush()
+        leave()
     except BrokenPipeError:
+        announce_failure("nobody reads its output")
         os._exit(128 + signal.SIGPIPE)
-    except UserError as error:
-        _leave(2, f"error: {error}")
-    except TrainingAlarm as alarm:
-        _leave(1, f"stopped: {alarm}")
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            _leave(3, traceback.format_exc())
-        _leave(2, f"error: {error.filename or 'a file'} can't be used: {error.strerror}")
-    except KeyboardInterrupt:
-        _leave(130, "interrupted")
-    except Exception:
-        _leave(3, traceback.format_exc())
+    except BaseException as error:
+        _leave(*_ending(error))
     else:
         sys.exit(code)
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    """The exit code that an error means, and what is said of it."""
+    lost = lost_process(error)
+    if lost is not None:
+        return 1, f"stopped: {lost}"
+    match error:
+        case UserError():
+            return 2, f"error: {error}"
+        case TrainingAlarm():
+            return 1, f"stopped: {error}"
+        case OSError() if error.filename is not None or error.errno is not None:
+            where = error.filename or "a file"
+            return 2, f"error: {where} can't be used: {error.strerror}"
+        case KeyboardInterrupt():
+            return 130, "interrupted"
+        case _:
+            return 3, "".join(traceback.format_exception(error))
 
 
 def _code_of(main: Main) -> int:
@@ -135,6 +154,34 @@ def use_host_devices(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
+def add_process_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with the options of a verb that several processes can run together."""
+    group = made.add_argument_group(
+        "several processes", "found by themselves under SLURM, Open MPI, Kubernetes and on TPU pods"
+    )
+    group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of the first process")
+    group.add_argument("--num-processes", type=int, metavar="N", help="of the run")
+    group.add_argument("--process-id", type=int, metavar="I", help="this one's, from 0")
+    return made
+
+
+def start_processes(arguments: argparse.Namespace, num_devices: int) -> None:
+    """Joins the run's other processes, if it has any; to be called before JAX touches a device.
+
+    Args:
+      arguments: with those of `add_process_options`.
+      num_devices: of the run's mesh; on the CPU they are made.
+    Raises:
+      UserError: options that don't go together, or processes that don't divide the devices.
+    """
+    stated = (arguments.coordinator_address, arguments.num_processes, arguments.process_id)
+    launch = stated_launch(*stated) or detected_launch(num_devices)
+    if launch is None or launch.num_processes == 1:
+        use_host_devices(num_devices)
+    else:
+        start(launch, num_devices)
+
+
 def keep_compiled() -> None:
     """Keeps compiled programs in the user's cache folder: a second start is quicker.
 
@@ -177,6 +224,7 @@ def _leave(code: int, sentence: str) -> None:
     with contextlib.suppress(OSError):  # where the output itself is what failed
         sys.stdout.flush()
     print(sentence, file=sys.stderr, flush=True)
+    announce_failure(sentence)
     os._exit(code)
 
 

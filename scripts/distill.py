@@ -13,7 +13,6 @@ from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import read_run
 from configs.base import RunConfig
 from configs.cli import load_run
-from evals.results import write_run_report
 from infer.load import load_model
 from planning.available import require_memory
 from scripts import command
@@ -22,16 +21,15 @@ from train.distill import LoadTeacher, Teacher, distill
 
 
 def main(argv: list[str]) -> int:
-    parser = command.parser(__doc__, run=True)
+    parser = command.add_process_options(command.parser(__doc__, run=True))
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher's run")
     arguments, overrides = command.split_run_arguments(parser, argv)
     run = load_run(arguments.run, overrides, arguments.own_options)
-    command.use_host_devices(run.mesh.num_devices)
+    command.start_processes(arguments, run.mesh.num_devices)
     teacher = teacher_of(arguments.teacher)
     require_memory(run, teacher[0].model)
     describe(run)
     result = distill(run, arguments.run_dir, *teacher)
-    write_run_report(arguments.run_dir)
     return finish(run, arguments.run_dir, result)
 
 

@@ -18,7 +18,6 @@ from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import has_checkpoint, read_run
 from configs.base import InitConfig
 from configs.cli import with_overrides
-from evals.results import write_run_report
 from infer.load import load_model
 from model.growth import Operator, grow, grown_config
 from planning.available import require_memory
@@ -70,7 +69,6 @@ def main(argv: list[str]) -> int:
     if arguments.optimizer == "grown":
         opt_state = load_grown_optimizer_state(parent, arguments.parent, *how)
     result = fit(run, run_dir, variables=variables, opt_state=opt_state, initial=origin)
-    write_run_report(run_dir)
     return finish(run, run_dir, result)
 
 

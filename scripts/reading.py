@@ -11,6 +11,7 @@ from data.tokenizers.public_tokenizer import PublicTokenizer
 from data.tokenizers.text_stream import TextStream
 from infer.generation import Generation
 from infer.sources import Progress, Source
+from parallel.distributed import is_first
 from train.progress import ProgressBar
 
 MIN_PARAMETERS = 50_000_000
@@ -19,8 +20,8 @@ MIN_PARAMETERS = 50_000_000
 
 @contextlib.contextmanager
 def reading(source: Source, title: str = "") -> Iterator[Progress]:
-    """What `Source.load` tells its progress to; a bar is shown with the first that it tells."""
-    if source.config.num_parameters < MIN_PARAMETERS:
+    """What `Source.load` tells its progress to; the first process shows a bar once it is told."""
+    if source.config.num_parameters < MIN_PARAMETERS or not is_first():
         yield lambda done, total: None
         return
     million = 1_000_000

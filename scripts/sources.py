@@ -14,6 +14,7 @@ from data.pipeline import prepare_corpus
 from data.tokenizers.tokenizer import vocabulary_difference
 from infer.sources import Source, open_source
 from model.transformer import Variables
+from parallel.distributed import is_first
 from scripts.reading import reading
 from train import initial
 from train.initial import rows_read
@@ -117,7 +118,9 @@ def parent_origin(
 
 
 def describe_initial(origin: ModelOrigin) -> None:
-    """Says what a new run begins with, and which rows it reads."""
+    """Says, on the first process, what a new run begins with and which rows it reads."""
+    if not is_first():
+        return
     rows = f", reading on after its {origin.rows_read:,} rows" if origin.rows_read else ""
     print(f"beginning with the weights of {origin.name}{rows}", flush=True)
 

@@ -14,6 +14,7 @@ from configs.base import RunConfig
 from configs.checks import require
 from configs.cli import load_run
 from evals.results import write_run_report
+from parallel.distributed import is_first
 from planning.available import require_memory
 from scripts import command
 from scripts.sources import initial_weights
@@ -21,24 +22,26 @@ from train.loop import FitResult, fit
 
 
 def main(argv: list[str]) -> int:
-    arguments, overrides = command.split_run_arguments(command.parser(__doc__, run=True), argv)
+    parser = command.add_process_options(command.parser(__doc__, run=True))
+    arguments, overrides = command.split_run_arguments(parser, argv)
     run = load_run(arguments.run, overrides, arguments.own_options)
     require(
         run.distill is None,
         f"{run.name} learns from a teacher, and scripts.train has none: python -m scripts.distill "
         f"{run.name} --teacher runs/TEACHER",
     )
-    command.use_host_devices(run.mesh.num_devices)
+    command.start_processes(arguments, run.mesh.num_devices)
     require_memory(run)
     describe(run)
     begin = initial_weights(run, arguments.run_dir)
     result = fit(run, arguments.run_dir, variables=begin.take(), initial=begin.origin)
-    write_run_report(arguments.run_dir)
     return finish(run, arguments.run_dir, result)
 
 
 def describe(run: RunConfig) -> None:
-    """Says what is about to be trained, and on what."""
+    """Says what is about to be trained, and on what; on the first process."""
+    if not is_first():
+        return
     total, active = run.model.num_parameters, run.model.num_active_parameters
     ahead = run.model.num_multi_token_parameters
     extra = f", {ahead / 1e6:.2f}M more to predict further ahead in training" if ahead else ""
@@ -52,7 +55,10 @@ def describe(run: RunConfig) -> None:
 
 
 def finish(run: RunConfig, run_dir: Path, result: FitResult) -> int:
-    """Says where things are; the exit code of the run."""
+    """Draws the report and says where things are, on the first process; the run's exit code."""
+    if not is_first():
+        return 0 if result.interrupted is None else 128 + result.interrupted
+    write_run_report(run_dir)
     if result.interrupted is not None:
         print(
             f"stopped at step {result.steps} of {run.steps}, saved; the same command goes on "

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from configs.checks import require
 from configs.cli import load_run
-from evals.results import write_run_report
 from model.upcycle import upcycled_config
 from planning.available import require_memory
 from scripts import command
@@ -49,7 +48,6 @@ def main(argv: list[str]) -> int:
     describe(run)
     begin = initial_weights(run, run_dir)
     result = fit(run, run_dir, variables=begin.take(), initial=begin.origin)
-    write_run_report(run_dir)
     return finish(run, run_dir, result)
 
 

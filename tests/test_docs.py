@@ -11,6 +11,7 @@ from configs.cli import known_runs, load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROCESS_OPTIONS = ("--coordinator-address", "--num-processes", "--process-id")
 COMMAND = re.compile(r"python -m scripts\.(\w+)((?:(?!: )[^`#\n])*)")
 
 
@@ -66,6 +67,6 @@ def test_commands_name_verbs_runs_and_settings_that_exist(verb, arguments):
         return
     assert run in known_runs()
     pairs = zip(rest[::2], rest[1::2], strict=False)
-    own = ("--run-dir", "--teacher", "--help")
+    own = ("--run-dir", "--teacher", "--help", *PROCESS_OPTIONS)
     overrides = [part for pair in pairs if pair[0] not in own for part in pair]
     load_run(run, overrides)

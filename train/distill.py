@@ -20,13 +20,14 @@ from tokenizers import Tokenizer
 
 from checkpoint.provenance import ModelOrigin, confirm_teacher, weights_fingerprint
 from configs.base import DistillConfig, RunConfig
-from configs.checks import UserError
+from configs.checks import UserError, require
 from data.packing import PackedRows
 from data.pipeline import prepare_corpus
 from data.tokenizers.tokenizer import fingerprint, vocabulary_difference
 from formats.small_files import read_json
 from model.layers import unembed
 from model.transformer import Transformer, Variables, hidden_states, output_weights
+from parallel.distributed import first_then_others, is_started
 from train.loop import BatchTransform, FitResult, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation
 from train.recorder import Hook
@@ -72,6 +73,11 @@ def distill(
         raise UserError(
             f"{run.name} has no distill settings: choose a student, or train it by scripts.train"
         )
+    require(
+        not config.cache or not is_started(),
+        "distill.cache=True keeps the teacher's answers in one process's files, and this run has "
+        "several processes: leave it out, the teacher then runs beside the student",
+    )
     check_vocabulary(run, teacher_run, teacher_tokenizer)
     if teacher_run.model.memory_length is not None:
         raise UserError(
@@ -82,7 +88,7 @@ def distill(
     def make_transform(mesh: Mesh) -> BatchTransform:
         teacher = load(mesh)
         origin = ModelOrigin(name=teacher.name, weights=teacher.weights, step=teacher.step)
-        confirm_teacher(run_dir, origin)
+        first_then_others(lambda: confirm_teacher(run_dir, origin), lambda: None)
         if config.top_k is None:
             return _with_hidden(teacher)
         if not config.cache:

@@ -22,12 +22,21 @@ from checkpoint.provenance import (
     checkpoint_metadata,
     read_provenance,
 )
-from checkpoint.run_directory import open_run_dir, sole_writer
+from checkpoint.run_directory import open_run_dir, read_run, sole_writer
 from configs.base import RunConfig
 from configs.checks import require
+from configs.serialization import differences
 from data.inventory import inventory
-from data.pipeline import Batch, Corpus, batches, prepare_corpus
+from data.pipeline import Batch, Corpus, batches, open_corpus, prepare_corpus
 from model.transformer import Variables
+from parallel.distributed import (
+    batch_block,
+    connect,
+    first_then_others,
+    is_first,
+    is_started,
+    largest,
+)
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec
 from train.losses import ChunkLoss, cross_entropy
@@ -86,18 +95,18 @@ def fit(
     """
     _refuse_fewer_steps(run, run_dir)
     mesh = mesh_of(run)
+    connect(mesh)
     setup = make_train_setup(run, mesh)
     corpus = _open_corpus(run)
-    stated = Provenance(objective=objective, corpus=corpus.fingerprints(), initial=initial)
     with _first_writes(run_dir), jax.set_mesh(mesh), _stop_signals() as stop:
-        known = open_run_dir(run, run_dir, stated, corpus)
+        known = _open_folder(run, run_dir, corpus, objective, initial)
         transform = make_transform(mesh) if make_transform else _unchanged
         known = read_provenance(run_dir) or known  # with the teacher that make_transform has noted
         metadata = checkpoint_metadata(run, known, corpus.tokenizer_path)
         keep = run.checkpoint.keep
         with CheckpointStore(run_dir / "checkpoints", keep=keep, metadata=metadata) as store:
             began = time.monotonic()
-            iterator = _batches(run, corpus, known.initial.rows_read if known.initial else 0)
+            iterator = _batches(run, corpus, mesh, known.initial.rows_read if known.initial else 0)
             state, first = _start(run, setup, store, iterator, variables, opt_state)
             del variables, opt_state  # the state has its own; these may be as large
             step = make_train_step(run, setup, chunk_loss)
@@ -107,10 +116,10 @@ def fit(
                     run, mesh, iterator, transform, step, validation, store, recorder, stop
                 )
                 state, done = loop.train(state, first)
-            if done > (store.latest_step or 0):
+            if done > first and done % run.checkpoint.every:  # else it is saved
                 store.save(done, state.to_dict(), iterator)
             store.wait()
-            return FitResult(done, stop.signal, time.monotonic() - began, done - first)
+            return FitResult(done, stop.agreed, time.monotonic() - began, done - first)
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ class _Loop:
         """
         every = self.run.metrics.fetch_every
         pending = PendingMetrics(every, self.mesh.devices.flat[0].platform)
-        while done < self.run.steps and self.stop.signal is None:
+        while done < self.run.steps and not self.stop.is_asked():
             batch = self.transform(to_devices(next(self.batches), self.mesh))
             state, metrics = self.step(state, batch)
             done += 1
@@ -168,10 +177,58 @@ def _refuse_fewer_steps(run: RunConfig, run_dir: Path) -> None:
 
 def _open_corpus(run: RunConfig) -> Corpus:
     """The run's corpus, made if need be; says what is in it."""
-    corpus = prepare_corpus(run.data, run.model.vocab_size)
-    for sentence in inventory(corpus, run):
-        print(sentence, flush=True)
-    return corpus
+
+    def make() -> Corpus:
+        corpus = prepare_corpus(run.data, run.model.vocab_size)
+        for sentence in inventory(corpus, run):
+            print(sentence, flush=True)
+        return corpus
+
+    def look() -> Corpus:
+        _require_seen(Path(run.data.directory))
+        return open_corpus(run.data, run.model.vocab_size)
+
+    return first_then_others(make, look)
+
+
+def _open_folder(
+    run: RunConfig,
+    run_dir: Path,
+    corpus: Corpus,
+    objective: Objective,
+    initial: ModelOrigin | None,
+) -> Provenance:
+    """What the run was made from, by its folder, which is made or compared with the run."""
+
+    def make() -> Provenance:
+        stated = Provenance(objective=objective, corpus=corpus.fingerprints(), initial=initial)
+        return open_run_dir(run, run_dir, stated, corpus)
+
+    def look() -> Provenance:
+        _require_seen(run_dir / "config.json")
+        changed = differences(read_run(run_dir), run)
+        require(
+            not changed,
+            f"process {jax.process_index()} was started with other settings than the first "
+            f"({'; '.join(changed)}): start all processes with the same command",
+        )
+        known = read_provenance(run_dir)
+        assert known is not None, "the first process has written it"
+        return known
+
+    return first_then_others(make, look)
+
+
+def _require_seen(path: Path) -> None:
+    """
+    Raises:
+      UserError: what the first process has written is not there.
+    """
+    require(
+        path.exists(),
+        f"process {jax.process_index()} does not see {path}, which the first one has written: the "
+        "processes of a run need one file system for its folder and its corpus",
+    )
 
 
 def _unchanged(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -187,7 +244,7 @@ def mesh_of(run: RunConfig) -> Mesh:
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows of a global batch on its devices, split along the batch."""
+    """A global batch, split along its rows, from this process's block of them."""
 
     def put(x: np.ndarray) -> jax.Array:
         spec = partition_spec(("batch", *[None] * (x.ndim - 1)))
@@ -198,10 +255,12 @@ def to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
 def _first_writes(run_dir: Path) -> contextlib.AbstractContextManager[None]:
     """Holds the folder for all processes of the run, of which the first does."""
-    return sole_writer(run_dir) if jax.process_index() == 0 else contextlib.nullcontext()
+    return sole_writer(run_dir) if is_first() else contextlib.nullcontext()
 
 
-def _batches(run: RunConfig, corpus: Corpus, rows_before: int) -> Any:
+def _batches(run: RunConfig, corpus: Corpus, mesh: Mesh, rows_before: int) -> Any:
+    """This process's rows of every batch."""
+    block, num_blocks = batch_block(mesh, run.batch_size)
     return batches(
         corpus.training(),
         seq_len=run.data.seq_len,
@@ -209,8 +268,8 @@ def _batches(run: RunConfig, corpus: Corpus, rows_before: int) -> Any:
         seed=run.seed,
         order=run.data.order,
         rows_before=rows_before,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=block,
+        process_count=num_blocks,
     )
 
 
@@ -237,7 +296,28 @@ def _start(
 
 @dataclass
 class _Stop:
-    signal: int | None = None
+    received: int | None = None
+    """The signal that this process got."""
+    agreed: int | None = None
+    """The signal of any process, once all know of it and stop."""
+    asked: jax.Array | None = None
+    """The largest signal of all processes when they last began a step; on the devices."""
+
+    def is_asked(self) -> bool:
+        """Whether to stop before the next step; all processes ask before each, and stop together.
+
+        Of several, at the step after the one in which the signal came: the answer of the step
+        before is read, so that no accelerator waits for it.
+        """
+        if not is_started():
+            self.agreed = self.received
+            return self.agreed is not None
+        before, self.asked = self.asked, largest(self.received or 0)
+        if jax.local_devices()[0].platform == "cpu":
+            self.asked.block_until_ready()  # see PendingMetrics
+        if before is not None and int(before):
+            self.agreed = int(before)
+        return self.agreed is not None
 
 
 @contextlib.contextmanager
@@ -246,9 +326,9 @@ def _stop_signals() -> Iterator[_Stop]:
     stop = _Stop()
 
     def note(number: int, _: object) -> None:
-        if stop.signal is not None:
+        if stop.received is not None:
             raise KeyboardInterrupt
-        stop.signal = number
+        stop.received = number
         print("\nstopping after this step ...", flush=True)
 
     numbers = (signal.SIGINT, signal.SIGTERM)

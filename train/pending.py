@@ -62,8 +62,10 @@ class PendingMetrics:
         self._end(self._steps)
 
     def extend_last(self, metrics: dict[str, Any]) -> None:
-        """Adds to the metrics of the last step."""
+        """Adds to the metrics of the last step; on the CPU they are waited for, too."""
         self._steps[-1].metrics = self._steps[-1].metrics | metrics
+        if self._waits:
+            jax.block_until_ready(metrics)
 
     def fetch(self, *, whole: bool = False) -> list[Measured]:
         """Takes the steps that are done to the host, in one transfer.

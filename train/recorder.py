@@ -1,18 +1,22 @@
-"""The record of a run on the host: the log, the alarms, hooks, the progress bar."""
+"""The record of a run on the host: the log, the alarms, hooks, the progress bar.
+
+Of several processes all watch the alarms, so that they stop together; the first does the rest.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from checkpoint.orbax_store import CheckpointStore
 from configs.base import RunConfig
+from parallel.distributed import is_first
 from train.metrics import Alarms, Line, MetricsLog, TrainingAlarm, logged_num_experts, make_line
 from train.pending import Measured
 from train.progress import ProgressBar
 
 Hook = Callable[[int, Line], None]
-"""Called with a step and its line of metrics.jsonl; for what a user logs elsewhere."""
+"""Called with a step and its line of metrics.jsonl, on the first process; for what a user logs
+elsewhere."""
 
 
 class Recorder:
@@ -27,24 +31,22 @@ class Recorder:
           store: the run's checkpoints, for what an alarm says of them.
         """
         self.run, self.store, self.hooks = run, store, hooks
-        done = store.latest_step or 0
         self._alarms = Alarms(run.alarms, logged_num_experts(run.model))
-        self._log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
-        self._bar = ProgressBar(run.name, total=run.steps, done=done)
         self._validation = ""
+        self._open = contextlib.ExitStack()
+        self._is_first = is_first()
+        if self._is_first:
+            done = store.latest_step or 0
+            self._log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done)
+            self._open.callback(self._log.close)
+            self._bar = ProgressBar(run.name, total=run.steps, done=done)
+            self._open.enter_context(self._bar)
 
     def __enter__(self) -> "Recorder":
-        self._bar.__enter__()
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.closing(self._log):
-            self._bar.__exit__(error_type, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def record(self, measured: Iterable[Measured]) -> None:
         """
@@ -55,11 +57,13 @@ class Recorder:
         for step, metrics, seconds in measured:
             tokens = self.run.tokens_per_step
             line = make_line(step, metrics, seconds, self.run.steps, tokens, self.run.model)
-            self._log.append(line)
+            if self._is_first:
+                self._log.append(line)
             self._check(line)
-            for hook in self.hooks:
-                hook(step, line)
-            self._show(line)
+            if self._is_first:
+                for hook in self.hooks:
+                    hook(step, line)
+                self._show(line)
 
     def _check(self, line: Line) -> None:
         try:

@@ -108,7 +108,8 @@ def init_state(
 ) -> TrainState:
     """These variables, or ones drawn from the seed, and this optimiser state, or a fresh one.
 
-    Each part is made on the device that keeps it; what is given is moved there.
+    Each part is made on the device that keeps it; what is given is moved there. Of several
+    processes each gives the same variables, and no optimiser state.
     """
 
     def begin(variables: Variables) -> TrainState:
@@ -123,8 +124,20 @@ def init_state(
         )
         return draw()
     if opt_state is None:
-        placed = jax.device_put(variables, setup.shardings.variables)
+        placed = _on_mesh(variables, setup.shardings.variables)
         return jax.jit(begin, out_shardings=setup.shardings)(placed)
     state = TrainState(step=jnp.int32(0), **variables, opt_state=opt_state)
     # Copies: training reuses the buffers of its state, and these are the caller's.
     return jax.device_put(state, setup.shardings, may_alias=False)
+
+
+def _on_mesh(variables: Variables, shardings: Any) -> Variables:
+    """The variables where the shardings say; of several processes, each brings its own part."""
+    if jax.process_count() == 1:
+        return jax.device_put(variables, shardings)
+
+    def own_part(x: Any, sharding: NamedSharding) -> jax.Array:
+        whole = jax.device_get(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(own_part, variables, shardings)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.base import RunConfig
 from model.balance import RouterStats, load_metrics, merge_stats, updated_state
@@ -51,12 +52,12 @@ def make_train_step(
       chunk_loss: the objective on a chunk of logits; see train/losses.py.
     Returns:
       A step that takes batch arrays [A * B, L, ...] ("tokens", "targets", "positions", and what the
-      objective reads; "shared" goes to it whole) and reports float32 scalars "loss" (the objective,
-      per target token), the objective's own sums per target token, "auxiliary", "grad_norm",
-      "learning_rate", with multi-token modules "multi_token" (train/multi_token.py), with indexers
-      "indexer", their mean loss in nats; and per MoE
-      layer, under "router", and per layer that chooses its tokens, under "depth", arrays [layers of
-      that name, ...]. With early_exit, "exits": the cross-entropies [K] of the exits that this step
+      objective reads; "shared" goes to it whole) and reports, the same on every device, float32
+      scalars "loss" (the objective, per target token), the objective's own sums per target token,
+      "auxiliary", "grad_norm", "learning_rate", with multi-token modules "multi_token"
+      (train/multi_token.py), with indexers "indexer", their mean loss in nats; and per MoE layer,
+      under "router", and per layer that chooses its tokens, under "depth", arrays [layers of that
+      name, ...]. With early_exit, "exits": the cross-entropies [K] of the exits that this step
       supervises, and the periods [K] before them, -1 for none.
     """
 
@@ -80,7 +81,8 @@ def make_train_step(
         )
         return new_state, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
+    everywhere = NamedSharding(setup.shardings.step.mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, everywhere))
 
 
 def _gradients(

@@ -56,7 +56,8 @@ class Validation:
         }
         execution = dataclasses.replace(run.execution, remat="none")
         model = Transformer(with_threshold_selection(run.model), execution)
-        self._nats = jax.jit(partial(_nats, model))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._nats = jax.jit(partial(_nats, model), out_shardings=everywhere)
 
     def is_due(self, step: int) -> bool:
         """Whether the loss is measured after this step."""

@@ -53,12 +53,19 @@ def test_a_restored_iterator_gives_the_batches_that_were_to_come(file):
             np.testing.assert_array_equal(ours[name], theirs[name])
 
 
-def test_processes_share_the_global_batch(file):
-    whole = take(stream(file), 4)
-    halves = [take(stream(file, process_index=i, process_count=2), 4) for i in range(2)]
-    for step, batch in enumerate(whole):
-        together = np.stack([half[step]["row"] for half in halves], axis=1).reshape(-1)
-        np.testing.assert_array_equal(together, batch["row"])
+@pytest.mark.parametrize("rows_before", [0, 3])
+def test_processes_have_blocks_of_the_global_batch(file, rows_before):
+    """In its order, over the end of an epoch, from the state that another number of them saved."""
+    one = stream(file, rows_before=rows_before)
+    take(one, 30)
+    halves = [
+        stream(file, process_index=i, process_count=2, rows_before=rows_before) for i in range(2)
+    ]
+    for half in halves:
+        half.set_state(one.get_state())
+    for whole, *parts in zip(take(one, 30), *(take(half, 30) for half in halves), strict=True):
+        for name in whole:
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), whole[name])
 
 
 def test_a_batch_that_processes_do_not_divide_is_refused(file):

@@ -95,11 +95,11 @@ class Accelerator:
 
 def test_an_accelerator_has_its_own_memory(monkeypatch):
     run = load_run("v31")
-    monkeypatch.setattr(available.jax, "devices", lambda: [Accelerator(72 * 10**9)])
+    monkeypatch.setattr(available.jax, "local_devices", lambda: [Accelerator(72 * 10**9)])
     require_memory(run)
-    monkeypatch.setattr(available.jax, "devices", lambda: [Accelerator(None)])
+    monkeypatch.setattr(available.jax, "local_devices", lambda: [Accelerator(None)])
     require_memory(run)
-    monkeypatch.setattr(available.jax, "devices", lambda: [Accelerator(30 * 10**9)])
+    monkeypatch.setattr(available.jax, "local_devices", lambda: [Accelerator(30 * 10**9)])
     with pytest.raises(UserError, match=r"about \d\d\.\d GB .* each device of 128 has 30\.0 GB"):
         require_memory(run)
 

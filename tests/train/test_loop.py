@@ -66,6 +66,18 @@ def story(tmp_path_factory):
     return run, tmp_path
 
 
+def test_of_several_processes_one_told_of_a_signal_may_still_get_its_own(monkeypatch):
+    """A cluster signals all, not all at once; only a second signal of its own interrupts."""
+    monkeypatch.setattr(loop, "is_started", lambda: True)
+    monkeypatch.setattr(loop, "largest", lambda own: jnp.int32(max(own, signal.SIGTERM)))
+    with loop._stop_signals() as stop:
+        assert [stop.is_asked(), stop.is_asked()] == [False, True]
+        signal.raise_signal(signal.SIGTERM)
+        assert (stop.received, stop.agreed) == (signal.SIGTERM, signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
 def resume(story, name: str, mesh: MeshConfig) -> list[float]:
     run, tmp_path = story
     shutil.copytree(tmp_path / "stopped", tmp_path / name)
