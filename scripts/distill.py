@@ -1,6 +1,11 @@
-"""Distils a trained run into a student, or goes on with it: the same command resumes.
+"""Distils a model into a student, or goes on with it: the same command resumes.
 
-python -m scripts.distill v31_nano_student --teacher runs/v31_nano
+    python -m scripts.distill v31_nano_student --teacher runs/v31_nano
+    python -m scripts.distill smollm2_student --teacher smollm2 --teacher-weights int8
+
+The teacher is anything that scripts.generate reads: a run, a folder in Hugging Face form, a GGUF
+file. The two must number tokens alike: the student's corpus is made with the teacher's tokenizer
+(--data.tokenizer).
 """
 
 from pathlib import Path
@@ -9,40 +14,58 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from checkpoint.orbax_store import latest_step
-from checkpoint.run_corpus import read_run_tokenizer
-from checkpoint.run_directory import read_run
-from configs.base import RunConfig
+from configs.architecture import ModelConfig
 from configs.cli import load_run
-from infer.load import load_model
+from infer.sources import open_source
+from infer.weights import FORMATS, WeightFormat, check_format
 from planning.available import require_memory
 from scripts import command
+from scripts.reading import reading
 from scripts.train import describe, finish
 from train.distill import LoadTeacher, Teacher, distill
 
 
 def main(argv: list[str]) -> int:
     parser = command.add_process_options(command.parser(__doc__, run=True))
-    parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher's run")
+    parser.add_argument("--teacher", required=True, help="a run, a model's folder or file")
+    parser.add_argument(
+        "--teacher-weights",
+        choices=FORMATS,
+        default="float32",
+        help="format of the teacher's weights in memory (float32)",
+    )
     arguments, overrides = command.split_run_arguments(parser, argv)
     run = load_run(arguments.run, overrides, arguments.own_options)
     command.start_processes(arguments, run.mesh.num_devices)
-    teacher = teacher_of(arguments.teacher)
-    require_memory(run, teacher[0].model)
+    teacher = teacher_of(arguments.teacher, arguments.teacher_weights)
+    require_memory(run, teacher[0])
     describe(run)
     result = distill(run, arguments.run_dir, *teacher)
     return finish(run, arguments.run_dir, result)
 
 
-def teacher_of(run_dir: Path) -> tuple[RunConfig, LoadTeacher, Tokenizer]:
-    """The teacher's config, how to load it onto the student's mesh, and its tokenizer."""
-    teacher_run = read_run(run_dir)
+def teacher_of(
+    name: str | Path, weights: WeightFormat = "float32"
+) -> tuple[ModelConfig, LoadTeacher, Tokenizer]:
+    """The teacher's config, how to load it onto the student's mesh, and its tokenizer.
+
+    Args:
+      weights: the format of its weights in memory.
+    Raises:
+      UserError: nothing that can be read, or a source without a tokenizer.
+    """
+    source = open_source(str(name))
 
     def load(mesh: Mesh) -> Teacher:
-        step = latest_step(run_dir / "checkpoints") or 0
-        model, variables = load_model(teacher_run, run_dir, mesh)
-        return Teacher(model, variables, teacher_run, step, str(run_dir))
+        is_run = source.kind == "run"
+        step = latest_step(source.path / "checkpoints") or 0 if is_run else None
+        with reading(source) as progress:
+            model, variables = source.load(
+                mesh=mesh, weights=check_format(weights, mesh), progress=progress
+            )
+        return Teacher(model, variables, step, source.name)
 
-    return teacher_run, load, read_run_tokenizer(teacher_run, run_dir)
+    return source.config, load, source.tokenizer().tokenizer
 
 
 if __name__ == "__main__":

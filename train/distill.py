@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from checkpoint.provenance import ModelOrigin, confirm_teacher, weights_fingerprint
+from configs.architecture import ModelConfig
 from configs.base import DistillConfig, RunConfig
 from configs.checks import UserError, require
 from data.packing import PackedRows
@@ -37,11 +38,11 @@ from train.recorder import Hook
 class Teacher:
     model: Transformer
     variables: Variables
-    run: RunConfig
-    step: int
-    """Steps it was trained for."""
+    """In any format of weights (infer/weights.py)."""
+    step: int | None
+    """Steps it was trained for; None of one that is no run."""
     name: str = "teacher"
-    """Folder it was read from."""
+    """What it was read from."""
 
     @functools.cached_property
     def weights(self) -> str:
@@ -56,7 +57,7 @@ LoadTeacher = Callable[[Mesh], Teacher]
 def distill(
     run: RunConfig,
     run_dir: Path,
-    teacher_run: RunConfig,
+    teacher_config: ModelConfig,
     load: LoadTeacher,
     teacher_tokenizer: Tokenizer,
     *,
@@ -78,12 +79,14 @@ def distill(
         "distill.cache=True keeps the teacher's answers in one process's files, and this run has "
         "several processes: leave it out, the teacher then runs beside the student",
     )
-    check_vocabulary(run, teacher_run, teacher_tokenizer)
-    if teacher_run.model.memory_length is not None:
+    check_vocabulary(run, teacher_config, teacher_tokenizer)
+    if teacher_config.memory_length is not None:
         raise UserError(
-            f"the teacher has memory_length={teacher_run.model.memory_length}, and distillation "
+            f"the teacher has memory_length={teacher_config.memory_length}, and distillation "
             "shows it a row without the ones before it: choose a teacher without memory"
         )
+
+    chunks = run.execution.logits_chunks
 
     def make_transform(mesh: Mesh) -> BatchTransform:
         teacher = load(mesh)
@@ -92,11 +95,11 @@ def distill(
         if config.top_k is None:
             return _with_hidden(teacher)
         if not config.cache:
-            return _with_top_k(teacher, config)
+            return _with_top_k(teacher, config, chunks)
         corpus = prepare_corpus(run.data, run.model.vocab_size)
         rows = PackedRows(corpus.training(), run.data.seq_len)
         cache = TopKCache(run_dir / "teacher_cache", rows, config, teacher)
-        return _with_cache(_with_top_k(teacher, config), cache, mesh)
+        return _with_cache(_with_top_k(teacher, config, chunks), cache, mesh)
 
     return fit(
         run,
@@ -108,17 +111,16 @@ def distill(
     )
 
 
-def check_vocabulary(student: RunConfig, teacher: RunConfig, tokenizer: Tokenizer) -> None:
+def check_vocabulary(student: RunConfig, teacher: ModelConfig, tokenizer: Tokenizer) -> None:
     """
     Raises:
       UserError: the two would number tokens differently, so their logits could not be compared.
     """
-    if student.model.vocab_size != teacher.model.vocab_size:
+    if student.model.vocab_size != teacher.vocab_size:
         raise UserError(
             f"the student's vocabulary has {student.model.vocab_size} entries, the teacher's "
-            f"{teacher.model.vocab_size}: distillation compares logits token by token, give the "
-            "student "
-            "the teacher's vocab_size and corpus"
+            f"{teacher.vocab_size}: distillation compares logits token by token, give the student "
+            "the teacher's vocabulary (--model.vocab_size) and corpus"
         )
     corpus = prepare_corpus(student.data, student.model.vocab_size)
     difference = vocabulary_difference(corpus.tokenizer(), tokenizer)
@@ -126,7 +128,7 @@ def check_vocabulary(student: RunConfig, teacher: RunConfig, tokenizer: Tokenize
         raise UserError(
             f"the tokenizers in {student.data.directory} and of the teacher differ ({difference}): "
             "distillation needs one vocabulary, give the student the teacher's corpus "
-            "(--data.directory), or make one with the teacher's run as --data.tokenizer"
+            "(--data.directory), or make one with the teacher as --data.tokenizer"
         )
 
 
@@ -153,9 +155,13 @@ def _with_hidden(teacher: Teacher) -> BatchTransform:
     return transform
 
 
-def _with_top_k(teacher: Teacher, config: DistillConfig) -> BatchTransform:
-    """Adds the teacher's J best tokens at each place and their softened log-probabilities."""
-    chunks, top_k = teacher.run.execution.logits_chunks, config.top_k
+def _with_top_k(teacher: Teacher, config: DistillConfig, chunks: int) -> BatchTransform:
+    """Adds the teacher's J best tokens at each place and their softened log-probabilities.
+
+    Args:
+      chunks: of a row, whose logits are made one after the other.
+    """
+    top_k = config.top_k
     assert top_k is not None
 
     @jax.jit
@@ -234,7 +240,7 @@ class TopKCache:
             raise UserError(
                 f"{directory} holds what another teacher said, or with other settings: {mend}"
             )
-        id_dtype = np.uint16 if teacher.run.model.vocab_size <= 2**16 else np.uint32
+        id_dtype = np.uint16 if teacher.model.config.vocab_size <= 2**16 else np.uint32
         self._ids = _open(directory / "ids.bin", id_dtype, shape)
         self._log_probs = _open(directory / "log_probs.bin", np.float16, shape)
         self._is_known = _open(directory / "known.bin", np.uint8, (len(rows),))

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 
 from configs.architecture import ModelConfig
 from configs.attention import LatentAttentionConfig
+from kernels.quantize import QTensor
 from model.balance import RouterStats, load_balance_loss, token_expert_information
 from model.depth import DepthStats
 from model.early_exit import Supervised
+from model.layers import unembed
 from model.moe_layers import moe_layers
 
 ChunkLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
@@ -121,7 +123,7 @@ def cross_entropy(
 def full_distillation(
     logits_BcV: jax.Array,
     inputs: dict[str, jax.Array],
-    w_teacher_DV: jax.Array,
+    w_teacher_DV: jax.Array | QTensor,
     *,
     temperature: float,
     kl_weight: float,
@@ -133,9 +135,12 @@ def full_distillation(
 
     Args:
       inputs: "targets" int32 [B, c], "teacher_hidden" [B, c, D_teacher].
-      w_teacher_DV: the teacher's output layer, [D_teacher, V].
+      w_teacher_DV: the teacher's output layer, [D_teacher, V], in any format of weights.
     """
-    teacher_logits_BcV = _logits(inputs["teacher_hidden"].astype(w_teacher_DV.dtype), w_teacher_DV)
+    hidden_BcD = inputs["teacher_hidden"]
+    if not isinstance(w_teacher_DV, QTensor):
+        hidden_BcD = hidden_BcD.astype(w_teacher_DV.dtype)
+    teacher_logits_BcV = unembed(hidden_BcD, w_teacher_DV)
     log_p_BcV = jax.nn.log_softmax(teacher_logits_BcV / temperature, axis=-1)
     log_q_BcV = jax.nn.log_softmax(logits_BcV / temperature, axis=-1)
     kl_Bc = (jnp.exp(log_p_BcV) * (log_p_BcV - log_q_BcV)).sum(axis=-1)

@@ -23,6 +23,7 @@ from evals.expert_domains import read_domains, read_preference
 from evals.results import read_results, write_results
 from evals.tasks.base import Result
 from kernels import backend
+from model.transformer import Transformer
 from scripts.score import read_tokens
 from tests import tiny
 from tests.checkpoint.cases import write_case
@@ -96,7 +97,7 @@ def at(whole, tmp_path, monkeypatch) -> Path:
 def cache(at: Path) -> TopKCache:
     run = tiny.run(at)
     rows = PackedRows(Corpus(at / "corpus").training(), run.data.seq_len)
-    teacher = Teacher(model=None, variables={}, run=run, step=3)  # pyright: ignore
+    teacher = Teacher(model=Transformer(run.model), variables={}, step=3)  # pyright: ignore
     return TopKCache(
         at / "run" / "teacher_cache", rows, DistillConfig(top_k=2, cache=True), teacher
     )

@@ -186,7 +186,7 @@ def test_a_teachers_cache_needs_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(objective, "is_started", lambda: True)
     student = dataclasses.replace(tiny.run(tmp_path), distill=DistillConfig(top_k=4, cache=True))
     with pytest.raises(UserError, match=r"distill\.cache=True keeps .* several processes"):
-        objective.distill(student, tmp_path / "run", student, lambda mesh: None, None)
+        objective.distill(student, tmp_path / "run", student.model, lambda mesh: None, None)
 
 
 def test_a_folder_that_a_process_does_not_see_is_named(tmp_path):

@@ -120,7 +120,7 @@ def test_a_teacher_with_memory_is_refused(story, tmp_path):
 
     tokenizer = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
     with pytest.raises(UserError, match="the teacher has memory_length=24"):
-        distill(student, tmp_path / "student", run, load, tokenizer)
+        distill(student, tmp_path / "student", run.model, load, tokenizer)
 
 
 class Before(struct.PyTreeNode):
