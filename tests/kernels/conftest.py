@@ -7,7 +7,7 @@ import pytest
 from kernels import native
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine, one after the other."""
     before = native.isa()
