@@ -231,10 +231,12 @@ static void RoundedRowsPanel(const QuantizedMatrix& w, int64_t panel, const Roun
   kByRows[rows - 1](w, panel, x, y, y_stride);
 }
 
-// The block of x from `x` on as whole numbers of `kDigits` digits; returns its scale.
-template <int kDigits>
-static float RoundBlock(const float* x, int64_t inputs, int64_t block, int64_t blocks,
+// The block of x from `x` on as whole numbers of `kDigits` digits; returns its scale. Of kBlock
+// inputs, or of so many as `any_block` says.
+template <int kDigits, int kBlock>
+static float RoundBlock(const float* x, int64_t inputs, int64_t any_block, int64_t blocks,
                         int32_t offset, int8_t* values, int32_t* starts) {
+  const int64_t block = kBlock > 0 ? kBlock : any_block;
   // The greatest digit 127; the lower ones have room for what rounding adds.
   constexpr float kLargest = kDigits == 1 ? 127.0f : 127.0f * 65536.0f;
   // Magnitudes are in the order of their bits, and what is not finite is past all others: so no
@@ -272,14 +274,23 @@ static float RoundBlock(const float* x, int64_t inputs, int64_t block, int64_t b
   return is_finite ? largest / kLargest : __builtin_nanf("");
 }
 
-static void Round(const float* x, const QuantizedMatrix& w, int digits, int8_t* values,
-                  float* scales, int32_t* starts) {
+template <int kDigits>
+static void RoundBlocks(const float* x, const QuantizedMatrix& w, int8_t* values, float* scales,
+                        int32_t* starts) {
   const int64_t inputs = w.inputs, block = w.block, blocks = inputs / block;
   const int32_t offset = w.format == Format::kInt8 ? kOffset : 8;
+  const auto round_block = block == 32 ? RoundBlock<kDigits, 32> : RoundBlock<kDigits, 0>;
   for (int64_t i = 0; i < blocks; ++i, x += block, values += block) {
-    scales[i] = digits == 1
-                    ? RoundBlock<1>(x, inputs, block, blocks, offset, values, starts + i)
-                    : RoundBlock<kExactDigits>(x, inputs, block, blocks, offset, values, starts + i);
+    scales[i] = round_block(x, inputs, block, blocks, offset, values, starts + i);
+  }
+}
+
+static void Round(const float* x, const QuantizedMatrix& w, int digits, int8_t* values,
+                  float* scales, int32_t* starts) {
+  if (digits == 1) {
+    RoundBlocks<1>(x, w, values, scales, starts);
+  } else {
+    RoundBlocks<kExactDigits>(x, w, values, scales, starts);
   }
 }
 
