@@ -73,6 +73,7 @@ static void PackPanel(const QuantizedMatrix& w, int64_t panel, uint16_t* to) {
 #pragma GCC unroll 2
     for (int first = 0; first < 8; first += kInputs, bytes += sizeof(IntVector)) {
       const IntVector group = LoadInts(bytes);
+      __builtin_prefetch(bytes + kAhead);
 #pragma GCC unroll 4
       for (int i = 0; i < kInputs; i += 2) {
         StorePair(scale * Weight<kFormat>(group, i), scale * Weight<kFormat>(group, i + 1), kParts,

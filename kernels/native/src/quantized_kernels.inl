@@ -22,6 +22,7 @@ static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, 
 #pragma GCC unroll 4
       for (int64_t part = 0; part < kParts; ++part) {
         const IntVector group = LoadInts(bytes + part * sizeof(IntVector));
+        if (part % kPartsOfLine == 0) __builtin_prefetch(bytes + part * sizeof(IntVector) + kAhead);
 #pragma GCC unroll 8
         for (int i = 0; i < kInputs; ++i) {
           const Vector weight = Weight<kFormat>(group, i);
@@ -143,6 +144,7 @@ static void RoundedPanel(const QuantizedMatrix& w, int64_t panel, const RoundedR
 #pragma GCC unroll 4
       for (int64_t part = 0; part < kParts; ++part, bytes += sizeof(IntVector)) {
         const IntVector group = LoadInts(bytes);
+        if (part % kPartsOfLine == 0) __builtin_prefetch(bytes + kAhead);
         if (kBits == 8) {
 #pragma GCC unroll 24
           for (int i = 0; i < kSums; ++i) {

@@ -6,6 +6,11 @@ constexpr int64_t kParts = kPanelOutputs / kLanes;
 // Bytes of one input group of a panel: 16 outputs of 4 bytes.
 constexpr int64_t kGroupBytes = 4 * kPanelOutputs;
 
+// Vectors of a line of the cache, and bytes of weights that are asked for ahead: while rows meet one
+// line, memory would rest.
+constexpr int64_t kPartsOfLine = 64 / sizeof(IntVector);
+constexpr int64_t kAhead = 2048;
+
 MOESAIC_INLINE IntVector LoadInts(const void* from) {
   IntVector vector;
   __builtin_memcpy(&vector, from, sizeof(vector));
