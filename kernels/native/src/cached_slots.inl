@@ -144,10 +144,7 @@ MOESAIC_INLINE Vector LoadWide(const float* from, float) { return Load(from); }
 MOESAIC_INLINE float Wide(float value, float) { return value; }
 
 MOESAIC_INLINE Vector LoadWide(const uint16_t* from, float) {
-  ShortVector upper;
-  __builtin_memcpy(&upper, from, sizeof(upper));
-  const IntVector bits = __builtin_convertvector(upper, IntVector) << 16;
-  return (Vector)bits;
+  return LoadHalves(from);
 }
 MOESAIC_INLINE float Wide(uint16_t value, float) { return FromBFloat16(value); }
 
