@@ -34,8 +34,9 @@ def grouped_matmul(
       group_sizes_E: int32 [E], each >= 0, summing to at most R.
       activations: what the CPU's product with a weight of fewer bits makes of x. "float" keeps
         it; "int8" rounds it to 8 bits with a scale per row and block of inputs, as llama.cpp does;
-        "auto" takes what is fastest here: "int8", and for many rows, where the processor has tiles
-        of it (AMX), bfloat16, whose error is smaller. GPU kernels take x as it is.
+        "auto" takes what is fastest here: "int8", and for many rows of a group on average, where
+        the processor has tiles of it (AMX), bfloat16, whose error is smaller: a row's bits depend
+        on how many rows there are, not on their groups. GPU kernels take x as it is.
       fixed_order: a row's result has the same bits whatever other rows there are, and wherever it
         stands among them, on one machine: for a request that must not depend on its batch. "auto"
         then is "int8" for int8 and int4 weights. Slower for many rows.

@@ -305,6 +305,29 @@ def test_without_it_bits_do_depend_on_them():
     assert not all((y == whole[np.array(rows)]).all() for _, rows, y in shares)
 
 
+@needs_native
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3", "bfloat16"])
+def test_with_as_many_rows_bits_do_not_depend_on_their_groups(format, rows, isa_or_tiles):
+    """Of what is fastest, which few and many rows meet in other ways: a request's rows go to
+    experts beside others' rows, or alone. All matrices are the same one.
+    """
+    random = np.random.RandomState(0)
+    x = random.standard_normal((rows, 288)).astype(np.float32)
+    w = jnp.asarray(random.standard_normal((1, 288, 64)), jnp.float32)
+    is_array = format == "bfloat16"
+    weight = w.astype(format) if is_array else quantized(w, format, 32, "bfloat16", "panels")
+    stacked = jax.tree.map(lambda a: jnp.concatenate([a, a]), weight)
+    even, *others = (
+        np.asarray(grouped_matmul(x, stacked, jnp.array([n, rows - n]), implementation="cpu"))
+        for n in (rows // 2, rows - 1, 3, 0)
+    )
+    for y in others:
+        np.testing.assert_array_equal(y, even)
+    exact = x.astype(np.float64) @ np.asarray(w[0] if is_array else to_floats(weight)[0])
+    assert np.abs(even - exact).max() < 0.05 * np.abs(exact).max()
+
+
 def test_plain_xla_promises_no_order():
     x, w = jnp.ones((4, 8)), jnp.ones((1, 8, 8))
     with pytest.raises(NotImplementedError, match="XLA promises no order of sums"):

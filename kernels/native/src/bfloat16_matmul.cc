@@ -22,7 +22,7 @@ using F32 = ffi::Buffer<ffi::F32>;
 using BF16 = ffi::Buffer<ffi::BF16>;
 using S32 = ffi::Buffer<ffi::S32>;
 
-// From this many rows of a group on, tiles of its matrix are worth making.
+// From this many rows of a group on average, tiles of its matrix are worth making.
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBlockRows = 512;
 // Bytes of weights that are worth another thread's claim.
@@ -88,11 +88,11 @@ ffi::Error Bfloat16Matmul(ffi::ThreadPool pool, F32 x, BF16 w, S32 group_sizes,
   if (!starts_or.has_value()) return starts_or.error();
   const std::vector<int64_t>& starts = *starts_or;
   const std::vector<int64_t> sizes = Sizes(starts);
-  const bool has_tiles = CurrentTiles() != nullptr && !fixed_order && outputs % kTileSide == 0;
-  const auto is_tiled = [&](int64_t group) { return has_tiles && sizes[group] >= kTileRows; };
-  const int64_t most_rows = sizes.empty() ? 0 : *std::max_element(sizes.begin(), sizes.end());
+  // Those of all groups alike: a row's bits may not depend on how many others went to its group.
+  const bool is_tiled = CurrentTiles() != nullptr && !fixed_order && outputs % kTileSide == 0 &&
+                        num_rows >= kTileRows * static_cast<int64_t>(sizes.size());
   TileRows tiles = {};
-  if (has_tiles && most_rows >= kTileRows) {
+  if (is_tiled) {
     const int parts = activations == kAuto ? 1 : kMaxParts;
     tiles = RoundRows(pool, x.typed_data(), starts.back(), inputs, parts);
   }
@@ -108,7 +108,7 @@ ffi::Error Bfloat16Matmul(ffi::ThreadPool pool, F32 x, BF16 w, S32 group_sizes,
     const HalfMatrix matrix = outputs_first ? HalfMatrix{of_group, 1, inputs}
                                             : HalfMatrix{of_group, outputs, 1};
     float* to = y->typed_data() + row * outputs + task.col;
-    if (is_tiled(task.group)) {
+    if (is_tiled) {
       TiledProduct(tiles.From(row), matrix, task.rows, task.col, task.cols, to, outputs);
     } else {
       ThinProduct(x.typed_data() + row * inputs, inputs, matrix, task.rows, task.col, task.cols, to,

@@ -22,11 +22,10 @@ namespace ffi = xla::ffi;
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 
-// From this many rows of a group on, weights are made floats once per block and multiplied as such;
-// and made tiles, where the processor has them, of one part or of kMaxParts.
+// From this many rows of a group on average, weights are made floats once per block and multiplied as
+// such; and made tiles, where the processor has them, of one part or of kMaxParts.
 constexpr int64_t kGemmRows = 24;
 constexpr int64_t kTileRows[kMaxParts] = {24, 16};
-
 
 // Bytes of weights, times rows of x, that are worth another thread's claim, and below which one
 // thread alone is done sooner.
@@ -64,7 +63,8 @@ struct Weights {
   }
 };
 
-// How a group's rows are multiplied.
+// How rows are multiplied, those of all groups alike: a row's bits may not depend on how many others
+// went to its group.
 enum class Way {
   kExact,    // x as it is, with panels made floats in registers
   kDigits,   // x in kExactDigits of 8 bits
@@ -81,6 +81,7 @@ struct Method {
   // Of bfloat16, in tiles.
   int Parts() const { return activations == Activations::kAuto ? 1 : kMaxParts; }
 
+  // Of so many rows of a group on average.
   Way Of(int64_t rows) const {
     const QuantizedKernels& kernels = *CurrentIsa().quantized;
     const bool is_whole = format != Format::kE4m3, is_auto = activations == Activations::kAuto;
@@ -93,7 +94,7 @@ struct Method {
   }
 };
 
-// x as the ways of the groups take it.
+// x as its way takes it.
 struct Rows {
   const float* exact;
   int64_t inputs, blocks;
@@ -123,47 +124,42 @@ struct Scratch {
   }
 };
 
-Rows PrepareRows(ffi::ThreadPool& pool, const float* x, const Weights& weights,
-                 const std::vector<int64_t>& starts, const std::vector<Way>& ways, int parts) {
-  const auto has = [&](Way way) { return std::count(ways.begin(), ways.end(), way) > 0; };
-  const int64_t num_rows = starts.back();
+Rows PrepareRows(ffi::ThreadPool& pool, const float* x, const Weights& weights, int64_t num_rows,
+                 Way way, int parts) {
+  const bool is_rounded = way == Way::kDigits || way == Way::kRounded;
   Rows rows = {};
   rows.exact = x;
   rows.inputs = weights.inputs;
   rows.blocks = weights.inputs / weights.block;
-  rows.digits = has(Way::kDigits) ? kExactDigits : 1;
+  rows.digits = way == Way::kDigits ? kExactDigits : 1;
   rows.tiles = {nullptr, weights.inputs, parts};
   Scratch& scratch = Scratch::OfThread();
-  if (has(Way::kDigits) || has(Way::kRounded)) {
+  if (is_rounded) {
     rows.values = scratch.values.Get<int8_t>(num_rows * rows.digits * rows.inputs);
     rows.scales = scratch.scales.Get<float>(num_rows * rows.blocks);
     rows.starts = scratch.starts.Get<int32_t>(num_rows * rows.digits * rows.blocks);
   }
   const int64_t half_width = rows.tiles.Width() * parts;
   uint16_t* halves = nullptr;
-  if (has(Way::kTiles)) {
+  if (way == Way::kTiles) {
     halves = scratch.halves.Get<uint16_t>((num_rows + kTileSide) * half_width);
     rows.tiles.values = halves;
   }
-  const auto prepare = [&](int64_t row, Way way) {
-    const float* from = x + row * rows.inputs;
-    if (way == Way::kTiles) {
-      CurrentTiles()->round(from, rows.inputs, parts, halves + row * half_width);
-    } else if (way == Way::kDigits || way == Way::kRounded) {
-      CurrentIsa().quantized->round(from, weights.Of(0), rows.digits,
-                                    rows.values + row * rows.digits * rows.inputs,
-                                    rows.scales + row * rows.blocks,
-                                    rows.starts + row * rows.digits * rows.blocks);
-    }
-  };
+  if (!is_rounded && way != Way::kTiles) return rows;
   // A few rows at a time, all of one thread where there are no more.
   const int64_t chunk = kMaxRows;
   ParallelFor(pool, (num_rows + chunk - 1) / chunk, [&](int64_t index) {
     const int64_t first = index * chunk, end = std::min(first + chunk, num_rows);
-    size_t group = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1;
     for (int64_t row = first; row < end; ++row) {
-      while (row >= starts[group + 1]) ++group;
-      prepare(row, ways[group]);
+      const float* from = x + row * rows.inputs;
+      if (way == Way::kTiles) {
+        CurrentTiles()->round(from, rows.inputs, parts, halves + row * half_width);
+      } else {
+        CurrentIsa().quantized->round(from, weights.Of(0), rows.digits,
+                                      rows.values + row * rows.digits * rows.inputs,
+                                      rows.scales + row * rows.blocks,
+                                      rows.starts + row * rows.digits * rows.blocks);
+      }
     }
   });
   return rows;
@@ -296,24 +292,23 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer values,
   if (!starts_or.has_value()) return starts_or.error();
   const std::vector<int64_t>& starts = *starts_or;
   const std::vector<int64_t> sizes = Sizes(starts);
-  std::vector<Way> ways;
-  for (int64_t size : sizes) ways.push_back(method.Of(size));
-  const bool has_tiles = std::count(ways.begin(), ways.end(), Way::kTiles) > 0;
+  const int64_t groups = std::max<int64_t>(1, weights.groups);
+  const Way way = method.Of((num_rows + groups - 1) / groups);
   const int64_t column_bytes = std::max<int64_t>(
       1, matrices * weights.RowBytes() * std::min(num_rows, kMaxRows));
   const bool is_alone = column_bytes * outputs < kAloneBytes;
   const int64_t min_cols = is_alone ? outputs : kTaskBytes / column_bytes;
   const GemmKernels& gemm = *CurrentIsa().gemm;
-  const RowBlocks row_blocks = has_tiles ? RowBlocks{kTileBlockRows, 2 * kTileSide}
-                                         : RowBlocks{kBlockRows, gemm.tile_rows};
+  const RowBlocks row_blocks = way == Way::kTiles ? RowBlocks{kTileBlockRows, 2 * kTileSide}
+                                                 : RowBlocks{kBlockRows, gemm.tile_rows};
   const std::vector<Task> tasks =
       CutIntoTasks(sizes, outputs, gemm, pool.num_threads(), min_cols, row_blocks);
   const Rows rows =
-      PrepareRows(pool, x.typed_data(), weights, starts, ways, method.Parts());
+      PrepareRows(pool, x.typed_data(), weights, starts.back(), way, method.Parts());
   ParallelFor(pool, tasks.size(), [&](int64_t index) {
     const Task& task = tasks[index];
     const int64_t row = starts[task.group] + task.row;
-    RunTask(weights.Of(task.group), rows, ways[task.group], row, task, gated,
+    RunTask(weights.Of(task.group), rows, way, row, task, gated,
             y->typed_data() + row * outputs, outputs);
   });
   Scratch::OfThread().Trim();
