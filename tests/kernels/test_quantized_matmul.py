@@ -306,7 +306,7 @@ def test_without_it_bits_do_depend_on_them():
 
 
 @needs_native
-@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("rows", [4, 16, 64])
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3", "bfloat16"])
 def test_with_as_many_rows_bits_do_not_depend_on_their_groups(format, rows, isa_or_tiles):
     """Of what is fastest, which few and many rows meet in other ways: a request's rows go to

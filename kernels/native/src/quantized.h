@@ -53,7 +53,9 @@ struct QuantizedKernels {
   int64_t digit_rows;
   // Rows that panel_rounded takes at a time in kExactDigits.
   int64_t digit_chunk;
-  // y[rows, 16] = x[rows, inputs] * one panel, with exact float32 x. rows <= kMaxRows.
+  // y[16] = x[inputs] * one panel, with exact float32 x; sums have another order than below.
+  void (*panel_of_one)(const QuantizedMatrix& w, int64_t panel, const float* x, float* y);
+  // y[rows, 16] = x[rows, inputs] * one panel, likewise, in one order for any rows <= kMaxRows.
   void (*panel)(const QuantizedMatrix& w, int64_t panel, const float* x, int64_t rows, float* y,
                 int64_t y_stride);
   // The same with x rounded and whole weights: products within a block are exact in integers.

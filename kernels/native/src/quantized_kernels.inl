@@ -7,13 +7,11 @@ namespace MOESAIC_ISA {
 #include "vector_exp.inl"
 #include "quantized_vectors.inl"
 
-template <Format kFormat, int kRows>
+// Each row's sum is cut in kChains, for a sum waits for the one before it.
+template <Format kFormat, int kRows, int kChains>
 static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, float* y,
                        int64_t y_stride) {
   constexpr int kInputs = 32 / BitsOf(kFormat);  // of one group
-  // A lone row's sum is cut in four, for a sum waits for the one before it; not where making floats
-  // of the weights takes longer than that. (So sums of e4m3 have one order for any rows.)
-  constexpr int kChains = kFormat == Format::kE4m3 ? 1 : kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
   const uint8_t* bytes = w.Panel(panel);
   Vector total[kRows][kParts] = {};
   for (int64_t block = 0; block < w.inputs / w.block; ++block) {
@@ -191,9 +189,9 @@ template <int kRows>
 static void PanelOfRows(const QuantizedMatrix& w, int64_t panel, const float* x, float* y,
                         int64_t y_stride) {
   switch (w.format) {
-    case Format::kInt8: return ExactPanel<Format::kInt8, kRows>(w, panel, x, y, y_stride);
-    case Format::kInt4: return ExactPanel<Format::kInt4, kRows>(w, panel, x, y, y_stride);
-    case Format::kE4m3: return ExactPanel<Format::kE4m3, kRows>(w, panel, x, y, y_stride);
+    case Format::kInt8: return ExactPanel<Format::kInt8, kRows, 1>(w, panel, x, y, y_stride);
+    case Format::kInt4: return ExactPanel<Format::kInt4, kRows, 1>(w, panel, x, y, y_stride);
+    case Format::kE4m3: return ExactPanel<Format::kE4m3, kRows, 1>(w, panel, x, y, y_stride);
   }
 }
 
@@ -214,6 +212,15 @@ static void RoundedPanelOfRows(const QuantizedMatrix& w, int64_t panel, const Ro
     RoundedPanel<8, kRows, 1>(w, panel, x, y, y_stride);
   } else {
     RoundedPanel<4, kRows, 1>(w, panel, x, y, y_stride);
+  }
+}
+
+// Making floats of e4m3 takes longer than a sum waits.
+static void PanelOfOne(const QuantizedMatrix& w, int64_t panel, const float* x, float* y) {
+  switch (w.format) {
+    case Format::kInt8: return ExactPanel<Format::kInt8, 1, 4>(w, panel, x, y, 0);
+    case Format::kInt4: return ExactPanel<Format::kInt4, 1, 4>(w, panel, x, y, 0);
+    case Format::kE4m3: return ExactPanel<Format::kE4m3, 1, 1>(w, panel, x, y, 0);
   }
 }
 
@@ -333,7 +340,7 @@ static void Gate(float* gate, const float* up, int64_t count) {
 
 extern const QuantizedKernels kQuantizedKernels;
 const QuantizedKernels kQuantizedKernels = {
-    kDigitRows, kDigitChunk, ExactRows, RoundedRowsPanel, Round, Dequantize, Gate};
+    kDigitRows, kDigitChunk, PanelOfOne, ExactRows, RoundedRowsPanel, Round, Dequantize, Gate};
 
 }  // namespace MOESAIC_ISA
 }  // namespace moesaic

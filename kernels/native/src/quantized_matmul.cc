@@ -26,6 +26,8 @@ using S32 = ffi::Buffer<ffi::S32>;
 // such; and made tiles, where the processor has them, of one part or of kMaxParts.
 constexpr int64_t kGemmRows = 24;
 constexpr int64_t kTileRows[kMaxParts] = {24, 16};
+// Up to this many, one row after the other is faster than some at once.
+constexpr int64_t kLoneRows = 2;
 
 // Bytes of weights, times rows of x, that are worth another thread's claim, and below which one
 // thread alone is done sooner.
@@ -66,7 +68,8 @@ struct Weights {
 // How rows are multiplied, those of all groups alike: a row's bits may not depend on how many others
 // went to its group.
 enum class Way {
-  kExact,    // x as it is, with panels made floats in registers
+  kLone,     // x as it is, with panels made floats in registers, row by row
+  kExact,    // the same of several rows at once
   kDigits,   // x in kExactDigits of 8 bits
   kRounded,  // x rounded to 8 bits
   kFloats,   // x as it is, with blocks of panels made floats in memory
@@ -78,19 +81,27 @@ struct Method {
   Activations activations;
   bool fixed_order;  // a row's bits may not depend on how many rows there are
 
+  // Whether x loses bits: where it matters little beside what the weights have lost, which those of
+  // 8 whole bits have not (docs/cpu.md).
+  bool IsRounded() const {
+    return activations == Activations::kInt8 ||
+           (activations == Activations::kAuto && format != Format::kInt8);
+  }
+
   // Of bfloat16, in tiles.
-  int Parts() const { return activations == Activations::kAuto ? 1 : kMaxParts; }
+  int Parts() const { return IsRounded() ? 1 : kMaxParts; }
 
   // Of so many rows of a group on average.
   Way Of(int64_t rows) const {
     const QuantizedKernels& kernels = *CurrentIsa().quantized;
-    const bool is_whole = format != Format::kE4m3, is_auto = activations == Activations::kAuto;
+    const bool is_whole = format != Format::kE4m3;
     if (activations == Activations::kInt8) return Way::kRounded;
-    if (fixed_order) return !is_whole ? Way::kExact : is_auto ? Way::kRounded : Way::kDigits;
+    if (fixed_order) return !is_whole ? Way::kExact : IsRounded() ? Way::kRounded : Way::kDigits;
     if (CurrentTiles() != nullptr && rows >= kTileRows[Parts() - 1]) return Way::kTiles;
-    if (is_whole && is_auto) return Way::kRounded;
+    if (is_whole && IsRounded()) return Way::kRounded;
     if (is_whole && rows <= kernels.digit_rows) return Way::kDigits;
-    return rows >= kGemmRows ? Way::kFloats : Way::kExact;
+    if (rows >= kGemmRows) return Way::kFloats;
+    return rows <= kLoneRows ? Way::kLone : Way::kExact;
   }
 };
 
@@ -185,13 +196,17 @@ void FloatProduct(const QuantizedMatrix& w, const Rows& x, int64_t row, int64_t 
 void PanelStrip(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, int64_t rows,
                 int64_t first, int64_t cols, float* y, int64_t y_stride) {
   const QuantizedKernels& kernels = *CurrentIsa().quantized;
-  const int64_t chunk = way == Way::kDigits ? kernels.digit_chunk : kMaxRows;
+  const int64_t chunk = way == Way::kLone     ? 1
+                        : way == Way::kDigits ? kernels.digit_chunk
+                                              : kMaxRows;
   for (int64_t i = 0; i < rows; i += chunk) {
     const int64_t count = std::min(chunk, rows - i);
     for (int64_t col = 0; col < cols; col += kPanelOutputs) {
       const int64_t panel = (first + col) / kPanelOutputs;
       float* to = y + i * y_stride + col;
-      if (way == Way::kExact) {
+      if (way == Way::kLone) {
+        kernels.panel_of_one(w, panel, x.exact + (row + i) * x.inputs, to);
+      } else if (way == Way::kExact) {
         kernels.panel(w, panel, x.exact + (row + i) * x.inputs, count, to, y_stride);
       } else {
         kernels.panel_rounded(w, panel, x.Rounded(row + i), count, to, y_stride);
