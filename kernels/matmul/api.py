@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.backend import current_target
+from kernels.backend import current_target, is_split_by_xla
 from kernels.grouped_matmul.implementations import multiply, runs_native
 from kernels.grouped_matmul.request import Activations, Implementation, Request
 from kernels.quantize import MatrixDims, QTensor
@@ -44,10 +44,10 @@ def matmul(
                 f"activations='int8' is for weights of few bits, w is {weight.dtype}: quantize it, "
                 "or pass activations='float'"
             )
-        is_mixed = x.dtype == jnp.float32 and weight.dtype == jnp.bfloat16
-        is_for_kernels = is_mixed and runs_native(target) and implementation in ("auto", "cpu")
-        if not (fixed_order or is_for_kernels):
-            return jnp.einsum(equation, x, weight.astype(x.dtype) if is_mixed else weight)
+        is_named = implementation == "cpu" and x.dtype != weight.dtype
+        is_auto = implementation == "auto" and reads_as_stored(weight.dtype, x.dtype)
+        if not (fixed_order or is_named or is_auto):
+            return jnp.einsum(equation, x, weight.astype(x.dtype))
     parts = _split(equation)
     matrix, inputs, outputs = _one_group(weight, parts, equation)
     leading = x.shape[: len(parts.rows)]
@@ -67,6 +67,14 @@ def matmul(
         )
     )
     return y_TN.reshape(*leading, *outputs)
+
+
+def reads_as_stored(weight_dtype: jnp.dtype, dtype: jnp.dtype) -> bool:
+    """Whether rows of the dtype meet an array of the other as it lies in memory, and no copy of it
+    in theirs: float32 and bfloat16 on one CPU, by its native kernels.
+    """
+    is_mixed = dtype == jnp.float32 and weight_dtype == jnp.bfloat16
+    return is_mixed and runs_native(current_target()) and not is_split_by_xla()
 
 
 class _Parts(NamedTuple):
