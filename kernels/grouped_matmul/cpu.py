@@ -22,11 +22,10 @@ def rows_times_matrix(
     /,
     *,
     transpose: bool,
-    fixed_order: bool = False,
 ) -> jax.Array:
     """x[r] @ w[group of r], or its transpose; zero for rows past the last group.
 
-    In a fixed order of sums a row's result has the same bits whatever rows there are beside it.
+    A row's result has the same bits whatever rows there are beside it.
     """
     width = w_EDF.shape[1 if transpose else 2]
     result = jax.ShapeDtypeStruct((x_RD.shape[0], width), jnp.float32)
@@ -37,7 +36,6 @@ def rows_times_matrix(
         x_RD,
         w_EDF,
         sizes_E,
-        fixed_order=fixed_order,
         transpose=transpose,
     )
 

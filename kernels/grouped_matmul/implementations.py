@@ -157,10 +157,8 @@ def _multiply_natively(request: Request) -> jax.Array:
     weight, x_RK, sizes_E = request.weight, request.sorted_x, request.group_sizes_E
     if isinstance(weight, QTensor):
         return cpu_quantized.multiply(request)
-    order = {"fixed_order": request.fixed_order}
     if not request.weight_is_mixed:
-        transpose = request.outputs_first
-        y_RN = cpu.rows_times_matrix(x_RK, weight, sizes_E, transpose=transpose, **order)
+        y_RN = cpu.rows_times_matrix(x_RK, weight, sizes_E, transpose=request.outputs_first)
     else:
         y_RN = cpu.rows_times_bfloat16(
             x_RK,
@@ -168,7 +166,7 @@ def _multiply_natively(request: Request) -> jax.Array:
             sizes_E,
             activations=request.activations,
             outputs_first=request.outputs_first,
-            **order,
+            fixed_order=request.fixed_order,
         )
     return _gate(request, y_RN)
 

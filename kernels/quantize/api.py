@@ -13,9 +13,13 @@ from kernels.quantize.packing import PANEL_OUTPUTS, pack, unpack, unpack_output,
 from kernels.quantize.qtensor import FORMATS, Format, MatrixDims, QTensor
 
 MATRIX = MatrixDims()
-INT4_STEPS = (8.0, 7.0, 7.5, 8.5, 9.0, 9.5, 10.0, 10.7)
-"""int4's scale is a block's largest magnitude over one of these, whichever rounds the block best: 8
-has all sixteen codes, 7 keeps weights that were symmetric, more clip the largest for finer
+STEPS: dict[Format, tuple[float, ...]] = {
+    "fp8_e4m3": (448.0,),
+    "int8": (127.0, 126.0, 125.0, 124.0, 123.0, 122.0, 121.0, 120.0),
+    "int4": (8.0, 7.0, 7.5, 8.5, 9.0, 9.5, 10.0, 10.7),
+}
+"""A scale is a block's largest magnitude over one of these, whichever rounds the block best. Of
+int4, 8 has all sixteen codes, 7 keeps weights that were symmetric, more clip the largest for finer
 steps."""
 
 
@@ -29,10 +33,10 @@ def quantize(
 ) -> QTensor:
     """Returns w rounded to the nearest value that the format holds, in canonical order.
 
-    A block's scale takes its largest magnitude to the format's largest value (symmetric, no zero
-    point); blocks lie along the inputs, which a product sums over (reference/methods.md D1). Of
-    int4, whose codes are few, it is the scale of INT4_STEPS with the least squared error, negative
-    where the largest weight is positive, so that this one becomes -8.
+    A block's scale takes its largest magnitude to the format's largest value or, of int8 and int4,
+    near it (STEPS), where its squared error is least. There is no zero point; int4's scale is
+    negative where the largest weight is positive, so that this one becomes -8. Blocks lie along the
+    inputs, which a product sums over (reference/methods.md D1).
 
     Args:
       w: float, its last dimensions those of one matrix.
@@ -51,11 +55,7 @@ def quantize(
     stack, inputs, outputs = dims.split(w.shape)
     w_NK = _outputs_first(w.astype(jnp.float32), stack, inputs, outputs, dims)
     w_NSZ = w_NK.reshape(*w_NK.shape[:-1], -1, block_size)
-    largest_NS1 = jnp.abs(w_NSZ).max(axis=-1, keepdims=True)
-    if format == "int4":
-        scale_NS1 = _int4_scales(w_NSZ, largest_NS1, scale_dtype)
-    else:
-        scale_NS1 = _round_up(largest_NS1 / spec.largest, scale_dtype)
+    scale_NS1 = _best_scales(w_NSZ, format, scale_dtype)
     # Clipped before the cast: beyond 448, e4m3 has only NaN.
     ratio_NK = jnp.clip(_ratio(w_NSZ, scale_NS1), spec.least, spec.largest).reshape(w_NK.shape)
     if format == "fp8_e4m3":
@@ -117,19 +117,23 @@ def _ratio(w_NSZ: jax.Array, scale_NS1: jax.Array) -> jax.Array:
     return w_NSZ / jnp.where(scale_NS1 != 0, scale_NS1, 1.0).astype(jnp.float32)
 
 
-def _int4_scales(w_NSZ: jax.Array, largest_NS1: jax.Array, dtype: str) -> jax.Array:
-    """The scale of INT4_STEPS that rounds each block best, [..., N, S, 1]."""
-    spec = FORMATS["int4"]
-    is_positive_NS1 = w_NSZ.max(axis=-1, keepdims=True) == largest_NS1
-    signed_NS1 = jnp.where(is_positive_NS1, -largest_NS1, largest_NS1)
-    best_NS1 = jnp.zeros_like(signed_NS1, dtype)
-    least_NS1 = jnp.full_like(signed_NS1, jnp.inf)
-    for step in INT4_STEPS:
-        scale_NS1 = (signed_NS1 / step).astype(dtype)
+def _best_scales(w_NSZ: jax.Array, format: Format, dtype: str) -> jax.Array:
+    """The scale of STEPS that rounds each block best, [..., N, S, 1]."""
+    spec, steps = FORMATS[format], STEPS[format]
+    largest_NS1 = jnp.abs(w_NSZ).max(axis=-1, keepdims=True)
+    if len(steps) == 1:
+        return _round_up(largest_NS1 / steps[0], dtype)
+    is_signed = -spec.least > spec.largest
+    is_flipped_NS1 = is_signed & (w_NSZ.max(axis=-1, keepdims=True) == largest_NS1)
+    best_NS1 = jnp.zeros_like(largest_NS1, dtype)
+    least_NS1 = jnp.full_like(largest_NS1, jnp.inf)
+    for step in steps:
+        up_NS1 = _round_up(largest_NS1 / step, dtype)
+        scale_NS1 = jnp.where(is_flipped_NS1, -up_NS1, up_NS1)
         ratio_NSZ = _ratio(w_NSZ, scale_NS1)
         off_NSZ = jnp.clip(jnp.round(ratio_NSZ), spec.least, spec.largest) - ratio_NSZ
         # In units of the block's largest weight, whose square may be no float32.
-        error_NS1 = (jnp.square(off_NSZ / step)).sum(axis=-1, keepdims=True)
+        error_NS1 = jnp.square(off_NSZ / step).sum(axis=-1, keepdims=True)
         is_better_NS1 = error_NS1 < least_NS1
         best_NS1 = jnp.where(is_better_NS1, scale_NS1, best_NS1)
         least_NS1 = jnp.where(is_better_NS1, error_NS1, least_NS1)
