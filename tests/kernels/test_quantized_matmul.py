@@ -297,11 +297,12 @@ def test_a_row_s_bits_in_products_with_arrays(dtype, d_out, isa_or_tiles):
 def test_without_it_bits_do_depend_on_them():
     """Else the tests above would prove nothing."""
     random = np.random.RandomState(0)
-    x = random.standard_normal((40, 600)).astype(np.float32)
-    w = random.standard_normal((1, 600, 64)).astype(np.float32)
+    x = random.standard_normal((40, 288)).astype(np.float32)
+    w = random.standard_normal((1, 288, 64)).astype(np.float32)
+    weight = quantized(w, "int8", 32, "bfloat16", "panels")
     multiply = functools.partial(grouped_matmul, implementation="cpu")
-    whole = np.asarray(multiply(x, w, jnp.array([40])))
-    shares = in_every_share(multiply, x, w)
+    whole = np.asarray(multiply(x, weight, jnp.array([40])))
+    shares = in_every_share(multiply, x, weight)
     assert not all((y == whole[np.array(rows)]).all() for _, rows, y in shares)
 
 
