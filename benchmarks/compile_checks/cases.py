@@ -13,7 +13,7 @@ from benchmarks.compile_checks.devices import Device
 from kernels.backend import Target
 from kernels.cached_attention import cases as cached_cases
 from kernels.cached_attention import pallas_triton as cached
-from kernels.cached_attention.state import Options, State
+from kernels.cached_attention.state import State
 from kernels.grouped_matmul import cases as grouped_cases
 from kernels.grouped_matmul import pallas_mosaic as grouped_mosaic
 from kernels.grouped_matmul import pallas_mosaic_quantized as quantized_mosaic
@@ -65,8 +65,7 @@ NAMES = [f"grouped_matmul/{name}" for name in grouped_cases.COMPILED]
 NAMES += [f"window_attention/{name}" for name in window_cases.COMPILED]
 NAMES += [f"paged_attention/{name}" for name in paged_cases.COMPILED]
 NAMES += [f"paged_latent_attention/{name}" for name in paged_cases.COMPILED_LATENT]
-NOT_REPORTED = [f"cached_attention/{name}" for name in cached_cases.COMPILED]
-"""Compiled, too, but no part of the GPU report yet."""
+NAMES += [f"cached_attention/{name}" for name in cached_cases.COMPILED]
 
 
 def runs_on(name: str, device: Device) -> bool:
@@ -305,13 +304,7 @@ def _cached_attention(
     tables: Any = _array((case.num_rows, pages), jnp.int32)
     k_and_v = (k, None, scales, None) if case.value_width else (k, k, scales, scales)
     state = State(*k_and_v, *((None, tables) if is_paged else (slots, None)))
-    options = Options(
-        window_size=case.window_size,
-        num_sink_tokens=case.num_sink_tokens,
-        scale=case.head_dim**-0.5,
-        value_width=case.value_width or case.head_dim,
-        one_per_row=case.one_per_row,
-    )
+    options = case.options
     q: Any = _array((case.num_tokens, case.num_heads, case.head_dim), dtype)
     token_T = _array((case.num_tokens,), jnp.int32)
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compile_checks.cases import NAMES, NOT_REPORTED, runs_on
+from benchmarks.compile_checks.cases import NAMES, runs_on
 from benchmarks.compile_checks.devices import DEVICES, Device
 from benchmarks.compile_checks.facts import Facts
 from benchmarks.compile_checks.gate import program_hash
@@ -30,7 +30,7 @@ SECONDS = 300
 
 KEYS = [
     f"{name}/{architecture}"
-    for name in (*NAMES, *NOT_REPORTED)
+    for name in NAMES
     for architecture, device in DEVICES.items()
     if runs_on(name, device)
 ]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from kernels.cached_attention.state import Options
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -115,6 +117,16 @@ class CompiledCase:
     window_size: int | None = None
     num_sink_tokens: int = 0
     one_per_row: bool = False
+
+    @property
+    def options(self) -> Options:
+        return Options(
+            window_size=self.window_size,
+            num_sink_tokens=self.num_sink_tokens,
+            scale=self.head_dim**-0.5,
+            value_width=self.value_width or self.head_dim,
+            one_per_row=self.one_per_row,
+        )
 
 
 DEEPSEEK = CompiledCase(num_heads=128, num_kv_heads=1, head_dim=576, value_width=512)

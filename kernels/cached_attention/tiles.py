@@ -57,22 +57,18 @@ def num_tiles(num_tokens: int, num_rows: int, size: int) -> int:
 
 def _by_row(rows_T: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
     """Tokens [N, M] of each tile and its row [N]; row -1 is padding."""
-    num_tokens = len(rows_T)
-    order_T = jnp.argsort(jnp.where(rows_T < 0, num_rows, rows_T), stable=True).astype(jnp.int32)
-    row_R = jnp.arange(num_rows, dtype=jnp.int32)
-    counts_R = (rows_T[None] == row_R[:, None]).sum(axis=1, dtype=jnp.int32)
-    starts_R = jnp.cumsum(counts_R) - counts_R
-    tiles_R = -(-counts_R // size)
-    tile_ends_R = jnp.cumsum(tiles_R)
-    tile_N = jnp.arange(num_tiles(num_tokens, num_rows, size), dtype=jnp.int32)
-    rows_N = (tile_ends_R[None] <= tile_N[:, None]).sum(axis=1, dtype=jnp.int32)
-    is_used_N = rows_N < num_rows
-    rows_N = jnp.where(is_used_N, rows_N, 0)
-    first_N = (tile_N - (tile_ends_R - tiles_R)[rows_N]) * size
-    of_row_NM = first_N[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-    is_token_NM = is_used_N[:, None] & (of_row_NM < counts_R[rows_N][:, None])
-    at_NM = jnp.clip(starts_R[rows_N][:, None] + of_row_NM, 0, num_tokens - 1)
-    return jnp.where(is_token_NM, order_T[at_NM], -1), rows_N
+    token_T, row_R = (jnp.arange(n, dtype=jnp.int32) for n in (len(rows_T), num_rows))
+    # A sort by rows would be several kernels; one that compares all pairs takes less.
+    is_before_TT = (rows_T[:, None] == rows_T[None]) & (token_T[:, None] > token_T[None])
+    tile_T, place_T = jnp.divmod(is_before_TT.sum(axis=1, dtype=jnp.int32), size)
+    tiles_R = -(-(rows_T[None] == row_R[:, None]).sum(axis=1, dtype=jnp.int32) // size)
+    ends_R = jnp.cumsum(tiles_R)
+    tile_N = jnp.arange(num_tiles(len(rows_T), num_rows, size), dtype=jnp.int32)
+    rows_N = (ends_R[None] <= tile_N[:, None]).sum(axis=1, dtype=jnp.int32)
+    at_T = jnp.where(rows_T < 0, len(tile_N), (ends_R - tiles_R)[rows_T] + tile_T)
+    none_NM = jnp.full((len(tile_N), size), -1, jnp.int32)
+    tokens_NM = none_NM.at[at_T, place_T].set(token_T, mode="drop")
+    return tokens_NM, jnp.where(rows_N < num_rows, rows_N, 0)
 
 
 def _blocks(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.compile_checks import attention_traffic, facts, gate, run, traffic, work
-from benchmarks.compile_checks.cases import NAMES, NOT_REPORTED, program, runs_on
+from benchmarks.compile_checks.cases import NAMES, program, runs_on
 from benchmarks.compile_checks.devices import DEVICES, lowered
 from benchmarks.compile_checks.facts import Facts
 from kernels.backend import Target
@@ -258,7 +258,7 @@ def test_few_long_sequences_cost_little_more_than_their_pages():
 
 # --- Lowering ------------------------------------------------------------------------------------
 
-ONE_OF_EACH = {program(name, H100).kernel: name for name in reversed(NAMES + NOT_REPORTED)}
+ONE_OF_EACH = {program(name, H100).kernel: name for name in reversed(NAMES)}
 """A case of every kernel."""
 
 
