@@ -134,6 +134,7 @@ DEEPSEEK = CompiledCase(num_heads=128, num_kv_heads=1, head_dim=576, value_width
 COMPILED = {
     "slots": CompiledCase(),
     "slots_decode": CompiledCase(num_tokens=64, one_per_row=True),
+    "few_tokens": CompiledCase(num_tokens=4, num_rows=1),
     "ring": CompiledCase(length=1088, window_size=1024, num_sink_tokens=4, head_dim=64),
     "paged": CompiledCase(page_size=64),
     "paged_decode": CompiledCase(page_size=64, num_tokens=64),
@@ -141,6 +142,7 @@ COMPILED = {
     "paged_int8_decode": CompiledCase(page_size=64, is_int8=True, num_tokens=64),
     "latent": replace(DEEPSEEK, page_size=64),
     "latent_int8": replace(DEEPSEEK, is_int8=True),
+    "latent_few_tokens": replace(DEEPSEEK, page_size=64, num_heads=16, num_tokens=4, num_rows=1),
     "latent_few_heads": replace(DEEPSEEK, page_size=64, num_heads=16),
     "latent_few_heads_int8": replace(DEEPSEEK, page_size=64, num_heads=16, is_int8=True),
     "latent_few_heads_decode": replace(DEEPSEEK, page_size=64, num_heads=16, num_tokens=64),

@@ -13,6 +13,7 @@ from kernels import native
 from kernels.backend import INTERPRET
 from kernels.cached_attention import cached_attention, pallas_triton
 from kernels.cached_attention.cases import CASES, Case
+from kernels.cached_attention.state import State
 from kernels.paged_attention import quantize_positions
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 exponentials and sums in another order
@@ -340,6 +341,22 @@ def test_auto_takes_the_triton_kernel_where_it_can():
         attend(q, k, v, *rest)
     with pytest.raises(NotImplementedError, match="keys of float8_e4m3fn must be float32, bfl"):
         attend(q, k.astype(jnp.float8_e4m3fn), v, *rest)
+
+
+def test_the_triton_kernel_says_which_addresses_it_lacks():
+    """Pallas' offsets have 32 bits up to 2^32 bytes, and Triton takes the last of them as a sign.
+
+    So an array of floats, whose elements are fewer than its bytes, always has its addresses.
+    """
+    q = jax.ShapeDtypeStruct((1, 8, 128), jnp.bfloat16)
+    places = [jax.ShapeDtypeStruct((1, pages), jnp.int32) for pages in (2**15, 2**14, 2**16)]
+    found = []
+    for tables, dtype in zip((*places, places[0]), (*[jnp.int8] * 3, jnp.bfloat16), strict=True):
+        pages = jax.ShapeDtypeStruct((tables.shape[1] + 1, 64, 8, 128), dtype)
+        state = State(pages, pages, None, None, None, tables)
+        found.append(pallas_triton.unsupported_reason(q, state))
+    assert [reason is None for reason in found] == [False, True, True, True]
+    assert "keys of 2147549184 bytes must be at most 2^31" in found[0]
 
 
 def test_triton_without_a_gpu_is_an_error():
