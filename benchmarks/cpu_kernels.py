@@ -16,18 +16,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.ggml import Ggml
-from kernels.grouped_matmul import cpu, xla
+from kernels.backend import Target
+from kernels.grouped_matmul import Activations, cpu, xla
 from kernels.matmul import matmul
-from kernels.quantize import Format, quantize, repack
+from kernels.quantize import WeightFormat, to_format
 
 ROWS = 4096
 GROUPED = ((8, 512, 1024), (64, 256, 512), (128, 512, 1024))
 """Groups, D, F."""
-QUANTIZED = ((4096, 4096, 1), (4096, 4096, 8), (1024, 1024, 1), (1024, 1024, 8))
+QUANTIZED = (
+    *((4096, 4096, rows) for rows in (1, 8, 512)),
+    *((1024, 1024, rows) for rows in (1, 8, 512)),
+    *((576, 3072, rows) for rows in (1, 8, 512)),  # SmolLM2-135M's gate and up
+)
 """Inputs, outputs, rows."""
+WEIGHTS: dict[WeightFormat, tuple[Activations, ...]] = {
+    "bfloat16": ("float", "auto"),
+    "fp8": ("float", "auto"),
+    "int8": ("float", "int8", "auto"),
+    "int4": ("float", "int8", "auto"),
+}
+"""Formats, and what the product makes of x."""
 CHAIN_BYTES = 128e6
 """Float weights that one call passes through: more than caches hold, as in decoding."""
-PEER_KINDS: dict[Format, str] = {"int8": "q8_0", "int4": "q4_0"}
+PEER_KINDS: dict[WeightFormat, str] = {"int8": "q8_0", "int4": "q4_0"}
 """llama.cpp's names for the same bytes."""
 PEER_RESTS = 0.3
 """Seconds after which the threads of llama.cpp's pool, which spin for some 0.1, leave the cores."""
@@ -147,7 +159,9 @@ def _contractions(x_RD, dy_RF, w_EDF, sizes_E) -> dict[str, dict[str, Program]]:
 
 
 def quantized_comparisons(rounds: int) -> Iterator[Comparison]:
-    """Products of few rows with int8 and int4 weights against XLA's in float32."""
+    """Products of few and of many rows with weights in every format, packed as they are for a CPU,
+    against XLA's in float32.
+    """
     for num_inputs, num_outputs, num_rows in QUANTIZED:
         random = np.random.RandomState(0)
         count = max(1, round(CHAIN_BYTES / (4 * num_inputs * num_outputs)))
@@ -155,9 +169,9 @@ def quantized_comparisons(rounds: int) -> Iterator[Comparison]:
         w_LKN = jnp.array(random.standard_normal(shape), jnp.float32)
         x_RK = jnp.array(random.standard_normal((num_rows, num_inputs)), jnp.float32)
         programs = {"float32": _chain(lambda x, w: x @ w, x_RK, w_LKN)}
-        for format in ("int8", "int4"):
-            weights = repack(quantize(w_LKN, format), "panels")
-            for activations in ("float", "int8"):
+        for format, kinds in WEIGHTS.items():
+            weights = to_format(w_LKN, format, Target("cpu"))
+            for activations in kinds:
                 product = functools.partial(matmul, activations=activations, implementation="cpu")
                 programs[f"{format}, {activations} activations"] = _chain(product, x_RK, weights)
         seconds = in_turn(programs, rounds, repeats=2)
@@ -171,7 +185,7 @@ def decoding_comparisons(rounds: int) -> Iterator[Comparison]:
     At the end of each kind what all of them take for a token.
     """
     peer = Ggml(threads=os.cpu_count() or 1)
-    for num_rows, format in itertools.product((1, 8), PEER_KINDS):
+    for num_rows, format in itertools.product((1, 8, 512), PEER_KINDS):
         label = f"{num_rows} rows, {format}"
         token: dict[str, list[float]] = {}
         operations = 0.0
@@ -190,19 +204,18 @@ def decoding_comparisons(rounds: int) -> Iterator[Comparison]:
 
 
 def _decoding_programs(
-    peer: Ggml, matrix: Matrix, num_rows: int, format: Format
+    peer: Ggml, matrix: Matrix, num_rows: int, format: WeightFormat
 ) -> dict[str, Program]:
     random = np.random.RandomState(0)
     shape = (matrix.copies, matrix.inputs, matrix.outputs)
     w_LKN = random.standard_normal(shape).astype(np.float32)
     x_RK = random.standard_normal((num_rows, matrix.inputs)).astype(np.float32)
-    rounded = quantize(jnp.array(w_LKN), format, block_size=32, scale_dtype="bfloat16")
-    weights = repack(rounded, "panels")
+    weights = to_format(jnp.array(w_LKN), format, Target("cpu"))
     kind = PEER_KINDS[format]
     programs: dict[str, Program] = {
         "llama.cpp": peer.products(x_RK, list(w_LKN.swapaxes(1, 2)), kind)
     }
-    for activations in ("float", "int8"):
+    for activations in ("float", "int8", "auto"):
         product = functools.partial(matmul, activations=activations, implementation="cpu")
         chain = _chain(product, jnp.array(x_RK), weights)
         programs[f"{activations} activations"] = chain

@@ -76,11 +76,15 @@ def auto_takes_triton(target: Target) -> bool:
     XLA can't split a kernel over a mesh: outside of shard_map, on more than one device, it would
     bring all operands to each of them.
     """
+    return runs_triton(target) and not is_split_by_xla()
+
+
+def is_split_by_xla() -> bool:
+    """Whether XLA spreads what is traced here over several devices, as outside of shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = jax.sharding.AxisType.Manual
     shared = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    is_split = any(size > 1 and kind != manual for size, kind in shared)
-    return runs_triton(target) and not is_split
+    return any(size > 1 and kind != manual for size, kind in shared)
 
 
 def takes_triton(implementation: str) -> bool:

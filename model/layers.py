@@ -3,7 +3,7 @@
 B batch, L length, D d_model, F d_ff, H heads, C head_dim.
 """
 
-from typing import Any, assert_never, cast
+from typing import Any, NamedTuple, assert_never, cast
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from flax import struct
 
 from configs.feed_forward import DenseConfig
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
-from kernels.matmul import matmul
+from kernels.matmul import matmul, reads_as_stored
 from kernels.quantize import MatrixDims, QTensor
 
 
@@ -63,29 +63,42 @@ def project(equation: str, x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
       equation: as of jnp.einsum, x first: "BLD,DHC->BLHC". The weight's dimensions that x has are
         summed over; of a QTensor they are those it was declared with.
     """
-    if isinstance(w, QTensor):
+    if isinstance(w, QTensor) or reads_as_stored(w.dtype, x.dtype):
         return matmul(x, w, equation)
     return jnp.einsum(equation, x, w.astype(x.dtype))
 
 
 def in_dtype(w: jax.Array | QTensor, dtype: jnp.dtype) -> jax.Array | QTensor:
-    """A weight as its product takes it: an array in this dtype, a QTensor as it is."""
-    return w if isinstance(w, QTensor) else w.astype(dtype)
+    """A weight as its product with rows of the dtype takes it: as it is where kernels read it so
+    (`kernels.matmul.reads_as_stored`; a QTensor always), else an array in this dtype."""
+    if isinstance(w, QTensor) or reads_as_stored(w.dtype, dtype):
+        return w
+    return w.astype(dtype)
 
 
-def unembed(hidden: jax.Array, w: jax.Array | QTensor) -> jax.Array:
+class OutputsFirst(NamedTuple):
+    """A tied output layer that kernels read as the embedding is stored."""
+
+    w_VD: jax.Array
+
+
+def unembed(hidden: jax.Array, w: jax.Array | QTensor | OutputsFirst) -> jax.Array:
     """Logits of hidden states, float32 [..., V].
 
     Args:
       hidden: [..., D].
-      w: what `output_weights` gives: [D, V], or a QTensor of it or of the embedding's [V, D].
+      w: what `output_weights` gives: [D, V], or a QTensor of it or of the embedding's [V, D], or
+        the embedding itself.
     """
-    if not isinstance(w, QTensor):
+    is_stored = isinstance(w, (QTensor, OutputsFirst)) or reads_as_stored(w.dtype, hidden.dtype)
+    if not is_stored:
         return jnp.einsum("...D,DV->...V", hidden, w, preferred_element_type=jnp.float32)
     leading = hidden.shape[:-1]
     rows = hidden.reshape(-1, hidden.shape[-1])
-    equation = "TD,VD->TV" if w.outputs_first else "TD,DV->TV"
-    return matmul(rows, w, equation).astype(jnp.float32).reshape(*leading, -1)
+    is_embedding = isinstance(w, OutputsFirst) or (isinstance(w, QTensor) and w.outputs_first)
+    equation = "TD,VD->TV" if is_embedding else "TD,DV->TV"
+    weight = w.w_VD if isinstance(w, OutputsFirst) else w
+    return matmul(rows, weight, equation).astype(jnp.float32).reshape(*leading, -1)
 
 
 def zero_weight(

@@ -14,10 +14,11 @@ import numpy as np
 
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig
+from kernels.matmul import reads_as_stored
 from kernels.quantize import MatrixDims, QTensor, take_outputs
 from model.block import SHAPES_ALONE, Block, Period
 from model.early_exit import dropout_rates
-from model.layers import Declared, RMSNorm, weight
+from model.layers import Declared, OutputsFirst, RMSNorm, in_dtype, weight
 from model.model_state import ModelState
 from model.multi_token import MultiTokenModule, ahead
 from model.seeds import seed_key
@@ -161,13 +162,16 @@ class Transformer(nn.Module):
             hidden_BLD = module(hidden_BLD, next_BLD, step)
             self.sow("multi_token", f"hidden_{k}", hidden_BLD)
 
-    def unembedding(self) -> jax.Array | QTensor:
-        """The output layer, [D, V] in the compute dtype; a QTensor as it is held."""
-        held = self.embedding_VD if self.config.tie_embeddings else self.output_DV
+    def unembedding(self) -> jax.Array | QTensor | OutputsFirst:
+        """The output layer, [D, V] in the compute dtype, or as it is held where kernels read it
+        so (model.layers.in_dtype)."""
+        is_tied, dtype = self.config.tie_embeddings, jnp.dtype(self.execution.compute_dtype)
+        held = self.embedding_VD if is_tied else self.output_DV
         if isinstance(held, QTensor):
             return held
-        w_DV = held.T if self.config.tie_embeddings else held
-        w_DV = w_DV.astype(jnp.dtype(self.execution.compute_dtype))
+        if is_tied and reads_as_stored(held.dtype, dtype):
+            return OutputsFirst(held)
+        w_DV = cast(jax.Array, in_dtype(held.T if is_tied else held, dtype))
         return constrain(w_DV, None, "vocab")
 
 

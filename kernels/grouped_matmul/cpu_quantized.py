@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import native
+from kernels.grouped_matmul.cpu import ACTIVATIONS
 from kernels.grouped_matmul.request import Request
 from kernels.quantize import QTensor
 from kernels.quantize.packing import PANEL_OUTPUTS
@@ -52,8 +53,9 @@ def multiply(request: Request) -> jax.Array:
         weight.values,
         weight.scales,
         request.group_sizes_E.astype(jnp.int32),
+        activations=ACTIVATIONS[request.activations],
         block=weight.block_size,
+        fixed_order=request.fixed_order,
         gated=request.gated,
-        round=request.activations == "int8",
     )
     return y_RN.astype(x_RK.dtype)

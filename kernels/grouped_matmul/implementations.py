@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from kernels import backend, native
@@ -34,6 +35,8 @@ MOSAIC_ROWS = 128
 """Of a group on average, from which "auto" takes Mosaic's kernel: its tiles have so many."""
 FIXED_ROWS = 64
 """Of a group, which tiles are chosen for where the order of sums must not depend on the rows."""
+CPU_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+"""Of arrays that the CPU kernels read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,7 @@ def _multiply_plainly(request: Request) -> jax.Array:
     if isinstance(request.weight, QTensor):
         request = xla_quantized.widened(request)
     product = {"reference": reference, "xla": xla}.get(request.implementation, automatic)
-    w_EKN = request.array.astype(request.x_TK.dtype)
+    w_EKN = request.array_EKN.astype(request.x_TK.dtype)
     return _gate(request, product.grouped_matmul(request.sorted_x, w_EKN, request.group_sizes_E))
 
 
@@ -112,29 +115,32 @@ def _gate(request: Request, y_RN: jax.Array) -> jax.Array:
 # --- CPU -----------------------------------------------------------------------------------------
 
 
-def _runs_native(request: Request) -> bool:
-    is_cpu = request.target.platform == "cpu" and jax.default_backend() == "cpu"
+def runs_native(target: Target) -> bool:
+    """Whether a program for this target takes the native CPU kernels."""
+    is_cpu = target.platform == "cpu" and jax.default_backend() == "cpu"
     return is_cpu and native.is_available()
 
 
 def _cpu_reason(request: Request) -> str | None:
-    if request.fixed_order:
-        return "the CPU kernels promise no order of sums yet: pass fixed_order=False"
     if isinstance(request.weight, QTensor):
         return cpu_quantized.unsupported_reason(request)
-    if request.weight.dtype != "float32" or request.x_TK.dtype != "float32":
-        return f"the CPU kernels multiply float32, x is {request.x_TK.dtype}: cast it"
+    if request.x_TK.dtype != jnp.float32 or request.weight.dtype not in CPU_DTYPES:
+        return (
+            "the CPU kernels multiply float32 rows with weights in float32 or bfloat16, x is "
+            f"{request.x_TK.dtype} and w {request.weight.dtype}: cast them"
+        )
     return None
 
 
 def _run_cpu(request: Request) -> jax.Array:
     """By name: here. As "auto": by the platform that the program is lowered for."""
-    by_name = request.implementation == "cpu"
-    if not isinstance(request.weight, QTensor):
-        product = (cpu if by_name else automatic).grouped_matmul
-        return _gate(request, product(request.sorted_x, request.weight, request.group_sizes_E))
-    if by_name:
-        return cpu_quantized.multiply(request)
+    is_plain = not (isinstance(request.weight, QTensor) or request.weight_is_mixed)
+    if is_plain and not request.fixed_order:  # what training multiplies, with its gradients
+        product = cpu if request.implementation == "cpu" else automatic
+        operands = (request.sorted_x, request.array_EKN, request.group_sizes_E)
+        return _gate(request, product.grouped_matmul(*operands))
+    if request.implementation == "cpu":
+        return _multiply_natively(request)
 
     def by(run: Callable[[Request], jax.Array]) -> Callable[..., jax.Array]:
         return lambda x, weight, sizes, rows: run(
@@ -143,8 +149,28 @@ def _run_cpu(request: Request) -> jax.Array:
 
     operands = (request.x_TK, request.weight, request.group_sizes_E, request.rows_R)
     return lax.platform_dependent(
-        *operands, cpu=by(cpu_quantized.multiply), default=by(_multiply_plainly)
+        *operands, cpu=by(_multiply_natively), default=by(_multiply_plainly)
     )
+
+
+def _multiply_natively(request: Request) -> jax.Array:
+    weight, x_RK, sizes_E = request.weight, request.sorted_x, request.group_sizes_E
+    if isinstance(weight, QTensor):
+        return cpu_quantized.multiply(request)
+    order = {"fixed_order": request.fixed_order}
+    if not request.weight_is_mixed:
+        transpose = request.outputs_first
+        y_RN = cpu.rows_times_matrix(x_RK, weight, sizes_E, transpose=transpose, **order)
+    else:
+        y_RN = cpu.rows_times_bfloat16(
+            x_RK,
+            weight,
+            sizes_E,
+            activations=request.activations,
+            outputs_first=request.outputs_first,
+            **order,
+        )
+    return _gate(request, y_RN)
 
 
 # --- GPUs ----------------------------------------------------------------------------------------
@@ -166,7 +192,9 @@ def _mosaic_reason(request: Request) -> str | None:
         )
     if request.gated and request.implementation == "mosaic":
         return "the Mosaic kernel multiplies quantized weights: pass a QTensor, or take 'triton'"
-    return _gpu_reason(request) or pallas_mosaic.unsupported_reason(request.x_TK, weight, target)
+    return _gpu_reason(request) or pallas_mosaic.unsupported_reason(
+        request.x_TK, request.array_EKN, target
+    )
 
 
 def _mosaic_is_slower(request: Request) -> bool:
@@ -182,7 +210,7 @@ def _run_mosaic(request: Request) -> jax.Array:
     weight, target, rows_R = request.weight, request.target, request.rows_R
     if not isinstance(weight, QTensor):
         y_RN = pallas_mosaic.grouped_matmul(
-            request.x_TK, weight, request.group_sizes_E, rows_R=rows_R, target=target
+            request.x_TK, request.array_EKN, request.group_sizes_E, rows_R=rows_R, target=target
         )
         return _gate(request, y_RN)
     kernel, tiles = pallas_mosaic_quantized, None
@@ -215,7 +243,7 @@ def _run_triton(request: Request) -> jax.Array:
             x_TK, weight, sizes_E, rows_R=rows_R, gated=request.gated, target=target, tiles=tiles
         )
     op = pallas_triton.grouped_swiglu if request.gated else pallas_triton.grouped_matmul
-    return op(x_TK, weight, sizes_E, rows_R=rows_R, target=target, tiles=tiles)
+    return op(x_TK, request.array_EKN, sizes_E, rows_R=rows_R, target=target, tiles=tiles)
 
 
 def _fixed_triton_tiles(request: Request) -> Tiles:
@@ -247,7 +275,7 @@ KERNELS = {
         run=_run_triton,
     ),
     "cpu": Kernel(
-        runs_here=_runs_native,
+        runs_here=lambda request: runs_native(request.target),
         require=lambda target: None,
         unsupported_reason=_cpu_reason,
         run=_run_cpu,

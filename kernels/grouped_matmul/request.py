@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from kernels.backend import Target
 from kernels.quantize import QTensor
@@ -18,7 +19,8 @@ class Request:
 
     x_TK: jax.Array
     weight: jax.Array | QTensor
-    """[E, K, N]; of matrices alone."""
+    """[E, K, N], of matrices alone; an array of outputs_first is [E, N, K]."""
+    outputs_first: bool = False
     group_sizes_E: jax.Array
     rows_R: jax.Array | None = None
     """None: x is sorted, and R is T."""
@@ -40,7 +42,8 @@ class Request:
     @property
     def num_outputs(self) -> int:
         """Of a row of the result."""
-        return self.weight.shape[-1] // (2 if self.gated else 1)
+        width = self.weight.shape[-2 if self.outputs_first else -1]
+        return width // (2 if self.gated else 1)
 
     @property
     def weight_is_mixed(self) -> bool:
@@ -49,10 +52,10 @@ class Request:
         return not isinstance(weight, QTensor) and weight.dtype != self.x_TK.dtype
 
     @property
-    def array(self) -> jax.Array:
-        """The weight where it is no QTensor."""
+    def array_EKN(self) -> jax.Array:
+        """The weight, which is no QTensor, with its inputs first."""
         assert not isinstance(self.weight, QTensor)
-        return self.weight
+        return jnp.swapaxes(self.weight, 1, 2) if self.outputs_first else self.weight
 
     @property
     def sorted_x(self) -> jax.Array:

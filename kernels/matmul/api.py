@@ -6,8 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import Activations, Implementation, grouped_matmul
-from kernels.quantize import QTensor
+from kernels.backend import current_target, is_split_by_xla
+from kernels.grouped_matmul.implementations import multiply, runs_native
+from kernels.grouped_matmul.request import Activations, Implementation, Request
+from kernels.quantize import MatrixDims, QTensor
 
 
 def matmul(
@@ -22,41 +24,57 @@ def matmul(
     """Returns the product of all rows of x with one weight, in x's dtype.
 
     An array meets jnp.einsum, as it is written; a QTensor the kernels of kernels/grouped_matmul
-    with one group.
+    with one group, and so does an array in bfloat16 whose rows are float32, on a CPU.
 
     Args:
       x: float, its last dimensions the weight's inputs.
-      weight: an array of x's dtype, or a QTensor without a stack.
+      weight: an array of x's dtype, or in bfloat16, or a QTensor without a stack.
       equation: as of jnp.einsum, "BLD,DHC->BLHC": letters that both operands have are the inputs;
         they stand together, before the outputs or behind them.
-      activations, implementation: of a QTensor, as in `grouped_matmul`.
-      fixed_order: as in `grouped_matmul`; an array then meets its kernels, too.
+      activations, implementation: where kernels multiply, as in `grouped_matmul`.
+      fixed_order: as in `grouped_matmul`; an array of x's dtype then meets its kernels, too.
     Raises:
       ValueError, NotImplementedError: as in `grouped_matmul`; ValueError also for an equation that
         is none of x with one weight, or not of this QTensor's dimensions.
     """
+    target = current_target()
     if not isinstance(weight, QTensor):
         if activations == "int8":
             raise ValueError(
                 f"activations='int8' is for weights of few bits, w is {weight.dtype}: quantize it, "
                 "or pass activations='float'"
             )
-        if not fixed_order:
-            return jnp.einsum(equation, x, weight)
+        is_named = implementation == "cpu" and x.dtype != weight.dtype
+        is_auto = implementation == "auto" and reads_as_stored(weight.dtype, x.dtype)
+        if not (fixed_order or is_named or is_auto):
+            return jnp.einsum(equation, x, weight.astype(x.dtype))
     parts = _split(equation)
-    w_1KN, outputs = _one_group(weight, parts, equation)
+    matrix, inputs, outputs = _one_group(weight, parts, equation)
     leading = x.shape[: len(parts.rows)]
+    if x.shape[len(leading) :] != inputs:
+        raise ValueError(f"x {x.shape} must end in the inputs {inputs} of {equation!r}")
     x_TK = x.reshape(math.prod(leading), -1)
-    num_rows = jnp.array([x_TK.shape[0]], jnp.int32)
-    y_TN = grouped_matmul(
-        x_TK,
-        w_1KN,
-        num_rows,
-        activations=activations,
-        fixed_order=fixed_order,
-        implementation=implementation,
+    y_TN = multiply(
+        Request(
+            x_TK=x_TK,
+            weight=matrix,
+            outputs_first=parts.outputs_first and not isinstance(weight, QTensor),
+            group_sizes_E=jnp.array([x_TK.shape[0]], jnp.int32),
+            activations=activations,
+            fixed_order=fixed_order,
+            implementation=implementation,
+            target=target,
+        )
     )
     return y_TN.reshape(*leading, *outputs)
+
+
+def reads_as_stored(weight_dtype: jnp.dtype, dtype: jnp.dtype) -> bool:
+    """Whether rows of the dtype meet an array of the other as it lies in memory, and no copy of it
+    in theirs: float32 and bfloat16 on one CPU, by its native kernels.
+    """
+    is_mixed = dtype == jnp.float32 and weight_dtype == jnp.bfloat16
+    return is_mixed and runs_native(current_target()) and not is_split_by_xla()
 
 
 class _Parts(NamedTuple):
@@ -86,20 +104,21 @@ def _split(equation: str) -> _Parts:
 
 def _one_group(
     weight: jax.Array | QTensor, parts: _Parts, equation: str
-) -> tuple[jax.Array | QTensor, tuple[int, ...]]:
-    """The weight as [1, K, N], and its outputs' sizes."""
+) -> tuple[jax.Array | QTensor, tuple[int, ...], tuple[int, ...]]:
+    """The weight as a stack of one matrix, and the sizes of its inputs and outputs."""
     count = len(parts.outputs)
     if not isinstance(weight, QTensor):
-        outputs = weight.shape[:count] if parts.outputs_first else weight.shape[-count:]
-        if parts.outputs_first:
-            return weight.reshape(1, math.prod(outputs), -1).swapaxes(1, 2), outputs
-        return weight.reshape(1, -1, math.prod(outputs)), outputs
+        dims = MatrixDims(len(parts.inputs), count, parts.outputs_first)
+        _, inputs, outputs = dims.split(weight.shape)
+        sides = math.prod(inputs), math.prod(outputs)
+        return weight.reshape(1, *sides[:: -1 if parts.outputs_first else 1]), inputs, outputs
     num_inputs, num_outputs = weight.matrix_shape
     inputs, outputs = weight.inputs or (num_inputs,), weight.outputs or (num_outputs,)
-    dims = len(weight.stack), len(inputs), len(outputs), weight.outputs_first
-    if dims != (0, len(parts.inputs), count, parts.outputs_first):
+    found = len(weight.stack), len(inputs), len(outputs), weight.outputs_first
+    if found != (0, len(parts.inputs), count, parts.outputs_first):
         raise ValueError(
             f"{equation!r} is not of this QTensor: it stacks {weight.stack} matrices of inputs "
             f"{inputs} and outputs {outputs}{', outputs first' * weight.outputs_first}"
         )
-    return jax.tree.map(lambda array: array[None], weight.as_matrices()), outputs
+    one = jax.tree.map(lambda array: array[None], weight.as_matrices())
+    return one, inputs, outputs

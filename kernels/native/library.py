@@ -18,6 +18,7 @@ SOURCES = Path(__file__).parent / "src"
 TARGETS = (
     "moesaic_rows_times_matrix",
     "moesaic_rows_times_rows",
+    "moesaic_bfloat16_matmul",
     "moesaic_quantized_matmul",
     "moesaic_attention_forward",
     "moesaic_attention_backward",

@@ -13,6 +13,10 @@ from kernels.quantize.packing import PANEL_OUTPUTS, pack, unpack, unpack_output,
 from kernels.quantize.qtensor import FORMATS, Format, MatrixDims, QTensor
 
 MATRIX = MatrixDims()
+INT4_STEPS = (8.0, 7.0, 7.5, 8.5, 9.0, 9.5, 10.0, 10.7)
+"""int4's scale is a block's largest magnitude over one of these, whichever rounds the block best: 8
+has all sixteen codes, 7 keeps weights that were symmetric, more clip the largest for finer
+steps."""
 
 
 def quantize(
@@ -26,7 +30,9 @@ def quantize(
     """Returns w rounded to the nearest value that the format holds, in canonical order.
 
     A block's scale takes its largest magnitude to the format's largest value (symmetric, no zero
-    point); blocks lie along the inputs, which a product sums over (reference/methods.md D1).
+    point); blocks lie along the inputs, which a product sums over (reference/methods.md D1). Of
+    int4, whose codes are few, it is the scale of INT4_STEPS with the least squared error, negative
+    where the largest weight is positive, so that this one becomes -8.
 
     Args:
       w: float, its last dimensions those of one matrix.
@@ -36,18 +42,22 @@ def quantize(
     Raises:
       ValueError: an unknown format or scale dtype, a block_size that does not divide K, or, where
         w's values are known, some that are not finite.
-    Numerics: |w - dequantize(q)| <= scale / 2 for int8 and int4; for fp8_e4m3 at most
-      max(|w| / 16, scale / 1024); an all-zero block stays zero.
+    Numerics: |w - dequantize(q)| <= scale / 2 for int8; for fp8_e4m3 at most max(|w| / 16, scale /
+      1024); of int4 the squared errors of a block are together at most those of codes from -7 to 7
+      with the scale largest / 7; an all-zero block stays zero.
     """
     _check(w, format, dims, block_size, scale_dtype)
     spec = FORMATS[format]
     stack, inputs, outputs = dims.split(w.shape)
     w_NK = _outputs_first(w.astype(jnp.float32), stack, inputs, outputs, dims)
     w_NSZ = w_NK.reshape(*w_NK.shape[:-1], -1, block_size)
-    scale_NS1 = _round_up(jnp.abs(w_NSZ).max(axis=-1, keepdims=True) / spec.largest, scale_dtype)
-    ratio_NSZ = w_NSZ / jnp.where(scale_NS1 > 0, scale_NS1, 1.0).astype(jnp.float32)
+    largest_NS1 = jnp.abs(w_NSZ).max(axis=-1, keepdims=True)
+    if format == "int4":
+        scale_NS1 = _int4_scales(w_NSZ, largest_NS1, scale_dtype)
+    else:
+        scale_NS1 = _round_up(largest_NS1 / spec.largest, scale_dtype)
     # Clipped before the cast: beyond 448, e4m3 has only NaN.
-    ratio_NK = jnp.clip(ratio_NSZ, -spec.largest, spec.largest).reshape(w_NK.shape)
+    ratio_NK = jnp.clip(_ratio(w_NSZ, scale_NS1), spec.least, spec.largest).reshape(w_NK.shape)
     if format == "fp8_e4m3":
         values = ratio_NK.astype(spec.dtype)
     else:
@@ -101,6 +111,29 @@ def _outputs_first(
     if dims.outputs_first:
         return w.reshape(*stack, num_outputs, num_inputs)
     return jnp.swapaxes(w.reshape(*stack, num_inputs, num_outputs), -1, -2)
+
+
+def _ratio(w_NSZ: jax.Array, scale_NS1: jax.Array) -> jax.Array:
+    return w_NSZ / jnp.where(scale_NS1 != 0, scale_NS1, 1.0).astype(jnp.float32)
+
+
+def _int4_scales(w_NSZ: jax.Array, largest_NS1: jax.Array, dtype: str) -> jax.Array:
+    """The scale of INT4_STEPS that rounds each block best, [..., N, S, 1]."""
+    spec = FORMATS["int4"]
+    is_positive_NS1 = w_NSZ.max(axis=-1, keepdims=True) == largest_NS1
+    signed_NS1 = jnp.where(is_positive_NS1, -largest_NS1, largest_NS1)
+    best_NS1 = jnp.zeros_like(signed_NS1, dtype)
+    least_NS1 = jnp.full_like(signed_NS1, jnp.inf)
+    for step in INT4_STEPS:
+        scale_NS1 = (signed_NS1 / step).astype(dtype)
+        ratio_NSZ = _ratio(w_NSZ, scale_NS1)
+        off_NSZ = jnp.clip(jnp.round(ratio_NSZ), spec.least, spec.largest) - ratio_NSZ
+        # In units of the block's largest weight, whose square may be no float32.
+        error_NS1 = (jnp.square(off_NSZ / step)).sum(axis=-1, keepdims=True)
+        is_better_NS1 = error_NS1 < least_NS1
+        best_NS1 = jnp.where(is_better_NS1, scale_NS1, best_NS1)
+        least_NS1 = jnp.where(is_better_NS1, error_NS1, least_NS1)
+    return best_NS1
 
 
 def _round_up(scale: jax.Array, dtype: str) -> jax.Array:

@@ -25,13 +25,14 @@ class FormatSpec:
     """Of the stored values; int4 stores two in a byte."""
     bits: int
     largest: float
-    """The stored value that the largest weight of a block becomes."""
+    least: float
+    """The range of stored values that weights become."""
 
 
 FORMATS: dict[Format, FormatSpec] = {
-    "fp8_e4m3": FormatSpec(jnp.dtype(jnp.float8_e4m3fn), 8, 448.0),
-    "int8": FormatSpec(jnp.dtype(jnp.int8), 8, 127.0),
-    "int4": FormatSpec(jnp.dtype(jnp.uint8), 4, 7.0),
+    "fp8_e4m3": FormatSpec(jnp.dtype(jnp.float8_e4m3fn), 8, 448.0, -448.0),
+    "int8": FormatSpec(jnp.dtype(jnp.int8), 8, 127.0, -127.0),
+    "int4": FormatSpec(jnp.dtype(jnp.uint8), 4, 7.0, -8.0),
 }
 
 

@@ -153,7 +153,7 @@ BAD = {
         ["train", "v31_nano", "--run-dir", "{tmp}/new", *EMPTY],
         "holds no UTF-8 text",
     ),
-    "no such folder": (["evaluate", "{tmp}/nowhere"], "is no run directory"),
+    "no such folder": (["evaluate", "{tmp}/nowhere"], "is no folder and no file"),
     "unknown task": (["evaluate", "{run}", "--tasks", "mmlu"], "unknown tasks ['mmlu']"),
     "no teacher": (["distill", "v31_nano_student"], "--teacher"),
     "vocabulary": (

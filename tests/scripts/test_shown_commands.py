@@ -11,7 +11,7 @@ from configs.checks import UserError
 from configs.cli import load_run
 from evals.compare import print_story
 from evals.expert_domains import read_preference
-from scripts import convert
+from scripts import convert, train
 from scripts.train import finish
 from train.loop import FitResult
 
@@ -24,7 +24,8 @@ def shown(text: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.startswith("python -m scripts.")]
 
 
-def test_what_training_suggests(capsys: pytest.CaptureFixture[str]):
+def test_what_training_suggests(capsys, monkeypatch):
+    monkeypatch.setattr(train, "write_run_report", lambda run_dir: None)  # nothing was trained
     result = FitResult(steps=3, interrupted=None, train_seconds=1.0)
     assert finish(load_run("v31_nano", ()), ODD, result) == 0
     commands = shown(capsys.readouterr().out)

@@ -19,27 +19,6 @@ MOESAIC_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 MOESAIC_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 MOESAIC_INLINE int64_t RoundUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// exp(x) for x <= 88, within 2 units in the last place; exactly 0 below -87, NaN for NaN.
-//
-// x = n ln 2 + r with |r| <= ln 2 / 2, and exp(r) by its Taylor polynomial of degree 6, whose first
-// missing term is below 2^-23. Two parts of ln 2 keep r exact (Cody and Waite, 1980).
-MOESAIC_INLINE Vector Exp(Vector x) {
-  const Vector clipped = x < -87.0f ? Broadcast(-87.0f) : x;
-  const Vector shifted = clipped * 1.44269504f + 12582912.0f;
-  const Vector n = shifted - 12582912.0f;
-  const Vector r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vector sum = Broadcast(1.0f / 720);
-  sum = sum * r + 1.0f / 120;
-  sum = sum * r + 1.0f / 24;
-  sum = sum * r + 1.0f / 6;
-  sum = sum * r + 0.5f;
-  sum = sum * r + 1.0f;
-  sum = sum * r + 1.0f;
-  const IntVector exponent = __builtin_convertvector(n, IntVector) << 23;
-  const Vector result = (Vector)((IntVector)sum + exponent);
-  return x < -87.0f ? Vector{} : result;
-}
-
 // Panel `panel` of a group: its queries' rows and heads.
 struct Panel {
   int64_t first, count;      // queries: row * heads_per_group + head

@@ -22,11 +22,14 @@ constexpr int64_t kGroupQueries = 192;
 constexpr int64_t kTileQueries = 768;
 // Floats of partial results that wait for each thread.
 constexpr int64_t kWaitingFloats = 1 << 18;
+// Tasks that a thread should find: the last to finish keeps the others waiting little.
+constexpr int64_t kTasksPerThread = 8;
 constexpr int64_t kFinishTokens = 32;
 
+// What a thread works on at a time: neighbouring parts of a tile's row.
 struct Task {
-  int64_t tile, part;
-  int64_t at;  // of its result, in floats
+  int64_t tile, part, count;
+  int64_t at;  // of its results, in floats
 };
 
 ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument(message); }
@@ -129,36 +132,66 @@ std::vector<ChunkSummary> Summarize(const CachedAttention& a, const CachedAttent
   return summaries;
 }
 
+// Cuts each tile's parts, of which it sees some, into tasks of neighbours.
+std::vector<Task> CutIntoTasks(const CachedAttention& a, const CachedAttentionKernels& kernels,
+                               const std::vector<TokenTile>& tiles, int64_t threads) {
+  std::vector<Task> parts;
+  for (size_t tile = 0; tile < tiles.size(); ++tile) {
+    for (int64_t part = 0; part < a.NumParts(); ++part) {
+      if (kernels.may_see(a, tiles[tile], part)) {
+        parts.push_back({static_cast<int64_t>(tile), part, 1, 0});
+      }
+    }
+  }
+  const int64_t most = parts.size() / (kTasksPerThread * threads);
+  std::vector<Task> tasks;
+  for (const Task& part : parts) {
+    const int64_t size = kernels.partial(a, tiles[part.tile].NumQueries());
+    Task* last = tasks.empty() ? nullptr : &tasks.back();
+    if (last != nullptr && last->tile == part.tile && last->part + last->count == part.part &&
+        last->count < most && (last->count + 1) * size * kTasksPerThread <= kWaitingFloats) {
+      ++last->count;
+    } else {
+      tasks.push_back(part);
+    }
+  }
+  return tasks;
+}
+
 // Works on the tasks in waves, as many as have room for their results; the parts of a tile are
 // added in their order.
 void Attend(ffi::ThreadPool& pool, const CachedAttention& a, const CachedAttentionKernels& kernels,
-            const std::vector<TokenTile>& tiles, std::vector<Task> tasks) {
+            const std::vector<TokenTile>& tiles) {
   thread_local Scratch waiting;  // tasks take ThreadScratch, also on this thread
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  std::vector<Task> tasks = CutIntoTasks(a, kernels, tiles, threads);
   int64_t most = 1;
   for (const TokenTile& tile : tiles) most = std::max(most, tile.NumQueries());
   const int64_t floats = kernels.scratch(a, most);
   const int64_t room = std::max(kWaitingFloats * threads, kernels.partial(a, most));
   for (size_t begin = 0, end; begin < tasks.size(); begin = end) {
-    std::vector<size_t> firsts;  // tasks that begin a tile
+    std::vector<Task> merges;  // of neighbouring tasks of one tile
     int64_t used = 0;
     for (end = begin; end < tasks.size(); ++end) {
-      const int64_t size = kernels.partial(a, tiles[tasks[end].tile].NumQueries());
+      Task& task = tasks[end];
+      const int64_t size = task.count * kernels.partial(a, tiles[task.tile].NumQueries());
       if (used + size > room) break;
-      if (end == begin || tasks[end].tile != tasks[end - 1].tile) firsts.push_back(end);
-      tasks[end].at = used;
+      task.at = used;
       used += size;
+      if (end == begin || merges.back().tile != task.tile) {
+        merges.push_back(task);
+      } else {
+        merges.back().count += task.count;
+      }
     }
     float* const partials = waiting.Take(used);
     ParallelFor(pool, end - begin, [&](int64_t i) {
       const Task& task = tasks[begin + i];
-      kernels.attend(a, tiles[task.tile], task.part, partials + task.at, ThreadScratch(floats));
+      kernels.attend(a, tiles[task.tile], task.part, task.count, partials + task.at,
+                     ThreadScratch(floats));
     });
-    ParallelFor(pool, firsts.size(), [&](int64_t i) {
-      const size_t next = i + 1 < static_cast<int64_t>(firsts.size()) ? firsts[i + 1] : end;
-      const TokenTile& tile = tiles[tasks[firsts[i]].tile];
-      kernels.merge(a, tile, partials + tasks[firsts[i]].at, kernels.partial(a, tile.NumQueries()),
-                    next - firsts[i]);
+    ParallelFor(pool, merges.size(), [&](int64_t i) {
+      kernels.merge(a, tiles[merges[i].tile], merges[i].count, partials + merges[i].at);
     });
   }
 }
@@ -168,14 +201,6 @@ void Run(ffi::ThreadPool& pool, CachedAttention& a) {
   const std::vector<TokenTile> tiles = CutIntoTiles(a);
   const std::vector<ChunkSummary> summaries = Summarize(a, kernels, tiles);
   a.summaries = summaries.data();
-  std::vector<Task> tasks;
-  for (size_t tile = 0; tile < tiles.size(); ++tile) {
-    for (int64_t part = 0; part < a.NumParts(); ++part) {
-      if (kernels.may_see(a, tiles[tile], part)) {
-        tasks.push_back({static_cast<int64_t>(tile), part, 0});
-      }
-    }
-  }
   const int64_t queries = a.tokens * a.heads;
   thread_local Scratch softmax;
   a.highest = softmax.Take(2 * queries), a.totals = a.highest + queries;
@@ -186,7 +211,7 @@ void Run(ffi::ThreadPool& pool, CachedAttention& a) {
     a.highest[i] = is_none ? kNothingSeen : sink;
     a.totals[i] = is_none ? 0.0f : 1.0f;  // the sink's own exponential
   }
-  Attend(pool, a, kernels, tiles, std::move(tasks));
+  Attend(pool, a, kernels, tiles);
   ParallelFor(pool, (a.tokens + kFinishTokens - 1) / kFinishTokens, [&](int64_t i) {
     kernels.finish(a, i * kFinishTokens, std::min(a.tokens, (i + 1) * kFinishTokens));
   });

@@ -80,12 +80,12 @@ struct CachedAttentionKernels {
   void (*summarize)(const int32_t* slot_positions, int64_t slots, ChunkSummary* summaries);
   // Whether some token of the tile may see a slot of the part.
   bool (*may_see)(const CachedAttention& a, const TokenTile& tile, int64_t part);
-  // The tile's sums over one part.
-  void (*attend)(const CachedAttention& a, const TokenTile& tile, int64_t part, float* partial,
-                 float* scratch);
-  // Adds partial results of the tile, `stride` floats apart, to out, highest and totals.
-  void (*merge)(const CachedAttention& a, const TokenTile& tile, const float* partials,
-                int64_t stride, int64_t count);
+  // The tile's sums over each of `count` parts, one partial result after the other.
+  void (*attend)(const CachedAttention& a, const TokenTile& tile, int64_t part, int64_t count,
+                 float* partials, float* scratch);
+  // Adds `count` partial results of the tile to out, highest and totals.
+  void (*merge)(const CachedAttention& a, const TokenTile& tile, int64_t count,
+                const float* partials);
   // Divides the sums of tokens [begin, end) by their totals.
   void (*finish)(const CachedAttention& a, int64_t begin, int64_t end);
 };

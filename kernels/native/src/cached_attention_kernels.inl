@@ -144,103 +144,52 @@ static void HideSlots(const CachedAttention& a, const TokenTile& tile, const Gro
   }
 }
 
-// One group's rows of a chunk.
-struct Item {
-  const Chunk* chunk;
-  Group group;
-  const char* keys[kChunkSlots];
-  const char* values[kChunkSlots];
-};
-
-// The items of a tile's part, chunk by chunk. Two items and their chunks live at a time: the one
-// that is worked on and the next.
-struct Walk {
-  int64_t chunk, end, group;
-  Chunk chunks[2];
-  int chunk_in_use;
-  Item items[2];
-  int item_in_use;
-
-  Walk(const CachedAttention& a, int64_t part)
-      : chunk(part * (kPartSlots / kChunkSlots) - 1),
-        end(Min(a.NumChunks(), (part + 1) * (kPartSlots / kChunkSlots))),
-        group(kNoPosition),
-        chunk_in_use(0),
-        item_in_use(0) {}
-};
-
-// The next item; null after the last.
-static const Item* NextItem(const CachedAttention& a, const TokenTile& tile, const float* zeros,
-                            Walk* walk) {
-  if (++walk->group >= NumGroups(a, tile)) {
-    walk->group = 0;
-    walk->chunk_in_use ^= 1;
-    Chunk* chunk = &walk->chunks[walk->chunk_in_use];
-    chunk->end = 0;
-    while (chunk->end == 0 && ++walk->chunk < walk->end) {
-      const ChunkSummary summary = SummaryOf(a, tile.token, walk->chunk);
-      if (TileMaySee(a, tile, summary)) FindChunk(a, tile, walk->chunk, summary, chunk);
-    }
-    if (chunk->end == 0) return nullptr;
-  }
-  walk->item_in_use ^= 1;
-  Item* item = &walk->items[walk->item_in_use];
-  item->chunk = &walk->chunks[walk->chunk_in_use];
-  item->group = GroupOf(a, tile, walk->group);
-  FindRows(a.keys, a.kv_heads, item->group.group, *item->chunk, zeros, item->keys);
-  if (!a.are_values_keys) {
-    FindRows(a.values, a.kv_heads, item->group.group, *item->chunk, zeros, item->values);
-  }
-  return item;
-}
-
 // A chunk's keys as [width][kChunkSlots], without their scales.
-static void TakeKeys(const CachedAttention& a, const Item& item, const char* const* ahead,
-                     float* to) {
-  switch (a.keys.type) {
-    case Stored::kFloat32: return TransposeKeys<float>(item.keys, ahead, a.keys.width, to);
-    case Stored::kBFloat16: return TransposeKeys<uint16_t>(item.keys, ahead, a.keys.width, to);
-    case Stored::kInt8: return TransposeKeys<int8_t>(item.keys, ahead, a.keys.width, to);
+static void TakeKeys(const StoredRows& keys, const char* const* found, Ahead* ahead, float* to) {
+  switch (keys.type) {
+    case Stored::kFloat32: return TransposeKeys<float>(found, keys.width, ahead, to);
+    case Stored::kBFloat16: return TransposeKeys<uint16_t>(found, keys.width, ahead, to);
+    case Stored::kInt8: return TransposeKeys<int8_t>(found, keys.width, ahead, to);
   }
 }
 
 // Multiplies the scores of int8 keys by the keys' scales.
-static void ScaleScores(const CachedAttention& a, const Item& item, int64_t queries,
-                        float* scores) {
+static void ScaleScores(const CachedAttention& a, const Chunk& chunk, int64_t group,
+                        int64_t queries, float* scores) {
   float scales[kChunkSlots];
   for (int64_t i = 0; i < kChunkSlots; ++i) {
-    const int64_t place = item.chunk->places[i];
-    scales[i] = place < 0 ? 0.0f : ScaleAt(a.keys, place * a.kv_heads + item.group.group);
+    const int64_t place = chunk.places[i];
+    scales[i] = place < 0 ? 0.0f : ScaleAt(a.keys, place * a.kv_heads + group);
   }
   for (int64_t i = 0; i < queries * kChunkSlots; i += kLanes) {
     Store(scores + i, Load(scores + i) * Load(scales + i % kChunkSlots));
   }
 }
 
-// Takes an item into the sums of its group's queries, and sends for what the next one reads.
-static void AttendItem(const CachedAttention& a, const TokenTile& tile, const Item& item,
-                       const Item* next, const TileScratch& s, const Partial& to) {
+// Takes a chunk into the sums of one group's queries, and sends for what lies ahead.
+static void AttendGroup(const CachedAttention& a, const TokenTile& tile, const Group& g,
+                        const Chunk& chunk, Ahead* keys_ahead, Ahead* values_ahead,
+                        const TileScratch& s, const Partial& to) {
   const int64_t width = a.keys.width, stride = PaddedWidth(a);
-  const Group& g = item.group;
-  const Chunk& chunk = *item.chunk;
   const int64_t queries = tile.num_tokens * g.heads;
-  const char* const* found = a.are_values_keys ? item.keys : item.values;
-  const char* const* ahead = next == nullptr || a.are_values_keys ? nullptr : next->values;
-  TakeKeys(a, item, next == nullptr ? nullptr : next->keys, s.keys);
+  const char *found[kChunkSlots];
+  FindRows(a.keys, a.kv_heads, g.group, chunk, s.zeros, found);
+  TakeKeys(a.keys, found, keys_ahead, s.keys);
+  if (!a.are_values_keys) FindRows(a.values, a.kv_heads, g.group, chunk, s.zeros, found);
   // Values are copied where they are no floats, or would be read many times or past their width.
   const bool is_float = a.values.type == Stored::kFloat32 && a.values.width == stride;
   const float* copies[kChunkSlots];
-  ValueRows values = {reinterpret_cast<const float* const*>(found), ahead, chunk.end};
+  ValueRows values = {reinterpret_cast<const float* const*>(found), values_ahead, chunk.end};
   if (!is_float || queries > 2 * kTileRows) {
-    CopyRows(a.values, a.kv_heads, g.group, chunk, found, ahead, stride, s.zeros, s.value_rows,
-             copies);
+    CopyRows(a.values, a.kv_heads, g.group, chunk, found, values_ahead, stride, s.zeros,
+             s.value_rows, copies);
     values = {copies, nullptr, chunk.end};
   }
   const bool must_part = MustPart(a, tile, chunk, values.rows);
   for (int64_t begin = 0; begin < queries; begin += kTileRows) {
     const int64_t count = Min(kTileRows, queries - begin), first = g.first + begin;
     Score<kTileRows>(count, width, a.scale, s.queries + first * width, s.keys, s.scores);
-    if (a.keys.scales != nullptr) ScaleScores(a, item, count, s.scores);
+    if (a.keys.scales != nullptr) ScaleScores(a, chunk, g.group, count, s.scores);
     if (!chunk.is_all_seen) HideSlots(a, tile, g, chunk, begin, count, s.scores);
     float shrink[kTileRows];
     Weigh(count, s.scores, to.highest + first, s.sums + first * kLanes, shrink);
@@ -254,32 +203,64 @@ static void AttendItem(const CachedAttention& a, const TokenTile& tile, const It
   }
 }
 
-static void AttendPart(const CachedAttention& a, const TokenTile& tile, int64_t part,
-                       float* partial, float* scratch) {
-  const int64_t queries = tile.NumQueries();
-  Allocator memory = {scratch, 0}, partial_memory = {partial, 0};
-  const TileScratch s(a, queries, memory);
-  const Partial to(a, queries, partial_memory);
-  PackQueries(a, tile, s.queries);
-  Zero(s.zeros, Max(a.keys.width, PaddedWidth(a)));
-  Zero(s.sums, queries * kLanes);
-  Zero(to.out, queries * PaddedWidth(a));
-  for (int64_t i = 0; i < queries; ++i) to.highest[i] = kNothingSeen;
-  Walk walk(a, part);
-  const Item* item = NextItem(a, tile, s.zeros, &walk);
-  while (item != nullptr) {
-    const Item* next = NextItem(a, tile, s.zeros, &walk);
-    AttendItem(a, tile, *item, next, s, to);
-    item = next;
+// The chunks from `index` to `end` that a tile sees. Two live at a time: the one that is worked on
+// and the next.
+struct Walk {
+  int64_t index, end;
+  Chunk chunks[2];
+  int in_use;
+};
+
+// The next chunk; null after the last.
+static const Chunk* NextChunk(const CachedAttention& a, const TokenTile& tile, Walk* walk) {
+  walk->in_use ^= 1;
+  Chunk* chunk = &walk->chunks[walk->in_use];
+  for (; walk->index < walk->end; ++walk->index) {
+    const ChunkSummary summary = SummaryOf(a, tile.token, walk->index);
+    if (!TileMaySee(a, tile, summary)) continue;
+    FindChunk(a, tile, walk->index, summary, chunk);
+    if (chunk->end == 0) continue;
+    ++walk->index;
+    return chunk;
   }
-  for (int64_t i = 0; i < queries; ++i) to.totals[i] = SumOf(s.sums + i * kLanes);
+  return nullptr;
 }
 
-static void Merge(const CachedAttention& a, const TokenTile& tile, const float* partials,
-                  int64_t partial_stride, int64_t count) {
+static void AttendParts(const CachedAttention& a, const TokenTile& tile, int64_t begin,
+                        int64_t count, float* partials, float* scratch) {
+  const int64_t queries = tile.NumQueries(), per_part = kPartSlots / kChunkSlots;
+  Allocator memory = {scratch, 0}, partial_memory = {partials, 0};
+  const TileScratch s(a, queries, memory);
+  PackQueries(a, tile, s.queries);
+  Zero(s.zeros, Max(a.keys.width, PaddedWidth(a)));
+  Walk walk;
+  walk.index = begin * per_part, walk.end = Min(a.NumChunks(), (begin + count) * per_part);
+  walk.in_use = 0;
+  const Chunk* chunk = NextChunk(a, tile, &walk);
+  for (int64_t part = begin; part < begin + count; ++part) {
+    const Partial to(a, queries, partial_memory);
+    Zero(s.sums, queries * kLanes);
+    Zero(to.out, queries * PaddedWidth(a));
+    for (int64_t i = 0; i < queries; ++i) to.highest[i] = kNothingSeen;
+    while (chunk != nullptr && chunk->index / per_part == part) {
+      const Chunk* next = NextChunk(a, tile, &walk);
+      const int64_t groups = NumGroups(a, tile), first = GroupOf(a, tile, 0).group;
+      Ahead keys_ahead(a.keys, a.kv_heads, first, groups, next);
+      Ahead values_ahead(a.values, a.kv_heads, first, groups, a.are_values_keys ? nullptr : next);
+      for (int64_t group = 0; group < groups; ++group) {
+        AttendGroup(a, tile, GroupOf(a, tile, group), *chunk, &keys_ahead, &values_ahead, s, to);
+      }
+      chunk = next;
+    }
+    for (int64_t i = 0; i < queries; ++i) to.totals[i] = SumOf(s.sums + i * kLanes);
+  }
+}
+
+static void Merge(const CachedAttention& a, const TokenTile& tile, int64_t count,
+                  const float* partials) {
   const int64_t width = a.values.width, stride = PaddedWidth(a);
-  for (int64_t n = 0; n < count; ++n, partials += partial_stride) {
-    Allocator memory = {const_cast<float*>(partials), 0};
+  Allocator memory = {const_cast<float*>(partials), 0};
+  for (int64_t n = 0; n < count; ++n) {
     const Partial from(a, tile.NumQueries(), memory);
     for (int64_t index = 0; index < NumGroups(a, tile); ++index) {
       const Group g = GroupOf(a, tile, index);
@@ -325,7 +306,7 @@ static int64_t PartialFloats(const CachedAttention& a, int64_t queries) {
 
 extern const CachedAttentionKernels kCachedAttentionKernels;
 const CachedAttentionKernels kCachedAttentionKernels = {
-    TileFloats, PartialFloats, Summarize, MaySeePart, AttendPart, Merge, Finish};
+    TileFloats, PartialFloats, Summarize, MaySeePart, AttendParts, Merge, Finish};
 
 }  // namespace MOESAIC_ISA
 }  // namespace moesaic

@@ -46,11 +46,10 @@ static void ScoreRows(int64_t width, float scale, const float* queries, const fl
   }
 }
 
-// Rows of values [kChunkSlots], of which `count` have weights; rows of floats `ahead` are sent for,
-// where there are any.
+// Rows of values [kChunkSlots], of which `count` have weights, and what is sent for beside them.
 struct ValueRows {
   const float* const* rows;
-  const char* const* ahead;
+  Ahead* ahead;  // or null
   int64_t count;
 };
 
@@ -68,9 +67,7 @@ MOESAIC_INLINE void ValueStrip(const float* weights, const ValueRows& values, in
   }
   for (int64_t slot = 0; slot < values.count; ++slot) {
     const float* from = values.rows[slot] + column;
-    if (values.ahead != nullptr) {
-      Prefetch(values.ahead[slot] + column * sizeof(float), kVectors * sizeof(Vector));
-    }
+    if (values.ahead != nullptr && slot % 4 == 0) values.ahead->Send(4 * kVectors * sizeof(Vector));
     Vector row[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) row[j] = Load(from + j * kLanes);

@@ -71,6 +71,7 @@ static bool MaySeePart(const CachedAttention& a, const TokenTile& tile, int64_t 
 
 // A chunk as a tile sees it.
 struct Chunk {
+  int64_t index;
   int32_t positions[kChunkSlots];  // -1 past the row's end
   int64_t places[kChunkSlots];     // in storage; -1: no token of the tile sees it
   int64_t end;                     // past the last slot that some token sees
@@ -116,6 +117,7 @@ static void FindPlaces(const CachedAttention& a, int64_t row, int64_t first, con
 static void FindChunk(const CachedAttention& a, const TokenTile& tile, int64_t index,
                       const ChunkSummary& summary, Chunk* chunk) {
   const int64_t row = a.rows[tile.token], first = index * kChunkSlots;
+  chunk->index = index;
   FindPositions(a, row, first, chunk);
   IntVector seen[kChunkVectors] = {};
   chunk->is_all_seen = first + kChunkSlots <= a.slots;
@@ -144,10 +146,7 @@ MOESAIC_INLINE Vector LoadWide(const float* from, float) { return Load(from); }
 MOESAIC_INLINE float Wide(float value, float) { return value; }
 
 MOESAIC_INLINE Vector LoadWide(const uint16_t* from, float) {
-  ShortVector upper;
-  __builtin_memcpy(&upper, from, sizeof(upper));
-  const IntVector bits = __builtin_convertvector(upper, IntVector) << 16;
-  return (Vector)bits;
+  return LoadHalves(from);
 }
 MOESAIC_INLINE float Wide(uint16_t value, float) { return FromBFloat16(value); }
 
@@ -187,21 +186,46 @@ static void FindRows(const StoredRows& rows, int64_t kv_heads, int64_t group, co
   }
 }
 
-// Bytes that will be read soon.
-MOESAIC_INLINE void Prefetch(const char* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-}
+// Asks memory for the next chunk of some groups, in the order in which it lies there, while this
+// one is worked on.
+struct Ahead {
+  const Chunk* chunk;  // or null
+  const char* data;
+  int64_t place_bytes, bytes;  // of a place: how far apart, and how many are read
+  int64_t slot, at, debt;
 
-// A group's rows of a chunk as floats, `stride` apart, zeros beside `width` of them. Rows `ahead`
-// are sent for, where there are any.
+  Ahead(const StoredRows& rows, int64_t kv_heads, int64_t group, int64_t groups,
+        const Chunk* next_chunk)
+      : chunk(next_chunk), slot(0), at(0), debt(0) {
+    const int64_t row_bytes = rows.stored_width * ElementBytes(rows.type);
+    data = static_cast<const char*>(rows.data) + group * row_bytes;
+    place_bytes = kv_heads * row_bytes, bytes = groups * row_bytes;
+  }
+
+  // As many bytes of the next chunk as were read of this one.
+  void Send(int64_t count) {
+    if (chunk == nullptr) return;
+    debt += count;
+    while (debt > 0 && slot < chunk->end) {
+      const int64_t place = chunk->places[slot], end = Min(bytes, at + debt);
+      if (place >= 0) {
+        debt -= end - at;
+        const char* row = data + place * place_bytes;
+        for (; at < end; at += 64) __builtin_prefetch(row + at, 0, 2);
+        if (at < bytes) return;
+      }
+      at = 0, ++slot;
+    }
+  }
+};
+
+// A group's rows of a chunk as floats, `stride` apart, zeros beside `width` of them.
 template <class T>
 static void WidenRows(const StoredRows& rows, int64_t kv_heads, int64_t group, const Chunk& chunk,
-                      const char* const* found, const char* const* ahead, int64_t stride,
-                      float* to) {
+                      const char* const* found, Ahead* ahead, int64_t stride, float* to) {
   const int64_t width = rows.width;
-  for (int64_t slot = 0; slot < kChunkSlots; ++slot, to += stride) {
-    if (ahead != nullptr) Prefetch(ahead[slot], rows.stored_width * sizeof(T));
-    if (slot >= chunk.end) continue;
+  for (int64_t slot = 0; slot < chunk.end; ++slot, to += stride) {
+    ahead->Send(rows.stored_width * sizeof(T));
     const int64_t place = chunk.places[slot];
     const float scale = place < 0 ? 0.0f : ScaleAt(rows, place * kv_heads + group);
     const T* from = reinterpret_cast<const T*>(found[slot]);
@@ -214,8 +238,8 @@ static void WidenRows(const StoredRows& rows, int64_t kv_heads, int64_t group, c
 
 // The same for any type; points at the rows, and at `zeros` past the last that is seen.
 static void CopyRows(const StoredRows& rows, int64_t kv_heads, int64_t group, const Chunk& chunk,
-                     const char* const* found, const char* const* ahead, int64_t stride,
-                     const float* zeros, float* to, const float** pointers) {
+                     const char* const* found, Ahead* ahead, int64_t stride, const float* zeros,
+                     float* to, const float** pointers) {
   switch (rows.type) {
     case Stored::kFloat32:
       WidenRows<float>(rows, kv_heads, group, chunk, found, ahead, stride, to);
@@ -287,19 +311,15 @@ MOESAIC_INLINE void StoreChannels(const int8_t*, IntVector four, float* to) {
   }
 }
 
-// Rows of keys as floats [width][kChunkSlots], int8 ones without their scales. Rows `ahead` are
-// sent for, where there are any.
+// Rows of keys as floats [width][kChunkSlots], int8 ones without their scales.
 template <class T>
-static void TransposeKeys(const char* const* rows, const char* const* ahead, int64_t width,
-                          float* to) {
+static void TransposeKeys(const char* const* rows, int64_t width, Ahead* ahead, float* to) {
   constexpr int64_t kLine = 64, kQuad = 16, kPerFour = 4 / sizeof(T);
   const int64_t bytes = width * sizeof(T), whole = bytes / kQuad * kQuad;
   for (int64_t line = 0; line < bytes; line += kLine) {
     const int64_t end = Min(line + kLine, whole);
     for (int64_t slot = 0; slot < kChunkSlots; slot += kLanes) {
-      if (ahead != nullptr) {
-        for (int64_t i = slot; i < slot + kLanes; ++i) Prefetch(ahead[i] + line, 1);
-      }
+      ahead->Send(kLanes * Min(kLine, bytes - line));
       for (int64_t at = line; at < end; at += kQuad) {
         const char* const* from = rows + slot;
         const Quads a = LoadQuads(from, at), b = LoadQuads(from + 1, at);

@@ -14,6 +14,7 @@ constexpr int64_t kBlockDepth = 256;
 constexpr int64_t kMaxTileRows = 12;
 constexpr int64_t kMaxTileCols = 32;
 constexpr int64_t kThinRows = 4;
+constexpr int64_t kHalfRows = 8;
 
 // A matrix in memory: element (i, j) lies at data[i * row_stride + j * col_stride]. One of the two
 // strides must be 1.
@@ -40,9 +41,16 @@ struct GemmKernels {
   void (*pack_cols)(const float* source, int64_t depth_stride, int64_t stride, int64_t depth,
                     int64_t width, float* packed);
   // c[rows, cols] = a[rows, depth] * b[depth, cols] for rows <= kThinRows, with b's rows read where
-  // they lie: so few rows would not repay packing them.
+  // they lie: so few rows would not repay packing them. With a chain of kBlockDepth, after which
+  // sums begin anew, their bits are Gemm's; 0: there is one sum.
   void (*thin)(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-               int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
+               int64_t c_stride, int64_t rows, int64_t cols, int64_t depth, int64_t chain);
+  // The same for rows <= kHalfRows where b is bfloat16; a row's bits don't depend on the others.
+  void (*thin_halves)(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+                      float* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
+  // And where it is [cols, depth].
+  void (*dot_halves)(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+                     float* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
 };
 
 // Packs b[k : k + depth, col : col + width] as [depth, tile_cols], zeros beside it; k and depth are

@@ -8,6 +8,14 @@ namespace MOESAIC_ISA {
 
 #include "vector.inl"
 
+MOESAIC_INLINE float ToFloat(float value) { return value; }
+MOESAIC_INLINE float ToFloat(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 constexpr int64_t kTileRows = MOESAIC_TILE_ROWS;
 constexpr int64_t kTileVectors = MOESAIC_TILE_VECTORS;
 constexpr int64_t kTileCols = kTileVectors * kLanes;
@@ -89,33 +97,64 @@ static void Pack(const float* source, int64_t depth_stride, int64_t stride, int6
   }
 }
 
-// kVectors of c's columns for kRows rows.
-template <int kRows, int kVectors>
+// Floats from the first `count` elements; zeros beside them.
+template <class Element>
+MOESAIC_INLINE Vector LoadPart(const Element* from, int64_t count) {
+  Vector part = {};
+  for (int64_t lane = 0; lane < count; ++lane) part[lane] = ToFloat(from[lane]);
+  return part;
+}
+
+// kVectors of c's columns for kRows rows, or of one vector the first `part` columns. Sums begin anew
+// after each `chain` of the depth.
+template <int kRows, int kVectors, bool kPart = false>
 MOESAIC_INLINE void ThinStrip(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                              float* c, int64_t c_stride, int64_t depth) {
-  Vector sums[kRows][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
+                              float* c, int64_t c_stride, int64_t depth, int64_t chain,
+                              int64_t part = kLanes) {
+  Vector totals[kRows][kVectors] = {};
+  for (int64_t begin = 0; begin < depth; begin += chain) {
+    const int64_t end = depth - begin < chain ? depth : begin + chain;
+    Vector sums[kRows][kVectors] = {};
+    for (int64_t k = begin; k < end; ++k, b += b_stride) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      const Vector row = Load(b + j * kLanes);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) sums[i][j] += Broadcast(a[i * a_stride + k]) * row;
+      for (int j = 0; j < kVectors; ++j) {
+        const Vector row = kPart ? LoadPart(b, part) : Load(b + j * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) sums[i][j] += Broadcast(a[i * a_stride + k]) * row;
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) {
+        totals[i][j] = begin == 0 ? sums[i][j] : totals[i][j] + sums[i][j];
+      }
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVectors; ++j) Store(c + i * c_stride + j * kLanes, sums[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + i * c_stride + j * kLanes;
+      if (!kPart) Store(to, totals[i][j]);
+      for (int64_t lane = 0; kPart && lane < part; ++lane) to[lane] = totals[i][j][lane];
+    }
   }
 }
 
 template <int kRows>
 static void ThinRows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                     int64_t c_stride, int64_t cols, int64_t depth) {
+                     int64_t c_stride, int64_t cols, int64_t depth, int64_t chain) {
+  constexpr int kVectors = 4;
+  const bool is_fixed = chain > 0;
+  if (!is_fixed) chain = depth > 0 ? depth : 1;
   int64_t j = 0;
-  for (; j + 4 * kLanes <= cols; j += 4 * kLanes) {
-    ThinStrip<kRows, 4>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
+  for (; j + kVectors * kLanes <= cols; j += kVectors * kLanes) {
+    ThinStrip<kRows, kVectors>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, chain);
   }
   for (; j + kLanes <= cols; j += kLanes) {
-    ThinStrip<kRows, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
+    ThinStrip<kRows, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, chain);
+  }
+  if (is_fixed && j < cols) {
+    ThinStrip<kRows, 1, true>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, chain,
+                              cols - j);
+    return;
   }
   for (; j < cols; ++j) {
     for (int i = 0; i < kRows; ++i) {
@@ -128,16 +167,131 @@ static void ThinRows(const float* a, int64_t a_stride, const float* b, int64_t b
 
 // See GemmKernels::thin.
 static void Thin(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                 int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
+                 int64_t c_stride, int64_t rows, int64_t cols, int64_t depth, int64_t chain) {
   static constexpr decltype(&ThinRows<1>) kByRows[] = {ThinRows<1>, ThinRows<2>, ThinRows<3>,
                                                        ThinRows<4>};
   static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kThinRows, "one for each number of rows");
+  kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth, chain);
+}
+
+// c[kRows, cols] += a[kRows, kDepth] * b[kDepth, cols], or = where `is_first`. Rows of b are read side
+// by side along their whole length, and those that come next are asked for: memory is slow to begin.
+template <int kRows, int kDepth>
+static void HalfBlock(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+                      float* c, int64_t c_stride, int64_t cols, bool is_first) {
+  for (int64_t j = 0; j < cols; j += kLanes) {
+    const int64_t part = cols - j;
+    Vector rows[kDepth];
+#pragma GCC unroll 8
+    for (int k = 0; k < kDepth; ++k) {
+      const uint16_t* from = b + k * b_stride + j;
+      __builtin_prefetch(from + kDepth * b_stride);
+      rows[k] = part >= kLanes ? LoadHalves(from) : LoadPart(from, part);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      float* to = c + i * c_stride + j;
+      Vector sum = is_first ? Vector{} : part >= kLanes ? Load(to) : LoadPart(to, part);
+#pragma GCC unroll 8
+      for (int k = 0; k < kDepth; ++k) sum += Broadcast(a[i * a_stride + k]) * rows[k];
+      if (part >= kLanes) {
+        Store(to, sum);
+      } else {
+        for (int64_t lane = 0; lane < part; ++lane) to[lane] = sum[lane];
+      }
+    }
+  }
+}
+
+template <int kRows>
+static void HalfRows(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+                     float* c, int64_t c_stride, int64_t cols, int64_t depth) {
+  constexpr int64_t kCols = 1024;  // whose sums stay in the first-level cache
+  for (int64_t j = 0; j < cols; j += kCols) {
+    const int64_t width = cols - j < kCols ? cols - j : kCols;
+    int64_t k = 0;
+    for (; k + 8 <= depth; k += 8) {
+      HalfBlock<kRows, 8>(a + k, a_stride, b + k * b_stride + j, b_stride, c + j, c_stride, width,
+                          k == 0);
+    }
+    for (; k < depth; ++k) {
+      HalfBlock<kRows, 1>(a + k, a_stride, b + k * b_stride + j, b_stride, c + j, c_stride, width,
+                          k == 0);
+    }
+  }
+}
+
+// See GemmKernels::thin_halves.
+static void ThinHalves(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+                       float* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
+  static constexpr decltype(&HalfRows<1>) kByRows[] = {HalfRows<1>, HalfRows<2>, HalfRows<3>,
+                                                       HalfRows<4>, HalfRows<5>, HalfRows<6>,
+                                                       HalfRows<7>, HalfRows<8>};
+  static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kHalfRows, "one for each number of rows");
+  kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
+}
+
+MOESAIC_INLINE float SumOfLanes(Vector vector) {
+  float lanes[kLanes];
+  Store(lanes, vector);
+  Vector4 sums = Load4(lanes);
+  for (int64_t lane = 4; lane < kLanes; lane += 4) sums += Load4(lanes + lane);
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+
+// kCols dot products of each of kRows rows: lanes sum every kLanes-th product.
+template <int kRows, int kCols>
+MOESAIC_INLINE void Dots(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+                         float* c, int64_t c_stride, int64_t depth) {
+  Vector sums[kRows][kCols] = {};
+  const int64_t whole = depth / kLanes * kLanes;
+  for (int64_t k = 0; k < whole; k += kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kCols; ++j) {
+      __builtin_prefetch(b + (j + kCols) * b_stride + k);
+      const Vector col = LoadHalves(b + j * b_stride + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) sums[i][j] += Load(a + i * a_stride + k) * col;
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kCols; ++j) {
+      const int64_t left = depth - whole;
+      if (left > 0) {
+        sums[i][j] += LoadPart(a + i * a_stride + whole, left) *
+                      LoadPart(b + j * b_stride + whole, left);
+      }
+      c[i * c_stride + j] = SumOfLanes(sums[i][j]);
+    }
+  }
+}
+
+template <int kRows>
+static void DotRows(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride, float* c,
+                    int64_t c_stride, int64_t cols, int64_t depth) {
+  constexpr int kCols = kRows <= 4 ? 4 : 2;
+  int64_t j = 0;
+  for (; j + kCols <= cols; j += kCols) {
+    Dots<kRows, kCols>(a, a_stride, b + j * b_stride, b_stride, c + j, c_stride, depth);
+  }
+  for (; j < cols; ++j) {
+    Dots<kRows, 1>(a, a_stride, b + j * b_stride, b_stride, c + j, c_stride, depth);
+  }
+}
+
+// See GemmKernels::dot_halves.
+static void DotHalves(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+                      float* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
+  static constexpr decltype(&DotRows<1>) kByRows[] = {DotRows<1>, DotRows<2>, DotRows<3>,
+                                                      DotRows<4>, DotRows<5>, DotRows<6>,
+                                                      DotRows<7>, DotRows<8>};
+  static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kHalfRows, "one for each number of rows");
   kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
 }
 
 extern const GemmKernels kGemmKernels;
-const GemmKernels kGemmKernels = {MOESAIC_ISA_NAME, kTileRows,       kTileCols, Tile,
-                                  Pack<kTileRows>,  Pack<kTileCols>, Thin};
+const GemmKernels kGemmKernels = {MOESAIC_ISA_NAME, kTileRows, kTileCols,  Tile,     Pack<kTileRows>,
+                                  Pack<kTileCols>,  Thin,      ThinHalves, DotHalves};
 
 }  // namespace MOESAIC_ISA
 }  // namespace moesaic

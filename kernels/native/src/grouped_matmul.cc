@@ -19,9 +19,10 @@ using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 
 // y[r] = x[r] * w[group of r], or with its transpose. w is [E, D, F]; x is [R, D] and y [R, F], or
-// the other way round. Rows past the last group are zero.
+// the other way round. Rows past the last group are zero. In a fixed order a row's bits don't depend
+// on how many rows there are: as Gemm has them.
 ffi::Error RowsTimesMatrix(ffi::ThreadPool pool, F32 x, F32 w, S32 group_sizes,
-                           ffi::ResultBuffer<ffi::F32> y, bool transpose) {
+                           ffi::ResultBuffer<ffi::F32> y, bool fixed_order, bool transpose) {
   const int64_t num_rows = x.dimensions()[0], depth = x.dimensions()[1];
   const int64_t cols = y->dimensions()[1], d = w.dimensions()[1], f = w.dimensions()[2];
   if (depth != (transpose ? f : d) || cols != (transpose ? d : f)) {
@@ -39,7 +40,7 @@ ffi::Error RowsTimesMatrix(ffi::ThreadPool pool, F32 x, F32 w, S32 group_sizes,
     float* c = y->typed_data() + row * cols + task.col;
     if (task.rows <= kThinRows && !transpose) {
       kernels.thin(x.typed_data() + row * depth, depth, w_group + task.col, f, c, cols, task.rows,
-                   task.cols, depth);
+                   task.cols, depth, fixed_order ? kBlockDepth : 0);
       return;
     }
     const Matrix a = {x.typed_data() + row * depth, depth, 1};
@@ -88,6 +89,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moesaic_rows_times_matrix, moesaic::RowsTimesMatri
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<bool>("fixed_order")
                                   .Attr<bool>("transpose"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moesaic_rows_times_rows, moesaic::RowsTimesRows,

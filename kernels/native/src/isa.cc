@@ -3,6 +3,8 @@
 #include <atomic>
 #include <cstring>
 
+#include "tiles.h"
+
 namespace moesaic {
 
 #if defined(__x86_64__)
@@ -28,16 +30,21 @@ extern const CachedAttentionKernels kCachedAttentionKernels;
 
 namespace {
 
+#if defined(__x86_64__)
+bool HasAvx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
 // Best first; the last runs wherever this library was built for.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
+    {"amx", &avx512::kGemmKernels, &avx512::kQuantizedKernels, &avx512::kAttentionKernels,
+     &avx512::kCachedAttentionKernels, [] { return HasAvx512() && HasTiles(); }},
     {"avx512", &avx512::kGemmKernels, &avx512::kQuantizedKernels, &avx512::kAttentionKernels,
-     &avx512::kCachedAttentionKernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vnni");
-     }},
+     &avx512::kCachedAttentionKernels, HasAvx512},
     {"avx2", &avx2::kGemmKernels, &avx2::kQuantizedKernels, &avx2::kAttentionKernels,
      &avx2::kCachedAttentionKernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},

@@ -42,7 +42,8 @@ constexpr int kExactDigits = 3;
 struct RoundedRows {
   const int8_t* values;   // [rows, digits, inputs], the least digit first
   const float* scales;    // [rows, inputs / block]
-  const int32_t* sums;    // of each block's digits, [rows, digits, inputs / block]
+  // Of each block's digits: what the products' sums start with, [rows, digits, inputs / block].
+  const int32_t* starts;
   int digits;
 };
 
@@ -50,19 +51,26 @@ struct RoundedRows {
 struct QuantizedKernels {
   // Up to how many rows kExactDigits are faster than floats; 0: never.
   int64_t digit_rows;
-  // y[rows, 16] = x[rows, inputs] * one panel, with exact float32 x. rows <= kMaxRows.
+  // Rows that panel_rounded takes at a time in kExactDigits.
+  int64_t digit_chunk;
+  // y[16] = x[inputs] * one panel, with exact float32 x; sums have another order than below.
+  void (*panel_of_one)(const QuantizedMatrix& w, int64_t panel, const float* x, float* y);
+  // y[rows, 16] = x[rows, inputs] * one panel, likewise, in one order for any rows <= kMaxRows.
   void (*panel)(const QuantizedMatrix& w, int64_t panel, const float* x, int64_t rows, float* y,
                 int64_t y_stride);
   // The same with x rounded and whole weights: products within a block are exact in integers.
   void (*panel_rounded)(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x, int64_t rows,
                         float* y, int64_t y_stride);
-  // One row of x rounded: see RoundedRows. Where x is not finite, its block's scale is NaN.
-  void (*round)(const float* x, int64_t inputs, int64_t block, int digits, int8_t* values,
-                float* scales, int32_t* sums);
+  // One row of x rounded for products with w: see RoundedRows. Where x is not finite, its block's
+  // scale is NaN.
+  void (*round)(const float* x, const QuantizedMatrix& w, int digits, int8_t* values, float* scales,
+                int32_t* starts);
   // Inputs [begin, begin + depth) of a panel as floats, [depth, stride] of which 16 are written.
   // begin and depth are multiples of 8.
   void (*dequantize)(const QuantizedMatrix& w, int64_t panel, int64_t begin, int64_t depth,
                      float* to, int64_t stride);
+  // gate becomes silu(gate) * up; count is a multiple of 16.
+  void (*gate)(float* gate, const float* up, int64_t count);
 };
 
 }  // namespace moesaic

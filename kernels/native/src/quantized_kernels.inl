@@ -4,59 +4,14 @@
 namespace moesaic {
 namespace MOESAIC_ISA {
 
-typedef uint16_t ShortVector __attribute__((vector_size(MOESAIC_VECTOR_BYTES / 2)));
-typedef int32_t IntVector __attribute__((vector_size(MOESAIC_VECTOR_BYTES)));
+#include "vector_exp.inl"
+#include "quantized_vectors.inl"
 
-// Vectors that hold a panel's 16 outputs.
-constexpr int64_t kParts = kPanelOutputs / kLanes;
-// Bytes of one input group of a panel: 16 outputs of 4 bytes.
-constexpr int64_t kGroupBytes = 4 * kPanelOutputs;
-
-MOESAIC_INLINE IntVector LoadInts(const void* from) {
-  IntVector vector;
-  __builtin_memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
-
-MOESAIC_INLINE Vector ToFloat(IntVector vector) { return __builtin_convertvector(vector, Vector); }
-
-// The scales of a part of a panel's outputs, for inputs of one block.
-MOESAIC_INLINE Vector Scales(const QuantizedMatrix& w, int64_t panel, int64_t block, int64_t part) {
-  const int64_t index = (panel * (w.inputs / w.block) + block) * kPanelOutputs + part * kLanes;
-  if (!w.are_scales_bfloat16) return Load(static_cast<const float*>(w.scales) + index);
-  ShortVector upper;
-  __builtin_memcpy(&upper, static_cast<const uint16_t*>(w.scales) + index, sizeof(upper));
-  const IntVector bits = __builtin_convertvector(upper, IntVector) << 16;
-  return (Vector)bits;
-}
-
-// Floats of e4m3 codes below 256. Numbers below 2^-6 have no leading one, and the code of what is
-// not a number is no greater number here.
-MOESAIC_INLINE Vector FromE4m3(IntVector code) {
-  const IntVector magnitude = code & 0x7F;
-  const IntVector small = (IntVector)(ToFloat(magnitude) * 0x1p-9f);
-  IntVector bits = (magnitude << 20) + (120 << 23);  // the exponents' biases are 7 and 127
-  bits = magnitude < 8 ? small : bits;
-  bits = magnitude == 0x7F ? IntVector{} + 0x7FC00000 : bits;
-  return (Vector)(bits | ((code & 0x80) << 24));
-}
-
-// Of each lane's four bytes, the weight of input `index` of the group: byte `index` for 8 bits,
-// nibble `index` in the panel's order for 4.
-template <Format kFormat>
-MOESAIC_INLINE Vector Weight(IntVector group, int index) {
-  if (kFormat == Format::kE4m3) return FromE4m3((group >> (8 * index)) & 0xFF);
-  constexpr int kBits = BitsOf(kFormat);
-  const int top = kBits == 8 ? 24 - 8 * index : index < 4 ? 28 - 8 * index : 24 - 8 * (index - 4);
-  return ToFloat((group << top) >> (32 - kBits));
-}
-
-template <Format kFormat, int kRows>
+// Each row's sum is cut in kChains, for a sum waits for the one before it.
+template <Format kFormat, int kRows, int kChains>
 static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, float* y,
                        int64_t y_stride) {
   constexpr int kInputs = 32 / BitsOf(kFormat);  // of one group
-  // A lone row's sum is cut in four, for a sum waits for the one before it.
-  constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
   const uint8_t* bytes = w.Panel(panel);
   Vector total[kRows][kParts] = {};
   for (int64_t block = 0; block < w.inputs / w.block; ++block) {
@@ -65,6 +20,7 @@ static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, 
 #pragma GCC unroll 4
       for (int64_t part = 0; part < kParts; ++part) {
         const IntVector group = LoadInts(bytes + part * sizeof(IntVector));
+        if (part % kPartsOfLine == 0) __builtin_prefetch(bytes + part * sizeof(IntVector) + kAhead);
 #pragma GCC unroll 8
         for (int i = 0; i < kInputs; ++i) {
           const Vector weight = Weight<kFormat>(group, i);
@@ -95,9 +51,9 @@ static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, 
 
 // sums + the products of four bytes in each lane: x's (signed, the same in all lanes) with
 // weights'. DotUnsigned takes unsigned weights of up to 15, DotSigned signed ones, and adds
-// kOffset times x's sum to their products.
+// kOffset times x's sum to their products; x's sums start so much lower.
 #if MOESAIC_VECTOR_BYTES == 64
-constexpr int64_t kDigitRows = 4;
+constexpr int64_t kDigitRows = 4, kDigitChunk = 4;
 constexpr int32_t kOffset = 128;  // of the instruction's operands one is unsigned: it gets w + 128
 
 MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weights) {
@@ -107,8 +63,13 @@ MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weight
 MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
   return DotUnsigned(sums, x, weights ^ static_cast<int32_t>(0x80808080));
 }
+
+MOESAIC_INLINE IntVector DotDigits(IntVector sums, int32_t x, IntVector weights) {
+  return DotSigned(sums, x, weights);
+}
 #elif MOESAIC_VECTOR_BYTES == 32
 constexpr int64_t kDigitRows = 0;  // three digits take more instructions than a float
+constexpr int64_t kDigitChunk = 1;
 constexpr int32_t kOffset = 0;
 
 MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weights) {
@@ -116,7 +77,17 @@ MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weight
   return sums + (IntVector)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
-// |w| * (x with w's sign): at most 127 * 127 * 2 in a pair, which 16 bits hold. (x is never -128.)
+// Of any x: bytes become 16 bits, first those of even places.
+MOESAIC_INLINE IntVector DotDigits(IntVector sums, int32_t x, IntVector weights) {
+  const __m256i xs = _mm256_set1_epi32(x), ws = (__m256i)weights;
+  const __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(ws, 8), 8),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(ws, 8), _mm256_srai_epi16(xs, 8));
+  return sums + (IntVector)_mm256_add_epi32(even, odd);
+}
+
+// |w| * (x with w's sign): at most 127 * 127 * 2 in a pair, which 16 bits hold. x is never -128, as
+// the lower of several digits may be.
 MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
   const __m256i signed_x = _mm256_sign_epi8(_mm256_set1_epi32(x), (__m256i)weights);
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)weights), signed_x);
@@ -124,6 +95,7 @@ MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights)
 }
 #else
 constexpr int64_t kDigitRows = 0;  // three digits take more instructions than a float
+constexpr int64_t kDigitChunk = 1;
 constexpr int32_t kOffset = 0;
 
 MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
@@ -132,12 +104,18 @@ MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights)
   return sums;
 }
 
+MOESAIC_INLINE IntVector DotDigits(IntVector sums, int32_t x, IntVector weights) {
+  return DotSigned(sums, x, weights);
+}
+
 MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weights) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) sums += ((weights >> (8 * i)) & 0xFF) * ((x << (24 - 8 * i)) >> 24);
   return sums;
 }
 #endif
+
+MOESAIC_INLINE IntVector AllInts(int32_t value) { return value - IntVector{}; }
 
 MOESAIC_INLINE int32_t FourBytes(const int8_t* from) {
   int32_t bytes;
@@ -157,22 +135,23 @@ static void RoundedPanel(const QuantizedMatrix& w, int64_t panel, const RoundedR
     IntVector sums[kSums][kParts];
 #pragma GCC unroll 24
     for (int i = 0; i < kSums; ++i) {
-      const int32_t offset = (kBits == 8 ? kOffset : 8) * x.sums[i * blocks + block];
 #pragma GCC unroll 4
-      for (int64_t part = 0; part < kParts; ++part) sums[i][part] = IntVector{} - offset;
+      for (int64_t part = 0; part < kParts; ++part) sums[i][part] = AllInts(x.starts[i * blocks + block]);
     }
     for (int64_t k = block * w.block; k < (block + 1) * w.block; k += kInputs) {
 #pragma GCC unroll 4
       for (int64_t part = 0; part < kParts; ++part, bytes += sizeof(IntVector)) {
         const IntVector group = LoadInts(bytes);
+        if (part % kPartsOfLine == 0) __builtin_prefetch(bytes + kAhead);
         if (kBits == 8) {
 #pragma GCC unroll 24
           for (int i = 0; i < kSums; ++i) {
             const int8_t* inputs = x.values + i * w.inputs + k;
-            sums[i][part] = DotSigned(sums[i][part], FourBytes(inputs), group);
+            sums[i][part] = kDigits == 1 ? DotSigned(sums[i][part], FourBytes(inputs), group)
+                                         : DotDigits(sums[i][part], FourBytes(inputs), group);
           }
         } else {
-          // Two's complement nibbles plus 8 are unsigned ones; 8 times x's sum is taken off above.
+          // Two's complement nibbles plus 8 are unsigned ones.
           const IntVector unsigned_group = group ^ static_cast<int32_t>(0x88888888);
           const IntVector low = unsigned_group & 0x0F0F0F0F;
           const IntVector high = (unsigned_group >> 4) & 0x0F0F0F0F;
@@ -210,16 +189,16 @@ template <int kRows>
 static void PanelOfRows(const QuantizedMatrix& w, int64_t panel, const float* x, float* y,
                         int64_t y_stride) {
   switch (w.format) {
-    case Format::kInt8: return ExactPanel<Format::kInt8, kRows>(w, panel, x, y, y_stride);
-    case Format::kInt4: return ExactPanel<Format::kInt4, kRows>(w, panel, x, y, y_stride);
-    case Format::kE4m3: return ExactPanel<Format::kE4m3, kRows>(w, panel, x, y, y_stride);
+    case Format::kInt8: return ExactPanel<Format::kInt8, kRows, 1>(w, panel, x, y, y_stride);
+    case Format::kInt4: return ExactPanel<Format::kInt4, kRows, 1>(w, panel, x, y, y_stride);
+    case Format::kE4m3: return ExactPanel<Format::kE4m3, kRows, 1>(w, panel, x, y, y_stride);
   }
 }
 
 template <int kRows>
 static void RoundedPanelOfRows(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x,
                                float* y, int64_t y_stride) {
-  if constexpr (kRows <= kDigitRows) {
+  if constexpr (kRows <= kDigitChunk) {
     if (x.digits == kExactDigits) {
       if (w.format == Format::kInt8) {
         RoundedPanel<8, kRows, kExactDigits>(w, panel, x, y, y_stride);
@@ -233,6 +212,15 @@ static void RoundedPanelOfRows(const QuantizedMatrix& w, int64_t panel, const Ro
     RoundedPanel<8, kRows, 1>(w, panel, x, y, y_stride);
   } else {
     RoundedPanel<4, kRows, 1>(w, panel, x, y, y_stride);
+  }
+}
+
+// Making floats of e4m3 takes longer than a sum waits.
+static void PanelOfOne(const QuantizedMatrix& w, int64_t panel, const float* x, float* y) {
+  switch (w.format) {
+    case Format::kInt8: return ExactPanel<Format::kInt8, 1, 4>(w, panel, x, y, 0);
+    case Format::kInt4: return ExactPanel<Format::kInt4, 1, 4>(w, panel, x, y, 0);
+    case Format::kE4m3: return ExactPanel<Format::kE4m3, 1, 1>(w, panel, x, y, 0);
   }
 }
 
@@ -252,10 +240,12 @@ static void RoundedRowsPanel(const QuantizedMatrix& w, int64_t panel, const Roun
   kByRows[rows - 1](w, panel, x, y, y_stride);
 }
 
-// The block of x from `x` on as whole numbers of `kDigits` digits; returns its scale.
-template <int kDigits>
-static float RoundBlock(const float* x, int64_t inputs, int64_t block, int64_t blocks,
-                        int8_t* values, int32_t* sums) {
+// The block of x from `x` on as whole numbers of `kDigits` digits; returns its scale. Of kBlock
+// inputs, or of so many as `any_block` says.
+template <int kDigits, int kBlock>
+static float RoundBlock(const float* x, int64_t inputs, int64_t any_block, int64_t blocks,
+                        int32_t offset, int8_t* values, int32_t* starts) {
+  const int64_t block = kBlock > 0 ? kBlock : any_block;
   // The greatest digit 127; the lower ones have room for what rounding adds.
   constexpr float kLargest = kDigits == 1 ? 127.0f : 127.0f * 65536.0f;
   // Magnitudes are in the order of their bits, and what is not finite is past all others: so no
@@ -289,17 +279,27 @@ static float RoundBlock(const float* x, int64_t inputs, int64_t block, int64_t b
       }
     }
   }
-  for (int digit = 0; digit < kDigits; ++digit) sums[digit * blocks] = sum[digit];
+  for (int digit = 0; digit < kDigits; ++digit) starts[digit * blocks] = -offset * sum[digit];
   return is_finite ? largest / kLargest : __builtin_nanf("");
 }
 
-static void Round(const float* x, int64_t inputs, int64_t block, int digits, int8_t* values,
-                  float* scales, int32_t* sums) {
-  const int64_t blocks = inputs / block;
+template <int kDigits>
+static void RoundBlocks(const float* x, const QuantizedMatrix& w, int8_t* values, float* scales,
+                        int32_t* starts) {
+  const int64_t inputs = w.inputs, block = w.block, blocks = inputs / block;
+  const int32_t offset = w.format == Format::kInt8 ? kOffset : 8;
+  const auto round_block = block == 32 ? RoundBlock<kDigits, 32> : RoundBlock<kDigits, 0>;
   for (int64_t i = 0; i < blocks; ++i, x += block, values += block) {
-    scales[i] = digits == 1
-                    ? RoundBlock<1>(x, inputs, block, blocks, values, sums + i)
-                    : RoundBlock<kExactDigits>(x, inputs, block, blocks, values, sums + i);
+    scales[i] = round_block(x, inputs, block, blocks, offset, values, starts + i);
+  }
+}
+
+static void Round(const float* x, const QuantizedMatrix& w, int digits, int8_t* values,
+                  float* scales, int32_t* starts) {
+  if (digits == 1) {
+    RoundBlocks<1>(x, w, values, scales, starts);
+  } else {
+    RoundBlocks<kExactDigits>(x, w, values, scales, starts);
   }
 }
 
@@ -329,8 +329,18 @@ static void Dequantize(const QuantizedMatrix& w, int64_t panel, int64_t begin, i
   }
 }
 
+// See QuantizedKernels::gate. Beyond 88 a float32 has no exponential, and the gate is as good as 0.
+static void Gate(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vector x = Load(gate + i), minus = -x;
+    const Vector clipped = minus > 88.0f ? Broadcast(88.0f) : minus;
+    Store(gate + i, x / (1.0f + Exp(clipped)) * Load(up + i));
+  }
+}
+
 extern const QuantizedKernels kQuantizedKernels;
-const QuantizedKernels kQuantizedKernels = {kDigitRows, ExactRows, RoundedRowsPanel, Round, Dequantize};
+const QuantizedKernels kQuantizedKernels = {
+    kDigitRows, kDigitChunk, PanelOfOne, ExactRows, RoundedRowsPanel, Round, Dequantize, Gate};
 
 }  // namespace MOESAIC_ISA
 }  // namespace moesaic

@@ -2,16 +2,17 @@
 //
 // R rows sorted by group, E groups, K inputs, N outputs; x and y are float32.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "buffer.h"
 #include "gemm.h"
 #include "isa.h"
 #include "parallel.h"
 #include "quantized.h"
 #include "tasks.h"
+#include "tiles.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace moesaic {
@@ -21,13 +22,26 @@ namespace ffi = xla::ffi;
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 
-// From this many rows on, weights are made floats once per block and multiplied as such.
+// From this many rows of a group on average, weights are made floats once per block and multiplied as
+// such; and made tiles, where the processor has them, of one part or of kMaxParts.
 constexpr int64_t kGemmRows = 24;
+constexpr int64_t kTileRows[kMaxParts] = {24, 16};
+// Up to this many, one row after the other is faster than some at once.
+constexpr int64_t kLoneRows = 2;
 
 // Bytes of weights, times rows of x, that are worth another thread's claim, and below which one
 // thread alone is done sooner.
 constexpr int64_t kTaskBytes = 32 << 10;
 constexpr int64_t kAloneBytes = 128 << 10;
+
+// Rows of a task in tiles.
+constexpr int64_t kTileBlockRows = 512;
+
+// Bytes of the panels that a few rows after others meet.
+constexpr int64_t kStripBytes = 64 << 10;
+
+// What a product makes of x; kernels/grouped_matmul/api.py.
+enum class Activations : int64_t { kFloat, kInt8, kAuto };
 
 // The matrices of all groups.
 struct Weights {
@@ -51,96 +65,192 @@ struct Weights {
   }
 };
 
-// x as the kernels take it: as it is, and in digits where these are used.
-struct Rows {
-  const float* exact;
-  int64_t inputs, blocks;
-  int digits;  // 1, kExactDigits, or 0: there are none
-  std::vector<int8_t> values;
-  std::vector<float> scales;
-  std::vector<int32_t> sums;
+// How rows are multiplied, those of all groups alike: a row's bits may not depend on how many others
+// went to its group.
+enum class Way {
+  kLone,     // x as it is, with panels made floats in registers, row by row
+  kExact,    // the same of several rows at once
+  kDigits,   // x in kExactDigits of 8 bits
+  kRounded,  // x rounded to 8 bits
+  kFloats,   // x as it is, with blocks of panels made floats in memory
+  kTiles,    // x and weights in one part or in kMaxParts of bfloat16
+};
 
-  RoundedRows Rounded(int64_t row) const {
-    return {values.data() + row * digits * inputs, scales.data() + row * blocks,
-            sums.data() + row * digits * blocks, digits};
+struct Method {
+  Format format;
+  Activations activations;
+  bool fixed_order;  // a row's bits may not depend on how many rows there are
+
+  // Whether x loses bits: where it matters little beside what the weights have lost, which those of
+  // 8 whole bits have not (docs/cpu.md).
+  bool IsRounded() const {
+    return activations == Activations::kInt8 ||
+           (activations == Activations::kAuto && format != Format::kInt8);
+  }
+
+  // Of bfloat16, in tiles.
+  int Parts() const { return IsRounded() ? 1 : kMaxParts; }
+
+  // Of so many rows of a group on average.
+  Way Of(int64_t rows) const {
+    const QuantizedKernels& kernels = *CurrentIsa().quantized;
+    const bool is_whole = format != Format::kE4m3;
+    if (activations == Activations::kInt8) return Way::kRounded;
+    if (fixed_order) return !is_whole ? Way::kExact : IsRounded() ? Way::kRounded : Way::kDigits;
+    if (CurrentTiles() != nullptr && rows >= kTileRows[Parts() - 1]) return Way::kTiles;
+    if (is_whole && IsRounded()) return Way::kRounded;
+    if (is_whole && rows <= kernels.digit_rows) return Way::kDigits;
+    if (rows >= kGemmRows) return Way::kFloats;
+    return rows <= kLoneRows ? Way::kLone : Way::kExact;
   }
 };
 
-Rows RowsOf(ffi::ThreadPool& pool, const F32& x, const Weights& weights, int digits) {
-  const int64_t num_rows = x.dimensions()[0];
-  Rows rows = {x.typed_data(), weights.inputs, weights.inputs / weights.block, digits, {}, {}, {}};
-  if (digits == 0) return rows;
-  rows.values.resize(num_rows * digits * rows.inputs);
-  rows.scales.resize(num_rows * rows.blocks);
-  rows.sums.resize(num_rows * digits * rows.blocks);
-  const auto round_row = [&](int64_t row) {
-    CurrentIsa().quantized->round(rows.exact + row * rows.inputs, rows.inputs, weights.block,
-                                  digits, rows.values.data() + row * digits * rows.inputs,
-                                  rows.scales.data() + row * rows.blocks,
-                                  rows.sums.data() + row * digits * rows.blocks);
-  };
-  if (num_rows <= kMaxRows) {
-    for (int64_t row = 0; row < num_rows; ++row) round_row(row);
-  } else {
-    ParallelFor(pool, num_rows, round_row);
+// x as its way takes it.
+struct Rows {
+  const float* exact;
+  int64_t inputs, blocks;
+  int digits;  // 1 or kExactDigits
+  int8_t* values;
+  float* scales;
+  int32_t* starts;
+  TileRows tiles;
+
+  RoundedRows Rounded(int64_t row) const {
+    return {values + row * digits * inputs, scales + row * blocks, starts + row * digits * blocks,
+            digits};
   }
+};
+
+// Where the thread that calls keeps rows, and where each keeps what it works on.
+struct Scratch {
+  Buffer values, scales, starts, halves, up;
+
+  static Scratch& OfThread() {
+    thread_local Scratch scratch;
+    return scratch;
+  }
+
+  void Trim() {
+    for (Buffer* buffer : {&values, &scales, &starts, &halves}) buffer->Trim();
+  }
+};
+
+Rows PrepareRows(ffi::ThreadPool& pool, const float* x, const Weights& weights, int64_t num_rows,
+                 Way way, int parts) {
+  const bool is_rounded = way == Way::kDigits || way == Way::kRounded;
+  Rows rows = {};
+  rows.exact = x;
+  rows.inputs = weights.inputs;
+  rows.blocks = weights.inputs / weights.block;
+  rows.digits = way == Way::kDigits ? kExactDigits : 1;
+  rows.tiles = {nullptr, weights.inputs, parts};
+  Scratch& scratch = Scratch::OfThread();
+  if (is_rounded) {
+    rows.values = scratch.values.Get<int8_t>(num_rows * rows.digits * rows.inputs);
+    rows.scales = scratch.scales.Get<float>(num_rows * rows.blocks);
+    rows.starts = scratch.starts.Get<int32_t>(num_rows * rows.digits * rows.blocks);
+  }
+  const int64_t half_width = rows.tiles.Width() * parts;
+  uint16_t* halves = nullptr;
+  if (way == Way::kTiles) {
+    halves = scratch.halves.Get<uint16_t>((num_rows + kTileSide) * half_width);
+    rows.tiles.values = halves;
+  }
+  if (!is_rounded && way != Way::kTiles) return rows;
+  // A few rows at a time, all of one thread where there are no more.
+  const int64_t chunk = kMaxRows;
+  ParallelFor(pool, (num_rows + chunk - 1) / chunk, [&](int64_t index) {
+    const int64_t first = index * chunk, end = std::min(first + chunk, num_rows);
+    for (int64_t row = first; row < end; ++row) {
+      const float* from = x + row * rows.inputs;
+      if (way == Way::kTiles) {
+        CurrentTiles()->round(from, rows.inputs, parts, halves + row * half_width);
+      } else {
+        CurrentIsa().quantized->round(from, weights.Of(0), rows.digits,
+                                      rows.values + row * rows.digits * rows.inputs,
+                                      rows.scales + row * rows.blocks,
+                                      rows.starts + row * rows.digits * rows.blocks);
+      }
+    }
+  });
   return rows;
 }
 
-// Whether a task is done sooner with floats in digits.
-bool PrefersDigits(const Task& task, Format format) {
-  return format != Format::kE4m3 && task.rows <= CurrentIsa().quantized->digit_rows;
-}
-
-// Digits of x for these tasks.
-int DigitsFor(const std::vector<Task>& tasks, Format format, bool round) {
-  if (round) return 1;
-  const auto prefers = [&](const Task& task) { return PrefersDigits(task, format); };
-  return std::any_of(tasks.begin(), tasks.end(), prefers) ? kExactDigits : 0;
-}
-
-// y[rows, cols] from column `col` of w on, through floats.
-void FloatProduct(const QuantizedMatrix& w, const Rows& x, int64_t row, int64_t rows, int64_t col,
+// y[rows, cols] from column `first` of w on, through floats.
+void FloatProduct(const QuantizedMatrix& w, const Rows& x, int64_t row, int64_t rows, int64_t first,
                   int64_t cols, float* y, int64_t y_stride) {
   const Isa& isa = CurrentIsa();
   const int64_t tile_cols = isa.gemm->tile_cols;
   const auto pack = [&](int64_t k, int64_t depth, int64_t j, int64_t width, float* packed) {
     if (width < tile_cols) std::memset(packed, 0, depth * tile_cols * sizeof(float));
     for (int64_t i = 0; i < width; i += kPanelOutputs) {
-      isa.quantized->dequantize(w, (col + j + i) / kPanelOutputs, k, depth, packed + i, tile_cols);
+      isa.quantized->dequantize(w, (first + j + i) / kPanelOutputs, k, depth, packed + i, tile_cols);
     }
   };
   const Matrix a = {x.exact + row * x.inputs, x.inputs, 1};
   Gemm(*isa.gemm, a, pack, y, y_stride, rows, cols, w.inputs);
 }
 
-// y[rows, cols] of one task, from column `first` of w on.
-void Product(const QuantizedMatrix& w, const Rows& x, int64_t row, const Task& task, int64_t first,
-             float* y, int64_t y_stride) {
+// Panel after panel, whose weights become floats or meet whole numbers in registers. A few rows meet
+// all panels of a strip before the next ones do: what they write lies together.
+void PanelStrip(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, int64_t rows,
+                int64_t first, int64_t cols, float* y, int64_t y_stride) {
   const QuantizedKernels& kernels = *CurrentIsa().quantized;
-  const bool takes_digits = x.digits == 1 || PrefersDigits(task, w.format);
-  if (task.rows >= kGemmRows && !takes_digits) {
-    FloatProduct(w, x, row, task.rows, first, task.cols, y, y_stride);
-    return;
-  }
-  for (int64_t col = 0; col < task.cols; col += kPanelOutputs) {
-    const int64_t panel = (first + col) / kPanelOutputs;
-    for (int64_t i = 0; i < task.rows; i += kMaxRows) {
-      const int64_t rows = std::min(kMaxRows, task.rows - i);
+  const int64_t chunk = way == Way::kLone     ? 1
+                        : way == Way::kDigits ? kernels.digit_chunk
+                                              : kMaxRows;
+  for (int64_t i = 0; i < rows; i += chunk) {
+    const int64_t count = std::min(chunk, rows - i);
+    for (int64_t col = 0; col < cols; col += kPanelOutputs) {
+      const int64_t panel = (first + col) / kPanelOutputs;
       float* to = y + i * y_stride + col;
-      if (takes_digits) {
-        kernels.panel_rounded(w, panel, x.Rounded(row + i), rows, to, y_stride);
+      if (way == Way::kLone) {
+        kernels.panel_of_one(w, panel, x.exact + (row + i) * x.inputs, to);
+      } else if (way == Way::kExact) {
+        kernels.panel(w, panel, x.exact + (row + i) * x.inputs, count, to, y_stride);
       } else {
-        kernels.panel(w, panel, x.exact + (row + i) * x.inputs, rows, to, y_stride);
+        kernels.panel_rounded(w, panel, x.Rounded(row + i), count, to, y_stride);
       }
     }
   }
 }
 
-// gate becomes silu(gate) * up; both [rows, cols], of which up lies together.
-void Gate(float* gate, int64_t gate_stride, const float* up, int64_t rows, int64_t cols) {
-  for (int64_t i = 0; i < rows; ++i, gate += gate_stride, up += cols) {
-    for (int64_t j = 0; j < cols; ++j) gate[j] *= up[j] / (1.0f + std::exp(-gate[j]));
+void PanelProduct(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, int64_t rows,
+                  int64_t first, int64_t cols, float* y, int64_t y_stride) {
+  const int64_t panel_bytes = kPanelOutputs * w.inputs * BitsOf(w.format) / 8;
+  const int64_t strip = std::max<int64_t>(1, kStripBytes / panel_bytes) * kPanelOutputs;
+  for (int64_t col = 0; col < cols; col += strip) {
+    PanelStrip(w, x, way, row, rows, first + col, std::min(strip, cols - col), y + col, y_stride);
+  }
+}
+
+// y[rows, cols] of one group from column `first` of w on.
+void Product(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, int64_t rows,
+             int64_t first, int64_t cols, float* y, int64_t y_stride) {
+  const int parts = x.tiles.parts;
+  const auto pack = [&](int64_t col, uint16_t* to) {
+    CurrentTiles()->pack(w, (first + col) / kPanelOutputs, parts, to);
+  };
+  switch (way) {
+    case Way::kTiles: return TileProduct(x.tiles.From(row), pack, parts, rows, cols, y, y_stride);
+    case Way::kFloats: return FloatProduct(w, x, row, rows, first, cols, y, y_stride);
+    default: return PanelProduct(w, x, way, row, rows, first, cols, y, y_stride);
+  }
+}
+
+// One task; gated, the second half of w's outputs are those of up.
+void RunTask(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, const Task& task,
+             bool gated, float* y, int64_t outputs) {
+  const int64_t most = way == Way::kTiles ? TileCols(w.inputs, x.tiles.parts) : task.cols;
+  for (int64_t i = 0; i < task.cols; i += most) {
+    const int64_t col = task.col + i, cols = std::min(most, task.cols - i);
+    Product(w, x, way, row, task.rows, col, cols, y + col, outputs);
+    if (!gated) continue;
+    float* up = Scratch::OfThread().up.Get<float>(task.rows * cols);
+    Product(w, x, way, row, task.rows, outputs + col, cols, up, cols);
+    for (int64_t k = 0; k < task.rows; ++k) {
+      CurrentIsa().quantized->gate(y + k * outputs + col, up + k * cols, cols);
+    }
   }
 }
 
@@ -180,39 +290,43 @@ ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuff
 // past the last group are zero.
 ffi::Error QuantizedMatmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer values,
                            ffi::AnyBuffer scales, S32 group_sizes, ffi::ResultBuffer<ffi::F32> y,
-                           int64_t block, bool gated, bool round) {
+                           int64_t activations, int64_t block, bool fixed_order, bool gated) {
   const auto weights_or = WeightsOf(values, scales, block);
   if (!weights_or.has_value()) return weights_or.error();
   const Weights& weights = *weights_or;
+  const Method method = {weights.format, static_cast<Activations>(activations), fixed_order};
   const int64_t num_rows = x.dimensions()[0], outputs = y->dimensions()[1];
   const int64_t matrices = gated ? 2 : 1;
   if (x.dimensions()[1] != weights.inputs || outputs * matrices != weights.outputs ||
-      outputs % kPanelOutputs || (round && weights.format == Format::kE4m3) ||
+      outputs % kPanelOutputs ||
+      (method.activations == Activations::kInt8 && weights.format == Format::kE4m3) ||
       static_cast<int64_t>(group_sizes.element_count()) != weights.groups) {
     return ffi::Error::InvalidArgument("x, the weights and y don't fit each other");
   }
   auto starts_or = Starts(group_sizes, num_rows);
   if (!starts_or.has_value()) return starts_or.error();
   const std::vector<int64_t>& starts = *starts_or;
+  const std::vector<int64_t> sizes = Sizes(starts);
+  const int64_t groups = std::max<int64_t>(1, weights.groups);
+  const Way way = method.Of((num_rows + groups - 1) / groups);
   const int64_t column_bytes = std::max<int64_t>(
       1, matrices * weights.RowBytes() * std::min(num_rows, kMaxRows));
   const bool is_alone = column_bytes * outputs < kAloneBytes;
   const int64_t min_cols = is_alone ? outputs : kTaskBytes / column_bytes;
+  const GemmKernels& gemm = *CurrentIsa().gemm;
+  const RowBlocks row_blocks = way == Way::kTiles ? RowBlocks{kTileBlockRows, 2 * kTileSide}
+                                                 : RowBlocks{kBlockRows, gemm.tile_rows};
   const std::vector<Task> tasks =
-      CutIntoTasks(Sizes(starts), outputs, *CurrentIsa().gemm, pool.num_threads(), min_cols);
-  const Rows rows = RowsOf(pool, x, weights, DigitsFor(tasks, weights.format, round));
+      CutIntoTasks(sizes, outputs, gemm, pool.num_threads(), min_cols, row_blocks);
+  const Rows rows =
+      PrepareRows(pool, x.typed_data(), weights, starts.back(), way, method.Parts());
   ParallelFor(pool, tasks.size(), [&](int64_t index) {
     const Task& task = tasks[index];
-    const QuantizedMatrix w = weights.Of(task.group);
     const int64_t row = starts[task.group] + task.row;
-    float* to = y->typed_data() + row * outputs + task.col;
-    Product(w, rows, row, task, task.col, to, outputs);
-    if (gated) {
-      std::vector<float> up(task.rows * task.cols);
-      Product(w, rows, row, task, outputs + task.col, up.data(), task.cols);
-      Gate(to, outputs, up.data(), task.rows, task.cols);
-    }
+    RunTask(weights.Of(task.group), rows, way, row, task, gated,
+            y->typed_data() + row * outputs, outputs);
   });
+  Scratch::OfThread().Trim();
   const int64_t used = starts.back();
   std::memset(y->typed_data() + used * outputs, 0, (num_rows - used) * outputs * sizeof(float));
   return ffi::Error::Success();
@@ -231,8 +345,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moesaic_quantized_matmul, moesaic::QuantizedMatmul
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("activations")
                                   .Attr<int64_t>("block")
-                                  .Attr<bool>("gated")
-                                  .Attr<bool>("round"));
+                                  .Attr<bool>("fixed_order")
+                                  .Attr<bool>("gated"));
 
 #pragma GCC visibility pop

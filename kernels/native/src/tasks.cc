@@ -15,18 +15,18 @@ int64_t RoundUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 std::vector<Task> CutIntoTasks(const std::vector<int64_t>& group_rows, int64_t cols,
                                const GemmKernels& kernels, int64_t num_threads,
-                               int64_t min_cols) {
+                               int64_t min_cols, RowBlocks row_blocks) {
   int64_t num_blocks = 0;
-  for (int64_t rows : group_rows) num_blocks += (rows + kBlockRows - 1) / kBlockRows;
+  for (int64_t rows : group_rows) num_blocks += (rows + row_blocks.most - 1) / row_blocks.most;
   const int64_t wanted = kTasksPerThread * num_threads;
   const int64_t strips = num_blocks ? std::max<int64_t>(1, wanted / num_blocks) : 1;
   const int64_t strip = RoundUp(std::max(min_cols, (cols + strips - 1) / strips), kernels.tile_cols);
   std::vector<Task> tasks;
   for (size_t group = 0; group < group_rows.size(); ++group) {
     const int64_t rows = group_rows[group];
-    const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+    const int64_t blocks = (rows + row_blocks.most - 1) / row_blocks.most;
     if (blocks == 0) continue;
-    const int64_t block = RoundUp((rows + blocks - 1) / blocks, kernels.tile_rows);
+    const int64_t block = RoundUp((rows + blocks - 1) / blocks, row_blocks.tile);
     for (int64_t row = 0; row < rows; row += block) {
       for (int64_t col = 0; col < cols; col += strip) {
         tasks.push_back({static_cast<int64_t>(group), row, std::min(block, rows - row), col,
@@ -35,6 +35,13 @@ std::vector<Task> CutIntoTasks(const std::vector<int64_t>& group_rows, int64_t c
     }
   }
   return tasks;
+}
+
+std::vector<Task> CutIntoTasks(const std::vector<int64_t>& group_rows, int64_t cols,
+                               const GemmKernels& kernels, int64_t num_threads,
+                               int64_t min_cols) {
+  return CutIntoTasks(group_rows, cols, kernels, num_threads, min_cols,
+                      {kBlockRows, kernels.tile_rows});
 }
 
 xla::ffi::ErrorOr<std::vector<int64_t>> Starts(const xla::ffi::Buffer<xla::ffi::S32>& group_sizes,

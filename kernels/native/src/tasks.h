@@ -17,9 +17,19 @@ struct Task {
   int64_t col, cols;
 };
 
+// How rows are cut: blocks of at most so many, but for the last a multiple of a kernel's tile.
+struct RowBlocks {
+  int64_t most, tile;
+};
+
 // Cuts the groups' outputs, group_rows[e] x cols, into blocks of rows, and these into strips of
 // columns only as far as there would be too few tasks: B is packed again for each block of rows, A
-// for each strip. A strip has at least min_cols columns: claiming one costs too.
+// for each strip. A strip has at least min_cols columns: claiming one costs too. A block has at
+// most `row_blocks.most` rows.
+std::vector<Task> CutIntoTasks(const std::vector<int64_t>& group_rows, int64_t cols,
+                               const GemmKernels& kernels, int64_t num_threads,
+                               int64_t min_cols, RowBlocks row_blocks);
+// The same with blocks that Gemm takes.
 std::vector<Task> CutIntoTasks(const std::vector<int64_t>& group_rows, int64_t cols,
                                const GemmKernels& kernels, int64_t num_threads,
                                int64_t min_cols = 1);
