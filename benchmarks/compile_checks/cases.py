@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from benchmarks.compile_checks import attention_traffic, traffic
 from benchmarks.compile_checks.devices import Device
 from kernels.backend import Target
+from kernels.cached_attention import cases as cached_cases
+from kernels.cached_attention import pallas_triton as cached
+from kernels.cached_attention.state import State
 from kernels.grouped_matmul import cases as grouped_cases
 from kernels.grouped_matmul import pallas_mosaic as grouped_mosaic
 from kernels.grouped_matmul import pallas_mosaic_quantized as quantized_mosaic
@@ -62,6 +65,7 @@ NAMES = [f"grouped_matmul/{name}" for name in grouped_cases.COMPILED]
 NAMES += [f"window_attention/{name}" for name in window_cases.COMPILED]
 NAMES += [f"paged_attention/{name}" for name in paged_cases.COMPILED]
 NAMES += [f"paged_latent_attention/{name}" for name in paged_cases.COMPILED_LATENT]
+NAMES += [f"cached_attention/{name}" for name in cached_cases.COMPILED]
 
 
 def runs_on(name: str, device: Device) -> bool:
@@ -81,9 +85,11 @@ def program(name: str, device: Device, sizes: Any = None) -> Program:
 
     Args:
       sizes: Tiles of grouped_matmul; of window_attention Kernels, or Blocks where its compiler is
-        Mosaic. None: chosen by the kernel.
+        Mosaic; Sizes of cached_attention. None: chosen by the kernel.
     """
     op, case = name.split("/")
+    if op == "cached_attention":
+        return _cached_attention(cached_cases.COMPILED[case], device, sizes)
     if op == "paged_attention":
         return _paged_attention(paged_cases.COMPILED[case], device)
     if op == "paged_latent_attention":
@@ -283,4 +289,36 @@ def _paged_latent_attention(case: paged_cases.CompiledLatentCase, device: Device
         rows_of_dot=block.heads,
         plain_loads=80,  # queries, once
         model_traffic=partial(attention_traffic.paged_ratio, case, device),
+    )
+
+
+def _cached_attention(
+    case: cached_cases.CompiledCase, device: Device, sizes: cached.Sizes | None
+) -> Program:
+    dtype, is_paged = jnp.dtype(case.dtype), case.page_size is not None
+    pages = case.length // (case.page_size or case.length)
+    places = (case.num_rows * pages, case.page_size or case.length, case.num_kv_heads)
+    k: Any = _array((*places, case.head_dim), jnp.int8 if case.is_int8 else dtype)
+    scales: Any = _array(places, jnp.float32) if case.is_int8 else None
+    slots: Any = _array((case.num_rows, case.length), jnp.int32)
+    tables: Any = _array((case.num_rows, pages), jnp.int32)
+    k_and_v = (k, None, scales, None) if case.value_width else (k, k, scales, scales)
+    state = State(*k_and_v, *((None, tables) if is_paged else (slots, None)))
+    options = case.options
+    q: Any = _array((case.num_tokens, case.num_heads, case.head_dim), dtype)
+    token_T = _array((case.num_tokens,), jnp.int32)
+
+    sizes = sizes or cached.choose_sizes(q, state, options, device.target)
+
+    def function(q, rows, positions, state):
+        operands = (q, rows, positions, state, None, options)
+        return cached.cached_attention(*operands, target=device.target, sizes=sizes)
+
+    return Program(
+        function,
+        (q, token_T, token_T, state),
+        kernel="cached_attention" + ("_int8" if case.is_int8 else ""),
+        rows_of_dot=cached.make_plan(q, state, options, sizes).num_queries,
+        has_tensor_cores=dtype == jnp.bfloat16,
+        plain_loads=80,  # queries, once; positions and scales
     )

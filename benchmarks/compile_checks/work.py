@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kernels.cached_attention.cases import CompiledCase as CachedCase
 from kernels.grouped_matmul.cases import CompiledCase as GroupedCase
 from kernels.paged_attention.cases import CompiledCase as PagedCase
 from kernels.paged_attention.cases import CompiledLatentCase as LatentCase
@@ -122,3 +123,54 @@ def paged(case: PagedCase | LatentCase) -> Work:
     tables = 4 * case.batch * (case.max_pages + 1)
     moved = seen * bytes_per_position(case) + 2 * heads * (q_width + out_width) + tables
     return Work(2.0 * seen * case.num_heads * (q_width + out_width), moved)
+
+
+# --- Cached attention ----------------------------------------------------------------------------
+
+
+def held_positions(case: CachedCase) -> np.ndarray:
+    """The position in each slot, int32 [R, S], -1 in none: in rings the sinks and the newest.
+
+    Rows hold between half of their slots and all, rings between two and four times as many.
+    """
+    most = case.length * (4 if case.window_size is not None else 1)
+    lengths = np.random.RandomState(0).randint(most // 2, most + 1, case.num_rows)
+    if case.window_size is None:
+        slots = np.arange(case.length, dtype=np.int32)[None]
+        return np.where(slots < lengths[:, None], slots, -1)
+    held = np.zeros((case.num_rows, case.length), np.int32)
+    held[:] = np.arange(case.length)
+    sinks = case.num_sink_tokens
+    for row, length in enumerate(lengths):
+        newest = np.arange(length - (case.length - sinks), length, dtype=np.int32)
+        held[row, sinks + (newest - sinks) % (case.length - sinks)] = newest
+    return held
+
+
+def asking_tokens(case: CachedCase) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and positions of the tokens, int32 [T]: each row's last one, and where there are more
+    of them than rows, the chunk of a prompt that ends with row 0's.
+    """
+    last_R = held_positions(case).max(axis=1)
+    chunk = max(case.num_tokens - case.num_rows, 0)
+    rows_T = np.repeat(np.arange(case.num_rows), np.r_[chunk + 1, [1] * (case.num_rows - 1)])
+    before_T = np.maximum(chunk - np.arange(len(rows_T)), 0)
+    return rows_T.astype(np.int32), (last_R[rows_T] - before_T).astype(np.int32)
+
+
+def cached(case: CachedCase) -> Work:
+    held_RS, (rows_T, positions_T) = held_positions(case), asking_tokens(case)
+    distance_TS = positions_T[:, None] - held_RS[rows_T]
+    is_seen_TS = (distance_TS >= 0) & (held_RS[rows_T] >= 0)
+    if case.window_size is not None:
+        in_window_TS = distance_TS < case.window_size
+        is_seen_TS &= in_window_TS | (held_RS[rows_T] < case.num_sink_tokens)
+    read = sum(int(is_seen_TS[rows_T == row].any(axis=0).sum()) for row in range(case.num_rows))
+    size, of_state = (4 if case.dtype == "float32" else 2), 1 if case.is_int8 else 0
+    value_width, tensors = case.value_width or case.head_dim, 1 if case.value_width else 2
+    of_slot = tensors * case.num_kv_heads * (case.head_dim * (of_state or size) + 4 * of_state)
+    of_query = size * (case.head_dim + value_width)
+    queries = case.num_tokens * case.num_heads
+    places = 4 * (case.num_rows * (case.length // (case.page_size or 1)) + 2 * case.num_tokens)
+    flops = 2.0 * int(is_seen_TS.sum()) * case.num_heads * (case.head_dim + value_width)
+    return Work(flops, read * of_slot + queries * of_query + places)

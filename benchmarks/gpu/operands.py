@@ -14,6 +14,9 @@ import numpy as np
 
 from benchmarks.compile_checks import work
 from benchmarks.gpu.roofline import Case
+from kernels.cached_attention import cases as cached_cases
+from kernels.cached_attention import xla as cached_xla
+from kernels.cached_attention.state import State
 from kernels.grouped_matmul import cases as grouped_cases
 from kernels.grouped_matmul import xla as grouped_xla
 from kernels.grouped_matmul.pallas_triton import swiglu_of_halves
@@ -36,6 +39,8 @@ def draw(case: Case) -> Operands:
         return _draw_grouped(case)
     if isinstance(case, window_cases.CompiledCase):
         return _draw_window(case)
+    if isinstance(case, cached_cases.CompiledCase):
+        return _draw_cached(case)
     return _draw_latent(case) if _is_latent(case) else _draw_paged(case)
 
 
@@ -46,6 +51,8 @@ def expected(case: Case, operands: Operands) -> Any:
             function = _expect_grouped(case)
         elif isinstance(case, window_cases.CompiledCase):
             function = _expect_window(case)
+        elif isinstance(case, cached_cases.CompiledCase):
+            function = cached_by_xla(case, jnp.float32)
         else:
             function = _expect_latent(case) if _is_latent(case) else _expect_paged(case)
         options: Any = {} if jax.default_backend() == "cpu" else UNTUNED
@@ -224,6 +231,46 @@ def _expect_latent(case: Any) -> Callable[..., Any]:
         operands = (*queries, latent, rope, tables, lengths)
         return paged_reference.paged_latent_attention(
             *operands, latent_scales_ZS=scales, **settings
+        )
+
+    return function
+
+
+# --- cached_attention ----------------------------------------------------------------------------
+
+
+def _draw_cached(case: cached_cases.CompiledCase) -> Operands:
+    dtype = jnp.dtype(case.dtype)
+    q = _normal(0, (case.num_tokens, case.num_heads, case.head_dim), dtype)
+    rows, positions = (jnp.asarray(x) for x in work.asking_tokens(case))
+    slots = tables = None
+    size = case.page_size or case.length
+    pages = case.length // size
+    if case.page_size is None:
+        slots = jnp.asarray(work.held_positions(case))
+    else:
+        order = np.random.RandomState(1).permutation(case.num_rows * pages).astype(np.int32)
+        tables = jnp.asarray(order.reshape(case.num_rows, pages))
+    shape = (case.num_rows * pages, size, case.num_kv_heads, case.head_dim)
+    k, v = _pool(1, shape), None if case.value_width else _pool(2, shape)
+    k, k_scales = _stored(k, case)
+    v, v_scales = (None, None) if v is None else _stored(v, case)
+    return q, rows, positions, State(k, v, k_scales, v_scales, slots, tables)
+
+
+def _stored(x: jax.Array, case: cached_cases.CompiledCase) -> tuple[jax.Array, jax.Array | None]:
+    """As the state holds it, with scales where they are int8."""
+    if case.is_int8:
+        return jax.jit(quantize_positions)(x)
+    return x.astype(case.dtype), None
+
+
+def cached_by_xla(case: cached_cases.CompiledCase, dtype: Any) -> Callable[..., Any]:
+    """XLA's implementation with queries in a dtype."""
+
+    def function(q, rows, positions, state):
+        return cached_xla.cached_attention(
+            q.astype(dtype), rows, positions, state, None, options=case.options
         )
 
     return function

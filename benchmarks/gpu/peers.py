@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks.gpu.operands import Operands
+from benchmarks.gpu.operands import Operands, cached_by_xla
 from benchmarks.gpu.roofline import Case
+from kernels.cached_attention import cases as cached_cases
 from kernels.grouped_matmul import cases as grouped_cases
 from kernels.grouped_matmul.pallas_triton import swiglu_of_halves
 from kernels.grouped_matmul.scaled_rows import ScaledRows, unscale_rows
@@ -50,6 +51,8 @@ def peers(case: Case, operands: Operands, capability: int) -> dict[str, Peer]:
         return _of_grouped(case, operands, capability)
     if isinstance(case, window_cases.CompiledCase):
         return _of_window(case, operands, capability)
+    if isinstance(case, cached_cases.CompiledCase):
+        return {"xla, tiles of tokens": _bound(cached_by_xla(case, case.dtype), *operands)}
     if isinstance(case, paged_cases.CompiledLatentCase):
         return {"xla, pages gathered": _bound(_latent_xla(case), *operands)}
     return _of_paged(case, operands)

@@ -19,6 +19,8 @@ from benchmarks.compile_checks.devices import Device
 from benchmarks.gpu import operands as drawn
 from benchmarks.gpu.peers import peers
 from benchmarks.gpu.roofline import Bound, Case
+from kernels.cached_attention.cases import CompiledCase as CachedCase
+from kernels.cached_attention.pallas_triton import Sizes
 from kernels.grouped_matmul.cases import CompiledCase as GroupedCase
 from kernels.grouped_matmul.tiles import Tiles
 from kernels.window_attention import pallas_mosaic as window_mosaic
@@ -112,6 +114,11 @@ def candidates(case: Case) -> Iterator[tuple[str, Any]]:
     if isinstance(case, GroupedCase):
         for tiles in _tiles(case):
             yield label_of(tiles), tiles
+    elif isinstance(case, CachedCase) and case.dtype == "bfloat16":
+        in_group = case.num_heads // case.num_kv_heads
+        is_few = in_group <= 16 and case.num_tokens <= case.num_rows
+        for sizes in CACHED_FEW if is_few else CACHED_MANY:
+            yield "x".join(map(str, sizes)), Sizes(*sizes)
     elif isinstance(case, WindowCase) and case.dtype == "bfloat16":
         if case.compiler == "mosaic":
             for blocks in MOSAIC_BLOCKS:
@@ -230,6 +237,24 @@ ATTENTION_BLOCKS = {
         (128, 64, 8, 2),
     ),
 }
+# queries, slots, warps, stages
+CACHED_FEW = (
+    (16, 32, 4, 2),
+    (16, 32, 4, 3),
+    (16, 64, 4, 2),
+    (16, 64, 4, 3),
+    (16, 128, 4, 2),
+    (16, 64, 8, 2),
+)
+CACHED_MANY = (
+    (32, 32, 4, 2),
+    (32, 64, 4, 2),
+    (64, 32, 4, 2),
+    (64, 32, 8, 2),
+    (64, 64, 8, 2),
+    (64, 64, 8, 3),
+    (128, 64, 8, 2),
+)
 # queries of a warpgroup, keys, slots, whether results share the queries' place, turns
 MOSAIC_BLOCKS = (
     (64, 128, 2, False, False),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from benchmarks.compile_checks import work
 from benchmarks.compile_checks.work import Work
 from configs.accelerators import Accelerator
+from kernels.cached_attention import cases as cached_cases
 from kernels.grouped_matmul import cases as grouped_cases
 from kernels.paged_attention import cases as paged_cases
 from kernels.window_attention import cases as window_cases
@@ -17,12 +18,14 @@ CASES = {
     "window_attention": window_cases.COMPILED,
     "paged_attention": paged_cases.COMPILED,
     "paged_latent_attention": paged_cases.COMPILED_LATENT,
+    "cached_attention": cached_cases.COMPILED,
 }
 Case = (
     grouped_cases.CompiledCase
     | window_cases.CompiledCase
     | paged_cases.CompiledCase
     | paged_cases.CompiledLatentCase
+    | cached_cases.CompiledCase
 )
 
 
@@ -55,6 +58,8 @@ def work_of(case: Case) -> Work:
     """
     if isinstance(case, grouped_cases.CompiledCase):
         return work.grouped(case)
+    if isinstance(case, cached_cases.CompiledCase):
+        return work.cached(case)
     if not isinstance(case, window_cases.CompiledCase):
         return work.paged(case)
     ours = work.window(case)

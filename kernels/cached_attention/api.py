@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import native
-from kernels.cached_attention import cpu, reference, xla
+from kernels.backend import auto_takes_triton, current_target, require_triton
+from kernels.cached_attention import cpu, pallas_triton, reference, xla
 from kernels.cached_attention.state import Options, State
 
-Implementation = Literal["auto", "reference", "xla", "cpu"]
+Implementation = Literal["auto", "reference", "xla", "cpu", "triton"]
 
 
 def cached_attention(
@@ -65,7 +66,9 @@ def cached_attention(
         each sequence), so that XLA and GPUs need not look for the tokens that share a row.
       implementation: "reference" copies a row's slots for each token; "xla" takes tiles of
         tokens; "cpu" is C++ that reads slots where they lie and never writes scores out (float32
-        queries); "auto" takes "cpu" in programs for the CPU, where it can, and "xla" elsewhere.
+        queries); "triton" is a GPU kernel that does the same, without a gradient; "auto" takes
+        "triton" on a GPU (kernels/backend.py) and "cpu" in programs for the CPU, where they can,
+        and "xla" elsewhere.
     Raises:
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the implementation asked for can't do this here.
@@ -99,6 +102,7 @@ def _run(implementation: Implementation, options: Options, operands: tuple[Any, 
     q_THC, _, _, state, _ = operands
     by_xla = partial(xla.cached_attention, options=options)
     by_cpu = partial(cpu.cached_attention, options=options)
+    by_triton = partial(pallas_triton.cached_attention, options=options, target=current_target())
     reason = cpu.unsupported_reason(q_THC, state)
     match implementation:
         case "reference":
@@ -109,7 +113,13 @@ def _run(implementation: Implementation, options: Options, operands: tuple[Any, 
             if reason is not None:
                 raise NotImplementedError(reason)
             return by_cpu(*operands)
+        case "triton":
+            require_triton(current_target())
+            return by_triton(*operands)
         case "auto":
+            can_triton = pallas_triton.unsupported_reason(q_THC, state) is None
+            if can_triton and auto_takes_triton(current_target()):
+                return by_triton(*operands)
             if reason is None and native.is_used_for(q_THC):
                 return lax.platform_dependent(*operands, cpu=by_cpu, default=by_xla)
             return by_xla(*operands)

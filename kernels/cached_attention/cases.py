@@ -1,7 +1,9 @@
-"""Named calls that the tests of cached attention share."""
+"""Named calls that the tests of cached attention, and the compile checks, share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from kernels.cached_attention.state import Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,4 +95,62 @@ CASES = {
         is_latent=True,
         dtype="int8",
     ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledCase:
+    """A call of a real model's size, for the GPU compiler alone."""
+
+    num_tokens: int = 512
+    num_rows: int = 64
+    length: int = 8192
+    """Slots of a row, or positions of its pages."""
+    page_size: int | None = None
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    value_width: int | None = None
+    """Of a latent state; None: its values are apart."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    is_int8: bool = False
+    window_size: int | None = None
+    num_sink_tokens: int = 0
+    one_per_row: bool = False
+
+    @property
+    def options(self) -> Options:
+        return Options(
+            window_size=self.window_size,
+            num_sink_tokens=self.num_sink_tokens,
+            scale=self.head_dim**-0.5,
+            value_width=self.value_width or self.head_dim,
+            one_per_row=self.one_per_row,
+        )
+
+
+DEEPSEEK = CompiledCase(num_heads=128, num_kv_heads=1, head_dim=576, value_width=512)
+
+COMPILED = {
+    "slots": CompiledCase(),
+    "slots_decode": CompiledCase(num_tokens=64, one_per_row=True),
+    "few_tokens": CompiledCase(num_tokens=4, num_rows=1),
+    "ring": CompiledCase(length=1088, window_size=1024, num_sink_tokens=4, head_dim=64),
+    "paged": CompiledCase(page_size=64),
+    "paged_decode": CompiledCase(page_size=64, num_tokens=64),
+    "paged_int8": CompiledCase(page_size=64, is_int8=True),
+    "paged_int8_decode": CompiledCase(page_size=64, is_int8=True, num_tokens=64),
+    "latent": replace(DEEPSEEK, page_size=64),
+    "latent_int8": replace(DEEPSEEK, is_int8=True),
+    "latent_few_tokens": replace(DEEPSEEK, page_size=64, num_heads=16, num_tokens=4, num_rows=1),
+    "latent_few_heads": replace(DEEPSEEK, page_size=64, num_heads=16),
+    "latent_few_heads_int8": replace(DEEPSEEK, page_size=64, num_heads=16, is_int8=True),
+    "latent_few_heads_decode": replace(DEEPSEEK, page_size=64, num_heads=16, num_tokens=64),
+    "latent_few_heads_int8_decode": replace(
+        DEEPSEEK, page_size=64, num_heads=16, num_tokens=64, is_int8=True
+    ),
+    "odd_head": CompiledCase(head_dim=80, num_heads=24),
+    "wide_head": CompiledCase(head_dim=256, num_kv_heads=4, page_size=64),
+    "float32": CompiledCase(dtype="float32", head_dim=64),
+    "float32_latent": replace(DEEPSEEK, dtype="float32", page_size=64),
 }

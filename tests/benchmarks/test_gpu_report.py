@@ -23,6 +23,7 @@ from configs.checks import UserError
 from kernels import backend
 from kernels.backend import H100 as H100_TARGET
 from kernels.backend import INTERPRET
+from kernels.cached_attention.cases import CompiledCase as CachedCase
 from kernels.grouped_matmul.cases import CompiledCase as GroupedCase
 from kernels.paged_attention.cases import CompiledCase as PagedCase
 from kernels.paged_attention.cases import CompiledLatentCase as LatentCase
@@ -39,6 +40,9 @@ LATENT = LatentCase(
     latent_rank=32,
     rope_head_dim=16,
     nope_head_dim=16,
+)
+CACHED = CachedCase(
+    num_tokens=9, num_rows=3, length=32, page_size=16, num_heads=4, num_kv_heads=2, head_dim=16
 )
 WINDOW = WindowCase(
     head_dim=16, num_heads=4, num_kv_heads=2, length=48, window_size=20, num_sink_tokens=2
@@ -83,6 +87,42 @@ def test_paged_work_by_hand(monkeypatch):
         2 * 52 * 4 * (48 + 32),
         52 * 48 * 2 + heads * 2 * (48 + 32) + page_tables,
     )
+
+
+def test_cached_work_by_hand(monkeypatch):
+    """A ring's row 0 is asked by a chunk of three tokens, row 1 by its last."""
+    held = np.array([[0, 4, 5, 3, 2, 6], [0, 1, -1, -1, -1, -1]])
+    monkeypatch.setattr(work, "held_positions", lambda case: held)
+    ring = dataclasses.replace(
+        CACHED,
+        num_tokens=4,
+        num_rows=2,
+        length=6,
+        page_size=None,
+        window_size=2,
+        num_sink_tokens=1,
+    )
+    rows, positions = work.asking_tokens(ring)
+    assert (rows.tolist(), positions.tolist()) == ([0, 0, 0, 1], [4, 5, 6, 1])
+    places = 4 * (2 * 6 + 2 * 4)
+    seen, slots, queries = 3 + 3 + 3 + 2, 5 + 2, 4 * 4
+    assert work_of(ring) == (
+        2 * seen * 4 * 32,
+        slots * 2 * 2 * 16 * 2 + queries * 32 * 2 + places,
+    )
+    latent = dataclasses.replace(ring, num_kv_heads=1, value_width=8, is_int8=True)
+    assert work_of(latent) == (
+        2 * seen * 4 * 24,
+        slots * (16 + 4) + queries * 24 * 2 + places,
+    )
+
+
+def test_a_ring_holds_the_sinks_and_the_newest_positions():
+    case = dataclasses.replace(CACHED, length=12, window_size=8, num_sink_tokens=2, page_size=None)
+    for held in work.held_positions(case):
+        last = held.max()
+        assert sorted(held) == [0, 1, *range(last - 9, last + 1)]
+        assert [held[2 + (p - 2) % 10] for p in (last, last - 9)] == [last, last - 9]
 
 
 def test_a_bound_is_the_slower_of_two():
@@ -190,6 +230,15 @@ def tiny(monkeypatch, tmp_path):
             marks=pytest.mark.slow,
         ),
         ("paged_attention", dataclasses.replace(PAGED, pages="int8"), {"xla, pages gathered"}),
+        ("cached_attention", CACHED, {"xla, tiles of tokens"}),
+        pytest.param(
+            "cached_attention",
+            dataclasses.replace(
+                CACHED, num_kv_heads=1, head_dim=48, value_width=32, is_int8=True, page_size=None
+            ),
+            {"xla, tiles of tokens"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "paged_latent_attention", LATENT, {"xla, pages gathered"}, marks=pytest.mark.slow
         ),

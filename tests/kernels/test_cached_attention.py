@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from kernels import native
-from kernels.cached_attention import cached_attention
+from kernels.backend import INTERPRET
+from kernels.cached_attention import cached_attention, pallas_triton
 from kernels.cached_attention.cases import CASES, Case
+from kernels.cached_attention.state import State
 from kernels.paged_attention import quantize_positions
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 exponentials and sums in another order
@@ -146,7 +148,15 @@ def jitted(**fixed):
 needs_library = pytest.mark.skipif(
     not native.is_available(), reason="the native library is not built: no C++ compiler"
 )
-IMPLEMENTATIONS = ["reference", "xla", pytest.param("cpu", marks=needs_library)]
+IMPLEMENTATIONS = ["reference", "xla", pytest.param("cpu", marks=needs_library), "triton"]
+NOT_INTERPRETED = {"decode", "chunk", "long", "ring", "multi_head", "multi_query", "int8"}
+"""Cases whose likes the Triton kernel meets in others, each of which takes it seconds."""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Where a GPU would be taken, Pallas' interpreter is."""
+    monkeypatch.setattr("kernels.cached_attention.api.current_target", lambda: INTERPRET)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -159,6 +169,13 @@ def test_equals_sums_over_positions(name, implementation):
 @pytest.mark.parametrize("name", CASES)
 def test_native_equals_sums_over_positions(name, isa):
     check(CASES[name], "cpu")
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_INTERPRETED])
+def test_triton_equals_sums_over_positions(name):
+    case = CASES[name]
+    check(replace(case, page_size=32) if name == "odd_pages" else case, "triton")
 
 
 def check(case: Case, implementation):
@@ -225,6 +242,7 @@ def test_more_work_than_there_is_room_for_at_once():
     np.testing.assert_array_equal(attended("cpu", of_tokens(drawn, [599]))[0], found[599])
 
 
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_a_token_sees_decides_whether_its_result_is_finite(implementation):
     """Position 40 of row 1 has a value that is none, and so has position 45 a key."""
@@ -241,10 +259,12 @@ def test_what_a_token_sees_decides_whether_its_result_is_finite(implementation):
     assert np.isnan(found[(rows == 1) & (positions >= 45)]).all()
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
 @pytest.mark.parametrize("name", ["decode", "latent_int8"])
-def test_one_token_of_each_row_needs_no_search(name):
+def test_one_token_of_each_row_needs_no_search(name, implementation):
     drawn = draw(CASES[name])
-    found = attended("xla", drawn, one_per_row=True)
+    found = attended(implementation, drawn, one_per_row=True)
     np.testing.assert_allclose(found, oracle(CASES[name], drawn), **TOLERANCE)
 
 
@@ -279,6 +299,69 @@ def test_no_scores_of_all_tokens_are_made_at_once():
     function = jax.jit(functools.partial(cached_attention, implementation="xla"))
     memory = function.lower(*operands).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 8e6
+
+
+@pytest.mark.usefixtures("gpu")
+def test_tokens_of_other_rows_change_no_bit_of_the_triton_kernel():
+    drawn = draw(CASES["mixed"])
+    q, k, v, rows, positions, slots = drawn.operands
+    found, is_ours = attended("triton", drawn), rows == 1
+    alone = drawn._replace(operands=(q, k, v, np.where(is_ours, rows, -1), positions, slots))
+    np.testing.assert_array_equal(attended("triton", alone)[is_ours], found[is_ours])
+
+
+@pytest.mark.usefixtures("gpu")
+def test_one_program_sums_what_several_do(monkeypatch):
+    """The seen blocks of a tile in one part, in blocks of another size."""
+    parts = []
+    make_plan = pallas_triton.make_plan
+
+    def noted(*operands):
+        parts.append(make_plan(*operands).parts)
+        return make_plan(*operands)
+
+    monkeypatch.setattr(pallas_triton, "make_plan", noted)
+    for programs, slots in ((256, 32), (1, 16)):
+        monkeypatch.setattr(pallas_triton, "PROGRAMS", programs)
+        sizes = pallas_triton.INTERPRETED._replace(slots=slots)
+        monkeypatch.setattr(pallas_triton, "INTERPRETED", sizes)
+        jitted.cache_clear()
+        check(CASES["ring_sinks"], "triton")
+    assert parts[0] > 1 == parts[1]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_takes_the_triton_kernel_where_it_can():
+    for name, is_taken in (("paged", True), ("odd_pages", False)):
+        (q, k, v, *rest), settings, *_ = draw(CASES[name])
+        attend = functools.partial(cached_attention, tables_RN=jnp.asarray(settings["tables_RN"]))
+        assert ("pallas_call" in str(jax.make_jaxpr(attend)(q, k, v, *rest))) == is_taken
+    attend = functools.partial(attend, implementation="triton")
+    with pytest.raises(NotImplementedError, match="pages of 7 positions must be a multiple of 16"):
+        attend(q, k, v, *rest)
+    with pytest.raises(NotImplementedError, match="keys of float8_e4m3fn must be float32, bfl"):
+        attend(q, k.astype(jnp.float8_e4m3fn), v, *rest)
+
+
+def test_the_triton_kernel_says_which_addresses_it_lacks():
+    """Pallas' offsets have 32 bits up to 2^32 bytes, and Triton takes the last of them as a sign.
+
+    So an array of floats, whose elements are fewer than its bytes, always has its addresses.
+    """
+    q = jax.ShapeDtypeStruct((1, 8, 128), jnp.bfloat16)
+    places = [jax.ShapeDtypeStruct((1, pages), jnp.int32) for pages in (2**15, 2**14, 2**16)]
+    found = []
+    for tables, dtype in zip((*places, places[0]), (*[jnp.int8] * 3, jnp.bfloat16), strict=True):
+        pages = jax.ShapeDtypeStruct((tables.shape[1] + 1, 64, 8, 128), dtype)
+        state = State(pages, pages, None, None, None, tables)
+        found.append(pallas_triton.unsupported_reason(q, state))
+    assert [reason is None for reason in found] == [False, True, True, True]
+    assert "keys of 2147549184 bytes must be at most 2^31" in found[0]
+
+
+def test_triton_without_a_gpu_is_an_error():
+    with pytest.raises(NotImplementedError, match="the default device is cpu"):
+        cached_attention(*draw(CASES["decode"]).operands, implementation="triton")
 
 
 @needs_library
