@@ -125,7 +125,8 @@ def test_the_model_is_that_of_the_rounded_weights(name, weights, request):
     # Float32 sums in another order, and x held to 2^-23 of its block's largest.
     np.testing.assert_allclose(full_logits(model, variables, TOKENS), expected, atol=2e-5)
     _, exact = unstack(Transformer(CONFIGS[name]), drawn(CONFIGS[name], seed=6))
-    assert np.abs(full_logits(model, exact, TOKENS) - expected).max() > 2e-3
+    # Thirty times the tolerance above: int8 of gpt-oss, the least, differs by 1.2e-3.
+    assert np.abs(full_logits(model, exact, TOKENS) - expected).max() > 6e-4
 
 
 @pytest.mark.parametrize("name", ["dense", "experts", "gpt-oss"])
