@@ -202,5 +202,7 @@ def _window_nats(model, variables, windows_BL, threshold):
     tokens_BL, targets_BL = windows_BL[:, :-1], windows_BL[:, 1:]
     positions_BL = jax.lax.broadcasted_iota("int32", tokens_BL.shape, 1)
     hidden_BLD, _ = exit_hidden(model, variables, tokens_BL, positions_BL, threshold)
-    nats_BL, _ = nats_and_best(hidden_BLD, output_weights(model, variables), targets_BL)
+    nats_BL, _ = nats_and_best(
+        hidden_BLD, output_weights(model, variables, as_stored=True), targets_BL
+    )
     return nats_BL.mean(axis=1)

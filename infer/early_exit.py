@@ -76,7 +76,7 @@ def exit_step(
     check_exits(model)
     step = make_step(token_B[:, None], position_B[:, None])
     x_B1D, state = begin(model, variables, step, state)
-    w_DV = output_weights(model, variables)
+    w_DV = output_weights(model, variables, as_stored=True)
     is_exited_B1, exits_B1 = step.positions_BL < 0, jnp.zeros_like(step.positions_BL)
     logits_BV = jnp.zeros((token_B.shape[0], model.config.vocab_size), jnp.float32)
     for layers in exit_ranges(model):
@@ -117,7 +117,7 @@ def exit_hidden(
     check_exits(model)
     step = make_step(tokens_BL, positions_BL)
     x_BLD, _ = begin(model, variables, step, None)
-    w_DV = output_weights(model, variables)
+    w_DV = output_weights(model, variables, as_stored=True)
 
     def row_confidence(x_LD):
         return confidence(exit_logits(model, variables, x_LD[None], w_DV)[0])

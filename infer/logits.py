@@ -87,4 +87,4 @@ def _read(model, is_whole, variables, tokens_BL, positions_BL, state):
 
 
 def _logits(model: Transformer, variables: Variables, hidden_BLD: jax.Array) -> jax.Array:
-    return unembed(hidden_BLD[0], output_weights(model, variables))
+    return unembed(hidden_BLD[0], output_weights(model, variables, as_stored=True))

@@ -154,7 +154,7 @@ def _score_rows(model, variables, tokens_BL, positions_BL, targets_BL, memory, p
     hidden_BLD, memory = hidden_states(
         model, variables, tokens_BL, positions_BL, memory, preference
     )
-    scored = nats_and_best(hidden_BLD, output_weights(model, variables), targets_BL)
+    scored = nats_and_best(hidden_BLD, output_weights(model, variables, as_stored=True), targets_BL)
     return scored, memory
 
 

@@ -87,7 +87,7 @@ def draft_and_verify(
     check_draft(model, draft)
     is_live_B = position_B >= 0
     length_B = jnp.where(is_live_B, position_B, jnp.iinfo(jnp.int32).max)
-    state, w_DV = rewind(state, length_B), output_weights(model, variables)
+    state, w_DV = rewind(state, length_B), output_weights(model, variables, as_stored=True)
     ranges = exit_ranges(model)
     split, end = ranges[draft.exit - 1][1], ranges[-1][1]
     token_B1, positions_BN = token_B[:, None], position_B[:, None] + jnp.arange(draft.length)

@@ -204,4 +204,4 @@ def begin_counts(counts: TokenCounts, row: jax.Array, is_prompt_V: jax.Array) ->
 
 
 def _logits(model: Transformer, variables: Variables, hidden_BD: jax.Array) -> jax.Array:
-    return unembed(hidden_BD, output_weights(model, variables))
+    return unembed(hidden_BD, output_weights(model, variables, as_stored=True))

@@ -56,15 +56,26 @@ def weight(
     return module.param(name, init, shape, jnp.float32)
 
 
-def project(equation: str, x: jax.Array, w: jax.Array | QTensor) -> jax.Array:
+def project(
+    equation: str, x: jax.Array, w: jax.Array | QTensor, *, is_flat: bool = False
+) -> jax.Array:
     """The product of rows of x with a weight, in x's dtype: where the model multiplies by weights.
 
     Args:
       equation: as of jnp.einsum, x first: "BLD,DHC->BLHC". The weight's dimensions that x has are
         summed over; of a QTensor they are those it was declared with.
+      is_flat: whether several dimensions that are summed over ("BLHC,HCD->BLD") become one first.
+        XLA turns them round in the weight otherwise, a copy for each token that is decoded; and
+        sums in another order.
     """
     if isinstance(w, QTensor) or reads_as_stored(w.dtype, x.dtype):
         return matmul(x, w, equation)
+    of_x, _, of_w = equation.partition("->")[0].partition(",")
+    num_inputs = sum(letter in of_x for letter in of_w)
+    if is_flat and of_x.endswith(of_w[:num_inputs]):
+        x, w = x.reshape(*x.shape[:-num_inputs], -1), w.reshape(-1, *w.shape[num_inputs:])
+        rows, outputs = of_x[:-num_inputs], of_w[num_inputs:]
+        equation = f"{rows}k,k{outputs}->{rows}{outputs}"
     return jnp.einsum(equation, x, w.astype(x.dtype))
 
 
@@ -77,7 +88,7 @@ def in_dtype(w: jax.Array | QTensor, dtype: jnp.dtype) -> jax.Array | QTensor:
 
 
 class OutputsFirst(NamedTuple):
-    """A tied output layer that kernels read as the embedding is stored."""
+    """A tied output layer as the embedding is stored: XLA would turn it round at every step."""
 
     w_VD: jax.Array
 

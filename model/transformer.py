@@ -14,7 +14,6 @@ import numpy as np
 
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig
-from kernels.matmul import reads_as_stored
 from kernels.quantize import MatrixDims, QTensor, take_outputs
 from model.block import SHAPES_ALONE, Block, Period
 from model.early_exit import dropout_rates
@@ -162,16 +161,21 @@ class Transformer(nn.Module):
             hidden_BLD = module(hidden_BLD, next_BLD, step)
             self.sow("multi_token", f"hidden_{k}", hidden_BLD)
 
-    def unembedding(self) -> jax.Array | QTensor | OutputsFirst:
-        """The output layer, [D, V] in the compute dtype, or as it is held where kernels read it
-        so (model.layers.in_dtype)."""
+    def unembedding(self, *, as_stored: bool = False) -> jax.Array | QTensor | OutputsFirst:
+        """The output layer, [D, V] in the compute dtype; a QTensor as it is held.
+
+        Args:
+          as_stored: for `model.layers.unembed`, which reads an embedding, or an array in bfloat16
+            where kernels do, as it lies.
+        """
         is_tied, dtype = self.config.tie_embeddings, jnp.dtype(self.execution.compute_dtype)
         held = self.embedding_VD if is_tied else self.output_DV
         if isinstance(held, QTensor):
             return held
-        if is_tied and reads_as_stored(held.dtype, dtype):
-            return OutputsFirst(held)
-        w_DV = cast(jax.Array, in_dtype(held.T if is_tied else held, dtype))
+        if as_stored:
+            w = cast(jax.Array, in_dtype(held, dtype))
+            return OutputsFirst(w) if is_tied else w
+        w_DV = (held.T if is_tied else held).astype(dtype)
         return constrain(w_DV, None, "vocab")
 
 
@@ -241,10 +245,14 @@ def training_pass(
     return hidden_BLD, sown, memory
 
 
-def output_weights(model: Transformer, variables: Variables) -> Any:
+def output_weights(model: Transformer, variables: Variables, *, as_stored: bool = False) -> Any:
     """The output layer with these variables: [D, V] in the compute dtype, or a QTensor, which
-    `model.layers.unembed` multiplies by."""
-    return model.apply(variables, method="unembedding")
+    `model.layers.unembed` multiplies by.
+
+    Args:
+      as_stored: see Transformer.unembedding; for `unembed` alone.
+    """
+    return model.apply(variables, method="unembedding", as_stored=as_stored)
 
 
 def abstract_variables(model: Transformer) -> tuple[Variables, Variables]:

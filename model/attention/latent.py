@@ -104,7 +104,7 @@ class LatentAttention(nn.Module):
             out_BLHW = self._over_row(queries, keys, index, w_ups, step)
         else:
             out_BLHW = self._over_state(queries, index, w_ups, step, state)
-        out_BLD = project("BLHW,HWD->BLD", out_BLHW, w_o_HWD)
+        out_BLD = project("BLHW,HWD->BLD", out_BLHW, w_o_HWD, is_flat=state is not None)
         if c.bias:
             out_BLD += zero_weight(self, "o_bias", (d_model,), ("embed",)).astype(dtype)[None, None]
         return out_BLD, state

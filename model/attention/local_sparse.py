@@ -124,7 +124,7 @@ class LocalSparseAttention(nn.Module):
         if state is not None and step.rows_BL is not None:
             raise NotImplementedError(f"{SLOT_IS_POSITION}: give each sequence a row of tokens")
         out_BLHC, state = attend(q_BLHC, k_BLGC, v_BLGC, step, state)
-        return project("BLHC,HCD->BLD", out_BLHC, w_o_HCD), state
+        return project("BLHC,HCD->BLD", out_BLHC, w_o_HCD, is_flat=state is not None), state
 
     def _over_powers(
         self,
