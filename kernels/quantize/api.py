@@ -3,6 +3,7 @@
 K inputs, N outputs, S blocks of Z inputs (block_size).
 """
 
+import functools
 import math
 
 import jax
@@ -51,6 +52,13 @@ def quantize(
       with the scale largest / 7; an all-zero block stays zero.
     """
     _check(w, format, dims, block_size, scale_dtype)
+    return _rounded(w, format, dims, block_size, scale_dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _rounded(
+    w: jax.Array, format: Format, dims: MatrixDims, block_size: int, scale_dtype: str
+) -> QTensor:
     spec = FORMATS[format]
     stack, inputs, outputs = dims.split(w.shape)
     w_NK = _outputs_first(w.astype(jnp.float32), stack, inputs, outputs, dims)

@@ -60,6 +60,7 @@ CONFIGS = {
     "experts": of(
         LayerSpec(attention=tiny.attention(**WIDE), ffn=MOE),
         LayerSpec(attention=LATENT, ffn=CONTEXT),
+        num_layers=2,
     ),
     "gpt-oss": of(
         LayerSpec(

@@ -35,6 +35,7 @@ from tests import tiny
 from tests.probes import drawn
 
 LENGTH, ROWS, PAGE = 24, 3, 4
+PROMPT = 12
 DENSE = DenseConfig(d_ff=16)
 LATENT = {
     "num_heads": 2,
@@ -112,6 +113,13 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def chunk(tokens, positions, begin: int, count: int):
+    """So many tokens of each row, filled up with padding: all chunks share a program."""
+    whole = slice(begin, begin + SPARE + 1)
+    is_token = np.arange(SPARE + 1) < count
+    return tokens[:, whole], np.where(is_token, positions[:, whole], -1).astype(np.int32)
+
+
 def tables() -> np.ndarray:
     """Pages of the three sequences, mixed up; page 0 belongs to nobody."""
     pages = np.random.RandomState(2).permutation(np.arange(1, 1 + ROWS * LENGTH // PAGE))
@@ -135,9 +143,9 @@ def states(kind):
 def test_a_prompt_and_then_token_by_token(kind):
     _, _, read, tokens, positions, expected = kind
     for state, given in states(kind):
-        out, state = read(tokens[:, :9], positions[:, :9], state, is_whole=True, **given)
-        close(out, expected[:, :9])
-        for i in range(9, LENGTH):
+        out, state = read(tokens[:, :PROMPT], positions[:, :PROMPT], state, is_whole=True, **given)
+        close(out, expected[:, :PROMPT])
+        for i in range(PROMPT, LENGTH):
             out, state = read(tokens[:, i : i + 1], positions[:, i : i + 1], state, **given)
             close(out[:, 0], expected[:, i])
 
@@ -153,9 +161,9 @@ def test_in_chunks_with_padding(kind):
             places = read_R[:, None] + np.arange(SPARE + 1)
             is_token = np.arange(SPARE + 1) < count_R[:, None]
             at = np.minimum(places, LENGTH - 1)
-            chunk = np.take_along_axis(tokens, at, 1)
+            pieces = np.take_along_axis(tokens, at, 1)
             out, state = read(
-                chunk, np.where(is_token, places, -1).astype(np.int32), state, **given
+                pieces, np.where(is_token, places, -1).astype(np.int32), state, **given
             )
             for row, count in enumerate(count_R):
                 close(out[row, :count], expected[row, read_R[row] : read_R[row] + count])
@@ -171,24 +179,24 @@ def test_taken_back_and_read_again(kind):
             rewind(init_state(config, ROWS, LENGTH, "float32"), jnp.zeros(ROWS, jnp.int32))
         return
     for state, given in states(kind):
-        _, state = read(tokens[:, :12], positions[:, :12], state, is_whole=True, **given)
-        wrong = (tokens[:, 12:15] + 7) % 300
-        _, state = read(wrong, positions[:, 12:15], state, **given)
-        state = rewind(state, jnp.full(ROWS, 12))
-        out, _ = read(tokens[:, 12:16], positions[:, 12:16], state, **given)
-        close(out, expected[:, 12:16])
+        _, state = read(tokens[:, :PROMPT], positions[:, :PROMPT], state, is_whole=True, **given)
+        wrong, places = chunk((tokens + 7) % 300, positions, PROMPT, 3)
+        _, state = read(wrong, places, state, **given)
+        state = rewind(state, jnp.full(ROWS, PROMPT))
+        out, _ = read(*chunk(tokens, positions, PROMPT, 4), state, **given)
+        close(out[:, :4], expected[:, PROMPT : PROMPT + 4])
 
 
 def test_a_snapshot_goes_on_from_where_it_was_taken(kind):
     """Two rows are kept, others read on over them; then they come back, in the other order."""
     _, config, read, tokens, positions, expected = kind
     state = init_state(config, ROWS, LENGTH, "float32", SPARE)
-    _, state = read(tokens[:, :10], positions[:, :10], state, is_whole=True)
+    _, state = read(tokens[:, :PROMPT], positions[:, :PROMPT], state, is_whole=True)
     kept = take_rows(state, jnp.array([0, 2]))
-    _, state = read(tokens[:, 10:14], positions[:, 10:14], state)
+    _, state = read(*chunk(tokens, positions, PROMPT, 4), state)
     state = put_rows(state, jnp.array([1, 0]), kept)
-    out, _ = read(tokens[[2, 0, 1], 10:12], positions[:, 10:12], state)
-    close(out[:2], expected[[2, 0], 10:12])
+    out, _ = read(*chunk(tokens[[2, 0, 1]], positions, PROMPT, 2), state)
+    close(out[:2, :2], expected[[2, 0], PROMPT : PROMPT + 2])
 
 
 def test_sequences_in_one_row(kind):
@@ -203,8 +211,8 @@ def test_sequences_in_one_row(kind):
     )
     for state, given in states(kind):
         starts = np.array([9, 12, 3])[:, None]
-        before = np.where(positions[:, :12] < starts, positions[:, :12], -1)
-        _, state = read(tokens[:, :12], before, state, is_whole=True, **given)
+        before = np.where(positions[:, :PROMPT] < starts, positions[:, :PROMPT], -1)
+        _, state = read(tokens[:, :PROMPT], before, state, is_whole=True, **given)
         if name in UNMIXED:
             with pytest.raises(NotImplementedError, match="give each sequence a row of tokens"):
                 read(*flat, state, rows, **given)
