@@ -74,9 +74,15 @@ CONFIGS = {
 TOKENS = np.random.RandomState(0).randint(0, 320, 24).tolist()
 
 
+@functools.cache
+def exact_model(config):
+    """The model, apart, and its variables as they were drawn."""
+    return unstack(Transformer(config), drawn(config, seed=6))
+
+
 def in_format(config, weights):
     """The model, apart, and its variables in the format."""
-    model, variables = unstack(Transformer(config), drawn(config, seed=6))
+    model, variables = exact_model(config)
     copies = jax.tree.map(lambda x: x, variables)
     return model, converted(copies, converter(model, weights))
 
@@ -125,7 +131,7 @@ def test_the_model_is_that_of_the_rounded_weights(name, weights, request):
     expected = full_logits(model, with_floats(variables), TOKENS)
     # Float32 sums in another order, and x held to 2^-23 of its block's largest.
     np.testing.assert_allclose(full_logits(model, variables, TOKENS), expected, atol=2e-5)
-    _, exact = unstack(Transformer(CONFIGS[name]), drawn(CONFIGS[name], seed=6))
+    _, exact = exact_model(CONFIGS[name])
     # Thirty times the tolerance above: int8 of gpt-oss, the least, differs by 1.2e-3.
     assert np.abs(full_logits(model, exact, TOKENS) - expected).max() > 6e-4
 
@@ -220,7 +226,7 @@ def test_few_rows_that_meet_int4_are_rounded_to_8_bits(products):
 def test_rounding_rows_costs_little_beside_rounding_weights_to_int4(length):
     """A step of x is 1/127 of a block's largest, one of the weights 1/7: some 18 times as long."""
     model, variables = in_format(CONFIGS["dense"], "int4")
-    _, exact = unstack(Transformer(CONFIGS["dense"]), drawn(CONFIGS["dense"], seed=6))
+    _, exact = exact_model(CONFIGS["dense"])
     by_default, exact_rows, exact_weights = (
         full_logits(model, held, TOKENS[:length])
         for held in (variables, with_floats(variables), exact)
@@ -283,7 +289,7 @@ def test_experts_over_a_mesh_equal_one_device(weights):
     model, variables = in_format(CONFIGS["experts"], weights)
     expected = full_logits(model, variables, TOKENS)
     mesh = make_mesh(1, 4, 1)
-    floats = unstack(Transformer(CONFIGS["experts"]), drawn(CONFIGS["experts"], seed=6))[1]
+    _, floats = exact_model(CONFIGS["experts"])
     abstract = abstract_on_mesh(model, mesh, weights=weights)
     placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), floats, abstract)
     placed = converted(placed, converter(model, weights))
