@@ -45,7 +45,8 @@ def bound(w, q):
     if q.format == "fp8_e4m3":
         return np.maximum(np.abs(w) / 16, step / 1024) * (1 + 1e-5)
     if q.format == "int4":  # of a block together: no weight errs by more
-        return np.repeat(np.sqrt(symmetric_errors(w, q.block_size)), q.block_size, -2) * 1.01
+        of_block = np.sqrt(symmetric_errors(w, q.block_size))
+        return np.repeat(of_block, q.block_size, -2) * 1.01 + 1e-6 * np.abs(w)
     return step / 2 * (1 + 1e-5)
 
 
