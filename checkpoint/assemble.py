@@ -76,7 +76,9 @@ def load(
     by_leaf = _by_leaf(entries, abstract_variables)
 
     def load_leaf(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return convert(path, _load_leaf(by_leaf[leaf_name(path)], tensors, leaf, progress))
+        made = convert(path, _load_leaf(by_leaf[leaf_name(path)], tensors, leaf, progress))
+        # Waited for: reading is faster than rounding, and what waits to be rounded is in floats.
+        return jax.block_until_ready(made)
 
     return jax.tree_util.tree_map_with_path(load_leaf, abstract_variables)
 
