@@ -101,15 +101,14 @@ def unembed(hidden: jax.Array, w: jax.Array | QTensor | OutputsFirst) -> jax.Arr
       w: what `output_weights` gives: [D, V], or a QTensor of it or of the embedding's [V, D], or
         the embedding itself.
     """
-    is_stored = isinstance(w, (QTensor, OutputsFirst)) or reads_as_stored(w.dtype, hidden.dtype)
-    if not is_stored:
-        return jnp.einsum("...D,DV->...V", hidden, w, preferred_element_type=jnp.float32)
-    leading = hidden.shape[:-1]
-    rows = hidden.reshape(-1, hidden.shape[-1])
     is_embedding = isinstance(w, OutputsFirst) or (isinstance(w, QTensor) and w.outputs_first)
-    equation = "TD,VD->TV" if is_embedding else "TD,DV->TV"
     weight = w.w_VD if isinstance(w, OutputsFirst) else w
-    return matmul(rows, weight, equation).astype(jnp.float32).reshape(*leading, -1)
+    if isinstance(weight, QTensor) or reads_as_stored(weight.dtype, hidden.dtype):
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        logits = matmul(rows, weight, "TD,VD->TV" if is_embedding else "TD,DV->TV")
+        return logits.astype(jnp.float32).reshape(*hidden.shape[:-1], -1)
+    equation = "...D,VD->...V" if is_embedding else "...D,DV->...V"
+    return jnp.einsum(equation, hidden, weight, preferred_element_type=jnp.float32)
 
 
 def zero_weight(

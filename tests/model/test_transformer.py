@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs.base import ExecutionConfig, MeshConfig
+from model.layers import unembed
 from model.model_state import init_state
 from model.transformer import (
     MAX_UNROLLED_LAYERS,
@@ -22,6 +23,7 @@ from model.transformer import (
 from parallel.mesh import make_mesh
 from parallel.sharding import tree_shardings
 from tests import oracle, tiny
+from tests.probes import drawn
 
 CONFIG = tiny.model()
 MODEL = Transformer(CONFIG)
@@ -269,3 +271,16 @@ def test_the_configs_count_is_the_models(config):
     per_expert = 3 * 32 * 16
     expected = config.num_parameters - idle_experts * per_expert
     assert config.num_active_parameters == expected
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_bfloat16_are_not_rounded_to_it(tied):
+    """Sums stay float32, whichever way round the output layer is held."""
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    model = Transformer(config, ExecutionConfig(compute_dtype="bfloat16"))
+    w = output_weights(model, drawn(config), as_stored=True)
+    hidden = jax.random.normal(jax.random.key(0), (3, config.d_model), jnp.bfloat16)
+    logits = unembed(hidden, w)
+    assert logits.dtype == jnp.float32
+    w_DV = np.asarray(output_weights(model, drawn(config)), np.float64)
+    np.testing.assert_allclose(logits, np.asarray(hidden, np.float64) @ w_DV, atol=1e-5, rtol=1e-5)
