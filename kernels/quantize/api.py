@@ -53,33 +53,28 @@ def quantize(
       with the scale largest / 7; an all-zero block stays zero.
     """
     _check(w, format, dims, block_size, scale_dtype)
-    _, inputs, outputs = dims.split(w.shape)
-    w_NSZ = _in_blocks(w, dims, block_size)
+    return _rounded(w, format, dims, block_size, scale_dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _rounded(
+    w: jax.Array, format: Format, dims: MatrixDims, block_size: int, scale_dtype: str
+) -> QTensor:
+    """`quantize` without its checks, as one program."""
+    spec = FORMATS[format]
+    stack, inputs, outputs = dims.split(w.shape)
+    w_NK = _outputs_first(w.astype(jnp.float32), stack, inputs, outputs, dims)
+    w_NSZ = w_NK.reshape(*w_NK.shape[:-1], -1, block_size)
     scale_NS1 = _best_scales(w_NSZ, format, scale_dtype)
-    values = _stored(w_NSZ, scale_NS1, format)
+    # Clipped before the cast: beyond 448, e4m3 has only NaN.
+    ratio_NK = jnp.clip(_ratio(w_NSZ, scale_NS1), spec.least, spec.largest).reshape(w_NK.shape)
+    if format == "fp8_e4m3":
+        values = ratio_NK.astype(spec.dtype)
+    else:
+        values = pack(jnp.round(ratio_NK).astype(jnp.int8), spec.bits, "canonical")
     scales_SN = jnp.swapaxes(scale_NS1[..., 0], -1, -2)
     first = dims.outputs_first
     return QTensor(values, scales_SN, format, block_size, "canonical", inputs, outputs, first)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _in_blocks(w: jax.Array, dims: MatrixDims, block_size: int) -> jax.Array:
-    """w as [..., N, S, Z]."""
-    stack, inputs, outputs = dims.split(w.shape)
-    w_NK = _outputs_first(w.astype(jnp.float32), stack, inputs, outputs, dims)
-    return w_NK.reshape(*w_NK.shape[:-1], -1, block_size)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _stored(w_NSZ: jax.Array, scale_NS1: jax.Array, format: Format) -> jax.Array:
-    """The values of a QTensor in canonical order, [..., N, K]."""
-    spec = FORMATS[format]
-    # Clipped before the cast: beyond 448, e4m3 has only NaN.
-    ratio_NSZ = jnp.clip(_ratio(w_NSZ, scale_NS1), spec.least, spec.largest)
-    ratio_NK = ratio_NSZ.reshape(*w_NSZ.shape[:-2], -1)
-    if format == "fp8_e4m3":
-        return ratio_NK.astype(spec.dtype)
-    return pack(jnp.round(ratio_NK).astype(jnp.int8), spec.bits, "canonical")
 
 
 def dequantize(weight: QTensor, dtype: str = "float32") -> jax.Array:
@@ -134,48 +129,29 @@ def _ratio(w_NSZ: jax.Array, scale_NS1: jax.Array) -> jax.Array:
 
 def _best_scales(w_NSZ: jax.Array, format: Format, dtype: str) -> jax.Array:
     """The scale of STEPS that rounds each block best, [..., N, S, 1]."""
-    steps = STEPS[format]
-    largest_NS1, is_flipped_NS1 = _largest(w_NSZ, format)
+    spec, steps = FORMATS[format], STEPS[format]
+    largest_NS1 = jnp.abs(w_NSZ).max(axis=-1, keepdims=True)
     if len(steps) == 1:
         return _round_up(largest_NS1 / steps[0], dtype)
+    is_signed = -spec.least > spec.largest
+    is_flipped_NS1 = is_signed & (w_NSZ.max(axis=-1, keepdims=True) == largest_NS1)
+
+    def try_step(best: tuple[jax.Array, jax.Array], step: jax.Array) -> Any:
+        best_NS1, least_NS1 = best
+        up_NS1 = _round_up(largest_NS1 / step, dtype)
+        scale_NS1 = jnp.where(is_flipped_NS1, -up_NS1, up_NS1)
+        ratio_NSZ = _ratio(w_NSZ, scale_NS1)
+        off_NSZ = jnp.clip(jnp.round(ratio_NSZ), spec.least, spec.largest) - ratio_NSZ
+        # In units of the block's largest weight, whose square may be no float32.
+        error_NS1 = jnp.square(off_NSZ / step).sum(axis=-1, keepdims=True)
+        is_better_NS1 = error_NS1 < least_NS1
+        best_NS1 = jnp.where(is_better_NS1, scale_NS1, best_NS1)
+        return (best_NS1, jnp.where(is_better_NS1, error_NS1, least_NS1)), None
+
     none = jnp.zeros_like(largest_NS1, dtype), jnp.full_like(largest_NS1, jnp.inf)
-
-    def body(best: Any, step: jax.Array) -> Any:
-        return _try_step(w_NSZ, largest_NS1, is_flipped_NS1, best, step, format, dtype), None
-
     # One after the other: side by side they would take eight times the weight's memory.
-    best, _ = jax.lax.scan(body, none, jnp.asarray(steps, jnp.float32))
-    return best[0]
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _largest(w_NSZ: jax.Array, format: Format) -> tuple[jax.Array, jax.Array]:
-    """Each block's largest magnitude, and whether its scale is negative, [..., N, S, 1]."""
-    largest_NS1 = jnp.abs(w_NSZ).max(axis=-1, keepdims=True)
-    is_signed = -FORMATS[format].least > FORMATS[format].largest
-    return largest_NS1, is_signed & (w_NSZ.max(axis=-1, keepdims=True) == largest_NS1)
-
-
-def _try_step(
-    w_NSZ: jax.Array,
-    largest_NS1: jax.Array,
-    is_flipped_NS1: jax.Array,
-    best: tuple[jax.Array, jax.Array],
-    step: jax.Array,
-    format: Format,
-    dtype: str,
-) -> tuple[jax.Array, jax.Array]:
-    """The best scales so far and their squared errors, with those of one more step."""
-    spec, (best_NS1, least_NS1) = FORMATS[format], best
-    up_NS1 = _round_up(largest_NS1 / step, dtype)
-    scale_NS1 = jnp.where(is_flipped_NS1, -up_NS1, up_NS1)
-    ratio_NSZ = _ratio(w_NSZ, scale_NS1)
-    off_NSZ = jnp.clip(jnp.round(ratio_NSZ), spec.least, spec.largest) - ratio_NSZ
-    # In units of the block's largest weight, whose square may be no float32.
-    error_NS1 = jnp.square(off_NSZ / step).sum(axis=-1, keepdims=True)
-    is_better_NS1 = error_NS1 < least_NS1
-    best_NS1 = jnp.where(is_better_NS1, scale_NS1, best_NS1)
-    return best_NS1, jnp.where(is_better_NS1, error_NS1, least_NS1)
+    (best_NS1, _), _ = jax.lax.scan(try_step, none, jnp.asarray(steps, jnp.float32))
+    return best_NS1
 
 
 def _round_up(scale: jax.Array, dtype: str) -> jax.Array:
