@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from checkpoint.run_corpus import RunCorpus, count_tokens, open_run_corpus
 from checkpoint.run_directory import read_run
 from configs.base import DataConfig
 from configs.checks import UserError, require
+from data.corpora import read_documents
 from data.pipeline import prepare_corpus
 from data.tokenizers.tokenizer import num_ids
+from data.tokenizers.tokenizer_sources import load_public_tokenizer
 from evals.results import FILE, FILE_OF_INITIAL, write_results
 from evals.tasks import line_completion, stdlib_bpb
 from evals.tasks.base import ModelUnderTest, NotApplicable, Result, Skipped
@@ -104,17 +107,21 @@ def open_text(
     Args:
       text: 'stdlib', a folder, or a file: see configs.base.DataConfig.
       fraction: of the text that is held out; the rest gives the unigram model its counts.
-      folder: where texts and results are kept, by the names of both.
+      folder: where texts and results are kept, by the names of both; a text also by what it and
+        the tokenizer are now, so that another share or a changed file is read anew.
     Raises:
       UserError: a text or tokenizer that can't be read.
     """
     kept = folder / f"{_plain(source.name)}_on_{_plain(text)}"
+    identity = hashlib.sha256(f"{fraction}\n{load_public_tokenizer(source.name).to_str()}".encode())
+    for document in read_documents(text, suffix):
+        identity.update(f"{document.name}\n{document.text}\n".encode())
     # A run's folder and a model's hold tokenizer.json; files and packages are known by name.
     settings = DataConfig(
         source=text,
         suffix=suffix,
         tokenizer=source.name,
-        directory=str(kept / "text"),
+        directory=str(kept / f"text_{identity.hexdigest()[:12]}"),
         holdout_fraction=fraction,
     )
     corpus = prepare_corpus(settings, source.config.vocab_size)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -134,7 +135,8 @@ def test_a_model_that_is_no_run_is_measured_on_a_text(letters, capsys):
     (result,) = read_results(path)
     model, variables = open_source(str(letters / "model")).load()
     tokenizer, nats, size = byte_level(), 0.0, 0
-    for name in TokenFile(path.parent / "text/held_out.bin").sidecar.names:
+    (held_out,) = path.parent.glob("text_*/held_out.bin")
+    for name in TokenFile(held_out).sidecar.names:
         text = (letters / "texts" / name).read_text()
         tokens = np.array([[0, *tokenizer.encode(text).ids]])
         hidden, _ = hidden_states(model, variables, tokens, np.arange(tokens.size)[None])
@@ -150,6 +152,20 @@ def test_a_model_that_is_no_run_is_measured_on_a_text(letters, capsys):
     (rounded,) = read_results(path.with_name("evals_int8.json"))
     assert rounded.value == pytest.approx(result.value, rel=0.02)
     assert rounded.value != result.value
+
+
+def test_a_text_that_changed_is_read_anew(letters):
+    options = ["--text", str(letters / "changing"), "--suffix", ".txt", "--held-out", "0.5"]
+    options += ["--folder", str(letters / "anew"), "--tasks", "stdlib_bpb"]
+    shutil.copytree(letters / "texts", letters / "changing")
+    sizes = []
+    for word in ("Paris", "Berlin"):
+        for path in (letters / "changing").iterdir():
+            path.write_text(path.read_text().replace("Paris", word))
+        verb.main([str(letters / "model"), *options])
+        (path,) = (letters / "anew").glob("*/evals.json")
+        sizes.append(read_results(path)[0].details["bytes"])
+    assert sizes[1] == sizes[0] * 66 / 64  # "Berlin" is a letter longer, twice in 64
 
 
 def test_what_does_not_go_with_a_model_is_said(letters, run_dir):
