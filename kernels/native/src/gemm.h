@@ -41,10 +41,10 @@ struct GemmKernels {
   void (*pack_cols)(const float* source, int64_t depth_stride, int64_t stride, int64_t depth,
                     int64_t width, float* packed);
   // c[rows, cols] = a[rows, depth] * b[depth, cols] for rows <= kThinRows, with b's rows read where
-  // they lie: so few rows would not repay packing them. With a chain of kBlockDepth, after which
-  // sums begin anew, their bits are Gemm's; 0: there is one sum.
+  // they lie: so few rows would not repay packing them. Sums begin anew after each kBlockDepth, so
+  // that a row's bits are Gemm's.
   void (*thin)(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-               int64_t c_stride, int64_t rows, int64_t cols, int64_t depth, int64_t chain);
+               int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
   // The same for rows <= kHalfRows where b is bfloat16; a row's bits don't depend on the others.
   void (*thin_halves)(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
                       float* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);

@@ -106,14 +106,13 @@ MOESAIC_INLINE Vector LoadPart(const Element* from, int64_t count) {
 }
 
 // kVectors of c's columns for kRows rows, or of one vector the first `part` columns. Sums begin anew
-// after each `chain` of the depth.
+// after each kBlockDepth, as Gemm's do.
 template <int kRows, int kVectors, bool kPart = false>
 MOESAIC_INLINE void ThinStrip(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                              float* c, int64_t c_stride, int64_t depth, int64_t chain,
-                              int64_t part = kLanes) {
+                              float* c, int64_t c_stride, int64_t depth, int64_t part = kLanes) {
   Vector totals[kRows][kVectors] = {};
-  for (int64_t begin = 0; begin < depth; begin += chain) {
-    const int64_t end = depth - begin < chain ? depth : begin + chain;
+  for (int64_t begin = 0; begin < depth; begin += kBlockDepth) {
+    const int64_t end = depth - begin < kBlockDepth ? depth : begin + kBlockDepth;
     Vector sums[kRows][kVectors] = {};
     for (int64_t k = begin; k < end; ++k, b += b_stride) {
 #pragma GCC unroll 4
@@ -140,38 +139,27 @@ MOESAIC_INLINE void ThinStrip(const float* a, int64_t a_stride, const float* b, 
 
 template <int kRows>
 static void ThinRows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                     int64_t c_stride, int64_t cols, int64_t depth, int64_t chain) {
+                     int64_t c_stride, int64_t cols, int64_t depth) {
   constexpr int kVectors = 4;
-  const bool is_fixed = chain > 0;
-  if (!is_fixed) chain = depth > 0 ? depth : 1;
   int64_t j = 0;
   for (; j + kVectors * kLanes <= cols; j += kVectors * kLanes) {
-    ThinStrip<kRows, kVectors>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, chain);
+    ThinStrip<kRows, kVectors>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
   }
   for (; j + kLanes <= cols; j += kLanes) {
-    ThinStrip<kRows, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, chain);
+    ThinStrip<kRows, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
   }
-  if (is_fixed && j < cols) {
-    ThinStrip<kRows, 1, true>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, chain,
-                              cols - j);
-    return;
-  }
-  for (; j < cols; ++j) {
-    for (int i = 0; i < kRows; ++i) {
-      float sum = 0.0f;
-      for (int64_t k = 0; k < depth; ++k) sum += a[i * a_stride + k] * b[k * b_stride + j];
-      c[i * c_stride + j] = sum;
-    }
+  if (j < cols) {
+    ThinStrip<kRows, 1, true>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, cols - j);
   }
 }
 
 // See GemmKernels::thin.
 static void Thin(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                 int64_t c_stride, int64_t rows, int64_t cols, int64_t depth, int64_t chain) {
+                 int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
   static constexpr decltype(&ThinRows<1>) kByRows[] = {ThinRows<1>, ThinRows<2>, ThinRows<3>,
                                                        ThinRows<4>};
   static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kThinRows, "one for each number of rows");
-  kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth, chain);
+  kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
 }
 
 // c[kRows, cols] += a[kRows, kDepth] * b[kDepth, cols], or = where `is_first`. Rows of b are read side

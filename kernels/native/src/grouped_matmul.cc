@@ -40,7 +40,7 @@ ffi::Error RowsTimesMatrix(ffi::ThreadPool pool, F32 x, F32 w, S32 group_sizes,
     float* c = y->typed_data() + row * cols + task.col;
     if (task.rows <= kThinRows && !transpose) {
       kernels.thin(x.typed_data() + row * depth, depth, w_group + task.col, f, c, cols, task.rows,
-                   task.cols, depth, kBlockDepth);
+                   task.cols, depth);
       return;
     }
     const Matrix a = {x.typed_data() + row * depth, depth, 1};
