@@ -8,6 +8,7 @@ parameters are read part by part, as the tensors to write ask for them.
 
 import dataclasses
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,6 @@ from configs.checks import UserError
 
 PIECE_BYTES = 64 * 2**20
 """Of float32 that a tensor is read in at a time, where its first dim allows it."""
-
-ALIGNMENT = 64
-"""Bytes to which XLA on CPU wants a buffer aligned to use it as it is, without a copy."""
 
 Progress = Callable[[int], None]
 """Called with the number of elements read since the last call."""
@@ -211,11 +209,14 @@ def _put(
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An array that XLA on CPU can take over without a copy."""
+    """An array that XLA on CPU can take over without a copy, at the start of a page.
+
+    Of the system's own pages, which go back to it when the array is gone: of what malloc gave it
+    keeps some tens of megabytes for later.
+    """
     size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    memory = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
+    return memory[:size].view(dtype).reshape(shape)
 
 
 def written_copies(

@@ -18,7 +18,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from configs.checks import require
 from kernels.backend import current_target
 from kernels.quantize import MatrixDims, QTensor, dequantize
-from kernels.quantize.formats import QUANTIZED, WeightFormat, quantizable_reason, to_format
+from kernels.quantize.formats import (
+    QUANTIZED,
+    WeightFormat,
+    quantizable_reason,
+    rounds_in_place,
+    to_format,
+)
 from model.transformer import Transformer, abstract_variables, weight_dims
 from parallel.mesh import TENSOR
 
@@ -124,26 +130,48 @@ def _matrices(model: Transformer) -> dict[str, tuple[tuple[int, ...], MatrixDims
 
 
 def _in_format(x: jax.Array, format: WeightFormat, dims: MatrixDims) -> jax.Array | QTensor:
-    """x in its format; a large one a piece of its first dim at a time where that may be cut."""
-    stack = x.ndim - _num_dims(dims)
-    is_cuttable = stack > 0 or dims.outputs_first
-    is_whole = x.size <= LARGEST_PIECE or not is_cuttable or len(x.devices()) > 1
-    if format not in QUANTIZED or is_whole:
+    """x in its format; each device rounds the matrices that it holds."""
+    if format not in QUANTIZED or len(x.sharding.device_set) == 1:
+        return _rounded(x, format, dims)
+    made: dict[Any, QTensor] = {}
+    shards: list[QTensor] = []
+    for shard in x.addressable_shards:
+        index = tuple((part.start, part.stop) for part in shard.index)
+        if index not in made:
+            made[index] = cast(QTensor, _rounded(shard.data, format, dims))
+        shards.append(jax.device_put(made[index], shard.device))
+    assert isinstance(x.sharding, NamedSharding)
+    num_stack = x.ndim - _num_dims(dims)
+    sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[:num_stack]))
+
+    def together(*parts: jax.Array) -> jax.Array:
+        shape = (*x.shape[:num_stack], *parts[0].shape[num_stack:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
+
+    return jax.tree.map(together, *shards)
+
+
+def _rounded(x: jax.Array, format: WeightFormat, dims: MatrixDims) -> jax.Array | QTensor:
+    """One device's x in its format; where rounding takes temporaries, a large one is cut along its
+    first dim and rounded piece by piece, if it may be cut there.
+    """
+    num_stack, target = x.ndim - _num_dims(dims), current_target()
+    needs_room = format in QUANTIZED and not rounds_in_place(QUANTIZED[format], target)
+    if not needs_room or x.size <= LARGEST_PIECE or not (num_stack or dims.outputs_first):
         return _convert(format, dims, x)
     rows = max(LARGEST_PIECE // max(x.size // len(x), 1), 1)
-    if stack == 0:
-        rows = max(rows // 256, 1) * 256  # whole panels of outputs
+    if num_stack == 0:
+        rows = max(rows // 256, 1) * 256  # what the packings put side by side
     pieces = [_convert(format, dims, x[i : i + rows]) for i in range(0, len(x), rows)]
-    if stack > 0:
+    if num_stack > 0:
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
     return _beside(pieces)
 
 
 def _beside(pieces: list[Any]) -> QTensor:
     """Matrices of some outputs each as one of all."""
-    scale_dim = 0 if pieces[0].packing == "panels" else 1
     values = jnp.concatenate([p.values for p in pieces], axis=0)
-    scales = jnp.concatenate([p.scales for p in pieces], axis=scale_dim)
+    scales = jnp.concatenate([p.scales for p in pieces], axis=1)
     outputs = (sum(p.outputs[0] for p in pieces), *pieces[0].outputs[1:])
     return dataclasses.replace(pieces[0], values=values, scales=scales, outputs=outputs)
 

@@ -19,6 +19,7 @@ TARGETS = (
     "moesaic_rows_times_matrix",
     "moesaic_rows_times_rows",
     "moesaic_bfloat16_matmul",
+    "moesaic_quantize",
     "moesaic_quantized_matmul",
     "moesaic_attention_forward",
     "moesaic_attention_backward",
@@ -49,7 +50,7 @@ def call(
     target: str,
     result: jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct],
     *operands: jax.Array,
-    **attributes: int | bool | np.float32,
+    **attributes: int | bool | np.float32 | np.ndarray,
 ) -> Any:
     """What one of TARGETS makes of CPU arrays, shaped as `result`; only where is_available()."""
     if not is_available():

@@ -52,7 +52,7 @@ def quantize(
       1024); of int4 the squared errors of a block are together at most those of codes from -7 to 7
       with the scale largest / 7; an all-zero block stays zero.
     """
-    _check(w, format, dims, block_size, scale_dtype)
+    check(w, format, dims, block_size, scale_dtype)
     return _rounded(w, format, dims, block_size, scale_dtype)
 
 
@@ -161,9 +161,13 @@ def _round_up(scale: jax.Array, dtype: str) -> jax.Array:
     return jnp.where(is_below, jnp.nextafter(rounded, jnp.full_like(rounded, jnp.inf)), rounded)
 
 
-def _check(
+def check(
     w: jax.Array, format: Format, dims: MatrixDims, block_size: int, scale_dtype: str
 ) -> None:
+    """
+    Raises:
+      ValueError: as `quantize`.
+    """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} must be one of {sorted(FORMATS)}")
     if scale_dtype not in ("float32", "bfloat16"):

@@ -11,6 +11,7 @@ import jax
 from kernels import native
 from kernels.backend import Target, prefers_mosaic, runs_mosaic, runs_triton
 from kernels.quantize.api import MATRIX, quantize
+from kernels.quantize.native import quantize_panels
 from kernels.quantize.packing import PANEL_OUTPUTS, repack
 from kernels.quantize.qtensor import Format, MatrixDims, Packing, QTensor
 
@@ -32,6 +33,11 @@ def preferred_packing(format: Format, target: Target) -> Packing:
     if format == "int4" and runs_triton(target) and not _prefers_mosaic(format, target):
         return "split_128"
     return "canonical"
+
+
+def rounds_in_place(format: Format, target: Target) -> bool:
+    """Whether `to_format` takes no memory beside a weight and its result."""
+    return preferred_packing(format, target) == "panels"
 
 
 def default_block_size(format: Format, target: Target) -> int:
@@ -94,9 +100,12 @@ def to_format(
         raise ValueError(f"{reason}: leave it in float32 or bfloat16")
     block_size = choose_block_size(math.prod(dims.split(w.shape)[1]), quantized, target)
     assert block_size is not None
-    scales = scale_dtype(target)
+    scales, packing = scale_dtype(target), preferred_packing(quantized, target)
+    if packing == "panels":
+        w = w.astype("float32")
+        return quantize_panels(w, quantized, dims=dims, block_size=block_size, scale_dtype=scales)
     rounded = quantize(w, quantized, dims=dims, block_size=block_size, scale_dtype=scales)
-    return repack(rounded, preferred_packing(quantized, target))
+    return repack(rounded, packing)
 
 
 def _prefers_mosaic(format: Format, target: Target) -> bool:

@@ -1,6 +1,7 @@
 """Loads or converts FOLDER in a process of its own and prints, in bytes, what that took: JSON.
 
     python -m tests.checkpoint.peak_memory FOLDER DTYPE [DATA EXPERT TENSOR]
+    python -m tests.checkpoint.peak_memory FOLDER weights FORMAT
     python -m tests.checkpoint.peak_memory FOLDER to FORM TARGET
 
 With mesh sizes, onto that many CPU devices.
@@ -32,14 +33,14 @@ def convert_to(folder: str, form: Any, target: str) -> None:
     print(json.dumps({"peak": resident("VmHWM") - before}))
 
 
-def load(folder: str, dtype: Any, *sizes: str) -> None:
+def load(folder: str, dtype: Any, *sizes: str, weights: Any = "float32") -> None:
     mesh = None
     if sizes:
         data, expert, tensor = map(int, sizes)
         jax.config.update("jax_num_cpu_devices", data * expert * tensor)
         mesh = make_mesh(data, expert, tensor)
     source, before = started(folder)
-    _, variables = source.load(mesh=mesh, dtype=dtype)
+    _, variables = source.load(mesh=mesh, dtype=dtype, weights=weights)
     jax.block_until_ready(variables)
     arrays = jax.tree.leaves(variables)
     result = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
@@ -55,5 +56,7 @@ if __name__ == "__main__":
     _, folder, what, *rest = sys.argv
     if what == "to":
         convert_to(folder, *rest)
+    elif what == "weights":
+        load(folder, None, weights=rest[0])
     else:
         load(folder, what, *rest)

@@ -25,6 +25,7 @@ from kernels.quantize import (
     take_outputs,
     to_format,
 )
+from kernels.quantize.native import quantize_panels
 from kernels.quantize.packing import pack, unpack
 
 SCALED = ("fp8_e4m3", "int8", "int4")
@@ -312,6 +313,60 @@ def name_of(format):
 def test_blocks_are_as_large_as_they_may_be(target, num_inputs, block_sizes):
     found = tuple(choose_block_size(num_inputs, format, target) for format in ("int8", "int4"))
     assert found == block_sizes
+
+
+@pytest.mark.skipif(not native.is_available(), reason="no native library")
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", SCALED)
+@pytest.mark.parametrize(
+    ("shape", "dims", "block_size"),
+    [
+        ((3, 64, 48), MatrixDims(), 32),
+        ((48, 128), MatrixDims(1, 1, outputs_first=True), 8),
+        ((2, 128, 2, 24), MatrixDims(1, 2), 128),
+    ],
+)
+def test_native_rounding_is_as_good_in_every_block(shape, dims, block_size, format, scale_dtype):
+    """It may take another of two scales that are as good; a scale's last bit counts, too."""
+    w = draw(*shape) * np.exp(draw(*shape, seed=1) * 3)
+    w.reshape(-1)[:300] = 0
+    plain = quantize(w, format, dims=dims, block_size=block_size, scale_dtype=scale_dtype)
+    expected = repack(plain, "panels")
+    errors, sizes = [], []
+    isas = [isa for isa in ("amx", "avx512", "avx2", "baseline") if native.use_isa(isa)]
+    for q in (expected, *(_native_on(isa, w, plain) for isa in isas)):
+        assert jax.tree.map(jnp.shape, q) == jax.tree.map(jnp.shape, expected)
+        assert (q.shape, q.scales.dtype) == (w.shape, jnp.dtype(scale_dtype))
+        for found, of in ((errors, np.asarray(dequantize(q), np.float64) - w), (sizes, w)):
+            matrices = of.reshape(-1, *q.matrix_shape[:: -1 if dims.outputs_first else 1])
+            if dims.outputs_first:
+                matrices = matrices.swapaxes(1, 2)
+            blocks = matrices.reshape(len(matrices), -1, block_size, matrices.shape[-1])
+            found.append(np.square(blocks).sum(2))
+    for error in errors[1:]:
+        assert (np.abs(error - errors[0]) <= 1e-4 * errors[0] + 1e-6 * sizes[0]).all()
+
+
+def _native_on(isa: str, w: np.ndarray, plain: QTensor) -> QTensor:
+    before = native.isa()
+    assert native.use_isa(isa)
+    try:
+        return quantize_panels(
+            jnp.asarray(w),
+            plain.format,
+            dims=MatrixDims(len(plain.inputs), len(plain.outputs), plain.outputs_first),
+            block_size=plain.block_size,
+            scale_dtype=str(plain.scales.dtype),
+        )
+    finally:
+        native.use_isa(before)
+
+
+@pytest.mark.skipif(not native.is_available(), reason="no native library")
+def test_native_rounding_refuses_what_is_not_finite():
+    w = jnp.ones((32, 16)).at[3, 4].set(jnp.nan)
+    with pytest.raises(ValueError, match="1 of 512 weights are not finite"):
+        to_format(w, "int8", CPU)
 
 
 @pytest.mark.skipif(not native.is_available(), reason="no native library")

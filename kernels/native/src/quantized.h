@@ -47,6 +47,20 @@ struct RoundedRows {
   int digits;
 };
 
+// Inputs of a block at most that QuantizePanel takes.
+constexpr int64_t kMostBlockInputs = 128;
+
+// How floats are rounded to few bits; see kernels/quantize/api.py: quantize.
+struct Rounding {
+  Format format;
+  float least, largest;  // stored values
+  // A block's scale is its largest magnitude over one of these, whichever rounds it best.
+  const float* steps;
+  int64_t num_steps;
+  int64_t block;  // inputs that share a scale
+  bool are_scales_bfloat16;
+};
+
 // What one instruction set brings; see quantized_kernels.inl.
 struct QuantizedKernels {
   // Up to how many rows kExactDigits are faster than floats; 0: never.
@@ -71,6 +85,10 @@ struct QuantizedKernels {
                      float* to, int64_t stride);
   // gate becomes silu(gate) * up; count is a multiple of 16.
   void (*gate)(float* gate, const float* up, int64_t count);
+  // Rounds a panel of floats, whose input k and output i are from[k * input_stride + i *
+  // output_stride], into its values and scales.
+  void (*quantize_panel)(const Rounding& rounding, const float* from, int64_t input_stride,
+                         int64_t output_stride, int64_t inputs, uint8_t* values, void* scales);
 };
 
 }  // namespace moesaic

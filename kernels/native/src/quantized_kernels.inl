@@ -6,6 +6,7 @@ namespace MOESAIC_ISA {
 
 #include "vector_exp.inl"
 #include "quantized_vectors.inl"
+#include "quantize_panel.inl"
 
 // Each row's sum is cut in kChains, for a sum waits for the one before it.
 template <Format kFormat, int kRows, int kChains>
@@ -340,7 +341,8 @@ static void Gate(float* gate, const float* up, int64_t count) {
 
 extern const QuantizedKernels kQuantizedKernels;
 const QuantizedKernels kQuantizedKernels = {
-    kDigitRows, kDigitChunk, PanelOfOne, ExactRows, RoundedRowsPanel, Round, Dequantize, Gate};
+    kDigitRows,       kDigitChunk, PanelOfOne, ExactRows,    RoundedRowsPanel,
+    Round,            Dequantize,  Gate,       QuantizePanel};
 
 }  // namespace MOESAIC_ISA
 }  // namespace moesaic
