@@ -90,7 +90,7 @@ def export(
         if not name.split(".")[1].startswith("multi_token_")
     }
     values = write_model(family, config)
-    metadata = config_to_gguf(family.model_type, values)
+    metadata = config_to_gguf(family, values)
     if tokenizer is None:
         metadata[Keys.Tokenizer.MODEL] = NO_TOKENIZER
     else:
@@ -114,12 +114,15 @@ def _check_said(
     tensors: list[Tensor],
     path: Path,
 ) -> None:
-    """Reads the metadata back: it must say all that the model does."""
+    """Reads the metadata back, as whichever family of the architecture: it must say all that the
+    model does.
+    """
     shapes = {name: shape for name, shape, _ in tensors}
     reads = {name: read for name, _, read in tensors}
     values = config_from_gguf(metadata, shapes, lambda name: reads[name](), str(path))
-    lost = lost_settings(config, family.read_config(Settings(values, str(path))))
-    if values["model_type"] != family.model_type or lost:
+    settings = Settings(values, str(path))
+    lost = lost_settings(config, find_family(settings).read_config(settings))
+    if lost:
         raise UserError(
             f"llama.cpp's {metadata['general.architecture']} can't say all that this model does: "
             f"{'; '.join(lost[:3])}"

@@ -1,22 +1,22 @@
 """A model's settings in a GGUF file's metadata and in a config.json, in both directions.
 
-Each family has a table of pairs (llama.cpp's key, config.json's name); what is no pair stands in
-the functions: widths of heads, rotary scaling, DeepSeek's latent attention.
+Each family has a table of pairs (llama.cpp's key, config.json's name, see gguf_pairs.py); what is
+no pair stands in the functions: widths of heads, rotary scaling, DeepSeek's latent attention.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from gguf.constants import ExpertGatingFuncType, Keys
 
 from checkpoint.config_reader import Settings
+from checkpoint.families import FAMILIES
+from checkpoint.families.base import GGUF, Family
 from configs.checks import UserError
 
 LLM, ATTENTION, ROPE = Keys.LLM, Keys.Attention, Keys.Rope
 Shapes = Mapping[str, tuple[int, ...]]
-Pairs = tuple[tuple[str, str], ...]
 
 ROPE_FREQS = "rope_freqs.weight"
 """Llama 3's scaling as a factor for each pair, float32 [head_dim / 2]."""
@@ -24,17 +24,6 @@ ROPE_FREQS = "rope_freqs.weight"
 LITE_LAYERS = (26, 27)
 """By which llama.cpp tells that queries have no rank of their own."""
 
-_COMMON: Pairs = (
-    (LLM.CONTEXT_LENGTH, "max_position_embeddings"),
-    (LLM.EMBEDDING_LENGTH, "hidden_size"),
-    (LLM.BLOCK_COUNT, "num_hidden_layers"),
-    (LLM.FEED_FORWARD_LENGTH, "intermediate_size"),
-    (LLM.EXPERT_USED_COUNT, "num_experts_per_tok"),
-    (ATTENTION.HEAD_COUNT, "num_attention_heads"),
-    (ATTENTION.LAYERNORM_RMS_EPS, "rms_norm_eps"),
-    (ROPE.FREQ_BASE, "rope_theta"),
-)
-_GROUPED: Pairs = (*_COMMON, (ATTENTION.HEAD_COUNT_KV, "num_key_value_heads"))
 _HEAD_KEYS = (ATTENTION.KEY_LENGTH, ATTENTION.VALUE_LENGTH, ROPE.DIMENSION_COUNT)
 """Each is head_dim, but in latent attention."""
 _SCALING_KEYS = (
@@ -54,37 +43,6 @@ _IDLE = (
 """Keys that change nothing that is computed."""
 
 
-@dataclass(frozen=True)
-class Form:
-    """A family as llama.cpp knows it."""
-
-    architecture: str
-    pairs: Pairs
-    fixed: Mapping[str, Any]
-    """Settings that llama.cpp has no key for, or whose key the file leaves out."""
-
-
-_DEEPSEEK: Pairs = (
-    *_COMMON,
-    (LLM.LEADING_DENSE_BLOCK_COUNT, "first_k_dense_replace"),
-    (LLM.EXPERT_FEED_FORWARD_LENGTH, "moe_intermediate_size"),
-    (LLM.EXPERT_COUNT, "n_routed_experts"),
-    (LLM.EXPERT_SHARED_COUNT, "n_shared_experts"),
-    (LLM.EXPERT_WEIGHTS_SCALE, "routed_scaling_factor"),
-    (LLM.EXPERT_WEIGHTS_NORM, "norm_topk_prob"),
-    (LLM.EXPERT_GROUP_COUNT, "n_group"),
-    (LLM.EXPERT_GROUP_USED_COUNT, "topk_group"),
-    (ATTENTION.Q_LORA_RANK, "q_lora_rank"),
-    (ATTENTION.KV_LORA_RANK, "kv_lora_rank"),
-    (ROPE.DIMENSION_COUNT, "qk_rope_head_dim"),
-)
-_DEEPSEEK_FIXED = {
-    "norm_topk_prob": False,
-    "routed_scaling_factor": 1.0,
-    "n_group": 1,
-    "topk_group": 1,
-    "n_shared_experts": 0,
-}
 _LATENT_KEYS = (
     ATTENTION.HEAD_COUNT_KV,
     ATTENTION.KEY_LENGTH,
@@ -93,42 +51,6 @@ _LATENT_KEYS = (
     ATTENTION.VALUE_LENGTH_MLA,
     LLM.EXPERT_GATING_FUNC,
 )
-
-FORMS = {
-    "llama": Form("llama", _GROUPED, {}),
-    "mixtral": Form("llama", (*_GROUPED, (LLM.EXPERT_COUNT, "num_local_experts")), {}),
-    "qwen3_moe": Form(
-        "qwen3moe",
-        (
-            *_GROUPED,
-            (LLM.EXPERT_COUNT, "num_experts"),
-            (LLM.EXPERT_FEED_FORWARD_LENGTH, "moe_intermediate_size"),
-        ),
-        {"norm_topk_prob": True},
-    ),
-    "olmoe": Form(
-        "olmoe",
-        (*_GROUPED, (LLM.EXPERT_COUNT, "num_experts")),
-        {"norm_topk_prob": False},
-    ),
-    "gpt_oss": Form(
-        "gpt-oss",
-        (
-            *_GROUPED,
-            (LLM.EXPERT_COUNT, "num_local_experts"),
-            (LLM.EXPERT_FEED_FORWARD_LENGTH, "intermediate_size"),
-            (ATTENTION.SLIDING_WINDOW, "sliding_window"),
-        ),
-        {"attention_bias": True, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
-    ),
-    "deepseek_v2": Form("deepseek2", _DEEPSEEK, {**_DEEPSEEK_FIXED, "scoring_func": "softmax"}),
-    "deepseek_v3": Form(
-        "deepseek2",
-        _DEEPSEEK,
-        {**_DEEPSEEK_FIXED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    ),
-}
-"""By config.json's model_type."""
 
 
 def config_from_gguf(
@@ -143,51 +65,48 @@ def config_from_gguf(
     Raises:
       UserError: an architecture that is not built, or a key that may change what is computed.
     """
-    model_type = _model_type(metadata, where)
-    form = FORMS[model_type]
+    family = _family(metadata, where)
+    form = _form(family)
 
     def get(key: str, default: Any = None) -> Any:
         return _plain(metadata.get(key.format(arch=form.architecture), default))
 
     _check_known(metadata, form, where)
     values = {name: get(key) for key, name in form.pairs if get(key) is not None}
-    values = {"model_type": model_type, "rope_theta": 10_000.0, **form.fixed, **values}
+    values = {"model_type": family.model_type, "rope_theta": 10_000.0, **form.fixed, **values}
     values["tie_word_embeddings"] = "output.weight" not in shapes
     if "token_embd.weight" in shapes:
         values["vocab_size"] = shapes["token_embd.weight"][0]
-    if model_type == "llama":  # its biases are optional, and no key tells of them
-        values["attention_bias"] = "blk.0.attn_q.bias" in shapes
-        values["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
+    values |= {name: tensor in shapes for name, tensor in form.optional.items()}
     asked = Settings({key: _plain(value) for key, value in metadata.items()}, where)
     values["rope_scaling"] = _read_scaling(asked, form) or {"rope_type": "default"}
     if form.architecture == "deepseek2":
         values |= _read_latent(get, where)
     else:
-        values |= _read_heads(get, values, where)
+        values |= _read_heads(get, values, form, where)
     if ROPE_FREQS in shapes:
         values["rope_scaling"] = _read_llama3(read(ROPE_FREQS), values, where)
     return values
 
 
-def config_to_gguf(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """llama.cpp's metadata for a config.json as the families write it.
+def config_to_gguf(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp's metadata for a config.json as the family writes it.
 
     Raises:
       UserError: a family, or a setting, that llama.cpp doesn't know.
     """
-    if model_type not in FORMS:
-        raise UserError(
-            f"llama.cpp has no architecture for {model_type}: it has one for {', '.join(FORMS)}"
-        )
-    form = FORMS[model_type]
+    form = _form(family)
     metadata: dict[str, Any] = {Keys.General.ARCHITECTURE: form.architecture}
     said = {key: values[name] for key, name in form.pairs if values.get(name) is not None}
     said[LLM.VOCAB_SIZE] = values["vocab_size"]
-    said |= _written_scaling(values, form)
+    said |= {**form.said, **_written_scaling(values, form)}
     if form.architecture == "deepseek2":
-        said |= _written_latent(model_type, values)
+        said |= _written_latent(values)
     else:
         said |= dict.fromkeys(_HEAD_KEYS, values["head_dim"])
+        if form.turns_part:
+            share = values["partial_rotary_factor"]
+            said[ROPE.DIMENSION_COUNT] = round(share * values["head_dim"])
     return metadata | {key.format(arch=form.architecture): value for key, value in said.items()}
 
 
@@ -206,25 +125,31 @@ def llama3_frequencies(values: Mapping[str, Any]) -> np.ndarray | None:
     return (1 / (kept_C + (1 - kept_C) / scaling["factor"])).astype(np.float32)
 
 
-def _model_type(metadata: Mapping[str, Any], where: str) -> str:
+def _form(family: Family) -> GGUF:
+    if family.gguf is None:
+        known = ", ".join(each.model_type for each in FAMILIES if each.gguf is not None)
+        raise UserError(
+            f"llama.cpp has no architecture for {family.model_type}: it has one for {known}"
+        )
+    return family.gguf
+
+
+def _family(metadata: Mapping[str, Any], where: str) -> Family:
+    """The first of those that llama.cpp knows by this architecture, and the file may be of."""
     architecture = metadata.get(Keys.General.ARCHITECTURE)
-    if architecture == "llama":
-        return "mixtral" if metadata.get("llama.expert_count") else "llama"
-    if architecture == "deepseek2":
-        gating = metadata.get(LLM.EXPERT_GATING_FUNC.format(arch=architecture))
-        return "deepseek_v3" if gating == ExpertGatingFuncType.SIGMOID else "deepseek_v2"
-    for model_type, form in FORMS.items():
-        if form.architecture == architecture:
-            return model_type
-    known = ", ".join(sorted({form.architecture for form in FORMS.values()}))
+    forms = [(family, family.gguf) for family in FAMILIES if family.gguf is not None]
+    for family, form in forms:
+        if form.architecture == architecture and form.is_meant(metadata):
+            return family
+    known = ", ".join(sorted({form.architecture for _, form in forms}))
     raise UserError(
         f"{where} has general.architecture={architecture!r}; those that can be read are {known}"
     )
 
 
-def _check_known(metadata: Mapping[str, Any], form: Form, where: str) -> None:
+def _check_known(metadata: Mapping[str, Any], form: GGUF, where: str) -> None:
     """A key that nothing here reads may change what is computed."""
-    known = {*(key for key, _ in form.pairs), *_HEAD_KEYS, *_SCALING_KEYS, *_IDLE}
+    known = {*(key for key, _ in form.pairs), *_HEAD_KEYS, *_SCALING_KEYS, *_IDLE, *form.said}
     if form.architecture == "deepseek2":
         known |= {*_LATENT_KEYS}
     known = {key.format(arch=form.architecture) for key in known}
@@ -234,6 +159,13 @@ def _check_known(metadata: Mapping[str, Any], form: Form, where: str) -> None:
             raise UserError(
                 f"{where} has {key}={str(value)[:60]}, which may change what the model computes "
                 "and is not built"
+            )
+    for key, value in form.said.items():
+        found = metadata.get(key.format(arch=form.architecture), value)
+        if found != value:
+            raise UserError(
+                f"{where} has {key.format(arch=form.architecture)}={str(found)[:60]}, expected "
+                f"{value}: nothing else is built"
             )
     modules = metadata.get(LLM.NEXTN_PREDICT_LAYERS.format(arch=form.architecture), 0)
     if modules != 0:
@@ -249,13 +181,19 @@ def _plain(value: Any) -> Any:
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _read_heads(get: Callable[..., Any], values: dict[str, Any], where: str) -> dict[str, Any]:
+def _read_heads(
+    get: Callable[..., Any], values: dict[str, Any], form: GGUF, where: str
+) -> dict[str, Any]:
     heads, width = get(ATTENTION.HEAD_COUNT), get(LLM.EMBEDDING_LENGTH)
     head_dim = get(ATTENTION.KEY_LENGTH)
     if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
         head_dim = width // heads
+    rotary = get(ROPE.DIMENSION_COUNT, head_dim)
+    is_part = form.turns_part and type(rotary) is type(head_dim) is int and 0 < rotary < head_dim
+    if is_part:
+        values = {**values, "partial_rotary_factor": rotary / head_dim}
     for key in _HEAD_KEYS:
-        if get(key, head_dim) != head_dim:
+        if get(key, head_dim) != head_dim and not (is_part and key == ROPE.DIMENSION_COUNT):
             raise UserError(
                 f"{where} has {key.format(arch='*')}={get(key)} and heads of width {head_dim}: "
                 "only models with one width for all of a head are built"
@@ -284,7 +222,7 @@ def _read_latent(get: Callable[..., Any], where: str) -> dict[str, Any]:
     return latent
 
 
-def _read_scaling(asked: Settings, form: Form) -> dict[str, Any] | None:
+def _read_scaling(asked: Settings, form: GGUF) -> dict[str, Any] | None:
     def name(key: str) -> str:
         return key.format(arch=form.architecture)
 
@@ -323,7 +261,7 @@ def _read_scaling(asked: Settings, form: Form) -> dict[str, Any] | None:
     return scaling
 
 
-def _written_scaling(values: Mapping[str, Any], form: Form) -> dict[str, Any]:
+def _written_scaling(values: Mapping[str, Any], form: GGUF) -> dict[str, Any]:
     """Llama 3's is a tensor instead: see `llama3_frequencies`."""
     scaling = values.get("rope_scaling")
     if not scaling:
@@ -348,7 +286,7 @@ def _written_scaling(values: Mapping[str, Any], form: Form) -> dict[str, Any]:
     }
 
 
-def _written_latent(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _written_latent(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("topk_method") == "group_limited_greedy":
         raise UserError(
             "llama.cpp judges a group by its best two experts, DeepSeek-V2's groups go by their "
@@ -360,7 +298,7 @@ def _written_latent(model_type: str, values: Mapping[str, Any]) -> dict[str, Any
             f"the model has {values['num_hidden_layers']}: it can't be written as GGUF"
         )
     rank, rotary = values["kv_lora_rank"], values["qk_rope_head_dim"]
-    is_sigmoid = model_type == "deepseek_v3"
+    is_sigmoid = values["scoring_func"] == "sigmoid"
     gating = ExpertGatingFuncType.SIGMOID if is_sigmoid else ExpertGatingFuncType.SOFTMAX
     written = {
         ATTENTION.HEAD_COUNT_KV: 1,

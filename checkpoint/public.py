@@ -72,7 +72,7 @@ def find_family(settings: Settings) -> Family:
       UserError: none of ours.
     """
     known = {family.model_type: family for family in FAMILIES}
-    classes = {family.architecture: family for family in FAMILIES}
+    classes = {family.architecture: family for family in reversed(FAMILIES)}  # the first counts
     name = settings.text("model_type", default=None)
     architecture = (settings.items("architectures", of=str, default=[]) or [None])[0]
     family = classes.get(str(architecture)) if name is None else known.get(name)

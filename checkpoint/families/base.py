@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from checkpoint.config_reader import Settings
+from checkpoint.gguf_pairs import GROUPED, Pairs
 from checkpoint.weight_map import Row
 from configs.architecture import ModelConfig
 
@@ -43,6 +44,18 @@ class GGUF:
     architecture: str
     """general.architecture, the prefix of its keys."""
     rows: tuple[Row, ...]
+    pairs: Pairs = GROUPED
+    """(llama.cpp's key, config.json's name) of settings that both have."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that llama.cpp has no key for, or whose key the file leaves out."""
+    said: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that have one value in every file of the family."""
+    optional: Mapping[str, str] = field(default_factory=dict)
+    """Settings that no key tells, by the tensor that is there where they are true."""
+    turns_part: bool = False
+    """Whether rope.dimension_count may be less than a head's width (partial_rotary_factor)."""
+    is_meant: Callable[[Mapping[str, Any]], bool] = lambda _: True
+    """Whether a file's metadata may be of this family, where several share an architecture."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from checkpoint import gguf_weight_maps
+from checkpoint import gguf_pairs, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, latent, weight_maps
 from checkpoint.families.base import GGUF, Family
@@ -73,5 +73,11 @@ DEEPSEEK_V2 = Family(
     defaults=DEFAULTS,
     rows=(*weight_maps.EMBEDDING, *weight_maps.LATENT, *weight_maps.DEEPSEEK_MOE),
     fuses_experts=True,
-    gguf=GGUF("deepseek2", gguf_weight_maps.DEEPSEEK2),
+    gguf=GGUF(
+        "deepseek2",
+        gguf_weight_maps.DEEPSEEK2,
+        gguf_pairs.LATENT,
+        fixed={**gguf_pairs.DEEPSEEK_MOE_FIXED, "scoring_func": "softmax"},
+        is_meant=lambda metadata: not gguf_pairs.has_sigmoid_scores(metadata),
+    ),
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from checkpoint import gguf_weight_maps
+from checkpoint import gguf_pairs, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, latent, weight_maps
 from checkpoint.families.base import GGUF, Copy, Family, Packed
@@ -101,5 +101,15 @@ DEEPSEEK_V3 = Family(
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     packed=PACKED,
     fuses_experts=True,
-    gguf=GGUF("deepseek2", gguf_weight_maps.DEEPSEEK2),
+    gguf=GGUF(
+        "deepseek2",
+        gguf_weight_maps.DEEPSEEK2,
+        gguf_pairs.LATENT,
+        fixed={
+            **gguf_pairs.DEEPSEEK_MOE_FIXED,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        },
+        is_meant=gguf_pairs.has_sigmoid_scores,
+    ),
 )

@@ -6,7 +6,7 @@ named here.
 
 from typing import Any
 
-from checkpoint import gguf_weight_maps
+from checkpoint import gguf_pairs, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family, Packed
@@ -135,5 +135,15 @@ GPT_OSS = Family(
             "lm_head",
         ),
     ),
-    gguf=GGUF("gpt-oss", gguf_weight_maps.GPT_OSS),
+    gguf=GGUF(
+        "gpt-oss",
+        gguf_weight_maps.GPT_OSS,
+        (
+            *gguf_pairs.GROUPED,
+            (gguf_pairs.LLM.EXPERT_COUNT, "num_local_experts"),
+            (gguf_pairs.LLM.EXPERT_FEED_FORWARD_LENGTH, "intermediate_size"),
+            (gguf_pairs.ATTENTION.SLIDING_WINDOW, "sliding_window"),
+        ),
+        fixed={"attention_bias": True, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+    ),
 )

@@ -53,5 +53,10 @@ LLAMA = Family(
     defaults=DEFAULTS,
     rows=(*weight_maps.EMBEDDING, *weight_maps.GROUPED_QUERY, *weight_maps.DENSE),
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-    gguf=GGUF("llama", gguf_weight_maps.LLAMA),
+    gguf=GGUF(
+        "llama",
+        gguf_weight_maps.LLAMA,
+        optional={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"},
+        is_meant=lambda metadata: not metadata.get("llama.expert_count"),
+    ),
 )

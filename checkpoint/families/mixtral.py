@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from checkpoint import gguf_weight_maps
+from checkpoint import gguf_pairs, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family
@@ -66,5 +66,9 @@ MIXTRAL = Family(
         *weight_maps.experts(f"{MOE}.experts.{{e}}", gate="w1", up="w3", down="w2"),
     ),
     fuses_experts=True,
-    gguf=GGUF("llama", gguf_weight_maps.LLAMA_MOE),
+    gguf=GGUF(
+        "llama",
+        gguf_weight_maps.LLAMA_MOE,
+        (*gguf_pairs.GROUPED, (gguf_pairs.LLM.EXPERT_COUNT, "num_local_experts")),
+    ),
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from checkpoint import gguf_weight_maps
+from checkpoint import gguf_pairs, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family
@@ -74,5 +74,10 @@ OLMOE = Family(
         *weight_maps.EXPERTS,
     ),
     fuses_experts=True,
-    gguf=GGUF("olmoe", gguf_weight_maps.OLMOE),
+    gguf=GGUF(
+        "olmoe",
+        gguf_weight_maps.OLMOE,
+        (*gguf_pairs.GROUPED, (gguf_pairs.LLM.EXPERT_COUNT, "num_experts")),
+        fixed={"norm_topk_prob": False},
+    ),
 )

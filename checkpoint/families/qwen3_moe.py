@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from checkpoint import gguf_weight_maps
+from checkpoint import gguf_pairs, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family
@@ -83,5 +83,14 @@ QWEN3_MOE = Family(
         *weight_maps.EXPERTS,
     ),
     fuses_experts=True,
-    gguf=GGUF("qwen3moe", gguf_weight_maps.QWEN3_MOE),
+    gguf=GGUF(
+        "qwen3moe",
+        gguf_weight_maps.QWEN3_MOE,
+        (
+            *gguf_pairs.GROUPED,
+            (gguf_pairs.LLM.EXPERT_COUNT, "num_experts"),
+            (gguf_pairs.LLM.EXPERT_FEED_FORWARD_LENGTH, "moe_intermediate_size"),
+        ),
+        fixed={"norm_topk_prob": True},
+    ),
 )

@@ -150,7 +150,7 @@ def test_an_export_says_every_key(family: Family):
 def from_gguf(family: str, said: dict[str, Any], **keys: Any) -> ModelConfig:
     """The model of a GGUF's metadata with some keys changed, or left out (None)."""
     config = read(family, whole(family) | said)
-    metadata = config_to_gguf(family, BY_NAME[family].write_config(config))
+    metadata = config_to_gguf(BY_NAME[family], BY_NAME[family].write_config(config))
     metadata |= {f"{BY_NAME[family].gguf.architecture}.{k}": v for k, v in keys.items()}  # pyright: ignore
     kept = {key: value for key, value in metadata.items() if value is not None}
     shapes = {"token_embd.weight": (config.vocab_size, 8), "output.weight": (config.vocab_size, 8)}
