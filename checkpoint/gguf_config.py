@@ -71,9 +71,9 @@ def config_from_gguf(
     def get(key: str, default: Any = None) -> Any:
         return _plain(metadata.get(key.format(arch=form.architecture), default))
 
-    _check_known(metadata, form, where)
     values = {name: get(key) for key, name in form.pairs if get(key) is not None}
     values = {"model_type": family.model_type, "rope_theta": 10_000.0, **form.fixed, **values}
+    _check_known(metadata, form, form.derived(values), where)
     values["tie_word_embeddings"] = "output.weight" not in shapes
     if "token_embd.weight" in shapes:
         values["vocab_size"] = shapes["token_embd.weight"][0]
@@ -99,7 +99,7 @@ def config_to_gguf(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
     metadata: dict[str, Any] = {Keys.General.ARCHITECTURE: form.architecture}
     said = {key: values[name] for key, name in form.pairs if values.get(name) is not None}
     said[LLM.VOCAB_SIZE] = values["vocab_size"]
-    said |= {**form.said, **_written_scaling(values, form)}
+    said |= {**form.derived(values), **_written_scaling(values, form)}
     if form.architecture == "deepseek2":
         said |= _written_latent(values)
     else:
@@ -147,9 +147,11 @@ def _family(metadata: Mapping[str, Any], where: str) -> Family:
     )
 
 
-def _check_known(metadata: Mapping[str, Any], form: GGUF, where: str) -> None:
+def _check_known(
+    metadata: Mapping[str, Any], form: GGUF, derived: Mapping[str, Any], where: str
+) -> None:
     """A key that nothing here reads may change what is computed."""
-    known = {*(key for key, _ in form.pairs), *_HEAD_KEYS, *_SCALING_KEYS, *_IDLE, *form.said}
+    known = {*(key for key, _ in form.pairs), *_HEAD_KEYS, *_SCALING_KEYS, *_IDLE, *derived}
     if form.architecture == "deepseek2":
         known |= {*_LATENT_KEYS}
     known = {key.format(arch=form.architecture) for key in known}
@@ -160,7 +162,7 @@ def _check_known(metadata: Mapping[str, Any], form: GGUF, where: str) -> None:
                 f"{where} has {key}={str(value)[:60]}, which may change what the model computes "
                 "and is not built"
             )
-    for key, value in form.said.items():
+    for key, value in derived.items():
         found = metadata.get(key.format(arch=form.architecture), value)
         if found != value:
             raise UserError(

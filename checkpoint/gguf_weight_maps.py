@@ -67,23 +67,23 @@ LLAMA = (
 LLAMA_MOE = (*EMBEDDING, *NORMS, *grouped_query(interleaved("head_dim")), *EXPERTS)
 """Mixtral, which is an architecture "llama" with experts."""
 
-QWEN3_MOE = (
-    *EMBEDDING,
-    *NORMS,
-    *grouped_query(),
+QK_NORM = (
     Row("layers.*.attention.q_norm.scale", f"{BLOCK}.attn_q_norm.weight", "c -> c"),
     Row("layers.*.attention.k_norm.scale", f"{BLOCK}.attn_k_norm.weight", "c -> c"),
-    *EXPERTS,
 )
-
-OLMOE = (
-    *EMBEDDING,
-    *NORMS,
-    *grouped_query(),
+QK_NORM_OF_ALL = (
     Row("layers.*.attention.q_norm.scale", f"{BLOCK}.attn_q_norm.weight", "(h c) -> h c"),
     Row("layers.*.attention.k_norm.scale", f"{BLOCK}.attn_k_norm.weight", "(h c) -> h c"),
-    *EXPERTS,
 )
+CHOICE_BIAS = Row("layers.*.moe.state.bias_E", f"{BLOCK}.exp_probs_b.bias", "e -> e")
+SHARED = swiglu("layers.*.moe.shared", "_shexp")
+
+QWEN2 = (*EMBEDDING, *NORMS, *grouped_query(), *DENSE)
+QWEN3 = (*QWEN2, *QK_NORM)
+QWEN3_MOE = (*EMBEDDING, *NORMS, *grouped_query(), *QK_NORM, *EXPERTS)
+DOTS1 = (*QWEN3, *EXPERTS, *SHARED, CHOICE_BIAS)
+
+OLMOE = (*EMBEDDING, *NORMS, *grouped_query(), *QK_NORM_OF_ALL, *EXPERTS)
 
 GPT_OSS = (
     *EMBEDDING,
@@ -114,7 +114,7 @@ DEEPSEEK2 = (
     Row("layers.*.attention.o", f"{BLOCK}.attn_output.weight", "d (h c) -> h c d"),
     *DENSE,
     *EXPERTS,
-    *swiglu("layers.*.moe.shared", "_shexp"),
-    Row("layers.*.moe.state.bias_E", f"{BLOCK}.exp_probs_b.bias", "e -> e"),
+    *SHARED,
+    CHOICE_BIAS,
 )
 """DeepSeek-V2 and V3. Newer files hold attn_kv_b as two tensors: see gguf_latent.py."""

@@ -48,8 +48,8 @@ class GGUF:
     """(llama.cpp's key, config.json's name) of settings that both have."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Settings that llama.cpp has no key for, or whose key the file leaves out."""
-    said: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that have one value in every file of the family."""
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
+    """Further keys that follow from a config.json: written, and refused where a file has others."""
     optional: Mapping[str, str] = field(default_factory=dict)
     """Settings that no key tells, by the tensor that is there where they are true."""
     turns_part: bool = False

@@ -103,17 +103,33 @@ def the_one(values: Sequence[Any], what: str) -> Any:
     return values[0]
 
 
+def the_dense(config: ModelConfig) -> DenseConfig:
+    """The feed-forward layer of a model whose layers share it.
+
+    Raises:
+      UserError: they don't, or it has experts.
+    """
+    ffn = the_one([layer.ffn for layer in unfolded(config)], "feed-forward layer")
+    if not isinstance(ffn, DenseConfig):
+        raise UserError("this family has dense layers, the model has experts")
+    return ffn
+
+
 def read_grouped_query(
     settings: Settings,
     *,
     rope_base: float = 10_000.0,
     rope: Mapping[str, Any] | None = None,
+    bias: bool | None = None,
     **extra: Any,
 ) -> AttentionConfig:
     """
     Args:
       rope_base, rope: the family's own base and rope_parameters, where the config doesn't say.
+      bias: the family's, if its config has no attention_bias.
     """
+    if bias is None:
+        bias = settings.flag("attention_bias", default=False)
     heads = settings.integer("num_attention_heads")
     base, scaling = read_rope(settings, rope_base, rope)
     return AttentionConfig(
@@ -122,7 +138,7 @@ def read_grouped_query(
         head_dim=settings.integer("head_dim", default=settings.integer("hidden_size") // heads),
         rope_base=base,
         rope_scaling=scaling,
-        bias=settings.flag("attention_bias", default=False),
+        bias=bias,
         **extra,
     )
 

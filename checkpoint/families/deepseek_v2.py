@@ -4,7 +4,7 @@ from typing import Any
 
 from checkpoint import gguf_pairs, gguf_weight_maps
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, latent, weight_maps
+from checkpoint.families import config_sections, deepseek_moe, latent, weight_maps
 from checkpoint.families.base import GGUF, Family
 from configs.architecture import ModelConfig
 from configs.feed_forward import RouterConfig
@@ -37,7 +37,7 @@ def read_config(settings: Settings) -> ModelConfig:
         "topk_method", choices=("greedy", "group_limited_greedy"), default="greedy"
     )
     is_limited = method == "group_limited_greedy"
-    groups, best = latent.read_groups(settings) if is_limited else (None, None)
+    groups, best = deepseek_moe.read_groups(settings) if is_limited else (None, None)
     weight = settings.number("aux_loss_alpha", default=1e-3)
     is_sequence = settings.flag("seq_aux", default=True)
     router = RouterConfig(

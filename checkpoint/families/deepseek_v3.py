@@ -4,10 +4,9 @@ from typing import Any
 
 from checkpoint import gguf_pairs, gguf_weight_maps
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, latent, weight_maps
+from checkpoint.families import config_sections, deepseek_moe, latent, weight_maps
 from checkpoint.families.base import GGUF, Copy, Family, Packed
 from configs.architecture import ModelConfig
-from configs.feed_forward import RouterConfig
 
 DEFAULTS = {
     "vocab_size": 129_280,
@@ -33,28 +32,8 @@ DEFAULTS = {
 """Values of transformers\' DeepseekV3Config for keys that a config.json leaves out."""
 
 
-def read_router(settings: Settings) -> RouterConfig:
-    """Transformers 5 leaves scoring_func and topk_method out: this family has no others."""
-    settings.expect("scoring_func", "sigmoid")
-    settings.expect("topk_method", "noaux_tc")
-    groups, best = latent.read_groups(settings)
-    return RouterConfig(
-        top_k=settings.integer("num_experts_per_tok"),
-        scores="sigmoid",
-        normalize_gates=settings.flag("norm_topk_prob", default=True),
-        gate_scale=settings.number("routed_scaling_factor", default=2.5),
-        num_groups=groups,
-        top_groups=best,
-        balance="loss_free",
-        bias_rate=1e-3,
-        load_balance_weight=0.0,
-        sequence_weight=settings.number("aux_loss_alpha", default=1e-4),
-        z_loss_weight=0.0,
-    )
-
-
 def read_config(settings: Settings) -> ModelConfig:
-    return latent.read_model(settings, read_router(settings))
+    return latent.read_model(settings, deepseek_moe.read_router(settings))
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

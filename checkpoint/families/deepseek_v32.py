@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, deepseek_v3, latent, weight_maps
+from checkpoint.families import config_sections, deepseek_moe, deepseek_v3, latent, weight_maps
 from configs.architecture import ModelConfig
 from configs.attention import IndexerConfig, LatentAttentionConfig
 from configs.checks import UserError
@@ -19,7 +19,7 @@ def read_config(settings: Settings) -> ModelConfig:
         head_dim=settings.integer("index_head_dim", default=128),
         top_k=settings.integer("index_topk", default=2048),
     )
-    return latent.read_model(settings, deepseek_v3.read_router(settings), indexer)
+    return latent.read_model(settings, deepseek_moe.read_router(settings), indexer)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family
 from configs.architecture import LayerSpec, ModelConfig
-from configs.checks import UserError
 from configs.feed_forward import DenseConfig
 
 DEFAULTS = {
@@ -32,11 +31,7 @@ def read_config(settings: Settings) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    ffn = config_sections.the_one(
-        [layer.ffn for layer in config_sections.unfolded(config)], "feed-forward layer"
-    )
-    if not isinstance(ffn, DenseConfig):
-        raise UserError("llama has dense layers, the model has experts")
+    ffn = config_sections.the_dense(config)
     return {
         **config_sections.write_model(config),
         **config_sections.write_grouped_query(config_sections.grouped_query(config)),

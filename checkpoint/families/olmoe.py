@@ -6,7 +6,6 @@ from checkpoint import gguf_pairs, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family
-from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.feed_forward import MoEConfig
 
@@ -60,16 +59,7 @@ OLMOE = Family(
     rows=(
         *weight_maps.EMBEDDING,
         *weight_maps.GROUPED_QUERY,
-        Row(
-            "layers.*.attention.q_norm.scale",
-            f"{weight_maps.ATTENTION}.q_norm.weight",
-            "(h c) -> h c",
-        ),
-        Row(
-            "layers.*.attention.k_norm.scale",
-            f"{weight_maps.ATTENTION}.k_norm.weight",
-            "(h c) -> h c",
-        ),
+        *weight_maps.QK_NORM_OF_ALL,
         weight_maps.ROUTER,
         *weight_maps.EXPERTS,
     ),

@@ -6,7 +6,6 @@ from checkpoint import gguf_pairs, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family
-from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.feed_forward import DenseConfig, MoEConfig
 
@@ -76,8 +75,7 @@ QWEN3_MOE = Family(
     rows=(
         *weight_maps.EMBEDDING,
         *weight_maps.GROUPED_QUERY,
-        Row("layers.*.attention.q_norm.scale", f"{weight_maps.ATTENTION}.q_norm.weight", "c -> c"),
-        Row("layers.*.attention.k_norm.scale", f"{weight_maps.ATTENTION}.k_norm.weight", "c -> c"),
+        *weight_maps.QK_NORM,
         *weight_maps.DENSE,
         weight_maps.ROUTER,
         *weight_maps.EXPERTS,

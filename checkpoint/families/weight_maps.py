@@ -4,7 +4,7 @@ v vocabulary, d d_model, h query heads, g key/value heads, c a head's width, q q
 rank, f d_ff, e experts.
 """
 
-from checkpoint.weight_map import Row, interleaved, swapped_halves
+from checkpoint.weight_map import Order, Row, interleaved, swapped_halves
 
 LAYER = "model.layers.*"
 ATTENTION = f"{LAYER}.self_attn"
@@ -20,17 +20,36 @@ NORMS = (
     Row("layers.*.ffn_norm.scale", f"{LAYER}.post_attention_layernorm.weight", "d -> d"),
 )
 
-GROUPED_QUERY = (
-    *NORMS,
-    Row("layers.*.attention.q", f"{ATTENTION}.q_proj.weight", "(h c) d -> d h c"),
-    Row("layers.*.attention.kv", f"{ATTENTION}.k_proj.weight", "(g c) d -> d 0 g c"),
-    Row("layers.*.attention.kv", f"{ATTENTION}.v_proj.weight", "(g c) d -> d 1 g c"),
-    Row("layers.*.attention.o", f"{ATTENTION}.o_proj.weight", "d (h c) -> h c d"),
-    Row("layers.*.attention.q_bias", f"{ATTENTION}.q_proj.bias", "(h c) -> h c"),
-    Row("layers.*.attention.kv_bias", f"{ATTENTION}.k_proj.bias", "(g c) -> 0 g c"),
-    Row("layers.*.attention.kv_bias", f"{ATTENTION}.v_proj.bias", "(g c) -> 1 g c"),
-    Row("layers.*.attention.o_bias", f"{ATTENTION}.o_proj.bias", "d -> d"),
+
+def grouped_query(order: Order | None = None) -> tuple[Row, ...]:
+    """
+    Args:
+      order: of the entries of query and key heads.
+    """
+    return (
+        Row("layers.*.attention.q", f"{ATTENTION}.q_proj.weight", "(h c) d -> d h c", order),
+        Row("layers.*.attention.kv", f"{ATTENTION}.k_proj.weight", "(g c) d -> d 0 g c", order),
+        Row("layers.*.attention.kv", f"{ATTENTION}.v_proj.weight", "(g c) d -> d 1 g c"),
+        Row("layers.*.attention.o", f"{ATTENTION}.o_proj.weight", "d (h c) -> h c d"),
+        Row("layers.*.attention.q_bias", f"{ATTENTION}.q_proj.bias", "(h c) -> h c", order),
+        Row("layers.*.attention.kv_bias", f"{ATTENTION}.k_proj.bias", "(g c) -> 0 g c", order),
+        Row("layers.*.attention.kv_bias", f"{ATTENTION}.v_proj.bias", "(g c) -> 1 g c"),
+        Row("layers.*.attention.o_bias", f"{ATTENTION}.o_proj.bias", "d -> d"),
+    )
+
+
+GROUPED_QUERY = (*NORMS, *grouped_query())
+
+QK_NORM = (
+    Row("layers.*.attention.q_norm.scale", f"{ATTENTION}.q_norm.weight", "c -> c"),
+    Row("layers.*.attention.k_norm.scale", f"{ATTENTION}.k_norm.weight", "c -> c"),
 )
+"""Of each head by itself."""
+QK_NORM_OF_ALL = (
+    Row("layers.*.attention.q_norm.scale", f"{ATTENTION}.q_norm.weight", "(h c) -> h c"),
+    Row("layers.*.attention.k_norm.scale", f"{ATTENTION}.k_norm.weight", "(h c) -> h c"),
+)
+"""Of all heads together."""
 
 LATENT = (
     *NORMS,
@@ -119,19 +138,21 @@ DEEPSEEK_MOE = (
     *swiglu("layers.*.moe.shared", f"{LAYER}.mlp.shared_experts"),
 )
 
+CHOICE_BIAS = Row(
+    "layers.*.moe.state.bias_E", f"{LAYER}.mlp.gate.e_score_correction_bias", "e -> e"
+)
+
 MULTI_TOKEN = f"{LAYER}.eh_proj.weight"
 """Each multi-token module has one: the layer's number goes on after the model's last."""
 
-DEEPSEEK_V3 = (
-    *EMBEDDING,
-    *LATENT,
-    *DEEPSEEK_MOE,
-    Row("layers.*.moe.state.bias_E", f"{LAYER}.mlp.gate.e_score_correction_bias", "e -> e"),
+MULTI_TOKEN_MODULE = (
     Row("multi_token.*.hidden_norm.scale", f"{LAYER}.hnorm.weight", "d -> d"),
     Row("multi_token.*.token_norm.scale", f"{LAYER}.enorm.weight", "d -> d"),
     Row("multi_token.*.norm.scale", f"{LAYER}.shared_head.norm.weight", "d -> d"),
     Row("multi_token.*.projection", MULTI_TOKEN, "d c -> c d", swapped_halves),
 )
+
+DEEPSEEK_V3 = (*EMBEDDING, *LATENT, *DEEPSEEK_MOE, CHOICE_BIAS, *MULTI_TOKEN_MODULE)
 
 INDEXER = f"{ATTENTION}.indexer"
 

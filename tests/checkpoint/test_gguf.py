@@ -28,6 +28,7 @@ from data.tokenizers.public_tokenizer import PublicTokenizer
 from data.tokenizers.tokenizer import train_tokenizer
 from formats.gguf.reader import GGUFFile
 from infer.load import inference_execution
+from infer.logits import full_logits
 from model.transformer import Transformer, abstract_variables
 
 HERE = Path(__file__).parent
@@ -367,10 +368,8 @@ def test_llama_cpp_computes_the_same(case: str, tmp_path: Path):
     tokens = np.random.default_rng(1).integers(3, 250, 40)
     theirs = llama_cpp(path, tmp_path / "out.npy", "logits", *tokens)
     model = Transformer(config, execution())
-    hidden_BLD, _ = model.apply(variables, jnp.asarray(tokens)[None], jnp.arange(40)[None])
-    params = variables["params"]
-    output = params["embedding"].T if config.tie_embeddings else params["output"]
-    np.testing.assert_allclose(theirs, np.asarray(hidden_BLD[0] @ output), atol=0.03)
+    ours = full_logits(model, variables, tokens.tolist())
+    np.testing.assert_allclose(theirs, ours, atol=0.03)
 
 
 @pytest.mark.slow
