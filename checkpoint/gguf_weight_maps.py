@@ -82,6 +82,15 @@ QWEN2 = (*EMBEDDING, *NORMS, *grouped_query(), *DENSE)
 QWEN3 = (*QWEN2, *QK_NORM)
 QWEN3_MOE = (*EMBEDDING, *NORMS, *grouped_query(), *QK_NORM, *EXPERTS)
 DOTS1 = (*QWEN3, *EXPERTS, *SHARED, CHOICE_BIAS)
+ERNIE_MOE = (
+    *EMBEDDING,
+    *NORMS,
+    *grouped_query(interleaved("head_dim")),
+    *DENSE,
+    *EXPERTS,
+    *SHARED,
+    CHOICE_BIAS,
+)
 
 OLMOE = (*EMBEDDING, *NORMS, *grouped_query(), *QK_NORM_OF_ALL, *EXPERTS)
 

@@ -7,8 +7,9 @@ A row of a table names a parameter, the public tensor, and how one becomes the o
 The pattern's left side has the public tensor's dims, letters in brackets side by side in one dim;
 the right side has the parameter's: a digit is a fixed place of a dim (keys are part 0 of `kv`), and
 a letter that the left side lacks is counted through, each value giving a tensor of its own, whose
-number stands for {letter} in the name. `*` is the layer's number in both names. Sizes come from the
-parameters' shapes, so a table holds for every size of its family, is read in both directions, and a
+number stands for {letter} in the name; one that the right side lacks is a dim of size 1. `*` is the
+layer's number in both names. Sizes come from the parameters' shapes, so a table holds for every
+size of its family, is read in both directions, and a
 row whose parameter a layer lacks (no experts, no bias) is passed over for it.
 """
 
@@ -199,7 +200,8 @@ def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> I
         return
     left, right = (side.strip() for side in row.pattern.split("->"))
     groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", left)]
-    public, ours = list(itertools.chain(*groups)), right.split()
+    ours = right.split()
+    public = [letter for letter in itertools.chain(*groups) if letter in ours]
     stack = () if layer is None or layer.period is None else (layer.period,)
     dims = shapes[leaf].shape[len(stack) :]
     assert len(dims) == len(ours), f"{row.pattern} is not the form of {leaf}, {dims}"
@@ -215,7 +217,7 @@ def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> I
         place = (int(x) if x.isdigit() else chosen.get(x) for x in ours)
         yield Entry(
             name=row.name.format(**chosen) if chosen else row.name,
-            shape=tuple(math.prod(sizes[letter] for letter in group) for group in groups),
+            shape=tuple(math.prod(sizes.get(letter, 1) for letter in group) for group in groups),
             leaf=leaf,
             place=(*stack, *place),
             split=tuple(sizes[letter] for letter in public),

@@ -54,6 +54,8 @@ class AttentionConfig(AttentionTraits):
     so that a head may attend to nothing (gpt-oss, 2025)."""
     bias: bool = False
     """Whether queries, keys, values and the result have a bias (gpt-oss)."""
+    output_bias: bool = True
+    """Whether, with `bias`, the result has one too (not in Qwen2)."""
     qk_norm: QKNorm | None = None
     """RMSNorm of queries and keys before RoPE: of each head by itself, with one scale for all heads
     (Qwen3, 2025), or of all heads together, with a scale each (OLMoE, 2024)."""
@@ -76,6 +78,10 @@ class AttentionConfig(AttentionTraits):
             "set a window_size or num_sink_tokens=0",
         )
         require(
+            self.output_bias or self.bias,
+            "output_bias=False has no effect with bias=False: leave it out",
+        )
+        require(
             self.clip_qkv is None or self.clip_qkv > 0,
             f"clip_qkv={self.clip_qkv} must be greater than 0, or None for no bound",
         )
@@ -91,7 +97,8 @@ class AttentionConfig(AttentionTraits):
         """
         heads, groups, width = self.num_heads, self.num_kv_heads, self.head_dim
         matrices = 2 * d_model * width * (heads + groups)
-        biases = width * (heads + 2 * groups) + d_model if self.bias else 0
+        biases = width * (heads + 2 * groups) if self.bias else 0
+        biases += d_model if self.bias and self.output_bias else 0
         norms = {None: 0, "head": 2 * width, "all": width * (heads + groups)}[self.qk_norm]
         return matrices + (heads if self.sink_logits else 0) + biases + norms
 

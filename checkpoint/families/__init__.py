@@ -13,6 +13,14 @@ from checkpoint.families.gpt_oss import GPT_OSS as GPT_OSS
 from checkpoint.families.deepseek_v2 import DEEPSEEK_V2 as DEEPSEEK_V2
 from checkpoint.families.deepseek_v3 import DEEPSEEK_V3 as DEEPSEEK_V3
 from checkpoint.families.deepseek_v32 import DEEPSEEK_V32 as DEEPSEEK_V32
+from checkpoint.families.qwen2 import QWEN2 as QWEN2
+from checkpoint.families.qwen3 import QWEN3 as QWEN3
+from checkpoint.families.mistral import MISTRAL as MISTRAL
+from checkpoint.families.ministral import MINISTRAL as MINISTRAL
+from checkpoint.families.kimi_k2 import KIMI_K2 as KIMI_K2
+from checkpoint.families.dots1 import DOTS1 as DOTS1
+from checkpoint.families.hy_v3 import HY_V3 as HY_V3
+from checkpoint.families.ernie4_5_moe import ERNIE4_5_MOE as ERNIE4_5_MOE
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))
 """In the order of the lines above, in which a model is matched to one for export."""

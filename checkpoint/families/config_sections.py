@@ -128,8 +128,6 @@ def read_grouped_query(
       rope_base, rope: the family's own base and rope_parameters, where the config doesn't say.
       bias: the family's, if its config has no attention_bias.
     """
-    if bias is None:
-        bias = settings.flag("attention_bias", default=False)
     heads = settings.integer("num_attention_heads")
     base, scaling = read_rope(settings, rope_base, rope)
     return AttentionConfig(
@@ -138,7 +136,7 @@ def read_grouped_query(
         head_dim=settings.integer("head_dim", default=settings.integer("hidden_size") // heads),
         rope_base=base,
         rope_scaling=scaling,
-        bias=bias,
+        bias=settings.flag("attention_bias", default=False) if bias is None else bias,
         **extra,
     )
 
@@ -159,12 +157,37 @@ def grouped_query(config: ModelConfig) -> AttentionConfig:
     Raises:
       UserError: they don't, or it is of another kind.
     """
-    attention = the_one([layer.attention for layer in unfolded(config)], "attention")
-    if not isinstance(attention, AttentionConfig):
+    return the_one(grouped_queries(config), "attention")
+
+
+def grouped_queries(config: ModelConfig) -> list[AttentionConfig]:
+    """Each layer's attention.
+
+    Raises:
+      UserError: one is of another kind.
+    """
+    attentions = [layer.attention for layer in unfolded(config)]
+    found = [each for each in attentions if isinstance(each, AttentionConfig)]
+    if len(found) != len(attentions):
+        kinds = sorted({each.kind for each in attentions})
         raise UserError(
-            f"this family has attention.kind='grouped_query', the model has {attention.kind!r}"
+            f"this family has attention.kind='grouped_query', the model has {', '.join(kinds)}"
         )
-    return attention
+    return found
+
+
+NO_WINDOWS: Mapping[str, Any] = {"use_sliding_window": False, "sliding_window": None}
+
+
+def expect_no_windows(settings: Settings) -> None:
+    """Of Qwen's families, whose engines differ in which layers have one."""
+    settings.expect("use_sliding_window", False)
+    kinds = settings.items("layer_types", of=str, default=[])
+    if set(kinds) - {"full_attention"}:
+        raise UserError(
+            f"{settings.where} has layer_types with {sorted(set(kinds))}: only 'full_attention' is "
+            "built for this family"
+        )
 
 
 def read_softmax_router(

@@ -8,15 +8,12 @@ from typing import Any
 
 from checkpoint import gguf_pairs, gguf_weight_maps
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, weight_maps
+from checkpoint.families import config_sections, weight_maps, windows
 from checkpoint.families.base import GGUF, Family, Packed
 from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
-from configs.checks import UserError
 from configs.feed_forward import MoEConfig
-
-WINDOW, WHOLE = "sliding_attention", "full_attention"
 
 DEFAULTS = {
     "vocab_size": 201_088,
@@ -47,15 +44,8 @@ ROPE = {
 
 def read_config(settings: Settings) -> ModelConfig:
     count = config_sections.read_num_layers(settings)
-    kinds = settings.items(
-        "layer_types", of=str, default=[WHOLE if i % 2 else WINDOW for i in range(count)]
-    )
-    if len(kinds) != count or not set(kinds) <= {WINDOW, WHOLE}:
-        raise UserError(
-            f"{settings.where} has layer_types={kinds}, expected {WINDOW!r} or {WHOLE!r} for each "
-            f"of num_hidden_layers={count}"
-        )
-    window = settings.integer("sliding_window", default=128)
+    default = [windows.WHOLE if i % 2 else windows.WINDOW for i in range(count)]
+    sizes = windows.read(settings, default, default_size=128)
     ffn = MoEConfig(
         num_experts=settings.integer("num_local_experts", "num_experts"),
         d_ff=settings.integer("intermediate_size"),
@@ -67,10 +57,7 @@ def read_config(settings: Settings) -> ModelConfig:
         swiglu_limit=settings.number("swiglu_limit", default=7.0),
         swiglu_alpha=settings.number("swiglu_alpha", default=1.702),
     )
-    layers = [
-        LayerSpec(attention=_attention(settings, window if kind == WINDOW else None), ffn=ffn)
-        for kind in kinds
-    ]
+    layers = [LayerSpec(attention=_attention(settings, size), ffn=ffn) for size in sizes]
     return config_sections.read_model(settings, layers, norm_eps=1e-5)
 
 
@@ -81,26 +68,16 @@ def _attention(settings: Settings, window_size: int | None) -> AttentionConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    ffn, windows = config_sections.the_moe(config), []
-    for layer in config_sections.unfolded(config):
-        if not isinstance(layer.attention, AttentionConfig):
-            raise UserError(
-                "gpt-oss has attention.kind='grouped_query', the model has "
-                f"{layer.attention.kind!r}"
-            )
-        windows.append(layer.attention.window_size)
-    sizes = [size for size in windows if size is not None]
-    attention = config.pattern[0].attention
-    assert isinstance(attention, AttentionConfig)
+    attention, sizes = windows.split(config)
+    ffn = config_sections.the_moe(config)
     return {
         **config_sections.write_model(config),
         **config_sections.write_grouped_query(attention),
         **config_sections.write_softmax_router(ffn.router),
+        **windows.write(sizes, unused=128),
         "num_local_experts": ffn.num_experts,
         "experts_per_token": ffn.router.top_k,
         "intermediate_size": ffn.d_ff,
-        "sliding_window": config_sections.the_one(sizes, "sliding window") if sizes else 128,
-        "layer_types": [WHOLE if size is None else WINDOW for size in windows],
         "swiglu_limit": ffn.swiglu_limit,
         "swiglu_alpha": ffn.swiglu_alpha,
     }

@@ -83,7 +83,7 @@ class GroupedQueryAttention(nn.Module):
             sink_logits_H = zero_weight(self, "sink_logits", (c.num_heads,), ("heads",))
         out_BLHC, state = self._attended(q_BLHC, k_BLGC, v_BLGC, step, state, sink_logits_H)
         out_BLD = project("BLHC,HCD->BLD", out_BLHC, w_o_HCD, is_flat=state is not None)
-        if c.bias:
+        if c.bias and c.output_bias:
             o_bias_D = zero_weight(self, "o_bias", out_shape[2:], (out_axis,))
             out_BLD += o_bias_D.astype(out_BLD.dtype)[None, None]
         return out_BLD, state

@@ -57,6 +57,13 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
 }
+GROUPED_EXPERTS = {
+    **COMMON,
+    **EXPERTS,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -120,7 +127,29 @@ CASES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5,
         "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
+    "qwen2": {**COMMON, "head_dim": 16, "rope_scaling": YARN},
+    "qwen3": {**COMMON, "tie_word_embeddings": True},
+    "mistral": {**COMMON},
+    "kimi_k2": {**LATENT, "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    "dots1": {
+        **GROUPED_EXPERTS,
+        "num_key_value_heads": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "ernie4_5_moe": {
+        **COMMON,
+        "head_dim": 16,
+        "moe_intermediate_size": 32,
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+    },
 }
+
+READ_AS = {"mistral": "llama", "kimi_k2": "deepseek_v3"}
+"""Families whose files are another's."""
 
 
 @functools.cache
@@ -158,7 +187,7 @@ def test_written_and_read_back(case: str, tmp_path: Path):
     path = tmp_path / "it.gguf"
     gguf.export(path, family, config, variables, None, "F16")
     checkpoint = gguf.open_checkpoint(path)
-    assert checkpoint.family.model_type == family.model_type
+    assert checkpoint.family.model_type == READ_AS.get(case, family.model_type)
     read = checkpoint.load(placed(variables))
     jax.tree.map(np.testing.assert_array_equal, read, variables)
     assert list(tmp_path.iterdir()) == [path]
@@ -302,6 +331,13 @@ def test_what_llama_cpp_cannot_say_is_told(tmp_path: Path):
     with pytest.raises(UserError, match=r"can't say all that this model does: .*normalize_gates"):
         gguf.export(tmp_path / "it.gguf", family, other, variables, None, "F16")
     assert not list(tmp_path.iterdir())
+
+
+def test_heads_that_llama_cpp_does_not_load_are_told(tmp_path: Path):
+    family, _, variables = built("dots1")
+    config = family.read_config(Settings(CASES["dots1"] | {"num_key_value_heads": 2}, "it"))
+    with pytest.raises(UserError, match=r"as many heads of keys as of queries, .* 2 and 4"):
+        gguf.export(tmp_path / "it.gguf", family, config, variables, None, "F16")
 
 
 def test_values_beyond_float16_are_told(tmp_path: Path):

@@ -67,6 +67,13 @@ QWEN = {
     "num_experts": 8,
     "num_experts_per_tok": 2,
 }
+DENSE = {"intermediate_size": 96, "num_key_value_heads": 2}
+EXPERTS = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+}
 CASES = {
     "llama": ("llama", {"intermediate_size": 96, "num_key_value_heads": 2}),
     "llama3_biased": (
@@ -176,7 +183,52 @@ CASES = {
             "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
         },
     ),
+    "qwen2": ("qwen2", DENSE | {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", DENSE | {"head_dim": 20, "attention_bias": True}),
+    "mistral": ("mistral", DENSE | {"head_dim": 20, "sliding_window": 16}),
+    "ministral": (
+        "ministral",
+        DENSE
+        | {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "kimi_k2": (
+        "deepseek_v3",
+        V3
+        | {
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "dots1": (
+        "dots1",
+        EXPERTS
+        | {
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "head_dim": 20,
+        },
+    ),
+    "hy_v3": ("hy_v3", EXPERTS | {"num_experts": 8, "head_dim": 16}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {key: value for key, value in EXPERTS.items() if key != "num_experts_per_tok"}
+        | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 2},
+    ),
 }
+
+
+KNOWN_AS = {"kimi_k2": "deepseek_v3"}
+"""Cases of families that transformers knows by another name alone."""
 
 
 def build(model_type: str, settings: dict) -> tuple[dict, dict[str, list[int]], np.ndarray]:
@@ -211,6 +263,8 @@ def tokens() -> np.ndarray:
 def main(names: list[str]) -> None:
     for name in names or CASES:
         config, shapes, logits = build(*CASES[name])
+        if name in KNOWN_AS:
+            config["model_type"] = name
         case = {
             "made_with": f"transformers {transformers.__version__}, torch {torch.__version__}",
             "config": config,

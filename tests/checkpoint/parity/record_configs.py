@@ -26,7 +26,17 @@ FAMILIES = (
     "deepseek_v2",
     "deepseek_v3",
     "deepseek_v32",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "ministral",
+    "kimi_k2",
+    "dots1",
+    "hy_v3",
+    "ernie4_5_moe",
 )
+KNOWN_AS = {"kimi_k2": "deepseek_v3"}
+"""Families that transformers knows by another name alone."""
 ROPE_FAMILIES = ("llama", "mixtral", "gpt_oss", "deepseek_v3")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
@@ -85,7 +95,7 @@ def _line(family: str, values: dict) -> str:
 
 def _defaults(family: str) -> dict:
     """The class's fields but for those of every model."""
-    kind = type(AutoConfig.for_model(family))
+    kind = type(AutoConfig.for_model(KNOWN_AS.get(family, family)))
     general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     general -= {"tie_word_embeddings"}
     fields = (field for field in dataclasses.fields(kind) if field.name not in general)
