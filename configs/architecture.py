@@ -59,6 +59,14 @@ class LayerSpec:
     attention: Attention
     ffn: DenseConfig | MoEConfig
     depth: MixtureOfDepthsConfig | None = None
+    norms: Literal["pre", "post", "sandwich"] = "pre"
+    """Where attention and feed-forward are normed: what they read (pre), what they add to the
+    residual stream (post: OLMo 2, 2025), or both (sandwich: Gemma 2, 2024)."""
+
+    @property
+    def num_norms(self) -> int:
+        """Norms of width d_model in the layer."""
+        return 4 if self.norms == "sandwich" else 2
 
     def __post_init__(self) -> None:
         reason = self.attention.unskippable_reason
@@ -102,6 +110,12 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Whether the output layer is the transposed input embedding."""
     norm_eps: float = 1e-6
+    embedding_scale: float = 1.0
+    """Factor of what the embedding gives the first layer (Granite: 12)."""
+    residual_scale: float = 1.0
+    """Factor of what attention and feed-forward add to the residual stream (Granite: 0.22)."""
+    logit_scale: float = 1.0
+    """Factor of the logits (Granite: 1/8)."""
     early_exit: EarlyExitConfig | None = None
     exit_spacing: int | None = None
     """Layers between two exits of a model made for decoding (model/unstacked.py); None, as in
@@ -113,6 +127,7 @@ class ModelConfig:
         require_finite(self, "model")
         require_choices(self, "model")
         require_positive(self, "vocab_size", "d_model", "num_layers", "context_length", "norm_eps")
+        require_positive(self, "embedding_scale", "residual_scale", "logit_scale")
         require(len(self.pattern) > 0, "pattern is empty: give at least one LayerSpec")
         require(
             self.num_layers > len(self.prefix)
@@ -127,6 +142,11 @@ class ModelConfig:
         require(
             all(spec.depth is None for spec in self.prefix),
             "prefix has a layer with depth: layers before the pattern work on every token",
+        )
+        require(
+            self.multi_token is None or self.logit_scale == 1.0,
+            f"logit_scale={self.logit_scale} is not built with multi_token, whose modules share "
+            "the output layer: leave one of them out",
         )
         self._check_early_exit()
         self._check_memory()
@@ -216,7 +236,7 @@ class ModelConfig:
             return 0
         layer, width = self.multi_token.layer, self.d_model
         own = layer.attention.num_parameters(width) + layer.ffn.num_parameters(width)
-        norms, projection = 5 * width, 2 * width * width
+        norms, projection = (3 + layer.num_norms) * width, 2 * width * width
         return self.multi_token.depth * (own + norms + projection)
 
     @property
@@ -230,13 +250,11 @@ class ModelConfig:
         ffn_parameters: typing.Callable[[DenseConfig | MoEConfig], int],
         is_active: bool = False,
     ) -> int:
-        norms_per_layer = 2 * self.d_model
-
         def layer(spec: LayerSpec) -> int:
             weights = (
                 spec.attention.num_parameters(self.d_model)
                 + ffn_parameters(spec.ffn)
-                + norms_per_layer
+                + spec.num_norms * self.d_model
             )
             if spec.depth is None:
                 return weights

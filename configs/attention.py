@@ -49,6 +49,11 @@ class AttentionConfig(AttentionTraits):
     rope_base: float = 10_000.0
     """Base of the rotary angles: theta_d = base^(-2d / head_dim)."""
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    """First entries of each head that RoPE turns (GLM-4.5: half of them); None turns all, 0 none:
+    such a layer knows no positions (NoPE; every fourth of SmolLM3)."""
+    score_scale: float | None = None
+    """Factor of the scores (Granite, Gemma); None is head_dim^-0.5."""
     sink_logits: bool = False
     """Whether each query head has a learned logit that takes part in the softmax and has no value,
     so that a head may attend to nothing (gpt-oss, 2025)."""
@@ -59,6 +64,8 @@ class AttentionConfig(AttentionTraits):
     qk_norm: QKNorm | None = None
     """RMSNorm of queries and keys before RoPE: of each head by itself, with one scale for all heads
     (Qwen3, 2025), or of all heads together, with a scale each (OLMoE, 2024)."""
+    qk_norm_after_rope: bool = False
+    """Whether that norm comes after RoPE instead (Hunyuan, 2024)."""
     clip_qkv: float | None = None
     """Bound on the size of each entry of queries, keys and values, after the norm (OLMoE)."""
 
@@ -76,6 +83,16 @@ class AttentionConfig(AttentionTraits):
             self.num_sink_tokens == 0 or self.window_size is not None,
             f"num_sink_tokens={self.num_sink_tokens} has no effect with window_size=None: "
             "set a window_size or num_sink_tokens=0",
+        )
+        _check_rotary(self)
+        require(
+            self.score_scale is None or self.score_scale > 0,
+            f"score_scale={self.score_scale} must be greater than 0, or None for head_dim^-0.5",
+        )
+        require(
+            not self.qk_norm_after_rope or (self.qk_norm is not None and self.rotary_dim != 0),
+            f"qk_norm_after_rope has no effect with qk_norm={self.qk_norm!r} and rotary_dim="
+            f"{self.rotary_dim}: it needs a norm and RoPE",
         )
         require(
             self.output_bias or self.bias,
@@ -167,6 +184,21 @@ class LocalSparseAttentionConfig(AttentionTraits):
         matrices = 2 * d_model * self.head_dim * (self.num_heads + self.num_kv_heads)
         pooling = self.num_kv_heads * self.head_dim if self.far == "summaries" else 0
         return matrices + pooling
+
+
+def _check_rotary(config: AttentionConfig) -> None:
+    turned = config.rotary_dim
+    require(
+        turned is None or (0 <= turned < config.head_dim and turned % 2 == 0),
+        f"rotary_dim={turned} must be even, at least 0 and below head_dim={config.head_dim}; None "
+        "turns whole heads",
+    )
+    is_plain = config.rope_base == 10_000.0 and config.rope_scaling is None
+    require(
+        turned != 0 or is_plain,
+        f"rope_base={config.rope_base} and rope_scaling={config.rope_scaling} have no effect with "
+        "rotary_dim=0, which turns nothing: leave them out",
+    )
 
 
 def _check_heads(config: AttentionConfig | LocalSparseAttentionConfig) -> None:

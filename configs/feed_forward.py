@@ -216,6 +216,9 @@ class MoEConfig:
     """Hidden width of one expert, F."""
     num_shared_experts: int = 0
     """Experts that are always on, held as one dense layer of num_shared_experts * d_ff."""
+    shared_gate: bool = False
+    """Whether the shared experts' result is multiplied by the sigmoid of a projection of the token
+    (Qwen2-MoE, 2024)."""
     router: RouterConfig
     bias: bool = False
     """Whether the routed experts' matrices have biases (gpt-oss)."""
@@ -233,6 +236,10 @@ class MoEConfig:
         require(
             self.num_shared_experts >= 0,
             f"num_shared_experts={self.num_shared_experts} must not be negative",
+        )
+        require(
+            self.num_shared_experts > 0 or not self.shared_gate,
+            "shared_gate=True has no effect with num_shared_experts=0: leave it out",
         )
         require(
             self.router.top_k <= self.num_experts,
@@ -282,6 +289,7 @@ class MoEConfig:
         if context is not None:
             logits = context.num_parameters(d_model, self.num_experts)
         own = self.num_experts if self.router.bias else 0
+        own += d_model if self.shared_gate else 0
         return ffns + biases + own + logits
 
     def num_parameters(self, d_model: int) -> int:

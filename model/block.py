@@ -22,7 +22,8 @@ from parallel.sharding import constrain
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + ffn(norm(x)).
+    """Residual block: x + attention(norm(x)), then x + ffn(norm(x)); see LayerSpec.norms for other
+    places of the norms.
 
     With spec.depth, of the chosen tokens only (model/depth.py); what they are goes into the
     collection "router" as "depth" (DepthStats).
@@ -61,10 +62,11 @@ class Block(nn.Module):
         attend = attention_layer(
             attention, self.execution, eps, out_stddev, gaps=self.spec.depth is not None
         )
-        h_BLD = RMSNorm(eps, name="attention_norm")(x_BLD)
+        h_BLD = self._read(x_BLD, "attention_norm")
         attended_BLD, attention_state = attend(h_BLD, step, attention_state)
+        attended_BLD = self._added(attended_BLD, "attention_norm_after")
         x_BLD = constrain(x_BLD + attended_BLD, "batch", "length", None)
-        h_BLD = RMSNorm(eps, name="ffn_norm")(x_BLD)
+        h_BLD = self._read(x_BLD, "ffn_norm")
         out_stddev = depth_scale * ffn.d_ff**-0.5
         if isinstance(ffn, DenseConfig):
             update_BLD = SwiGLU(ffn, out_stddev, name="ffn")(h_BLD)
@@ -74,8 +76,22 @@ class Block(nn.Module):
             )
         else:
             assert_never(ffn)
+        update_BLD = self._added(update_BLD, "ffn_norm_after")
         state = None if attention_state is None else BlockState(attention_state, router_state)
         return x_BLD, attended_BLD, update_BLD, state
+
+    def _read(self, x_BLD: jax.Array, name: str) -> jax.Array:
+        """What a branch reads of the residual stream."""
+        if self.spec.norms == "post":
+            return x_BLD
+        return RMSNorm(self.model.norm_eps, name=name)(x_BLD)
+
+    def _added(self, update_BLD: jax.Array, name: str) -> jax.Array:
+        """What a branch's result adds to the residual stream."""
+        if self.spec.norms != "pre":
+            update_BLD = RMSNorm(self.model.norm_eps, name=name)(update_BLD)
+        scale = self.model.residual_scale
+        return update_BLD if scale == 1.0 else scale * update_BLD
 
 
 _TracedOnce = nn.jit(Block)

@@ -89,8 +89,16 @@ class MoE(nn.Module):
         out_BLD = out_TD.reshape(batch, length, d_model)
         if c.num_shared_experts:
             shared = DenseConfig(d_ff=c.num_shared_experts * c.d_ff)
-            out_BLD += SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
+            shared_BLD = SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
+            out_BLD += self._gated(shared_BLD, x_BLD) if c.shared_gate else shared_BLD
         return out_BLD, context_state
+
+    def _gated(self, shared_BLD: jax.Array, x_BLD: jax.Array) -> jax.Array:
+        """The shared experts' result times the token's gate, computed in float32."""
+        width = x_BLD.shape[-1]
+        w_D = weight(self, "shared_gate", (width,), ("embed",), width**-0.5)
+        gate_BL = jax.nn.sigmoid(jnp.einsum("BLD,D->BL", x_BLD.astype(jnp.float32), w_D))
+        return (gate_BL[:, :, None] * shared_BLD.astype(jnp.float32)).astype(shared_BLD.dtype)
 
     def _warmup_stats(self, routing, is_token_BL, state):
         num_experts, config = self.config.num_experts, self.config.router.warmup

@@ -96,7 +96,7 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, ModelState | None]:
         x_BLD, state = self.begin(step, state)
         x_BLD, state = self.run_periods(x_BLD, step, state)
-        hidden_BLD = self.final_norm(x_BLD)
+        hidden_BLD = self.finish(x_BLD)
         if self.config.multi_token is not None and self.is_mutable_collection("multi_token"):
             self._look_ahead(hidden_BLD, step)
         return hidden_BLD, state
@@ -132,6 +132,10 @@ class Transformer(nn.Module):
         return x_BLD, state.replace(periods=states)
 
     def _embedded(self, tokens_BL: jax.Array) -> jax.Array:
+        x_BLD, scale = self._looked_up(tokens_BL), self.config.embedding_scale
+        return x_BLD if scale == 1.0 else scale * x_BLD
+
+    def _looked_up(self, tokens_BL: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.execution.compute_dtype)
         if isinstance(self.embedding_VD, QTensor):
             return take_outputs(self.embedding_VD, tokens_BL, dtype.name)
@@ -141,8 +145,11 @@ class Transformer(nn.Module):
         return constrain(table_VD[tokens_BL], "batch", "length", None)
 
     def finish(self, x_BLD: jax.Array) -> jax.Array:
-        """The final norm, of the last layer or of an exit: what the output layer reads."""
-        return self.final_norm(x_BLD)
+        """The final norm, of the last layer or of an exit: what the output layer reads, the logits'
+        factor in it.
+        """
+        hidden_BLD, scale = self.final_norm(x_BLD), self.config.logit_scale
+        return hidden_BLD if scale == 1.0 else scale * hidden_BLD
 
     def _dropped_rows(self, batch: int) -> jax.Array | None:
         """Rows that skip a period, bool [periods, B]; None unless a key "depth" asks for it."""

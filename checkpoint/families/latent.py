@@ -3,7 +3,7 @@
 from typing import Any
 
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, deepseek_moe
+from checkpoint.families import config_sections, deepseek_moe, rope_section
 from configs.architecture import ModelConfig
 from configs.attention import IndexerConfig, LatentAttentionConfig
 from configs.checks import UserError
@@ -20,7 +20,7 @@ def read_model(
 
 
 def _read_attention(settings: Settings, indexer: IndexerConfig | None) -> LatentAttentionConfig:
-    base, scaling = config_sections.read_rope(settings, 10_000.0)
+    base, scaling = rope_section.read_rope(settings, 10_000.0)
     return LatentAttentionConfig(
         num_heads=settings.integer("num_attention_heads"),
         query_rank=settings.integer("q_lora_rank", default=None),
@@ -60,5 +60,5 @@ def _write_attention(attention: LatentAttentionConfig) -> dict[str, Any]:
         "v_head_dim": attention.value_head_dim,
         "attention_bias": attention.bias,
         "rope_interleave": True,
-        **config_sections.write_rope(attention.rope_base, attention.rope_scaling, is_latent=True),
+        **rope_section.write_rope(attention.rope_base, attention.rope_scaling, is_part=True),
     }

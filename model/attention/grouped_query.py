@@ -73,11 +73,11 @@ class GroupedQueryAttention(nn.Module):
         w_o_HCD = weight(
             self, "o", out_shape, (*QUERY_AXES, out_axis), self.out_stddev, MatrixDims(2, 1)
         )
-        q_BLHC, k_BLGC, v_BLGC = self._normed_and_bounded(q_BLHC, k_BLGC, v_BLGC)
-        q_BLHC = rope(q_BLHC, step.positions_BL, c.rope_base, c.rope_scaling)
-        k_BLGC = rope(k_BLGC, step.positions_BL, c.rope_base, c.rope_scaling)
+        q_BLHC, k_BLGC, v_BLGC = self._normed_and_bounded(q_BLHC, k_BLGC, v_BLGC, step)
         if c.rope_scaling is not None:
             q_BLHC *= c.rope_scaling.logit_scale
+        if c.score_scale is not None:  # kernels multiply scores by head_dim^-0.5
+            q_BLHC *= c.score_scale * c.head_dim**0.5
         sink_logits_H = None
         if c.sink_logits:  # they start as if one more key had the score 0
             sink_logits_H = zero_weight(self, "sink_logits", (c.num_heads,), ("heads",))
@@ -107,19 +107,29 @@ class GroupedQueryAttention(nn.Module):
         return q_BLHC, kv_BL2GC[:, :, 0], kv_BL2GC[:, :, 1]
 
     def _normed_and_bounded(
-        self, q_BLHC: jax.Array, k_BLGC: jax.Array, v_BLGC: jax.Array
+        self, q_BLHC: jax.Array, k_BLGC: jax.Array, v_BLGC: jax.Array, step: Step
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The same three with norm, bound and RoPE."""
         c = self.config
-        if c.qk_norm is not None:
-            normed = NORMED_DIMS[c.qk_norm]
-            q_BLHC = RMSNorm(self.norm_eps, QUERY_AXES[-normed:], name="q_norm")(q_BLHC)
-            k_BLGC = RMSNorm(self.norm_eps, KEY_AXES[-normed:], name="k_norm")(k_BLGC)
-        if c.clip_qkv is None:
-            return q_BLHC, k_BLGC, v_BLGC
-        q_BLHC, k_BLGC, v_BLGC = (
-            jnp.clip(x, -c.clip_qkv, c.clip_qkv) for x in (q_BLHC, k_BLGC, v_BLGC)
-        )
+        if not c.qk_norm_after_rope:
+            q_BLHC, k_BLGC = self._normed(q_BLHC, k_BLGC)
+        if c.clip_qkv is not None:
+            q_BLHC, k_BLGC, v_BLGC = (
+                jnp.clip(x, -c.clip_qkv, c.clip_qkv) for x in (q_BLHC, k_BLGC, v_BLGC)
+            )
+        q_BLHC, k_BLGC = (_turned(x, step.positions_BL, c) for x in (q_BLHC, k_BLGC))
+        if c.qk_norm_after_rope:
+            q_BLHC, k_BLGC = self._normed(q_BLHC, k_BLGC)
         return q_BLHC, k_BLGC, v_BLGC
+
+    def _normed(self, q_BLHC: jax.Array, k_BLGC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        qk_norm = self.config.qk_norm
+        if qk_norm is None:
+            return q_BLHC, k_BLGC
+        normed = NORMED_DIMS[qk_norm]
+        q_BLHC = RMSNorm(self.norm_eps, QUERY_AXES[-normed:], name="q_norm")(q_BLHC)
+        k_BLGC = RMSNorm(self.norm_eps, KEY_AXES[-normed:], name="k_norm")(k_BLGC)
+        return q_BLHC, k_BLGC
 
     def _attended(
         self,
@@ -152,3 +162,14 @@ class GroupedQueryAttention(nn.Module):
             **reach,
         )
         return out_BLHC, state
+
+
+def _turned(x_BLHC: jax.Array, positions_BL: jax.Array, config: AttentionConfig) -> jax.Array:
+    """Heads of queries or keys with RoPE in the entries that have it."""
+    base, scaling, turned = config.rope_base, config.rope_scaling, config.rotary_dim
+    if turned is None:
+        return rope(x_BLHC, positions_BL, base, scaling)
+    if turned == 0:
+        return x_BLHC
+    first_BLHC = rope(x_BLHC[..., :turned], positions_BL, base, scaling)
+    return jnp.concatenate([first_BLHC, x_BLHC[..., turned:]], axis=-1)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections
+from checkpoint.families import rope_section
 from configs.checks import UserError
 from configs.rope import RopeScaling, YarnConfig
 
@@ -15,9 +15,7 @@ YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings":
 
 
 def read(values: dict, scaling: dict) -> RopeScaling | None:
-    return config_sections.read_rope(Settings(values | {"rope_scaling": scaling}, "it"), 10_000.0)[
-        1
-    ]
+    return rope_section.read_rope(Settings(values | {"rope_scaling": scaling}, "it"), 10_000.0)[1]
 
 
 def growth(m: float) -> float:
@@ -44,7 +42,7 @@ def test_latent_attentions_rotary_part_is_scaled_apart(given, turned, scores):
     assert isinstance(yarn, YarnConfig)
     assert yarn.logit_scale == pytest.approx(scores, rel=1e-9)
     assert yarn.rotary_scale == pytest.approx(turned, rel=1e-9)
-    written = config_sections.write_rope(10_000.0, yarn, is_latent=True)["rope_scaling"]
+    written = rope_section.write_rope(10_000.0, yarn, is_part=True)["rope_scaling"]
     assert read(LATENT, written) == yarn
     # DeepSeek's own code knows no attention_factor.
     own = growth(written["mscale"]) / growth(written["mscale_all_dim"])
@@ -56,7 +54,7 @@ def test_grouped_query_logits_have_the_factors_square(given, turned):
     yarn = read(GROUPED, YARN | given)
     assert isinstance(yarn, YarnConfig)
     assert yarn.logit_scale * yarn.rotary_scale**2 == pytest.approx(turned**2, rel=1e-9)
-    written = config_sections.write_rope(10_000.0, yarn)["rope_scaling"]
+    written = rope_section.write_rope(10_000.0, yarn)["rope_scaling"]
     assert read(GROUPED, written) == yarn
     assert written.get("attention_factor", growth(1)) == pytest.approx(turned, rel=1e-9)
 

@@ -1,0 +1,180 @@
+"""Records what transformers computes on random small models of each family: needs the `parity`
+extra.
+
+    python tests/checkpoint/parity/record_fuzz.py [FAMILY ...]
+
+Run it from another folder than the checkout's (transformers looks for a package named `kernels`).
+Each family gives fuzz/FAMILY.npz: "cases", JSON as bytes ([config.json, tensor shapes] of each
+model), and "logits", float32 [models, LAST, V], of the last places of the tokens. A model's
+settings are drawn from those of record.py's case, and from SETTINGS, of which some are not built
+here: those must be refused. What transformers itself refuses is drawn again.
+"""
+
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from record import CASES, KNOWN_AS, read_shapes
+from safetensors.numpy import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from weights import draw
+
+HERE = Path(__file__).parent / "fuzz"
+MODELS, LENGTH, LAST, VOCAB = 12, 24, 4, 40
+
+ROPE = [
+    {"rope_type": "default", "rope_theta": 10_000.0},
+    {"rope_type": "default", "rope_theta": 500_000.0},
+    {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+    {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+]
+COMMON: dict[str, list[Any]] = {
+    "hidden_size": [16, 32, 48],
+    "num_hidden_layers": [1, 2, 3, 4],
+    "rms_norm_eps": [1e-6, 1e-5, 1e-3],
+    "hidden_act": ["silu"] * 9 + ["gelu"],
+    "tie_word_embeddings": [False, True],
+    "rope_parameters": ROPE,
+}
+GROUPED = COMMON | {
+    "num_attention_heads": [2, 4],
+    "num_key_value_heads": [1, 2],
+    "head_dim": [8, 12, 16],
+}
+LATENT = COMMON | {
+    "num_attention_heads": [2, 4],
+    "q_lora_rank": [None, 12],
+    "kv_lora_rank": [8, 16],
+    "qk_nope_head_dim": [8, 12],
+    "qk_rope_head_dim": [4, 8],
+    "v_head_dim": [8, 12],
+}
+DENSE = GROUPED | {"intermediate_size": [24, 40]}
+WINDOWS = {"sliding_window": [5, 9, 1000], "layer_types": ["some", None]}
+DEEPSEEK = {
+    "intermediate_size": [24, 40],
+    "moe_intermediate_size": [8, 16],
+    "n_routed_experts": [4, 8],
+    "n_shared_experts": [1, 2],
+    "num_experts_per_tok": [1, 2, 3],
+    "first_k_dense_replace": [0, 1],
+    "norm_topk_prob": [True, False],
+    "routed_scaling_factor": [1.0, 2.5],
+}
+GROUPS = {"n_group": [1, 2], "topk_group": [1]}
+SETTINGS: dict[str, dict[str, list[Any]]] = {
+    "qwen2": DENSE | {"use_sliding_window": [False] * 5 + [True], "max_window_layers": [1]},
+    "qwen3": DENSE
+    | {
+        "attention_bias": [False, True],
+        "use_sliding_window": [False] * 5 + [True],
+        "max_window_layers": [1],
+    },
+    "mistral": DENSE | {"sliding_window": [None, 1, 7, 4096]},
+    "ministral": DENSE | WINDOWS,
+    "kimi_k2": LATENT | DEEPSEEK | GROUPS | {"attention_bias": [False, False, True]},
+    "dots1": GROUPED
+    | DEEPSEEK
+    | GROUPS
+    | {"attention_bias": [False, True], "max_window_layers": [62, 62, 62, 1]},
+    "hy_v3": GROUPED
+    | {
+        "intermediate_size": [24, 40],
+        "moe_intermediate_size": [8, 16],
+        "num_experts": [4, 8],
+        "num_shared_experts": [1, 2],
+        "num_experts_per_tok": [1, 2, 3],
+        "router_scaling_factor": [1.0, 2.826],
+        "attention_bias": [False, True],
+        "mlp_bias": [False] * 5 + [True],
+        "mlp_layer_types": ["some", None],
+    },
+    "ernie4_5_moe": GROUPED
+    | {
+        "intermediate_size": [24, 40],
+        "moe_intermediate_size": [8, 16],
+        "moe_num_experts": [4, 8],
+        "moe_num_shared_experts": [0, 1, 2],
+        "moe_k": [1, 2, 3],
+        "moe_layer_start_index": [0, 1],
+        "moe_layer_interval": [1, 1, 2],
+        "moe_layer_end_index": [-1, -1, 2],
+        "use_bias": [False] * 5 + [True],
+    },
+}
+"""By family; "some" in a list of layers stands for a random one."""
+CHOICES = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+}
+
+
+def draw_settings(family: str, chance: random.Random) -> dict[str, Any]:
+    drawn = {key: chance.choice(values) for key, values in SETTINGS[family].items()}
+    for key, choices in CHOICES.items():
+        if drawn.get(key) == "some":
+            drawn[key] = [chance.choice(choices) for _ in range(drawn["num_hidden_layers"])]
+    drawn = {key: value for key, value in drawn.items() if value is not None or key in NULL}
+    drawn.setdefault("num_key_value_heads", drawn["num_attention_heads"])
+    return {"vocab_size": VOCAB, "max_position_embeddings": 64} | drawn
+
+
+NULL = ("q_lora_rank", "sliding_window")
+"""Keys whose null is no default."""
+
+
+def compute(model_type: str, settings: dict[str, Any]) -> tuple[dict, dict, np.ndarray]:
+    """(config.json, tensor shapes, logits of the last places)."""
+    config = AutoConfig.for_model(model_type, **settings)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        path = Path(folder) / "model.safetensors"
+        shapes = read_shapes(path)
+        save_file({name: draw(name, tuple(shape)) for name, shape in shapes.items()}, path)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(report.values()), report
+        with torch.no_grad():
+            logits = model.eval()(torch.from_numpy(tokens()[None])).logits[0, -LAST:]
+        return json.loads((Path(folder) / "config.json").read_text()), shapes, logits.numpy()
+
+
+def tokens() -> np.ndarray:
+    return np.random.RandomState(1).randint(0, VOCAB, LENGTH)
+
+
+def record(family: str) -> None:
+    model_type = KNOWN_AS.get(family, CASES[family][0])
+    chance, cases, logits, refused = random.Random(family), [], [], 0
+    while len(cases) < MODELS:
+        assert refused < 4 * MODELS, f"{family}: transformers takes hardly any of these settings"
+        try:
+            config, shapes, found = compute(model_type, draw_settings(family, chance))
+        except Exception as error:
+            refused += 1
+            print(f"{family}: transformers refuses: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        if family in KNOWN_AS:
+            config["model_type"] = family
+        cases.append([config, shapes])
+        logits.append(found)
+    text = np.frombuffer(json.dumps(cases).encode(), np.uint8)
+    np.savez_compressed(HERE / f"{family}.npz", cases=text, logits=np.stack(logits))
+    print(f"{family}: {len(cases)} models, {refused} refused by transformers")
+
+
+if __name__ == "__main__":
+    HERE.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or SETTINGS:
+        record(name)
