@@ -191,7 +191,7 @@ def _read_heads(
     if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
         head_dim = width // heads
     rotary = get(ROPE.DIMENSION_COUNT, head_dim)
-    is_part = form.turns_part and type(rotary) is type(head_dim) is int and 0 < rotary < head_dim
+    is_part = form.turns_part and type(rotary) is type(head_dim) is int and 0 < rotary <= head_dim
     if is_part:
         values = {**values, "partial_rotary_factor": rotary / head_dim}
     for key in _HEAD_KEYS:

@@ -78,10 +78,32 @@ QK_NORM_OF_ALL = (
 CHOICE_BIAS = Row("layers.*.moe.state.bias_E", f"{BLOCK}.exp_probs_b.bias", "e -> e")
 SHARED = swiglu("layers.*.moe.shared", "_shexp")
 
+POST_NORMS = (
+    Row("layers.*.attention_norm_after.scale", f"{BLOCK}.post_attention_norm.weight", "d -> d"),
+    Row("layers.*.ffn_norm_after.scale", f"{BLOCK}.post_ffw_norm.weight", "d -> d"),
+)
+SHARED_GATE = Row("layers.*.moe.shared_gate", f"{BLOCK}.ffn_gate_inp_shexp.weight", "d -> d")
+
 QWEN2 = (*EMBEDDING, *NORMS, *grouped_query(), *DENSE)
 QWEN3 = (*QWEN2, *QK_NORM)
 QWEN3_MOE = (*EMBEDDING, *NORMS, *grouped_query(), *QK_NORM, *EXPERTS)
 DOTS1 = (*QWEN3, *EXPERTS, *SHARED, CHOICE_BIAS)
+OLMOE = (*EMBEDDING, *NORMS, *grouped_query(), *QK_NORM_OF_ALL, *EXPERTS)
+OLMO2 = (*EMBEDDING, *POST_NORMS, *grouped_query(), *QK_NORM_OF_ALL, *DENSE)
+QWEN2_MOE = (*QWEN2, *EXPERTS, *SHARED, SHARED_GATE)
+HUNYUAN_MOE = (*EMBEDDING, *NORMS, *grouped_query(), *QK_NORM, *EXPERTS, *SHARED)
+MINIMAX_M2 = (*OLMOE, CHOICE_BIAS)
+GLM4_MOE = (
+    *EMBEDDING,
+    NORMS[0],
+    Row("layers.*.ffn_norm.scale", f"{BLOCK}.post_attention_norm.weight", "d -> d"),
+    *grouped_query(),
+    *QK_NORM,
+    *DENSE,
+    *EXPERTS,
+    *SHARED,
+    CHOICE_BIAS,
+)
 ERNIE_MOE = (
     *EMBEDDING,
     *NORMS,
@@ -91,8 +113,6 @@ ERNIE_MOE = (
     *SHARED,
     CHOICE_BIAS,
 )
-
-OLMOE = (*EMBEDDING, *NORMS, *grouped_query(), *QK_NORM_OF_ALL, *EXPERTS)
 
 GPT_OSS = (
     *EMBEDDING,

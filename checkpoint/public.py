@@ -184,10 +184,11 @@ def _layer_losses(family: Family, config: ModelConfig) -> tuple[int, list[str]]:
         alone = dataclasses.replace(config, prefix=(), pattern=(layer,), multi_token=None)
         try:
             written = family.write_config(alone)
+            settings = Settings(written, "the exported config.json", family.defaults)
+            again = family.read_config(settings)
         except UserError:
             unknown += 1
             continue
-        again = family.read_config(Settings(written, "the exported config.json", family.defaults))
         lost |= dict.fromkeys(_in_any_layer(line) for line in lost_settings(alone, again))
     return len(lost) + _UNKNOWN_LAYER * unknown, list(lost)
 

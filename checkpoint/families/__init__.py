@@ -21,6 +21,17 @@ from checkpoint.families.kimi_k2 import KIMI_K2 as KIMI_K2
 from checkpoint.families.dots1 import DOTS1 as DOTS1
 from checkpoint.families.hy_v3 import HY_V3 as HY_V3
 from checkpoint.families.ernie4_5_moe import ERNIE4_5_MOE as ERNIE4_5_MOE
+from checkpoint.families.qwen2_moe import QWEN2_MOE as QWEN2_MOE
+from checkpoint.families.glm4_moe import GLM4_MOE as GLM4_MOE
+from checkpoint.families.minimax_m2 import MINIMAX_M2 as MINIMAX_M2
+from checkpoint.families.smollm3 import SMOLLM3 as SMOLLM3
+from checkpoint.families.olmo2 import OLMO2 as OLMO2
+from checkpoint.families.olmo3 import OLMO3 as OLMO3
+from checkpoint.families.flex_olmo import FLEX_OLMO as FLEX_OLMO
+from checkpoint.families.granite import GRANITE as GRANITE
+from checkpoint.families.granitemoe import GRANITEMOE as GRANITEMOE
+from checkpoint.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE as HUNYUAN_V1_DENSE
+from checkpoint.families.hunyuan_v1_moe import HUNYUAN_V1_MOE as HUNYUAN_V1_MOE
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))
 """In the order of the lines above, in which a model is matched to one for export."""

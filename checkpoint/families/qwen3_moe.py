@@ -7,6 +7,7 @@ from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import GGUF, Family
 from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
 from configs.feed_forward import DenseConfig, MoEConfig
 
 DEFAULTS = {
@@ -34,35 +35,43 @@ def read_config(settings: Settings) -> ModelConfig:
         d_ff=settings.integer("moe_intermediate_size"),
         router=config_sections.read_softmax_router(settings, normalize=normalize, auxiliary=1e-3),
     )
-    dense = DenseConfig(d_ff=settings.integer("intermediate_size"))
-    every = settings.integer("decoder_sparse_step", default=1)
-    without = settings.items("mlp_only_layers", of=int, default=[])
-    layers = [
-        LayerSpec(attention=attention, ffn=dense if i in without or (i + 1) % every else moe)
-        for i in range(config_sections.read_num_layers(settings))
-    ]
+    layers = read_layers(settings, attention, moe)
     return config_sections.read_model(settings, layers, norm_eps=1e-6)
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    moe, ffns = (
-        config_sections.the_moe(config),
-        [layer.ffn for layer in config_sections.unfolded(config)],
-    )
+def read_layers(settings: Settings, attention: AttentionConfig, moe: MoEConfig) -> list[LayerSpec]:
+    """Experts in every decoder_sparse_step-th layer, but in none of mlp_only_layers."""
+    dense = DenseConfig(d_ff=settings.integer("intermediate_size"))
+    every = settings.integer("decoder_sparse_step", default=1)
+    without = settings.items("mlp_only_layers", of=int, default=[])
+    return [
+        LayerSpec(attention=attention, ffn=dense if i in without or (i + 1) % every else moe)
+        for i in range(config_sections.read_num_layers(settings))
+    ]
+
+
+def write_layers(config: ModelConfig) -> dict[str, Any]:
+    moe = config_sections.the_moe(config)
+    ffns = [layer.ffn for layer in config_sections.unfolded(config)]
     dense = [ffn for ffn in ffns if isinstance(ffn, DenseConfig)]
     width = config_sections.the_one(dense, "dense layer").d_ff if dense else moe.d_ff
     return {
-        **config_sections.write_model(config),
-        **config_sections.write_grouped_query(config_sections.grouped_query(config)),
         **config_sections.write_softmax_router(moe.router),
+        **config_sections.NO_WINDOWS,
         "num_experts": moe.num_experts,
         "moe_intermediate_size": moe.d_ff,
         "intermediate_size": width,
         "norm_topk_prob": moe.router.normalize_gates,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i, ffn in enumerate(ffns) if isinstance(ffn, DenseConfig)],
-        "use_sliding_window": False,
-        "sliding_window": None,
+    }
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **config_sections.write_model(config),
+        **config_sections.write_grouped_query(config_sections.grouped_query(config)),
+        **write_layers(config),
     }
 
 

@@ -16,7 +16,7 @@ PLACES = 12
 """Of mscale worked out of factors: without the last digits, what is written reads back the same."""
 
 
-def _rope_keys(settings: Settings) -> Settings | None:
+def rope_keys(settings: Settings) -> Settings | None:
     """The object that says how RoPE turns; None where the config has none."""
     parts = (settings.part(name) for name in ("rope_scaling", "rope_parameters"))
     return next((part for part in parts if part is not None and part.values), None)
@@ -24,7 +24,7 @@ def _rope_keys(settings: Settings) -> Settings | None:
 
 def read_turned_share(settings: Settings, default: float) -> float:
     """partial_rotary_factor: inside RoPE's keys before beside them, above 0 and at most 1."""
-    given = _rope_keys(settings)
+    given = rope_keys(settings)
     beside = settings.number("partial_rotary_factor", default=default)
     share = beside if given is None else given.number("partial_rotary_factor", default=beside)
     if not 0 < share <= 1:
@@ -55,7 +55,7 @@ def read_rope(
     if turned_share == 1.0:
         settings.expect("partial_rotary_factor", 1.0)
     beside = settings.number("rope_theta", default=base)
-    given = _rope_keys(settings)
+    given = rope_keys(settings)
     if given is None and default is None:
         return beside, None
     given = given or Settings(dict(default or {}), f"{settings.where}: rope_parameters")

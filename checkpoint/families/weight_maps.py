@@ -20,6 +20,16 @@ NORMS = (
     Row("layers.*.ffn_norm.scale", f"{LAYER}.post_attention_layernorm.weight", "d -> d"),
 )
 
+POST_NORMS = (
+    Row(
+        "layers.*.attention_norm_after.scale",
+        f"{LAYER}.post_attention_layernorm.weight",
+        "d -> d",
+    ),
+    Row("layers.*.ffn_norm_after.scale", f"{LAYER}.post_feedforward_layernorm.weight", "d -> d"),
+)
+"""Of LayerSpec.norms="post", as OLMo names them."""
+
 
 def grouped_query(order: Order | None = None) -> tuple[Row, ...]:
     """

@@ -25,9 +25,10 @@ BY_NAME = {family.model_type: family for family in FAMILIES}
 
 NEEDED = {
     "deepseek_v2": {"num_experts_per_tok": 3},
+    "glm4_moe": {"head_dim": 128},
     "dots1": {"num_experts_per_tok": 3, "n_routed_experts": 8, "n_shared_experts": 1},
 }
-"""Values of keys that the class has none for."""
+"""Values of keys that the class has none for; in GLM's class half of a head's width is odd."""
 
 
 def whole(family: str) -> dict[str, Any]:

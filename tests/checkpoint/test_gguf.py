@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,12 @@ GROUPED_EXPERTS = {
     "n_routed_experts": 8,
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
+}
+FACTORS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.35,
+    "logits_scaling": 1.5,
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -137,6 +144,36 @@ CASES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "routed_scaling_factor": 2.5,
     },
+    "qwen2_moe": {
+        **COMMON,
+        **EXPERTS,
+        "head_dim": 16,
+        "num_experts": 8,
+        "shared_expert_intermediate_size": 64,
+        "qkv_bias": True,
+    },
+    "glm4_moe": {
+        **GROUPED_EXPERTS,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "rope_scaling": YARN,
+    },
+    "minimax_m2": {
+        **COMMON,
+        **EXPERTS,
+        "head_dim": 16,
+        "rotary_dim": 8,
+        "intermediate_size": 32,
+        "num_local_experts": 4,
+    },
+    "smollm3": {**COMMON, "num_hidden_layers": 4},
+    "olmo2": {**COMMON, "head_dim": 16},
+    "granite": {**COMMON, "head_dim": 16, **FACTORS, "attention_bias": True},
+    "granitemoe": {**COMMON, **EXPERTS, "head_dim": 16, **FACTORS, "num_local_experts": 4},
+    "hunyuan_v1_dense": {**COMMON, "head_dim": 16},
+    "hunyuan_v1_moe": {**COMMON, "head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "ernie4_5_moe": {
         **COMMON,
         "head_dim": 16,
@@ -195,8 +232,7 @@ def test_written_and_read_back(case: str, tmp_path: Path):
     names = {arch: kind for kind, arch in public.MODEL_ARCH_NAMES.items()}
     known = {public.TENSOR_NAMES[t] for t in public.MODEL_TENSORS[names[family.gguf.architecture]]}
     for name in GGUFFile(path).shapes:
-        plain = name.rsplit(".", 1)[0]
-        plain = plain.replace("blk.0", "blk.{bid}").replace("blk.1", "blk.{bid}")
+        plain = re.sub(r"^blk\.\d+", "blk.{bid}", name.rsplit(".", 1)[0])
         assert plain in known, name
 
 

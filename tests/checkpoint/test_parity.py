@@ -108,28 +108,40 @@ def test_an_exported_config_has_what_transformers_wrote(case):
     config, _, _, _ = read_case(case)
     checkpoint = loaded(case)[2]
     ours = write_model(checkpoint.family, checkpoint.config)
-    free = {"rope_parameters", "num_nextn_predict_layers"}
+    free = {"rope_parameters", "num_nextn_predict_layers", "partial_rotary_factor"}
     if "deepseek" not in case and case != "qwen3_moe_mixed" and "moe_intermediate_size" in config:
         free.add("intermediate_size")  # of dense layers, and there are none
+    if case == "qwen2_moe":
+        free.add("sliding_window")  # 0, where others have null
     for key in set(ours) & set(config) - free:
         assert config[key] is None or ours[key] == config[key], key
     wanted = config["rope_parameters"]
-    assert {key: ours["rope_parameters"].get(key) for key in wanted} == wanted
-    assert ours["rope_theta"] == wanted["rope_theta"]
+    assert same_keys(ours["rope_parameters"], wanted) == wanted
+    assert ours.get("rope_theta") == wanted.get("rope_theta")
     if config["model_type"].startswith("deepseek_v3"):
         assert (ours["topk_method"], ours["scoring_func"]) == ("noaux_tc", "sigmoid")
+
+
+def same_keys(found: dict, wanted: dict) -> dict:
+    """What is found of the keys that are wanted, in objects inside too."""
+    return {
+        key: same_keys(found[key], value) if isinstance(value, dict) else found.get(key)
+        for key, value in wanted.items()
+    }
 
 
 OLD_KEYS = {"num_local_experts": "num_experts", "dtype": "torch_dtype"}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "olmo3"])
 def test_configs_with_the_older_keys_mean_the_same(case, tmp_path):
     config, _, _, _ = read_case(case)
     rope = config.pop("rope_parameters")
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     old = {OLD_KEYS.get(key, key): value for key, value in config.items()}
     old |= {"rope_theta": theta}
+    if "partial_rotary_factor" in rope:
+        old["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     old |= {"rope_scaling": None if kind == "default" else rope | {"type": kind}}
     write_case(case, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(old))

@@ -74,6 +74,18 @@ EXPERTS = {
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
 }
+GLM = EXPERTS | {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.35,
+    "logits_scaling": 1.5,
+}
 CASES = {
     "llama": ("llama", {"intermediate_size": 96, "num_key_value_heads": 2}),
     "llama3_biased": (
@@ -223,6 +235,87 @@ CASES = {
         "ernie4_5_moe",
         {key: value for key, value in EXPERTS.items() if key != "num_experts_per_tok"}
         | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 2},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        EXPERTS
+        | {
+            "num_experts": 8,
+            "shared_expert_intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "glm4_moe": ("glm4_moe", GLM),
+    "glm4_moe_biased": (
+        "glm4_moe",
+        GLM
+        | {
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.25},
+        },
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        {
+            "intermediate_size": 32,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        DENSE | {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "pad_token_id": 0},
+    ),
+    "olmo2": ("olmo2", DENSE | {"pad_token_id": 0}),
+    "olmo3": (
+        "olmo3",
+        DENSE
+        | {
+            "pad_token_id": 0,
+            "num_hidden_layers": 4,
+            "sliding_window": 8,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": YARN,
+            },
+        },
+    ),
+    "flex_olmo": (
+        "flex_olmo",
+        {
+            "intermediate_size": 32,
+            "num_key_value_heads": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "pad_token_id": 0,
+        },
+    ),
+    "granite": ("granite", DENSE | GRANITE),
+    "granitemoe": (
+        "granitemoe",
+        DENSE | GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", DENSE | {"head_dim": 16}),
+    "hunyuan_v1_moe": (
+        "hunyuan_v1_moe",
+        {
+            "intermediate_size": 32,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 4,
+            "moe_topk": 2,
+        },
     ),
 }
 

@@ -34,6 +34,17 @@ FAMILIES = (
     "dots1",
     "hy_v3",
     "ernie4_5_moe",
+    "qwen2_moe",
+    "glm4_moe",
+    "minimax_m2",
+    "smollm3",
+    "olmo2",
+    "olmo3",
+    "flex_olmo",
+    "granite",
+    "granitemoe",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
 )
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Families that transformers knows by another name alone."""

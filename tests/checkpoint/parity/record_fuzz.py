@@ -72,6 +72,13 @@ DEEPSEEK = {
     "routed_scaling_factor": [1.0, 2.5],
 }
 GROUPS = {"n_group": [1, 2], "topk_group": [1]}
+FACTORS = {
+    "embedding_multiplier": [1.0, 12.0],
+    "residual_multiplier": [1.0, 0.22],
+    "attention_multiplier": [1.0, 0.1],
+    "logits_scaling": [1.0, 7.0],
+}
+ALPHA = [*ROPE, {"rope_type": "dynamic", "rope_theta": 10_000.0, "alpha": 50.0, "factor": 1.0}]
 SETTINGS: dict[str, dict[str, list[Any]]] = {
     "qwen2": DENSE | {"use_sliding_window": [False] * 5 + [True], "max_window_layers": [1]},
     "qwen3": DENSE
@@ -111,16 +118,95 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         "moe_layer_end_index": [-1, -1, 2],
         "use_bias": [False] * 5 + [True],
     },
+    "qwen2_moe": GROUPED
+    | {
+        "intermediate_size": [24, 40],
+        "moe_intermediate_size": [8, 16],
+        "shared_expert_intermediate_size": [16, 32, 24],
+        "num_experts": [4, 8],
+        "num_experts_per_tok": [1, 2, 3],
+        "norm_topk_prob": [False, True],
+        "decoder_sparse_step": [1, 2],
+        "qkv_bias": [True, True, False],
+        "num_hidden_layers": [2, 3, 4],
+    },
+    "glm4_moe": GROUPED
+    | DEEPSEEK
+    | GROUPS
+    | {
+        "attention_bias": [False, True],
+        "use_qk_norm": [False, True],
+        "rope_parameters": [*ROPE, *(rope | {"partial_rotary_factor": 0.25} for rope in ROPE)],
+        "head_dim": [16, 32],
+        "num_hidden_layers": [2, 3, 4],
+    },
+    "minimax_m2": GROUPED
+    | {
+        "intermediate_size": [8, 16],
+        "num_local_experts": [4, 8],
+        "num_experts_per_tok": [1, 2, 3],
+        "head_dim": [8, 16],
+        "rope_parameters": [*ROPE, *(rope | {"partial_rotary_factor": 0.5} for rope in ROPE)],
+    },
+    "smollm3": DENSE
+    | {
+        "attention_bias": [False, True],
+        "mlp_bias": [False, True],
+        "no_rope_layers": ["some", None],
+        "no_rope_layer_interval": [2, 4],
+        "num_hidden_layers": [2, 3, 4],
+        "pad_token_id": [0],
+    },
+    "olmo2": DENSE | {"attention_bias": [False, True], "pad_token_id": [0]},
+    "olmo3": DENSE
+    | WINDOWS
+    | {
+        "attention_bias": [False, True],
+        "pad_token_id": [0],
+        "rope_parameters": [
+            {"sliding_attention": own, "full_attention": rope} for own in ROPE[:2] for rope in ROPE
+        ]
+        + [None],
+    },
+    "flex_olmo": GROUPED
+    | {
+        "intermediate_size": [8, 16],
+        "num_experts": [4, 8],
+        "num_experts_per_tok": [1, 2, 3],
+        "norm_topk_prob": [False, True],
+        "attention_bias": [False, True],
+        "pad_token_id": [0],
+    },
+    "granite": DENSE | FACTORS | {"attention_bias": [False, True], "mlp_bias": [False, True]},
+    "granitemoe": GROUPED
+    | FACTORS
+    | {
+        "intermediate_size": [8, 16],
+        "num_local_experts": [4, 8],
+        "num_experts_per_tok": [1, 2, 3],
+        "attention_bias": [False, True],
+    },
+    "hunyuan_v1_dense": DENSE | {"attention_bias": [False, True], "rope_parameters": ALPHA},
+    "hunyuan_v1_moe": GROUPED
+    | {
+        "intermediate_size": [8, 16],
+        "num_experts": [4, 8],
+        "moe_topk": [1, 2, 3],
+        "attention_bias": [False, True],
+        "rope_parameters": ALPHA,
+    },
 }
 """By family; "some" in a list of layers stands for a random one."""
 CHOICES = {
     "layer_types": ["sliding_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse"],
+    "no_rope_layers": [0, 1],
 }
 
 
 def draw_settings(family: str, chance: random.Random) -> dict[str, Any]:
     drawn = {key: chance.choice(values) for key, values in SETTINGS[family].items()}
+    drawn = json.loads(json.dumps(drawn))  # transformers writes into what it is given
     for key, choices in CHOICES.items():
         if drawn.get(key) == "some":
             drawn[key] = [chance.choice(choices) for _ in range(drawn["num_hidden_layers"])]
