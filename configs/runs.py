@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from configs import models
+from configs import family_models, models
 from configs.base import (
     CheckpointConfig,
     DataConfig,
@@ -165,6 +165,22 @@ def deepseek_v3_nano() -> RunConfig:
     byte.
     """
     return dataclasses.replace(v31_nano(), name="deepseek_v3_nano", model=models.deepseek_v3_nano())
+
+
+def glm4_nano() -> RunConfig:
+    """GLM-4.5's form at nano size: a part of each head turned, balance by bias.
+
+    python -m scripts.train glm4_nano: minutes on two CPU cores.
+    """
+    return dataclasses.replace(v31_nano(), name="glm4_nano", model=family_models.glm4_nano())
+
+
+def nope_nano() -> RunConfig:
+    """Layers without positions, norms after them, a gated shared expert, at nano size.
+
+    python -m scripts.train nope_nano: minutes on two CPU cores.
+    """
+    return dataclasses.replace(v31_nano(), name="nope_nano", model=family_models.nope_nano())
 
 
 def v3_7b() -> RunConfig:

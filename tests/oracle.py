@@ -24,7 +24,7 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
     """
     params = _float64(params)
     documents = np.cumsum(np.concatenate([[0], positions[1:] != positions[:-1] + 1]))
-    x = params["embedding"][tokens]
+    x = params["embedding"][tokens] * config.embedding_scale
     layers = [(spec, params[f"prefix_{i}"]) for i, spec in enumerate(config.prefix)]
     for period in range(config.num_periods):
         layers += [
@@ -32,16 +32,17 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
             for i, spec in enumerate(config.pattern)
         ]
     for spec, layer in layers:
-        x = block(x, layer, spec, config.norm_eps, positions, documents, wrong)
-    x = rms_norm(x, params["final_norm"]["scale"], config.norm_eps)
+        eps, scale = config.norm_eps, config.residual_scale
+        x = block(x, layer, spec, eps, positions, documents, wrong, scale)
+    x = rms_norm(x, params["final_norm"]["scale"], config.norm_eps) * config.logit_scale
     w = params["embedding"].T if config.tie_embeddings else params["output"]
     return x, x @ w
 
 
-def block(x, layer, spec: LayerSpec, eps, positions, documents, wrong=""):
+def block(x, layer, spec: LayerSpec, eps, positions, documents, wrong="", scale=1.0):
     """One layer, of the tokens that it chooses where it has a Mixture-of-Depths router."""
     if spec.depth is None:
-        return x + block_update(x, layer, spec, eps, positions, documents, wrong)
+        return x + block_update(x, layer, spec, eps, positions, documents, wrong, scale)
     r = x @ layer["depth_router"]
     chosen = np.flatnonzero(r > 0)
     if spec.depth.selection == "top_capacity":
@@ -53,22 +54,38 @@ def block(x, layer, spec: LayerSpec, eps, positions, documents, wrong=""):
     return x
 
 
-def block_update(x, layer, spec: LayerSpec, eps, positions, documents, wrong=""):
-    """attention(norm(x)) + ffn(norm(x + attention(norm(x))))."""
-    h = rms_norm(x, layer["attention_norm"]["scale"], eps)
+def block_update(x, layer, spec: LayerSpec, eps, positions, documents, wrong="", scale=1.0):
+    """attention(norm(x)) + ffn(norm(x + attention(norm(x)))), or with the norms around or after."""
+
+    def normed(y, name):
+        return rms_norm(y, layer[name]["scale"], eps) if name in layer else y
+
+    h = normed(x, "attention_norm")
     attend = ATTENTIONS[type(spec.attention)]
     mistake = {"wrong": wrong} if wrong else {}
     first = attend(h, layer["attention"], spec.attention, positions, documents, **mistake)
-    h = rms_norm(x + first, layer["ffn_norm"]["scale"], eps)
+    first = scale * normed(first, "attention_norm_after")
+    h = normed(x + first, "ffn_norm")
     if isinstance(spec.ffn, DenseConfig):
-        return first + np.stack([swiglu(t, **layer["ffn"]) for t in h])
-    logits = router_logits(h, layer["moe"], spec.ffn, positions, documents)
-    rows = zip(h, logits, strict=True)
-    return first + np.stack([moe(t, row, layer["moe"], spec.ffn, wrong) for t, row in rows])
+        second = np.stack([swiglu(t, **layer["ffn"]) for t in h])
+    else:
+        logits = router_logits(h, layer["moe"], spec.ffn, positions, documents)
+        rows = zip(h, logits, strict=True)
+        second = np.stack([moe(t, row, layer["moe"], spec.ffn, wrong) for t, row in rows])
+    return first + scale * normed(second, "ffn_norm_after")
 
 
 def rms_norm(x, scale, eps):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+
+
+def turned(vector, position, w_norm, config: AttentionConfig, eps=1e-6):
+    """A head of queries or keys with RoPE in its first entries, or in all, and the norm after it.
+    w_norm: that norm's scale."""
+    width = len(vector) if config.rotary_dim is None else config.rotary_dim
+    first = rotate(vector[:width], position, config.rope_base)
+    vector = np.concatenate([first, vector[width:]])
+    return rms_norm(vector, w_norm, eps) if config.qk_norm_after_rope else vector
 
 
 def rotate(vector, position, base):
@@ -92,7 +109,7 @@ def projections(x, w, config: AttentionConfig, eps=1e-6, wrong=""):
     bound = np.inf if config.clip_qkv is None else config.clip_qkv
     if wrong == "clipped before the norm":
         q, k = np.clip(q, -bound, bound), np.clip(k, -bound, bound)
-    if config.qk_norm is not None:
+    if config.qk_norm is not None and not config.qk_norm_after_rope:
         axes = -1 if config.qk_norm == "head" else (-2, -1)
         q, k = (
             y / np.sqrt((y**2).mean(axes, keepdims=True) + eps) * w[name]["scale"]
@@ -109,10 +126,12 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
     length, (_, heads, width) = len(x), w["q"].shape
     out = np.zeros((length, w["o"].shape[-1]))
     queries, keys, all_values = projections(x, w, config, wrong=wrong)
+    q_scale, k_scale = (w[name]["scale"] if name in w else 1.0 for name in ("q_norm", "k_norm"))
+    score_scale = width**-0.5 if config.score_scale is None else config.score_scale
     for i in range(length):
         for head in range(heads):
             group = head // (heads // config.num_kv_heads)
-            q = rotate(queries[i, head], positions[i], config.rope_base)
+            q = turned(queries[i, head], positions[i], q_scale, config)
             scores, values = [], []
             for j in range(length):
                 distance = positions[i] - positions[j]
@@ -121,8 +140,8 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
                 is_far = config.window_size is not None and distance >= config.window_size
                 if is_far and positions[j] >= config.num_sink_tokens:
                     continue
-                k = rotate(keys[j, group], positions[j], config.rope_base)
-                scores.append(q @ k / np.sqrt(width))
+                k = turned(keys[j, group], positions[j], k_scale, config)
+                scores.append(q @ k * score_scale)
                 values.append(all_values[j, group])
             weights = np.exp(np.array(scores) - max(scores))
             sink = 0.0
@@ -133,7 +152,7 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
             if wrong == "sink with a value":
                 weights[0] += 1 - weights.sum()
             out[i] += (weights[:, None] * np.array(values)).sum(0) @ w["o"][head]
-    return out + w["o_bias"] if config.bias else out
+    return out + w["o_bias"] if config.bias and config.output_bias else out
 
 
 def local_sparse_attention(
@@ -347,7 +366,8 @@ def moe(x, logits, w, config: MoEConfig, wrong=""):
         gates = gates / gates.sum()
     out = sum(g * expert(x, w, e, config, wrong) for g, e in zip(gates, chosen, strict=True))
     if config.num_shared_experts:
-        out = out + swiglu(x, **w["shared"])
+        gate = 1 / (1 + np.exp(-x @ w["shared_gate"])) if config.shared_gate else 1.0
+        out = out + gate * swiglu(x, **w["shared"])
     return out
 
 

@@ -68,6 +68,24 @@ CONFIGS = {
             ffn=dataclasses.replace(MOE, bias=True, num_shared_experts=0),
         )
     ),
+    "switches": of(
+        LayerSpec(
+            attention=dataclasses.replace(
+                GLOBAL, rotary_dim=16, qk_norm="head", qk_norm_after_rope=True, score_scale=0.2
+            ),
+            ffn=dataclasses.replace(MOE, shared_gate=True),
+            norms="sandwich",
+        ),
+        LayerSpec(
+            attention=dataclasses.replace(GLOBAL, rotary_dim=0, bias=True, output_bias=False),
+            ffn=dataclasses.replace(MOE, shared_gate=True),
+            norms="post",
+        ),
+        num_layers=2,
+        embedding_scale=2.0,
+        residual_scale=0.5,
+        logit_scale=1.5,
+    ),
     "sparse": of(LayerSpec(attention=SPARSE, ffn=DenseConfig(d_ff=96))),
     "relative": of(LayerSpec(attention=RELATIVE, ffn=DenseConfig(d_ff=96))),
 }
@@ -281,15 +299,17 @@ def test_generation_reads_them(weights):
 
 
 @pytest.mark.usefixtures("exact_rows")
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_experts_over_a_mesh_equal_one_device(weights):
+@pytest.mark.parametrize(
+    ("name", "weights"), [("experts", "int8"), ("experts", "int4"), ("switches", "int8")]
+)
+def test_experts_over_a_mesh_equal_one_device(name, weights):
     """Few bits are split by expert alone; to 1e-5 of the largest logit. Rows that are
     rounded would be so otherwise: a device of the mesh has as many of them for fewer experts.
     """
-    model, variables = in_format(CONFIGS["experts"], weights)
+    model, variables = in_format(CONFIGS[name], weights)
     expected = full_logits(model, variables, TOKENS)
     mesh = make_mesh(1, 4, 1)
-    _, floats = exact_model(CONFIGS["experts"])
+    _, floats = exact_model(CONFIGS[name])
     abstract = abstract_on_mesh(model, mesh, weights=weights)
     placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), floats, abstract)
     placed = converted(placed, converter(model, weights))

@@ -58,6 +58,17 @@ KINDS = {
     "all tokens": of(tiny.attention(window_size=None, num_sink_tokens=0)),
     "ring": of(tiny.attention(window_size=6, num_sink_tokens=2)),
     "sink logits": of(tiny.attention(window_size=6, num_sink_tokens=0, sink_logits=True)),
+    "turned in part": of(
+        tiny.attention(
+            window_size=None,
+            num_sink_tokens=0,
+            rotary_dim=4,
+            score_scale=0.5,
+            qk_norm="head",
+            qk_norm_after_rope=True,
+        )
+    ),
+    "no positions": of(tiny.attention(window_size=None, num_sink_tokens=0, rotary_dim=0)),
     "latent": of(LatentAttentionConfig(**LATENT)),
     "indexed": of(
         LatentAttentionConfig(**LATENT, indexer=IndexerConfig(num_heads=2, head_dim=6, top_k=5))

@@ -1,0 +1,60 @@
+"""Nano models with the switches of public families (docs/checkpoints.md), for two CPU cores."""
+
+import dataclasses
+
+from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
+from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+from configs.models import v31_nano
+
+
+def glm4_nano() -> ModelConfig:
+    """GLM-4.5's form in 4.0M parameters: half of each head turned, biases on queries, keys and
+    values alone, normed heads, a dense layer first, sigmoid scores with a bias on the choice.
+    """
+    attention = AttentionConfig(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        rotary_dim=16,
+        bias=True,
+        output_bias=False,
+        qk_norm="head",
+    )
+    router = RouterConfig(
+        top_k=2,
+        scores="sigmoid",
+        gate_scale=2.5,
+        balance="loss_free",
+        bias_rate=1e-3,
+        load_balance_weight=0.0,
+        sequence_weight=1e-4,
+        z_loss_weight=0.0,
+    )
+    ffn = MoEConfig(num_experts=16, d_ff=128, num_shared_experts=1, router=router)
+    return dataclasses.replace(
+        v31_nano(),
+        prefix=(LayerSpec(attention=attention, ffn=DenseConfig(d_ff=512)),),
+        pattern=(LayerSpec(attention=attention, ffn=ffn),),
+    )
+
+
+def nope_nano() -> ModelConfig:
+    """v31_nano with the other switches: its global layers know no positions (SmolLM3, Llama 4),
+    norms come after attention and feed-forward (OLMo 3), the shared expert has a gate (Qwen2-MoE),
+    and residual stream and scores have factors (Granite).
+    """
+    base = v31_nano()
+    local = AttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=32, window_size=64, qk_norm="all", score_scale=0.2
+    )
+    everywhere = dataclasses.replace(local, window_size=None, rotary_dim=0)
+    ffn = MoEConfig(
+        num_experts=16,
+        d_ff=128,
+        num_shared_experts=1,
+        shared_gate=True,
+        router=RouterConfig(top_k=2),
+    )
+    pattern = (LayerSpec(attention=each, ffn=ffn, norms="post") for each in (local, everywhere))
+    return dataclasses.replace(base, pattern=tuple(pattern), residual_scale=0.5)
