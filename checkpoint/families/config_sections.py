@@ -125,7 +125,13 @@ def read_grouped_query(
     heads = settings.integer("num_attention_heads")
     head_dim = settings.integer("head_dim", default=settings.integer("hidden_size") // heads)
     share = 1.0 if turned_share is None else rope_section.read_turned_share(settings, turned_share)
-    base, scaling = rope_section.read_rope(settings, rope_base, rope, turned_share=share)
+    base, scaling = rope_section.read_rope(
+        settings,
+        rope_base,
+        rope,
+        turned_share=share,
+        is_on_sines=share != 1.0 or extra.get("qk_norm_after_rope", False),
+    )
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=settings.integer("num_key_value_heads", default=heads),
@@ -150,8 +156,10 @@ def write_grouped_query(attention: AttentionConfig) -> dict[str, Any]:
 
 def _write_turned(attention: AttentionConfig) -> dict[str, Any]:
     """RoPE, and the share of a head that it turns where that is not all."""
-    is_part, base = attention.rotary_dim is not None, attention.rope_base
-    written = rope_section.write_rope(base, attention.rope_scaling, is_part=is_part)
+    is_on_sines = attention.rotary_dim is not None or attention.qk_norm_after_rope
+    written = rope_section.write_rope(
+        attention.rope_base, attention.rope_scaling, is_on_sines=is_on_sines
+    )
     if attention.rotary_dim is None:
         return written
     share = {"partial_rotary_factor": attention.rotary_dim / attention.head_dim}

@@ -128,7 +128,6 @@ ERNIE4_5_MOE = Family(
             "u e -> e",
         ),
     ),
-    fuses_experts=True,
     gguf=GGUF(
         "ernie4_5-moe",
         gguf_weight_maps.ERNIE_MOE,

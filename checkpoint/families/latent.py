@@ -60,5 +60,5 @@ def _write_attention(attention: LatentAttentionConfig) -> dict[str, Any]:
         "v_head_dim": attention.value_head_dim,
         "attention_bias": attention.bias,
         "rope_interleave": True,
-        **rope_section.write_rope(attention.rope_base, attention.rope_scaling, is_part=True),
+        **rope_section.write_rope(attention.rope_base, attention.rope_scaling, is_on_sines=True),
     }

@@ -41,6 +41,7 @@ def read_rope(
     default: Mapping[str, Any] | None = None,
     *,
     turned_share: float = 1.0,
+    is_on_sines: bool = False,
 ) -> tuple[float, RopeScaling | None]:
     """RoPE's base and scaling, from the keys of transformers 5 (rope_parameters) or from the older
     ones (rope_theta, rope_scaling), in transformers' order: a rope_scaling goes before
@@ -51,6 +52,8 @@ def read_rope(
       base: the family's own, where the config doesn't say.
       default: the family's rope_parameters, where the config has neither.
       turned_share: of a head's width; not 1 only where the family may say so.
+      is_on_sines: whether YaRN's attention_factor is no factor of the scores: a part of a head is
+        turned, or a norm comes after.
     """
     if turned_share == 1.0:
         settings.expect("partial_rotary_factor", 1.0)
@@ -73,7 +76,7 @@ def read_rope(
     if kind == "linear":
         return theta, LinearRopeConfig(factor=given.number("factor"))
     if kind == "yarn":
-        return theta, _read_yarn(given, settings, is_part=turned_share != 1.0)
+        return theta, _read_yarn(given, settings, is_on_sines=is_on_sines)
     assert kind in ("default", "dynamic"), kind
     return theta, None
 
@@ -92,12 +95,12 @@ def _original_length(given: Settings, settings: Settings) -> int:
     return given.integer("original_max_position_embeddings", default=whole)
 
 
-def _read_yarn(given: Settings, settings: Settings, *, is_part: bool) -> YarnConfig:
+def _read_yarn(given: Settings, settings: Settings, *, is_on_sines: bool) -> YarnConfig:
     original = _original_length(given, settings)
     whole = settings.integer("max_position_embeddings")
     factor = given.number("factor", default=whole / original)
     mscale, rotary_scale = _read_scales(given, factor, is_latent="kv_lora_rank" in settings)
-    if is_part:  # all of attention_factor is on what turns
+    if is_on_sines:  # all of attention_factor is on what turns
         mscale, rotary_scale = 0.0, (_growth(factor) * mscale + 1) * rotary_scale
     return YarnConfig(
         factor=factor,
@@ -135,11 +138,11 @@ def _read_scales(given: Settings, factor: float, *, is_latent: bool) -> tuple[fl
     return round((ratio - 1) / growth, PLACES), 1.0
 
 
-def _write_scales(yarn: YarnConfig, *, is_part: bool) -> dict[str, float]:
+def _write_scales(yarn: YarnConfig, *, is_on_sines: bool) -> dict[str, float]:
     """mscale says it to engines that know no attention_factor, as DeepSeek's own code."""
     growth = _growth(yarn.factor)
     root = growth * yarn.mscale + 1
-    if not is_part:
+    if not is_on_sines:
         is_default = yarn.mscale == yarn.rotary_scale == 1.0
         return {} if is_default else {"attention_factor": root * yarn.rotary_scale}
     scales = {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale}
@@ -155,7 +158,7 @@ def _growth(factor: float) -> float:
 
 
 def write_rope(
-    base: float, scaling: RopeScaling | None, *, is_part: bool = False
+    base: float, scaling: RopeScaling | None, *, is_on_sines: bool = False
 ) -> dict[str, Any]:
     """Both generations of keys: other engines read one or the other."""
     if scaling is None:
@@ -175,7 +178,7 @@ def write_rope(
             "beta_slow": scaling.beta_slow,
             "truncate": scaling.truncate,
         }
-        parameters |= _write_scales(scaling, is_part=is_part)
+        parameters |= _write_scales(scaling, is_on_sines=is_on_sines)
     elif not isinstance(scaling, LinearRopeConfig):
         assert_never(scaling)
     kinds = {"rope_type": scaling.kind, "type": scaling.kind}

@@ -148,11 +148,12 @@ def test_configs_with_the_older_keys_mean_the_same(case, tmp_path):
     assert huggingface.open_checkpoint(tmp_path).config == loaded(case)[2].config
 
 
-def test_multi_token_modules_are_read_and_written(tmp_path):
-    """A checkpoint as DeepSeek releases it: a layer more, whose embedding and head are copies."""
-    _, shapes, _, _ = read_case("deepseek_v3")
-    model, _, _, tokens, expected = loaded("deepseek_v3")
-    write_case("deepseek_v3", tmp_path / "public")
+@pytest.mark.parametrize("case", ["deepseek_v3", "glm4_moe"])
+def test_multi_token_modules_are_read_and_written(case, tmp_path):
+    """As DeepSeek and GLM release it: a layer more, whose embedding and head are copies."""
+    _, shapes, _, _ = read_case(case)
+    model, _, _, tokens, expected = loaded(case)
+    write_case(case, tmp_path / "public")
     width, vocab = model.config.d_model, model.config.vocab_size
     module = "model.layers.2."
     names = {name.replace("layers.1.", "layers.2."): name for name in shapes if "layers.1." in name}

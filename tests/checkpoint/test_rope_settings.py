@@ -42,7 +42,7 @@ def test_latent_attentions_rotary_part_is_scaled_apart(given, turned, scores):
     assert isinstance(yarn, YarnConfig)
     assert yarn.logit_scale == pytest.approx(scores, rel=1e-9)
     assert yarn.rotary_scale == pytest.approx(turned, rel=1e-9)
-    written = rope_section.write_rope(10_000.0, yarn, is_part=True)["rope_scaling"]
+    written = rope_section.write_rope(10_000.0, yarn, is_on_sines=True)["rope_scaling"]
     assert read(LATENT, written) == yarn
     # DeepSeek's own code knows no attention_factor.
     own = growth(written["mscale"]) / growth(written["mscale_all_dim"])

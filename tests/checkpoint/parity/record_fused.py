@@ -24,7 +24,7 @@ from weights import draw
 
 HERE = Path(__file__).parent
 CASES = ("mixtral", "qwen3_moe", "qwen3_moe_mixed", "olmoe", "deepseek_v2", "deepseek_v3")
-CASES += ("deepseek_v32",)
+CASES += ("deepseek_v32", "qwen2_moe", "glm4_moe", "dots1", "flex_olmo")
 
 
 def load(folder: Path) -> torch.nn.Module:
