@@ -251,7 +251,7 @@ def grow_leaf(
     Args:
       new_scale: what the entries of new experts are multiplied by.
     """
-    if "moe" not in names or "shared" in names:
+    if "moe" not in names or "shared" in names or names[-1] == "shared_gate":
         return x
     leaf = names[-1]
     expert_dim, width_dim = EXPERT_AND_WIDTH.get(leaf, (-1, None))

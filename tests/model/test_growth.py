@@ -100,6 +100,15 @@ def test_the_grown_model_is_the_same_function(name, operator, factor):
     assert divergence(before_BLV, after_BLV) < 1e-6
 
 
+@pytest.mark.parametrize("operator", ["split", pytest.param("copy", marks=pytest.mark.slow)])
+def test_a_gate_on_shared_experts_stays(operator):
+    config = config_of(ROUTERS["Mixtral"], shared_gate=True)
+    variables, grown = drawn(config), grown_config(config, operator, 2)
+    after = grow(variables, config, operator, 2)
+    before_BLV, after_BLV = log_probabilities(config, variables), log_probabilities(grown, after)
+    np.testing.assert_allclose(after_BLV, before_BLV, atol=TOLERANCE)
+
+
 CASES_OF_COPIES = (("copy", 2), ("reserve", 3))
 
 
