@@ -280,30 +280,66 @@ def test_generation_reads_them(weights):
     assert made == best[8:-1].tolist()
 
 
-@pytest.mark.usefixtures("exact_rows")
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_experts_over_a_mesh_equal_one_device(weights):
-    """Few bits are split by expert alone; to 1e-5 of the largest logit. Rows that are
-    rounded would be so otherwise: a device of the mesh has as many of them for fewer experts.
-    """
-    model, variables = in_format(CONFIGS["experts"], weights)
-    expected = full_logits(model, variables, TOKENS)
-    mesh = make_mesh(1, 4, 1)
-    _, floats = exact_model(CONFIGS["experts"])
+def on_mesh(config, weights, mesh):
+    """The model's variables in the format, laid out as a source lays them out."""
+    model, floats = exact_model(config)
     abstract = abstract_on_mesh(model, mesh, weights=weights)
     placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), floats, abstract)
-    placed = converted(placed, converter(model, weights))
-    gate_up = placed["params"]["periods"]["layer_0"]["moe"]["gate_up"]
-    assert gate_up.values.sharding.shard_shape(gate_up.values.shape)[1] == 2
-    found = full_logits(model, placed, TOKENS, mesh=mesh)
+    return converted(placed, converter(model, weights))
+
+
+@pytest.mark.usefixtures("exact_rows")
+@pytest.mark.parametrize(
+    ("name", "weights", "sizes"),
+    [
+        ("experts", "int4", (1, 4, 1)),
+        ("experts", "int8", (1, 2, 2)),
+        ("gpt-oss", "int4", (1, 1, 2)),
+        ("dense", "fp8", (2, 1, 2)),
+        ("relative", "int8", (1, 1, 4)),
+    ],
+)
+def test_a_mesh_equals_one_device(name, weights, sizes):
+    """To 1e-5 of the largest logit: parts of a sum are added in another order. Rows that are
+    rounded would be so otherwise: a device of the mesh has as many of them for fewer experts.
+    """
+    model, variables = in_format(CONFIGS[name], weights)
+    expected = full_logits(model, variables, TOKENS)
+    mesh = make_mesh(*sizes)
+    found = full_logits(model, on_mesh(CONFIGS[name], weights, mesh), TOKENS, mesh=mesh)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_device_holds_its_part_of_few_bits():
+    """Experts by expert and feed-forward width, heads by head; the embedding is whole."""
+    mesh = make_mesh(1, 2, 2)
+    params = on_mesh(CONFIGS["experts"], "int8", mesh)["params"]
+    layer = params["periods"]["layer_0"]
+    whole = in_format(CONFIGS["experts"], "int8")[1]["params"]
+    assert own_share(params["embedding"]) == 1
+    assert own_share(layer["attention"]["q"]) == own_share(layer["attention"]["o"]) == 1 / 2
+    assert own_share(layer["moe"]["gate_up"]) == own_share(layer["moe"]["down"]) == 1 / 4
+    total = layer["moe"]["down"].values
+    assert total.size == whole["periods"]["layer_0"]["moe"]["down"].values.size
+
+
+def own_share(weight) -> float:
+    """Of a weight's stored values, how much each device has."""
+    values = weight.values
+    return np.prod(values.sharding.shard_shape(values.shape)) / values.size
+
+
+def test_parts_are_of_a_mesh():
+    mesh = make_mesh(1, 1, 2)
+    model, _ = exact_model(CONFIGS["dense"])
+    variables = on_mesh(CONFIGS["dense"], "int8", mesh)
+    with pytest.raises(ValueError, match="a weight in 2 parts needs as many devices"):
+        full_logits(model, variables, TOKENS)
 
 
 def test_what_can_not_be_is_said():
     with pytest.raises(UserError, match="weights=int3 must be one of float32, bfloat16, fp8, int8"):
         check_format("int3")
-    with pytest.raises(UserError, match=r"weights=int4 can't be split over the mesh axis 'tensor'"):
-        check_format("int4", make_mesh(1, 1, 2))
     _, variables = in_format(CONFIGS["dense"], "int8")
     other = Transformer(dataclasses.replace(CONFIGS["dense"], d_model=128))
     with pytest.raises(ValueError, match=r"can't be a QTensor of shape"):
