@@ -5,8 +5,10 @@ left at i of what j wrote. The changes that the tokens of a chunk make, D, follo
 
     D_i = beta_i (v_i - (exp(G_i) k_i)^T S - sum over j < i of (k_i Gamma_ij k_j) D_j),
 
-a triangular system (Yang et al. 2024, section 3.3). Tokens see each other and the state before the
-chunk only inside their document. Letters as in api.py; C tokens of a chunk.
+a triangular system (Yang et al. 2024, section 3.3). It is solved by products: LAPACK's solver, as
+jaxlib calls it for many small systems, waits for XLA's threads on those threads, and two devices of
+one processor wait for ever. Tokens see each other and the state before the chunk only inside their
+document. Letters as in api.py; R rows of one head (B * H), C tokens of a chunk.
 """
 
 import jax
@@ -16,6 +18,8 @@ from kernels.delta_rule import reference
 
 CHUNK, CHUNK_OF_CHANNELS = 64, 16
 """Tokens of a chunk: with a decay for each channel, Gamma is an array [C, C, K]."""
+SMALLEST = 8
+"""Tokens of a block whose system is solved by its series."""
 
 
 def delta_rule(
@@ -28,81 +32,97 @@ def delta_rule(
     state_BHKV: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """See api.py; padding has a beta and a decay that change nothing. All float32."""
-    length = q_BLHK.shape[1]
-    tokens = (q_BLHK, k_BLHK, v_BLHV, log_decay_BLHK, beta_BLH, is_start_BL)
+    batch, length, heads, _ = q_BLHK.shape
+    tokens = (q_BLHK, k_BLHK, v_BLHV, log_decay_BLHK, beta_BLH)
     if length == 1:
-        return reference.delta_rule(*tokens, state_BHKV)
+        return reference.delta_rule(*tokens, is_start_BL, state_BHKV)
     chunk = CHUNK if log_decay_BLHK.shape[-1] == 1 else CHUNK_OF_CHANNELS
     while chunk // 2 >= length:
         chunk //= 2
+    by_head = [jnp.moveaxis(x, 2, 1).reshape(batch * heads, length, *x.shape[3:]) for x in tokens]
+    by_head.append(jnp.repeat(is_start_BL, heads, axis=0))
     # A chunk's residuals are made again in the backward pass: only states are kept.
-    state_BHKV, out_NBCHV = jax.lax.scan(
-        jax.checkpoint(_read_chunk), state_BHKV, tuple(_chunks(x, chunk) for x in tokens)
+    state_RKV, out_NRCV = jax.lax.scan(
+        jax.checkpoint(_read_chunk),
+        state_BHKV.reshape(batch * heads, *state_BHKV.shape[2:]),
+        tuple(_chunks(x, chunk) for x in by_head),
     )
-    out_BNCHV = jnp.moveaxis(out_NBCHV, 0, 1)
-    return out_BNCHV.reshape(len(q_BLHK), -1, *v_BLHV.shape[2:])[:, :length], state_BHKV
+    out_RLV = jnp.moveaxis(out_NRCV, 0, 1).reshape(batch * heads, -1, v_BLHV.shape[-1])
+    out_BHLV = out_RLV[:, :length].reshape(batch, heads, length, -1)
+    return jnp.moveaxis(out_BHLV, 1, 2), state_RKV.reshape(state_BHKV.shape)
 
 
-def _chunks(x_BL: jax.Array, chunk: int) -> jax.Array:
-    """[N, B, C, ...]; what fills the last chunk is zero, which changes no state."""
-    missing = -x_BL.shape[1] % chunk
-    x_BL = jnp.pad(x_BL, ((0, 0), (0, missing), *[(0, 0)] * (x_BL.ndim - 2)))
-    return jnp.moveaxis(x_BL.reshape(len(x_BL), -1, chunk, *x_BL.shape[2:]), 1, 0)
+def _chunks(x_RL: jax.Array, chunk: int) -> jax.Array:
+    """[N, R, C, ...]; what fills the last chunk is zero, which changes no state."""
+    missing = -x_RL.shape[1] % chunk
+    x_RL = jnp.pad(x_RL, ((0, 0), (0, missing), *[(0, 0)] * (x_RL.ndim - 2)))
+    return jnp.moveaxis(x_RL.reshape(len(x_RL), -1, chunk, *x_RL.shape[2:]), 1, 0)
 
 
-def _read_chunk(
-    state_BHKV: jax.Array, tokens: tuple[jax.Array, ...]
-) -> tuple[jax.Array, jax.Array]:
-    *heads_first, is_start_BC = tokens
-    q, k, v, log_decay, beta = (jnp.moveaxis(x, 2, 1) for x in heads_first)  # [B, H, C, ...]
-    document_BC = jnp.cumsum(is_start_BC, axis=1)
-    state_BHKV, out_BHCV = jax.vmap(_read)(state_BHKV, q, k, v, log_decay, beta, document_BC)
-    return state_BHKV, jnp.moveaxis(out_BHCV, 1, 2)
-
-
-def _read(
-    state_HKV: jax.Array,
-    q_HCK: jax.Array,
-    k_HCK: jax.Array,
-    v_HCV: jax.Array,
-    log_decay_HCK: jax.Array,
-    beta_HC: jax.Array,
-    document_C: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """A chunk of one row; document 0 is the one that the state is of."""
-    total_HCK = jnp.cumsum(log_decay_HCK, axis=1)
-    sees_CC = (document_C[:, None] == document_C[None]) & jnp.tri(len(document_C), dtype=bool)
-    is_old_C1 = (document_C == 0)[:, None]
-    since_HCK = jnp.where(is_old_C1[None], jnp.exp(total_HCK), 0.0)
+def _read_chunk(state_RKV: jax.Array, tokens: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    q_RCK, k_RCK, v_RCV, log_decay_RCK, beta_RC, is_start_RC = tokens
+    document_RC = jnp.cumsum(is_start_RC, axis=1)  # 0 is the one that the state is of
+    total_RCK = jnp.cumsum(log_decay_RCK, axis=1)
+    sees_RCC = document_RC[:, :, None] == document_RC[:, None]
+    sees_RCC &= jnp.tri(document_RC.shape[1], dtype=bool)[None]
+    since_RCK = jnp.where((document_RC == 0)[..., None], jnp.exp(total_RCK), 0.0)
 
     with_keys, with_queries = (
-        _decayed_products(x_HCK, k_HCK, total_HCK, sees_CC) for x_HCK in (k_HCK, q_HCK)
+        _decayed_products(x_RCK, k_RCK, total_RCK, sees_RCC) for x_RCK in (k_RCK, q_RCK)
     )
-    known_HCV = jnp.einsum("HCK,HKV->HCV", k_HCK * since_HCK, state_HKV)
-    change_HCV = jax.lax.linalg.triangular_solve(
-        jnp.tril(beta_HC[..., None] * with_keys, -1),
-        beta_HC[..., None] * (v_HCV - known_HCV),
-        left_side=True,
-        lower=True,
-        unit_diagonal=True,
-    )
-    out_HCV = jnp.einsum("HCK,HKV->HCV", q_HCK * since_HCK, state_HKV)
-    out_HCV += jnp.einsum("HCc,HcV->HCV", with_queries, change_HCV)
+    known_RCV = jnp.einsum("RCK,RKV->RCV", k_RCK * since_RCK, state_RKV)
+    solve_RCC = _inverse(jnp.tril(beta_RC[..., None] * with_keys, -1))
+    change_RCV = jnp.einsum("RCc,RcV->RCV", solve_RCC, beta_RC[..., None] * (v_RCV - known_RCV))
+    out_RCV = jnp.einsum("RCK,RKV->RCV", q_RCK * since_RCK, state_RKV)
+    out_RCV += jnp.einsum("RCc,RcV->RCV", with_queries, change_RCV)
 
-    is_last_C1 = (document_C == document_C[-1])[:, None]
-    until_HCK = jnp.where(is_last_C1[None], jnp.exp(total_HCK[:, -1:] - total_HCK), 0.0)
-    state_HKV = since_HCK[:, -1, :, None] * state_HKV
-    state_HKV += jnp.einsum("HCK,HCV->HKV", k_HCK * until_HCK, change_HCV)
-    return state_HKV, out_HCV
+    is_last_RC1 = (document_RC == document_RC[:, -1:])[..., None]
+    until_RCK = jnp.where(is_last_RC1, jnp.exp(total_RCK[:, -1:] - total_RCK), 0.0)
+    state_RKV = since_RCK[:, -1, :, None] * state_RKV
+    state_RKV += jnp.einsum("RCK,RCV->RKV", k_RCK * until_RCK, change_RCV)
+    return state_RKV, out_RCV
+
+
+def _inverse(below_RCC: jax.Array) -> jax.Array:
+    """(I + A)^-1 of strictly lower triangular A, of a power of two.
+
+    Blocks of 8 by their series, which ends as A^8 = 0 (in larger ones its terms would be so large
+    that their differences lose digits); then two blocks of the diagonal at a time become one.
+    """
+    rows, chunk, _ = below_RCC.shape
+    size = min(SMALLEST, chunk)
+    eye = jnp.eye(size, dtype=below_RCC.dtype)[None]
+    a = _diagonal(below_RCC, size, 0)
+    a2 = a @ a
+    made = (eye - a) @ (eye + a2) @ (eye + a2 @ a2)  # [R * C / size, size, size]
+    while size < chunk:
+        pairs = made.reshape(-1, 2, size, size)
+        first, second = pairs[:, 0], pairs[:, 1]
+        between = -second @ _diagonal(below_RCC, size, 1) @ first
+        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=2)
+        made = jnp.concatenate([top, jnp.concatenate([between, second], axis=2)], axis=1)
+        size *= 2
+    return made.reshape(rows, chunk, chunk)
+
+
+def _diagonal(x_RCC: jax.Array, size: int, below: int) -> jax.Array:
+    """The blocks of the diagonal, or every other one of those below them, one after the other,
+    [-1, size, size]."""
+    step = size * (1 + below)
+    blocks = [
+        x_RCC[:, i + below * size : i + (1 + below) * size, i : i + size]
+        for i in range(0, x_RCC.shape[1], step)
+    ]
+    return jnp.stack(blocks, axis=1).reshape(-1, size, size)
 
 
 def _decayed_products(
-    x_HCK: jax.Array, k_HCK: jax.Array, total_HCK: jax.Array, sees_CC: jax.Array
+    x_RCK: jax.Array, k_RCK: jax.Array, total_RCK: jax.Array, sees_RCC: jax.Array
 ) -> jax.Array:
-    """x_i . Gamma_ij k_j of each pair i, j in which i sees j, 0 of the others; [H, C, C]."""
-    gap_HCCK = total_HCK[:, :, None] - total_HCK[:, None]
+    """x_i . Gamma_ij k_j of each pair i, j in which i sees j, 0 of the others; [R, C, C]."""
+    gap_RCCK = total_RCK[:, :, None] - total_RCK[:, None]
     # Where j comes after i the gap is positive, and its exponential may be no float32.
-    left_HCCK = jnp.exp(jnp.where(sees_CC[None, :, :, None], gap_HCCK, -jnp.inf))
-    if left_HCCK.shape[-1] == 1:
-        return jnp.einsum("HCK,HcK->HCc", x_HCK, k_HCK) * left_HCCK[..., 0]
-    return jnp.einsum("HCK,HcK,HCcK->HCc", x_HCK, k_HCK, left_HCCK)
+    left_RCCK = jnp.exp(jnp.where(sees_RCC[..., None], gap_RCCK, -jnp.inf))
+    if left_RCCK.shape[-1] == 1:
+        return jnp.einsum("RCK,RcK->RCc", x_RCK, k_RCK) * left_RCCK[..., 0]
+    return jnp.einsum("RCK,RcK,RCcK->RCc", x_RCK, k_RCK, left_RCCK)

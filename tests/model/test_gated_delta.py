@@ -1,6 +1,8 @@
 """The gated delta net and Kimi's form of it: the equations, causality, one state for any length."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs.architecture import LayerSpec
@@ -8,6 +10,8 @@ from configs.attention import GatedDeltaConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
 from model.model_state import init_state
+from model.transformer import Transformer, hidden_states
+from parallel.mesh import make_mesh
 from tests import tiny
 from tests.probes import Parity, check_causality, drawn
 
@@ -47,6 +51,27 @@ def test_mistakes_are_told_apart(wrong):
 def test_causality():
     config = of(FORMS["a decay a channel"])
     check_causality(config, drawn(config), LENGTH)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (2, 1, 2)], ids=["rows", "rows and heads"])
+def test_a_mesh_gives_what_one_device_gives(sizes):
+    """In several chunks: devices of one processor share its threads, and none may wait on them."""
+    config = of(FORMS["a decay a head"])
+    model, variables = Transformer(config), drawn(config)
+    tokens = np.random.RandomState(0).randint(0, config.vocab_size, (4, 200)).astype(np.int32)
+    positions = np.tile(np.arange(200, dtype=np.int32), (4, 1))
+
+    @jax.jit
+    def loss_and_gradient(variables):
+        return jax.value_and_grad(
+            lambda v: jnp.square(hidden_states(model, v, tokens, positions)[0]).mean()
+        )(variables)
+
+    expected = loss_and_gradient(variables)
+    with jax.set_mesh(make_mesh(*sizes)):
+        found = loss_and_gradient(variables)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 1e-3))
 
 
 def test_parameters_are_counted():
