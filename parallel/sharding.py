@@ -101,11 +101,11 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 
 def on_shards(
-    fn: Callable[..., jax.Array],
+    fn: Callable[..., Any],
     operands: Sequence[jax.Array],
     axes: Sequence[LogicalAxes],
-    out_axes: LogicalAxes,
-) -> jax.Array:
+    out_axes: Any,
+) -> Any:
     """fn(*operands), each device computing its own part; for what XLA can't split itself, as
     kernels that aren't XLA's.
 
@@ -114,6 +114,7 @@ def on_shards(
         part of the result.
       axes: logical axes of each operand; where a mesh axis does not divide a dimension (a decode
         batch of one), every device computes the whole.
+      out_axes: of the result, or a list of those of each array of a tuple.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -122,10 +123,10 @@ def on_shards(
     for operand, spec in zip(operands, specs, strict=True):
         if not all(map(_divides, operand.shape, spec)):
             return fn(*operands)
+    is_tuple = isinstance(out_axes, list)
+    out_specs = tuple(map(partition_spec, out_axes)) if is_tuple else partition_spec(out_axes)
     # Kernels that aren't XLA's say nothing of what varies over devices.
-    return jax.shard_map(fn, in_specs=specs, out_specs=partition_spec(out_axes), check_vma=False)(
-        *operands
-    )
+    return jax.shard_map(fn, in_specs=specs, out_specs=out_specs, check_vma=False)(*operands)
 
 
 def on_parts(

@@ -10,6 +10,7 @@ import pytest
 
 from configs.architecture import LayerSpec
 from configs.attention import (
+    GatedDeltaConfig,
     IndexerConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
@@ -45,6 +46,9 @@ LATENT = LatentAttentionConfig(
 )
 SPARSE = LocalSparseAttentionConfig(**WIDE, window_size=4)
 RELATIVE = RelativeAttentionConfig(num_heads=4, head_dim=32, memory_length=9)
+DELTA = GatedDeltaConfig(
+    num_heads=4, key_head_dim=32, value_head_dim=32, decay="channel", gate_rank=64
+)
 CONTEXT = tiny.moe(
     d_ff=64, router=RouterConfig(top_k=2, context=ContextConfig(kind="causal", window_size=9))
 )
@@ -70,6 +74,11 @@ CONFIGS = {
     ),
     "sparse": of(LayerSpec(attention=SPARSE, ffn=DenseConfig(d_ff=96))),
     "relative": of(LayerSpec(attention=RELATIVE, ffn=DenseConfig(d_ff=96))),
+    "delta": of(
+        LayerSpec(attention=DELTA, ffn=DenseConfig(d_ff=96)),
+        LayerSpec(attention=GLOBAL, ffn=DenseConfig(d_ff=96)),
+        num_layers=2,
+    ),
 }
 TOKENS = np.random.RandomState(0).randint(0, 320, 24).tolist()
 

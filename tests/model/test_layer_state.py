@@ -11,6 +11,7 @@ import pytest
 
 from configs.architecture import LayerSpec, MixtureOfDepthsConfig
 from configs.attention import (
+    GatedDeltaConfig,
     IndexerConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
@@ -73,14 +74,28 @@ KINDS = {
         )
     ),
     "relative": of(RelativeAttentionConfig(num_heads=2, head_dim=8, memory_length=7)),
+    "gated delta": of(
+        GatedDeltaConfig(num_heads=4, num_key_heads=2, key_head_dim=6, value_head_dim=8)
+    ),
+    "channel delta": of(
+        GatedDeltaConfig(
+            num_heads=2,
+            key_head_dim=6,
+            value_head_dim=8,
+            decay="channel",
+            output_gate="sigmoid",
+            gate_rank=4,
+        )
+    ),
     "mixture of depths": of(
         tiny.attention(window_size=6),
         depth=MixtureOfDepthsConfig(capacity=0.5, selection="threshold"),
     ),
 }
-UNPAGED = ("powers of two", "summaries", "relative", "mixture of depths")
-UNREWOUND = ("summaries",)
-UNMIXED = ("powers of two", "summaries", "relative")
+DELTA = ("gated delta", "channel delta")
+UNPAGED = ("powers of two", "summaries", "relative", *DELTA, "mixture of depths")
+UNREWOUND = ("summaries", *DELTA)
+UNMIXED = ("powers of two", "summaries", "relative", *DELTA)
 PAGED = [name for name in KINDS if name not in UNPAGED]
 SPARE = 5
 
