@@ -81,6 +81,7 @@ class Transformer(nn.Module):
             in_axes=cast(Any, (0, nn.broadcast, 0, 0)),
             length=c.num_periods,
             unroll=1 if is_scanned(c) else c.num_periods,
+            check_constancy_invariants=False,  # would trace all layers once more; none broadcasts
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.execution)
         self.final_norm = RMSNorm(c.norm_eps)
