@@ -155,7 +155,7 @@ def test_padding_is_invisible_and_unrouted(variables):
     alone, _ = forward(variables, tokens, positions)
     together, _ = forward(variables, padded, padded_positions)
     np.testing.assert_allclose(together[:, :20], alone, atol=1e-5)
-    _, sown = hidden_and_router(MODEL, variables, padded, padded_positions)
+    sown = jax.jit(lambda v: hidden_and_router(MODEL, v, padded, padded_positions)[1])(variables)
     stats = sown["router"]["periods"]["layer_0"]["moe"]["stats"]
     np.testing.assert_array_equal(stats.counts_E.sum(axis=-1), 20 * 2)
     np.testing.assert_array_equal(stats.num_tokens, 20)
@@ -187,7 +187,7 @@ def test_execution_changes_rounding_at_most(variables, name):
 def test_bfloat16_stays_near_float32(variables):
     tokens, positions = tokens_of(40), positions_of(40)
     model = Transformer(CONFIG, ExecutionConfig(compute_dtype="bfloat16"))
-    hidden, _ = hidden_states(model, variables, tokens, positions)
+    hidden, _ = jax.jit(lambda v: hidden_states(model, v, tokens, positions))(variables)
     assert hidden.dtype == jnp.bfloat16
     exact, _ = forward(variables, tokens, positions)
     error = jnp.abs(hidden.astype(jnp.float32) - exact).mean() / jnp.abs(exact).mean()
