@@ -1,7 +1,7 @@
 """Growth: the grown model is the same function, and operators that only look right are not."""
 
 import dataclasses
-from functools import lru_cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,10 @@ GPT_OSS = config_of(
 )
 
 
+@partial(jax.jit, static_argnums=0)
 def log_probabilities(config, variables):
     model = Transformer(config)
-    hidden, _ = jax.jit(lambda v: hidden_states(model, v, TOKENS, POSITIONS))(variables)
+    hidden, _ = hidden_states(model, variables, TOKENS, POSITIONS)
     return jax.nn.log_softmax(hidden @ output_weights(model, variables), axis=-1)
 
 
