@@ -91,6 +91,7 @@ def is_quantised(x) -> bool:
     return isinstance(x, QTensor)
 
 
+@jax.jit
 def with_floats(variables):
     """The floats that the few bits stand for."""
     return jax.tree.map(
