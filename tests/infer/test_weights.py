@@ -100,6 +100,7 @@ def is_quantised(x) -> bool:
     return isinstance(x, QTensor)
 
 
+@jax.jit
 def with_floats(variables):
     """The floats that the few bits stand for."""
     return jax.tree.map(
@@ -107,23 +108,31 @@ def with_floats(variables):
     )
 
 
-def wrap_products(monkeypatch, wrap: Callable):
-    """Replaces all functions by which the model multiplies by weights, for programs yet to be."""
+def own_programs():
+    """`logits._full` without the programs that it has made."""
+    return jax.jit(logits._full.__wrapped__, static_argnums=0)
+
+
+def wrap_products(monkeypatch, wrap: Callable, full):
+    """Replaces all functions by which the model multiplies by weights, in the programs of `full`,
+    with which logits are made."""
+    monkeypatch.setattr(logits, "_full", full)
     for module, name in (
         (layers, "matmul"),
         (experts, "grouped_matmul"),
         (experts, "grouped_swiglu"),
     ):
         monkeypatch.setattr(module, name, wrap(getattr(module, name)))
-    logits._full.clear_cache()
+
+
+of_exact_rows = own_programs()
 
 
 @pytest.fixture
 def exact_rows(monkeypatch):
     """Products take rows as they are; on a CPU those that meet int4 and fp8 are rounded else."""
-    wrap_products(monkeypatch, lambda f: functools.partial(f, activations="float"))
-    yield
-    logits._full.clear_cache()
+    as_they_are = functools.partial(functools.partial, activations="float")
+    wrap_products(monkeypatch, as_they_are, of_exact_rows)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +189,8 @@ def products(monkeypatch):
 
         return call
 
-    wrap_products(monkeypatch, wrap)
-    yield seen
-    logits._full.clear_cache()
+    wrap_products(monkeypatch, wrap, own_programs())
+    return seen
 
 
 def rounded(x_RK, block: int):
