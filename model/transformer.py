@@ -81,7 +81,9 @@ class Transformer(nn.Module):
             in_axes=cast(Any, (0, nn.broadcast, 0, 0)),
             length=c.num_periods,
             unroll=1 if is_scanned(c) else c.num_periods,
-            check_constancy_invariants=False,  # would trace all layers once more; none broadcasts
+            # Traces all layers once more, to look for broadcasts that none makes. Where weights are
+            # drawn that moves the keys, and a seed is to draw what it always drew.
+            check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.execution)
         self.final_norm = RMSNorm(c.norm_eps)

@@ -277,3 +277,18 @@ def test_logits_of_bfloat16_are_not_rounded_to_it(tied):
     assert logits.dtype == jnp.float32
     w_DV = np.asarray(output_weights(model, drawn(config)), np.float64)
     np.testing.assert_allclose(logits, np.asarray(hidden, np.float64) @ w_DV, atol=1e-5, rtol=1e-5)
+
+
+def test_a_seed_draws_what_it_always_drew():
+    """Sums of sizes of seed 3's weights, recorded: runs, papers and bisections rest on them."""
+    drawn_now = init_variables(Transformer(tiny.model()), 3)["params"]
+    periods = drawn_now["periods"]
+    found = {
+        "embedding": drawn_now["embedding"],
+        "q": periods["layer_0"]["attention"]["q"],
+        "down": periods["layer_0"]["moe"]["down"],
+        "gate_up": periods["layer_1"]["ffn"]["gate_up"],
+    }
+    sums = {name: np.abs(np.asarray(x, np.float64)).sum() for name, x in found.items()}
+    recorded = {"embedding": 7555.4145, "q": 140.42518, "down": 410.1078, "gate_up": 441.49861}
+    assert sums == pytest.approx(recorded, rel=1e-6)
