@@ -1,0 +1,184 @@
+"""What a task asks of a model, sample by sample, and what the model answers.
+
+Three verbs stand under every task: the log-likelihoods of continuations given a context, the
+log-likelihood of a text (rolling), and the text that a model generates for a prompt.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from tokenizers import Tokenizer
+
+from data.packing import TokenFile
+
+JSON = Any
+"""A value that JSON can hold."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A question whose answer is one of several continuations of a context."""
+
+    key: str
+    """Unique in its task, and the same on every machine: results are resumed by it."""
+    context: str
+    choices: tuple[str, ...]
+    """Appended to the context exactly as they are written: a leading space is theirs."""
+    answer: int
+    """Index of the right one."""
+    group: str = ""
+    """A language or subject that is reported by itself, too; empty is none."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text whose bits per byte are measured."""
+
+    key: str
+    text: str
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to be answered by generated text."""
+
+    key: str
+    prompt: str | tuple[Mapping[str, JSON], ...]
+    """Text that is continued, or the messages of a chat (role, content), which need the model's
+    chat template."""
+    reference: JSON
+    """What the scorer compares with."""
+    stops: tuple[str, ...] = ()
+    """Strings that end the answer and are no part of it."""
+    max_new_tokens: int = 256
+    num_answers: int = 1
+    """More than one are sampled with seeds 0, 1, 2, ..."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    tools: JSON = None
+    """Declarations of functions for the chat template."""
+    group: str = ""
+
+
+Sample = Choices | Text | Prompt
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a continuation given its context."""
+
+    nats: float
+    """log p(continuation | context), a sum over tokens."""
+    is_greedy: bool
+    """Whether each token is the most likely one in its place."""
+    num_tokens: int
+    num_dropped: int = 0
+    """Tokens of the context left out on the left, as the whole exceeded the model's context."""
+
+
+@dataclass(frozen=True)
+class Rolling:
+    """Of a whole text, each token given those before it."""
+
+    nats: float
+    """log p(text)."""
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text and why it ended."""
+
+    text: str
+    ended: Literal["stop", "end", "length"]
+    """By a stop string, by the model's end of text, or cut at max_new_tokens or the model's
+    context."""
+    num_tokens: int
+
+
+class EvaluatedModel(Protocol):
+    """The three verbs; answers come in the order of what was asked, batched as the model likes."""
+
+    def log_likelihoods(
+        self, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] = ...
+    ) -> list[Likelihood]:
+        """Of each (context, continuation); both may be empty, not at once."""
+        ...
+
+    def rolling(
+        self, texts: Sequence[str], progress: Callable[[int], None] = ...
+    ) -> list[Rolling]: ...
+
+    def generate(
+        self, prompts: Sequence[Prompt], progress: Callable[[int], None] = ...
+    ) -> list[list[Answer]]:
+        """num_answers of each prompt."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A run's held-out text in its own tokens, for the tasks that are made of it."""
+
+    tokenizer: Tokenizer
+    tokens: TokenFile
+    token_counts_V: Any
+    """Occurrences of each token in the training text, int64 [V]."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How a task's samples are to be made."""
+
+    num_fewshot: int
+    seed: int = 0
+    """Of the draw of few-shot examples."""
+    limit: int | None = None
+    """Samples at most, the first ones in the task's own order; a task may stop reading there."""
+    held_out: HeldOut | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a task."""
+
+    name: str
+    """As lm-evaluation-harness writes it: acc, acc_norm, exact_match, pass@1, ..."""
+    higher_is_better: bool = True
+    filter: str = "none"
+    """What was done to the answer first: strict-match, flexible-extract, ..."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark: one file under evals/tasks/ makes one, or a family of them."""
+
+    name: str
+    version: int
+    """Raised whenever a change of the task changes its numbers."""
+    description: str
+    """One line: what is asked, and how it is scored."""
+    origin: str
+    """Where the data come from: package and file, and the benchmark's publication."""
+    license: str
+    """Of the data, as their package says it."""
+    output_type: Literal["multiple_choice", "loglikelihood_rolling", "generate_until"]
+    metrics: tuple[Metric, ...]
+    load: Callable[[Load], Sequence[Sample]]
+    """
+    Raises:
+      NotApplicable: it has nothing to ask of this model.
+      UserError: its data are not there and can't be fetched.
+    """
+    score: Callable[[Prompt, Sequence[Answer]], Mapping[Metric, float]] | None = None
+    """Of a generated sample; the other output types are scored by evals/scoring.py. Pure, and the
+    same on every machine."""
+    num_fewshot: int = 0
+    """By default; --num-fewshot overrides it where the task can."""
+    runs_code: bool = False
+    """Its scorer runs what the model wrote, in the sandbox only."""
+    metadata: Mapping[str, JSON] = field(default_factory=dict)
