@@ -28,12 +28,12 @@ class Generator:
     max_rows: int
 
     def answers(
-        self, prompts: Sequence[Prompt], progress: Callable[[int], None]
+        self, prompts: Sequence[Prompt], on_answer: Callable[[int, list[Answer]], None]
     ) -> list[list[Answer]]:
         """num_answers of each prompt, in order.
 
         Args:
-          progress: called with the number of prompts whose answers are all there.
+          on_answer: called with each prompt's index and answers as soon as they are all there.
         Raises:
           UserError: a chat prompt for a model without chat template, or text that is no UTF-8.
         """
@@ -46,22 +46,23 @@ class Generator:
             max_prompt=max(len(p.ids) for p in plans),
         )
         engine = Engine(self.model, self.variables, options, mesh=self.mesh)
-        owners = [
-            (i, engine.add(self._request(prompt, plan, seed)))
-            for i, (prompt, plan) in enumerate(zip(prompts, plans, strict=True))
-            for seed in range(prompt.num_answers)
-        ]
-        texts: dict[int, list[int]] = {number: [] for _, number in owners}
-        owner_of = {number: i for i, number in owners}
+        owner_of: dict[int, int] = {}
+        numbers: list[list[int]] = []
+        for i, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
+            seeds = range(prompt.num_answers)
+            numbers.append([engine.add(self._request(prompt, plan, seed)) for seed in seeds])
+            owner_of |= dict.fromkeys(numbers[-1], i)
+        texts: dict[int, list[int]] = {number: [] for number in owner_of}
         left = [prompt.num_answers for prompt in prompts]
+        found: list[list[Answer]] = [[] for _ in prompts]
         while engine.has_work():
             for emitted in engine.step():
+                i = owner_of[emitted.request]
                 texts[emitted.request] += emitted.tokens
-                left[owner_of[emitted.request]] -= emitted.is_done
-            progress(sum(not n for n in left))
-        found: list[list[Answer]] = [[] for _ in prompts]
-        for i, number in owners:
-            found[i].append(self._answer(prompts[i], plans[i], texts[number]))
+                left[i] -= emitted.is_done
+                if emitted.is_done and not left[i]:
+                    found[i] = [self._answer(prompts[i], plans[i], texts[n]) for n in numbers[i]]
+                    on_answer(i, found[i])
         return found
 
     def _plan(self, prompt: Prompt) -> "_Plan":

@@ -8,6 +8,7 @@ it once where that saves work: the context's state is copied for each.
 B rows, L tokens of a row, G contexts, P tokens of a context, T scored tokens, D d_model, V vocab.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -107,38 +108,40 @@ def score_pairs(
     pairs: Sequence[Pair],
     *,
     batch_tokens: int,
-    progress: Callable[[int], None] = lambda _: None,
+    on_answer: Callable[[int, Likelihood], None] = lambda i, found: None,
     share_contexts: bool = True,
 ) -> list[Likelihood]:
     """The likelihood of each pair's targets, in order, whatever the batches.
 
     Args:
       batch_tokens: tokens that a batch reads, more or less; the logits of CHUNK are there at once.
-      progress: called with the number of pairs scored so far.
+      on_answer: called with each pair's index and likelihood as soon as it is there.
       share_contexts: whether continuations of one context may read it once.
     """
-    found: list[Likelihood | None] = [None] * len(pairs)
+    found: dict[int, Likelihood] = {}
+
+    def take(i: int, nats: float, is_greedy: bool) -> None:
+        found[i] = Likelihood(nats, is_greedy, len(pairs[i].targets), pairs[i].num_dropped)
+        on_answer(i, found[i])
+
     for i, pair in enumerate(pairs):
         if not pair.targets:
-            found[i] = Likelihood(0.0, True, 0, pair.num_dropped)
+            take(i, 0.0, True)
     rest = [i for i, pair in enumerate(pairs) if pair.targets]
     shared, alone = [], rest
     if share_contexts and model.config.memory_length is None:
         shared, alone = _share(pairs, rest)
-    for members, made in (
-        *_scored_alone(model, variables, pairs, alone, batch_tokens),
-        *_scored_shared(model, variables, pairs, shared, batch_tokens),
+    for members, made in itertools.chain(
+        _scored_shared(model, variables, pairs, shared, batch_tokens),
+        _scored_alone(model, variables, pairs, alone, batch_tokens),
     ):
         nats_T, is_best_T = jax.device_get(made)
         at = 0
         for i in members:
-            count, dropped = len(pairs[i].targets), pairs[i].num_dropped
-            nats = -float(nats_T[at : at + count].sum(dtype=np.float64))
-            found[i] = Likelihood(nats, bool(is_best_T[at : at + count].all()), count, dropped)
-            at += count
-        progress(sum(x is not None for x in found))
-    assert all(x is not None for x in found)
-    return [x for x in found if x is not None]
+            own = slice(at, at + len(pairs[i].targets))
+            take(i, -float(nats_T[own].sum(dtype=np.float64)), bool(is_best_T[own].all()))
+            at = own.stop
+    return [found[i] for i in range(len(pairs))]
 
 
 _Scored = Iterator[tuple[list[int], Any]]

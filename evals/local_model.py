@@ -1,7 +1,7 @@
 """A model of ours under evaluation: any source, mesh and weight format, asked in batches."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,14 +18,13 @@ from evals.samples import Answer, Likelihood, Prompt, Rolling
 from infer.score import TokenScores, score_documents
 from model.transformer import Transformer, Variables
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 4096
 """Tokens that a batch reads, more or less, where nobody says."""
+BATCHES_AT_ONCE = 4
+"""Batches of windows whose texts are scored together: so many are lost when it is interrupted."""
 
-Progress = Callable[[int], None]
-"""Called with the number of samples done so far."""
 
-
-def _silent(_: int) -> None: ...
+def _silent(index: int, answer: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,9 @@ class LocalModel:
         return self.find_tokenizer()
 
     def log_likelihoods(
-        self, pairs: Sequence[tuple[str, str]], progress: Progress = _silent
+        self,
+        pairs: Sequence[tuple[str, str]],
+        on_answer: Callable[[int, Likelihood], None] = _silent,
     ) -> list[Likelihood]:
         """Of each (context, continuation); see evals/likelihood.py."""
         encoded = [encode_pair(self.tokenizer, *pair, self.context_length) for pair in pairs]
@@ -71,48 +72,77 @@ class LocalModel:
                 self.variables,
                 encoded,
                 batch_tokens=self.batch_tokens,
-                progress=progress,
+                on_answer=on_answer,
             )
 
-    def rolling(self, texts: Sequence[str], progress: Progress = _silent) -> list[Rolling]:
+    def rolling(
+        self, texts: Sequence[str], on_answer: Callable[[int, Rolling], None] = _silent
+    ) -> list[Rolling]:
         """Each text after the token that begins one, in windows as infer/score.py has them."""
         for text in texts:
             require_text(text, "a text")
         begin = first_id(self.tokenizer)
-        tokens = [
+        documents = [
             np.array([begin, *self.tokenizer.encode(text, bos=False)], np.int32) for text in texts
         ]
-        full = [i for i, t in enumerate(tokens) if len(t) > 1]
-        scores = dict(zip(full, self.score_tokens([tokens[i] for i in full]), strict=True))
-        progress(len(texts))
-        return [
-            Rolling(
-                -float(scores[i].nats.sum(dtype=np.float64)) if i in scores else 0.0,
-                len(tokens[i]) - 1,
-                len(text.encode()),
-            )
-            for i, text in enumerate(texts)
-        ]
+        sizes = [len(text.encode()) for text in texts]
+        found: dict[int, Rolling] = {}
 
-    def score_tokens(self, documents: Sequence[np.ndarray]) -> list[TokenScores]:
-        """Of each document's tokens after its first, int32 [n], n >= 2."""
-        if not documents:
-            return []
+        def take(i: int, scores: TokenScores) -> None:
+            nats = -float(scores.nats.sum(dtype=np.float64))
+            found[i] = Rolling(nats, len(scores.nats), sizes[i])
+            on_answer(i, found[i])
+
+        self.score_tokens(documents, take)
+        return [found[i] for i in range(len(texts))]
+
+    def score_tokens(
+        self,
+        documents: Sequence[np.ndarray],
+        on_answer: Callable[[int, TokenScores], None] = _silent,
+    ) -> list[TokenScores]:
+        """Of each document's tokens after its first, int32 [n], n >= 1."""
+        found: dict[int, TokenScores] = {}
+        for part in self._parts(documents):
+            full = [i for i in part if len(documents[i]) > 1]
+            found |= dict.fromkeys(
+                part, TokenScores(np.zeros(0, np.float32), np.zeros(0, np.int32))
+            )
+            if full:
+                found |= dict(zip(full, self._score([documents[i] for i in full]), strict=True))
+            for i in part:
+                on_answer(i, found[i])
+        return [found[i] for i in range(len(documents))]
+
+    def _parts(self, documents: Sequence[np.ndarray]) -> Iterator[list[int]]:
+        """Indices of the documents that are scored together: some batches, or one document."""
+        part: list[int] = []
+        size = 0
+        for i, tokens in enumerate(documents):
+            part.append(i)
+            size += max(-(-len(tokens) // self.window), 1) * self.window
+            if size >= BATCHES_AT_ONCE * self.batch_tokens:
+                yield part
+                part, size = [], 0
+        if part:
+            yield part
+
+    def _score(self, documents: list[np.ndarray]) -> list[TokenScores]:
         with self._in_mesh():
             return score_documents(
                 self.model,
                 self.variables,
-                list(documents),
+                documents,
                 length=self.window,
                 batch_size=max(self.batch_tokens // self.window, 1),
             )
 
     def generate(
-        self, prompts: Sequence[Prompt], progress: Progress = _silent
+        self, prompts: Sequence[Prompt], on_answer: Callable[[int, list[Answer]], None] = _silent
     ) -> list[list[Answer]]:
         """num_answers of each prompt; see evals/generation.py."""
         generator = Generator(self.model, self.variables, self.tokenizer, self.mesh, self.max_rows)
-        return generator.answers(prompts, progress)
+        return generator.answers(prompts, on_answer)
 
     def _in_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -120,20 +120,26 @@ class Answer:
 
 
 class EvaluatedModel(Protocol):
-    """The three verbs; answers come in the order of what was asked, batched as the model likes."""
+    """The three verbs; answers come in the order of what was asked, batched as the model likes.
+
+    on_answer is called with the index of what was asked and its answer, as soon as it is there: what
+    was answered is kept when the rest is interrupted.
+    """
 
     def log_likelihoods(
-        self, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] = ...
+        self,
+        pairs: Sequence[tuple[str, str]],
+        on_answer: Callable[[int, Likelihood], None] = ...,
     ) -> list[Likelihood]:
         """Of each (context, continuation); both may be empty, not at once."""
         ...
 
     def rolling(
-        self, texts: Sequence[str], progress: Callable[[int], None] = ...
+        self, texts: Sequence[str], on_answer: Callable[[int, Rolling], None] = ...
     ) -> list[Rolling]: ...
 
     def generate(
-        self, prompts: Sequence[Prompt], progress: Callable[[int], None] = ...
+        self, prompts: Sequence[Prompt], on_answer: Callable[[int, list[Answer]], None] = ...
     ) -> list[list[Answer]]:
         """num_answers of each prompt."""
         ...
