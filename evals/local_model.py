@@ -89,7 +89,7 @@ class LocalModel:
         found: dict[int, Rolling] = {}
 
         def take(i: int, scores: TokenScores) -> None:
-            nats = -float(scores.nats.sum(dtype=np.float64))
+            nats = 0.0 - float(scores.nats.sum(dtype=np.float64))
             found[i] = Rolling(nats, len(scores.nats), sizes[i])
             on_answer(i, found[i])
 

@@ -122,8 +122,8 @@ class Answer:
 class EvaluatedModel(Protocol):
     """The three verbs; answers come in the order of what was asked, batched as the model likes.
 
-    on_answer is called with the index of what was asked and its answer, as soon as it is there: what
-    was answered is kept when the rest is interrupted.
+    on_answer is called with the index of what was asked and its answer as soon as it is there: that
+    is kept when the rest is interrupted.
     """
 
     def log_likelihoods(
@@ -153,6 +153,8 @@ class HeldOut:
     tokens: TokenFile
     token_counts_V: Any
     """Occurrences of each token in the training text, int64 [V]."""
+    length: int = 1024
+    """Tokens that the model reads at once."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,8 @@ class Task:
     metadata: Mapping[str, JSON] = field(default_factory=dict)
     """unit: what the first metric is called in words; num_samples: how many there are without a
     limit; generation_kwargs: how answers are generated, for the results file."""
+    needs_held_out: bool = False
+    """Load.held_out is given to such tasks alone: it may take a while to make."""
     baselines: Callable[[Load], Mapping[str, float]] | None = None
     """Figures of the same data without a model, such as a compressor's."""
 
