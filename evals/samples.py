@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from data.packing import TokenFile
@@ -63,7 +64,23 @@ class Prompt:
     group: str = ""
 
 
-Sample = Choices | Text | Prompt
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A text in the model's own tokens, of a run's held-out text; only local models score it."""
+
+    key: str
+    tokens: np.ndarray
+    """int32 [n], n >= 2, the end-of-text token or other context first."""
+    num_bytes: int
+    """Of the text after its first token."""
+    num_answer: int = 0
+    """Last tokens that must each be the most likely one in its place."""
+    last_ids: tuple[int, ...] = ()
+    """Any of which may be the most likely one in the last place; empty: the token itself."""
+    group: str = ""
+
+
+Sample = Choices | Text | Prompt | Tokens
 
 
 @dataclass(frozen=True)
@@ -98,23 +115,31 @@ class Answer:
     """By a stop string, by the model's end of text, or cut at max_new_tokens or the model's
     context."""
     num_tokens: int
+    num_dropped: int = 0
+    """Tokens of the prompt left out on the left, as it did not fit the model's context."""
 
 
 class EvaluatedModel(Protocol):
-    """The three verbs; answers come in the order of what was asked, batched as the model likes."""
+    """The three verbs; answers come in the order of what was asked, batched as the model likes.
+
+    on_answer is called with the index of what was asked and its answer, as soon as it is there: what
+    was answered is kept when the rest is interrupted.
+    """
 
     def log_likelihoods(
-        self, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] = ...
+        self,
+        pairs: Sequence[tuple[str, str]],
+        on_answer: Callable[[int, Likelihood], None] = ...,
     ) -> list[Likelihood]:
         """Of each (context, continuation); both may be empty, not at once."""
         ...
 
     def rolling(
-        self, texts: Sequence[str], progress: Callable[[int], None] = ...
+        self, texts: Sequence[str], on_answer: Callable[[int, Rolling], None] = ...
     ) -> list[Rolling]: ...
 
     def generate(
-        self, prompts: Sequence[Prompt], progress: Callable[[int], None] = ...
+        self, prompts: Sequence[Prompt], on_answer: Callable[[int, list[Answer]], None] = ...
     ) -> list[list[Answer]]:
         """num_answers of each prompt."""
         ...
@@ -153,9 +178,13 @@ class Metric:
     """What was done to the answer first: strict-match, flexible-extract, ..."""
 
 
+OutputType = Literal["multiple_choice", "loglikelihood_rolling", "generate_until", "loglikelihood"]
+"""As lm-evaluation-harness names them; the last asks for the most likely tokens (Tokens)."""
+
+
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: one file under evals/tasks/ makes one, or a family of them."""
+    """A benchmark; each file under evals/tasks/ has TASKS, a tuple of tasks and families."""
 
     name: str
     version: int
@@ -166,7 +195,7 @@ class Task:
     """Where the data come from: package and file, and the benchmark's publication."""
     license: str
     """Of the data, as their package says it."""
-    output_type: Literal["multiple_choice", "loglikelihood_rolling", "generate_until"]
+    output_type: OutputType
     metrics: tuple[Metric, ...]
     load: Callable[[Load], Sequence[Sample]]
     """
@@ -182,3 +211,26 @@ class Task:
     runs_code: bool = False
     """Its scorer runs what the model wrote, in the sandbox only."""
     metadata: Mapping[str, JSON] = field(default_factory=dict)
+    """unit: what the first metric is called in words; num_samples: how many there are without a
+    limit; generation_kwargs: how answers are generated, for the results file."""
+    baselines: Callable[[Load], Mapping[str, float]] | None = None
+    """Figures of the same data without a model, such as a compressor's."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tasks made by name: `bigbench:NAME`."""
+
+    form: str
+    """As a user types one: what stands before the colon is the family's name."""
+    description: str
+    make: Callable[[str], Task]
+    """Of what stands after the colon.
+
+    Raises:
+      UserError: it names none.
+    """
+
+    @property
+    def name(self) -> str:
+        return self.form.partition(":")[0]
