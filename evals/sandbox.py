@@ -1,4 +1,4 @@
-"""Runs a Python program that a model wrote: without network, files of yours, or more than its share.
+"""Runs a Python program that a model wrote: no network, no file of yours, bounded in what it takes.
 
 What stops what: namespaces of bubblewrap (network, processes, files outside), a read-only system
 and a scratch of bounded size (disk), limits of the kernel (memory, processes, file size, open

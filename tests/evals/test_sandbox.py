@@ -1,6 +1,7 @@
 """The sandbox: its command line, its filter of system calls, and a battery of escapes, each with
 what stops it."""
 
+import itertools
 import os
 import platform
 import shutil
@@ -43,7 +44,7 @@ needs_filter = pytest.mark.skipif(
 
 
 def pairs(command: list[str]) -> list[tuple[str, str]]:
-    return list(zip(command, command[1:], strict=False))
+    return list(itertools.pairwise(command))
 
 
 @pytest.mark.parametrize("user", [0, 1000])
@@ -142,6 +143,7 @@ def decide(program: bytes, architecture: int, number: int, argument: int = 0) ->
 def test_the_filter_refuses_its_list_and_nothing_else(machine):
     place, architecture = seccomp.MACHINES[machine]
     program = seccomp.seccomp_filter(machine)
+    assert program is not None
     refused = {numbers[place] for numbers in seccomp.REFUSED.values()}
     assert len(refused) == len(seccomp.REFUSED)
     eperm, enosys, allow = 0x00050001, 0x00050026, 0x7FFF0000
@@ -341,9 +343,8 @@ def test_ptrace_and_new_namespaces_are_refused_by_the_filter():
 def test_rights_cannot_be_had_back():
     refused("import os\nos.setuid(0)\nopen('/x', 'w')\nprint('ESCAPED')", "Error")
     status = run_program("print(open('/proc/self/status').read())").stdout
-    fields = {
-        name: value.strip() for name, _, value in (s.partition(":") for s in status.splitlines())
-    }
+    lines = (line.partition(":") for line in status.splitlines())
+    fields = {name: value.strip() for name, _, value in lines}
     assert int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == 0
     assert fields["NoNewPrivs"] == "1"
     if os.geteuid() == 0:
@@ -405,7 +406,7 @@ def test_proc_shows_the_sandboxs_processes_alone():
         value = "-1000" if path.endswith("adj") else "c"
         writing = f"import os\nos.write(os.open('{path}', os.O_WRONLY), b'{value}')\n"
         refused(f"{writing}print('ESCAPED')", "Error")
-    refused("print(open('/proc/kcore', 'rb').read(1), 'ESCAPED')", "PermissionError")
+    refused("print(open('/proc/kcore', 'rb').read(1), 'ESCAPED')", "Error")
 
 
 @needs_sandbox
