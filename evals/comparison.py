@@ -135,10 +135,12 @@ def bootstrap_interval(
     """Percentile interval of the difference over samples drawn again, both models' together."""
     values = np.array(pairs, float)  # [N, 2], or [N, 2, 2] with numerators and denominators
     count, random = len(values), np.random.default_rng(seed)
+    # Equal samples are drawn together: of right and wrong there are but four kinds.
+    kinds, numbers = np.unique(values, axis=0, return_counts=True)
     differences = []
     for _ in range(NUM_RESAMPLES // 100):
-        weights = random.multinomial(count, np.full(count, 1 / count), size=100)
-        sums = np.tensordot(weights, values, 1)
+        weights = random.multinomial(count, numbers / count, size=100)
+        sums = np.tensordot(weights, kinds, 1)
         each = _of_sums(metric, sums) if metric in ROLLING else sums / count
         differences.append(each[:, 0] - each[:, 1])
     tail = 100 * (1 - LEVEL) / 2

@@ -68,16 +68,19 @@ COLUMNS = ("task", "metric", "value", "samples", "empty", "cut off")
 
 def print_scores(title: str, found: TaskScores) -> None:
     """A task's scores, its groups', baselines, and how fast it went."""
-    is_generated = found.total.empty_rate is not None
-    columns = COLUMNS if is_generated else COLUMNS[:4]
     table = Table(title=f"{found.task.name} of {title}", box=SIMPLE_HEAD)
-    for name in columns:
+    for name in COLUMNS[:4]:
         table.add_column(name, no_wrap=name in ("value", "metric"))
     for row in rows_of(found):
-        table.add_row(*row[: len(columns)])
+        table.add_row(*row[:4])
     console = Console()
     console.print(table)
     print(f"  {description_of(found)}")
+    if found.total.empty_rate is not None:
+        print(
+            f"  answers: {found.total.empty_rate:.1%} empty, {found.total.truncated_rate:.1%} cut "
+            "off before their end"
+        )
     if found.baselines:
         print("  beside it: " + ", ".join(f"{k} {v:.5g}" for k, v in found.baselines.items()))
     if found.total.cut_rate:

@@ -5,35 +5,27 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
-
-import numpy as np
 
 from configs.checks import UserError, require
 from evals import records, scoring
+from evals.asking import ask
 from evals.records import OtherSamples, Record, SampleFile, set_aside
 from evals.results import RESULTS, require_same_model, with_earlier, write_results
 from evals.results_form import GroupScores, ModelDescription, TaskScores, results_tree, sha256
 from evals.samples import (
-    Answer,
     Choices,
     EvaluatedModel,
     HeldOut,
-    Likelihood,
     Load,
     Prompt,
-    Rolling,
     Sample,
     Task,
-    Text,
-    Tokens,
 )
+from evals.sandbox_command import find_bubblewrap
 from evals.tasks.base import NotApplicable, Skipped
-from infer.score import TokenScores
-from train.progress import ProgressBar
 
 MOST_DRAWS = 100
 
@@ -48,6 +40,8 @@ class Settings:
     """None: the task's own."""
     num_draws: int = 1
     """Draws of few-shot examples, with seeds 0, 1, 2, ..."""
+    unprotected: bool = False
+    """Whether a model's code runs with the rights of this process where a task runs any."""
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -144,10 +138,12 @@ def evaluate_task(evaluation: Evaluation, task: Task) -> TaskScores:
 
     Raises:
       NotApplicable: the task has nothing to ask of this model.
-      UserError: its data are missing, or the samples' file is of something else.
+      UserError: its data are missing, the samples' file is of something else, or it runs code and
+        there is no sandbox.
     """
-    settings = evaluation.settings
-    held_out = None
+    settings, held_out = evaluation.settings, None
+    if task.runs_code and not settings.unprotected:
+        find_bubblewrap()
     if task.needs_held_out and evaluation.held_out is not None:
         held_out = evaluation.held_out()
     num_fewshot = settings.num_fewshot_of(task)
@@ -160,7 +156,7 @@ def evaluate_task(evaluation: Evaluation, task: Task) -> TaskScores:
     began = time.monotonic()
     with _sample_file(evaluation, task, num_fewshot, draws) as file:
         pending = _pending(draws, file)
-        _ask(evaluation.model, task, pending, file)
+        ask(evaluation.model, task, pending, file, unprotected=settings.unprotected)
         by_draw = [[file.records[records.sample_hash(s)] for s in samples] for samples in draws]
         file.finish([record for found in by_draw for record in found])
     baselines = {} if task.baselines is None else dict(task.baselines(loads[0]))
@@ -242,106 +238,6 @@ def _pending(draws: Sequence[Sequence[Sample]], file: SampleFile) -> dict[str, t
     return pending
 
 
-def _ask(
-    model: EvaluatedModel,
-    task: Task,
-    pending: Mapping[str, tuple[int, Sample]],
-    file: SampleFile,
-) -> None:
-    """Asks the model, and appends each sample to the file when it is finished."""
-    if not pending:
-        return
-    done, total = len(file.records), len(file.records) + len(pending)
-    began, asked = time.monotonic(), list(pending.values())
-    with ProgressBar(task.name, total=total, done=done, unit="samples") as bar:
-
-        def finished(record: Record) -> None:
-            file.add(record)
-            made = len(file.records)
-            rate = (made - done) / max(time.monotonic() - began, 1e-9)
-            bar.update(made, f"{rate:.2g} samples/s")
-
-        by_kind = {Choices: _ask_choices, Text: _ask_texts, Prompt: _ask_prompts}
-        by_kind |= {Tokens: _ask_tokens}
-        for kind, ask in by_kind.items():
-            of_kind = [(draw, sample) for draw, sample in asked if isinstance(sample, kind)]
-            if of_kind:
-                cast(Any, ask)(model, task, of_kind, finished)
-
-
-_Finished = Callable[[Record], None]
-
-
-def _ask_choices(
-    model: EvaluatedModel, task: Task, asked: Sequence[tuple[int, Choices]], finished: _Finished
-) -> None:
-    pairs = [(s.context, choice) for _, s in asked for choice in s.choices]
-    owners = [i for i, (_, s) in enumerate(asked) for _ in s.choices]
-    first = np.cumsum([0, *(len(s.choices) for _, s in asked)])
-    found: list[dict[int, Likelihood]] = [{} for _ in asked]
-
-    def take(place: int, likelihood: Likelihood) -> None:
-        i = owners[place]
-        draw, sample = asked[i]
-        found[i][place - int(first[i])] = likelihood
-        if len(found[i]) == len(sample.choices):
-            likelihoods = [found[i][k] for k in range(len(sample.choices))]
-            values = scoring.score_choices(sample, likelihoods)
-            finished(records.choices_record(task, sample, likelihoods, values, draw))
-
-    model.log_likelihoods(pairs, take)
-
-
-def _ask_texts(
-    model: EvaluatedModel, task: Task, asked: Sequence[tuple[int, Text]], finished: _Finished
-) -> None:
-    def take(i: int, found: Rolling) -> None:
-        draw, sample = asked[i]
-        values = scoring.score_text(sample.text, found)
-        values = {metric: values[metric] for metric in task.metrics}
-        finished(records.text_record(task, sample, found.nats, found.num_tokens, values, draw))
-
-    model.rolling([sample.text for _, sample in asked], take)
-
-
-class _ScoresTokens(Protocol):
-    """A model on this machine."""
-
-    def score_tokens(
-        self, documents: Sequence[np.ndarray], on_answer: Callable[[int, TokenScores], None]
-    ) -> Any: ...
-
-
-def _ask_tokens(
-    model: EvaluatedModel, task: Task, asked: Sequence[tuple[int, Tokens]], finished: _Finished
-) -> None:
-    if not hasattr(model, "score_tokens"):
-        raise NotApplicable("it needs a model on this machine")
-
-    def take(i: int, found: TokenScores) -> None:
-        draw, sample = asked[i]
-        nats = 0.0 - float(found.nats.sum(dtype=np.float64))
-        values = scoring.score_tokens(sample, found)
-        finished(records.text_record(task, sample, nats, len(found.nats), values, draw))
-
-    cast(_ScoresTokens, model).score_tokens([sample.tokens for _, sample in asked], take)
-
-
-def _ask_prompts(
-    model: EvaluatedModel, task: Task, asked: Sequence[tuple[int, Prompt]], finished: _Finished
-) -> None:
-    assert task.score is not None, f"{task.name} does not say how answers are scored"
-    score = task.score
-
-    def take(i: int, answers: list[Answer]) -> None:
-        draw, sample = asked[i]
-        values = dict(score(sample, answers))
-        assert set(values) <= set(task.metrics), f"{task.name} has metrics that it does not list"
-        finished(records.prompt_record(task, sample, answers, values, draw))
-
-    model.generate([sample for _, sample in asked], take)
-
-
 # --- Scores of a task -----------------------------------------------------------------------------
 
 
@@ -357,6 +253,8 @@ def summarize(task: Task, num_fewshot: int, by_draw: Sequence[Sequence[Record]])
         for group in dict.fromkeys(record.group for record in first)
         if group
     }
+    if len(groups) == 1 and all(record.group for record in first):
+        groups = {}  # it is the whole task
     lines = [line for record in first for line in record.lines]
     hashes = "".join(x["doc_hash"] + x["prompt_hash"] + x["target_hash"] for x in lines)
     return TaskScores(

@@ -211,7 +211,8 @@ class Task:
     num_fewshot: int = 0
     """By default; --num-fewshot overrides it where the task can."""
     runs_code: bool = False
-    """Its scorer runs what the model wrote, in the sandbox only."""
+    """Its scorer runs what the model wrote: in the sandbox, or, where it is called with
+    unprotected=True, with the rights of this process."""
     metadata: Mapping[str, JSON] = field(default_factory=dict)
     """unit: what the first metric is called in words; num_samples: how many there are without a
     limit; generation_kwargs: how answers are generated, for the results file."""

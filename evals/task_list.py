@@ -14,7 +14,11 @@ from evals.tasks.own_questions import own_task
 
 HELD_OUT = ("stdlib_bpb", "line_completion")
 """What a run's held-out text, or a share of any text, is measured with."""
-QUICK = (*HELD_OUT, "winogrande", "exams_en", "gsm8k", "humaneval", "bpb_udhr")
+QUICK = (
+    *HELD_OUT,
+    *("winogrande_ni", "multiemo_en", "exams_es", "sarcasm", "vitaminc"),
+    *("gsm8k", "humaneval", "squad_nyt", "bpb_udhr", "bpb_code"),
+)
 """The set "quick": of these, the ones that there are."""
 RECORDS = ".jsonl"
 

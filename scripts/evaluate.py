@@ -104,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of a batch (4096)",
     )
+    parser.add_argument(
+        "--unprotected", action="store_true", help="a model's code runs with your own rights"
+    )
     add_text_options(parser)
     add_model_options(parser, has_state=False)
     return parser

@@ -52,7 +52,13 @@ def open_evaluation(
     Raises:
       UserError: options that do not go together, or a model that can't be read.
     """
-    settings = Settings(arguments.limit, arguments.num_fewshot, arguments.seeds)
+    settings = Settings(
+        arguments.limit, arguments.num_fewshot, arguments.seeds, arguments.unprotected
+    )
+    require(
+        not arguments.unprotected or any(task.runs_code for task in tasks),
+        "--unprotected is for tasks that run a model's code, and none of these does: leave it out",
+    )
     for_decoding = any(task.output_type == "generate_until" for task in tasks)
     if source.kind == "run" and arguments.text is None:
         return _run(source, arguments, settings, mesh, output, for_decoding=for_decoding)
