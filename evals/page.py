@@ -114,13 +114,19 @@ def print_results(title: str, results: Iterable[Result]) -> None:
 
 def print_differences(first: str, second: str, differences: Sequence[Difference]) -> None:
     """The paired comparison of two models."""
-    title = f"{first} against {second}, sample by sample"
-    table = Table(*DIFFERENCE_COLUMNS, title=title, box=SIMPLE_HEAD)
-    for row in map(_difference_row, differences):
-        table.add_row(*row)
+    table = Table(title=f"{first} against {second}, sample by sample", box=SIMPLE_HEAD)
+    for name in SHORT_COLUMNS:
+        table.add_column(name, no_wrap=name != SHORT_COLUMNS[0])
+    for d in differences:
+        if not _is_perplexity(d.metric):
+            p = "" if d.p_value is None else f"{d.p_value:.2g}"
+            numbers = (f"{d.value:.3f}", f"{d.against:.3f}", f"{d.difference:+.3f}")
+            interval = f"{d.low:+.3f} {d.high:+.3f}"
+            table.add_row(_bar_name(d.task, d.metric), *numbers, interval, p)
     Console().print(table)
 
 
+SHORT_COLUMNS = ("", "value", "against", "differ by", f"{LEVEL:.0%} interval", "McNemar p")
 DIFFERENCE_COLUMNS = (
     *("task", "metric", "value", "against", "difference", f"{LEVEL:.0%} interval", "samples"),
     "McNemar p",
@@ -239,6 +245,8 @@ def draw_differences(first: str, second: str, differences: Sequence[Difference])
         axes.annotate(
             f" {sign * d.difference:+.3f}",
             (max(*ends, sign * d.difference), place),
+            xytext=(6, 0),
+            textcoords="offset points",
             va="center",
             color=INK,
         )
