@@ -39,6 +39,8 @@ import os, resource, sys
 started, uid, *values = map(int, sys.argv[1:9])
 names = ("AS", "CPU", "FSIZE", "NOFILE", "NPROC", "CORE")
 for name, value in zip(names, values):
+    if value < 0:
+        continue
     limit = getattr(resource, "RLIMIT_" + name)
     hard = resource.getrlimit(limit)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -124,18 +126,22 @@ def sandboxed(
     ]
 
 
-def launched(limits: Limits, *, started: int, program: str, uid: int = 0) -> list[str]:
+def launched(
+    limits: Limits, *, started: int, program: str, uid: int = 0, is_alone: bool = True
+) -> list[str]:
     """The command that limits itself, writes a byte to `started` and runs the program.
 
     Args:
       uid: of the user to become; 0 stays who it is.
+      is_alone: whether the program's processes are counted by themselves. Otherwise all of the
+        user's count, and their number is not limited.
     """
     bounds = (
         limits.memory_bytes,
         int(limits.seconds) + 2,  # of processor time; the parent's clock comes first
         limits.file_bytes,
         limits.open_files,
-        limits.processes,
+        limits.processes if is_alone else -1,
         0,  # core files
     )
     # -S: the standard library alone, so that a score does not hang on what else is installed.

@@ -89,6 +89,8 @@ def test_the_launcher_is_told_each_limit():
     begin = command.index(sandbox_command.LAUNCHER) + 1
     assert command[begin : begin + 8] == ["4", "9", "5", "5", "6", "7", "8", "0"]
     assert command[-1] == PROGRAM
+    # Outside, all processes of the user would count.
+    assert launched(limits, started=4, program=PROGRAM, is_alone=False)[begin + 6] == "-1"
 
 
 def test_limits_must_be_positive():
