@@ -94,7 +94,8 @@ def run_program(text: str, limits: Limits | None = None, *, unprotected: bool = 
         passed = [program, writer]
         if bubblewrap is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="moesaic-"))
-            command = launched(limits, started=writer, program=f"/proc/self/fd/{program}")
+            path = f"/proc/self/fd/{program}"
+            command = launched(limits, started=writer, program=path, is_alone=False)
             environment = ENVIRONMENT | {"HOME": folder, "TMPDIR": folder}
         else:
             folder, environment, seccomp = "/", {}, None

@@ -2,7 +2,7 @@
 
 Bubblewrap gives the program namespaces of its own (no network, private process numbers), a file
 system of the machine's programs and libraries, read-only, and a scratch in memory. The launcher
-then sets limits of the kernel on its own process and becomes the program.
+then sets limits of the kernel on its own process and runs the program in it.
 """
 
 import os
@@ -39,6 +39,8 @@ import os, resource, sys
 started, uid, *values = map(int, sys.argv[1:9])
 names = ("AS", "CPU", "FSIZE", "NOFILE", "NPROC", "CORE")
 for name, value in zip(names, values):
+    if value < 0:
+        continue
     limit = getattr(resource, "RLIMIT_" + name)
     hard = resource.getrlimit(limit)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -49,10 +51,13 @@ if uid:
     os.setresuid(uid, uid, uid)
 os.write(started, b"1")
 os.close(started)
-os.execv(sys.argv[9], sys.argv[9:])
+sys.argv = sys.argv[9:]
+__file__ = sys.argv[0]
+del os, resource, sys, started, uid, values, names, name, value, limit, hard
+exec(compile(open(__file__, "rb").read(), __file__, "exec"))
 """
-"""Limits the process, leaves the user root for one without rights, tells that it has, and becomes
-the program."""
+"""Limits the process, leaves the user root for one without rights, tells that it has, and runs the
+program in its place: a second interpreter would take as long to start as all the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +105,7 @@ def sandboxed(
 
     Args:
       program, started, seccomp: file descriptors that the command inherits: the program's text,
-        where the launcher writes a byte before it becomes the program, the filter of system calls.
+        where the launcher writes a byte before it runs the program, the filter of system calls.
     """
     return [
         bubblewrap,
@@ -121,24 +126,27 @@ def sandboxed(
     ]
 
 
-def launched(limits: Limits, *, started: int, program: str, uid: int = 0) -> list[str]:
-    """The command that limits itself, writes a byte to `started` and becomes the program.
+def launched(
+    limits: Limits, *, started: int, program: str, uid: int = 0, is_alone: bool = True
+) -> list[str]:
+    """The command that limits itself, writes a byte to `started` and runs the program.
 
     Args:
       uid: of the user to become; 0 stays who it is.
+      is_alone: whether the program's processes are counted by themselves. Otherwise all of the
+        user's count, and their number is not limited.
     """
-    interpreter = _interpreter()
     bounds = (
         limits.memory_bytes,
         int(limits.seconds) + 2,  # of processor time; the parent's clock comes first
         limits.file_bytes,
         limits.open_files,
-        limits.processes,
+        limits.processes if is_alone else -1,
         0,  # core files
     )
-    launcher = [interpreter, "-I", "-S", "-c", LAUNCHER, str(started), str(uid), *map(str, bounds)]
     # -S: the standard library alone, so that a score does not hang on what else is installed.
-    return [*launcher, interpreter, "-S", "-s", "-P", program]
+    launcher = [_interpreter(), "-S", "-s", "-P", "-c", LAUNCHER]
+    return [*launcher, str(started), str(uid), *map(str, bounds), program]
 
 
 def _rights() -> Sequence[str]:

@@ -86,7 +86,7 @@ def draw_examples(held_out: HeldOut) -> list[Example]:
                 f"others for {module}"
             )
         starts = [start for start, _ in encoding.offsets]
-        for function, line_number, begin, end in _lines(text):
+        for function, line_number, begin, end in function_lines(text):
             first = (
                 bisect.bisect_right(starts, begin) - 1
             )  # the token that holds the first character
@@ -102,7 +102,7 @@ def draw_examples(held_out: HeldOut) -> list[Example]:
     return examples[:MAX_EXAMPLES]
 
 
-def _lines(text: str) -> Iterator[tuple[str, int, int, int]]:
+def function_lines(text: str) -> Iterator[tuple[str, int, int, int]]:
     """(function, line number, begin, end) of one line of code per function, as text offsets."""
     try:
         tree, code_lines = ast.parse(text), _code_lines(text)
