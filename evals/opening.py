@@ -73,7 +73,11 @@ def load_run(
 
 
 def weights_identity(source: Source, model: Transformer, variables: Variables) -> RunWeights:
-    """Which weights these are, the same whether layers are stacked or lie apart."""
+    """Which weights these are: of a run as it was trained by its own fingerprint, of others the
+    same whether layers are stacked or lie apart."""
+    if source.kind == "run":
+        step = latest_step(source.path / "checkpoints")
+        return RunWeights(step=step, sha256=weights_fingerprint(variables))
     period, found = len(model.config.pattern), []
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         name, x = jax.tree_util.keystr(path), on_host(leaf)
@@ -84,8 +88,7 @@ def weights_identity(source: Source, model: Transformer, variables: Variables) -
         for p in range(x.shape[0]):
             own = f"['periods']['layer_{p * period + int(layer[1])}']"
             found.append((name.replace(layer[0], own), _digest(x[p : p + 1])))
-    step = latest_step(source.path / "checkpoints") if source.kind == "run" else None
-    return RunWeights(step=step, sha256=hashlib.sha256(repr(sorted(found)).encode()).hexdigest())
+    return RunWeights(step=None, sha256=hashlib.sha256(repr(sorted(found)).encode()).hexdigest())
 
 
 def _digest(x: np.ndarray) -> str:

@@ -1,6 +1,7 @@
 """The model that scripts.evaluate is asked about, and the text it is measured on."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from evals.results import FILE
 from evals.run import Evaluation, Settings, plain_name
 from evals.samples import Task
 from infer.sources import Source
+from model.unstacked import unstack
 from scripts.model_options import description, load_model
 from scripts.sources import initial_variables
 
@@ -62,7 +64,10 @@ def open_evaluation(
     for_decoding = any(task.output_type == "generate_until" for task in tasks)
     if source.kind == "run" and arguments.text is None:
         return _run(source, arguments, settings, mesh, output, for_decoding=for_decoding)
-    return _on_text(source, arguments, settings, mesh, output, for_decoding=for_decoding)
+    evaluation = _on_text(source, arguments, settings, mesh, output, for_decoding=for_decoding)
+    if any(task.needs_held_out for task in tasks):
+        return evaluation
+    return dataclasses.replace(evaluation, copies=())  # they lie with the text
 
 
 def _run(
@@ -141,6 +146,9 @@ def _on_text(
 def _loaded(
     source: Source, arguments: argparse.Namespace, mesh: Mesh | None, *, for_decoding: bool
 ) -> Loaded:
-    model, variables = load_model(source, arguments, mesh, for_decoding=for_decoding)
+    is_run = source.kind == "run"
+    model, variables = load_model(source, arguments, mesh, for_decoding=for_decoding and not is_run)
     weights = weights_identity(source, model, variables)
+    if for_decoding:
+        model, variables = unstack(model, variables)
     return Loaded(model, variables, weights, mesh, arguments.weights, description(arguments))

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,7 +24,8 @@ from evals.tasks.base import Skipped
 from infer.load import load_model
 from infer.run_weights import RunWeights
 from infer.sources import open_source
-from model.transformer import hidden_states, output_weights
+from model.transformer import Transformer, hidden_states, init_variables, output_weights
+from model.unstacked import unstack
 from scripts import command
 from scripts import evaluate as verb
 from tests import tiny
@@ -224,6 +226,22 @@ def test_two_models_side_by_side(run_dir, tmp_path, capsys):
     assert line["log_likelihoods"][2] == 0.0  # the empty one
 
 
+def test_weights_are_known_however_they_lie(letters, run_dir):
+    """Layers stacked or apart, and a run's on any mesh by the fingerprint it is known by."""
+    source = open_source(str(letters / "model"))
+    model = Transformer(tiny.model(num_layers=4))
+    stacked = (model, init_variables(model, 0))
+    apart = unstack(*stacked)
+    assert apart[0].config.num_periods < model.config.num_periods
+    assert opening.weights_identity(source, *apart) == opening.weights_identity(source, *stacked)
+    run = open_source(str(run_dir))
+    assert opening.weights_identity(run, *run.load()) == load_run(run_dir).weights
+    changed = jax.tree.map(lambda x: x, stacked[1])
+    changed["params"]["embedding"] = -changed["params"]["embedding"]
+    other = opening.weights_identity(source, stacked[0], changed)
+    assert other != opening.weights_identity(source, *stacked)
+
+
 def test_a_folder_of_texts_is_a_task(letters, tmp_path):
     """Its bits per byte are those of each file alone."""
     name = f"bpb:{letters / 'texts'}"
@@ -233,6 +251,7 @@ def test_a_folder_of_texts_is_a_task(letters, tmp_path):
     assert len(lines) == 3
     nats, size = (sum(line["bits_per_byte"][i] for line in lines) for i in (0, 1))
     found = read_json(tmp_path / "results.json")["results"][name]
+    assert not list(tmp_path.glob("*/evals.json"))  # they are of held-out text
     assert found["bits_per_byte,none"] == pytest.approx(-nats / size / np.log(2))
     assert size == sum(len(line["doc"]["text"].encode()) for line in lines)
 
