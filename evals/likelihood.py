@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.checks import require, require_text
+from configs.checks import UserError, require, require_text
 from data.tokenizers.public_tokenizer import PublicTokenizer
+from data.tokenizers.tokenizer import end_of_text_id
 from evals.samples import Likelihood
 from model.layers import unembed
 from model.model_state import init_memory, init_state, take_rows
@@ -58,16 +59,22 @@ class _Shared:
 
 
 def first_id(tokenizer: PublicTokenizer) -> int:
-    """The token that an empty context stands for: the one that begins a text, or that ends one."""
+    """The token that an empty context stands for: the one that begins a text, or that ends one.
+
+    Raises:
+      UserError: the tokenizer has neither.
+    """
     found = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     found = min(tokenizer.eos_ids, default=None) if found is None else found
-    require(
-        found is not None,
-        "the tokenizer has no token that begins or ends a text, which an empty context needs: give "
-        "every sample a context",
-    )
-    assert found is not None
-    return found
+    if found is not None:
+        return found
+    try:
+        return end_of_text_id(tokenizer.tokenizer)
+    except UserError as error:
+        raise UserError(
+            "the tokenizer has no token that begins or ends a text, which an empty context needs: "
+            "give every sample a context, or name a bos_token in its tokenizer_config.json"
+        ) from error
 
 
 def encode_pair(

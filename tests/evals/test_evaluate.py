@@ -191,6 +191,52 @@ def test_a_text_that_changed_is_read_anew(letters):
     assert sizes[1] == sizes[0] * 66 / 64  # "Berlin" is a letter longer, twice in 64
 
 
+def test_two_models_side_by_side(run_dir, tmp_path, capsys):
+    """A copy differs in nothing; the run's own questions are asked of both."""
+    shutil.copytree(run_dir, tmp_path / "copy")
+    questions = tmp_path / "mine.jsonl"
+    lines = [
+        {"context": f"return {n}", "choices": [" - 1", " other", ""], "answer": n % 2}
+        for n in range(6)
+    ]
+    lines[0]["context"] = "a story of " * 60  # longer than the model's context
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    arguments = [str(run_dir), "--against", str(tmp_path / "copy"), "--output", str(out)]
+    verb.main([*arguments, "--tasks", f"stdlib_bpb,{questions}"])
+    shown = capsys.readouterr().out
+    assert "of the samples are longer than the model's context" in shown
+    assert "samples/s" in shown
+    differences = read_json(out / "comparison.json")["differences"]
+    assert [(d["task"], d["metric"]) for d in differences] == [
+        ("stdlib_bpb", "bits_per_byte"),
+        ("stdlib_bpb", "byte_perplexity"),
+        ("mine", "acc"),
+        ("mine", "acc_norm"),
+    ]
+    assert all(d["difference"] == 0 and d["interval"] == [0, 0] for d in differences)
+    assert differences[2]["mcnemar_p"] == 1.0
+    assert (out / "comparison" / "report.html").exists()
+    tree = read_json(out / "results.json")
+    assert tree["results"]["mine"]["cut_context_rate,none"] == 1 / 6
+    line = json.loads((out / "samples_mine.jsonl").read_text().splitlines()[1])
+    assert len(line["log_likelihoods"]) == 3
+    assert line["log_likelihoods"][2] == 0.0  # the empty one
+
+
+def test_a_folder_of_texts_is_a_task(letters, tmp_path):
+    """Its bits per byte are those of each file alone."""
+    name = f"bpb:{letters / 'texts'}"
+    verb.main([str(letters / "model"), "--tasks", name, "--output", str(tmp_path), "--limit", "3"])
+    (path,) = tmp_path.glob("samples_bpb*.jsonl")
+    lines = [json.loads(line) for line in path.open()]
+    assert len(lines) == 3
+    nats, size = (sum(line["bits_per_byte"][i] for line in lines) for i in (0, 1))
+    found = read_json(tmp_path / "results.json")["results"][name]
+    assert found["bits_per_byte,none"] == pytest.approx(-nats / size / np.log(2))
+    assert size == sum(len(line["doc"]["text"].encode()) for line in lines)
+
+
 def test_what_does_not_go_with_a_model_is_said(letters, run_dir):
     model, run = str(letters / "model"), str(run_dir)
     for arguments, sentence in (
@@ -199,6 +245,11 @@ def test_what_does_not_go_with_a_model_is_said(letters, run_dir):
         ([model, "--held-out", "1"], "--held-out 1.0 must lie between 0 and 1"),
         ([model, "--text", str(letters / "none")], "is no folder and no file"),
         ([run, "--length", "9"], "--length 9 goes with --text"),
+        ([run, "--limit", "0"], "--limit 0 must be at least 1"),
+        ([run, "--tasks", "stdlib_bp"], "there is no task 'stdlib_bp': did you mean stdlib_bpb?"),
+        ([run, "--unprotected"], "--unprotected is for tasks that run a model's code"),
+        ([model, "--batch-tokens", "0"], "batch_tokens=0 must be at least 1"),
+        (["--tasks", "stdlib_bpb"], "name a model: a run, a folder, a file, or smollm2"),
         ([run, "--held-out", "0.5"], "--held-out 0.5 goes with --text"),
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):

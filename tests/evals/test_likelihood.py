@@ -4,12 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from configs.base import ExecutionConfig
 from configs.checks import UserError
 from data.tokenizers.public_tokenizer import PublicTokenizer
 from evals import likelihood
-from evals.likelihood import Pair, bucket, encode_pair, score_pairs
+from evals.likelihood import Pair, bucket, encode_pair, first_id, score_pairs
 from infer.logits import full_logits
 from model.transformer import Transformer, init_variables
 from tests import tiny
@@ -57,9 +58,11 @@ def test_an_empty_context_is_the_token_that_begins_or_ends_a_text(tokenizer, wit
         assert in_text(it, encode_pair(it, "", "Paris", 99)) == ([first], paris)
         blank = encode_pair(it, "  ", "Paris", 99)
         assert in_text(it, blank) == ([first], tokenizer.encode("  Paris"))
-    neither = dataclasses.replace(tokenizer, eos_ids=frozenset(), eos_id=None)
+    unnamed = dataclasses.replace(tokenizer, eos_ids=frozenset(), eos_id=None)
+    assert first_id(unnamed) == 0  # known by its name, <|endoftext|>
+    nameless = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     with pytest.raises(UserError, match="no token that begins or ends a text"):
-        encode_pair(neither, "", "Paris", 99)
+        first_id(dataclasses.replace(unnamed, tokenizer=nameless))
 
 
 def test_bos_begins_a_context_once(tokenizer, with_bos):
