@@ -4,9 +4,9 @@ python -m scripts.bench_evaluation smollm2
 python -m scripts.bench_evaluation smollm2 --tasks exams_es,gsm8k --limit 8
 """
 
-from benchmarks.evaluation import measure, print_throughput
 from evals.local_model import BATCH_TOKENS, LocalModel
 from evals.task_list import find_tasks
+from evals.throughput import measure, print_throughput
 from infer.sources import open_source
 from scripts import command
 from scripts.model_options import add_model_options, asked_mesh, load_model
