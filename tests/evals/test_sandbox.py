@@ -8,6 +8,7 @@ import resource
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -18,8 +19,11 @@ import pytest
 from configs.checks import UserError
 from evals import sandbox_command, seccomp
 from evals.sandbox import Outcome, run_program
+from evals.sandbox import _descendants as sandbox_descendants
 from evals.sandbox_command import MIB, PROGRAM, SCRATCH, Limits, launched, sandboxed
 from scripts import sandbox as verb
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def unsupported_reason() -> str | None:
@@ -481,6 +485,22 @@ def test_what_a_program_leaves_running_ends_with_it():
     begin = time.monotonic()
     assert run_program(program, Limits(seconds=30)).is_success
     assert time.monotonic() - begin < 10
+
+
+@needs_sandbox
+def test_a_program_ends_when_who_started_it_is_killed():
+    source = "from evals.sandbox import *\nrun_program('import time; time.sleep(90)')"
+    with subprocess.Popen([sys.executable, "-c", source], cwd=ROOT) as parent:
+        program: list[int] = []
+        while len(program) < 2:  # bubblewrap's outer process, and those inside
+            assert parent.poll() is None
+            program = list(sandbox_descendants(parent.pid))
+            time.sleep(0.01)
+        parent.kill()
+    deadline = time.monotonic() + 5
+    while any(os.path.exists(f"/proc/{pid}") for pid in program):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @needs_sandbox
