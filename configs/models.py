@@ -11,6 +11,7 @@ from configs.architecture import (
 )
 from configs.attention import (
     AttentionConfig,
+    GatedDeltaConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
@@ -199,6 +200,19 @@ def v31_nano() -> ModelConfig:
         num_layers=4,
         pattern=tuple(LayerSpec(attention=a, ffn=ffn) for a in _nano_attention()),
         context_length=256,
+    )
+
+
+def delta_nano() -> ModelConfig:
+    """v31_nano with three gated delta nets before each attention over everything, as Qwen3-Next and
+    Kimi Linear (2025) mix them: 4.6M parameters."""
+    base = v31_nano()
+    delta = GatedDeltaConfig(num_heads=4, key_head_dim=16, value_head_dim=24)
+    _, everywhere = _nano_attention()
+    kinds = (delta, delta, delta, everywhere)
+    ffn = base.pattern[0].ffn
+    return dataclasses.replace(
+        base, pattern=tuple(LayerSpec(attention=kind, ffn=ffn) for kind in kinds)
     )
 
 

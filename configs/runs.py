@@ -105,6 +105,14 @@ def v31_nano() -> RunConfig:
     )
 
 
+def delta_nano() -> RunConfig:
+    """Gated delta nets and attention, three to one, with v31_nano's experts, data and steps.
+
+    python -m scripts.train delta_nano
+    """
+    return dataclasses.replace(v31_nano(), name="delta_nano", model=models.delta_nano())
+
+
 def v31_nano_student() -> RunConfig:
     """A dense student with a quarter of v31_nano's parameters.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from checkpoint.run_directory import read_run
 from configs.checks import UserError
 from configs.serialization import finite_json
 from data.tokenizers.tokenizer import end_of_text_id
-from evals.run import TASKS, Progress, evaluate, open_run
-from evals.tasks.base import Result, Skipped
+from evals.opening import load_run, run_evaluation
+from evals.results import Result, headline
+from evals.run import evaluate
+from evals.task_list import HELD_OUT, find_tasks
+from evals.tasks.base import Skipped
 from infer.generate import generate
 from infer.load import load_model
 from infer.sampling import Sampling
@@ -42,17 +45,20 @@ class EvaluatedRun:
     """By task name: stdlib_bpb and line_completion."""
 
 
-def evaluate_run(run_dir: Path, progress: Callable[[str], Progress]) -> EvaluatedRun:
-    """Runs every benchmark on a trained run.
+def evaluate_run(run_dir: Path) -> EvaluatedRun:
+    """Runs the benchmarks of held-out text on a trained run.
 
     Raises:
       UserError: one does not apply to it.
     """
     results: dict[str, Result] = {}
-    for found in evaluate(open_run(run_dir), list(TASKS), progress):
+    loaded = load_run(run_dir)
+    output = run_dir / "evaluation"
+    evaluation = run_evaluation(run_dir, loaded, output=output, may_set_aside=True)
+    for found in evaluate(evaluation, find_tasks(HELD_OUT)):
         if isinstance(found, Skipped):
             raise UserError(f"{found.task} does not apply to {run_dir}: {found.reason}")
-        results[found.task] = found
+        results[found.task.name] = headline(found, loaded.weights)
     return EvaluatedRun(run_dir, results)
 
 

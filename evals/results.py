@@ -1,38 +1,161 @@
-"""Results of a run's benchmarks as they lie beside it (evals.json), and whether they are stale."""
+"""Files of results: results.json of an evaluation, evals.json beside a run, and its report."""
 
-import dataclasses
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from checkpoint.run_directory import read_run
-from configs.checks import UserError
-from configs.serialization import finite_json
-from evals.tasks.base import Result
+from configs.checks import UserError, require
+from configs.serialization import finite_json, from_tree
+from evals.results_form import BY_TASK, UNKNOWN, ModelDescription, TaskScores
 from formats.atomic_folder import replace_text
-from formats.small_files import read_record
+from formats.small_files import read_json
 from infer.run_weights import RunWeights, newer_weights
 from train.report import table, write_report
 
 FILE, FILE_OF_INITIAL = "evals.json", "evals_initial.json"
+"""Beside a run."""
+RESULTS = "results.json"
+AGAIN = "python -m scripts.evaluate makes it again"
 
 
-def write_results(path: Path, results: Sequence[Result]) -> None:
+@dataclass(frozen=True)
+class Result:
+    """A task's first metric, as tables and reports show it."""
+
+    task: str
+    version: int
+    value: float
+    standard_error: float
+    unit: str
+    count: int
+    """Items the value is the mean of."""
+    details: dict[str, Any] = field(default_factory=dict)
+    weights: RunWeights | None = None
+    """Which it speaks of; None in older files."""
+
+
+def headline(found: TaskScores, weights: RunWeights | None = None) -> Result:
+    """The first metric of a task, with the baselines beside it."""
+    metric = found.task.metrics[0]
+    score = found.total.scores[metric]
+    unit = str(found.task.metadata.get("unit", metric.name))
+    error = score.standard_error or 0.0
+    return Result(
+        found.task.name,
+        found.task.version,
+        score.value,
+        error,
+        unit,
+        found.total.count,
+        dict(found.baselines),
+        weights,
+    )
+
+
+def write_results(path: Path, tree: Mapping[str, Any]) -> None:
     """Replaces the file as a whole."""
-    written = [dataclasses.asdict(result) for result in results]
-    replace_text(path, finite_json(written, indent=2) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, finite_json(dict(tree), indent=2, ensure_ascii=False) + "\n")
+
+
+def with_earlier(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The tree with the tasks that lie in the file already and are not in it.
+
+    Raises:
+      UserError: the file is of another model, or damaged.
+    """
+    earlier = _read_tree(path)
+    if earlier is None:
+        return tree
+    _require_same(earlier, tree["identity"], path)
+    made = {name: dict(tree[name]) for name in BY_TASK}
+    gone = {n for task in tree["group_subtasks"] for n in earlier["group_subtasks"].get(task, ())}
+    for section in BY_TASK:
+        old = {k: v for k, v in earlier.get(section, {}).items() if k not in gone}
+        made[section] = {**old, **made[section]}
+    return {**tree, **made}
+
+
+def require_same_model(path: Path, model: ModelDescription) -> None:
+    """
+    Raises:
+      UserError: the file is there, and of another model, or damaged.
+    """
+    earlier = _read_tree(path)
+    if earlier is not None:
+        _require_same(earlier, model.identity(), path)
+
+
+def _require_same(tree: Mapping[str, Any], identity: Mapping[str, Any], path: Path) -> None:
+    changed = [k for k, v in identity.items() if tree.get("identity", {}).get(k) != v]
+    require(
+        not changed,
+        f"{path} has results of another model (its {', '.join(changed)} differ): choose another "
+        "--output, or remove the folder",
+    )
 
 
 def read_results(path: Path) -> list[Result]:
-    """What `write_results` wrote; empty where the file is missing.
+    """The first metric of each task in results.json or evals.json; empty where there is no file.
 
     Raises:
       UserError: it is damaged.
     """
     try:
-        return read_record(list[Result], path, "python -m scripts.evaluate makes it again")
+        tree = read_json(path, AGAIN)
     except FileNotFoundError:
         return []
+    try:
+        if isinstance(tree, list):  # as it was written before it had lm-evaluation-harness' form
+            return from_tree(list[Result], tree, str(path))
+        return _results_of(tree)
+    except UserError as error:
+        raise UserError(f"{error}: {AGAIN}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): {AGAIN}") from error
+
+
+def _results_of(tree: dict[str, Any]) -> list[Result]:
+    weights = tree["weights"] and from_tree(RunWeights, tree["weights"], "weights")
+    found = []
+    for name, config in tree["configs"].items():
+        metric = config["metric_list"][0]
+        scores, form = tree["results"][name], "{}{},{}"
+        value = scores[form.format(metric["metric"], "", metric["filter"])]
+        error = scores[form.format(metric["metric"], "_stderr", metric["filter"])]
+        found.append(
+            Result(
+                task=name,
+                version=int(tree["versions"][name]),
+                value=float("nan") if value is None else float(value),
+                standard_error=0.0 if error in (None, UNKNOWN) else float(error),
+                unit=config["metadata"].get("unit") or metric["metric"],
+                count=int(tree["n-samples"][name]["effective"]),
+                details=tree.get("baselines", {}).get(name, {}),
+                weights=weights or None,
+            )
+        )
+    return found
+
+
+def _read_tree(path: Path) -> dict[str, Any] | None:
+    """results.json; None where there is none.
+
+    Raises:
+      UserError: it is damaged, or of another form.
+    """
+    try:
+        tree = read_json(path, "remove it")
+    except FileNotFoundError:
+        return None
+    is_ours = isinstance(tree, dict) and all(
+        isinstance(tree.get(name, {}), dict) for name in (*BY_TASK, "identity")
+    )
+    require(is_ours, f"{path} is no result of ours: choose another --output, or remove it")
+    return tree
 
 
 def write_run_report(run_dir: Path, newest: RunWeights | None = None) -> None:

@@ -1,181 +1,288 @@
-"""Runs benchmarks on a model and writes their results: a run beside it, others where asked."""
+"""Runs tasks on a model: what is finished is kept, sample by sample, and never asked again."""
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
+import json
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
-
-from checkpoint.provenance import weights_fingerprint
-from checkpoint.run_corpus import RunCorpus, count_tokens, open_run_corpus
-from checkpoint.run_directory import read_run
-from configs.base import DataConfig
 from configs.checks import UserError, require
-from data.corpora import read_documents
-from data.pipeline import prepare_corpus
-from data.tokenizers.tokenizer import num_ids
-from data.tokenizers.tokenizer_sources import load_public_tokenizer
-from evals.results import FILE, FILE_OF_INITIAL, write_results
-from evals.tasks import line_completion, stdlib_bpb
-from evals.tasks.base import ModelUnderTest, NotApplicable, Result, Skipped
-from infer.load import inference_model
-from infer.run_weights import RunWeights, load_with_identity
-from infer.score import TokenScores, num_rows, score_documents
-from infer.sources import Source
-from model.transformer import Transformer, Variables
+from evals import records, scoring
+from evals.asking import ask
+from evals.records import OtherSamples, Record, SampleFile, set_aside
+from evals.results import RESULTS, require_same_model, with_earlier, write_results
+from evals.results_form import GroupScores, ModelDescription, TaskScores, results_tree, sha256
+from evals.samples import (
+    Choices,
+    EvaluatedModel,
+    HeldOut,
+    Load,
+    Prompt,
+    Sample,
+    Task,
+)
+from evals.sandbox_command import find_bubblewrap
+from evals.tasks.base import NotApplicable, Skipped
 
-TASKS: dict[str, Callable[[ModelUnderTest], Result]] = {
-    task.NAME: task.run for task in (stdlib_bpb, line_completion)
-}
-
-TOKENS_AT_ONCE = 4096
-"""Tokens of a scoring batch."""
-
-Progress = Callable[[int, int], None]
-"""Called with rows done and rows in all."""
-
-
-def check_tasks(names: Sequence[str]) -> None:
-    """
-    Raises:
-      UserError: a name that is no task.
-    """
-    unknown = [name for name in names if name not in TASKS]
-    if unknown or not names:
-        raise UserError(f"unknown tasks {unknown}; there are {', '.join(TASKS)}")
+MOST_DRAWS = 100
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """A model as it lies in memory, the text it is measured on, and where its results go."""
+class Settings:
+    """What is asked of each task."""
 
-    title: str
-    model: Transformer
-    variables: Variables
-    mesh: Mesh | None
-    length: int
-    """Tokens it reads at once."""
-    corpus: RunCorpus
-    """In the model's own tokens."""
-    weights: RunWeights
-    path: Path
-    """Of the results."""
+    limit: int | None = None
+    """Samples at most."""
+    num_fewshot: int | None = None
+    """None: the task's own."""
+    num_draws: int = 1
+    """Draws of few-shot examples, with seeds 0, 1, 2, ..."""
+    unprotected: bool = False
+    """Whether a model's code runs with the rights of this process where a task runs any."""
 
-    def held_as(
-        self, name: str, model: Transformer, variables: Variables, mesh: Mesh | None
-    ) -> "Evaluated":
-        """The same weights in another format or on a mesh, with results of their own.
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("limit", self.limit, 1),
+            ("num-fewshot", self.num_fewshot, 0),
+            ("seeds", self.num_draws, 1),
+        ):
+            require(value is None or value >= least, f"--{name} {value} must be at least {least}")
+        require(
+            self.num_draws <= MOST_DRAWS, f"--seeds {self.num_draws} must be at most {MOST_DRAWS}"
+        )
 
-        Args:
-          name: of format and mesh, for the results' file.
-        """
-        path = self.path.with_name(f"{self.path.stem}_{name}.json")
-        return dataclasses.replace(self, model=model, variables=variables, mesh=mesh, path=path)
+    def num_fewshot_of(self, task: Task) -> int:
+        return task.num_fewshot if self.num_fewshot is None else self.num_fewshot
 
 
-def open_run(run_dir: Path, initial: Variables | None = None) -> Evaluated:
-    """A run's newest variables, on the text that it did not learn from.
+@dataclass(frozen=True)
+class Evaluation:
+    """A model, what is asked of it, and where the answers lie."""
 
-    Args:
-      initial: what the run began with, in place of its newest variables.
+    model: EvaluatedModel
+    description: ModelDescription
+    settings: Settings
+    output: Path
+    """Receives results.json and samples_TASK.jsonl."""
+    held_out: Callable[[], HeldOut] | None = None
+    """Made for tasks that need it; None: there is none."""
+    copies: Sequence[Path] = field(default_factory=tuple)
+    """Files that get what results.json gets."""
+    may_set_aside: bool = False
+    """Whether samples in the way are renamed; otherwise they are refused."""
+
+
+def evaluate(evaluation: Evaluation, tasks: Sequence[Task]) -> Iterator[TaskScores | Skipped]:
+    """Runs the tasks one after the other; results.json has what is finished.
+
     Raises:
-      UserError: a run without checkpoint, or one that lost what it keeps of its corpus.
+      UserError: the folder has another model's results; at the end, if no task applied.
     """
-    run = read_run(run_dir)
-    corpus = open_run_corpus(run, run_dir)
-    if initial is None:
-        model, variables, weights = load_with_identity(run, run_dir)
-    else:
-        model, variables = inference_model(run), initial
-        weights = RunWeights(step=0, sha256=weights_fingerprint(variables))
-    path, length = run_dir / (FILE if initial is None else FILE_OF_INITIAL), run.data.seq_len
-    return Evaluated(str(run_dir), model, variables, None, length, corpus, weights, path)
-
-
-def open_text(
-    source: Source, text: str, suffix: str, fraction: float, folder: Path
-) -> tuple[RunCorpus, Path]:
-    """Held-out text in the source's own tokens, and the folder that keeps it and the results.
-
-    Args:
-      text: 'stdlib', a folder, or a file: see configs.base.DataConfig.
-      fraction: of the text that is held out; the rest gives the unigram model its counts.
-      folder: where texts and results are kept, by the names of both; a text also by what it and
-        the tokenizer are now, so that another share or a changed file is read anew.
-    Raises:
-      UserError: a text or tokenizer that can't be read.
-    """
-    kept = folder / f"{_plain(source.name)}_on_{_plain(text)}"
-    identity = hashlib.sha256(f"{fraction}\n{load_public_tokenizer(source.name).to_str()}".encode())
-    for document in read_documents(text, suffix):
-        identity.update(f"{document.name}\n{document.text}\n".encode())
-    # A run's folder and a model's hold tokenizer.json; files and packages are known by name.
-    settings = DataConfig(
-        source=text,
-        suffix=suffix,
-        tokenizer=source.name,
-        directory=str(kept / f"text_{identity.hexdigest()[:12]}"),
-        holdout_fraction=fraction,
+    path, began = evaluation.output / RESULTS, time.time()
+    try:
+        require_same_model(path, evaluation.description)
+    except UserError:
+        if not evaluation.may_set_aside:
+            raise
+        set_aside(path)
+    finished: list[TaskScores] = []
+    skipped: list[Skipped] = []
+    for task in tasks:
+        try:
+            finished.append(evaluate_task(evaluation, task))
+        except UserError as error:
+            is_error = not isinstance(error, NotApplicable)
+            skipped.append(Skipped(task.name, str(error), is_error))
+            yield skipped[-1]
+            continue
+        _write(evaluation, finished, began)
+        yield finished[-1]
+    names = ", ".join(task.name for task in tasks)
+    require(
+        bool(finished) or any(x.is_error for x in skipped),
+        f"none of the tasks {names} applies to {evaluation.description.name}",
     )
-    corpus = prepare_corpus(settings, source.config.vocab_size)
-    tokenizer = corpus.tokenizer()
-    counts_V = count_tokens(corpus.training(), num_ids(tokenizer))
-    return RunCorpus(tokenizer, corpus.held_out(), counts_V), kept
 
 
-def _plain(name: str) -> str:
+def _write(evaluation: Evaluation, finished: Sequence[TaskScores], began: float) -> None:
+    settings = {
+        "limit": evaluation.settings.limit,
+        "num_fewshot": evaluation.settings.num_fewshot,
+        "num_draws": evaluation.settings.num_draws,
+    }
+    tree = results_tree(evaluation.description, finished, settings, began, time.time() - began)
+    path = evaluation.output / RESULTS
+    tree = with_earlier(tree, path)
+    for each in (path, *evaluation.copies):
+        write_results(each, tree)
+
+
+def samples_path(folder: Path, task: Task) -> Path:
+    """Where a task's samples lie."""
+    return folder / f"samples_{plain_name(task.name)}.jsonl"
+
+
+def plain_name(name: str) -> str:
+    """A name as a part of a file's name."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_.") or "text"
 
 
-def evaluate(
-    evaluated: Evaluated, tasks: Sequence[str], progress: Callable[[str], Progress]
-) -> Iterator[Result | Skipped]:
-    """Runs the tasks one after the other; what is there already is in evaluated.path.
+# --- One task -------------------------------------------------------------------------------------
+
+
+def evaluate_task(evaluation: Evaluation, task: Task) -> TaskScores:
+    """Asks what is not finished, and scores all of it.
+
+    Raises:
+      NotApplicable: the task has nothing to ask of this model.
+      UserError: its data are missing, the samples' file is of something else, or it runs code and
+        there is no sandbox.
+    """
+    settings, held_out = evaluation.settings, None
+    if task.runs_code and not settings.unprotected:
+        find_bubblewrap()
+    if task.needs_held_out and evaluation.held_out is not None:
+        held_out = evaluation.held_out()
+    num_fewshot = settings.num_fewshot_of(task)
+    loads = [
+        Load(num_fewshot, seed, settings.limit, held_out) for seed in range(settings.num_draws)
+    ]
+    draws = [list(task.load(load))[: settings.limit] for load in loads]
+    for samples in draws:
+        _check_samples(task, samples)
+    began = time.monotonic()
+    with _sample_file(evaluation, task, num_fewshot, draws) as file:
+        pending = _pending(draws, file)
+        ask(evaluation.model, task, pending, file, unprotected=settings.unprotected)
+        by_draw = [[file.records[records.sample_hash(s)] for s in samples] for samples in draws]
+        file.finish([record for found in by_draw for record in found])
+    baselines = {} if task.baselines is None else dict(task.baselines(loads[0]))
+    is_chat = any(isinstance(s, Prompt) and not isinstance(s.prompt, str) for s in draws[0])
+    return dataclasses.replace(
+        summarize(task, num_fewshot, by_draw),
+        baselines=baselines,
+        uses_chat_template=is_chat,
+        seconds=time.monotonic() - began,
+        num_asked=len(pending),
+    )
+
+
+def _sample_file(
+    evaluation: Evaluation, task: Task, num_fewshot: int, draws: Sequence[Sequence[Sample]]
+) -> SampleFile:
+    """The task's file, with other samples out of the way where they may be.
+
+    Raises:
+      OtherSamples: they may not.
+    """
+    path = samples_path(evaluation.output, task)
+    made = SampleFile(path, task, _identity(evaluation, task, num_fewshot))
+    if not (evaluation.may_set_aside and path.exists()):
+        return made
+    try:
+        with made:
+            _pending(draws, made)
+    except OtherSamples:
+        print(f"note: other samples of {task.name} were put into {set_aside(path)}", flush=True)
+    return SampleFile(path, task, made.identity)
+
+
+def _identity(evaluation: Evaluation, task: Task, num_fewshot: int) -> str:
+    """What the samples of a file have in common: model, format, task version and settings."""
+    said = evaluation.description.identity() | {
+        "task": task.name,
+        "version": task.version,
+        "num_fewshot": num_fewshot,
+    }
+    if task.output_type in ("loglikelihood_rolling", "loglikelihood"):
+        said["window"] = evaluation.description.window
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_samples(task: Task, samples: Sequence[Sample]) -> None:
+    """
+    Raises:
+      NotApplicable: there are none.
+    """
+    if not samples:
+        raise NotApplicable("it has no samples")
+    keys = [sample.key for sample in samples]
+    assert len(set(keys)) == len(keys), f"{task.name} has two samples of one key"
+    for sample in samples:
+        if isinstance(sample, Choices):
+            assert 0 <= sample.answer < len(sample.choices), f"{task.name}: {sample.key}"
+
+
+def _pending(draws: Sequence[Sequence[Sample]], file: SampleFile) -> dict[str, tuple[int, Sample]]:
+    """Draw and sample by hash, of those that are not finished; equal ones are asked once.
+
+    Raises:
+      OtherSamples: the file holds a sample of the same key and draw, and other content.
+    """
+    known = {(record.key, record.draw): record.sample_hash for record in file.records.values()}
+    pending = {}
+    for draw, samples in enumerate(draws):
+        for sample in samples:
+            name = records.sample_hash(sample)
+            if name in file.records or name in pending:
+                continue
+            if known.get((sample.key, draw), name) != name:
+                raise OtherSamples(
+                    f"{file.path} holds an answer to another {sample.key!r}, for the task's data "
+                    "have changed: choose another --output, or remove the file"
+                )
+            pending[name] = (draw, sample)
+    return pending
+
+
+# --- Scores of a task -----------------------------------------------------------------------------
+
+
+def summarize(task: Task, num_fewshot: int, by_draw: Sequence[Sequence[Record]]) -> TaskScores:
+    """The scores of a task and of its groups.
 
     Args:
-      progress: called with a task's name; gives the function that receives its progress.
-    Raises:
-      UserError: an unknown task; at the end, if no task applied.
+      by_draw: the samples of each draw of few-shot examples, in the task's order.
     """
-    check_tasks(tasks)
-    corpus, results = evaluated.corpus, []
-    for name in tasks:
-        subject = ModelUnderTest(
-            score=functools.partial(_score, evaluated, progress(name)),
-            length=evaluated.length,
-            tokenizer=corpus.tokenizer,
-            token_counts_V=corpus.token_counts_V,
-            held_out=corpus.held_out,
-        )
-        try:
-            results.append(dataclasses.replace(TASKS[name](subject), weights=evaluated.weights))
-        except NotApplicable as error:
-            yield Skipped(name, str(error))
-        else:
-            write_results(evaluated.path, results)
-            yield results[-1]
-    require(bool(results), f"none of the tasks {', '.join(tasks)} applies to {evaluated.title}")
+    first = by_draw[0]
+    groups = {
+        group: [[r for r in found if r.group == group] for found in by_draw]
+        for group in dict.fromkeys(record.group for record in first)
+        if group
+    }
+    if len(groups) == 1 and all(record.group for record in first):
+        groups = {}  # it is the whole task
+    lines = [line for record in first for line in record.lines]
+    hashes = "".join(x["doc_hash"] + x["prompt_hash"] + x["target_hash"] for x in lines)
+    return TaskScores(
+        task=task,
+        num_fewshot=num_fewshot,
+        total=_scores(task, by_draw),
+        groups={name: _scores(task, members) for name, members in groups.items()},
+        data_sha256=sha256("".join(record.sample_hash for record in first)),
+        task_hash=sha256(hashes),
+        records=[record for found in by_draw for record in found],
+        num_draws=len(by_draw),
+    )
 
 
-def _score(
-    evaluated: Evaluated, progress: Progress, documents: list[np.ndarray]
-) -> list[TokenScores]:
-    model, length, mesh = evaluated.model, evaluated.length, evaluated.mesh
-    has_memory = model.config.memory_length is not None
-    total = num_rows((len(tokens) for tokens in documents), length, has_memory=has_memory)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        return score_documents(
-            model,
-            evaluated.variables,
-            documents,
-            length=length,
-            batch_size=max(TOKENS_AT_ONCE // length, 1),
-            progress=lambda done: progress(done, total),
-        )
+def _scores(task: Task, by_draw: Sequence[Sequence[Record]]) -> GroupScores:
+    scores = {}
+    for metric in task.metrics:
+        draws = [
+            {r.key: r.values[metric] for r in found if metric in r.values} for found in by_draw
+        ]
+        if all(draws):
+            scores[metric] = scoring.aggregate(metric, draws)
+    everything = [record for found in by_draw for record in found]
+    answers = sum(record.num_answers for record in everything)
+    return GroupScores(
+        scores=scores,
+        count=len(by_draw[0]),
+        empty_rate=sum(r.num_empty for r in everything) / answers if answers else None,
+        truncated_rate=sum(r.num_truncated for r in everything) / answers if answers else None,
+        cut_rate=scoring.rate([record.is_cut for record in everything]),
+    )

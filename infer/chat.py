@@ -1,15 +1,20 @@
 """Conversations as token lists, in the chat template that the model was trained with."""
 
+from typing import Any
+
 from configs.checks import require
 from data.tokenizers.chat import Messages, render
 from data.tokenizers.public_tokenizer import PublicTokenizer
 
 
-def chat_ids(tokenizer: PublicTokenizer, messages: Messages) -> list[int]:
+def chat_ids(
+    tokenizer: PublicTokenizer, messages: Messages, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
     """The conversation's tokens, up to where the model's answer begins.
 
     Args:
       messages: {"role": "system" | "user" | "assistant", "content": text} each.
+      tools: JSON schemas of functions that the model may call.
     Raises:
       UserError: the model has no chat template, or it can't be rendered.
     """
@@ -23,6 +28,7 @@ def chat_ids(tokenizer: PublicTokenizer, messages: Messages) -> list[int]:
         tokenizer.chat_template or "",
         bos=tokenizer.text_of(tokenizer.bos_id),
         eos=tokenizer.text_of(tokenizer.eos_id),
+        tools=tools,
     )
     return tokenizer.encode(text, specials=True, bos=False)
 

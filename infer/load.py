@@ -10,7 +10,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from checkpoint.orbax_store import restore_variables
 from configs.base import ExecutionConfig, RunConfig
-from infer.weights import WeightFormat, stacked_sharding
+from infer.weights import WeightFormat, sharding_for
 from model.depth import with_threshold_selection
 from model.transformer import Transformer, Variables, abstract_variables
 from parallel.sharding import tree_shardings
@@ -57,8 +57,8 @@ def abstract_on_mesh(
 
     Args:
       mesh: where they go; None is the first device of this process.
-      weights: the format they get once they are there (infer/weights.py): what has few bits is
-        split over the mesh by layers and experts alone.
+      weights: the format they get once they are there (infer/weights.py), which says how they can
+        be split.
     Raises:
       UserError: the mesh does not divide a dimension it splits.
     """
@@ -69,7 +69,7 @@ def abstract_on_mesh(
         shardings = tree_shardings(mesh, axes, abstract)
         if weights != "float32":
             shardings = jax.tree_util.tree_map_with_path(
-                stacked_sharding(model, weights, mesh), shardings
+                sharding_for(model, weights, mesh), shardings
             )
 
     def abstract_leaf(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

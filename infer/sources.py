@@ -81,7 +81,7 @@ class Source:
           UserError: what is there can't be read, the mesh does not divide it, or formats that
             can't go together.
         """
-        check_format(weights, mesh)
+        check_format(weights)
         require(
             weights == "float32" or dtype is None,
             f"weights={weights} says what dtype={dtype} would: leave one out",

@@ -17,10 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.checks import require
 from kernels.backend import current_target
-from kernels.quantize import MatrixDims, QTensor, dequantize
+from kernels.quantize import Format, MatrixDims, QTensor, dequantize
 from kernels.quantize.formats import (
     QUANTIZED,
     WeightFormat,
+    choose_block_size,
     quantizable_reason,
     rounds_in_place,
     to_format,
@@ -40,20 +41,13 @@ Convert = Callable[[Any, jax.Array], Any]
 """(path of a variable, the variable) to what the model holds in its place."""
 
 
-def check_format(weights: str, mesh: Mesh | None = None) -> WeightFormat:
+def check_format(weights: str) -> WeightFormat:
     """
     Raises:
-      UserError: no such format, or one that can't be split as the mesh asks.
+      UserError: no such format.
     """
     require(weights in FORMATS, f"weights={weights} must be one of {', '.join(FORMATS)}")
-    found = cast(WeightFormat, weights)
-    tensor = 1 if mesh is None else mesh.shape[TENSOR]
-    require(
-        found not in QUANTIZED or tensor == 1,
-        f"weights={weights} can't be split over the mesh axis 'tensor' (size {tensor}), which cuts "
-        "through blocks: split 'expert' or 'data', or take bfloat16",
-    )
-    return found
+    return cast(WeightFormat, weights)
 
 
 def formats_of(model: Transformer, weights: WeightFormat) -> dict[str, WeightFormat]:
@@ -64,8 +58,7 @@ def formats_of(model: Transformer, weights: WeightFormat) -> dict[str, WeightFor
     target = current_target()
     chosen: dict[str, WeightFormat] = {}
     for path, (shape, dims) in _matrices(model).items():
-        is_vocabulary = path.endswith(("'embedding']", "'output']")) and path.count("[") == 1
-        format = "int8" if weights == "int4" and is_vocabulary else weights
+        format = "int8" if weights == "int4" and _is_vocabulary(path) else weights
         if weights == "float32" or math.prod(shape[-_num_dims(dims) :]) < SMALLEST:
             continue
         if format in QUANTIZED:
@@ -89,11 +82,12 @@ def converter(model: Transformer, weights: WeightFormat) -> Convert:
     return convert
 
 
-def stacked_sharding(
+def sharding_for(
     model: Transformer, weights: WeightFormat, mesh: Mesh
 ) -> Callable[[Any, NamedSharding], NamedSharding]:
-    """The sharding of each variable: of few bits, only what stacks matrices (layers, experts) is
-    split over the mesh.
+    """The sharding of each variable as its format can be split. One of few bits is split by what
+    stacks matrices (layers, experts), and along the axis "tensor" where that cuts through no block:
+    see `_in_format`.
     """
     formats, matrices = formats_of(model, weights), _matrices(model)
 
@@ -102,10 +96,40 @@ def stacked_sharding(
         if path[0].key != "params" or formats.get(name) not in QUANTIZED:
             return given
         shape, dims = matrices[name]
-        stack = len(shape) - _num_dims(dims)
-        return NamedSharding(mesh, PartitionSpec(*given.spec[:stack]))
+        num_stack = len(shape) - _num_dims(dims)
+        spec = list(given.spec[:num_stack])
+        split = _tensor_dim(given.spec, num_stack)
+        if split is not None and not _is_vocabulary(name):
+            size = shape[split] // mesh.shape[TENSOR]
+            part = (*shape[:split], size, *shape[split + 1 :])
+            if _same_blocks(shape, part, QUANTIZED[formats[name]], dims):
+                spec += [None] * (split - len(spec)) + [TENSOR]
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
     return sharding
+
+
+def _same_blocks(
+    shape: tuple[int, ...], part: tuple[int, ...], format: Format, dims: MatrixDims
+) -> bool:
+    """Whether a part of a weight, rounded by itself, has the same values as in the whole."""
+    target = current_target()
+    if quantizable_reason(part, format, target, dims=dims) is not None:
+        return False
+    inputs = [math.prod(dims.split(of)[1]) for of in (shape, part)]
+    whole, own = (choose_block_size(count, format, target) for count in inputs)
+    return whole == own
+
+
+def _tensor_dim(spec: PartitionSpec, num_stack: int) -> int | None:
+    """The dim of the matrix that is split along the axis "tensor"."""
+    found = [dim for dim, axis in enumerate(spec) if axis == TENSOR and dim >= num_stack]
+    return found[0] if found else None
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Whether it is the embedding or the output layer."""
+    return name.endswith(("'embedding']", "'output']")) and name.count("[") == 1
 
 
 def num_bytes(variables: Any) -> int:
@@ -130,9 +154,12 @@ def _matrices(model: Transformer) -> dict[str, tuple[tuple[int, ...], MatrixDims
 
 
 def _in_format(x: jax.Array, format: WeightFormat, dims: MatrixDims) -> jax.Array | QTensor:
-    """x in its format; each device rounds the matrices that it holds."""
+    """x in its format; each device rounds what it holds. Where that is parts of matrices, along the
+    axis "tensor", the parts are a stacked dimension behind the others (model.layers.SplitWeight).
+    """
     if format not in QUANTIZED or len(x.sharding.device_set) == 1:
         return _rounded(x, format, dims)
+    assert isinstance(x.sharding, NamedSharding)
     made: dict[Any, QTensor] = {}
     shards: list[QTensor] = []
     for shard in x.addressable_shards:
@@ -140,12 +167,17 @@ def _in_format(x: jax.Array, format: WeightFormat, dims: MatrixDims) -> jax.Arra
         if index not in made:
             made[index] = cast(QTensor, _rounded(shard.data, format, dims))
         shards.append(jax.device_put(made[index], shard.device))
-    assert isinstance(x.sharding, NamedSharding)
-    num_stack = x.ndim - _num_dims(dims)
-    sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[:num_stack]))
+    num_stack, spec, mesh = x.ndim - _num_dims(dims), x.sharding.spec, x.sharding.mesh
+    stack, axes = x.shape[:num_stack], [*spec, *[None] * x.ndim][:num_stack]
+    is_split = _tensor_dim(spec, num_stack) is not None
+    if is_split:
+        stack, axes = (*stack, mesh.shape[TENSOR]), [*axes, TENSOR]
 
     def together(*parts: jax.Array) -> jax.Array:
-        shape = (*x.shape[:num_stack], *parts[0].shape[num_stack:])
+        if is_split:
+            parts = tuple(jnp.expand_dims(part, num_stack) for part in parts)
+        shape = (*stack, *parts[0].shape[len(stack) :])
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
         return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
 
     return jax.tree.map(together, *shards)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from configs.feed_forward import MoEConfig
 from kernels.grouped_matmul import Implementation, grouped_matmul, grouped_swiglu
 from kernels.quantize import MatrixDims, QTensor
-from model.layers import weight, zero_weight
+from model.layers import SplitWeight, Weight, weight, zero_weight
 from parallel.expert import GroupedFn
 from parallel.mesh import TENSOR, axis_sizes
+from parallel.sharding import LogicalAxes
 
 WEIGHT_AXES = {
     "gate_up": ("expert", "embed", None, "mlp"),
@@ -46,6 +47,19 @@ def expert_weights(
     return weights
 
 
+def weight_axes(weights: dict[str, Any]) -> dict[str, LogicalAxes]:
+    """The logical axes of each weight, as `apply_experts` takes them. Those of few bits are stacked
+    by expert, and on a mesh with a tensor axis by part.
+    """
+
+    def axes(name: str, held: Any) -> LogicalAxes:
+        if isinstance(held, SplitWeight):
+            return ("expert", "mlp")
+        return ("expert",) if isinstance(held, QTensor) else WEIGHT_AXES[name]
+
+    return {name: axes(name, held) for name, held in weights.items()}
+
+
 def expert_function(config: MoEConfig, implementation: Implementation) -> GroupedFn:
     """What parallel.expert.apply_experts takes as grouped_fn, for weights as above."""
     if config.activation == "swiglu" and not config.bias:
@@ -61,8 +75,9 @@ def _swiglu_experts(
     implementation: Implementation,
 ) -> jax.Array:
     """W_down(silu(W_gate x) * W_up x) of each row with its own expert's matrices, [R, D]."""
-    h_RF = grouped_swiglu(x_RD, weights["gate_up"], group_sizes_X, implementation=implementation)
-    return grouped_matmul(h_RF, weights["down"], group_sizes_X, implementation=implementation)
+    gate_up, down = _own(weights["gate_up"]), _own(weights["down"])
+    h_RF = grouped_swiglu(x_RD, gate_up, group_sizes_X, implementation=implementation)
+    return grouped_matmul(h_RF, down, group_sizes_X, implementation=implementation)
 
 
 def _other_experts(
@@ -78,13 +93,14 @@ def _other_experts(
 
     Each shard of the tensor axis gives a part of the sum over F, so each adds its share of b_down.
     """
-    w_gate_up_XDC = _gate_beside_up(weights["gate_up"])
+    w_gate_up_XDC = _gate_beside_up(_own(weights["gate_up"]))
     h_RC = grouped_matmul(x_RD, w_gate_up_XDC, group_sizes_X, implementation=implementation)
     h_R2F = h_RC.reshape(x_RD.shape[0], 2, -1)
     if config.bias:
         h_R2F += _of_own_expert(weights["gate_up_bias"], group_sizes_X, x_RD.shape[0])
     h_RF = activated(h_R2F[:, 0], h_R2F[:, 1], config).astype(x_RD.dtype)
-    y_RD = grouped_matmul(h_RF, weights["down"], group_sizes_X, implementation=implementation)
+    down = _own(weights["down"])
+    y_RD = grouped_matmul(h_RF, down, group_sizes_X, implementation=implementation)
     if config.bias:
         share_XD = weights["down_bias"] / axis_sizes()[TENSOR]
         y_RD += _of_own_expert(share_XD, group_sizes_X, x_RD.shape[0])
@@ -105,6 +121,11 @@ def activated(gate: jax.Array, up: jax.Array, config: MoEConfig) -> jax.Array:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
         return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
     assert_never(config.activation)
+
+
+def _own(w: Weight) -> jax.Array | QTensor:
+    """What this device multiplies by."""
+    return w.own() if isinstance(w, SplitWeight) else w
 
 
 def _gate_beside_up(w_gate_up_XD2F: jax.Array | QTensor) -> jax.Array | QTensor:

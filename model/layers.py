@@ -15,6 +15,7 @@ from configs.feed_forward import DenseConfig
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
 from kernels.matmul import matmul, reads_as_stored
 from kernels.quantize import MatrixDims, QTensor
+from parallel.sharding import on_parts
 
 
 class Declared(nn.LogicallyPartitioned):
@@ -22,6 +23,21 @@ class Declared(nn.LogicallyPartitioned):
 
     dims: MatrixDims | None = struct.field(default=None, pytree_node=False)
     """None: the parameter stays in floats, whatever format the weights have."""
+
+
+class SplitWeight(struct.PyTreeNode):
+    """A weight of few bits whose parts the devices of the mesh axis "tensor" hold, each rounded and
+    packed by itself."""
+
+    parts: QTensor
+    """The parts are its last stacked dimension, which the mesh splits."""
+    dim: int = struct.field(pytree_node=False)
+    """Which of the matrix's dimensions the parts lie along."""
+
+    def own(self) -> QTensor:
+        """The one part that a device sees inside shard_map."""
+        at = (slice(None),) * (len(self.parts.stack) - 1)
+        return jax.tree.map(lambda array: array[(*at, 0)], self.parts)
 
 
 def weight(
@@ -38,13 +54,16 @@ def weight(
 
     Args:
       dims: which dimensions a product sums over and which it gives, for a weight that may be held
-        in few bits; it is then a QTensor, which `project` and its like multiply by.
+        in few bits; it is then a QTensor or SplitWeight, which `project` and its like multiply by.
     Raises:
       ValueError: a QTensor of another shape, or of a weight without dims.
     """
     if module.has_variable("params", name):
         held = module.get_variable("params", name)
         if isinstance(held, QTensor):
+            split = _split_dim(held, shape, dims)
+            if split is not None:
+                return SplitWeight(held, split)
             if dims is None or held.shape != shape:
                 raise ValueError(f"{name} {shape} can't be a QTensor of shape {held.shape}")
             return held
@@ -56,8 +75,25 @@ def weight(
     return module.param(name, init, shape, jnp.float32)
 
 
+def _split_dim(held: QTensor, shape: tuple[int, ...], dims: MatrixDims | None) -> int | None:
+    """The matrix's dimension along which this is the weight in parts; None: it is whole."""
+    if dims is None or held.ndim != len(shape) + 1:
+        return None
+    num_stack = len(held.stack) - 1
+    local, count = held.shape[num_stack + 1 :], held.stack[-1]
+    for dim, size in enumerate(local):
+        whole = (*local[:dim], size * count, *local[dim + 1 :])
+        if (*held.stack[:-1], *whole) == shape:
+            return dim
+    return None
+
+
 def project(
-    equation: str, x: jax.Array, w: jax.Array | QTensor, *, is_flat: bool = False
+    equation: str,
+    x: jax.Array,
+    w: jax.Array | QTensor | SplitWeight,
+    *,
+    is_flat: bool = False,
 ) -> jax.Array:
     """The product of rows of x with a weight, in x's dtype: where the model multiplies by weights.
 
@@ -68,6 +104,8 @@ def project(
         XLA turns them round in the weight otherwise, a copy for each token that is decoded; and
         sums in another order.
     """
+    if isinstance(w, SplitWeight):
+        return _project_by_parts(equation, x, w)
     if isinstance(w, QTensor) or reads_as_stored(w.dtype, x.dtype):
         return matmul(x, w, equation)
     of_x, _, of_w = equation.partition("->")[0].partition(",")
@@ -79,10 +117,29 @@ def project(
     return jnp.einsum(equation, x, w.astype(x.dtype))
 
 
-def in_dtype(w: jax.Array | QTensor, dtype: jnp.dtype) -> jax.Array | QTensor:
+def _project_by_parts(equation: str, x: jax.Array, w: SplitWeight) -> jax.Array:
+    """Each device multiplies by its part; parts of the inputs give parts of a sum."""
+    operands, _, result = equation.partition("->")
+    of_x, _, of_w = operands.partition(",")
+    letter = of_w[w.dim]
+    names = {"B": "batch", letter: "mlp"}
+    return on_parts(
+        lambda x, w: matmul(x, w.own(), equation),
+        x,
+        w,
+        [names.get(axis) for axis in of_x],
+        [names.get(axis) for axis in result],
+        is_sum=letter in of_x,
+    )
+
+
+Weight = jax.Array | QTensor | SplitWeight
+
+
+def in_dtype(w: Weight, dtype: jnp.dtype) -> Weight:
     """A weight as its product with rows of the dtype takes it: as it is where kernels read it so
-    (`kernels.matmul.reads_as_stored`; a QTensor always), else an array in this dtype."""
-    if isinstance(w, QTensor) or reads_as_stored(w.dtype, dtype):
+    (`kernels.matmul.reads_as_stored`; one of few bits always), else an array in this dtype."""
+    if isinstance(w, QTensor | SplitWeight) or reads_as_stored(w.dtype, dtype):
         return w
     return w.astype(dtype)
 

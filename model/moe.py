@@ -13,7 +13,7 @@ from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
-from model.experts import WEIGHT_AXES, expert_function, expert_weights
+from model.experts import expert_function, expert_weights, weight_axes
 from model.layer_state import AnyKeyValueState
 from model.layers import SwiGLU, in_dtype, newest, weight, zero_weight
 from model.router import initial_state, needs_state, route, score_deviation
@@ -71,7 +71,7 @@ class MoE(nn.Module):
             {name: in_dtype(w, dtype) for name, w in weights.items()},
             grouped_fn=expert_function(c, self.execution.grouped_matmul),
             num_experts=c.num_experts,
-            weight_axes={name: WEIGHT_AXES[name] for name in weights},
+            weight_axes=weight_axes(weights),
             transport=self.execution.transport,
             capacity_factor=self.execution.capacity_factor,
         )

@@ -81,6 +81,9 @@ class Transformer(nn.Module):
             in_axes=cast(Any, (0, nn.broadcast, 0, 0)),
             length=c.num_periods,
             unroll=1 if is_scanned(c) else c.num_periods,
+            # Traces all layers once more, to look for broadcasts that none makes. Where weights are
+            # drawn that moves the keys, and a seed is to draw what it always drew.
+            check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.execution)
         self.final_norm = RMSNorm(c.norm_eps)
@@ -264,9 +267,19 @@ def output_weights(model: Transformer, variables: Variables, *, as_stored: bool 
 
 def abstract_variables(model: Transformer) -> tuple[Variables, Variables]:
     """Variables as ShapeDtypeStructs and the tree of their logical axes; nothing is allocated."""
-    key = cast(Hashable, model)  # a frozen dataclass of frozen ones
-    variables, axes = _abstract(key, jax.sharding.get_abstract_mesh())
+    variables, axes, _ = _declared(model)
     return _copied(variables), _copied(axes)
+
+
+def weight_dims(model: Transformer) -> Any:
+    """Which dimensions of each parameter make its matrix, as a MatrixDims; None of those that stay
+    in floats. In a tree like variables["params"]."""
+    return _copied(_declared(model)[2])
+
+
+def _declared(model: Transformer) -> tuple[Variables, Variables, Any]:
+    key = cast(Hashable, model)  # a frozen dataclass of frozen ones
+    return _abstract(key, jax.sharding.get_abstract_mesh())
 
 
 def _copied(tree: Any) -> Any:
@@ -274,8 +287,9 @@ def _copied(tree: Any) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _abstract(model: Any, mesh: jax.sharding.AbstractMesh) -> tuple[Variables, Variables]:
-    """Known from then on: tracing takes a second and more, and a program asks several times.
+def _abstract(model: Any, mesh: jax.sharding.AbstractMesh) -> tuple[Variables, Variables, Any]:
+    """Variables, their axes and the parameters' MatrixDims. Known from then on: tracing takes a
+    second and more, and a program asks several times.
 
     Args:
       mesh: the one in use.
@@ -289,20 +303,12 @@ def _abstract(model: Any, mesh: jax.sharding.AbstractMesh) -> tuple[Variables, V
         "params": jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, tuple)),
         "router_state": jax.tree.map(lambda x: (None,) * x.ndim, boxed["router_state"]),
     }
-    return nn.unbox(boxed), axes
-
-
-def weight_dims(model: Transformer) -> Any:
-    """Which dimensions of each parameter make its matrix, as a MatrixDims; None of those that stay
-    in floats. In a tree like variables["params"]."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    keys = dict.fromkeys(("params", SHAPES_ALONE), jax.random.key(0))
-    boxed = jax.eval_shape(model.init, keys, make_step(tokens, tokens))["params"]
-    return jax.tree.map(
+    dims = jax.tree.map(
         lambda box: box.dims if isinstance(box, Declared) else None,
-        boxed,
+        boxed["params"],
         is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
     )
+    return nn.unbox(boxed), axes, dims
 
 
 def init_variables(model: Transformer, seed: int) -> Variables:

@@ -81,8 +81,8 @@ def apply_experts(
       weights: arrays by name, or trees of arrays, whose first dimension is the expert.
       grouped_fn: what the experts compute; see GroupedFn. With a tensor axis it receives its slice
         of the weights and returns a partial sum.
-      weight_axes: the logical axes of each; "expert" and "mlp" decide how they are
-        split.
+      weight_axes: the logical axes of each, or those that all arrays of a tree begin with; "expert"
+        and "mlp" decide how they are split.
       capacity_factor: all_to_all only: rows of a buffer over the rows of a balanced load.
     Raises:
       UserError: the expert axis does not divide num_experts.
@@ -131,17 +131,12 @@ def _pad_rows(x: jax.Array, rows: int, value: int) -> jax.Array:
 
 
 def _weight_specs(weights: dict[str, Any], weight_axes: dict[str, LogicalAxes]) -> dict[str, Any]:
-    """Weights are split by expert and by feed-forward width; other dimensions arrive whole. One of
-    several arrays (of few bits: values and scales) is split by expert alone.
-    """
+    """Weights are split by expert and by feed-forward width; other dimensions arrive whole."""
     mesh_axes = {"expert": EXPERT, "mlp": TENSOR}
-
-    def spec(weight: Any, logical_axes: LogicalAxes) -> PartitionSpec:
-        if not isinstance(weight, jax.Array):
-            return PartitionSpec(EXPERT)
-        return PartitionSpec(*(mesh_axes.get(name or "") for name in logical_axes))
-
-    return {name: spec(weight, weight_axes[name]) for name, weight in weights.items()}
+    return {
+        name: PartitionSpec(*(mesh_axes.get(axis or "") for axis in weight_axes[name]))
+        for name in weights
+    }
 
 
 # --- transports: one device's part, returning float32 out_TD ------------------------------------

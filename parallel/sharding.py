@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from configs.checks import UserError
-from parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR
+from parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR, axis_sizes
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,  # rows of the batch
@@ -101,11 +101,11 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 
 def on_shards(
-    fn: Callable[..., jax.Array],
+    fn: Callable[..., Any],
     operands: Sequence[jax.Array],
     axes: Sequence[LogicalAxes],
-    out_axes: LogicalAxes,
-) -> jax.Array:
+    out_axes: Any,
+) -> Any:
     """fn(*operands), each device computing its own part; for what XLA can't split itself, as
     kernels that aren't XLA's.
 
@@ -114,6 +114,7 @@ def on_shards(
         part of the result.
       axes: logical axes of each operand; where a mesh axis does not divide a dimension (a decode
         batch of one), every device computes the whole.
+      out_axes: of the result, or a list of those of each array of a tuple.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -122,9 +123,49 @@ def on_shards(
     for operand, spec in zip(operands, specs, strict=True):
         if not all(map(_divides, operand.shape, spec)):
             return fn(*operands)
+    is_tuple = isinstance(out_axes, list)
+    out_specs = tuple(map(partition_spec, out_axes)) if is_tuple else partition_spec(out_axes)
     # Kernels that aren't XLA's say nothing of what varies over devices.
-    return jax.shard_map(fn, in_specs=specs, out_specs=partition_spec(out_axes), check_vma=False)(
-        *operands
+    return jax.shard_map(fn, in_specs=specs, out_specs=out_specs, check_vma=False)(*operands)
+
+
+def on_parts(
+    fn: Callable[[jax.Array, Any], jax.Array],
+    x: jax.Array,
+    parts: Any,
+    x_axes: LogicalAxes,
+    out_axes: LogicalAxes,
+    *,
+    is_sum: bool,
+) -> jax.Array:
+    """fn(x, parts) of a weight that lies in parts on the mesh axis "tensor", each device with its
+    own.
+
+    Args:
+      parts: a tree of arrays whose dim 0 is the parts.
+      x_axes, out_axes: logical axes of x and of the result; a batch that does not divide is whole.
+      is_sum: the devices' results are parts of a sum, and not of an array.
+    Raises:
+      ValueError: the mesh in use is not the one that the parts were made for.
+    """
+    count, devices = jax.tree.leaves(parts)[0].shape[0], axis_sizes()[TENSOR]
+    if count != devices:
+        raise ValueError(
+            f"a weight in {count} parts needs as many devices along {TENSOR!r}, the mesh in use "
+            f"has {devices}: set the one that it was loaded onto"
+        )
+    whole = {None} if _divides(x.shape[0], BATCH_AXES) else {None, "batch"}
+
+    def spec(axes: LogicalAxes) -> PartitionSpec:
+        return partition_spec([None if axis in whole else axis for axis in axes])
+
+    def own(x: jax.Array, parts: Any) -> jax.Array:
+        y = fn(x, parts)
+        return jax.lax.psum(y, TENSOR) if is_sum else y
+
+    in_specs = (spec(x_axes), PartitionSpec(TENSOR))
+    return jax.shard_map(own, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)(
+        x, parts
     )
 
 

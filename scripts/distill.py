@@ -61,7 +61,7 @@ def teacher_of(
         step = latest_step(source.path / "checkpoints") or 0 if is_run else None
         with reading(source) as progress:
             model, variables = source.load(
-                mesh=mesh, weights=check_format(weights, mesh), progress=progress
+                mesh=mesh, weights=check_format(weights), progress=progress
             )
         return Teacher(model, variables, step, source.name)
 

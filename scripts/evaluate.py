@@ -1,140 +1,115 @@
-"""Runs benchmarks on any model; a run's go into its evals.json, which its report.html shows, too.
+"""Runs benchmarks on any model, and compares two.
 
-    python -m scripts.evaluate runs/v31_nano --tasks stdlib_bpb,line_completion
-    python -m scripts.evaluate runs/v31_nano --weights int8 --mesh.expert 2
-    python -m scripts.evaluate runs/smollm2_code --initial
-    python -m scripts.evaluate smollm2 --weights int4
-    python -m scripts.evaluate models/mixtral --text letters/ --suffix .txt
+    python -m scripts.evaluate runs/v31_nano
+    python -m scripts.evaluate runs/student --against runs/teacher --tasks quick
+    python -m scripts.evaluate smollm2 --tasks winogrande,my_questions.jsonl --weights int8
+    python -m scripts.evaluate smollm2 --tasks bpb:letters/
+    python -m scripts.evaluate models/mixtral --text letters/ --suffix .txt --mesh.expert 4
+    python -m scripts.evaluate --tasks list
 
-A run is measured on the text that it did not learn from, any other model on this Python's library
-or what --text names, of which a share is held out; text and results are kept under --folder.
+The output's folder gets results.json (in lm-evaluation-harness' form), samples_TASK.jsonl and
+report.html. Interrupted, the same command goes on: no finished sample is asked again. A run's
+results go into its evals.json, too, which its own report shows.
 
-With --initial it is the trained model the run began with (init.source), upcycled where the run's
-is; evals_initial.json has the results. Weights in another format or on a mesh have theirs in
-evals_int8_expert2.json and the like.
+Without --tasks, held-out text is measured: of a run what it did not learn from, of any other model
+a share of this Python's library, or of what --text names. With --initial a run is the trained model
+it began with (init.source), upcycled where the run's is; evals_initial.json has the results.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
-from jax.sharding import Mesh
-from rich.console import Console
-from rich.table import Table
-
-from checkpoint.provenance import weights_fingerprint
-from checkpoint.run_directory import read_run
 from configs.checks import require
-from evals.results import FILE, write_run_report
-from evals.run import TASKS, Evaluated, Progress, check_tasks, evaluate, open_run, open_text
-from evals.tasks.base import Result, Skipped
-from infer.run_weights import RunWeights
+from evals.comparison import write_comparison
+from evals.local_model import BATCH_TOKENS
+from evals.page import print_differences, print_scores, write_comparison_page, write_scores_page
+from evals.results import FILE, RESULTS, write_run_report
+from evals.results_form import TaskScores
+from evals.run import Evaluation, evaluate, plain_name
+from evals.samples import Task
+from evals.task_list import HELD_OUT, describe_tasks, find_tasks
 from infer.sources import Source, open_source
 from scripts import command
-from scripts.model_options import add_model_options, asked_mesh, description, load_model
-from scripts.sources import initial_variables
-from train.progress import ProgressBar
-
-FOLDER, SUFFIX, HELD_OUT = Path("runs/evals"), ".py", 0.01
-LENGTH = 1024
-"""Tokens that a model reads at once where its run does not say, at most."""
+from scripts.evaluated_model import add_text_options, open_evaluation
+from scripts.model_options import add_model_options, asked_mesh
 
 
 def main(argv: list[str]) -> None:
-    parser = command.parser(__doc__)
-    parser.add_argument("model", help="a run, a model's folder or file, or 'smollm2'")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated (default: all)")
-    parser.add_argument("--initial", action="store_true", help="the weights the run began with")
-    parser.add_argument("--text", help="'stdlib', a folder or a file; a run has its own")
-    parser.add_argument("--suffix", help="of a folder's files to read (.py)")
-    parser.add_argument("--held-out", type=float, help="share of the text (0.01)")
-    parser.add_argument("--length", type=int, help=f"tokens read at once (at most {LENGTH:,})")
-    parser.add_argument("--folder", type=Path, help=f"of text and results ({FOLDER})")
-    add_model_options(parser, has_state=False)
-    arguments = parser.parse_args(argv)
-    mesh = asked_mesh(arguments)
-    names = arguments.tasks.split(",")
-    check_tasks(names)
+    arguments = _parser().parse_args(argv)
+    if arguments.tasks == "list":
+        print(describe_tasks())
+        return
+    require(arguments.model is not None, "name a model: a run, a folder, a file, or smollm2")
+    tasks, mesh = find_tasks(arguments.tasks.split(",")), asked_mesh(arguments)
+    command.keep_compiled()
     source = open_source(arguments.model)
-    of_run = source.kind == "run" and arguments.text is None
-    evaluated = (_run if of_run else _model_on_text)(source, arguments, mesh)
-    newest = None
-    for found in evaluate(evaluated, names, progress_bar):
-        if isinstance(found, Skipped):
-            print(f"{found.task} skipped: {found.reason}", flush=True)
+    other = None if arguments.against is None else open_source(arguments.against)
+    evaluation = open_evaluation(source, arguments, tasks, mesh, arguments.output)
+    found = run(evaluation, tasks, source)
+    if other is not None:
+        arguments.initial = False
+        output = arguments.output and arguments.output / f"against_{plain_name(other.name)}"
+        theirs = run(open_evaluation(other, arguments, tasks, mesh, output), tasks, other)
+        names = (source.name, other.name)
+        differences = write_comparison(evaluation.output, *names, found, theirs)
+        print_differences(*names, differences)
+        print(f"page: {write_comparison_page(evaluation.output, *names, differences)}")
+
+
+def run(evaluation: Evaluation, tasks: Sequence[Task], source: Source) -> list[TaskScores]:
+    """Runs the tasks, shows each when it is there, and writes the pages.
+
+    Raises:
+      UserError: at the end, of tasks that could not be run.
+    """
+    found: list[TaskScores] = []
+    failed: dict[str, list[str]] = {}
+    for each in evaluate(evaluation, tasks):
+        if isinstance(each, TaskScores):
+            found.append(each)
+            print_scores(source.name, each)
+        elif each.is_error:
+            failed.setdefault(each.reason, []).append(each.task)
         else:
-            show(evaluated.title, [found])
-            newest = found.weights
-    if not of_run:
-        print(f"results: {evaluated.path}", flush=True)
-    elif evaluated.path.name == FILE and (source.path / "metrics.jsonl").exists():
-        write_run_report(source.path, newest)
+            print(f"{each.task} skipped: {each.reason}", flush=True)
+    if found:
+        page = write_scores_page(evaluation.output, source.name, found)
+        print(f"results: {evaluation.output / RESULTS}, page: {page}", flush=True)
+        is_beside = source.path / FILE in evaluation.copies
+        if is_beside and (source.path / "metrics.jsonl").exists():
+            write_run_report(source.path, evaluation.description.weights)
+    reasons = [f"{', '.join(names)}: {reason}" for reason, names in failed.items()]
+    require(not failed, "; ".join(reasons))
+    return found
 
 
-def _run(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) -> Evaluated:
-    """A run on its own text, in the format and on the mesh that were asked for."""
-    name, run_dir = description(arguments), source.path
-    for option in ("suffix", "held_out", "length", "folder"):
-        value = getattr(arguments, option)
-        require(
-            value is None,
-            f"--{option.replace('_', '-')} {value} goes with --text: a run is measured on its own "
-            "text, as it was read",
-        )
-    if arguments.initial:
-        require(not name, f"--initial is scored as it is: leave {name} out")
-        return open_run(run_dir, initial_variables(read_run(run_dir), run_dir))
-    evaluated = open_run(run_dir)
-    if not name:
-        return evaluated
-    return evaluated.held_as(name, *load_model(source, arguments, mesh), mesh)
-
-
-def _model_on_text(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) -> Evaluated:
-    """Any source on a text, as it is in memory."""
-    require(
-        not arguments.initial,
-        f"--initial is of a run on its own text: leave it out for {source.name}",
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser(__doc__)
+    parser.add_argument("model", nargs="?", help="a run, a model's folder or file, or 'smollm2'")
+    parser.add_argument(
+        "--tasks",
+        default=",".join(HELD_OUT),
+        help="comma-separated names, or 'list' (default: %(default)s)",
     )
-    longest = source.config.context_length
-    length = min(LENGTH, longest) if arguments.length is None else arguments.length
-    require(2 <= length <= longest, f"--length {length} must be from 2 to the model's {longest}")
-    fraction = HELD_OUT if arguments.held_out is None else arguments.held_out
-    require(
-        0 < fraction < 1, f"--held-out {fraction} must lie between 0 and 1: a share of the text"
+    parser.add_argument("--limit", type=int, metavar="N", help="samples of a task at most")
+    parser.add_argument("--num-fewshot", type=int, metavar="K", help="examples (the task's own)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="S", help="draws of examples (1)")
+    parser.add_argument("--against", metavar="OTHER", help="a model to be compared with")
+    parser.add_argument("--output", type=Path, help="folder of results (below runs/evaluations)")
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=BATCH_TOKENS,
+        metavar="N",
+        help="of a batch (4096)",
     )
-    text, suffix = arguments.text or "stdlib", arguments.suffix or SUFFIX
-    corpus, folder = open_text(source, text, suffix, fraction, arguments.folder or FOLDER)
-    model, variables = load_model(source, arguments, mesh)
-    weights = RunWeights(step=None, sha256=weights_fingerprint(variables))
-    title, path = f"{source.name} on {text}", folder / FILE
-    evaluated = Evaluated(title, model, variables, mesh, length, corpus, weights, path)
-    name = description(arguments)
-    return evaluated.held_as(name, model, variables, mesh) if name else evaluated
-
-
-def progress_bar(name: str) -> Progress:
-    """A progress bar that appears with the first rows and goes when all are done."""
-    bars: list[ProgressBar] = []
-
-    def update(done: int, total: int) -> None:
-        if not bars:
-            bars.append(ProgressBar(name, total=total, unit="windows").__enter__())
-        bars[0].update(done)
-        if done == total:
-            bars.pop().__exit__(None, None, None)
-
-    return update
-
-
-def show(title: str, results: Iterable[Result]) -> None:
-    """Prints a table of results."""
-    table = Table("task", "value", "of", "beside it", title=title)
-    for r in results:
-        value = f"{r.value:.4f} ± {r.standard_error:.4f} {r.unit}"
-        beside = "\n".join(f"{k} {v:.3f}" for k, v in r.details.items() if isinstance(v, float))
-        table.add_row(r.task, value, str(r.count), beside)
-    Console().print(table)
+    parser.add_argument(
+        "--unprotected", action="store_true", help="a model's code runs with your own rights"
+    )
+    add_text_options(parser)
+    add_model_options(parser, has_state=False)
+    return parser
 
 
 if __name__ == "__main__":

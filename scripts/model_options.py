@@ -68,7 +68,7 @@ def asked_mesh(arguments: argparse.Namespace) -> Mesh | None:
     if count > 1:
         command.use_host_devices(count)
         mesh = make_mesh(**sizes)
-    check_format(arguments.weights, mesh)
+    check_format(arguments.weights)
     return mesh
 
 
@@ -88,7 +88,7 @@ def load_model(
         return source.load(
             mesh=mesh,
             dtype=arguments.dtype,
-            weights=check_format(arguments.weights, mesh),
+            weights=check_format(arguments.weights),
             progress=progress,
             for_decoding=for_decoding,
         )

@@ -14,9 +14,9 @@ from configs.base import RunConfig
 from configs.cli import load_run
 from data.pipeline import prepare_corpus
 from evals.compare import complete, evaluate_run, print_story, summarize, write_comparison
+from evals.page import print_results
 from scripts import command
 from scripts.distill import teacher_of
-from scripts.evaluate import progress_bar, show
 from scripts.train import describe
 from train.distill import distill
 from train.loop import fit
@@ -50,12 +50,12 @@ def main(argv: list[str]) -> int:
     if results[-1].interrupted is not None:
         print("stopped and saved; the same command goes on from there")
         return 128 + results[-1].interrupted
-    best, learner = (evaluate_run(folder, progress_bar) for folder in (teacher_dir, student_dir))
+    best, learner = (evaluate_run(folder) for folder in (teacher_dir, student_dir))
     watch.lap("evaluation")
     completions = complete(teacher_dir, PROMPTS, max_new_tokens=48)
     watch.lap("completions")
     for title, contender in (("teacher", best), ("student", learner)):
-        show(title, contender.results.values())
+        print_results(title, contender.results.values())
     peak_rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     summary = summarize(best, learner, watch.seconds, peak_rss_mb)
     write_comparison(arguments.run_dir, best, learner, summary, completions)

@@ -1,7 +1,9 @@
 """Tests run on eight simulated CPU devices; our own layers under JAX's strictest rules."""
 
+import atexit
 import gc
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 
@@ -23,9 +25,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Tracing makes objects by the million and keeps most: looking for garbage among them every 700
 # (Python's default) takes a tenth of all time.
 gc.set_threshold(50_000, 10, 10)
-# Many tests compile the same tiny programs: the workers of a session share what they compiled.
-_SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/moesaic-tests-{_SESSION}")
+# Many tests compile the same tiny programs: the workers of a session, which begin after this, share
+# what they compiled. Who names a folder keeps it for the next session.
+PROGRAMS = "MOESAIC_TEST_PROGRAMS"
+if PROGRAMS not in os.environ:
+    os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="moesaic-tests-")
+    atexit.register(shutil.rmtree, os.environ[PROGRAMS], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

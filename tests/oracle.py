@@ -10,6 +10,7 @@ import numpy as np
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import (
     AttentionConfig,
+    GatedDeltaConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
@@ -311,7 +312,50 @@ def relative_attention(
     return out
 
 
+def gated_delta(x, w, config: GatedDeltaConfig, positions, documents, wrong=""):
+    """Each head's matrix, token by token."""
+    c, taps = config, w["conv"]
+    groups = c.num_key_heads or c.num_heads
+    q_end, k_end = groups * c.key_head_dim, 2 * groups * c.key_head_dim
+    entering, out = x @ w["qkv"], np.zeros_like(x)
+    states = [np.zeros((c.value_head_dim, c.key_head_dim)) for _ in range(c.num_heads)]
+    for i, token in enumerate(x):
+        if i > 0 and documents[i] != documents[i - 1] and wrong != "document goes on":
+            states = [0 * s for s in states]
+        mixed = np.zeros(entering.shape[1])
+        for back in range(c.conv_width):
+            if back <= i and (documents[i - back] == documents[i] or wrong == "taps see before"):
+                mixed += taps[-1 - back] * entering[i - back]
+        mixed = mixed / (1 + np.exp(-mixed))
+        q, k = (m.reshape(groups, -1) for m in (mixed[:q_end], mixed[q_end:k_end]))
+        v = mixed[k_end:].reshape(c.num_heads, -1)
+        for h in range(c.num_heads):
+            g = h % groups if wrong == "heads interleaved" else h // (c.num_heads // groups)
+            q_h, k_h = (u / np.sqrt(u @ u + 1e-6) for u in (q[g], k[g]))
+            beta = 1 / (1 + np.exp(-token @ w["beta"][:, h]))
+            moved = _through(token, w, "decay", h, c) + w["decay_bias"][h]
+            alpha = np.exp(-np.exp(w["log_rate"][h]) * np.log1p(np.exp(moved)))
+            s = states[h] * alpha[None]
+            erased = s @ k_h if wrong != "only adds" else 0.0
+            states[h] = s + np.outer(beta * (v[h] - erased), k_h)
+            o = states[h] @ q_h / np.sqrt(c.key_head_dim)
+            o = rms_norm(o, w["norm"]["scale"], 1e-6)
+            if c.output_gate is not None:
+                z = _through(token, w, "gate", h, c)
+                o = o * (z if c.output_gate == "silu" else 1.0) / (1 + np.exp(-z))
+            out[i] += o @ w["o"][h]
+    return out
+
+
+def _through(token, w, name, head, config: GatedDeltaConfig):
+    """A head's row of one matrix, or of two."""
+    if f"{name}_in" in w:
+        return token @ w[f"{name}_in"] @ w[f"{name}_out"][:, head]
+    return token @ w[name][:, head]
+
+
 ATTENTIONS = {
+    GatedDeltaConfig: gated_delta,
     AttentionConfig: attention,
     LatentAttentionConfig: latent_attention,
     LocalSparseAttentionConfig: local_sparse_attention,

@@ -15,6 +15,12 @@ from model.transformer import Transformer, Variables, abstract_variables, hidden
 from tests import oracle
 
 
+@partial(jax.jit, static_argnums=0, static_argnames="is_whole")
+def read(model: Transformer, variables, tokens_BL, positions_BL, state=None, *, is_whole=False):
+    """`hidden_states`, compiled once for each model and kind of piece: the tests share it."""
+    return hidden_states(model, variables, tokens_BL, positions_BL, state, is_whole=is_whole)
+
+
 def drawn(config: ModelConfig, seed: int = 1) -> Variables:
     """Random variables, none of them zero or one: those would hide what they multiply."""
     random = np.random.RandomState(seed)
@@ -48,8 +54,8 @@ class Parity:
         tokens, positions = inputs(config, length)
         packed = np.concatenate([positions[:, :7], positions[:, : length - 7]], axis=1)
         self.row = (tokens[0], packed[0])
-        read = jax.jit(lambda v: hidden_states(Transformer(config), v, tokens, packed)[0])
-        self.ours_LD = np.asarray(read(self.variables)[0])
+        hidden_BLD, _ = read(Transformer(config), self.variables, tokens, packed)
+        self.ours_LD = np.asarray(hidden_BLD[0])
 
     def check(self) -> None:
         np.testing.assert_allclose(self.ours_LD, self._oracle(self.config), atol=self.tolerance)
@@ -73,7 +79,10 @@ def _with_loud_norms(path, x):
 def check_causality(config: ModelConfig, variables: Variables, length: int) -> None:
     """Tokens after t change no hidden state at or before t, bitwise, and some after it."""
     tokens, positions = inputs(config, length)
-    forward = jax.jit(lambda t: hidden_states(Transformer(config), variables, t, positions)[0])
+
+    def forward(tokens_BL):
+        return np.asarray(read(Transformer(config), variables, tokens_BL, positions)[0])
+
     before = forward(tokens)
     for t in (0, length // 3, length - 5):
         changed = tokens.copy()
@@ -86,13 +95,14 @@ def check_causality(config: ModelConfig, variables: Variables, length: int) -> N
 def check_decode(config: ModelConfig, variables: Variables, length: int, prefill: int) -> None:
     """Prefill and then token by token gives the hidden states of one forward pass, to 1e-4."""
     model, (tokens, positions) = Transformer(config), inputs(config, length)
-    expected, _ = jax.jit(lambda v: hidden_states(model, v, tokens, positions))(variables)
-    read = jax.jit(partial(hidden_states, model, variables), static_argnames="is_whole")
+    expected, _ = read(model, variables, tokens, positions)
     state = init_state(config, 1, length, "float32")
     pieces = [slice(0, prefill), *(slice(i, i + 1) for i in range(prefill, length))]
     hidden = []
     for piece in pieces:
         is_whole = piece.start == 0
-        part, state = read(tokens[:, piece], positions[:, piece], state, is_whole=is_whole)
+        part, state = read(
+            model, variables, tokens[:, piece], positions[:, piece], state, is_whole=is_whole
+        )
         hidden.append(part)
-    np.testing.assert_allclose(jnp.concatenate(hidden, axis=1), expected, atol=1e-4)
+    np.testing.assert_allclose(np.concatenate(hidden, axis=1), expected, atol=1e-4)

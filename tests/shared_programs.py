@@ -64,7 +64,8 @@ def _kind(run: RunConfig) -> RunConfig:
     """The run without what its step does not depend on: names, places, what is kept and watched."""
     blank = tiny.run(Path("anywhere"))
     data = dataclasses.replace(run.data, source="", directory="")
-    others = {name: getattr(blank, name) for name in ("name", "checkpoint", "alarms", "init")}
+    names = ("name", "checkpoint", "alarms", "init", "metrics", "validation")
+    others = {name: getattr(blank, name) for name in names}
     return dataclasses.replace(run, data=data, **others)
 
 

@@ -141,15 +141,12 @@ def make_chunk_loss(config: DistillConfig) -> ChunkLoss:
 def _with_hidden(teacher: Teacher) -> BatchTransform:
     """Adds the teacher's hidden states; its logits are made chunk by chunk inside the loss."""
 
-    @jax.jit
-    def look(variables, tokens_BL, positions_BL):
-        hidden_BLD, _ = hidden_states(teacher.model, variables, tokens_BL, positions_BL)
-        return hidden_BLD
-
-    w_DV = jax.jit(functools.partial(output_weights, teacher.model))(teacher.variables)
+    model, variables = teacher.model, teacher.variables
+    look = jax.jit(hidden_states, static_argnums=0)
+    w_DV = jax.jit(output_weights, static_argnums=0)(model, variables)
 
     def transform(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        hidden_BLD = look(teacher.variables, batch["tokens"], batch["positions"])
+        hidden_BLD, _ = look(model, variables, batch["tokens"], batch["positions"])
         return {**batch, "teacher_hidden": hidden_BLD, "shared": w_DV}
 
     return transform
@@ -161,32 +158,42 @@ def _with_top_k(teacher: Teacher, config: DistillConfig, chunks: int) -> BatchTr
     Args:
       chunks: of a row, whose logits are made one after the other.
     """
-    top_k = config.top_k
-    assert top_k is not None
-
-    @jax.jit
-    def look(variables, tokens_BL, positions_BL):
-        hidden_BLD, _ = hidden_states(teacher.model, variables, tokens_BL, positions_BL)
-        w_DV = output_weights(teacher.model, variables)
-        batch, length, width = hidden_BLD.shape
-        pieces = hidden_BLD.reshape(batch, chunks, length // chunks, width).swapaxes(0, 1)
-
-        def best_tokens(hidden_BcD):
-            logits_BcV = unembed(hidden_BcD, w_DV)
-            best, ids = jax.lax.top_k(logits_BcV / config.temperature, top_k)
-            log_normaliser = jax.nn.logsumexp(
-                logits_BcV / config.temperature, axis=-1, keepdims=True
-            )
-            return ids, best - log_normaliser
-
-        pieces = jax.lax.map(best_tokens, pieces)
-        return tuple(x.swapaxes(0, 1).reshape(batch, length, -1) for x in pieces)
+    look = functools.partial(_best_tokens, teacher.model, config, chunks, teacher.variables)
 
     def transform(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        ids, log_probs = look(teacher.variables, batch["tokens"], batch["positions"])
+        ids, log_probs = look(batch["tokens"], batch["positions"])
         return {**batch, "teacher_ids": ids, "teacher_log_probs": log_probs}
 
     return transform
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _best_tokens(
+    model: Transformer,
+    config: DistillConfig,
+    chunks: int,
+    variables: Variables,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The ids and softened log-probabilities of the J best tokens, [B, L, J] each."""
+    top_k = config.top_k
+    assert top_k is not None
+    hidden_BLD, _ = hidden_states(model, variables, tokens_BL, positions_BL)
+    w_DV = output_weights(model, variables)
+    batch, length, width = hidden_BLD.shape
+    pieces = hidden_BLD.reshape(batch, chunks, length // chunks, width).swapaxes(0, 1)
+
+    def best_tokens(hidden_BcD):
+        logits_BcV = unembed(hidden_BcD, w_DV)
+        best, ids = jax.lax.top_k(logits_BcV / config.temperature, top_k)
+        log_normaliser = jax.nn.logsumexp(logits_BcV / config.temperature, axis=-1, keepdims=True)
+        return ids, best - log_normaliser
+
+    ids, log_probs = (
+        x.swapaxes(0, 1).reshape(batch, length, -1) for x in jax.lax.map(best_tokens, pieces)
+    )
+    return ids, log_probs
 
 
 def _with_cache(look: BatchTransform, cache: "TopKCache", mesh: Mesh) -> BatchTransform:

@@ -57,7 +57,7 @@ class Validation:
         execution = dataclasses.replace(run.execution, remat="none")
         model = Transformer(with_threshold_selection(run.model), execution)
         everywhere = NamedSharding(mesh, PartitionSpec())
-        self._nats = jax.jit(partial(_nats, model), out_shardings=everywhere)
+        self._nats = partial(jax.jit(_nats, static_argnums=0, out_shardings=everywhere), model)
 
     def is_due(self, step: int) -> bool:
         """Whether the loss is measured after this step."""

@@ -1,1 +1,1 @@
-"""One file per benchmark; each has NAME, VERSION and `run(subject) -> Result`."""
+"""One file per benchmark; each has TASKS, a tuple of tasks and families (evals/samples.py)."""

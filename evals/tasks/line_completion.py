@@ -10,18 +10,18 @@ it, and one that begins a new line follows.
 import ast
 import bisect
 import io
-import math
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from data.corpora import name_hash
-from evals.tasks.base import ModelUnderTest, NotApplicable, Result
-
-NAME, VERSION = "line_completion", 1
+from evals.samples import HeldOut, Load, Task, Tokens
+from evals.scoring import EXACT_MATCH
+from evals.tasks.base import NotApplicable
+from evals.tasks.stdlib_bpb import required_held_out
 
 MAX_EXAMPLES = 1000
 """Lines scored, those of the lowest hash: a standard error of at most 1.6 points."""
@@ -37,42 +37,33 @@ class Example:
     """Module, function and line number."""
 
 
-def run(subject: ModelUnderTest) -> Result:
-    """Share of lines completed exactly, with its binomial standard error.
+def load(settings: Load) -> Sequence[Tokens]:
+    """The lines, each behind its context.
 
     Raises:
       NotApplicable: the held-out files have no Python function to draw a line from, or the
         tokenizer no token that begins a line, or it does not give a file's tokens again.
     """
-    newline_ids = begins_line(subject.tokenizer)
+    held_out = required_held_out(settings)
+    newline_ids = begins_line(held_out.tokenizer)
     if not len(newline_ids):
         raise NotApplicable(
             "it needs a byte-level tokenizer, and this run's has no token for a line's end"
         )
-    examples = draw_examples(subject)
+    examples = draw_examples(held_out)
     if not examples:
         raise NotApplicable("it needs held-out Python functions, and this run's corpus has none")
-    scores = subject.score([example.window for example in examples])
-    hits = [
-        _is_exact(example, score.best_ids, newline_ids)
-        for example, score in zip(examples, scores, strict=True)
+    last_ids = tuple(newline_ids.tolist())
+    return [
+        Tokens(
+            key=example.place,
+            tokens=example.window,
+            num_bytes=0,
+            num_answer=example.num_answer + 1,
+            last_ids=last_ids,
+        )
+        for example in examples[: settings.limit]
     ]
-    share = sum(hits) / len(hits)
-    return Result(
-        task=NAME,
-        version=VERSION,
-        value=share,
-        standard_error=math.sqrt(share * (1 - share) / len(hits)),
-        unit="share of lines",
-        count=len(hits),
-    )
-
-
-def _is_exact(example: Example, best_ids: np.ndarray, newline_ids: np.ndarray) -> bool:
-    """Whether greedy decoding would write the line and end it."""
-    answer = example.window[-example.num_answer - 1 : -1]
-    guesses = best_ids[-example.num_answer - 1 :]
-    return bool((guesses[:-1] == answer).all() and np.isin(guesses[-1], newline_ids))
 
 
 def begins_line(tokenizer: Tokenizer) -> np.ndarray:
@@ -83,19 +74,19 @@ def begins_line(tokenizer: Tokenizer) -> np.ndarray:
     )
 
 
-def draw_examples(subject: ModelUnderTest) -> list[Example]:
+def draw_examples(held_out: HeldOut) -> list[Example]:
     """The examples, in an order that depends on their places alone."""
     examples = []
-    for module, tokens, _ in subject.held_out.documents():
-        text = subject.tokenizer.decode(tokens[1:].tolist(), skip_special_tokens=False)
-        encoding = subject.tokenizer.encode(text)
+    for module, tokens, _ in held_out.tokens.documents():
+        text = held_out.tokenizer.decode(tokens[1:].tolist(), skip_special_tokens=False)
+        encoding = held_out.tokenizer.encode(text)
         if encoding.ids != tokens[1:].tolist():
             raise NotApplicable(
                 f"it needs a tokenizer that gives a text's tokens again, and this run's gives "
                 f"others for {module}"
             )
         starts = [start for start, _ in encoding.offsets]
-        for function, line_number, begin, end in _lines(text):
+        for function, line_number, begin, end in function_lines(text):
             first = (
                 bisect.bisect_right(starts, begin) - 1
             )  # the token that holds the first character
@@ -103,7 +94,7 @@ def draw_examples(subject: ModelUnderTest) -> list[Example]:
             if after >= len(starts) or starts[after] != end:
                 continue
             num_answer = after - first
-            window = tokens[max(0, after + 2 - subject.length) : after + 2]
+            window = tokens[max(0, after + 2 - held_out.length) : after + 2]
             if num_answer + 2 <= len(window):
                 place = f"{module}:{function}:{line_number}"
                 examples.append(Example(np.asarray(window, np.int32), num_answer, place))
@@ -111,7 +102,7 @@ def draw_examples(subject: ModelUnderTest) -> list[Example]:
     return examples[:MAX_EXAMPLES]
 
 
-def _lines(text: str) -> Iterator[tuple[str, int, int, int]]:
+def function_lines(text: str) -> Iterator[tuple[str, int, int, int]]:
     """(function, line number, begin, end) of one line of code per function, as text offsets."""
     try:
         tree, code_lines = ast.parse(text), _code_lines(text)
@@ -149,3 +140,19 @@ def _code_lines(text: str) -> set[int]:
         elif token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT):
             logical.append(token)
     return found
+
+
+TASKS = (
+    Task(
+        name="line_completion",
+        version=1,
+        description="Lines of held-out Python functions, completed exactly by greedy decoding.",
+        origin="held-out text of the run; for other models a share of this Python's library",
+        license="as the text's",
+        output_type="loglikelihood",
+        metrics=(EXACT_MATCH,),
+        load=load,
+        needs_held_out=True,
+        metadata={"unit": "share of lines"},
+    ),
+)

@@ -5,40 +5,54 @@ Each file is compressed, and read by the model, on its own; a figure is total bi
 
 import gzip
 import lzma
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from evals.tasks.base import ModelUnderTest, Result
+from evals.samples import HeldOut, Load, Task, Tokens
+from evals.scoring import BITS_PER_BYTE, BYTE_PERPLEXITY
+from evals.tasks.base import NotApplicable
 
-NAME, VERSION = "stdlib_bpb", 1
 
+def load(settings: Load) -> Sequence[Tokens]:
+    """The held-out files.
 
-def run(subject: ModelUnderTest) -> Result:
-    """The model's bits per byte; details hold gzip_bpb, xz_bpb and unigram_bpb."""
-    files = [(tokens, size) for _, tokens, size in subject.held_out.documents()]
-    scores = subject.score([tokens for tokens, _ in files])
-    bits = np.array([score.nats.sum(dtype=np.float64) for score in scores]) / np.log(2)
-    sizes = np.array([size for _, size in files], np.float64)
-    unigram = unigram_bits(subject.token_counts_V)
-    texts = [
-        subject.tokenizer.decode(tokens[1:].tolist(), skip_special_tokens=False).encode()
-        for tokens, _ in files
+    Raises:
+      NotApplicable: there are none.
+    """
+    held_out = required_held_out(settings)
+    files = [
+        Tokens(key=name, tokens=tokens, num_bytes=size)
+        for name, tokens, size in held_out.tokens.documents()
     ]
-    total = sizes.sum()
-    return Result(
-        task=NAME,
-        version=VERSION,
-        value=float(bits.sum() / total),
-        standard_error=ratio_standard_error(bits, sizes),
-        unit="bits per byte",
-        count=len(files),
-        details={
-            "gzip_bpb": 8 * sum(len(gzip.compress(text, 9)) for text in texts) / total,
-            "xz_bpb": 8 * sum(len(_xz(text)) for text in texts) / total,
-            "unigram_bpb": float(sum(unigram[tokens[1:]].sum() for tokens, _ in files) / total),
-            "bytes": int(total),
-        },
-    )
+    return files[: settings.limit]
+
+
+def required_held_out(settings: Load) -> HeldOut:
+    """
+    Raises:
+      NotApplicable: there is no held-out text in the model's own tokens.
+    """
+    if settings.held_out is None:
+        raise NotApplicable("it needs held-out text in the tokens of a model on this machine")
+    return settings.held_out
+
+
+def baselines(settings: Load) -> Mapping[str, float]:
+    """gzip_bpb, xz_bpb and unigram_bpb of the same files, and their bytes."""
+    held_out, files = required_held_out(settings), load(settings)
+    unigram = unigram_bits(held_out.token_counts_V)
+    texts = [
+        held_out.tokenizer.decode(file.tokens[1:].tolist(), skip_special_tokens=False).encode()
+        for file in files
+    ]
+    total = sum(file.num_bytes for file in files)
+    return {
+        "gzip_bpb": 8 * sum(len(gzip.compress(text, 9)) for text in texts) / total,
+        "xz_bpb": 8 * sum(len(_xz(text)) for text in texts) / total,
+        "unigram_bpb": float(sum(unigram[file.tokens[1:]].sum() for file in files) / total),
+        "bytes": total,
+    }
 
 
 def _xz(text: bytes) -> bytes:
@@ -51,14 +65,18 @@ def unigram_bits(token_counts_V: np.ndarray) -> np.ndarray:
     return -np.log2(counts_V / counts_V.sum())
 
 
-def ratio_standard_error(numerators: np.ndarray, denominators: np.ndarray) -> float:
-    """Standard error of sum(numerators) / sum(denominators) over independent files.
-
-    The linearised variance of a ratio estimator (Cochran 1977, section 6.4); 0 for a single file.
-    """
-    count = len(numerators)
-    if count < 2:
-        return 0.0
-    ratio = numerators.sum() / denominators.sum()
-    residuals = numerators - ratio * denominators
-    return float(np.sqrt(count / (count - 1) * (residuals**2).sum()) / denominators.sum())
+TASKS = (
+    Task(
+        name="stdlib_bpb",
+        version=1,
+        description="Bits per byte on held-out files, beside compressors'.",
+        origin="held-out text of the run; for other models a share of this Python's library",
+        license="as the text's",
+        output_type="loglikelihood_rolling",
+        metrics=(BITS_PER_BYTE, BYTE_PERPLEXITY),
+        load=load,
+        needs_held_out=True,
+        baselines=baselines,
+        metadata={"unit": "bits per byte"},
+    ),
+)

@@ -12,12 +12,13 @@ import numpy as np
 from configs.attention import (
     Attention,
     AttentionConfig,
+    GatedDeltaConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
 )
 from configs.base import ExecutionConfig
-from model.attention import grouped_query, latent, local_sparse, relative
+from model.attention import gated_delta, grouped_query, latent, local_sparse, relative
 from model.layer_state import LayerState, StateShape
 
 
@@ -73,6 +74,14 @@ KINDS: dict[type, AttentionKind] = {
         relative.visible_keys,
         relative.mixing_flops,
         relative.init_memory,
+    ),
+    GatedDeltaConfig: AttentionKind(
+        lambda config, execution, norm_eps, out_stddev, gaps: gated_delta.GatedDelta(
+            config, norm_eps, out_stddev, name="attention"
+        ),
+        gated_delta.init_state,
+        gated_delta.visible_keys,
+        gated_delta.mixing_flops,
     ),
 }
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,14 +13,20 @@ from checkpoint.provenance import weights_fingerprint
 from checkpoint.run_directory import read_run
 from configs.checks import UserError
 from data.packing import TokenFile
-from evals import run as evals_run
-from evals.results import read_results, write_results, write_run_report
-from evals.run import evaluate, open_run
-from evals.tasks.base import Result, Skipped
+from evals import opening
+from evals.opening import load_run, run_evaluation
+from evals.results import Result, read_results, write_results, write_run_report
+from evals.results_form import TaskScores
+from evals.run import evaluate
+from evals.task_list import find_tasks
+from evals.tasks import line_completion
+from evals.tasks.base import Skipped
 from infer.load import load_model
 from infer.run_weights import RunWeights
 from infer.sources import open_source
-from model.transformer import hidden_states, output_weights
+from model.transformer import Transformer, hidden_states, init_variables, output_weights
+from model.unstacked import unstack
+from scripts import command
 from scripts import evaluate as verb
 from tests import tiny
 from tests.checkpoint.tiny_folder import byte_level, write_llama, write_tokenizer
@@ -37,19 +44,26 @@ def run_dir(tmp_path_factory):
     return tmp_path / "run"
 
 
-def no_progress(_name):
-    return lambda done, total: None
+@pytest.fixture(autouse=True)
+def no_compile_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "keep_compiled", lambda: None)
+    monkeypatch.setattr(opening, "FOLDER", tmp_path / "evaluations")
 
 
-def test_a_task_that_does_not_apply_is_skipped_with_its_reason(run_dir, capsys):
-    verb.main([str(run_dir), "--tasks", TASKS])
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_a_task_that_does_not_apply_is_skipped_with_its_reason(run_dir, tmp_path, capsys):
+    verb.main([str(run_dir), "--tasks", TASKS, "--output", str(tmp_path)])
     out = capsys.readouterr().out
     assert "line_completion skipped: it needs held-out Python functions" in out
     assert "stdlib_bpb" in out
     assert "gzip_bpb" in out
-    (written,) = json.loads((run_dir / "evals.json").read_text())
-    assert written["task"] == "stdlib_bpb"
-    assert 0 < written["value"] < 16
+    (result,) = read_results(run_dir / "evals.json")
+    assert result.task == "stdlib_bpb"
+    assert 0 < result.value < 16
+    assert read_json(run_dir / "evals.json") == read_json(tmp_path / "results.json")
 
 
 def test_results_say_which_weights_they_are_of(run_dir):
@@ -60,8 +74,9 @@ def test_results_say_which_weights_they_are_of(run_dir):
     newest = RunWeights(step=3, sha256=sha256)
     assert result.weights == newest
     shown = (run_dir / "report.html").read_text()
-    assert f"{result.value:.4f} ± {result.standard_error:.4f}" in shown
+    assert f"{result.value:.4f} ± {result.standard_error:.4f} bits per byte" in shown
     assert "stale" not in shown
+    tree = read_json(run_dir / "evals.json")
     for weights, sentence in (
         (newest, None),
         (RunWeights(step=2, sha256=sha256), "at step 2 .*, the newest are those at step 3"),
@@ -71,11 +86,20 @@ def test_results_say_which_weights_they_are_of(run_dir):
         ),
         (None, "measured before results kept which weights they are of"),
     ):
-        write_results(run_dir / "evals.json", [dataclasses.replace(result, weights=weights)])
+        tree["weights"] = weights and dataclasses.asdict(weights)
+        write_results(run_dir / "evals.json", tree)
         write_run_report(run_dir)
         shown = (run_dir / "report.html").read_text()
         assert ("stale" in shown) == (sentence is not None)
         assert sentence is None or re.search(f"stale: .*{sentence}", shown)
+
+
+def test_results_of_the_older_form_are_read(run_dir):
+    older = Result("stdlib_bpb", 1, 2.5, 0.25, "bits per byte", 7, {"gzip_bpb": 3.0}, None)
+    (run_dir / "evals.json").write_text(json.dumps([dataclasses.asdict(older)]))
+    assert read_results(run_dir / "evals.json") == [older]
+    write_run_report(run_dir)
+    assert "2.5000 ± 0.2500 bits per byte" in (run_dir / "report.html").read_text()
 
 
 def test_damaged_results_do_not_keep_a_run_from_its_report(run_dir):
@@ -86,29 +110,28 @@ def test_damaged_results_do_not_keep_a_run_from_its_report(run_dir):
 
 def test_nothing_that_applies_is_an_error(run_dir):
     with pytest.raises(UserError, match="none of the tasks line_completion applies to"):
-        list(evaluate(open_run(run_dir), ["line_completion"], no_progress))
+        verb.main([str(run_dir), "--tasks", "line_completion"])
 
 
-def test_a_result_is_written_when_it_is_there(run_dir, monkeypatch):
+def test_a_result_is_written_when_it_is_there(run_dir, tmp_path, monkeypatch):
     """The task after it may fail, or be interrupted."""
+    bits, lines = find_tasks(["stdlib_bpb", "line_completion"])
 
-    def interrupted(_subject):
-        (written,) = json.loads((run_dir / "evals.json").read_text())
-        assert written["task"] == "stdlib_bpb"
+    def interrupted(_):
         raise KeyboardInterrupt
 
-    (run_dir / "evals.json").unlink(missing_ok=True)
-    monkeypatch.setitem(evals_run.TASKS, "line_completion", interrupted)
-    found = evaluate(open_run(run_dir), ["stdlib_bpb", "line_completion"], no_progress)
-    assert isinstance(next(found), Result)
+    evaluation = run_evaluation(run_dir, load_run(run_dir), output=tmp_path)
+    found = evaluate(evaluation, [bits, dataclasses.replace(lines, load=interrupted)])
+    assert isinstance(next(found), TaskScores)
     with pytest.raises(KeyboardInterrupt):
         next(found)
-    assert len(json.loads((run_dir / "evals.json").read_text())) == 1
+    assert list(read_json(tmp_path / "results.json")["results"]) == ["stdlib_bpb"]
 
 
-def test_reasons_name_the_tokenizer_where_it_is_that(run_dir, monkeypatch):
-    monkeypatch.setattr(evals_run.line_completion, "begins_line", lambda tokenizer: [])
-    skipped, _ = evaluate(open_run(run_dir), TASKS.split(","), no_progress)
+def test_reasons_name_the_tokenizer_where_it_is_that(run_dir, monkeypatch, tmp_path):
+    monkeypatch.setattr(line_completion, "begins_line", lambda tokenizer: [])
+    evaluation = run_evaluation(run_dir, load_run(run_dir), output=tmp_path)
+    skipped, _ = evaluate(evaluation, find_tasks(TASKS.split(",")))
     assert isinstance(skipped, Skipped)
     assert "needs a byte-level tokenizer" in skipped.reason
 
@@ -131,7 +154,9 @@ def test_a_model_that_is_no_run_is_measured_on_a_text(letters, capsys):
     options += ["--folder", str(letters / "evals"), "--tasks", "stdlib_bpb"]
     verb.main([str(letters / "model"), *options])
     (path,) = (letters / "evals").glob("*/evals.json")
-    assert f"results: {path}" in capsys.readouterr().out.replace("\n", "")
+    (results,) = opening.FOLDER.glob("*/*/results.json")
+    assert f"results: {results}" in capsys.readouterr().out.replace("\n", "")
+    assert read_json(results) == read_json(path)
     (result,) = read_results(path)
     model, variables = open_source(str(letters / "model")).load()
     tokenizer, nats, size = byte_level(), 0.0, 0
@@ -168,6 +193,69 @@ def test_a_text_that_changed_is_read_anew(letters):
     assert sizes[1] == sizes[0] * 66 / 64  # "Berlin" is a letter longer, twice in 64
 
 
+def test_two_models_side_by_side(run_dir, tmp_path, capsys):
+    """A copy differs in nothing; the run's own questions are asked of both."""
+    shutil.copytree(run_dir, tmp_path / "copy")
+    questions = tmp_path / "mine.jsonl"
+    lines = [
+        {"context": f"return {n}", "choices": [" - 1", " other", ""], "answer": n % 2}
+        for n in range(6)
+    ]
+    lines[0]["context"] = "a story of " * 60  # longer than the model's context
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    arguments = [str(run_dir), "--against", str(tmp_path / "copy"), "--output", str(out)]
+    verb.main([*arguments, "--tasks", f"stdlib_bpb,{questions}"])
+    shown = capsys.readouterr().out
+    assert "of the samples are longer than the model's context" in shown
+    assert "samples/s" in shown
+    differences = read_json(out / "comparison.json")["differences"]
+    assert [(d["task"], d["metric"]) for d in differences] == [
+        ("stdlib_bpb", "bits_per_byte"),
+        ("stdlib_bpb", "byte_perplexity"),
+        ("mine", "acc"),
+        ("mine", "acc_norm"),
+    ]
+    assert all(d["difference"] == 0 and d["interval"] == [0, 0] for d in differences)
+    assert differences[2]["mcnemar_p"] == 1.0
+    assert (out / "comparison" / "report.html").exists()
+    tree = read_json(out / "results.json")
+    assert tree["results"]["mine"]["cut_context_rate,none"] == 1 / 6
+    line = json.loads((out / "samples_mine.jsonl").read_text().splitlines()[1])
+    assert len(line["log_likelihoods"]) == 3
+    assert line["log_likelihoods"][2] == 0.0  # the empty one
+
+
+def test_weights_are_known_however_they_lie(letters, run_dir):
+    """Layers stacked or apart, and a run's on any mesh by the fingerprint it is known by."""
+    source = open_source(str(letters / "model"))
+    model = Transformer(tiny.model(num_layers=4))
+    stacked = (model, init_variables(model, 0))
+    apart = unstack(*stacked)
+    assert apart[0].config.num_periods < model.config.num_periods
+    assert opening.weights_identity(source, *apart) == opening.weights_identity(source, *stacked)
+    run = open_source(str(run_dir))
+    assert opening.weights_identity(run, *run.load()) == load_run(run_dir).weights
+    changed = jax.tree.map(lambda x: x, stacked[1])
+    changed["params"]["embedding"] = -changed["params"]["embedding"]
+    other = opening.weights_identity(source, stacked[0], changed)
+    assert other != opening.weights_identity(source, *stacked)
+
+
+def test_a_folder_of_texts_is_a_task(letters, tmp_path):
+    """Its bits per byte are those of each file alone."""
+    name = f"bpb:{letters / 'texts'}"
+    verb.main([str(letters / "model"), "--tasks", name, "--output", str(tmp_path), "--limit", "3"])
+    (path,) = tmp_path.glob("samples_bpb*.jsonl")
+    lines = [json.loads(line) for line in path.open()]
+    assert len(lines) == 3
+    nats, size = (sum(line["bits_per_byte"][i] for line in lines) for i in (0, 1))
+    found = read_json(tmp_path / "results.json")["results"][name]
+    assert not list(tmp_path.glob("*/evals.json"))  # they are of held-out text
+    assert found["bits_per_byte,none"] == pytest.approx(-nats / size / np.log(2))
+    assert size == sum(len(line["doc"]["text"].encode()) for line in lines)
+
+
 def test_what_does_not_go_with_a_model_is_said(letters, run_dir):
     model, run = str(letters / "model"), str(run_dir)
     for arguments, sentence in (
@@ -176,6 +264,11 @@ def test_what_does_not_go_with_a_model_is_said(letters, run_dir):
         ([model, "--held-out", "1"], "--held-out 1.0 must lie between 0 and 1"),
         ([model, "--text", str(letters / "none")], "is no folder and no file"),
         ([run, "--length", "9"], "--length 9 goes with --text"),
+        ([run, "--limit", "0"], "--limit 0 must be at least 1"),
+        ([run, "--tasks", "stdlib_bp"], "there is no task 'stdlib_bp': did you mean stdlib_bpb?"),
+        ([run, "--unprotected"], "--unprotected is for tasks that run a model's code"),
+        ([model, "--batch-tokens", "0"], "batch_tokens=0 must be at least 1"),
+        (["--tasks", "stdlib_bpb"], "name a model: a run, a folder, a file, or smollm2"),
         ([run, "--held-out", "0.5"], "--held-out 0.5 goes with --text"),
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):

@@ -37,29 +37,34 @@ CONFIG = tiny.model(
 MODEL, VARIABLES = Transformer(CONFIG), drawn(CONFIG, seed=3)
 PROMPTS = [[0, 5, 17, 200], [0, 3], [0, *range(100, 125)], [0, 9, 9, 8], [0, *range(40, 60)]]
 HOT = [Sampling(1.0, top_p=0.9, seed=i) for i in range(5)]
+SHORT = [PROMPTS[i] for i in (0, 1, 3)]
+"""Prompts that fit into one piece."""
 NEW = 14
+ROWS = 2
+"""With as many rows and tokens to a piece, the tests share their programs."""
 
 
 def run(prompts, sampling, **options):
+    options = {"rows": ROWS} | options
     return generate(MODEL, VARIABLES, prompts, max_new_tokens=NEW, sampling=sampling, **options)
 
 
 @pytest.fixture(scope="module")
 def together():
-    return run(PROMPTS, HOT, rows=3, piece=16).tokens
+    return run(PROMPTS, HOT, piece=16).tokens
 
 
 @pytest.mark.parametrize("chosen", [0, 2, 4])
 def test_a_text_is_the_same_alone_and_among_others_bit_for_bit(together, chosen):
-    """Experts, windows, a context router and latents in it; two rows idle; rows taken over from
+    """Experts, windows, a context router and latents in it; a row idle; rows taken over from
     requests that ended."""
-    alone = run(PROMPTS[chosen : chosen + 1], HOT[chosen], rows=3, piece=16).tokens
+    alone = run(PROMPTS[chosen : chosen + 1], HOT[chosen], piece=16).tokens
     assert alone[0] == together[chosen]
 
 
 def test_the_order_of_requests_changes_nothing(together):
     order = [3, 0, 4, 2, 1]
-    made = run([PROMPTS[i] for i in order], [HOT[i] for i in order], rows=3, piece=16).tokens
+    made = run([PROMPTS[i] for i in order], [HOT[i] for i in order], piece=16).tokens
     assert made == [together[i] for i in order]
 
 
@@ -67,21 +72,21 @@ def test_the_order_of_requests_changes_nothing(together):
     "options", [{"num_pages": 9}, {"num_pages": 3, "piece": 16}, {"piece": 512}]
 )
 def test_pages_and_pieces_give_the_same_text(options):
-    greedy = run(PROMPTS, Sampling(), rows=3, piece=16).tokens
-    assert run(PROMPTS, Sampling(), rows=3, **options).tokens == greedy
+    greedy = run(PROMPTS, Sampling(), piece=16).tokens
+    assert run(PROMPTS, Sampling(), **options).tokens == greedy
 
 
 def test_int8_keys_stay_near(together):
     """Greedy texts of random models part soon; the first tokens agree."""
-    exact = run(PROMPTS, Sampling(), rows=3).tokens
-    rounded = run(PROMPTS, Sampling(), rows=3, kv_dtype="int8").tokens
+    exact = run(PROMPTS, Sampling(), piece=16).tokens
+    rounded = run(PROMPTS, Sampling(), piece=16, kv_dtype="int8").tokens
     same = [a == b for x, y in zip(exact, rounded, strict=True) for a, b in zip(x, y, strict=True)]
     assert np.mean(same) > 0.5
 
 
 def test_requests_come_and_go():
     """One that arrives while others are under way is answered as it would be alone."""
-    options = EngineOptions(max_rows=2, max_length=64, piece=16)
+    options = EngineOptions(max_rows=ROWS, max_length=64, piece=16)
     engine = Engine(MODEL, VARIABLES, options)
     texts: dict[int, list[int]] = {}
 
@@ -107,7 +112,7 @@ def test_requests_come_and_go():
 
 def test_a_long_prompt_leaves_others_their_turns():
     """A step reads `piece` tokens of prompts at most, and every other row gets its token."""
-    engine = Engine(MODEL, VARIABLES, EngineOptions(max_rows=2, max_length=64, piece=16))
+    engine = Engine(MODEL, VARIABLES, EngineOptions(max_rows=ROWS, max_length=64, piece=16))
     engine.add(Request(PROMPTS[1], 20))
     engine.step()
     engine.add(Request([0] * 40, 2))
@@ -125,7 +130,7 @@ def test_preferences_belong_to_their_requests():
     wanted = {"layer_0": np.zeros((1, 2, 8), np.float32)}
     wanted["layer_0"][0, 1, 3] = 50.0
     prompts = [PROMPTS[0], PROMPTS[0]]
-    plain = run(prompts[:1], Sampling(), rows=2).tokens[0]
+    plain = run(prompts[:1], Sampling()).tokens[0]
     made = run(prompts, Sampling(), preference=wanted).tokens
     assert made[0] == plain != made[1]
 
@@ -162,8 +167,8 @@ def test_a_mesh_generates_what_one_device_does(data, expert, tensor):
     mesh = make_mesh(data, expert, tensor)
     abstract = abstract_on_mesh(MODEL, mesh)
     variables = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), VARIABLES, abstract)
-    made = generate(MODEL, variables, PROMPTS[:3], max_new_tokens=NEW, mesh=mesh)
-    assert made.tokens == run(PROMPTS[:3], Sampling()).tokens
+    made = generate(MODEL, variables, SHORT, max_new_tokens=NEW, rows=ROWS, mesh=mesh)
+    assert made.tokens == run(SHORT, Sampling()).tokens
 
 
 def test_pages_for_layers_that_have_none_are_refused():

@@ -10,6 +10,7 @@ import pytest
 
 from configs.architecture import LayerSpec
 from configs.attention import (
+    GatedDeltaConfig,
     IndexerConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
@@ -45,6 +46,9 @@ LATENT = LatentAttentionConfig(
 )
 SPARSE = LocalSparseAttentionConfig(**WIDE, window_size=4)
 RELATIVE = RelativeAttentionConfig(num_heads=4, head_dim=32, memory_length=9)
+DELTA = GatedDeltaConfig(
+    num_heads=4, key_head_dim=32, value_head_dim=32, decay="channel", gate_rank=64
+)
 CONTEXT = tiny.moe(
     d_ff=64, router=RouterConfig(top_k=2, context=ContextConfig(kind="causal", window_size=9))
 )
@@ -88,6 +92,11 @@ CONFIGS = {
     ),
     "sparse": of(LayerSpec(attention=SPARSE, ffn=DenseConfig(d_ff=96))),
     "relative": of(LayerSpec(attention=RELATIVE, ffn=DenseConfig(d_ff=96))),
+    "delta": of(
+        LayerSpec(attention=DELTA, ffn=DenseConfig(d_ff=96)),
+        LayerSpec(attention=GLOBAL, ffn=DenseConfig(d_ff=96)),
+        num_layers=2,
+    ),
 }
 TOKENS = np.random.RandomState(0).randint(0, 320, 24).tolist()
 
@@ -109,6 +118,7 @@ def is_quantised(x) -> bool:
     return isinstance(x, QTensor)
 
 
+@jax.jit
 def with_floats(variables):
     """The floats that the few bits stand for."""
     return jax.tree.map(
@@ -116,23 +126,31 @@ def with_floats(variables):
     )
 
 
-def wrap_products(monkeypatch, wrap: Callable):
-    """Replaces all functions by which the model multiplies by weights, for programs yet to be."""
+def own_programs():
+    """`logits._full` without the programs that it has made."""
+    return jax.jit(logits._full.__wrapped__, static_argnums=0)
+
+
+def wrap_products(monkeypatch, wrap: Callable, full):
+    """Replaces all functions by which the model multiplies by weights, in the programs of `full`,
+    with which logits are made."""
+    monkeypatch.setattr(logits, "_full", full)
     for module, name in (
         (layers, "matmul"),
         (experts, "grouped_matmul"),
         (experts, "grouped_swiglu"),
     ):
         monkeypatch.setattr(module, name, wrap(getattr(module, name)))
-    logits._full.clear_cache()
+
+
+of_exact_rows = own_programs()
 
 
 @pytest.fixture
 def exact_rows(monkeypatch):
     """Products take rows as they are; on a CPU those that meet int4 and fp8 are rounded else."""
-    wrap_products(monkeypatch, lambda f: functools.partial(f, activations="float"))
-    yield
-    logits._full.clear_cache()
+    as_they_are = functools.partial(functools.partial, activations="float")
+    wrap_products(monkeypatch, as_they_are, of_exact_rows)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +207,8 @@ def products(monkeypatch):
 
         return call
 
-    wrap_products(monkeypatch, wrap)
-    yield seen
-    logits._full.clear_cache()
+    wrap_products(monkeypatch, wrap, own_programs())
+    return seen
 
 
 def rounded(x_RK, block: int):
@@ -298,32 +315,67 @@ def test_generation_reads_them(weights):
     assert made == best[8:-1].tolist()
 
 
+def on_mesh(config, weights, mesh):
+    """The model's variables in the format, laid out as a source lays them out."""
+    model, floats = exact_model(config)
+    abstract = abstract_on_mesh(model, mesh, weights=weights)
+    placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), floats, abstract)
+    return converted(placed, converter(model, weights))
+
+
 @pytest.mark.usefixtures("exact_rows")
 @pytest.mark.parametrize(
-    ("name", "weights"), [("experts", "int8"), ("experts", "int4"), ("switches", "int8")]
+    ("name", "weights", "sizes"),
+    [
+        ("experts", "int4", (1, 4, 1)),
+        ("experts", "int8", (1, 2, 2)),
+        ("gpt-oss", "int4", (1, 1, 2)),
+        ("dense", "fp8", (2, 1, 2)),
+        ("relative", "int8", (1, 1, 4)),
+        ("switches", "int8", (1, 4, 1)),
+    ],
 )
-def test_experts_over_a_mesh_equal_one_device(name, weights):
-    """Few bits are split by expert alone; to 1e-5 of the largest logit. Rows that are
+def test_a_mesh_equals_one_device(name, weights, sizes):
+    """To 1e-5 of the largest logit: parts of a sum are added in another order. Rows that are
     rounded would be so otherwise: a device of the mesh has as many of them for fewer experts.
     """
     model, variables = in_format(CONFIGS[name], weights)
     expected = full_logits(model, variables, TOKENS)
-    mesh = make_mesh(1, 4, 1)
-    _, floats = exact_model(CONFIGS[name])
-    abstract = abstract_on_mesh(model, mesh, weights=weights)
-    placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), floats, abstract)
-    placed = converted(placed, converter(model, weights))
-    gate_up = placed["params"]["periods"]["layer_0"]["moe"]["gate_up"]
-    assert gate_up.values.sharding.shard_shape(gate_up.values.shape)[1] == 2
-    found = full_logits(model, placed, TOKENS, mesh=mesh)
+    mesh = make_mesh(*sizes)
+    found = full_logits(model, on_mesh(CONFIGS[name], weights, mesh), TOKENS, mesh=mesh)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_device_holds_its_part_of_few_bits():
+    """Experts by expert and feed-forward width, heads by head; the embedding is whole."""
+    mesh = make_mesh(1, 2, 2)
+    params = on_mesh(CONFIGS["experts"], "int8", mesh)["params"]
+    layer = params["periods"]["layer_0"]
+    whole = in_format(CONFIGS["experts"], "int8")[1]["params"]
+    assert own_share(params["embedding"]) == 1
+    assert own_share(layer["attention"]["q"]) == own_share(layer["attention"]["o"]) == 1 / 2
+    assert own_share(layer["moe"]["gate_up"]) == own_share(layer["moe"]["down"]) == 1 / 4
+    total = layer["moe"]["down"].values
+    assert total.size == whole["periods"]["layer_0"]["moe"]["down"].values.size
+
+
+def own_share(weight) -> float:
+    """Of a weight's stored values, how much each device has."""
+    values = weight.values
+    return np.prod(values.sharding.shard_shape(values.shape)) / values.size
+
+
+def test_parts_are_of_a_mesh():
+    mesh = make_mesh(1, 1, 2)
+    model, _ = exact_model(CONFIGS["dense"])
+    variables = on_mesh(CONFIGS["dense"], "int8", mesh)
+    with pytest.raises(ValueError, match="a weight in 2 parts needs as many devices"):
+        full_logits(model, variables, TOKENS)
 
 
 def test_what_can_not_be_is_said():
     with pytest.raises(UserError, match="weights=int3 must be one of float32, bfloat16, fp8, int8"):
         check_format("int3")
-    with pytest.raises(UserError, match=r"weights=int4 can't be split over the mesh axis 'tensor'"):
-        check_format("int4", make_mesh(1, 1, 2))
     _, variables = in_format(CONFIGS["dense"], "int8")
     other = Transformer(dataclasses.replace(CONFIGS["dense"], d_model=128))
     with pytest.raises(ValueError, match=r"can't be a QTensor of shape"):

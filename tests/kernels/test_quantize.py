@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
+import kernels.quantize
 from kernels import native
 from kernels.backend import A100, H100, Target
 from kernels.grouped_matmul import grouped_matmul, pallas_mosaic_quantized, pallas_triton_quantized
@@ -17,16 +18,18 @@ from kernels.quantize import (
     MatrixDims,
     QTensor,
     choose_block_size,
-    dequantize,
     preferred_packing,
     quantizable_reason,
     quantize,
-    repack,
     take_outputs,
     to_format,
 )
 from kernels.quantize.native import quantize_panels
 from kernels.quantize.packing import pack, unpack
+
+# One program for each shape: operation by operation, compiling would take most of the tests' time.
+dequantize = jax.jit(kernels.quantize.dequantize)
+repack = jax.jit(kernels.quantize.repack, static_argnums=1)
 
 SCALED = ("fp8_e4m3", "int8", "int4")
 

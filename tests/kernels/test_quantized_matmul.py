@@ -30,6 +30,10 @@ def quantized(w, format, block_size, scale_dtype, packing):
 
 
 to_floats = jax.jit(dequantize)
+multiply_int8 = jax.jit(
+    functools.partial(grouped_matmul, activations="int8"), static_argnames="implementation"
+)
+one_product = jax.jit(matmul, static_argnames=("equation", "activations", "implementation"))
 
 
 def draw(case: Case, format: str, packing="panels", halves=1):
@@ -79,13 +83,11 @@ def test_native_float_product_is_the_definition_s(name, format, isa_or_tiles):
 @pytest.mark.parametrize("name", CASES)
 def test_native_rounded_product_is_within_half_a_step(name, format, isa_or_tiles):
     x, weight, sizes = draw(CASES[name], format)
-    rounded = functools.partial(grouped_matmul, activations="int8")
-    multiply = jax.jit(rounded, static_argnames="implementation")
-    y = multiply(x, weight, sizes, implementation="cpu")
+    y = multiply_int8(x, weight, sizes, implementation="cpu")
     error = np.abs(y - expected(x, weight, sizes))
     assert (error <= rounding_bound(x, weight, sizes)).all()
     # And it is what rounding in plain XLA gives, but for the order of sums and ties.
-    plain = multiply(x, weight, sizes, implementation="reference")
+    plain = multiply_int8(x, weight, sizes, implementation="reference")
     np.testing.assert_allclose(y, plain, rtol=1e-3, atol=1e-3 * np.abs(plain).max() + 1e-6)
 
 
@@ -137,8 +139,8 @@ def test_extreme_codes_do_not_overflow(activations, isa_or_tiles):
     for format in ("int8", "int4"):
         for sign in (1, -1):
             w = np.full((65536, 16), sign, np.float32)
-            weight = repack(quantize(w, format, block_size=65536), "panels")
-            y = matmul(x, weight, activations=activations, implementation="cpu")
+            weight = quantized(w, format, 65536, "float32", "panels")
+            y = one_product(x, weight, activations=activations, implementation="cpu")
             np.testing.assert_allclose(y, np.full((1, 16), -65536.0 * sign), rtol=1e-6)
 
 
@@ -150,9 +152,9 @@ def test_floats_in_digits_are_held_to_a_part_of_their_block_s_largest(rows, isa_
     x = random.standard_normal((rows, 64)) * 10 ** random.uniform(-6, 6, (rows, 64))
     x = x.astype(np.float32)
     w = random.standard_normal((64, 32)).astype(np.float32)
-    weight = repack(quantize(w, "int8", block_size=32), "panels")
-    y = matmul(x, weight, activations="float", implementation="cpu")
-    exact_w = np.asarray(dequantize(weight), np.float64)
+    weight = quantized(w, "int8", 32, "float32", "panels")
+    y = one_product(x, weight, activations="float", implementation="cpu")
+    exact_w = np.asarray(to_floats(weight), np.float64)
     largest = np.repeat(np.abs(x.reshape(rows, 2, 32)).max(-1), 32, axis=1)
     # And the float32 roundings of 64 products and sums.
     bound = largest @ np.abs(exact_w) * (2.0**-23 + 2.0**-22)
@@ -166,8 +168,8 @@ def test_floats_in_digits_are_held_to_a_part_of_their_block_s_largest(rows, isa_
 def test_what_is_not_finite_is_not_lost(value, rows, activations, isa_or_tiles):
     x = np.ones((rows, 64), np.float32)
     x[1, 40] = value
-    weight = repack(quantize(np.ones((64, 16), np.float32), "int8", block_size=32), "panels")
-    y = matmul(x, weight, activations=activations, implementation="cpu")
+    weight = quantized(np.ones((64, 16), np.float32), "int8", 32, "float32", "panels")
+    y = one_product(x, weight, activations=activations, implementation="cpu")
     assert not np.isfinite(y[1]).any()
     np.testing.assert_allclose(np.delete(y, 1, axis=0), 64.0, rtol=1e-6)
 
@@ -349,11 +351,11 @@ def test_weights_in_bfloat16_are_read_as_stored(rows, shape, equation, isa_or_ti
     w = jnp.asarray(w, jnp.bfloat16)
     exact_w = np.asarray(w, np.float64)
     exact = np.einsum(equation, x.astype(np.float64), exact_w)
-    y = matmul(x, w, equation, activations="float")
+    y = one_product(x, w, equation=equation, activations="float")
     magnitude = np.einsum(equation, np.abs(x), np.abs(exact_w))
     assert y.dtype == jnp.float32
     assert (np.abs(y - exact) <= magnitude * 2.0**-16 + 1e-6).all()
-    rounded = matmul(x, w, equation, activations="auto")
+    rounded = one_product(x, w, equation=equation, activations="auto")
     assert (np.abs(rounded - exact) <= magnitude * 2.0**-8 + 1e-5).all()
 
 

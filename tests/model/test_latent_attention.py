@@ -12,9 +12,9 @@ from configs.attention import LatentAttentionConfig
 from configs.feed_forward import DenseConfig
 from configs.rope import YarnConfig
 from model.model_state import init_state
-from model.transformer import Transformer, abstract_variables, hidden_states
+from model.transformer import Transformer, abstract_variables
 from tests import tiny
-from tests.probes import Parity, check_causality, check_decode, inputs
+from tests.probes import Parity, check_causality, check_decode, inputs, read
 
 LATENT = LatentAttentionConfig(
     num_heads=3,
@@ -92,7 +92,7 @@ def test_yarn_scales_the_logits_of_both_kinds_of_attention(latent):
     tokens, positions = inputs(config, LENGTH)
     slow = YarnConfig(factor=4.0, original_length=8)
     changed = config_of(dataclasses.replace(config.pattern[0].attention, rope_scaling=slow))
-    plain, _ = hidden_states(Transformer(config), variables, tokens, positions)
-    stretched, _ = hidden_states(Transformer(changed), variables, tokens, positions)
+    plain, _ = read(Transformer(config), variables, tokens, positions)
+    stretched, _ = read(Transformer(changed), variables, tokens, positions)
     np.testing.assert_array_equal(plain[:, 0], stretched[:, 0])  # one key: nothing to weigh
     assert np.abs(plain - stretched).max() > 1e-3

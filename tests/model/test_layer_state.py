@@ -11,6 +11,7 @@ import pytest
 
 from configs.architecture import LayerSpec, MixtureOfDepthsConfig
 from configs.attention import (
+    GatedDeltaConfig,
     IndexerConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
@@ -29,10 +30,11 @@ from model.model_state import (
     unrewindable_reason,
 )
 from model.step import make_step
-from model.transformer import Transformer, forward, hidden_states
+from model.transformer import Transformer, forward
 from parallel.sharding import partition_spec
 from tests import tiny
 from tests.probes import drawn
+from tests.probes import read as read_rows
 
 LENGTH, ROWS, PAGE = 24, 3, 4
 PROMPT = 12
@@ -84,16 +86,33 @@ KINDS = {
         )
     ),
     "relative": of(RelativeAttentionConfig(num_heads=2, head_dim=8, memory_length=7)),
+    "gated delta": of(
+        GatedDeltaConfig(num_heads=4, num_key_heads=2, key_head_dim=6, value_head_dim=8)
+    ),
+    "channel delta": of(
+        GatedDeltaConfig(
+            num_heads=2,
+            key_head_dim=6,
+            value_head_dim=8,
+            decay="channel",
+            output_gate="sigmoid",
+            gate_rank=4,
+        )
+    ),
     "mixture of depths": of(
         tiny.attention(window_size=6),
         depth=MixtureOfDepthsConfig(capacity=0.5, selection="threshold"),
     ),
 }
-UNPAGED = ("powers of two", "summaries", "relative", "mixture of depths")
-UNREWOUND = ("summaries",)
-UNMIXED = ("powers of two", "summaries", "relative")
+DELTA = ("gated delta", "channel delta")
+UNPAGED = ("powers of two", "summaries", "relative", *DELTA, "mixture of depths")
+UNREWOUND = ("summaries", *DELTA)
+UNMIXED = ("powers of two", "summaries", "relative", *DELTA)
 PAGED = [name for name in KINDS if name not in UNPAGED]
 SPARE = 5
+made = jax.jit(
+    init_state, static_argnums=range(5), static_argnames=("spare", "num_pages", "page_size")
+)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -103,7 +122,7 @@ def kind(request):
     model, variables = Transformer(config), drawn(config, seed=4)
     tokens = np.random.RandomState(1).randint(0, 300, (ROWS, LENGTH)).astype(np.int32)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
-    expected, _ = jax.jit(partial(hidden_states, model))(variables, tokens, positions)
+    expected, _ = read_rows(model, variables, tokens, positions)
 
     @partial(jax.jit, static_argnames="is_whole")
     def read(tokens_BL, positions_BL, state, rows_BL=None, tables_RN=None, is_whole=False):
@@ -140,13 +159,13 @@ def tables() -> np.ndarray:
 def states(kind):
     """Dense and, where it can, paged: the state, and what a step needs to read it."""
     name, config, *_ = kind
-    yield init_state(config, ROWS, LENGTH, "float32", SPARE), {}
+    yield made(config, ROWS, LENGTH, "float32", SPARE), {}
     if name in PAGED:
         pages = 1 + ROWS * LENGTH // PAGE
-        state = init_state(config, ROWS, LENGTH, "float32", num_pages=pages, page_size=PAGE)
+        state = made(config, ROWS, LENGTH, "float32", num_pages=pages, page_size=PAGE)
         # What a page holds before it is written may be anything.
         dirty = jax.tree.map(
-            lambda x: jnp.full_like(x, jnp.nan) if x.dtype == jnp.float32 else x, state
+            lambda x: np.full_like(x, np.nan) if x.dtype == jnp.float32 else x, state
         )
         yield dirty, {"tables_RN": tables()}
 
@@ -193,7 +212,7 @@ def test_taken_back_and_read_again(kind):
         _, state = read(tokens[:, :PROMPT], positions[:, :PROMPT], state, is_whole=True, **given)
         wrong, places = chunk((tokens + 7) % 300, positions, PROMPT, 3)
         _, state = read(wrong, places, state, **given)
-        state = rewind(state, jnp.full(ROWS, PROMPT))
+        state = jax.jit(rewind)(state, np.full(ROWS, PROMPT))
         out, _ = read(*chunk(tokens, positions, PROMPT, 4), state, **given)
         close(out[:, :4], expected[:, PROMPT : PROMPT + 4])
 
@@ -201,11 +220,11 @@ def test_taken_back_and_read_again(kind):
 def test_a_snapshot_goes_on_from_where_it_was_taken(kind):
     """Two rows are kept, others read on over them; then they come back, in the other order."""
     _, config, read, tokens, positions, expected = kind
-    state = init_state(config, ROWS, LENGTH, "float32", SPARE)
+    state = made(config, ROWS, LENGTH, "float32", SPARE)
     _, state = read(tokens[:, :PROMPT], positions[:, :PROMPT], state, is_whole=True)
-    kept = take_rows(state, jnp.array([0, 2]))
+    kept = jax.jit(take_rows)(state, np.array([0, 2]))
     _, state = read(*chunk(tokens, positions, PROMPT, 4), state)
-    state = put_rows(state, jnp.array([1, 0]), kept)
+    state = jax.jit(put_rows)(state, np.array([1, 0]), kept)
     out, _ = read(*chunk(tokens[[2, 0, 1]], positions, PROMPT, 2), state)
     close(out[:2, :2], expected[[2, 0], PROMPT : PROMPT + 2])
 
@@ -264,7 +283,7 @@ def test_a_shared_page_is_copied_before_it_is_written(name):
     old, _ = read(tokens[:, 1:2], at, state, np.array([[1, 2, 3]], np.int32))
     for token, found in ((other, new), (tokens[:, 1:2], old)):
         whole = np.concatenate([tokens, token], axis=1)
-        expected, _ = hidden_states(model, variables, whole, np.arange(11, dtype=np.int32)[None])
+        expected, _ = read_rows(model, variables, whole, np.arange(11, dtype=np.int32)[None])
         close(found[:, 0], expected[:, -1])
 
 
@@ -274,11 +293,11 @@ def test_int8_keys_are_near():
     model, variables = Transformer(config), drawn(config, seed=4)
     tokens = np.random.RandomState(1).randint(0, 300, (1, LENGTH)).astype(np.int32)
     positions = np.arange(LENGTH, dtype=np.int32)[None]
-    expected, _ = hidden_states(model, variables, tokens, positions)
+    expected, _ = read_rows(model, variables, tokens, positions)
     state = init_state(config, 1, LENGTH, "int8", LENGTH)
     assert {x.dtype for x in jax.tree.leaves(state)} == {
         jnp.dtype(d) for d in ("int8", "int32", "float32")
     }
-    found, _ = hidden_states(model, variables, tokens, positions, state)
+    found, _ = read_rows(model, variables, tokens, positions, state)
     error = np.abs(np.asarray(found - expected))
     assert 1e-5 < error.max() < 0.1 * np.abs(expected).max()

@@ -21,12 +21,12 @@ from data.pipeline import Corpus, prepare_corpus
 from data.tokenizers.public_tokenizer import read_public_tokenizer
 from evals.expert_domains import read_domains, read_preference
 from evals.results import read_results, write_results
-from evals.tasks.base import Result
 from kernels import backend
 from model.transformer import Transformer
 from scripts.score import read_tokens
 from tests import tiny
 from tests.checkpoint.cases import write_case
+from tests.evals import tiny_results
 from train.distill import Teacher, TopKCache
 from train.metrics import MetricsLog
 from train.report import write_report
@@ -63,8 +63,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     (at / "run").mkdir()
     open_run_dir(run, at / "run", Provenance(corpus=corpus.fingerprints()), corpus)
     (at / "run" / "expert_domains.json").write_text(json.dumps(LABELS))
-    result = Result("stdlib_bpb", 1, 2.0, 0.1, "bits", 3, {"gzip_bpb": 2.5})
-    write_results(at / "run" / "evals.json", [result])
+    write_results(at / "run" / "evals.json", tiny_results.tree())
     (at / "run" / "metrics.jsonl").write_text(2 * (json.dumps(LINE) + "\n"))
     cache(at)
     (at / "model").mkdir()

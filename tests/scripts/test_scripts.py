@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from configs.checks import UserError
+from evals.results import read_results
 from scripts import command
 from tests import tiny
 
@@ -111,11 +112,11 @@ def test_distil_evaluate_and_generate(trained):
     arguments = ["--teacher", str(teacher), "--run-dir", str(student), *settings(trained)]
     run(trained, "distill", "v31_nano_student", *arguments)
     assert {"kl", "cross_entropy"} <= set(lines(student)[-1])
-    out, _ = run(trained, "evaluate", str(student), "--tasks", "stdlib_bpb,line_completion")
+    out, _ = run(trained, "evaluate", str(student), "--output", str(student / "scores"))
     assert "gzip_bpb" in out
-    results = {r["task"]: r for r in json.loads((student / "evals.json").read_text())}
-    assert 0 < results["stdlib_bpb"]["value"] < 16
-    assert results["line_completion"]["count"] > 0
+    results = {r.task: r for r in read_results(student / "evals.json")}
+    assert 0 < results["stdlib_bpb"].value < 16
+    assert results["line_completion"].count > 0
     out, _ = run(trained, "generate", str(student), "--prompt", "def f(", "--max-new-tokens", "8")
     assert out.startswith("def f(")
     assert "tokens/s" in out
@@ -240,9 +241,10 @@ def test_an_upcycled_run_begins_where_its_dense_source_ended(trained):
     assert [x["ffn"]["kind"] for x in config["model"]["pattern"]] == ["dense", "moe"]
     bits = []
     for folder, options in ((dense, []), (upcycled, ["--initial"])):
-        run(trained, "evaluate", str(folder), "--tasks", "stdlib_bpb", *options)
+        output = ["--output", str(folder / "evaluation" / "".join(options))]
+        run(trained, "evaluate", str(folder), "--tasks", "stdlib_bpb", *options, *output)
         name = "evals_initial.json" if options else "evals.json"
-        bits.append(json.loads((folder / name).read_text())[0]["value"])
+        bits.append(read_results(folder / name)[0].value)
     assert bits[1] == pytest.approx(bits[0], abs=1e-5)
 
 

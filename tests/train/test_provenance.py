@@ -18,7 +18,10 @@ from configs.base import InitConfig
 from configs.checks import UserError
 from data.pipeline import prepare_corpus
 from evals.expert_domains import ExpertLabels, LayerLabels, label_experts, read_preference
-from evals.run import evaluate, open_run
+from evals.opening import load_run, run_evaluation
+from evals.run import evaluate_task
+from evals.scoring import BITS_PER_BYTE
+from evals.task_list import find_tasks
 from infer.load import load_model
 from infer.run_weights import RunWeights, load_with_identity
 from infer.sources import open_source
@@ -54,9 +57,11 @@ def case(trained, tmp_path):
 
 
 def bits_of(run_dir: Path) -> float:
-    (result,) = evaluate(open_run(run_dir), ["stdlib_bpb"], lambda name: lambda done, total: None)
-    assert result.details["unigram_bpb"] > 0
-    return result.value
+    output = run_dir / "evaluation"
+    evaluation = run_evaluation(run_dir, load_run(run_dir), output=output, may_set_aside=True)
+    found = evaluate_task(evaluation, find_tasks(["stdlib_bpb"])[0])
+    assert found.baselines["unigram_bpb"] > 0
+    return found.total.scores[BITS_PER_BYTE].value
 
 
 def another_corpus(run) -> None:

@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from checkpoint.run_corpus import count_tokens
 from configs.checks import UserError
 from data.corpora import read_documents
 from data.packing import PackedRows
 from data.pipeline import prepare_corpus
 from data.tokenizers.tokenizer import end_of_text_id, train_tokenizer
 from evals.tasks import line_completion, stdlib_bpb
-from evals.tasks.base import ModelUnderTest
 from tests import tiny
-from tests.evals.test_tasks import knows_all
+from tests.evals.test_tasks import held_out, knows_all, scored
 
 BEGIN = 2
 SPECIALS = ("<unk>", "</s>", "<s>", "<|start|>")
@@ -93,13 +91,14 @@ def test_positions_restart_at_that_token(corpus):
 
 def test_evaluations_work_with_it(corpus):
     """Offsets hold the blanks before a line, or no line could be found."""
-    counts_V = count_tokens(corpus.training(), 300)
-    subject = ModelUnderTest(knows_all, 64, corpus.tokenizer(), counts_V, corpus.held_out())
-    assert line_completion.run(subject).count > 10
-    assert line_completion.run(subject).value == 1.0
+    lines = line_completion.load(held_out(corpus))
+    assert len(lines) > 10
+    assert scored(line_completion.TASKS[0], lines, knows_all) == 1.0
     tokens = sum(len(t) - 1 for _, t, _ in corpus.held_out().documents())
     total = sum(size for _, _, size in corpus.held_out().documents())
-    assert stdlib_bpb.run(subject).value == pytest.approx(tokens / total, rel=1e-6)
+    files = stdlib_bpb.load(held_out(corpus))
+    bits = scored(stdlib_bpb.TASKS[0], files, knows_all)
+    assert bits == pytest.approx(tokens / total, rel=1e-6)
 
 
 def test_the_end_of_text_by_the_names_of_public_models():

@@ -1,0 +1,368 @@
+"""Log-likelihoods of continuations given contexts, batched by length.
+
+Text becomes tokens as in lm-evaluation-harness, so that scores compare: blanks at a context's end
+belong to the continuation, context and continuation are encoded together, and what follows the
+context's own tokens is the continuation. Continuations of one context, a question's choices, read
+it once where that saves work: the context's state is copied for each.
+
+B rows, L tokens of a row, G contexts, P tokens of a context, T scored tokens, D d_model, V vocab.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.checks import UserError, require, require_text
+from data.tokenizers.public_tokenizer import PublicTokenizer
+from data.tokenizers.tokenizer import end_of_text_id
+from evals.samples import Likelihood
+from model.layers import unembed
+from model.model_state import init_memory, init_state, take_rows
+from model.transformer import Transformer, Variables, hidden_states, output_weights
+
+CHUNK = 64
+"""Scored tokens whose logits are there at once."""
+SHORTEST = 16
+"""Tokens that a row is padded to at least; longer ones to 1, 1.5, 2, 3, 4, 6, ... times it."""
+MIN_SAVING = 1.3
+"""Contexts are read once for all their continuations where that leaves this much less to read."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A context and its continuation in tokens."""
+
+    tokens: tuple[int, ...]
+    """What the model reads: both, less the last token, which is only predicted."""
+    targets: tuple[int, ...]
+    """The continuation; the last ones predicted. Empty is a continuation without tokens."""
+    num_dropped: int = 0
+
+    @property
+    def begin(self) -> int:
+        """Place of the first target: as many tokens are the context."""
+        return len(self.tokens) + 1 - len(self.targets)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Pairs that begin with the same tokens: indices, and how many tokens they share."""
+
+    members: tuple[int, ...]
+    length: int
+
+
+def first_id(tokenizer: PublicTokenizer) -> int:
+    """The token that an empty context stands for: the one that begins a text, or that ends one.
+
+    Raises:
+      UserError: the tokenizer has neither.
+    """
+    found = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    found = min(tokenizer.eos_ids, default=None) if found is None else found
+    if found is not None:
+        return found
+    try:
+        return end_of_text_id(tokenizer.tokenizer)
+    except UserError as error:
+        raise UserError(
+            "the tokenizer has no token that begins or ends a text, which an empty context needs: "
+            "give every sample a context, or name a bos_token in its tokenizer_config.json"
+        ) from error
+
+
+def encode_pair(
+    tokenizer: PublicTokenizer, context: str, continuation: str, max_length: int
+) -> Pair:
+    """The tokens of both, cut on the left to what the model reads at once.
+
+    Raises:
+      UserError: a continuation longer than the model's context, or text that is no UTF-8.
+    """
+    require_text(context + continuation, "a sample")
+    if not continuation:
+        return Pair((), ())
+    if context:
+        kept = context.rstrip()
+        whole, before = tokenizer.encode(context + continuation), tokenizer.encode(kept)
+        begin = len(before)
+        if len(whole) <= begin:  # the continuation's tokens are the context's last one, too
+            same = (i for i, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b)
+            begin = next(same, len(whole) - 1)
+    else:
+        whole, begin = tokenizer.encode(continuation, bos=False), 0
+    if begin == 0 and (context or whole[0] != first_id(tokenizer)):
+        whole = [first_id(tokenizer), *whole]
+    begin = max(begin, 1)
+    require(
+        len(whole) - begin <= max_length,
+        f"a continuation has {len(whole) - begin} tokens, the model reads {max_length} at once: "
+        "leave the sample out (--limit), or take a model with a longer context",
+    )
+    dropped = max(len(whole) - 1 - max_length, 0)
+    return Pair(tuple(whole[dropped:-1]), tuple(whole[begin:]), dropped)
+
+
+def score_pairs(
+    model: Transformer,
+    variables: Variables,
+    pairs: Sequence[Pair],
+    *,
+    batch_tokens: int,
+    on_answer: Callable[[int, Likelihood], None] = lambda i, found: None,
+    share_contexts: bool = True,
+) -> list[Likelihood]:
+    """The likelihood of each pair's targets, in order, whatever the batches.
+
+    Args:
+      batch_tokens: tokens that a batch reads, more or less; the logits of CHUNK are there at once.
+      on_answer: called with each pair's index and likelihood as soon as it is there.
+      share_contexts: whether continuations of one context may read it once.
+    """
+    found: dict[int, Likelihood] = {}
+
+    def take(i: int, nats: float, is_greedy: bool) -> None:
+        found[i] = Likelihood(nats, is_greedy, len(pairs[i].targets), pairs[i].num_dropped)
+        on_answer(i, found[i])
+
+    for i, pair in enumerate(pairs):
+        if not pair.targets:
+            take(i, 0.0, True)
+    rest = [i for i, pair in enumerate(pairs) if pair.targets]
+    shared, alone = [], rest
+    if share_contexts and model.config.memory_length is None:
+        shared, alone = _share(pairs, rest)
+    for members, made in itertools.chain(
+        _scored_shared(model, variables, pairs, shared, batch_tokens),
+        _scored_alone(model, variables, pairs, alone, batch_tokens),
+    ):
+        nats_T, is_best_T = jax.device_get(made)
+        at = 0
+        for i in members:
+            own = slice(at, at + len(pairs[i].targets))
+            take(i, -float(nats_T[own].sum(dtype=np.float64)), bool(is_best_T[own].all()))
+            at = own.stop
+    return [found[i] for i in range(len(pairs))]
+
+
+_Scored = Iterator[tuple[list[int], Any]]
+"""Indices of pairs, and -log p and whether it is the most likely one of their targets, [T]."""
+
+
+def _share(pairs: Sequence[Pair], indices: Sequence[int]) -> tuple[list[_Shared], list[int]]:
+    """Pairs whose contexts are read once, and the others."""
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for i in indices:
+        context = pairs[i].tokens[: pairs[i].begin]
+        by_context.setdefault(context, []).append(i)
+    shared, alone = [], []
+    for context, members in by_context.items():
+        distinct = {pairs[i].tokens for i in members}
+        whole = sum(map(len, distinct))
+        left = whole - len(context) * (len(distinct) - 1)
+        if len(context) < SHORTEST or whole < MIN_SAVING * left:
+            alone += members
+        else:
+            shared.append(_Shared(tuple(members), len(context)))
+    return shared, alone
+
+
+def _scored_alone(
+    model: Transformer,
+    variables: Variables,
+    pairs: Sequence[Pair],
+    indices: Sequence[int],
+    batch_tokens: int,
+) -> _Scored:
+    """Rows of whole pairs; pairs that read the same tokens share a row."""
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for i in indices:
+        rows.setdefault(pairs[i].tokens, []).append(i)
+    longest = model.config.context_length
+    for length, batch in _batches(sorted(rows, key=len), longest, batch_tokens):
+        tokens_BL, positions_BL = _padded(batch, [0] * len(batch), length)
+        members = [(b, i) for b, tokens in enumerate(batch) for i in rows[tokens]]
+        wanted = [(b, pairs[i].begin, i) for b, i in members]
+        places = _places(pairs, wanted)
+        yield (
+            [i for _, i in members],
+            _score_rows(model, variables, tokens_BL, positions_BL, *places),
+        )
+
+
+def _batches(
+    rows: Sequence[tuple[int, ...]], longest: int, batch_tokens: int
+) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+    """Rows of about one length, and the length they are padded to; longest first."""
+    batch: list[tuple[int, ...]] = []
+    length = 0
+    for row in reversed(rows):
+        wanted = min(bucket(len(row)), longest)
+        if batch and (wanted != length or len(batch) == max(batch_tokens // length, 1)):
+            yield length, batch
+            batch = []
+        length = wanted
+        batch.append(row)
+    if batch:
+        yield length, batch
+
+
+def _scored_shared(
+    model: Transformer,
+    variables: Variables,
+    pairs: Sequence[Pair],
+    groups: Sequence[_Shared],
+    batch_tokens: int,
+) -> _Scored:
+    """Contexts, then their continuations from copies of the contexts' state.
+
+    The context's last token is read with each continuation: it predicts the first target.
+    """
+    by_shape: dict[tuple[int, int], list[_Shared]] = {}
+    for group in groups:
+        most = max(len(pairs[i].targets) for i in group.members)
+        shape = bucket(group.length - 1), bucket(most, 4)
+        by_shape.setdefault(shape, []).append(group)
+    for (context, length), members in sorted(by_shape.items(), reverse=True):
+        most = power(max(len(group.members) for group in members))
+        # Copies of a context take memory, not time: four times as many tokens as are read.
+        read, kept = context + most * length, most * (context + length)
+        count = max(min(batch_tokens // read, 4 * batch_tokens // kept), 1)
+        for begin in range(0, len(members), count):
+            batch = members[begin : begin + count]
+            size = min(power(len(batch)), count)
+            order, program = _shared_batch(pairs, batch, context, length, size, size * most)
+            yield order, _score_shared(model, variables, *program)
+
+
+def _shared_batch(
+    pairs: Sequence[Pair],
+    batch: Sequence[_Shared],
+    context: int,
+    length: int,
+    num_contexts: int,
+    num_rows: int,
+) -> tuple[list[int], tuple[Any, ...]]:
+    """The pairs in their order, and the arguments of `_score_shared`."""
+    contexts, rows, starts, context_of, wanted, order = [], [], [], [], [], []
+    for g, group in enumerate(batch):
+        split = group.length - 1
+        contexts.append(pairs[group.members[0]].tokens[:split])
+        for i in group.members:
+            wanted.append((len(rows), pairs[i].begin - split, i))
+            rows.append(pairs[i].tokens[split:])
+            starts.append(split)
+            context_of.append(g)
+            order.append(i)
+    tokens_GP, positions_GP = _padded(contexts, [0] * len(contexts), context, num_contexts)
+    tokens_BL, positions_BL = _padded(rows, starts, length, num_rows)
+    context_B = np.zeros(num_rows, np.int32)
+    context_B[: len(context_of)] = context_of
+    places = _places(pairs, wanted)
+    return order, (tokens_GP, positions_GP, context_B, tokens_BL, positions_BL, *places)
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], starts: Sequence[int], length: int, num_rows: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and positions, int32 [B, L]; padding has position -1.
+
+    Args:
+      starts: the position of each row's first token.
+      num_rows: B; None is a power of two.
+    """
+    count = power(len(rows)) if num_rows is None else num_rows
+    tokens_BL = np.zeros((count, length), np.int32)
+    positions_BL = np.full((count, length), -1, np.int32)
+    for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        tokens_BL[b, : len(row)] = row
+        positions_BL[b, : len(row)] = start + np.arange(len(row))
+    return tokens_BL, positions_BL
+
+
+def _places(
+    pairs: Sequence[Pair], wanted: Sequence[tuple[int, int, int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, place in it and token of each target, int32 [T], padded.
+
+    Args:
+      wanted: row, place of the pair's first target in what the model reads, and index of the pair.
+    """
+    found = [
+        (row, first - 1 + k, target)
+        for row, first, i in wanted
+        for k, target in enumerate(pairs[i].targets)
+    ]
+    padded = np.zeros((3, max(power(len(found)), CHUNK)), np.int32)
+    padded[:, : len(found)] = np.array(found).T
+    return padded[0], padded[1], padded[2]
+
+
+@partial(jax.jit, static_argnums=0)
+def _score_rows(model, variables, tokens_BL, positions_BL, row_T, place_T, target_T):
+    """-log p of the targets and whether each is the most likely token, [T]."""
+    memory = init_memory(model.config, len(tokens_BL), model.execution.compute_dtype)
+    hidden_BLD, _ = hidden_states(model, variables, tokens_BL, positions_BL, memory)
+    return _score_places(model, variables, hidden_BLD[row_T, place_T], target_T)
+
+
+@partial(jax.jit, static_argnums=0)
+def _score_shared(
+    model,
+    variables,
+    tokens_GP,
+    positions_GP,
+    context_B,
+    tokens_BL,
+    positions_BL,
+    row_T,
+    place_T,
+    target_T,
+):
+    """As `_score_rows`, of rows that go on from contexts."""
+    dtype = model.execution.compute_dtype
+    length = tokens_GP.shape[1] + tokens_BL.shape[1]
+    spare = tokens_BL.shape[1] - 1  # a window's slots come round only after a whole piece
+    state = init_state(model.config, len(tokens_GP), length, dtype, spare)
+    _, state = hidden_states(model, variables, tokens_GP, positions_GP, state, is_whole=True)
+    assert state is not None
+    copies = take_rows(state, context_B)
+    hidden_BLD, _ = hidden_states(model, variables, tokens_BL, positions_BL, copies)
+    return _score_places(model, variables, hidden_BLD[row_T, place_T], target_T)
+
+
+def _score_places(model, variables, hidden_TD, target_T):
+    """Log-softmax in float32, CHUNK tokens at a time."""
+    w_DV = output_weights(model, variables, as_stored=True)
+
+    def one_chunk(chunk):
+        hidden_CD, target_C = chunk
+        logits_CV = unembed(hidden_CD, w_DV)
+        target = jnp.take_along_axis(logits_CV, target_C[:, None], axis=1)[:, 0]
+        nats_C = jax.nn.logsumexp(logits_CV, axis=1) - target
+        return nats_C, jnp.argmax(logits_CV, axis=1) == target_C
+
+    chunks = (hidden_TD.reshape(-1, CHUNK, hidden_TD.shape[1]), target_T.reshape(-1, CHUNK))
+    nats, is_best = jax.lax.map(one_chunk, chunks)
+    return nats.reshape(-1), is_best.reshape(-1)
+
+
+def bucket(count: int, shortest: int = SHORTEST) -> int:
+    """1, 1.5, 2, 3, 4, 6, ... times the shortest: few lengths, and at most a third of padding."""
+    size = shortest
+    while size < count:
+        if size * 3 // 2 >= count:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+def power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(count - 1, 0).bit_length()
