@@ -85,7 +85,7 @@ class HarnessModel:
         model, variables = found.load(
             mesh=self.mesh,
             dtype="bfloat16" if dtype == "bfloat16" else "float32" if dtype else None,
-            weights=check_format(weights, self.mesh),
+            weights=check_format(weights),
             for_decoding=True,
         )
         self.local = LocalModel(
