@@ -62,9 +62,12 @@ def distill(
     teacher_tokenizer: Tokenizer,
     *,
     hooks: Sequence[Hook] = (),
+    experiment: str | None = None,
 ) -> FitResult:
     """Trains the student as train.loop.fit does, towards run.distill's objective.
 
+    Args:
+      experiment: see `fit`.
     Raises:
       UserError: a run that is no distillation, whose vocabulary is not the teacher's, or whose
       teacher has a memory; a run that goes on with another teacher.
@@ -108,6 +111,7 @@ def distill(
         make_transform=make_transform,
         objective="distillation",
         hooks=hooks,
+        experiment=experiment,
     )
 
 
