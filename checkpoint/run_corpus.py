@@ -19,6 +19,7 @@ from configs.base import RunConfig
 from configs.checks import UserError, require
 from data.pipeline import Corpus, CorpusFingerprints, open_corpus
 from data.token_file import TokenFile, documents_path, mask_path
+from data.tokenizers.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG
 from data.tokenizers.tokenizer import fingerprint, load_tokenizer, num_ids, parse_tokenizer
 
 TOKEN_COUNTS = "token_counts.npy"
@@ -42,7 +43,9 @@ def keep_corpus(corpus: Corpus, run_dir: Path, known: CorpusFingerprints | None)
     Args:
       known: of a run that goes on with this corpus; what the folder has by then stays.
     """
-    for source in (corpus.tokenizer_path, *_held_out_files(corpus.directory)):
+    beside = [corpus.directory / name for name in (TOKENIZER_CONFIG, GENERATION_CONFIG)]
+    kept = [x for x in beside if x.exists()]
+    for source in (corpus.tokenizer_path, *kept, *_held_out_files(corpus.directory)):
         target = run_dir / source.name
         if not target.exists() or fingerprint(target) != fingerprint(source):
             shutil.copyfile(source, _unfinished(target))

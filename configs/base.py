@@ -184,6 +184,9 @@ class InitConfig:
     """A trained model: "smollm2", a folder of Hugging Face's form, a GGUF file, a model folder of
     ours or a run's. Dense, where the run's model has experts, it is upcycled (model/upcycle.py).
     None: weights drawn from the run's seed."""
+    architecture: Literal["run", "source"] = "run"
+    """source: the run's model is the one that init.source has, and so is its tokenizer where
+    data.tokenizer names none; `model` is left as configs.models.of_source() makes it."""
     drop: float = 0.0
     """Upcycled only: share of each expert's hidden units that are drawn anew; 0 begins as the same
     function."""
@@ -195,6 +198,11 @@ class InitConfig:
         require(
             self.source is not None or not self.drop,
             f"init.drop={self.drop} has no effect without init.source: name a dense model there",
+        )
+        require(
+            self.architecture == "run" or (self.source is not None and not self.drop),
+            f"init.architecture={self.architecture!r} needs init.source, whose model it is, and no "
+            f"init.drop, got source={self.source!r} and drop={self.drop}",
         )
 
 

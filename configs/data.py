@@ -80,9 +80,9 @@ class DataConfig:
             f"{self.held_out!r}, a source of its own: leave one out",
         )
         require(
-            self.form == "text" or (self.order == "shuffled" and self.tokenizer is not None),
-            f"data.form={self.form!r} needs data.order='shuffled' and a data.tokenizer with a chat "
-            f"template, got order={self.order!r} and tokenizer={self.tokenizer!r}",
+            self.form == "text" or self.order == "shuffled",
+            f"data.form={self.form!r} needs data.order='shuffled', got {self.order!r}: rows hold "
+            "whole chats",
         )
 
     def _check_mixture(self) -> None:

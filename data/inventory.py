@@ -7,7 +7,8 @@ from typing import NamedTuple
 from configs.base import DataConfig, RunConfig
 from configs.checks import UserError
 from data.corpora import BEGINNING, END, document_name, shown_reasons, source_path, source_sizes
-from data.packing import PackedRows
+from data.packed_chats import PackedChats
+from data.packing import packed_rows
 from data.pipeline import Corpus
 from data.sources import sizes_of
 from data.token_file import LISTED, TokenFile
@@ -31,12 +32,16 @@ def inventory(corpus: Corpus, run: RunConfig) -> Iterator[str]:
     files = 1 if is_file else len(training.names) + len(held_out.names)
     what = "file" if training.format == LISTED else "document"
     epochs = run.steps * run.tokens_per_step / training.num_tokens
+    if training.has_loss_mask:
+        epochs = run.steps * run.batch_size / len(PackedChats(file, run.data.seq_len))
     counted = f"{files:,} {what}{'s' if files > 1 else ''}{missing}"
     shown = _epochs_shown(epochs)
     yield (
         f"{corpus.directory}: {counted}, {training.num_tokens:,} tokens to train on, "
         f"{shown} epochs; {held_out.num_tokens:,} held out"
     )
+    if training.has_loss_mask:
+        yield f"  {PackedChats(file, run.data.seq_len).describe()}"
     yield from _shares(file, run)
     name = "one of its sources" if run.data.is_mixed else run.data.source
     try:
@@ -59,7 +64,8 @@ def _shares(file: TokenFile, run: RunConfig) -> Iterator[str]:
         return
     total = sum(part.weight for part in run.data.mixture)
     rows = run.steps * run.batch_size
-    pairs = zip(run.data.mixture, PackedRows(file, run.data.seq_len).parts(), strict=True)
+    parts = packed_rows(file, run.data.seq_len).parts()
+    pairs = zip(run.data.mixture, parts, strict=True)
     for part, own in pairs:
         share = part.weight / total
         epochs = _epochs_shown(rows * share / len(own))

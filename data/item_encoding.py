@@ -1,6 +1,7 @@
 """Items of a source as tokens: texts, chats, and ids that are tokens already."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer
 
 from configs.checks import require
 from configs.data import DataConfig
+from data.chats import loss_mask, render_chat
 from data.held_out import token_bytes
 from data.sources import Item, Unit
 from data.tokenizers.public_tokenizer import PublicTokenizer
@@ -35,6 +37,10 @@ def encoder_of(
     Args:
       end_of_text: token that begins a document of text.
     """
+
+    if data.form == "chat":
+        assert public is not None, "the config demands one"
+        return partial(_encode_chats, public)
 
     def encode(unit: Unit, items: list[Item]) -> list[Encoded | None]:
         texts = [item.text or "" for item in items]
@@ -69,3 +75,15 @@ def encoder_of(
         return Encoded(np.concatenate([[end_of_text], ids]), num_bytes)
 
     return encode
+
+
+def _encode_chats(
+    tokenizer: PublicTokenizer, unit: Unit, items: list[Item]
+) -> list[Encoded | None]:
+    chats = [render_chat(item.messages, tokenizer, f"{unit.where} {item.number}") for item in items]
+    encodings = tokenizer.encode_rendered([chat.text for chat in chats])
+    made: list[Encoded | None] = []
+    for chat, encoding in zip(chats, encodings, strict=True):
+        mask = loss_mask(encoding.ids, encoding.offsets, chat.spans, tokenizer.eos_ids)
+        made.append(Encoded(encoding.ids, len(chat.text.encode()), mask))
+    return made

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from configs.checks import UserError, require
+from data.packed_chats import PackedChats
 from data.token_file import TokenFile
 
 
@@ -67,6 +68,16 @@ class PackedRows:
 
     def __repr__(self) -> str:  # Grain compares it on restore
         return f"PackedRows({self.file.path.name}, {self.num_rows} rows of {self.seq_len})"
+
+
+def packed_rows(file: TokenFile, seq_len: int) -> "PackedRows | PackedChats":
+    """The rows of a file: of whole chats, or of text, which is cut anywhere.
+
+    Raises:
+      UserError: the file is too short for a single row.
+    """
+    of_chats = file.sidecar.has_loss_mask
+    return PackedChats(file, seq_len) if of_chats else PackedRows(file, seq_len)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from data.corpus_settings import (
     write_settings,
 )
 from data.locks import wait_for_lock
-from data.packing import PackedRows, StreamRows
+from data.packing import StreamRows, packed_rows
 from data.sources import is_streamed, sizes_of
 from data.streamed import StreamedBuild
 from data.token_file import TokenFile, write_tokens
@@ -40,6 +40,7 @@ from data.tokenizers.tokenizer import (
     plain,
     train_tokenizer,
 )
+from data.tokenizers.tokenizer_export import write_tokenizer_config
 from data.tokenizers.tokenizer_sources import load_public_tokenizer, open_public_tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -184,6 +185,11 @@ def _build(directory: Path, config: DataConfig, vocab_size: int) -> None:
 
 def _build_streamed(directory: Path, config: DataConfig, vocab_size: int) -> None:
     """Makes the corpus of records, tokens, chats, or several sources."""
+    require(
+        config.form == "text" or config.tokenizer is not None,
+        f"data.form={config.form!r} needs a data.tokenizer with a chat template: name that of the "
+        "model that is trained further",
+    )
     public = None if config.tokenizer is None else open_public_tokenizer(config.tokenizer)
     sizes = sizes_of(config)
     build = StreamedBuild(directory, config, vocab_size, public)
@@ -192,6 +198,9 @@ def _build_streamed(directory: Path, config: DataConfig, vocab_size: int) -> Non
         tokenizer = plain(build.make_tokenizer())
         check_vocabulary(tokenizer, vocab_size, config.tokenizer or "the corpus's own")
         tokenizer.save(str(path))
+    if config.form == "chat":
+        assert public is not None, "the config demands one"
+        write_tokenizer_config(directory, public)
     num_empty = build.write(Corpus(directory).tokenizer(), path)
     empty = [LeftOut(f"{num_empty:,} records", "empty")] if num_empty else []
     left_out = [*build.left_out, *empty]
@@ -260,12 +269,12 @@ def batches(
 
 
 def _shuffled(file: TokenFile, seq_len: int, seed: int) -> grain.MapDataset:
-    rows = grain.MapDataset.source(PackedRows(file, seq_len))
+    rows = grain.MapDataset.source(packed_rows(file, seq_len))
     return rows.seed(seed).shuffle().repeat(MAX_EPOCHS)
 
 
 def _mixed(file: TokenFile, seq_len: int, seed: int, weights: Sequence[float]) -> grain.MapDataset:
-    rows = PackedRows(file, seq_len)
+    rows = packed_rows(file, seq_len)
     parts = [
         grain.MapDataset.source(part).seed((seed + i) % 2**63).shuffle().repeat(MAX_EPOCHS)
         for i, part in enumerate(rows.parts())

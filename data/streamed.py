@@ -147,7 +147,8 @@ class StreamedBuild:
         """
         sha256, end = fingerprint(tokenizer_path), end_of_text_id(tokenizer)
         encode = encoder_of(self.data, tokenizer, self.public, end)
-        done = self._found(sha256)
+        found = self._found(sha256)
+        done = found.now
         is_chat, dtype = self.data.form == "chat", token_dtype(tokenizer)
         with (
             TokenWriter(
@@ -157,7 +158,7 @@ class StreamedBuild:
                 self.directory / "held_out.bin", dtype, done.held_out, has_loss_mask=is_chat
             ) as held_out,
         ):
-            work = _Work(self, train, held_out, done, sha256)
+            work = _Work(self, train, held_out, found, sha256)
             try:
                 for place in self.places[done.unit :]:
                     work.read(place, encode)
@@ -186,18 +187,19 @@ class StreamedBuild:
             f"{done.held_out.num_documents} held out: add documents or change {apart}",
         )
 
-    def _found(self, tokenizer_sha256: str) -> Progress:
+    def _found(self, tokenizer_sha256: str) -> Notes:
         """How far the folder is."""
         path = self.directory / NOTES
+        nothing = Notes(now=Progress(), at_unit=Progress())
         if not path.exists():
-            return Progress()
+            return nothing
         notes = read_record(Notes, path, f"delete {self.directory}")
         for progress in (notes.now, notes.at_unit):
             if progress.digest == self.digest(progress, tokenizer_sha256):
                 print(f"going on with the corpus after {_counted(progress)}", flush=True)
-                return progress
+                return replace(notes, now=progress)
         print("the corpus is made anew: its sources have changed since it was begun", flush=True)
-        return Progress()
+        return nothing
 
     def digest(self, progress: Progress, tokenizer_sha256: str) -> str:
         """SHA-256 of what has been read, how, and by which tokenizer."""
@@ -222,11 +224,12 @@ class _Work:
         build: StreamedBuild,
         train: TokenWriter,
         held_out: TokenWriter,
-        done: Progress,
+        found: Notes,
         tokenizer_sha256: str,
     ) -> None:
         self.build, self.train, self.held_out = build, train, held_out
-        self.done = self._at_unit = done
+        self.done, self._at_unit = found.now, found.at_unit
+        done = found.now
         self._sha256 = tokenizer_sha256
         self._last_note = self._began = time.monotonic()
         self._bytes_before = done.train.num_bytes + done.held_out.num_bytes

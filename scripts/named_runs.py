@@ -1,6 +1,7 @@
 """The run that a verb's command line names: by its function, or by its folder, to go on with it."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from configs.base import RunConfig
 from configs.checks import require
 from configs.cli import load_run, with_overrides
 from configs.experiment_file import parse_target, read_source
+from configs.models import of_source
+from infer.sources import open_source
 from scripts import command
 
 
@@ -21,7 +24,8 @@ def chosen_run(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunCo
       UserError: as `load_run`; a folder and another --run-dir.
     """
     if not command.is_run_folder(arguments.run):
-        return load_run(arguments.run, overrides, arguments.own_options)
+        run = load_run(arguments.run, overrides, arguments.own_options)
+        return with_source_model(run)
     folder = Path(arguments.run)
     require(
         arguments.run_dir == folder,
@@ -30,6 +34,27 @@ def chosen_run(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunCo
     )
     run = read_run(folder)
     return with_overrides(run, overrides, str(folder), own_options=arguments.own_options)
+
+
+def with_source_model(run: RunConfig) -> RunConfig:
+    """The run with the model and the tokenizer of its init.source, where it takes them from there.
+
+    Raises:
+      UserError: the source can't be read, or the run states a model of its own, too.
+    """
+    if run.init.architecture == "run":
+        return run
+    require(
+        run.model == of_source(),
+        "init.architecture='source' takes the model from init.source, and this run states one: "
+        "leave --model.* out, of a run of your own with model=configs.models.of_source(), or set "
+        "init.architecture='run'",
+    )
+    assert run.init.source is not None
+    source = open_source(run.init.source)
+    data = dataclasses.replace(run.data, tokenizer=run.data.tokenizer or run.init.source)
+    init = dataclasses.replace(run.init, architecture="run")
+    return dataclasses.replace(run, model=source.config, data=data, init=init)
 
 
 def experiment_text(arguments: argparse.Namespace) -> str | None:

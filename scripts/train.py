@@ -20,6 +20,7 @@ from planning.available import require_memory
 from scripts import command
 from scripts.named_runs import chosen_run, experiment_text
 from scripts.sources import initial_weights
+from train.fine_tuning import fine_tune
 from train.loop import FitResult, fit
 
 
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> int:
     require_memory(run)
     describe(run)
     begin = initial_weights(run, arguments.run_dir)
-    result = fit(
+    train = fine_tune if run.data.form == "chat" else fit
+    result = train(
         run,
         arguments.run_dir,
         variables=begin.take(),
