@@ -12,6 +12,8 @@ import numpy as np
 from configs.checks import UserError
 from data.token_file import TokenFile
 
+CHATS_AT_ONCE = 4096
+
 
 class PackedChats:
     """Random access to rows of seq_len inputs and their targets, as PackedRows."""
@@ -29,26 +31,19 @@ class PackedChats:
         starts = np.asarray(file.sidecar.starts)
         ends = np.append(starts[1:], file.sidecar.num_tokens)
         count = len(starts) - first if count is None else count
-        places = slice(first, first + count)
-        lengths = np.minimum(ends[places] - starts[places] - 1, seq_len)
-        learnt = [self._learns(i) for i in range(first, first + count)]
-        self.num_chats = int(np.sum(learnt))
+        starts, ends = starts[first : first + count], ends[first : first + count]
+        lengths = np.minimum(ends - starts - 1, seq_len)
+        is_learnt = _learnt(file, starts, starts + lengths + 1)
+        self.num_chats = int(is_learnt.sum())
         self.num_skipped = count - self.num_chats
-        self.num_cut = int(((ends[places] - starts[places] - 1) > seq_len).sum())
-        own = first + np.flatnonzero(learnt)
-        self.rows = _fitted(own, lengths[learnt], seq_len)
-        self.fullness = float(lengths[learnt].sum() / max(len(self.rows) * seq_len, 1))
+        self.num_cut = int((ends - starts - 1 > seq_len).sum())
+        self.rows = _fitted(first + np.flatnonzero(is_learnt), lengths[is_learnt], seq_len)
+        self.fullness = float(lengths[is_learnt].sum() / max(len(self.rows) * seq_len, 1))
         if not self.rows:
             raise UserError(
                 f"{file.path} has no chat whose first data.seq_len={seq_len} tokens hold something "
                 "to learn: use a longer row"
             )
-
-    def _learns(self, chat: int) -> bool:
-        begin, end = self.file.bounds(chat)
-        mask = self.file.loss_mask
-        assert mask is not None
-        return bool(mask[begin + 1 : min(end, begin + self.seq_len + 1)].any())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,6 +95,21 @@ class PackedChats:
 
     def __repr__(self) -> str:  # Grain compares it on restore
         return f"PackedChats({self.file.path.name}, {len(self.rows)} rows of {self.seq_len})"
+
+
+def _learnt(file: TokenFile, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Whether the loss counts a token of each chat but its first, bool."""
+    mask = file.loss_mask
+    assert mask is not None
+    found = np.zeros(len(starts), bool)
+    for block in range(0, len(starts), CHATS_AT_ONCE):
+        own = slice(block, block + CHATS_AT_ONCE)
+        base = int(starts[block])
+        counted = base + np.flatnonzero(mask[base : int(ends[own].max())])
+        places = np.searchsorted(counted, starts[own] + 1)
+        following = np.append(counted, np.iinfo(np.int64).max)[places]
+        found[own] = following < ends[own]
+    return found
 
 
 def _fitted(chats: np.ndarray, lengths: np.ndarray, room: int) -> list[list[int]]:

@@ -153,7 +153,8 @@ def draw_curves(runs: Sequence[ComparedRun]) -> Picture:
     for axes, title in titles:
         _dress(axes, title)
     for axes in (load, speed):
-        axes.set_ylim(bottom=0)
+        top = axes.dataLim.ymax
+        axes.set_ylim(0, 1.1 * top if np.isfinite(top) and top > 0 else 1)
     handles = [
         Line2D([], [], color=COLORS[i % len(COLORS)], linestyle=STYLES[i // len(COLORS)])
         for i in range(len(runs))
@@ -185,7 +186,7 @@ def _dress(axes: Axes, title: str) -> None:
         axes.spines[side].set_color(SOFT)
     axes.tick_params(colors=SOFT, labelcolor=INK)
     axes.set_xlabel("step", color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if not axes.lines:
         place = {"ha": "center", "va": "center", "transform": axes.transAxes, "color": SOFT}
         axes.text(0.5, 0.5, "not in the logs", **place)

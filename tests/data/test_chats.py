@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.base import DataConfig
 from configs.checks import UserError
+from data import packed_chats
 from data.chats import loss_mask, render_chat
 from data.packed_chats import PackedChats, _fitted
 from data.pipeline import Corpus, batches, prepare_corpus
@@ -183,6 +184,28 @@ def test_rows_hold_whole_chats_and_every_target_once(corpus):
     assert sorted(seen) == list(range(len(file.sidecar.starts)))
     assert "rows, " in rows.describe()
     assert rows.num_cut > 0
+
+
+@pytest.mark.parametrize("at_once", [3, 4096])
+def test_a_chat_whose_beginning_teaches_nothing_is_left_out(corpus, monkeypatch, at_once):
+    monkeypatch.setattr(packed_chats, "CHATS_AT_ONCE", at_once)
+    file = corpus.training()
+    assert file.loss_mask is not None
+    for seq_len in (20, 21, 23, 30):
+        rows = PackedChats(file, seq_len)
+        expected = []
+        for i in range(len(file.sidecar.starts)):
+            begin, end = file.bounds(i)
+            seen = range(begin + 1, min(end, begin + seq_len + 1))
+            if any(file.loss_mask[place] for place in seen):
+                expected.append(i)
+        assert sorted(i for row in rows.rows for i in row) == expected
+        assert (rows.num_chats, rows.num_skipped) == (
+            len(expected),
+            len(file.sidecar.starts) - len(expected),
+        )
+    with pytest.raises(UserError, match="has no chat whose first"):
+        PackedChats(file, 5)
 
 
 def test_rows_are_filled_well_and_never_over():
