@@ -78,6 +78,9 @@ def finish(run: RunConfig, run_dir: Path, result: FitResult) -> int:
     done = "trained {} steps" if result.new_steps else "all {} steps were done before"
     print(f"{done.format(result.steps)}; {run_dir}/report.html shows them. Next:")
     typed = shlex.quote(str(run_dir))
+    if run.data.form == "chat":
+        print(f"  python -m scripts.chat {typed}")
+        return 0
     print(f"  python -m scripts.evaluate {typed}")
     print(f'  python -m scripts.generate {typed} --prompt "def parse_args("')
     return 0
