@@ -28,8 +28,12 @@ FILE = "provenance.json"
 KEY, TOKENIZER_KEY = "provenance", "tokenizer"
 """Keys in a checkpoint's metadata, beside the config's settings."""
 
-Objective = Literal["next_token", "distillation"]
-VERBS: dict[Objective, str] = {"next_token": "scripts.train", "distillation": "scripts.distill"}
+Objective = Literal["next_token", "fine_tuning", "distillation"]
+VERBS: dict[Objective, str] = {
+    "next_token": "scripts.train",
+    "fine_tuning": "scripts.train",
+    "distillation": "scripts.distill",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

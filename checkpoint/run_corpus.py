@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from checkpoint.provenance import checkpoint_tokenizer, read_provenance
 from configs.base import RunConfig
 from configs.checks import UserError, require
-from data.packing import TokenFile
 from data.pipeline import Corpus, CorpusFingerprints, open_corpus
+from data.token_file import TokenFile, documents_path, mask_path
+from data.tokenizers.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG
 from data.tokenizers.tokenizer import fingerprint, load_tokenizer, num_ids, parse_tokenizer
 
 TOKEN_COUNTS = "token_counts.npy"
@@ -42,7 +43,9 @@ def keep_corpus(corpus: Corpus, run_dir: Path, known: CorpusFingerprints | None)
     Args:
       known: of a run that goes on with this corpus; what the folder has by then stays.
     """
-    for source in (corpus.tokenizer_path, *_held_out_files(corpus.directory)):
+    beside = [corpus.directory / name for name in (TOKENIZER_CONFIG, GENERATION_CONFIG)]
+    kept = [x for x in beside if x.exists()]
+    for source in (corpus.tokenizer_path, *kept, *_held_out_files(corpus.directory)):
         target = run_dir / source.name
         if not target.exists() or fingerprint(target) != fingerprint(source):
             shutil.copyfile(source, _unfinished(target))
@@ -130,8 +133,10 @@ def _read_counts(path: Path, known: str | None, vocab_size: int) -> np.ndarray:
     return counts_V
 
 
-def _held_out_files(directory: Path) -> tuple[Path, Path]:
-    return directory / "held_out.bin", directory / "held_out.json"
+def _held_out_files(directory: Path) -> list[Path]:
+    path = directory / "held_out.bin"
+    tables = [x for x in (documents_path(path), mask_path(path)) if x.exists()]
+    return [path, path.with_suffix(".json"), *tables]
 
 
 def _unfinished(path: Path) -> Path:

@@ -25,6 +25,8 @@ from formats.atomic_folder import replace_text
 from formats.small_files import read_record
 
 LOCK = ".lock"
+EXPERIMENT = "experiment.py"
+"""The user's own file that a run comes from."""
 MAY_CHANGE = (
     "steps",
     "mesh.",
@@ -56,7 +58,13 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def open_run_dir(run: RunConfig, run_dir: Path, stated: Provenance, corpus: Corpus) -> Provenance:
+def open_run_dir(
+    run: RunConfig,
+    run_dir: Path,
+    stated: Provenance,
+    corpus: Corpus,
+    experiment: str | None = None,
+) -> Provenance:
     """Makes the folder and writes what it holds beside logs and checkpoints, or checks that it
     holds the same experiment, made from the same things; returns what the run was made from.
 
@@ -65,6 +73,7 @@ def open_run_dir(run: RunConfig, run_dir: Path, stated: Provenance, corpus: Corp
     Args:
       stated: what the run is about to be made from, or to go on with.
       corpus: of the run; its tokenizer and held-out tokens are copied.
+      experiment: text of the user's own file that the run comes from.
     Raises:
       UserError: another experiment, or a folder that can't be written.
     """
@@ -77,6 +86,8 @@ def open_run_dir(run: RunConfig, run_dir: Path, stated: Provenance, corpus: Corp
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_text(run_dir / "config.json", to_json(run))
+        if experiment is not None:
+            _keep_experiment(run_dir, experiment)
         counts = keep_corpus(corpus, run_dir, known.corpus if known else None)
         now = dataclasses.replace(stated.corpus, token_counts=counts)
         made_from = with_fingerprints_of(now, known or stated)
@@ -85,6 +96,16 @@ def open_run_dir(run: RunConfig, run_dir: Path, stated: Provenance, corpus: Corp
     except OSError as error:
         raise UserError(f"{run_dir} can't be written: {error.strerror}") from error
     return made_from
+
+
+def _keep_experiment(run_dir: Path, text: str) -> None:
+    """Writes experiment.py; of a run that goes on with a changed file, the one before stays, too,
+    under a name with the step up to which it was in use.
+    """
+    path, step = run_dir / EXPERIMENT, latest_step(run_dir / "checkpoints")
+    if step is not None and path.exists() and path.read_text(encoding="utf-8") != text:
+        path.replace(path.with_stem(f"{path.stem}_until_step_{step}"))
+    replace_text(path, text)
 
 
 def has_checkpoint(run_dir: Path) -> bool:

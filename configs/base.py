@@ -20,6 +20,7 @@ from configs.checks import (
     require_positive,
     require_seed,
 )
+from configs.data import DataConfig
 from configs.feed_forward import MoEConfig
 from configs.monitoring import MetricsConfig, ValidationConfig
 
@@ -91,40 +92,6 @@ class MeshConfig:
     @property
     def num_devices(self) -> int:
         return self.data * self.expert * self.tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the text comes from and how it is cut."""
-
-    source: str = "stdlib"
-    """'stdlib' (this Python's own library), a folder of text files, or one text file, whose last
-    lines are held out."""
-    suffix: str = ".py"
-    """Files of a folder to read."""
-    tokenizer: str | None = None
-    """A public one: "smollm2", a GGUF file, a tokenizer.json or its folder; None trains one on the
-    corpus."""
-    directory: str = "runs/corpora/stdlib"
-    """Where the tokenizer and the token files lie; made from `source` when missing."""
-    seq_len: int = 256
-    """Tokens a row feeds to the model, L."""
-    order: Literal["shuffled", "streams"] = "shuffled"
-    """Of the rows: drawn anew each epoch, or batch_size streams in which each row goes on where the
-    one of the step before ended (for models with memory)."""
-    holdout_fraction: float = 0.05
-    """Share of files held out, chosen by a hash of their names."""
-
-    def __post_init__(self) -> None:
-        for name in ("source", "tokenizer", "directory"):
-            value = getattr(self, name)
-            if value is not None:  # "text/" and "./text" are the folder "text"
-                object.__setattr__(self, name, str(PurePath(value)))
-        require_positive(self, "seq_len")
-        require(
-            0 < self.holdout_fraction < 1,
-            f"data.holdout_fraction={self.holdout_fraction} must lie between 0 and 1",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +184,9 @@ class InitConfig:
     """A trained model: "smollm2", a folder of Hugging Face's form, a GGUF file, a model folder of
     ours or a run's. Dense, where the run's model has experts, it is upcycled (model/upcycle.py).
     None: weights drawn from the run's seed."""
+    architecture: Literal["run", "source"] = "run"
+    """source: the run's model is the one that init.source has, and so is its tokenizer where
+    data.tokenizer names none; `model` is left as configs.models.of_source() makes it."""
     drop: float = 0.0
     """Upcycled only: share of each expert's hidden units that are drawn anew; 0 begins as the same
     function."""
@@ -228,6 +198,11 @@ class InitConfig:
         require(
             self.source is not None or not self.drop,
             f"init.drop={self.drop} has no effect without init.source: name a dense model there",
+        )
+        require(
+            self.architecture == "run" or (self.source is not None and not self.drop),
+            f"init.architecture={self.architecture!r} needs init.source, whose model it is, and no "
+            f"init.drop, got source={self.source!r} and drop={self.drop}",
         )
 
 

@@ -1,4 +1,7 @@
-"""The command line of a run: its name and overrides. The only file that knows tyro."""
+"""The command line of a run: its name and overrides. The only file that knows tyro.
+
+A run is named by its function in configs/runs.py, or as FILE.py:NAME in a file of the user's own.
+"""
 
 import contextlib
 import dataclasses
@@ -16,17 +19,14 @@ import tyro
 from configs import runs
 from configs.base import RunConfig
 from configs.checks import UserError, require
+from configs.experiment_file import call_target, parse_target, public_functions
 from configs.near_names import hint, setting_names
 from configs.serialization import RENAMED, differences
 
 
 def known_runs() -> dict[str, Callable[[], RunConfig]]:
     """The public functions of configs/runs.py by name."""
-    return {
-        name: function
-        for name, function in inspect.getmembers(runs, inspect.isfunction)
-        if function.__module__ == runs.__name__ and not name.startswith("_")
-    }
+    return public_functions(runs)
 
 
 DEPENDENT = {
@@ -50,12 +50,35 @@ def load_run(
     Raises:
       UserError: no such run, no such setting, or a value that is impossible.
     """
+    return with_overrides(named_run(name), overrides, name, own_options=own_options)
+
+
+def named_run(name: str) -> RunConfig:
+    """The run of that name without overrides.
+
+    Args:
+      name: of a function in configs/runs.py, or FILE.py:NAME.
+    Raises:
+      UserError: no such run, or a function that returns something else.
+      ExperimentError: the user's own file raised.
+    """
+    target = parse_target(name)
+    if target is not None:
+        made = call_target(target)
+        several = isinstance(made, dict | list | tuple)
+        advice = f"moesaic sweep {target} trains them" if several else "return a RunConfig"
+        what = "several runs" if several else f"{type(made).__name__} {made!r:.60}"
+        require(isinstance(made, RunConfig), f"{target} returned {what}, not one run: {advice}")
+        return made
     functions = known_runs()
     if name not in functions:
         near = difflib.get_close_matches(name, functions, n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown run {name!r}: {guess}There are {', '.join(functions)}")
-    return with_overrides(functions[name](), overrides, name, own_options=own_options)
+        raise UserError(
+            f"unknown run {name!r}: {guess}There are {', '.join(functions)}; a run of your own is "
+            "FILE.py:NAME, and one to go on with its folder"
+        )
+    return functions[name]()
 
 
 def with_overrides(

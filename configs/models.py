@@ -384,3 +384,14 @@ def deepseek_v3_nano() -> ModelConfig:
         context_length=256,
         multi_token=MultiTokenConfig(layer=LayerSpec(attention=attention, ffn=ffn)),
     )
+
+
+def of_source() -> ModelConfig:
+    """Stands where init.source says the architecture (init.architecture="source"): it is put in its
+    place before anything is made.
+    """
+    attention = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=2)
+    layer = LayerSpec(attention=attention, ffn=DenseConfig(d_ff=1))
+    return ModelConfig(
+        vocab_size=512, d_model=2, num_layers=1, pattern=(layer,), context_length=2**30
+    )

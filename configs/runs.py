@@ -13,6 +13,7 @@ from configs.base import (
     OptimizerConfig,
     RunConfig,
 )
+from configs.monitoring import ValidationConfig
 
 
 def _nano_optimizer() -> OptimizerConfig:
@@ -290,4 +291,26 @@ def smollm2_upcycled_code() -> RunConfig:
     """
     return dataclasses.replace(
         smollm2_code(), name="smollm2_upcycled_code", model=models.smollm2_4x135m()
+    )
+
+
+def fine_tune() -> RunConfig:
+    """A trained model trained further on chats; architecture, tokenizer and template are its own.
+
+    python -m scripts.train fine_tune --data.source chats.jsonl --data.directory runs/corpora/chats
+    --run-dir runs/chats: of SmolLM2-135M, on two CPU cores, a few seconds a step;
+    --init.source names another model.
+    """
+    return RunConfig(
+        name="fine_tune",
+        steps=100,
+        batch_size=8,
+        model=models.of_source(),
+        init=InitConfig(source="smollm2", architecture="source"),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-5, schedule="wsd", warmup_steps=5, decay_fraction=0.5
+        ),
+        data=DataConfig(form="chat", directory="runs/corpora/chats"),
+        execution=ExecutionConfig(remat="full", logits_chunks=8),
+        validation=ValidationConfig(every=25),
     )

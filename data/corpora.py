@@ -2,7 +2,8 @@
 
 The built-in corpus is the source of the Python standard library that runs this program: real code
 on every machine, without a download. Of any other folder every file with the suffix is read, and
-what can't be is left out with its reason; nothing is left out in silence.
+what can't be is left out with its reason; nothing is left out in silence. No more than one file is
+in memory at a time.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from configs.checks import UserError, require
 
@@ -23,8 +24,6 @@ INSTALLED = {"site-packages", "__pycache__"}
 """Folders that are never read: what others wrote, and what Python made."""
 BEGINNING, END = ", beginning", ", end"
 """What follows the name of a single file in the names of its two parts."""
-RECORDS = {".jsonl", ".ndjson"}
-"""Files of records, which are not text themselves."""
 
 
 class Document(NamedTuple):
@@ -39,9 +38,39 @@ class LeftOut(NamedTuple):
     reason: str
 
 
+class TextFile(NamedTuple):
+    """A file that was read once, and is again when its text is needed."""
+
+    name: str
+    """As Document's."""
+    path: Path
+    num_bytes: int
+
+    def read(self) -> Document:
+        """
+        Raises:
+          UserError: it has changed since.
+        """
+        text, reason = _read_text(self.path)
+        now = -1 if text is None else len(text.encode())
+        require(
+            now == self.num_bytes,
+            f"{self.path} has changed while the corpus was made"
+            f"{f' (it is {reason})' if reason else ''}: start again when nothing writes there",
+        )
+        assert text is not None
+        return Document(self.name, text)
+
+
 class Reading(NamedTuple):
     documents: list[Document]
     """Sorted by name."""
+    left_out: list[LeftOut]
+
+
+class Listing(NamedTuple):
+    files: list[TextFile]
+    """Sorted by name, and those of one name by their text."""
     left_out: list[LeftOut]
 
 
@@ -51,7 +80,14 @@ def read_documents(source: str, suffix: str) -> list[Document]:
 
 
 def read_source(source: str, suffix: str) -> Reading:
-    """Every document of a source, and what was left out.
+    """Every document of a source at once, and what was left out; see `list_source`."""
+    files, left_out = list_source(source, suffix)
+    return Reading([file.read() for file in files], left_out)
+
+
+def list_source(source: str, suffix: str) -> Listing:
+    """Every file of a source that holds text, each read to see whether it does, and what was left
+    out.
 
     Args:
       source: 'stdlib', a folder, or a single file, whatever its ending.
@@ -60,17 +96,23 @@ def read_source(source: str, suffix: str) -> Reading:
       UserError: no such folder, none of its files holds text, or they hold records.
     """
     root = source_path(source)
-    documents, left_out = [], []
-    for path, reason in _files(root, suffix, source == "stdlib"):
+    files: list[TextFile] = []
+    left_out, records = [], []
+    for path, reason in list_files(root, suffix, source == "stdlib"):
         text, reason = (None, reason) if reason else _read_text(path)
         if text is None:
-            left_out.append(LeftOut(_below(root, path), reason))
-        else:
-            documents.append(Document(document_name(_below(root, path)), text))
-    if not documents:
+            left_out.append(LeftOut(path_below(root, path), reason))
+            continue
+        file = TextFile(document_name(path_below(root, path)), path, len(text.encode()))
+        files.append(file)
+        if _holds_records(text):
+            records.append(file.name)
+    if not files:
         raise UserError(_no_text(source, suffix, root, left_out))
-    _refuse_records(source, root, suffix, documents)
-    return Reading(sorted(documents), sorted(left_out))
+    _refuse_records(source, records)
+    shared = {name for name, count in Counter(f.name for f in files).items() if count > 1}
+    files.sort(key=lambda f: (f.name, f.read().text if f.name in shared else ""))
+    return Listing(files, sorted(left_out))
 
 
 def source_path(source: str) -> Path:
@@ -98,9 +140,9 @@ def source_sizes(source: str, suffix: str) -> Counter[str]:
     """
     root = source_path(source)
     sizes: Counter[str] = Counter()
-    for path, reason in _files(root, suffix, source == "stdlib"):
+    for path, reason in list_files(root, suffix, source == "stdlib"):
         if not reason:
-            sizes[document_name(_below(root, path))] += path.stat().st_size
+            sizes[document_name(path_below(root, path))] += path.stat().st_size
     return sizes
 
 
@@ -113,7 +155,10 @@ def document_name(path: str) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def split(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+D = TypeVar("D", Document, TextFile)
+
+
+def split(documents: list[D], fraction: float) -> tuple[list[D], list[D]]:
     """(training, held out): a module is held out where the hash of its name falls below `fraction`.
 
     The choice depends on the name alone, so it stays the same when other files come or go.
@@ -158,7 +203,7 @@ def name_hash(name: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _files(root: Path, suffix: str, is_stdlib: bool) -> Iterator[tuple[Path, str]]:
+def list_files(root: Path, suffix: str, is_stdlib: bool = False) -> Iterator[tuple[Path, str]]:
     """Each file with the suffix and why it can't be read, "" where it may; opens none of them."""
     if root.is_file():
         yield root, ""
@@ -195,7 +240,7 @@ def _why_no_file(path: Path) -> str:
         return f"can't be read: {error.strerror}"
 
 
-def _below(root: Path, path: Path) -> str:
+def path_below(root: Path, path: Path) -> str:
     return os.path.relpath(path, root if root.is_dir() else root.parent)
 
 
@@ -236,18 +281,15 @@ def shown_reasons(left_out: list[LeftOut]) -> str:
     )
 
 
-def _refuse_records(source: str, root: Path, suffix: str, documents: list[Document]) -> None:
+def _refuse_records(source: str, records: list[str]) -> None:
     """
     Raises:
       UserError: files of JSON objects, line by line: a model would learn their braces.
     """
-    ending = root.suffix if root.is_file() else suffix
-    records = [d.name for d in documents if ending.lower() in RECORDS or _holds_records(d.text)]
     require(
         not records,
         f"data.source={source!r} has {len(records)} files of records, a JSON object in each line "
-        f"({records[0] if records else ''}): write the text of each into a file of its own, or all "
-        "into one text file",
+        f"({records[0] if records else ''}): rename them to .jsonl, of which the text is read",
     )
 
 

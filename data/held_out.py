@@ -8,6 +8,7 @@ import json
 import numpy as np
 from tokenizers import Tokenizer
 
+from data.packed_chats import PackedChats
 from data.packing import TokenFile
 
 SEGMENTS = 8
@@ -22,6 +23,8 @@ def held_out_rows(file: TokenFile, seq_len: int, max_rows: int, *, streams: bool
     memory N streams of S rows that follow each other.
     """
     num_rows = max((file.sidecar.num_tokens - 1) // seq_len, 1)
+    if file.sidecar.has_loss_mask:
+        num_rows = len(PackedChats(file, seq_len))
     count = min(max_rows, num_rows)
     length = min(SEGMENTS, count) if streams else 1
     starts_N = np.linspace(0, num_rows - length, count // length).round().astype(np.int32)
@@ -57,7 +60,13 @@ def held_out_batches(
     shape = (*rows_SB.shape, seq_len)
     batch = {"tokens": np.zeros(shape, np.int32)}
     batch |= {name: np.full(shape, -1, np.int32) for name in ("targets", "positions")}
+    chats = PackedChats(file, seq_len) if file.sidecar.has_loss_mask else None
     for place in zip(*np.nonzero(rows_SB >= 0), strict=True):
+        if chats is not None:
+            row = chats[int(rows_SB[place])]
+            for name in batch:
+                batch[name][place] = row[name]
+            continue
         row = _row(file, seq_len, int(rows_SB[place]), int(begins_SB[place]))
         for name, x_L in row.items():
             batch[name][place][: len(x_L)] = x_L

@@ -4,10 +4,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from configs.base import RunConfig
+from configs.base import DataConfig, RunConfig
 from configs.checks import UserError
 from data.corpora import BEGINNING, END, document_name, shown_reasons, source_path, source_sizes
+from data.packed_chats import PackedChats
+from data.packing import packed_rows
 from data.pipeline import Corpus
+from data.sources import sizes_of
+from data.token_file import LISTED, TokenFile
 
 
 class Changes(NamedTuple):
@@ -20,30 +24,73 @@ class Changes(NamedTuple):
 
 def inventory(corpus: Corpus, run: RunConfig) -> Iterator[str]:
     """Sentences about the text that a run reads: how much there is, and what of it is missing."""
-    training, held_out = corpus.training().sidecar, corpus.held_out().sidecar
+    file = corpus.training()
+    training, held_out = file.sidecar, corpus.held_out().sidecar
     left_out = corpus.left_out()
     missing = f", {len(left_out)} left out ({shown_reasons(left_out)})" if left_out else ""
     is_file = training.names[0].endswith(BEGINNING)
     files = 1 if is_file else len(training.names) + len(held_out.names)
+    what = "file" if training.format == LISTED else "document"
     epochs = run.steps * run.tokens_per_step / training.num_tokens
-    counted = f"{files:,} file{'s' if files > 1 else ''}{missing}"
-    shown = f"{epochs:.1f}" if epochs >= 0.95 else f"{epochs:.2g}"
+    if training.has_loss_mask:
+        epochs = run.steps * run.batch_size / len(PackedChats(file, run.data.seq_len))
+    counted = f"{files:,} {what}{'s' if files > 1 else ''}{missing}"
+    shown = _epochs_shown(epochs)
     yield (
         f"{corpus.directory}: {counted}, {training.num_tokens:,} tokens to train on, "
         f"{shown} epochs; {held_out.num_tokens:,} held out"
     )
+    if training.has_loss_mask:
+        yield f"  {PackedChats(file, run.data.seq_len).describe()}"
+    yield from _shares(file, run)
+    name = "one of its sources" if run.data.is_mixed else run.data.source
     try:
-        changed = changes(corpus, run.data.source, run.data.suffix)
+        changed = _changes(corpus, run.data)
     except UserError:
-        yield f"{run.data.source} is no longer there: the corpus is what was made of it"
+        yield f"{name} is no longer there: the corpus is what was made of it"
         return
     by_change = {"added": changed.added, "gone": changed.gone, "of another size": changed.resized}
     if any(by_change.values()):
         counts = ", ".join(f"{count} {what}" for what, count in by_change.items() if count)
         yield (
-            f"{run.data.source} has changed since (files {counts}), the corpus has not: for a new "
+            f"{name} has changed since (files {counts}), the corpus has not: for a new "
             "one set --data.directory to another folder"
         )
+
+
+def _shares(file: TokenFile, run: RunConfig) -> Iterator[str]:
+    """Of a mixture, each source's share of the rows, and how often its own are read."""
+    if not run.data.mixture:
+        return
+    total = sum(part.weight for part in run.data.mixture)
+    rows = run.steps * run.batch_size
+    parts = packed_rows(file, run.data.seq_len).parts()
+    pairs = zip(run.data.mixture, parts, strict=True)
+    for part, own in pairs:
+        share = part.weight / total
+        epochs = _epochs_shown(rows * share / len(own))
+        yield f"  {share:.1%} {part.source}: {len(own):,} rows, {epochs} epochs"
+
+
+def _epochs_shown(epochs: float) -> str:
+    return f"{epochs:.1f}" if epochs >= 0.95 else f"{epochs:.2g}"
+
+
+def _changes(corpus: Corpus, data: DataConfig) -> Changes:
+    """As `changes`; of records and mixtures by what the corpus notes of its files.
+
+    Raises:
+      UserError: a source is gone.
+    """
+    made = corpus.settings().sizes
+    if not made:
+        return changes(corpus, data.source, data.suffix)
+    now = sizes_of(data)
+    return Changes(
+        added=len(now.keys() - made.keys()),
+        gone=len(made.keys() - now.keys()),
+        resized=sum(made[name] != now[name] for name in made.keys() & now.keys()),
+    )
 
 
 def changes(corpus: Corpus, source: str, suffix: str) -> Changes:

@@ -1,143 +1,17 @@
-"""Token files, and rows of equal length cut from them.
+"""Rows of equal length cut from token files.
 
-A token file holds documents end to end, each behind an end-of-text token, as plain little-endian
-integers to be memory-mapped (train.bin); a sidecar (train.json) says how to read them. Rows are cut
-without regard to documents, so none of a row is wasted; positions restart at every document, which
-is what keeps documents apart in the model (model/transformer.py).
+Rows of text are cut without regard to documents, so none of a row is wasted; positions restart at
+every document, which is what keeps documents apart in the model (model/transformer.py).
 """
 
-import itertools
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from configs.checks import UserError, require
-from data.corpora import Document
-from data.tokenizers.tokenizer import END_OF_TEXT_ID, end_of_text_id
-from formats.small_files import UNLIMITED, read_record
-
-FORMAT = 1
-DTYPES = ("uint16", "uint32")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sidecar:
-    """What is known about a token file, kept as JSON beside it."""
-
-    format: int
-    dtype: str
-    num_tokens: int
-    num_bytes: int
-    """UTF-8 bytes of the documents."""
-    tokenizer_sha256: str
-    names: list[str]
-    starts: list[int]
-    """Index of each document's end-of-text token."""
-    byte_counts: list[int]
-    end_of_text_id: int = END_OF_TEXT_ID
-
-
-def write_tokens(
-    path: Path, documents: Iterable[Document], tokenizer: Tokenizer, tokenizer_sha256: str
-) -> Sidecar:
-    """Encodes the documents into path (.bin) and its sidecar (.json)."""
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    begin = end_of_text_id(tokenizer)
-    names, starts, byte_counts, num_tokens = [], [], [], 0
-    with path.open("wb") as file:
-        for document in documents:
-            ids = [begin, *tokenizer.encode(document.text).ids]
-            file.write(np.asarray(ids, dtype).tobytes())  # tofile hides why a disk refuses
-            names.append(document.name)
-            starts.append(num_tokens)
-            byte_counts.append(len(document.text.encode()))
-            num_tokens += len(ids)
-    sidecar = Sidecar(
-        format=FORMAT,
-        dtype=np.dtype(dtype).name,
-        num_tokens=num_tokens,
-        num_bytes=sum(byte_counts),
-        tokenizer_sha256=tokenizer_sha256,
-        names=names,
-        starts=starts,
-        byte_counts=byte_counts,
-        end_of_text_id=begin,
-    )
-    path.with_suffix(".json").write_text(json.dumps(asdict(sidecar)))
-    return sidecar
-
-
-def _read_sidecar(path: Path, mend: str) -> Sidecar:
-    """
-    Raises:
-      FileNotFoundError: there is none.
-      UserError: it is damaged, or contradicts itself.
-    """
-    sidecar = read_record(Sidecar, path, mend, UNLIMITED)
-    require(
-        sidecar.format == FORMAT,
-        f"{path} has format {sidecar.format}, this program reads {FORMAT}: {mend}",
-    )
-    require(
-        sidecar.dtype in DTYPES,
-        f"{path} has dtype {sidecar.dtype!r}, expected one of {', '.join(DTYPES)}: {mend}",
-    )
-    lengths = {len(x) for x in (sidecar.names, sidecar.starts, sidecar.byte_counts)}
-    ends = [-1, *sidecar.starts, sidecar.num_tokens]
-    require(
-        len(lengths) == 1 and all(a < b for a, b in itertools.pairwise(ends)),
-        f"{path} lists documents that don't lie one after the other: {mend}",
-    )
-    return sidecar
-
-
-class TokenFile:
-    """A memory-mapped token file; opened lazily, so it can be sent to other processes."""
-
-    def __init__(self, path: Path, advice: str | None = None) -> None:
-        """Reads the sidecar and checks the file against it.
-
-        Args:
-          advice: ends the sentence of an error; None where the file's folder is a corpus.
-        Raises:
-          UserError: a missing, truncated or unreadable file or sidecar.
-        """
-        mend = advice or f"delete the folder {path.parent}, it will be made again"
-        try:
-            self.sidecar = _read_sidecar(path.with_suffix(".json"), mend)
-            num_bytes = path.stat().st_size
-        except FileNotFoundError as error:
-            raise UserError(f"{error.filename} is missing: {mend}") from error
-        self.path, self.dtype = path, np.dtype(self.sidecar.dtype)
-        if num_bytes != self.sidecar.num_tokens * self.dtype.itemsize:
-            raise UserError(
-                f"{path} has {num_bytes} bytes, its sidecar promises {self.sidecar.num_tokens} "
-                "tokens of "
-                f"{self.dtype.itemsize} bytes: it was cut or changed; {mend}"
-            )
-        self._tokens: np.memmap | None = None
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """All tokens, memory-mapped."""
-        if self._tokens is None:
-            self._tokens = np.memmap(self.path, self.dtype, mode="r")
-        return self._tokens
-
-    def documents(self) -> Iterator[tuple[str, np.ndarray, int]]:
-        """(name, int32 tokens with the leading end of text, bytes) of each document."""
-        ends = [*self.sidecar.starts[1:], self.sidecar.num_tokens]
-        columns = (self.sidecar.names, self.sidecar.starts, ends, self.sidecar.byte_counts)
-        for name, start, end, num_bytes in zip(*columns, strict=True):
-            yield name, np.asarray(self.tokens[start:end], np.int32), num_bytes
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_tokens": None}
+from data.packed_chats import PackedChats
+from data.token_file import TokenFile
 
 
 class PackedRows:
@@ -172,8 +46,54 @@ class PackedRows:
             "row": np.int32(row),
         }
 
+    def parts(self) -> list["PartRows"]:
+        """The rows of each source of a mixture, without those that two sources share.
+
+        Raises:
+          UserError: a source is too short for a single row.
+        """
+        found = []
+        for part in self.file.sidecar.parts:
+            first = -(-part.first_token // self.seq_len)
+            end = (part.first_token + part.num_tokens - 1) // self.seq_len
+            if not part.num_tokens:  # held out whole
+                continue
+            require(
+                end > first,
+                f"{part.name} has {part.num_tokens:,} tokens to train on, too few for a row of "
+                f"data.seq_len={self.seq_len} in a mixture: use a shorter row, or leave it out",
+            )
+            found.append(PartRows(self, first, end - first))
+        return found
+
     def __repr__(self) -> str:  # Grain compares it on restore
         return f"PackedRows({self.file.path.name}, {self.num_rows} rows of {self.seq_len})"
+
+
+def packed_rows(file: TokenFile, seq_len: int) -> "PackedRows | PackedChats":
+    """The rows of a file: of whole chats, or of text, which is cut anywhere.
+
+    Raises:
+      UserError: the file is too short for a single row.
+    """
+    of_chats = file.sidecar.has_loss_mask
+    return PackedChats(file, seq_len) if of_chats else PackedRows(file, seq_len)
+
+
+@dataclass(frozen=True)
+class PartRows:
+    """Neighbouring rows of a file."""
+
+    rows: PackedRows
+    first: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """As PackedRows."""
+        return self.rows[self.first + int(index)]
 
 
 class StreamRows:

@@ -1,19 +1,38 @@
 """From a corpus on disk to an endless, resumable stream of batches."""
 
-import json
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Any, Literal, assert_never
+from pathlib import Path
+from typing import Literal, assert_never
 
 import grain
 import numpy as np
+from tokenizers import Tokenizer
 
 from configs.base import DataConfig
 from configs.checks import UserError, require
-from data.corpora import LeftOut, name_hash, read_source, source_path, split, split_lines
+from data.corpora import (
+    Document,
+    LeftOut,
+    TextFile,
+    list_source,
+    name_hash,
+    source_path,
+    split,
+    split_lines,
+)
+from data.corpus_settings import (
+    CorpusSettings,
+    check_settings,
+    read_settings,
+    write_settings,
+)
 from data.locks import wait_for_lock
-from data.packing import PackedRows, StreamRows, TokenFile, write_tokens
+from data.packing import StreamRows, packed_rows
+from data.sources import is_streamed, sizes_of
+from data.streamed import StreamedBuild
+from data.token_file import TokenFile, write_tokens
 from data.tokenizers.tokenizer import (
     check_vocabulary,
     fingerprint,
@@ -21,12 +40,10 @@ from data.tokenizers.tokenizer import (
     plain,
     train_tokenizer,
 )
-from data.tokenizers.tokenizer_sources import load_public_tokenizer
-from formats.small_files import read_record
+from data.tokenizers.tokenizer_export import write_tokenizer_config
+from data.tokenizers.tokenizer_sources import load_public_tokenizer, open_public_tokenizer
 
 Batch = dict[str, np.ndarray]
-
-SETTINGS = "corpus.json"
 
 MAX_EPOCHS = 1_000_000  # an endless repeat overflows the length of Grain's prefetch
 
@@ -44,20 +61,6 @@ class CorpusFingerprints:
     token_counts: str | None = None
     """Of what the run keeps of the training text (checkpoint/run_corpus.py); None likewise, and of
     a corpus, which has none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusSettings:
-    """What a corpus was made with and of, as its corpus.json has it."""
-
-    source: str
-    suffix: str
-    holdout_fraction: float
-    vocab_size: int
-    tokenizer: str | None = None
-    tokenizer_sha256: str | None = None
-    left_out: list[list[str]] | None = None
-    """Pairs of a file and why it could not be read; None in a corpus of before that was noted."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,14 @@ class Corpus:
         """Files of the source that could not be read when the corpus was made; None in a corpus of
         before that was noted.
         """
-        left_out = _read_settings(self.directory).left_out
+        left_out = self.settings().left_out
         return None if left_out is None else [LeftOut(*pair) for pair in left_out]
 
-    def tokenizer(self):
+    def settings(self) -> CorpusSettings:
+        """What it was made with and of."""
+        return read_settings(self.directory)
+
+    def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer_path)
 
     def fingerprints(self) -> CorpusFingerprints:
@@ -118,7 +125,7 @@ def prepare_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     lock = directory.with_name(f"{directory.name}.lock")
     with wait_for_lock(lock, f"waiting for another process, which makes the corpus {directory}"):
         if not directory.exists():
-            _build_beside(directory, _settings(config, vocab_size))
+            _build_beside(directory, config, vocab_size)
     return open_corpus(config, vocab_size)
 
 
@@ -130,90 +137,84 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     """
     directory = Path(config.directory)
     require(directory.exists(), f"the corpus {directory} is not there")
-    _check_settings(directory, _settings(config, vocab_size))
+    check_settings(directory, config, vocab_size, Corpus(directory).tokenizer_path)
     return Corpus(directory)
 
 
-def _settings(config: DataConfig, vocab_size: int) -> dict[str, object]:
-    """Settings that a corpus is made with, as its corpus.json lists them."""
-    return {
-        "source": config.source,
-        "suffix": config.suffix,
-        "holdout_fraction": config.holdout_fraction,
-        "vocab_size": vocab_size,
-        "tokenizer": config.tokenizer,
-    }
-
-
-def _build_beside(directory: Path, settings: dict[str, Any]) -> None:
-    """Makes the corpus under another name, which a killed process may have left, and renames it."""
+def _build_beside(directory: Path, config: DataConfig, vocab_size: int) -> None:
+    """Makes the corpus under another name and renames it. Of one that is made as its sources are
+    read, what a stopped process has left is gone on with; anything else begins afresh.
+    """
     building = directory.with_name(f"{directory.name}.building")
+    if any(is_streamed(part, config.form) for part in config.parts) or config.is_mixed:
+        building.mkdir(parents=True, exist_ok=True)
+        _build_streamed(building, config, vocab_size)
+        building.rename(directory)
+        return
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir(parents=True)
-        _build(building, settings)
+        _build(building, config, vocab_size)
         building.rename(directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _check_settings(directory: Path, settings: dict[str, object]) -> None:
-    found = _read_settings(directory)
-    for name, wanted in settings.items():
-        made_with = getattr(found, name)
-        if _plain(name, made_with) != wanted:
-            raise UserError(
-                f"the corpus in {directory} was made with {name}={made_with!r}, this run asks for "
-                f"{wanted!r}: set --data.directory to another folder"
-            )
-    path = Corpus(directory).tokenizer_path
-    if path.exists() and found.tokenizer_sha256 not in (None, fingerprint(path)):
-        raise UserError(
-            f"{path} is not the tokenizer that the token files beside it were made with: delete "
-            f"the folder {directory}, it will be made again"
-        )
-
-
-def _read_settings(directory: Path) -> CorpusSettings:
-    mend = f"delete {directory}, it will be made again, or set --data.directory"
-    try:
-        found = read_record(CorpusSettings, directory / SETTINGS, mend)
-    except FileNotFoundError as error:
-        raise UserError(f"{directory} is there but holds no corpus ({error}): {mend}") from error
-    require(
-        all(len(pair) == 2 for pair in found.left_out or ()),
-        f"{directory / SETTINGS} has a left_out that is no list of files and reasons: {mend}",
-    )
-    return found
-
-
-def _plain(name: str, value: object) -> object:
-    """A setting as configs spell it today: "text/" is the folder "text"."""
-    if name in ("source", "tokenizer") and isinstance(value, str):
-        return str(PurePath(value))
-    return value
-
-
-def _build(directory: Path, settings: dict[str, Any]) -> None:
-    documents, left_out = read_source(settings["source"], settings["suffix"])
-    is_file = source_path(settings["source"]).is_file()
-    training, held_out = (split_lines if is_file else split)(
-        documents, settings["holdout_fraction"]
-    )
-    training.sort(key=lambda document: name_hash("order of " + document.name))
-    corpus, name, vocab_size = Corpus(directory), settings["tokenizer"], settings["vocab_size"]
-    if name is None:
+def _build(directory: Path, config: DataConfig, vocab_size: int) -> None:
+    """Makes the corpus of a folder of text, or of one text file."""
+    files, left_out = list_source(config.source, config.suffix)
+    if source_path(config.source).is_file():
+        parts = split_lines([file.read() for file in files], config.holdout_fraction)
+        training, held_out = parts
+    else:
+        kept, apart = split(files, config.holdout_fraction)
+        kept.sort(key=lambda file: name_hash("order of " + file.name))
+        training, held_out = _Texts(kept), _Texts(apart)
+    corpus = Corpus(directory)
+    if config.tokenizer is None:
         tokenizer = train_tokenizer((d.text for d in training), vocab_size)
     else:
-        tokenizer = plain(load_public_tokenizer(name))
-        check_vocabulary(tokenizer, vocab_size, name)
+        tokenizer = plain(load_public_tokenizer(config.tokenizer))
+        check_vocabulary(tokenizer, vocab_size, config.tokenizer)
     tokenizer.save(str(corpus.tokenizer_path))
     tokenizer, sha256 = corpus.tokenizer(), fingerprint(corpus.tokenizer_path)
     write_tokens(directory / "train.bin", training, tokenizer, sha256)
     write_tokens(directory / "held_out.bin", held_out, tokenizer, sha256)
-    (directory / SETTINGS).write_text(
-        json.dumps(settings | {"tokenizer_sha256": sha256, "left_out": left_out})
+    write_settings(directory, config, vocab_size, sha256, left_out, {})
+
+
+def _build_streamed(directory: Path, config: DataConfig, vocab_size: int) -> None:
+    """Makes the corpus of records, tokens, chats, or several sources."""
+    require(
+        config.form == "text" or config.tokenizer is not None,
+        f"data.form={config.form!r} needs a data.tokenizer with a chat template: name that of the "
+        "model that is trained further",
     )
+    public = None if config.tokenizer is None else open_public_tokenizer(config.tokenizer)
+    sizes = sizes_of(config)
+    build = StreamedBuild(directory, config, vocab_size, public)
+    path = Corpus(directory).tokenizer_path
+    if public is not None or not build.has_begun():
+        tokenizer = plain(build.make_tokenizer())
+        check_vocabulary(tokenizer, vocab_size, config.tokenizer or "the corpus's own")
+        tokenizer.save(str(path))
+    if config.form == "chat":
+        assert public is not None, "the config demands one"
+        write_tokenizer_config(directory, public)
+    num_empty = build.write(Corpus(directory).tokenizer(), path)
+    empty = [LeftOut(f"{num_empty:,} records", "empty")] if num_empty else []
+    left_out = [*build.left_out, *empty]
+    write_settings(directory, config, vocab_size, fingerprint(path), left_out, sizes)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The documents of files, each read when it comes to it; as often as asked for."""
+
+    files: list[TextFile]
+
+    def __iter__(self) -> Iterator[Document]:
+        return (file.read() for file in self.files)
 
 
 def batches(
@@ -223,6 +224,7 @@ def batches(
     batch_size: int,
     seed: int,
     order: Literal["shuffled", "streams"] = "shuffled",
+    weights: Sequence[float] = (),
     rows_before: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -238,6 +240,8 @@ def batches(
     Args:
       batch_size: rows of the global batch.
       seed: of the shuffled order; streams have only one.
+      weights: of a mixture, for each part of the file: of any n rows in a row each part has its
+        share to within a row or two, and its own rows are shuffled anew each time they are through.
       rows_before: rows of that order that are left out at its beginning; of streams, whole batches.
       process_index: of the block; processes with the same rows have the same one.
       process_count: blocks that a batch is cut into.
@@ -256,9 +260,23 @@ def batches(
         rows = grain.MapDataset.source(streams).repeat(MAX_EPOCHS)
         blocks = rows[rows_before // process_count :].batch(own_rows)
     elif order == "shuffled":
-        rows = grain.MapDataset.source(PackedRows(file, seq_len)).seed(seed).shuffle()
-        blocks = rows.repeat(MAX_EPOCHS)[rows_before:].batch(own_rows)
+        rows = _mixed(file, seq_len, seed, weights) if weights else _shuffled(file, seq_len, seed)
+        blocks = rows[rows_before:].batch(own_rows)
         blocks = blocks[process_index::process_count]
     else:
         assert_never(order)
     return iter(blocks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def _shuffled(file: TokenFile, seq_len: int, seed: int) -> grain.MapDataset:
+    rows = grain.MapDataset.source(packed_rows(file, seq_len))
+    return rows.seed(seed).shuffle().repeat(MAX_EPOCHS)
+
+
+def _mixed(file: TokenFile, seq_len: int, seed: int, weights: Sequence[float]) -> grain.MapDataset:
+    rows = packed_rows(file, seq_len)
+    parts = [
+        grain.MapDataset.source(part).seed((seed + i) % 2**63).shuffle().repeat(MAX_EPOCHS)
+        for i, part in enumerate(rows.parts())
+    ]
+    return grain.MapDataset.mix(parts, weights)

@@ -182,8 +182,12 @@ def _run(name: str, path: Path) -> Source:
 
 
 def run_tokenizer(run: RunConfig, run_dir: Path) -> PublicTokenizer:
-    """The one it was trained with, whose documents begin with the end of text."""
+    """The one it was trained with, whose documents begin with the end of text; of a run on chats
+    with the template and the ends of the model that it comes from.
+    """
     tokenizer = read_run_tokenizer(run, run_dir)
+    if run.data.form == "chat":
+        return dataclasses.replace(read_public_tokenizer(run_dir), tokenizer=tokenizer)
     end = end_of_text_id(tokenizer)
     return PublicTokenizer(tokenizer, bos_id=end, eos_ids=frozenset({end}), add_bos=True)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from configs.base import MeshConfig, RunConfig
 from configs.checks import UserError, require
-from configs.cli import known_runs, load_run
+from configs.cli import load_run, named_run
 
 MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
@@ -36,8 +36,8 @@ def planned_run(
         for axis, size in dataclasses.asdict(sizes).items()
         for word in (f"--mesh.{axis}", str(size))
     ]
-    if name in known_runs() and not _is_set("--batch-size", overrides):
-        run = known_runs()[name]()
+    if not _is_set("--batch-size", overrides):
+        run = named_run(name)
         rows = run.batch_size // (run.mesh.data * run.mesh.expert)
         chosen += ["--batch-size", str(rows * sizes.data * sizes.expert)]
     return load_run(name, [*chosen, *overrides], own_options)

@@ -21,6 +21,7 @@ from typing import NoReturn
 import jax
 
 from configs.checks import UserError
+from configs.experiment_file import ExperimentError, describe_file, parse_target
 from configs.near_names import hint
 from parallel.distributed import (
     announce_failure,
@@ -34,6 +35,8 @@ from train.metrics import TrainingAlarm
 
 PLUGINS = "jax._src.xla_bridge"
 """Whose log tells of a plugin that can't start, with a traceback."""
+
+RUN_HELP = "a name in configs/runs.py, FILE.py:NAME in a file of your own, or a run's folder"
 
 Main = Callable[[list[str]], int | None]
 
@@ -68,6 +71,8 @@ def _ending(error: BaseException) -> tuple[int, str]:
     if lost is not None:
         return 1, f"stopped: {lost}"
     match error:
+        case ExperimentError():
+            return 2, f"{error.trace}error: {error}"
         case UserError():
             return 2, f"error: {error}"
         case TrainingAlarm():
@@ -117,8 +122,8 @@ def parser(doc: str | None, *, run: bool = False) -> argparse.ArgumentParser:
     )
     made.error = functools.partial(_raise_user_error, made)  # type: ignore[method-assign]
     if run:
-        made.add_argument("run", nargs="?", metavar="RUN", help="name of a run in configs/runs.py")
-        made.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/RUN)")
+        made.add_argument("run", nargs="?", metavar="RUN", help=RUN_HELP)
+        made.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/NAME)")
     return made
 
 
@@ -144,9 +149,28 @@ def split_run_arguments(
     known, overrides = made.parse_known_args(argv)
     if known.run is None:
         raise UserError("name a run; --help lists them")
+    target = parse_target(known.run)
+    if asks_for_help and target is not None and target.name is None:
+        print(f"runs of {target.path}:\n{describe_file(target)}")
+        sys.exit(0)
     known.own_options = own_options(made)
-    known.run_dir = known.run_dir or Path("runs") / known.run
+    known.run_dir = known.run_dir or default_run_dir(known.run)
     return known, overrides
+
+
+def default_run_dir(name: str) -> Path:
+    """The folder of a run whose command names none: runs/NAME, or the folder that it names."""
+    target = parse_target(name)
+    if target is not None:
+        return Path("runs") / (target.name or target.path.stem)
+    return Path(name) if is_run_folder(name) else Path("runs") / name
+
+
+def is_run_folder(name: str) -> bool:
+    """Whether the name is the folder of a run; a name in configs/runs.py goes before it."""
+    from configs.cli import known_runs  # see _runs
+
+    return name not in known_runs() and (Path(name) / "config.json").exists()
 
 
 def use_host_devices(count: int) -> None:

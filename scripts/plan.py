@@ -25,11 +25,13 @@ from planning.report import print_found, print_plan, write_plan
 from planning.request import planned_run
 from planning.search import search
 from scripts import command
+from scripts.named_runs import with_source_model
 
 
 def main(argv: list[str]) -> None:
     arguments, overrides = command.split_run_arguments(_parser(), argv)
-    run = planned_run(arguments.run, arguments.mesh, overrides, arguments.own_options)
+    asked = planned_run(arguments.run, arguments.mesh, overrides, arguments.own_options)
+    run = with_source_model(asked)
     require(
         run.mesh.num_devices <= MAX_DEVICES,
         f"the mesh has {run.mesh.num_devices:,} devices, at most {MAX_DEVICES:,} are planned for",

@@ -1,6 +1,8 @@
 """Trains a run, or goes on with it: the same command resumes where it stopped.
 
     python -m scripts.train v31_nano --steps 500 --mesh.expert 4
+    python -m scripts.train path/to/my_experiments.py:my_run
+    python -m scripts.train runs/v31_nano                      goes on, without its flags
 
 A run whose init.source names a trained model begins with its weights, any other with weights drawn
 from its seed. The run's folder receives config.json, metrics.jsonl, checkpoints/, pictures and
@@ -12,29 +14,37 @@ from pathlib import Path
 
 from configs.base import RunConfig
 from configs.checks import require
-from configs.cli import load_run
 from evals.results import write_run_report
 from parallel.distributed import is_first
 from planning.available import require_memory
 from scripts import command
+from scripts.named_runs import chosen_run, experiment_text
 from scripts.sources import initial_weights
+from train.fine_tuning import fine_tune
 from train.loop import FitResult, fit
 
 
 def main(argv: list[str]) -> int:
     parser = command.add_process_options(command.parser(__doc__, run=True))
     arguments, overrides = command.split_run_arguments(parser, argv)
-    run = load_run(arguments.run, overrides, arguments.own_options)
+    run = chosen_run(arguments, overrides)
     require(
         run.distill is None,
         f"{run.name} learns from a teacher, and scripts.train has none: python -m scripts.distill "
-        f"{run.name} --teacher runs/TEACHER",
+        f"{arguments.run} --teacher runs/TEACHER",
     )
     command.start_processes(arguments, run.mesh.num_devices)
     require_memory(run)
     describe(run)
     begin = initial_weights(run, arguments.run_dir)
-    result = fit(run, arguments.run_dir, variables=begin.take(), initial=begin.origin)
+    train = fine_tune if run.data.form == "chat" else fit
+    result = train(
+        run,
+        arguments.run_dir,
+        variables=begin.take(),
+        initial=begin.origin,
+        experiment=experiment_text(arguments),
+    )
     return finish(run, arguments.run_dir, result)
 
 
@@ -68,6 +78,9 @@ def finish(run: RunConfig, run_dir: Path, result: FitResult) -> int:
     done = "trained {} steps" if result.new_steps else "all {} steps were done before"
     print(f"{done.format(result.steps)}; {run_dir}/report.html shows them. Next:")
     typed = shlex.quote(str(run_dir))
+    if run.data.form == "chat":
+        print(f"  python -m scripts.chat {typed}")
+        return 0
     print(f"  python -m scripts.evaluate {typed}")
     print(f'  python -m scripts.generate {typed} --prompt "def parse_args("')
     return 0

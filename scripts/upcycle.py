@@ -13,11 +13,11 @@ import dataclasses
 from pathlib import Path
 
 from configs.checks import require
-from configs.cli import load_run
 from model.upcycle import upcycled_config
 from planning.available import require_memory
 from scripts import command
 from scripts.arguments import finite
+from scripts.named_runs import chosen_run, experiment_text
 from scripts.sources import initial_weights
 from scripts.train import describe, finish
 from train.loop import fit
@@ -30,7 +30,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--every", type=int, default=1, help="only each so-manieth layer (1)")
     parser.add_argument("--drop", type=finite, default=0.0, help="share of units drawn anew (0)")
     arguments, overrides = command.split_run_arguments(parser, argv)
-    dense = load_run(arguments.run, overrides, arguments.own_options)
+    require(
+        not command.is_run_folder(arguments.run),
+        f"{arguments.run} is the folder of a run: name the run of the dense model, or go on with "
+        "an upcycled one by scripts.train",
+    )
+    dense = chosen_run(arguments, overrides)
     require(
         dense.init.source is not None,
         f"{dense.name} begins with random weights, and upcycling needs trained ones: name them "
@@ -41,13 +46,19 @@ def main(argv: list[str]) -> int:
     model = upcycled_config(dense.model, **sizes)
     init = dataclasses.replace(dense.init, drop=arguments.drop)
     run = dataclasses.replace(dense, name=name, model=model, init=init)
-    is_default = arguments.run_dir == Path("runs") / arguments.run
+    is_default = arguments.run_dir == command.default_run_dir(arguments.run)
     run_dir = Path("runs") / name if is_default else arguments.run_dir
     command.use_host_devices(run.mesh.num_devices)
     require_memory(run)
     describe(run)
     begin = initial_weights(run, run_dir)
-    result = fit(run, run_dir, variables=begin.take(), initial=begin.origin)
+    result = fit(
+        run,
+        run_dir,
+        variables=begin.take(),
+        initial=begin.origin,
+        experiment=experiment_text(arguments),
+    )
     return finish(run, run_dir, result)
 
 

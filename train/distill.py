@@ -22,7 +22,8 @@ from checkpoint.provenance import ModelOrigin, confirm_teacher, weights_fingerpr
 from configs.architecture import ModelConfig
 from configs.base import DistillConfig, RunConfig
 from configs.checks import UserError, require
-from data.packing import PackedRows
+from data.packed_chats import PackedChats
+from data.packing import PackedRows, packed_rows
 from data.pipeline import prepare_corpus
 from data.tokenizers.tokenizer import fingerprint, vocabulary_difference
 from formats.small_files import read_json
@@ -62,9 +63,12 @@ def distill(
     teacher_tokenizer: Tokenizer,
     *,
     hooks: Sequence[Hook] = (),
+    experiment: str | None = None,
 ) -> FitResult:
     """Trains the student as train.loop.fit does, towards run.distill's objective.
 
+    Args:
+      experiment: see `fit`.
     Raises:
       UserError: a run that is no distillation, whose vocabulary is not the teacher's, or whose
       teacher has a memory; a run that goes on with another teacher.
@@ -97,7 +101,7 @@ def distill(
         if not config.cache:
             return _with_top_k(teacher, config, chunks)
         corpus = prepare_corpus(run.data, run.model.vocab_size)
-        rows = PackedRows(corpus.training(), run.data.seq_len)
+        rows = packed_rows(corpus.training(), run.data.seq_len)
         cache = TopKCache(run_dir / "teacher_cache", rows, config, teacher)
         return _with_cache(_with_top_k(teacher, config, chunks), cache, mesh)
 
@@ -108,6 +112,7 @@ def distill(
         make_transform=make_transform,
         objective="distillation",
         hooks=hooks,
+        experiment=experiment,
     )
 
 
@@ -223,7 +228,11 @@ class TopKCache:
     """
 
     def __init__(
-        self, directory: Path, rows: PackedRows, config: DistillConfig, teacher: Teacher
+        self,
+        directory: Path,
+        rows: PackedRows | PackedChats,
+        config: DistillConfig,
+        teacher: Teacher,
     ) -> None:
         """Opens or makes the cache of the teacher's view of these rows.
 

@@ -68,6 +68,7 @@ def _same_order(parent_dir: Path, run: RunConfig, corpus: Corpus) -> bool:
     return same_tokens and own[0] == own[1]
 
 
-def _order_setting(run: RunConfig) -> int:
-    """Beside the order's name, the setting that decides it."""
-    return run.batch_size if run.data.order == "streams" else run.seed
+def _order_setting(run: RunConfig) -> tuple[float, ...]:
+    """Beside the order's name, the settings that decide it."""
+    weights = [part.weight for part in run.data.mixture]
+    return (run.batch_size if run.data.order == "streams" else run.seed, *weights)

@@ -72,6 +72,7 @@ def fit(
     opt_state: Any = None,
     initial: ModelOrigin | None = None,
     hooks: Sequence[Hook] = (),
+    experiment: str | None = None,
 ) -> FitResult:
     """Trains until run.steps are done or a signal asks to stop; started again, it goes on.
 
@@ -88,6 +89,7 @@ def fit(
       opt_state: the optimiser's state it begins with beside these variables; None is a fresh one.
       initial: where these variables are from; None is not compared when a run goes on.
       hooks: called with each step and its line of the log when its metrics have been fetched.
+      experiment: text of the user's own file that the run comes from, kept as experiment.py.
     Raises:
       UserError: a run_dir with another experiment or another process in it, a corpus or checkpoint
       that can't be read, no disk.
@@ -99,7 +101,7 @@ def fit(
     setup = make_train_setup(run, mesh)
     corpus = _open_corpus(run)
     with _first_writes(run_dir), jax.set_mesh(mesh), _stop_signals() as stop:
-        known = _open_folder(run, run_dir, corpus, objective, initial)
+        known = _open_folder(run, run_dir, corpus, objective, initial, experiment)
         transform = make_transform(mesh) if make_transform else _unchanged
         known = read_provenance(run_dir) or known  # with the teacher that make_transform has noted
         metadata = checkpoint_metadata(run, known, corpus.tokenizer_path)
@@ -197,12 +199,13 @@ def _open_folder(
     corpus: Corpus,
     objective: Objective,
     initial: ModelOrigin | None,
+    experiment: str | None,
 ) -> Provenance:
     """What the run was made from, by its folder, which is made or compared with the run."""
 
     def make() -> Provenance:
         stated = Provenance(objective=objective, corpus=corpus.fingerprints(), initial=initial)
-        return open_run_dir(run, run_dir, stated, corpus)
+        return open_run_dir(run, run_dir, stated, corpus, experiment)
 
     def look() -> Provenance:
         _require_seen(run_dir / "config.json")
@@ -267,6 +270,7 @@ def _batches(run: RunConfig, corpus: Corpus, mesh: Mesh, rows_before: int) -> An
         batch_size=run.batch_size,
         seed=run.seed,
         order=run.data.order,
+        weights=[part.weight for part in run.data.mixture],
         rows_before=rows_before,
         process_index=block,
         process_count=num_blocks,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from configs.checks import UserError
 from data.tokenizers.special_tokens import TOKENIZER_CONFIG, read_object, read_special_tokens
@@ -51,6 +51,10 @@ class PublicTokenizer:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         wants_bos = self.add_bos if bos is None else bos
         return [self.bos_id, *ids] if wants_bos and self.bos_id is not None else ids
+
+    def encode_rendered(self, texts: list[str]) -> list[Encoding]:
+        """What a chat template made, special tokens read as such, with each token's characters."""
+        return self._reads_specials.encode_batch(texts, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
         """Their text; special tokens are left out unless asked for."""

@@ -42,6 +42,13 @@ COPIED = (
 
 def write_public_tokenizer(folder: Path, tokenizer: PublicTokenizer) -> None:
     """Writes tokenizer.json, tokenizer_config.json and the ids that end an answer."""
+    write_tokenizer_config(folder, tokenizer)
+    state = json.loads(tokenizer.tokenizer.to_str())
+    _write(folder / TOKENIZER, _exported(state, tokenizer), indent=None)
+
+
+def write_tokenizer_config(folder: Path, tokenizer: PublicTokenizer) -> None:
+    """Writes what stands beside tokenizer.json: special tokens, chat template, ends."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -52,8 +59,6 @@ def write_public_tokenizer(folder: Path, tokenizer: PublicTokenizer) -> None:
     }
     present = {name: value for name, value in config.items() if value is not None}
     _write(folder / TOKENIZER_CONFIG, present)
-    state = json.loads(tokenizer.tokenizer.to_str())
-    _write(folder / TOKENIZER, _exported(state, tokenizer), indent=None)
     write_generation_config(folder, _ids(tokenizer))
 
 

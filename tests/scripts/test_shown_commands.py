@@ -31,6 +31,8 @@ def test_what_training_suggests(capsys, monkeypatch):
     commands = shown(capsys.readouterr().out)
     assert [command[3] for command in commands] == [str(ODD)] * 2
     assert commands[1][4:] == ["--prompt", "def parse_args("]
+    assert finish(load_run("fine_tune", ()), ODD, result) == 0
+    assert shown(capsys.readouterr().out) == [["python", "-m", "scripts.chat", str(ODD)]]
 
 
 def test_what_the_quickstart_suggests(capsys: pytest.CaptureFixture[str]):

@@ -1,0 +1,117 @@
+"""Settings of what a run reads: one source or a mixture, how it is cut, what is held out."""
+
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Literal
+
+from configs.checks import require, require_positive
+
+Form = Literal["text", "chat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixturePart:
+    """One source of a mixture."""
+
+    source: str
+    """As data.source."""
+    weight: float
+    """Its share of the rows is this over the sum of all weights."""
+    suffix: str = ".py"
+    """As data.suffix."""
+    text_field: str | None = None
+    """As data.text_field."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", str(PurePath(self.source)))
+        require(
+            self.weight > 0,
+            f"the weight {self.weight} of {self.source} in data.mixture must be greater than 0: "
+            "leave the source out",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it is cut."""
+
+    source: str = "stdlib"
+    """'stdlib' (this Python's own library), a folder of files, or one file: of text (of a single
+    one the last lines are held out), of records (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, a folder
+    of Hugging Face's datasets), or of tokens (.npy, Megatron's .bin with its .idx, our own)."""
+    suffix: str = ".py"
+    """Files of a folder to read."""
+    form: Form = "text"
+    """What a record holds: text, or a chat's messages with their roles (docs/data.md)."""
+    text_field: str | None = None
+    """Of records: the field with the text ("text" if None), or of chats with the list of messages
+    ("messages")."""
+    mixture: tuple[MixturePart, ...] = ()
+    """Several sources, of which each has its share of the rows; empty: source alone."""
+    held_out: str | None = None
+    """A source of its own to measure on, as `source`; None holds out a share of `source`."""
+    tokenizer: str | None = None
+    """A public one: "smollm2", a GGUF file, a tokenizer.json or its folder; None trains one on the
+    corpus."""
+    directory: str = "runs/corpora/stdlib"
+    """Where the tokenizer and the token files lie; made from `source` when missing."""
+    seq_len: int = 256
+    """Tokens a row feeds to the model, L."""
+    order: Literal["shuffled", "streams"] = "shuffled"
+    """Of the rows: drawn anew each epoch, or batch_size streams in which each row goes on where the
+    one of the step before ended (for models with memory)."""
+    holdout_fraction: float = 0.05
+    """Share of files or records held out, chosen by a hash of their names."""
+
+    def __post_init__(self) -> None:
+        for name in ("source", "held_out", "tokenizer", "directory"):
+            value = getattr(self, name)
+            if value is not None:  # "text/" and "./text" are the folder "text"
+                object.__setattr__(self, name, str(PurePath(value)))
+        require_positive(self, "seq_len")
+        require(
+            0 < self.holdout_fraction < 1,
+            f"data.holdout_fraction={self.holdout_fraction} must lie between 0 and 1",
+        )
+        self._check_mixture()
+        require(
+            self.held_out is None or self.holdout_fraction == DataConfig.holdout_fraction,
+            f"data.holdout_fraction={self.holdout_fraction} has no effect beside data.held_out="
+            f"{self.held_out!r}, a source of its own: leave one out",
+        )
+        require(
+            self.form == "text" or self.order == "shuffled",
+            f"data.form={self.form!r} needs data.order='shuffled', got {self.order!r}: rows hold "
+            "whole chats",
+        )
+
+    def _check_mixture(self) -> None:
+        if not self.mixture:
+            return
+        for name in ("source", "suffix", "text_field", "held_out"):
+            value, default = getattr(self, name), getattr(DataConfig, name)
+            require(
+                value == default,
+                f"data.{name}={value!r} has no effect beside data.mixture, whose sources have "
+                "their own: leave it out",
+            )
+        sources = [(part.source, part.suffix, part.text_field) for part in self.mixture]
+        twice = sorted({source[0] for source in sources if sources.count(source) > 1})
+        require(not twice, f"data.mixture names {', '.join(twice)} more than once: add the weights")
+        require(
+            self.order == "shuffled",
+            f"data.order={self.order!r} goes with one source: a mixture's rows are shuffled",
+        )
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether there is more than one source, or one to measure on."""
+        return bool(self.mixture) or self.held_out is not None
+
+    @property
+    def parts(self) -> tuple[MixturePart, ...]:
+        """The sources as of a mixture; a single one has all of the rows."""
+        single = MixturePart(
+            source=self.source, weight=1.0, suffix=self.suffix, text_field=self.text_field
+        )
+        return self.mixture or (single,)

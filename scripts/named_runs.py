@@ -1,0 +1,63 @@
+"""The run that a verb's command line names: by its function, or by its folder, to go on with it."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoint.run_directory import read_run
+from configs.base import RunConfig
+from configs.checks import require
+from configs.cli import load_run, with_overrides
+from configs.experiment_file import parse_target, read_source
+from configs.models import of_source
+from infer.sources import open_source
+from scripts import command
+
+
+def chosen_run(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
+    """The run with its overrides; a folder's has the settings that it was started with.
+
+    Args:
+      arguments: of `command.split_run_arguments`.
+    Raises:
+      UserError: as `load_run`; a folder and another --run-dir.
+    """
+    if not command.is_run_folder(arguments.run):
+        run = load_run(arguments.run, overrides, arguments.own_options)
+        return with_source_model(run)
+    folder = Path(arguments.run)
+    require(
+        arguments.run_dir == folder,
+        f"{folder} is a run to go on with, --run-dir {arguments.run_dir} another folder: leave it "
+        "out, or name the run's function to train it anew",
+    )
+    run = read_run(folder)
+    return with_overrides(run, overrides, str(folder), own_options=arguments.own_options)
+
+
+def with_source_model(run: RunConfig) -> RunConfig:
+    """The run with the model and the tokenizer of its init.source, where it takes them from there.
+
+    Raises:
+      UserError: the source can't be read, or the run states a model of its own, too.
+    """
+    if run.init.architecture == "run":
+        return run
+    require(
+        run.model == of_source(),
+        "init.architecture='source' takes the model from init.source, and this run states one: "
+        "leave --model.* out, of a run of your own with model=configs.models.of_source(), or set "
+        "init.architecture='run'",
+    )
+    assert run.init.source is not None
+    source = open_source(run.init.source)
+    data = dataclasses.replace(run.data, tokenizer=run.data.tokenizer or run.init.source)
+    init = dataclasses.replace(run.init, architecture="run")
+    return dataclasses.replace(run, model=source.config, data=data, init=init)
+
+
+def experiment_text(arguments: argparse.Namespace) -> str | None:
+    """The user's own file that the run comes from, to be kept beside it."""
+    target = parse_target(arguments.run)
+    return None if target is None else read_source(target)

@@ -1,0 +1,246 @@
+"""Chats as tokens, their loss masks against a reading token by token, and their rows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from configs.base import DataConfig
+from configs.checks import UserError
+from data import packed_chats
+from data.chats import loss_mask, render_chat
+from data.packed_chats import PackedChats, _fitted
+from data.pipeline import Corpus, batches, prepare_corpus
+from data.tokenizers.public_tokenizer import PublicTokenizer, read_public_tokenizer
+from data.tokenizers.tokenizer_export import write_public_tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INSTRUCT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def make_tokenizer(template: str | None = CHATML) -> PublicTokenizer:
+    """A BPE over bytes, with ChatML's tokens, and numbers for all text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["assistant user system the answer is\n\n of"] * 9, trainer)
+    return PublicTokenizer(
+        tokenizer, bos_id=0, eos_ids=frozenset({2}), add_bos=False, chat_template=template
+    )
+
+
+def chat(*turns: str, system: str | None = None) -> list[dict[str, str]]:
+    """Turns of user and assistant by turns."""
+    begin = [] if system is None else [{"role": "system", "content": system}]
+    roles = ("user", "assistant")
+    return begin + [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+CHATS = [
+    chat("hi", "the answer is 4"),
+    chat("häßlich ☕", "\nthe\n\nanswer", "of what?", "of you ☕☕", system="be brief"),
+    chat("a", "b", "c", "d", "and a question that stays open"),
+    chat("x " * 40, "y " * 30),
+    chat("no", "yes\n\n"),
+]
+
+
+def reference_mask(ids: list[int], tokenizer: PublicTokenizer) -> list[int]:
+    """ChatML read token by token: a turn's role is between its start and the first line's end."""
+    mask, role, state = [], "", "outside"
+    for token in ids:
+        piece = tokenizer.tokenizer.decode([token], skip_special_tokens=False)
+        mask.append(int(state == "inside" and role == "assistant"))
+        if token == 1:
+            role, state = "", "role"
+        elif token == 2:
+            state = "outside"
+        elif state == "role":
+            role += piece.split("\n")[0]
+            state = "inside" if "\n" in piece else "role"
+    return mask
+
+
+@pytest.mark.parametrize("number", range(len(CHATS)))
+def test_the_mask_is_that_of_a_reading_token_by_token(number):
+    tokenizer = make_tokenizer()
+    text, spans = render_chat(CHATS[number], tokenizer, "here")
+    (encoding,) = tokenizer.encode_rendered([text])
+    assert encoding.ids == tokenizer.encode(text, specials=True, bos=False)
+    mask = loss_mask(encoding.ids, encoding.offsets, spans, tokenizer.eos_ids)
+    expected = reference_mask(encoding.ids, tokenizer)
+    assert mask.tolist() == expected
+    assert sum(expected) > 0
+
+
+def test_answers_without_a_prompt_before_them_are_found_where_the_template_is_of_that_kind():
+    tokenizer = make_tokenizer(INSTRUCT.replace("eos_token", "'<|im_end|>'"))
+    text, spans = render_chat(chat("2 + 2", "4", "and 3?", "7"), tokenizer, "here")
+    assert [text[a:b] for a, b in spans] == [" 4<|im_end|>", " 7<|im_end|>"]
+
+
+NO_PROMPT = CHATML.partition("{% if")[0]
+LAST_ONLY = CHATML.replace(
+    "{{ m.content }}", "{% if loop.last %}{{ m.content }}{% else %}...{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "sentence"),
+    [
+        (NO_PROMPT, CHATS[0], "f line 3: the chat template has no generation prompt"),
+        (LAST_ONLY, CHATS[2], "writes turn 2 otherwise when others follow it"),
+        (None, CHATS[0], "needs a chat template, and data.tokenizer has none"),
+        ("{{ nothing.at_all() }}", CHATS[0], "f line 3: the chat template can't be rendered"),
+        (CHATML, chat("a", " \n"), "f line 3 message 2 is an empty turn of the assistant"),
+        (CHATML, chat("a"), "f line 3 has no turn of the assistant to learn from"),
+        (CHATML, [], r"f line 3 has \[\], expected a list of messages"),
+        (CHATML, "a", "f line 3 has 'a', expected a list of messages"),
+        (CHATML, [{"role": "user"}], r"message 1 is \{'role': 'user'\}, expected a role and a"),
+    ],
+)
+def test_chats_that_nothing_can_be_learnt_from_are_named(template, messages, sentence):
+    with pytest.raises(UserError, match=sentence):
+        render_chat(messages, make_tokenizer(template), "f line 3")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    return prepare_corpus(chat_data(tmp_path_factory.mktemp("chats")), 330)
+
+
+def chat_data(tmp_path: Path, count: int = 60) -> DataConfig:
+    """Chats of many lengths and the tokenizer of a model that chats, in a folder."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_public_tokenizer(folder, make_tokenizer())
+    records = [
+        {"messages": chat(f"question {i}", f"the answer is {i} " * (1 + i % 9))}
+        for i in range(count)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return DataConfig(
+        source=str(path),
+        form="chat",
+        tokenizer=str(folder),
+        directory=str(tmp_path / "corpus"),
+        seq_len=64,
+        holdout_fraction=0.2,
+    )
+
+
+def test_a_corpus_of_chats_has_what_the_template_writes_and_keeps_the_template(corpus):
+    tokenizer = make_tokenizer()
+    file = corpus.training()
+    assert file.loss_mask is not None
+    for i, (name, ids, _) in enumerate(file.documents()):
+        number = int(name.split(":")[1]) - 1
+        messages = chat(f"question {number}", f"the answer is {number} " * (1 + number % 9))
+        text, _ = render_chat(messages, tokenizer, name)
+        assert ids.tolist() == tokenizer.encode(text, specials=True, bos=False)
+        begin, end = file.bounds(i)
+        mask = file.loss_mask[begin:end].tolist()
+        assert mask == reference_mask(ids.tolist(), tokenizer)
+    kept = read_public_tokenizer(corpus.directory)
+    assert kept.chat_template == CHATML
+    assert (kept.bos_id, kept.eos_ids, kept.add_bos) == (0, {2}, False)
+
+
+def test_rows_hold_whole_chats_and_every_target_once(corpus):
+    """Token by token: what a row feeds at a place, its target and position, by the chat's own."""
+    file = corpus.training()
+    rows = PackedChats(file, 64)
+    assert file.loss_mask is not None
+    seen: list[int] = []
+    for number, row in enumerate(rows.rows):
+        made, place = rows[number], 0
+        for index in row:
+            begin, end = file.bounds(index)
+            for i in range(begin, min(end - 1, begin + 64)):
+                assert made["tokens"][place] == file.tokens[i]
+                assert made["positions"][place] == i - begin
+                wanted = file.tokens[i + 1] if file.loss_mask[i + 1] else -1
+                assert made["targets"][place] == wanted
+                place += 1
+            seen.append(index)
+        assert (made["positions"][place:] == -1).all()
+        assert (made["targets"][place:] == -1).all()
+    assert sorted(seen) == list(range(len(file.sidecar.starts)))
+    assert "rows, " in rows.describe()
+    assert rows.num_cut > 0
+
+
+@pytest.mark.parametrize("at_once", [3, 4096])
+def test_a_chat_whose_beginning_teaches_nothing_is_left_out(corpus, monkeypatch, at_once):
+    monkeypatch.setattr(packed_chats, "CHATS_AT_ONCE", at_once)
+    file = corpus.training()
+    assert file.loss_mask is not None
+    for seq_len in (20, 21, 23, 30):
+        rows = PackedChats(file, seq_len)
+        expected = []
+        for i in range(len(file.sidecar.starts)):
+            begin, end = file.bounds(i)
+            seen = range(begin + 1, min(end, begin + seq_len + 1))
+            if any(file.loss_mask[place] for place in seen):
+                expected.append(i)
+        assert sorted(i for row in rows.rows for i in row) == expected
+        assert (rows.num_chats, rows.num_skipped) == (
+            len(expected),
+            len(file.sidecar.starts) - len(expected),
+        )
+    with pytest.raises(UserError, match="has no chat whose first"):
+        PackedChats(file, 5)
+
+
+def test_rows_are_filled_well_and_never_over():
+    lengths = np.random.default_rng(0).integers(1, 65, 500)
+    rows = _fitted(np.arange(500), lengths, 64)
+    assert sorted(i for row in rows for i in row) == list(range(500))
+    filled = sorted(sum(int(lengths[i]) for i in row) for row in rows)
+    assert filled[-1] <= 64
+    assert filled[0] + filled[1] > 64  # no two rows would go into one
+
+
+def test_batches_of_chats_resume(corpus):
+    iterator = batches(corpus.training(), seq_len=64, batch_size=4, seed=0)
+    next(iterator)
+    state = iterator.get_state()
+    expected = next(iterator)
+    fresh = batches(corpus.training(), seq_len=64, batch_size=4, seed=0)
+    fresh.set_state(state)
+    found = next(fresh)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_settings_of_chats_that_contradict_each_other(tmp_path):
+    with pytest.raises(UserError, match=r"data.form='chat' needs data.order='shuffled'"):
+        DataConfig(source="a.jsonl", form="chat", order="streams")
+    (tmp_path / "a.txt").write_text("text")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_public_tokenizer(folder, make_tokenizer())
+    data = DataConfig(
+        source=str(tmp_path / "a.txt"),
+        form="chat",
+        tokenizer=str(folder),
+        directory=str(tmp_path / "c"),
+    )
+    with pytest.raises(UserError, match=r"is no file of records, which data.form='chat' needs"):
+        prepare_corpus(data, 330)

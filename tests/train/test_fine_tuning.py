@@ -1,0 +1,131 @@
+"""Fine-tuning on chats: the loss of packed rows is that of each chat alone, and what a run begins
+with stays with it.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from checkpoint.provenance import read_provenance
+from configs.base import InitConfig
+from configs.checks import UserError
+from configs.models import of_source
+from data.packed_chats import PackedChats
+from data.pipeline import prepare_corpus
+from infer.convert import Conversion, convert
+from infer.sources import open_source
+from model.transformer import Transformer, init_variables, output_weights, training_pass
+from scripts.named_runs import with_source_model
+from tests import tiny
+from tests.data.test_chats import CHATML, chat_data
+from train.fine_tuning import fine_tune
+from train.loop import fit, mesh_of, to_devices
+from train.metrics import read_lines
+from train.state import init_state, make_train_setup
+from train.step import make_train_step
+
+
+def chat_run(tmp_path: Path, **changes):
+    return tiny.run(
+        tmp_path,
+        data=chat_data(tmp_path),
+        model=tiny.model(vocab_size=330),
+        **{"steps": 4, **changes},
+    )
+
+
+def batch_of(run) -> dict[str, np.ndarray]:
+    rows = PackedChats(prepare_corpus(run.data, 330).training(), run.data.seq_len)
+    made = [rows[i] for i in range(len(rows) - run.batch_size, len(rows))]
+    return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+def alone(model, variables, file, chat: int, seq_len: int) -> tuple[float, int]:
+    """The summed loss of one chat by itself, target by target, and how many those are."""
+    begin, end = file.bounds(chat)
+    end = min(end, begin + seq_len + 1)
+    ids, mask = np.asarray(file.tokens[begin:end], np.int32), file.loss_mask[begin:end]
+    tokens = np.zeros((1, seq_len), np.int32)
+    positions = np.full((1, seq_len), -1, np.int32)
+    tokens[0, : len(ids) - 1], positions[0, : len(ids) - 1] = ids[:-1], np.arange(len(ids) - 1)
+    hidden, _, _ = training_pass(model, variables, tokens, positions, None, None)
+    w_DV = np.asarray(output_weights(model, variables), np.float64)
+    logits = np.asarray(hidden[0], np.float64) @ w_DV
+    total, count = 0.0, 0
+    for i in range(1, len(ids)):
+        if mask[i]:
+            row = logits[i - 1]
+            total += np.log(np.exp(row - row.max()).sum()) + row.max() - row[ids[i]]
+            count += 1
+    return total, count
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_loss_is_the_mean_over_the_assistants_tokens_of_each_chat_alone(tmp_path, accumulation):
+    run = chat_run(tmp_path, accumulation=accumulation)
+    batch, mesh = batch_of(run), mesh_of(run)
+    model = Transformer(run.model, run.execution)
+    variables = init_variables(model, 0)
+    file = prepare_corpus(run.data, 330).training()
+    rows = PackedChats(file, run.data.seq_len).rows[-run.batch_size :]
+    counts = [(batch["targets"][i : i + 2] >= 0).sum() for i in range(0, 8, 2)]
+    assert len(set(counts)) > 1  # micro-batches of unequal numbers of targets
+    sums = [alone(model, variables, file, i, run.data.seq_len) for row in rows for i in row]
+    expected = sum(x for x, _ in sums) / sum(n for _, n in sums)
+    setup = make_train_setup(run, mesh)
+    with jax.set_mesh(mesh):
+        state = init_state(setup, 0, variables)
+        _, metrics = make_train_step(run, setup)(state, to_devices(batch, mesh))
+    np.testing.assert_allclose(float(metrics["cross_entropy"]), expected, rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A run on chats, and one that was trained on from it by its folder's name alone."""
+    tmp_path = tmp_path_factory.mktemp("tuned")
+    run = chat_run(tmp_path)
+    fine_tune(run, tmp_path / "first")
+    init = InitConfig(source=str(tmp_path / "first"), architecture="source")
+    data = dataclasses.replace(run.data, tokenizer=None, directory=str(tmp_path / "corpus2"))
+    second = dataclasses.replace(run, model=of_source(), init=init, data=data, name="second")
+    return tmp_path, run, second
+
+
+def test_a_run_on_chats_keeps_the_template_and_the_ends_and_so_do_its_exports(tuned):
+    tmp_path, _, _ = tuned
+    known = read_provenance(tmp_path / "first")
+    assert known is not None
+    assert known.objective == "fine_tuning"
+    lines = read_lines(tmp_path / "first" / "metrics.jsonl", ("accuracy", "loss"))
+    assert all(0 <= line["accuracy"] <= 1 for line in lines)
+    source = open_source(str(tmp_path / "first"))
+    convert(source, tmp_path / "exported", Conversion(to="orbax"))
+    for name in ("first", "exported"):
+        kept = open_source(str(tmp_path / name)).tokenizer()
+        assert kept.chat_template == CHATML
+        assert (kept.bos_id, kept.eos_ids, kept.add_bos) == (0, {2}, False)
+
+
+def test_the_architecture_is_the_sources(tuned):
+    _, run, second = tuned
+    resolved = with_source_model(second)
+    assert resolved.model == run.model
+    assert resolved.data.tokenizer == second.init.source
+    assert resolved.init.architecture == "run"
+    assert prepare_corpus(resolved.data, 330).training().sidecar.has_loss_mask
+    with pytest.raises(UserError, match=r"takes the model from init.source, and this run states"):
+        with_source_model(dataclasses.replace(second, model=run.model))
+    with pytest.raises(UserError, match=r"needs init.source, whose model it is"):
+        InitConfig(architecture="source")
+    assert with_source_model(run) is run
+
+
+def test_another_objective_in_the_folder_and_text_are_refused(tuned):
+    tmp_path, run, _ = tuned
+    with pytest.raises(UserError, match=r"objective was fine_tuning .*, now next_token"):
+        fit(run, tmp_path / "first")
+    with pytest.raises(UserError, match=r"has data.form='text', fine-tuning needs chats"):
+        fine_tune(tiny.run(tmp_path), tmp_path / "other")
