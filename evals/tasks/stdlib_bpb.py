@@ -31,10 +31,12 @@ def load(settings: Load) -> Sequence[Tokens]:
 def required_held_out(settings: Load) -> HeldOut:
     """
     Raises:
-      NotApplicable: there is no held-out text in the model's own tokens.
+      NotApplicable: there is no held-out text in the model's own tokens, or it is chats.
     """
     if settings.held_out is None:
         raise NotApplicable("it needs held-out text in the tokens of a model on this machine")
+    if settings.held_out.tokens.sidecar.has_loss_mask:
+        raise NotApplicable("the run's held-out documents are chats: name a text with --text")
     return settings.held_out
 
 

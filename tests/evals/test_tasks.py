@@ -1,5 +1,6 @@
 """Tasks: closed forms, an oracle model that knows the answer, and the drawn lines themselves."""
 
+import dataclasses
 import gzip
 import lzma
 import re
@@ -14,6 +15,7 @@ from evals.samples import HeldOut, Load
 from evals.scoring import aggregate, ratio_standard_error, score_tokens
 from evals.task_list import describe_tasks, find_tasks, known_tasks
 from evals.tasks import line_completion, stdlib_bpb
+from evals.tasks.base import NotApplicable
 from evals.tasks.stdlib_bpb import unigram_bits
 from infer.score import TokenScores
 from tests import tiny
@@ -54,6 +56,16 @@ def knows_nothing(documents):
         TokenScores(np.full(len(t) - 1, np.log(300), np.float32), np.zeros(len(t) - 1, np.int32))
         for t in documents
     ]
+
+
+def test_chats_are_no_text(corpus):
+    """Their documents have no leading end of text, and of their tokens only some are counted."""
+    given = held_out(corpus)
+    given.held_out.tokens.sidecar = dataclasses.replace(
+        given.held_out.tokens.sidecar, has_loss_mask=True
+    )
+    with pytest.raises(NotApplicable, match="held-out documents are chats: name a text"):
+        stdlib_bpb.load(given)
 
 
 def test_bits_per_byte_are_total_bits_over_total_bytes(corpus):
