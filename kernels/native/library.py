@@ -19,6 +19,8 @@ TARGETS = (
     "moesaic_rows_times_matrix",
     "moesaic_rows_times_rows",
     "moesaic_bfloat16_matmul",
+    "moesaic_half_rows_times_matrix",
+    "moesaic_half_rows_times_rows",
     "moesaic_quantize",
     "moesaic_quantized_matmul",
     "moesaic_attention_forward",
