@@ -13,7 +13,7 @@ from flax import struct
 
 from configs.feed_forward import DenseConfig
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
-from kernels.matmul import matmul, reads_as_stored
+from kernels.matmul import matmul, reads_as_stored, takes_rows
 from kernels.quantize import MatrixDims, QTensor
 
 
@@ -68,7 +68,7 @@ def project(
         XLA turns them round in the weight otherwise, a copy for each token that is decoded; and
         sums in another order.
     """
-    if isinstance(w, QTensor) or reads_as_stored(w.dtype, x.dtype):
+    if isinstance(w, QTensor) or reads_as_stored(w.dtype, x.dtype) or takes_rows(x, equation):
         return matmul(x, w, equation)
     of_x, _, of_w = equation.partition("->")[0].partition(",")
     num_inputs = sum(letter in of_x for letter in of_w)
