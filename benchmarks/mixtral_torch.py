@@ -1,8 +1,9 @@
 """The peer of scripts/bench_train.py: transformers' Mixtral on PyTorch, as fast as it goes on CPU.
 
 Runs as a program from another folder than the repository's: transformers takes a package named
-`kernels` for its own. Usage: python mixtral_torch.py EXPERTS, where EXPERTS is an experts
-implementation of transformers ("grouped_mm", "batched_mm" or "eager").
+`kernels` for its own. Usage: python mixtral_torch.py EXPERTS DTYPE, where EXPERTS is an experts
+implementation of transformers ("grouped_mm", "batched_mm" or "eager"), and DTYPE float32, or
+bfloat16 for autocast: parameters and the optimiser are float32 either way.
 """
 
 import sys
@@ -10,7 +11,7 @@ import sys
 from alternate import serve  # pyright: ignore[reportMissingImports]  (this file's neighbour)
 
 
-def main(experts: str) -> None:
+def main(experts: str, dtype: str) -> None:
     import torch  # pyright: ignore[reportMissingImports]  (the `parity` extra)
     from transformers import (  # pyright: ignore[reportMissingImports]
         MixtralConfig,
@@ -39,7 +40,8 @@ def main(experts: str) -> None:
     tokens = torch.randint(0, 4096, (8, 256))
 
     def step() -> None:
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -49,4 +51,4 @@ def main(experts: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -17,6 +17,7 @@ import jax
 PARTS = {
     "experts: native products": r"moe/.*ffi_call",
     "attention: native": r"attention/.*ffi_call",
+    "output layer and cross-entropy: native products": r"while/.*ffi_call",
     "experts: matrix products": r"moe/.*dot_general",
     "experts: everything else": r"moe/",
     "attention: matrix products": r"attention/.*(dot_general|transpose)",

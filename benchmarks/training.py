@@ -1,7 +1,7 @@
 """Training steps on fixed random tokens: the thing that is measured."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -14,8 +14,10 @@ from train.loop import mesh_of, to_devices
 from train.state import init_state, make_train_setup
 from train.step import make_train_step
 
+ComputeDtype = Literal["float32", "bfloat16"]
 
-def mixtral_run() -> RunConfig:
+
+def mixtral_run(compute_dtype: ComputeDtype = "float32") -> RunConfig:
     """The shape of benchmarks/mixtral_torch.py, with its optimiser and no extra losses."""
     attention = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32, rope_base=1e6)
     router = RouterConfig(top_k=2, load_balance_weight=0.0, z_loss_weight=0.0)
@@ -34,7 +36,7 @@ def mixtral_run() -> RunConfig:
         batch_size=8,
         model=model,
         optimizer=optimizer,
-        execution=ExecutionConfig(logits_chunks=4),
+        execution=ExecutionConfig(compute_dtype=compute_dtype, logits_chunks=4),
     )
 
 

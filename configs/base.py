@@ -47,12 +47,6 @@ class ExecutionConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "logits_chunks")
-        for name in ("grouped_matmul", "window_attention"):
-            require(
-                getattr(self, name) != "cpu" or self.compute_dtype == "float32",
-                f"{name}='cpu' computes in float32 only, compute_dtype is {self.compute_dtype!r}: "
-                f"use {name}='auto' or compute_dtype='float32'",
-            )
         require(
             self.window_attention != "mosaic" or self.compute_dtype == "bfloat16",
             f"window_attention='mosaic' computes in bfloat16 only, compute_dtype is "

@@ -13,7 +13,7 @@ from flax import struct
 
 from configs.feed_forward import DenseConfig
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
-from kernels.matmul import matmul, reads_as_stored
+from kernels.matmul import matmul, reads_as_stored, takes_rows
 from kernels.quantize import MatrixDims, QTensor
 from parallel.sharding import on_parts
 
@@ -106,7 +106,7 @@ def project(
     """
     if isinstance(w, SplitWeight):
         return _project_by_parts(equation, x, w)
-    if isinstance(w, QTensor) or reads_as_stored(w.dtype, x.dtype):
+    if isinstance(w, QTensor) or reads_as_stored(w.dtype, x.dtype) or takes_rows(x, equation):
         return matmul(x, w, equation)
     of_x, _, of_w = equation.partition("->")[0].partition(",")
     num_inputs = sum(letter in of_x for letter in of_w)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from configs.architecture import ModelConfig
 from configs.attention import LatentAttentionConfig
+from kernels.matmul import bfloat16
 from kernels.quantize import QTensor
 from model.balance import RouterStats, load_balance_loss, token_expert_information
 from model.depth import DepthStats
@@ -68,11 +69,8 @@ def _chunked_forward(chunk_loss, hidden_BLD, w_DV, inputs, shared, num_chunks):
         hidden_BcD, chunk_inputs = chunk
         sums, dlogits_BcV = grad(_logits(hidden_BcD, w_DV), chunk_inputs, shared)
         dlogits_BcV = dlogits_BcV.astype(w_DV.dtype)
-        dhidden_BcD = jnp.einsum("BcV,DV->BcD", dlogits_BcV, w_DV)
-        dw_DV += jnp.einsum(
-            "BcD,BcV->DV", hidden_BcD, dlogits_BcV, preferred_element_type=jnp.float32
-        )
-        return dw_DV, (sums, dhidden_BcD)
+        dhidden_BcD, dw_of_chunk_DV = _gradients(hidden_BcD, w_DV, dlogits_BcV)
+        return dw_DV + dw_of_chunk_DV, (sums, dhidden_BcD)
 
     dw_DV, (sums, dhidden) = jax.lax.scan(add_gradient, jnp.zeros(w_DV.shape, jnp.float32), chunks)
     dhidden_BLD = dhidden.swapaxes(0, 1).reshape(hidden_BLD.shape)
@@ -89,7 +87,24 @@ def _chunked_backward(chunk_loss, num_chunks, gradients, cotangents):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
+def _gradients(hidden_BcD: jax.Array, w_DV: jax.Array, dlogits_BcV: jax.Array):
+    """Those of the hidden states, in their dtype, and of the output layer, float32."""
+    hidden_TD = hidden_BcD.reshape(-1, hidden_BcD.shape[-1])
+    if bfloat16.is_native(hidden_TD.shape[0], hidden_TD.dtype):
+        dlogits_TV = dlogits_BcV.reshape(-1, dlogits_BcV.shape[-1])
+        dhidden_TD = bfloat16.times_matrix(dlogits_TV, w_DV, transpose=True)
+        dw_DV = bfloat16.times_rows(hidden_TD, dlogits_TV, jnp.dtype(jnp.float32))
+        return dhidden_TD.reshape(hidden_BcD.shape), dw_DV
+    dhidden_BcD = jnp.einsum("BcV,DV->BcD", dlogits_BcV, w_DV)
+    dw_DV = jnp.einsum("BcD,BcV->DV", hidden_BcD, dlogits_BcV, preferred_element_type=jnp.float32)
+    return dhidden_BcD, dw_DV
+
+
 def _logits(hidden_BcD: jax.Array, w_DV: jax.Array) -> jax.Array:
+    hidden_TD = hidden_BcD.reshape(-1, hidden_BcD.shape[-1])
+    if bfloat16.is_native(hidden_TD.shape[0], hidden_TD.dtype):
+        logits_TV = bfloat16.times_matrix(hidden_TD, w_DV, dtype=jnp.dtype(jnp.float32))
+        return logits_TV.reshape(*hidden_BcD.shape[:-1], -1)
     return jnp.einsum("BcD,DV->BcV", hidden_BcD, w_DV, preferred_element_type=jnp.float32)
 
 

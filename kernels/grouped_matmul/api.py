@@ -43,12 +43,12 @@ def grouped_matmul(
         then is "int8" for int4 weights. Slower for many rows.
       implementation: "reference" multiplies every row with every matrix; "xla" does only the work
         that the groups ask for; both make floats of a QTensor. "cpu" is C++ (built with the
-        installation), for arrays in float32 and for int8 and int4 packed as "panels"; "triton" is
-        a GPU kernel, whose int4 are packed as "split_128"; "mosaic" is one for Hopper alone
-        (bfloat16 rows; arrays D and F multiples of 64, with w's gradient of "triton"; QTensors
-        in "canonical" order). "auto" takes the first that can and that was measured to be the
-        faster (kernels/backend.py): "mosaic", "triton", "cpu", and for arrays "xla". For a
-        QTensor it takes "xla" only where none of the kernels runs.
+        installation), for arrays in float32 and bfloat16 and for int8 and int4 packed as "panels";
+        "triton" is a GPU kernel, whose int4 are packed as "split_128"; "mosaic" is one for Hopper
+        alone (bfloat16 rows; arrays D and F multiples of 64, with w's gradient of "triton";
+        QTensors in "canonical" order). "auto" takes the first that can and that was measured to be
+        the faster (kernels/backend.py, kernels/native/measured.py): "mosaic", "triton", "cpu", and
+        for arrays "xla". For a QTensor it takes "xla" only where none of the kernels runs.
     Raises:
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the implementation asked for can't do this here; "auto", too, for a

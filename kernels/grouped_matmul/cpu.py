@@ -1,4 +1,4 @@
-"""grouped_matmul by the native CPU kernels (kernels/native/src); float32, or weights in bfloat16.
+"""grouped_matmul by the native CPU kernels (kernels/native/src); float32 and bfloat16.
 
 Groups are multiplied as they lie, without padding, in blocks that fit the caches; the blocks are
 shared out over XLA's threads. R rows, E groups, D input width, F output width.
@@ -22,30 +22,50 @@ def rows_times_matrix(
     /,
     *,
     transpose: bool,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """x[r] @ w[group of r], or its transpose; zero for rows past the last group.
 
-    A row's result has the same bits whatever rows there are beside it.
+    A row's result has the same bits whatever rows there are beside it. Sums are float32.
+
+    Args:
+      x_RD, w_EDF: both float32; or x in bfloat16, and then w in float32 is rounded as it is read.
+      dtype: of the result, that of x; of rows in bfloat16 also float32, the sums as they are.
     """
     width = w_EDF.shape[1 if transpose else 2]
-    result = jax.ShapeDtypeStruct((x_RD.shape[0], width), jnp.float32)
-    sizes_E = group_sizes_E.astype(jnp.int32)
+    is_half = x_RD.dtype == jnp.bfloat16
     return native.call(
-        "moesaic_rows_times_matrix",
-        result,
+        "moesaic_half_rows_times_matrix" if is_half else "moesaic_rows_times_matrix",
+        jax.ShapeDtypeStruct((x_RD.shape[0], width), dtype or x_RD.dtype),
         x_RD,
         w_EDF,
-        sizes_E,
+        group_sizes_E.astype(jnp.int32),
         transpose=transpose,
     )
 
 
-def rows_times_rows(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, /) -> jax.Array:
-    """sum over the group's rows of x[r]^T dy[r], [E, D, F]."""
+def rows_times_rows(
+    x_RD: jax.Array,
+    dy_RF: jax.Array,
+    group_sizes_E: jax.Array,
+    /,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """sum over the group's rows of x[r]^T dy[r], [E, D, F].
+
+    Args:
+      x_RD, dy_RF: both float32, or both bfloat16, whose sums are float32.
+      dtype: as above.
+    """
     shape = (group_sizes_E.shape[0], x_RD.shape[1], dy_RF.shape[1])
-    result = jax.ShapeDtypeStruct(shape, jnp.float32)
+    is_half = x_RD.dtype == jnp.bfloat16
     return native.call(
-        "moesaic_rows_times_rows", result, x_RD, dy_RF, group_sizes_E.astype(jnp.int32)
+        "moesaic_half_rows_times_rows" if is_half else "moesaic_rows_times_rows",
+        jax.ShapeDtypeStruct(shape, dtype or x_RD.dtype),
+        x_RD,
+        dy_RF,
+        group_sizes_E.astype(jnp.int32),
     )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from kernels import backend, native
@@ -35,8 +34,6 @@ MOSAIC_ROWS = 128
 """Of a group on average, from which "auto" takes Mosaic's kernel: its tiles have so many."""
 FIXED_ROWS = 64
 """Of a group, which tiles are chosen for where the order of sums must not depend on the rows."""
-CPU_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-"""Of arrays that the CPU kernels read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +121,9 @@ def runs_native(target: Target) -> bool:
 def _cpu_reason(request: Request) -> str | None:
     if isinstance(request.weight, QTensor):
         return cpu_quantized.unsupported_reason(request)
-    if request.x_TK.dtype != jnp.float32 or request.weight.dtype not in CPU_DTYPES:
+    if not {request.x_TK.dtype, request.weight.dtype} <= set(native.FLOATS):
         return (
-            "the CPU kernels multiply float32 rows with weights in float32 or bfloat16, x is "
+            "the CPU kernels multiply float32 and bfloat16, x is "
             f"{request.x_TK.dtype} and w {request.weight.dtype}: cast them"
         )
     return None

@@ -1,7 +1,7 @@
 """The signature of matmul and its checks. T rows of x, K inputs, N outputs."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels.backend import current_target, is_split_by_xla
 from kernels.grouped_matmul.implementations import multiply, runs_native
 from kernels.grouped_matmul.request import Activations, Implementation, Request
+from kernels.matmul import bfloat16
 from kernels.quantize import MatrixDims, QTensor
 
 
@@ -24,11 +25,14 @@ def matmul(
     """Returns the product of all rows of x with one weight, in x's dtype.
 
     An array meets jnp.einsum, as it is written; a QTensor the kernels of kernels/grouped_matmul
-    with one group, and so does an array in bfloat16 whose rows are float32, on a CPU.
+    with one group, and so does an array in bfloat16 whose rows are float32, on a CPU. Many rows in
+    bfloat16 meet an array in bfloat16 or float32 by the kernels of bfloat16.py where a CPU has them
+    and they are faster; the gradient of a float32 weight then is the sums themselves.
 
     Args:
       x: float, its last dimensions the weight's inputs.
-      weight: an array of x's dtype, or in bfloat16, or a QTensor without a stack.
+      weight: an array of x's dtype, which another float becomes, or in bfloat16 as it is; or a
+        QTensor without a stack.
       equation: as of jnp.einsum, "BLD,DHC->BLHC": letters that both operands have are the inputs;
         they stand together, before the outputs or behind them.
       activations, implementation: where kernels multiply, as in `grouped_matmul`.
@@ -47,6 +51,8 @@ def matmul(
         is_named = implementation == "cpu" and x.dtype != weight.dtype
         is_auto = implementation == "auto" and reads_as_stored(weight.dtype, x.dtype)
         if not (fixed_order or is_named or is_auto):
+            if implementation == "auto" and takes_rows(x, equation):
+                return _multiply_bfloat16(x, weight, equation)
             return jnp.einsum(equation, x, weight.astype(x.dtype))
     parts = _split(equation)
     matrix, inputs, outputs = _one_group(weight, parts, equation)
@@ -75,6 +81,27 @@ def reads_as_stored(weight_dtype: jnp.dtype, dtype: jnp.dtype) -> bool:
     """
     is_mixed = dtype == jnp.float32 and weight_dtype == jnp.bfloat16
     return is_mixed and runs_native(current_target()) and not is_split_by_xla()
+
+
+def takes_rows(x: jax.Array, equation: str) -> bool:
+    """Whether the kernels of bfloat16.py multiply x, as the equation has it, by an array.
+
+    They need equations of rows with one weight whose inputs come first.
+    """
+    if x.dtype != jnp.bfloat16:
+        return False
+    parts = _split(equation)
+    num_rows = math.prod(x.shape[: len(parts.rows)])
+    return not parts.outputs_first and bfloat16.is_native(num_rows, x.dtype)
+
+
+def _multiply_bfloat16(x: jax.Array, weight: jax.Array, equation: str) -> jax.Array:
+    parts = _split(equation)
+    num_inputs = math.prod(x.shape[len(parts.rows) :])
+    outputs = weight.shape[len(parts.inputs) :]
+    x_TK, w_KN = x.reshape(-1, num_inputs), weight.reshape(num_inputs, -1)
+    y_TN = cast(jax.Array, bfloat16.product(x_TK, w_KN, x.dtype))
+    return y_TN.reshape(*x.shape[: len(parts.rows)], *outputs)
 
 
 class _Parts(NamedTuple):

@@ -19,6 +19,8 @@ TARGETS = (
     "moesaic_rows_times_matrix",
     "moesaic_rows_times_rows",
     "moesaic_bfloat16_matmul",
+    "moesaic_half_rows_times_matrix",
+    "moesaic_half_rows_times_rows",
     "moesaic_quantize",
     "moesaic_quantized_matmul",
     "moesaic_attention_forward",
@@ -26,6 +28,9 @@ TARGETS = (
     "moesaic_cached_attention",
 )
 REBUILD = "run `make .venv`, or `pip install .`, with a C++ compiler (g++ or clang++) present"
+
+FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+"""Dtypes that some kernels take."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +43,12 @@ def is_available() -> bool:
     return _library() is not None
 
 
-def is_used_for(x: jax.Array) -> bool:
-    """Whether a program for the CPU would use these kernels on x, of which they take float32.
+def is_used_for(x: jax.Array, dtypes: Sequence[jnp.dtype] = FLOATS[:1]) -> bool:
+    """Whether a program for the CPU would use kernels on x that take these dtypes.
 
     Where the CPU is not what this process computes on, nobody is told that they are missing.
     """
-    return jax.default_backend() == "cpu" and x.dtype == jnp.float32 and is_available()
+    return jax.default_backend() == "cpu" and x.dtype in dtypes and is_available()
 
 
 def call(

@@ -6,7 +6,6 @@ B batch, L rows, H query heads, G key/value heads, C head_dim, W width of values
 from typing import Literal, assert_never
 
 import jax
-import jax.numpy as jnp
 
 from kernels import native
 from kernels.backend import current_target, prefers_mosaic, require_mosaic, takes_triton
@@ -47,7 +46,8 @@ def window_attention(
       sink_logits_H: float32 [H], a logit of each query head that joins its softmax and has no value
         (gpt-oss, 2025); None for none.
       implementation: "reference" makes the whole [L, L] score matrix; "xla" skips blocks of keys
-        that no query of a block can see; "cpu" is C++ that never writes scores out (float32);
+        that no query of a block can see; "cpu" is C++ that never writes scores out (float32
+        inside);
         "triton" is a GPU kernel; "mosaic" is one for Hopper alone (bfloat16, heads of 64 or 128
         channels), with the gradients of "triton"; "auto" takes "mosaic" or "triton", whichever was
         measured to be faster (kernels/backend.py), or "cpu", where it runs, and "xla" elsewhere.
@@ -65,8 +65,10 @@ def window_attention(
     }
     if implementation == "reference":  # goes by the values of positions alone
         return reference.window_attention(*rows, **reach)
-    if implementation == "cpu" and q_BLHC.dtype != jnp.float32:
-        raise NotImplementedError(f"the CPU kernels attend in float32, q is {q_BLHC.dtype}")
+    if implementation == "cpu" and q_BLHC.dtype not in native.FLOATS:
+        raise NotImplementedError(
+            f"the CPU kernels attend in float32 or bfloat16, q is {q_BLHC.dtype}: cast it"
+        )
     if implementation == "mosaic":
         return pallas_mosaic.window_attention(*rows, **reach, target=require_mosaic())
     if takes_triton(implementation) or implementation == "triton":
@@ -75,7 +77,9 @@ def window_attention(
         if implementation == "auto" and can_mosaic and prefers_mosaic("window_attention", target):
             return pallas_mosaic.window_attention(*rows, **reach, target=target)
         return pallas_triton.window_attention(*rows, **reach, target=target)
-    if implementation == "cpu" or (implementation == "auto" and native.is_used_for(q_BLHC)):
+    if implementation == "cpu" or (
+        implementation == "auto" and native.is_used_for(q_BLHC, native.FLOATS)
+    ):
         return automatic.window_attention(*rows, **reach, gaps=gaps)
     if implementation == "auto" or implementation == "xla":
         return xla.window_attention(*rows, **reach, gaps=gaps)

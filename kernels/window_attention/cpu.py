@@ -1,4 +1,5 @@
-"""window_attention by the native CPU kernels (kernels/native/src/attention.cc); float32.
+"""window_attention by the native CPU kernels (kernels/native/src/attention.cc), in float32; what
+is bfloat16 is widened before and rounded behind them.
 
 Neither scores nor masks are ever written whole: the softmax runs over chunks of keys, and the
 backward pass makes the weights again from the queries' sums (Dao et al., 2022).
@@ -35,29 +36,32 @@ class Operands(NamedTuple):
     sinks_H: jax.Array
     """Sink logits, or of shape [0] for none."""
 
-    def with_int32_rows(self) -> "Operands":
+    def as_kernels_take_them(self) -> "Operands":
+        q_BLHC, k_BLGC, v_BLGW, sinks_H = (
+            x.astype(jnp.float32) for x in (self.q_BLHC, self.k_BLGC, self.v_BLGW, self.sinks_H)
+        )
         positions_BL, segments_BL = (
             x.astype(jnp.int32) for x in (self.positions_BL, self.segments_BL)
         )
-        return self._replace(positions_BL=positions_BL, segments_BL=segments_BL)
+        return Operands(q_BLHC, k_BLGC, v_BLGW, positions_BL, segments_BL, sinks_H)
 
 
 def forward(reach: Reach, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """The attention [B, L, H, W], and the log of each query's sum of exponentials [B, L, H].
+    """The attention [B, L, H, W] in q's dtype, and the log of each query's sum of exponentials
+    [B, L, H], float32.
 
     A row that sees nothing, which is padding, gets zero.
     """
     q_BLHC, v_BLGW = operands.q_BLHC, operands.v_BLGW
     out_BLHW = jax.ShapeDtypeStruct((*q_BLHC.shape[:3], v_BLGW.shape[-1]), jnp.float32)
     log_sums_BLH = jax.ShapeDtypeStruct(q_BLHC.shape[:3], jnp.float32)
-    return tuple(
-        native.call(
-            "moesaic_attention_forward",
-            (out_BLHW, log_sums_BLH),
-            *operands.with_int32_rows(),
-            **reach.attributes(),
-        )
+    out_BLHW, log_sums_BLH = native.call(
+        "moesaic_attention_forward",
+        (out_BLHW, log_sums_BLH),
+        *operands.as_kernels_take_them(),
+        **reach.attributes(),
     )
+    return out_BLHW.astype(q_BLHC.dtype), log_sums_BLH
 
 
 def backward(
@@ -67,10 +71,11 @@ def backward(
     log_sums_BLH: jax.Array,
     d_out_BLHW: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k, v and the sink logits."""
-    *rows, sinks_H = operands.with_int32_rows()
+    """Gradients of q, k, v and the sink logits, in their dtypes."""
+    *rows, sinks_H = operands.as_kernels_take_them()
+    out_BLHW, d_out_BLHW = (x.astype(jnp.float32) for x in (out_BLHW, d_out_BLHW))
     delta_BLH = (out_BLHW * d_out_BLHW).sum(axis=-1)
-    dq_BLHC, dk_BLGC, dv_BLGW = native.call(
+    gradients = native.call(
         "moesaic_attention_backward",
         tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in operands[:3]),
         *rows,
@@ -84,4 +89,5 @@ def backward(
         # The sink's weight, exp(b - log of the sum), has no value: its score's gradient is
         # weight * (0 - delta).
         dsinks_H = -(jnp.exp(sinks_H[None, None] - log_sums_BLH) * delta_BLH).sum(axis=(0, 1))
-    return dq_BLHC, dk_BLGC, dv_BLGW, dsinks_H
+    dq, dk, dv = (d.astype(x.dtype) for d, x in zip(gradients, operands[:3], strict=True))
+    return dq, dk, dv, dsinks_H

@@ -365,14 +365,6 @@ def test_settings_that_contradict_each_other_fail_when_the_config_is_made():
         tiny.model(pattern=(dense, dense, every_third), num_layers=4)
 
 
-@pytest.mark.parametrize("kernel", ["grouped_matmul", "window_attention"])
-def test_native_kernels_have_no_bfloat16(kernel):
-    settings = {kernel: "cpu"}
-    with pytest.raises(UserError, match=f"{kernel}='cpu' computes in float32 only"):
-        ExecutionConfig(compute_dtype="bfloat16", **settings)  # pyright: ignore[reportArgumentType]
-    assert ExecutionConfig(**settings)  # pyright: ignore[reportArgumentType]
-
-
 def test_hoppers_attention_has_no_float32():
     with pytest.raises(UserError, match="window_attention='mosaic' computes in bfloat16 only"):
         ExecutionConfig(window_attention="mosaic")

@@ -223,3 +223,25 @@ def test_auxiliary_loss_adds_the_losses_a_router_asks_for():
     loss = auxiliary_loss({"layer_0": stats(counts, jnp.asarray(scores))}, config, earlier)
     information = [-(p * np.log(p)).sum() - 0.5 for p in scores]
     assert loss == pytest.approx(0.1 * 3.0 * 2 - 0.2 * sum(information), rel=1e-5)
+
+
+def test_a_loss_in_bfloat16_and_its_gradients_are_those_of_rounded_operands():
+    """By whatever kernels this machine has: products are rounded, sums are not."""
+    rng = np.random.RandomState(4)
+    hidden = jnp.asarray(rng.standard_normal((2, 64, 48)), jnp.bfloat16)
+    w = jnp.asarray(0.2 * rng.standard_normal((48, 70)), jnp.bfloat16)
+    targets = jnp.asarray(rng.randint(0, 70, (2, 64)), jnp.int32)
+
+    def loss(hidden, w):
+        return chunked_loss(cross_entropy, hidden, w, {"targets": targets}, None, 2)[0]
+
+    value, (d_hidden, d_w) = jax.value_and_grad(loss, argnums=(0, 1))(hidden, w)
+    floats = (hidden.astype(jnp.float32), w.astype(jnp.float32))
+    exact, exact_gradients = jax.value_and_grad(loss, argnums=(0, 1))(*floats)
+    np.testing.assert_allclose(value, exact, rtol=1e-6)
+    for ours, theirs in zip((d_hidden, d_w), exact_gradients, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        # Gradients of logits are rounded before they are multiplied, products behind it.
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), theirs, rtol=2**-8, atol=2**-8 * np.abs(theirs).max()
+        )

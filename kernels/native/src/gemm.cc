@@ -48,6 +48,15 @@ void Gemm(const GemmKernels& kernels, Matrix a, Matrix b, float* c, int64_t c_st
 
 void Gemm(const GemmKernels& kernels, Matrix a, const PackCols& pack_b, float* c, int64_t c_stride,
           int64_t rows, int64_t cols, int64_t depth) {
+  const auto pack = [&](int64_t k, int64_t block, int64_t row, int64_t height, float* packed) {
+    kernels.pack_rows(a.data + row * a.row_stride + k * a.col_stride, a.col_stride, a.row_stride,
+                      block, height, packed);
+  };
+  Gemm(kernels, PackRows(pack), pack_b, c, c_stride, rows, cols, depth);
+}
+
+void Gemm(const GemmKernels& kernels, const PackRows& pack_a, const PackCols& pack_b, float* c,
+          int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
   if (depth == 0) {
     for (int64_t i = 0; i < rows; ++i) std::memset(c + i * c_stride, 0, cols * sizeof(float));
     return;
@@ -57,8 +66,7 @@ void Gemm(const GemmKernels& kernels, Matrix a, const PackCols& pack_b, float* c
   for (int64_t k = 0; k < depth; k += kBlockDepth) {
     const int64_t block = std::min(kBlockDepth, depth - k);
     for (int64_t i = 0; i < rows; i += tile_rows) {
-      kernels.pack_rows(a.data + i * a.row_stride + k * a.col_stride, a.col_stride, a.row_stride,
-                        block, std::min(tile_rows, rows - i), scratch.a + i * block);
+      pack_a(k, block, i, std::min(tile_rows, rows - i), scratch.a + i * block);
     }
     for (int64_t j = 0; j < cols; j += tile_cols) {
       const int64_t width = std::min(tile_cols, cols - j);

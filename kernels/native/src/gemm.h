@@ -40,6 +40,14 @@ struct GemmKernels {
                     int64_t width, float* packed);
   void (*pack_cols)(const float* source, int64_t depth_stride, int64_t stride, int64_t depth,
                     int64_t width, float* packed);
+  // The same from bfloat16.
+  void (*pack_half_rows)(const uint16_t* source, int64_t depth_stride, int64_t stride,
+                         int64_t depth, int64_t width, float* packed);
+  void (*pack_half_cols)(const uint16_t* source, int64_t depth_stride, int64_t stride,
+                         int64_t depth, int64_t width, float* packed);
+  // Floats to the nearest in bfloat16, ties to even, which is what they become; or stay floats.
+  void (*round)(const float* from, int64_t count, uint16_t* to);
+  void (*round_floats)(float* values, int64_t count);
   // c[rows, cols] = a[rows, depth] * b[depth, cols] for rows <= kThinRows, with b's rows read where
   // they lie: so few rows would not repay packing them. Sums begin anew after each kBlockDepth, so
   // that a row's bits are Gemm's.
@@ -53,6 +61,11 @@ struct GemmKernels {
                      float* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
 };
 
+// Packs a[row : row + height, k : k + depth] as [depth, tile_rows], zeros beside it; k and depth as
+// below.
+using PackRows =
+    std::function<void(int64_t k, int64_t depth, int64_t row, int64_t height, float* packed)>;
+
 // Packs b[k : k + depth, col : col + width] as [depth, tile_cols], zeros beside it; k and depth are
 // multiples of kBlockDepth but for the last, col is one of tile_cols.
 using PackCols =
@@ -60,6 +73,8 @@ using PackCols =
 
 // c[rows, cols] = a[rows, depth] * b[depth, cols]; zeros where depth is 0. rows <= kBlockRows.
 // Runs on the calling thread.
+void Gemm(const GemmKernels& kernels, const PackRows& pack_a, const PackCols& pack_b, float* c,
+          int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
 void Gemm(const GemmKernels& kernels, Matrix a, const PackCols& pack_b, float* c, int64_t c_stride,
           int64_t rows, int64_t cols, int64_t depth);
 void Gemm(const GemmKernels& kernels, Matrix a, Matrix b, float* c, int64_t c_stride, int64_t rows,

@@ -97,6 +97,57 @@ static void Pack(const float* source, int64_t depth_stride, int64_t stride, int6
   }
 }
 
+// See GemmKernels::pack_half_rows.
+template <int64_t kWidth>
+static void PackHalves(const uint16_t* source, int64_t depth_stride, int64_t stride, int64_t depth,
+                       int64_t width, float* packed) {
+  if (width == kWidth && stride == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t i = 0; i < kWidth; ++i) {
+        packed[k * kWidth + i] = ToFloat(source[k * depth_stride + i]);
+      }
+    }
+    return;
+  }
+  if (width == kWidth && depth_stride == 1) {
+    for (int64_t k = 0; k < depth; k += 4) {  // of a line of the cache four inputs are near
+      const int64_t end = depth - k < 4 ? depth : k + 4;
+      for (int64_t i = 0; i < kWidth; ++i) {
+        for (int64_t at = k; at < end; ++at) {
+          packed[at * kWidth + i] = ToFloat(source[i * stride + at]);
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+      packed[k * kWidth + i] = i < width ? ToFloat(source[k * depth_stride + i * stride]) : 0.0f;
+    }
+  }
+}
+
+// A float's bits, rounded so that the lower half no longer counts. A NaN stays one.
+MOESAIC_INLINE uint32_t RoundedBits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = bits + 0x7FFF + (bits >> 16 & 1);
+  return (bits & 0x7FFFFFFF) > 0x7F800000 ? bits | 0x400000 : rounded;
+}
+
+// See GemmKernels::round.
+static void RoundToHalves(const float* from, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint16_t>(RoundedBits(from[i]) >> 16);
+}
+
+// See GemmKernels::round_floats.
+static void RoundFloats(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = RoundedBits(values[i]) & 0xFFFF0000;
+    __builtin_memcpy(values + i, &bits, sizeof(bits));
+  }
+}
+
 // Floats from the first `count` elements; zeros beside them.
 template <class Element>
 MOESAIC_INLINE Vector LoadPart(const Element* from, int64_t count) {
@@ -278,8 +329,10 @@ static void DotHalves(const float* a, int64_t a_stride, const uint16_t* b, int64
 }
 
 extern const GemmKernels kGemmKernels;
-const GemmKernels kGemmKernels = {MOESAIC_ISA_NAME, kTileRows, kTileCols,  Tile,     Pack<kTileRows>,
-                                  Pack<kTileCols>,  Thin,      ThinHalves, DotHalves};
+const GemmKernels kGemmKernels = {
+    MOESAIC_ISA_NAME, kTileRows, kTileCols, Tile, Pack<kTileRows>, Pack<kTileCols>,
+    PackHalves<kTileRows>, PackHalves<kTileCols>, RoundToHalves, RoundFloats, Thin, ThinHalves,
+    DotHalves};
 
 }  // namespace MOESAIC_ISA
 }  // namespace moesaic
