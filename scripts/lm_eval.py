@@ -22,8 +22,7 @@ def main(argv: list[str]) -> int:
     for axis in AXES:
         parser.add_argument(f"--mesh.{axis}", type=int, default=1, metavar="N")
     if argv[:1] in (["-h"], ["--help"], []):
-        parser.print_help()
-        return 0
+        parser.parse_args(["--help"])  # the harness has its own behind its verbs
     ours, theirs = _split(argv)
     sizes = {axis: getattr(parser.parse_args(ours), f"mesh.{axis}") for axis in AXES}
     mesh = None

@@ -252,7 +252,11 @@ def test_scales_come_back_whatever_their_last_bit():
 
 
 REFUSED = [
-    ("llama", "float8", r"llama is not released in float8.*for deepseek_v3, deepseek_v32; export"),
+    (
+        "llama",
+        "float8",
+        r"llama is not released in float8.*for deepseek_v3, deepseek_v32, kimi_k2; export",
+    ),
     ("deepseek_v2", "float8", r"deepseek_v2 is not released in float8"),
     ("gpt_oss", "float8", r"gpt_oss is not released in float8"),
     ("deepseek_v3", "mxfp4", r"deepseek_v3 is not released in mxfp4.*for gpt_oss; export"),

@@ -19,6 +19,7 @@ def mine():
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_ones_own_goes_on_by_its_folder(tmp_path: Path):
     tiny.write_sources(tmp_path)
     file, run_dir = tmp_path / "my_experiments.py", tmp_path / "a run"

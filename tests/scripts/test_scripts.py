@@ -155,7 +155,7 @@ BAD = {
         "holds no UTF-8 text",
     ),
     "no such folder": (["evaluate", "{tmp}/nowhere"], "is no folder and no file"),
-    "unknown task": (["evaluate", "{run}", "--tasks", "mmlu"], "unknown tasks ['mmlu']"),
+    "unknown task": (["evaluate", "{run}", "--tasks", "mmlo"], "there is no task 'mmlo'"),
     "no teacher": (["distill", "v31_nano_student"], "--teacher"),
     "vocabulary": (
         ["distill", "v31_nano_student", "--teacher", "{run}", "--run-dir", "{tmp}/other"],

@@ -23,6 +23,7 @@ def rates():
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_its_runs_once_and_says_which_failed(tmp_path: Path):
     tiny.write_sources(tmp_path)
     file, folder = tmp_path / "mine.py", tmp_path / "sweep"
