@@ -13,6 +13,8 @@ import dataclasses
 
 from configs.runs import v31_nano
 
+import pytest
+
 
 def mine():
     return dataclasses.replace(v31_nano(), name="mine", seed=5)

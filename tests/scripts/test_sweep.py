@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tests import tiny
 
+import pytest
+
 
 def rates():
     base = tiny.run(Path({folder!r}), steps=4)
