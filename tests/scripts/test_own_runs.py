@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from checkpoint import run_directory
 from checkpoint.run_directory import EXPERIMENT, read_run
 from tests import tiny
@@ -12,8 +14,6 @@ FILE = """
 import dataclasses
 
 from configs.runs import v31_nano
-
-import pytest
 
 
 def mine():

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from checkpoint.run_directory import EXPERIMENT
 from tests import tiny
 from tests.scripts.test_scripts import run
@@ -11,8 +13,6 @@ import dataclasses
 from pathlib import Path
 
 from tests import tiny
-
-import pytest
 
 
 def rates():
