@@ -36,7 +36,8 @@ sanitize: .venv              ## the native kernels' tests, with every access and
 	PYTHONPATH=build/sanitized/library ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 		$(RUN) -m pytest tests/kernels/test_native.py tests/kernels/test_native_attention.py \
-		tests/kernels/test_quantized_matmul.py tests/kernels/test_cached_attention.py
+		tests/kernels/test_quantized_matmul.py tests/kernels/test_cached_attention.py \
+		tests/kernels/test_native_bfloat16.py tests/kernels/test_quantize.py
 
 lint: .venv                  ## style, types, layers
 	$(VENV)/bin/ruff check .
