@@ -25,6 +25,9 @@ from configs.checks import UserError
 PIECE_BYTES = 64 * 2**20
 """Of float32 that a tensor is read in at a time, where its first dim allows it."""
 
+HUGE_FROM = 4 * 2**20
+"""Bytes of an array from which pages of 2 MiB waste little."""
+
 Progress = Callable[[int], None]
 """Called with the number of elements read since the last call."""
 
@@ -212,11 +215,14 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """An array that XLA on CPU can take over without a copy, at the start of a page.
 
     Of the system's own pages, which go back to it when the array is gone: of what malloc gave it
-    keeps some tens of megabytes for later.
+    keeps some tens of megabytes for later. Large arrays ask for huge pages, as numpy's do: weights
+    are read again for every token.
     """
     size = math.prod(shape) * dtype.itemsize
-    memory = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
-    return memory[:size].view(dtype).reshape(shape)
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)[:size].view(dtype).reshape(shape)
 
 
 def written_copies(
