@@ -6,6 +6,7 @@ are those that line_completion draws, split at characters as in training, and ex
 by teacher forcing in the same way: the line, and then the end of the text.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,10 +14,9 @@ from tokenizers import Tokenizer
 
 from data.corpora import name_hash
 from data.tokenizers.tokenizer import end_of_text_id
-from evals.samples import HeldOut, Load, Task, Tokens
-from evals.scoring import EXACT_MATCH
+from evals.samples import HeldOut, Load, Tokens
 from evals.tasks.base import NotApplicable
-from evals.tasks.line_completion import MAX_EXAMPLES, function_lines
+from evals.tasks.line_completion import LINE_COMPLETION, MAX_EXAMPLES, function_lines
 from evals.tasks.stdlib_bpb import required_held_out
 
 MARKS = (
@@ -97,16 +97,10 @@ def _around(
 
 
 TASKS = (
-    Task(
+    dataclasses.replace(
+        LINE_COMPLETION,
         name="line_infilling",
-        version=1,
         description="Lines of held-out Python functions, given what is before and after them.",
-        origin="held-out text of the run; for other models a share of this Python's library",
-        license="as the text's",
-        output_type="loglikelihood",
-        metrics=(EXACT_MATCH,),
         load=load,
-        needs_held_out=True,
-        metadata={"unit": "share of lines"},
     ),
 )

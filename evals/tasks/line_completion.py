@@ -142,17 +142,16 @@ def _code_lines(text: str) -> set[int]:
     return found
 
 
-TASKS = (
-    Task(
-        name="line_completion",
-        version=1,
-        description="Lines of held-out Python functions, completed exactly by greedy decoding.",
-        origin="held-out text of the run; for other models a share of this Python's library",
-        license="as the text's",
-        output_type="loglikelihood",
-        metrics=(EXACT_MATCH,),
-        load=load,
-        needs_held_out=True,
-        metadata={"unit": "share of lines"},
-    ),
+LINE_COMPLETION = Task(
+    name="line_completion",
+    version=1,
+    description="Lines of held-out Python functions, completed exactly by greedy decoding.",
+    origin="held-out text of the run; for other models a share of this Python's library",
+    license="as the text's",
+    output_type="loglikelihood",
+    metrics=(EXACT_MATCH,),
+    load=load,
+    needs_held_out=True,
+    metadata={"unit": "share of lines"},
 )
+TASKS = (LINE_COMPLETION,)

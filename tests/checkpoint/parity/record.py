@@ -324,9 +324,12 @@ KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Cases of families that transformers knows by another name alone."""
 
 
-def build(model_type: str, settings: dict) -> tuple[dict, dict[str, list[int]], np.ndarray]:
-    """(config.json, tensor shapes by name, logits [L, V]) of a model with drawn weights."""
-    config = AutoConfig.for_model(model_type, **(BASE | settings))
+def build(
+    model_type: str, settings: dict, tokens: np.ndarray
+) -> tuple[dict, dict[str, list[int]], np.ndarray]:
+    """(config.json, tensor shapes by name, logits [L, V] of the tokens) of a model with drawn
+    weights."""
+    config = AutoConfig.for_model(model_type, **settings)
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         path = Path(folder) / "model.safetensors"
@@ -337,7 +340,7 @@ def build(model_type: str, settings: dict) -> tuple[dict, dict[str, list[int]], 
         )
         assert not any(report.values()), report
         with torch.no_grad():
-            logits = model.eval()(torch.from_numpy(tokens()[None].astype(np.int64))).logits[0]
+            logits = model.eval()(torch.from_numpy(tokens[None].astype(np.int64))).logits[0]
         written = json.loads((Path(folder) / "config.json").read_text())
     return written, shapes, logits.numpy()
 
@@ -355,7 +358,8 @@ def tokens() -> np.ndarray:
 
 def main(names: list[str]) -> None:
     for name in names or CASES:
-        config, shapes, logits = build(*CASES[name])
+        model_type, settings = CASES[name]
+        config, shapes, logits = build(model_type, BASE | settings, tokens())
         if name in KNOWN_AS:
             config["model_type"] = name
         case = {

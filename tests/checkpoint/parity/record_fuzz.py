@@ -13,16 +13,11 @@ here: those must be refused. What transformers itself refuses is drawn again.
 import json
 import random
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from record import CASES, KNOWN_AS, read_shapes
-from safetensors.numpy import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
-from weights import draw
+from record import CASES, KNOWN_AS, build
 
 HERE = Path(__file__).parent / "fuzz"
 MODELS, LENGTH, LAST, VOCAB = 12, 24, 4, 40
@@ -219,23 +214,6 @@ NULL = ("q_lora_rank", "sliding_window")
 """Keys whose null is no default."""
 
 
-def compute(model_type: str, settings: dict[str, Any]) -> tuple[dict, dict, np.ndarray]:
-    """(config.json, tensor shapes, logits of the last places)."""
-    config = AutoConfig.for_model(model_type, **settings)
-    with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        path = Path(folder) / "model.safetensors"
-        shapes = read_shapes(path)
-        save_file({name: draw(name, tuple(shape)) for name, shape in shapes.items()}, path)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
-        )
-        assert not any(report.values()), report
-        with torch.no_grad():
-            logits = model.eval()(torch.from_numpy(tokens()[None])).logits[0, -LAST:]
-        return json.loads((Path(folder) / "config.json").read_text()), shapes, logits.numpy()
-
-
 def tokens() -> np.ndarray:
     return np.random.RandomState(1).randint(0, VOCAB, LENGTH)
 
@@ -246,7 +224,7 @@ def record(family: str) -> None:
     while len(cases) < MODELS:
         assert refused < 4 * MODELS, f"{family}: transformers takes hardly any of these settings"
         try:
-            config, shapes, found = compute(model_type, draw_settings(family, chance))
+            config, shapes, found = build(model_type, draw_settings(family, chance), tokens())
         except Exception as error:
             refused += 1
             print(f"{family}: transformers refuses: {type(error).__name__}: {str(error)[:200]}")
@@ -254,7 +232,7 @@ def record(family: str) -> None:
         if family in KNOWN_AS:
             config["model_type"] = family
         cases.append([config, shapes])
-        logits.append(found)
+        logits.append(found[-LAST:])
     text = np.frombuffer(json.dumps(cases).encode(), np.uint8)
     np.savez_compressed(HERE / f"{family}.npz", cases=text, logits=np.stack(logits))
     print(f"{family}: {len(cases)} models, {refused} refused by transformers")
