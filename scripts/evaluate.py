@@ -2,7 +2,7 @@
 
     python -m scripts.evaluate runs/v31_nano
     python -m scripts.evaluate runs/student --against runs/teacher --tasks quick
-    python -m scripts.evaluate smollm2 --tasks winogrande,my_questions.jsonl --weights int8
+    python -m scripts.evaluate smollm2 --tasks exams_es,my_questions.jsonl --weights int8
     python -m scripts.evaluate smollm2 --tasks bpb:letters/
     python -m scripts.evaluate models/mixtral --text letters/ --suffix .txt --mesh.expert 4
     python -m scripts.evaluate --tasks list

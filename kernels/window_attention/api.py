@@ -46,8 +46,7 @@ def window_attention(
       sink_logits_H: float32 [H], a logit of each query head that joins its softmax and has no value
         (gpt-oss, 2025); None for none.
       implementation: "reference" makes the whole [L, L] score matrix; "xla" skips blocks of keys
-        that no query of a block can see; "cpu" is C++ that never writes scores out (float32
-        inside);
+        that no query of a block can see; "cpu" is C++ that never writes scores out, in float32;
         "triton" is a GPU kernel; "mosaic" is one for Hopper alone (bfloat16, heads of 64 or 128
         channels), with the gradients of "triton"; "auto" takes "mosaic" or "triton", whichever was
         measured to be faster (kernels/backend.py), or "cpu", where it runs, and "xla" elsewhere.
