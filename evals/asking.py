@@ -81,7 +81,8 @@ def _ask_choices(
         found[i][place - int(first[i])] = likelihood
         if len(found[i]) == len(sample.choices):
             likelihoods = [found[i][k] for k in range(len(sample.choices))]
-            values = scoring.score_choices(sample, likelihoods)
+            found_values = scoring.score_choices(sample, likelihoods)
+            values = {m: v for m, v in found_values.items() if m in task.metrics}
             finished(records.choices_record(task, sample, likelihoods, values, draw))
 
     model.log_likelihoods(pairs, take)

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from configs.serialization import finite_json
+from evals.aggregation import aggregate, moments, values_of
 from evals.records import Record
 from evals.results_form import TaskScores
 from evals.samples import Metric, Task
-from evals.scoring import ROLLING, Value, aggregate
+from evals.scoring import Value
 from formats.atomic_folder import replace_text
 
 NUM_RESAMPLES = 10_000
@@ -133,7 +134,8 @@ def bootstrap_interval(
     metric: Metric, pairs: Sequence[tuple[Value, Value]], *, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile interval of the difference over samples drawn again, both models' together."""
-    values = np.array(pairs, float)  # [N, 2], or [N, 2, 2] with numerators and denominators
+    sides = [moments(metric, side) for side in zip(*pairs, strict=True)]
+    values = np.stack(sides, axis=1)  # [N, 2, M]
     count, random = len(values), np.random.default_rng(seed)
     # Equal samples are drawn together: of right and wrong there are but four kinds.
     kinds, numbers = np.unique(values, axis=0, return_counts=True)
@@ -141,17 +143,10 @@ def bootstrap_interval(
     for _ in range(NUM_RESAMPLES // 100):
         weights = random.multinomial(count, numbers / count, size=100)
         sums = np.tensordot(weights, kinds, 1)
-        each = _of_sums(metric, sums) if metric in ROLLING else sums / count
-        differences.append(each[:, 0] - each[:, 1])
+        differences.append(values_of(metric, sums[:, 0]) - values_of(metric, sums[:, 1]))
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(np.concatenate(differences), [tail, 100 - tail])
     return float(low), float(high)
-
-
-def _of_sums(metric: Metric, sums: np.ndarray) -> np.ndarray:
-    """A metric of texts from sums of log-likelihoods and of what they are divided by, [..., 2]."""
-    nats = -sums[..., 0] / np.maximum(sums[..., 1], 1.0)
-    return nats / math.log(2) if metric.name == "bits_per_byte" else np.exp(np.minimum(nats, 700))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -9,11 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from evals.aggregation import Score
 from evals.comparison import LEVEL, Difference
 from evals.results import Result
 from evals.results_form import GroupScores, TaskScores
 from evals.samples import Metric
-from evals.scoring import Score
 from train.report import (
     BLUE,
     INK,

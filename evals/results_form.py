@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 
+from evals.aggregation import Score
 from evals.records import Record
 from evals.samples import Metric, Task
-from evals.scoring import Score
 from infer.run_weights import RunWeights
 
 UNKNOWN = "N/A"
@@ -159,8 +159,6 @@ def _metrics(name: str, alias: str, found: GroupScores) -> dict[str, Any]:
 
 def _config(found: TaskScores) -> dict[str, Any]:
     task = found.task
-    aggregations = {"bits_per_byte": "bits_per_byte", "byte_perplexity": "weighted_perplexity"}
-    aggregations["word_perplexity"] = "weighted_perplexity"
     return {
         "task": task.name,
         "dataset_path": task.origin,
@@ -175,7 +173,7 @@ def _config(found: TaskScores) -> dict[str, Any]:
             {
                 "metric": metric.name,
                 "filter": metric.filter,
-                "aggregation": aggregations.get(metric.name, "mean"),
+                "aggregation": metric.aggregation,
                 "higher_is_better": metric.higher_is_better,
             }
             for metric in task.metrics

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.checks import UserError, require
-from evals import records, scoring
+from evals import records
+from evals.aggregation import aggregate
 from evals.asking import ask
 from evals.records import OtherSamples, Record, SampleFile, set_aside
 from evals.results import RESULTS, require_same_model, with_earlier, write_results
@@ -276,7 +277,7 @@ def _scores(task: Task, by_draw: Sequence[Sequence[Record]]) -> GroupScores:
             {r.key: r.values[metric] for r in found if metric in r.values} for found in by_draw
         ]
         if all(draws):
-            scores[metric] = scoring.aggregate(metric, draws)
+            scores[metric] = aggregate(metric, draws)
     everything = [record for found in by_draw for record in found]
     answers = sum(record.num_answers for record in everything)
     return GroupScores(
@@ -284,5 +285,5 @@ def _scores(task: Task, by_draw: Sequence[Sequence[Record]]) -> GroupScores:
         count=len(by_draw[0]),
         empty_rate=sum(r.num_empty for r in everything) / answers if answers else None,
         truncated_rate=sum(r.num_truncated for r in everything) / answers if answers else None,
-        cut_rate=scoring.rate([record.is_cut for record in everything]),
+        cut_rate=sum(r.is_cut for r in everything) / len(everything),
     )

@@ -169,6 +169,10 @@ class Load:
     held_out: HeldOut | None = None
 
 
+Aggregation = Literal["mean", "bits_per_byte", "weighted_perplexity", "f1", "mcc"]
+"""How samples' values become one, as lm-evaluation-harness names it: by evals/aggregation.py."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """A number of a task."""
@@ -178,6 +182,7 @@ class Metric:
     higher_is_better: bool = True
     filter: str = "none"
     """What was done to the answer first: strict-match, flexible-extract, ..."""
+    aggregation: Aggregation = "mean"
 
 
 OutputType = Literal["multiple_choice", "loglikelihood_rolling", "generate_until", "loglikelihood"]

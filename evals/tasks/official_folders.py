@@ -20,8 +20,8 @@ from typing import Any
 from configs.checks import UserError, require
 from evals.few_shot import by_hash, draw, with_shots
 from evals.samples import Choices, Family, Load, Metric, Task
+from evals.scoring import ACC, ACC_NORM, F1, MATTHEWS
 
-ACC, ACC_NORM = Metric("acc"), Metric("acc_norm")
 LETTERS = "ABCD"
 LICENSE = "as the data's"
 
@@ -84,6 +84,8 @@ class GlueTask:
     columns: tuple[str, ...]
     label: str
     file: str = "dev.tsv"
+    metrics: tuple[Metric, ...] = (ACC,)
+    """GLUE's own."""
     header: tuple[str, ...] = ()
     """Of a file without one."""
 
@@ -95,6 +97,7 @@ GLUE = {
         "{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
         ("sentence",),
         "label",
+        metrics=(MATTHEWS, ACC),
         header=("source", "label", "star", "sentence"),
     ),
     "SST-2": GlueTask(
@@ -109,6 +112,7 @@ GLUE = {
         "Question: Do both sentences mean the same thing?\nAnswer:",
         ("#1 String", "#2 String"),
         "Quality",
+        metrics=(ACC, F1),
     ),
     "QQP": GlueTask(
         YES_NO,
@@ -116,6 +120,7 @@ GLUE = {
         "Question: Do both questions ask the same thing?\nAnswer:",
         ("question1", "question2"),
         "is_duplicate",
+        metrics=(ACC, F1),
     ),
     "MNLI": GlueTask(
         {"entailment": " True", "neutral": " Neither", "contradiction": " False"},
@@ -290,7 +295,7 @@ def _family(
     what: str,
     title: str,
     loader: Callable[[Path, Load], list[Choices]],
-    metrics: tuple[Metric, ...],
+    metrics: tuple[Metric, ...] | Callable[[Path], tuple[Metric, ...]],
     origin: str,
     num_fewshot: int = 0,
 ) -> Family:
@@ -303,7 +308,7 @@ def _family(
             origin=f"{text}; {origin}",
             license=LICENSE,
             output_type="multiple_choice",
-            metrics=metrics,
+            metrics=metrics(Path(text)) if callable(metrics) else metrics,
             load=partial(loader, Path(text)),
             num_fewshot=num_fewshot,
         )
@@ -316,9 +321,9 @@ TASKS = (
     _family(
         "glue",
         "FOLDER/SST-2",
-        "A task of GLUE, by accuracy",
+        "A task of GLUE, by its own metrics",
         load_glue,
-        (ACC,),
+        lambda folder: _glue(folder).metrics,
         "Wang et al., arXiv:1804.07461",
     ),
     _family(

@@ -176,3 +176,17 @@ def test_hellaswag_without_its_marks(tmp_path):
 def test_a_path_is_needed(name):
     with pytest.raises(UserError, match=f"{name} needs a path: {name}:"):
         FAMILIES[name].make("")
+
+
+def test_tasks_of_glue_have_its_own_metrics():
+    def names(folder: str) -> list[str]:
+        return [metric.name for metric in FAMILIES["glue"].make(f"data/{folder}").metrics]
+
+    assert (names("CoLA"), names("MRPC"), names("QQP")) == (
+        ["mcc", "acc"],
+        ["acc", "f1"],
+        ["acc", "f1"],
+    )
+    assert names("SST-2") == ["acc"]
+    with pytest.raises(UserError, match="'STS-B' is no task of GLUE"):
+        names("STS-B")

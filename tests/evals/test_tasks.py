@@ -11,8 +11,9 @@ import pytest
 from checkpoint.run_corpus import count_tokens
 from configs.checks import UserError
 from data.pipeline import prepare_corpus
+from evals.aggregation import aggregate
 from evals.samples import HeldOut, Load
-from evals.scoring import aggregate, ratio_standard_error, score_tokens
+from evals.scoring import score_tokens
 from evals.task_list import describe_tasks, find_tasks, known_tasks
 from evals.tasks import line_completion, stdlib_bpb
 from evals.tasks.base import NotApplicable
@@ -87,18 +88,6 @@ def test_unigram_bits_are_smoothed_frequencies(corpus):
     bits = unigram_bits(counts_V)
     assert (2.0**-bits).sum() == pytest.approx(1.0)
     assert bits[counts_V.argmax()] == bits.min()
-
-
-def test_the_standard_error_is_that_of_resampled_files():
-    random = np.random.RandomState(0)
-    sizes = random.randint(100, 5000, 60).astype(float)
-    bits = sizes * (2 + 0.3 * random.randn(60))
-    ratios = []
-    for _ in range(4000):
-        pick = random.randint(0, 60, 60)
-        ratios.append(bits[pick].sum() / sizes[pick].sum())
-    assert ratio_standard_error(bits, sizes) == pytest.approx(np.std(ratios), rel=0.1)
-    assert ratio_standard_error(bits[:1], sizes[:1]) == 0.0
 
 
 def test_a_model_that_knows_the_file_completes_every_line(corpus):
