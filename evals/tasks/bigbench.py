@@ -16,10 +16,10 @@ from configs.near_names import hint
 from evals import data_packages
 from evals.data_packages import BIGBENCH
 from evals.few_shot import POOL, choices_with_shots
-from evals.samples import Choices, Family, Load, Metric, Task
+from evals.samples import Choices, Family, Load, Task
+from evals.scoring import CHOICES
 
 TASKS_FOLDER = "bigbench-1.0.0/bigbench/benchmark_tasks/"
-METRICS = (Metric("acc"), Metric("acc_norm"))
 MAX_SAMPLES = 2000
 """Of a set that has more, the first ones by hash: a standard error of at most 1.1 points."""
 MAX_LEFT_OUT = 0.1
@@ -119,7 +119,7 @@ def _named(name: str) -> Task:
         ),
         license=BIGBENCH.license,
         output_type="multiple_choice",
-        metrics=METRICS,
+        metrics=CHOICES,
         load=lambda load: load_task(name, load),
     )
 
@@ -136,7 +136,7 @@ VITAMINC = Task(
     ),
     license="CC-BY-SA-3.0 (VitaminC's, of Wikipedia's text); the package states none for it",
     output_type="multiple_choice",
-    metrics=METRICS,
+    metrics=CHOICES,
     load=lambda load: load_task("vitaminc_fact_verification", load, most=MAX_SAMPLES, pool=POOL),
     metadata={"num_samples": MAX_SAMPLES},
 )

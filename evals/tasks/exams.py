@@ -15,7 +15,8 @@ from configs.checks import UserError
 from evals import data_packages
 from evals.data_packages import OPENAI_EVALS
 from evals.few_shot import by_hash, choices_with_shots
-from evals.samples import Choices, Load, Metric, Task
+from evals.samples import Choices, Load, Task
+from evals.scoring import ACC, CHOICES
 
 LANGUAGES = {
     "ar": "arabic",
@@ -102,7 +103,7 @@ def _task(code: str | None, *, cloze: bool) -> Task:
         origin=ORIGIN,
         license="CC-BY-SA-4.0 (EXAMS'); the package: MIT",
         output_type="multiple_choice",
-        metrics=(Metric("acc"), Metric("acc_norm")) if cloze else (Metric("acc"),),
+        metrics=CHOICES if cloze else (ACC,),
         load=(
             (lambda load: load_all(load, cloze=cloze))
             if code is None

@@ -20,6 +20,7 @@ from evals import data_packages
 from evals.data_packages import BFCL
 from evals.function_calls import are_wanted, read_calls
 from evals.samples import Answer, Load, Metric, Prompt, Task
+from evals.scoring import ACC
 
 SETS = {
     "simple_python": 400,
@@ -30,7 +31,6 @@ SETS = {
 }
 NO_CALL = "irrelevance"
 FOLDER = "bfcl_eval/data"
-ACC = Metric("acc")
 MAX_NEW_TOKENS = 256
 SYSTEM = (
     "You can call functions. If the request needs some of them, answer with the calls alone, in "

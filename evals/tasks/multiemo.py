@@ -11,7 +11,8 @@ import json
 from evals import data_packages
 from evals.data_packages import BIGBENCH
 from evals.few_shot import by_hash, choices_with_shots
-from evals.samples import Choices, Load, Metric, Task
+from evals.samples import Choices, Load, Task
+from evals.scoring import ACC
 from evals.tasks.bigbench import TASKS_FOLDER
 
 LANGUAGES = ("de", "en", "es", "fr", "it", "ja", "nl", "pl", "pt", "ru", "zh")
@@ -52,7 +53,7 @@ def _task(code: str | None) -> Task:
         ),
         license="not stated by the package",
         output_type="multiple_choice",
-        metrics=(Metric("acc"),),
+        metrics=(ACC,),
         load=lambda load: load_languages(codes, load),
         num_fewshot=4,
         metadata={"num_samples": MAX_SAMPLES * len(codes)},

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from evals import data_packages
 from evals.data_packages import BIGBENCH
 from evals.few_shot import choices_with_shots
-from evals.samples import Choices, Load, Metric, Task
+from evals.samples import Choices, Load, Task
+from evals.scoring import ACC, CHOICES
 from evals.tasks.bigbench import TASKS_FOLDER
 
 ANSWERS = "subtask033_winogrande_answer_generation"
@@ -19,7 +20,6 @@ PERSONS = "subtask035_winogrande_question_modification_person"
 MULTIRC = "subtask058_multirc_question_answering"
 MAX_SAMPLES = 2000
 LICENSES = "Apache-2.0 (Natural Instructions'); the package states none for the set"
-METRICS = (Metric("acc"), Metric("acc_norm"))
 
 
 def _examples(*names: str) -> list[list[dict]]:
@@ -123,7 +123,7 @@ TASKS = (
         ),
         license=LICENSES,
         output_type="multiple_choice",
-        metrics=METRICS,
+        metrics=CHOICES,
         load=load_winogrande,
         metadata={"num_samples": MAX_SAMPLES},
     ),
@@ -140,7 +140,7 @@ TASKS = (
         ),
         license=LICENSES,
         output_type="multiple_choice",
-        metrics=(Metric("acc"),),
+        metrics=(ACC,),
         load=load_multirc,
         metadata={"num_samples": MAX_SAMPLES},
     ),

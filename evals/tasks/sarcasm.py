@@ -6,7 +6,8 @@ import json
 from evals import data_packages
 from evals.data_packages import OPENAI_EVALS
 from evals.few_shot import choices_with_shots
-from evals.samples import Choices, Load, Metric, Task
+from evals.samples import Choices, Load, Task
+from evals.scoring import ACC
 
 MEMBER = "evals/registry/data/sarcasm/samples.jsonl"
 MAX_SAMPLES = 2000
@@ -39,7 +40,7 @@ TASKS = (
         ),
         license="CC-BY-4.0 (the data set's); the package: MIT",
         output_type="multiple_choice",
-        metrics=(Metric("acc"),),
+        metrics=(ACC,),
         load=load,
         num_fewshot=4,
         metadata={"num_samples": MAX_SAMPLES},

@@ -9,6 +9,8 @@ import pytest
 from configs.checks import UserError
 from evals import few_shot, text_match
 from evals.samples import Answer, Choices, Family, Load, Prompt, Task, Text
+from evals.scoring import CHOICES, F1, MATTHEWS, ROLLING
+from evals.task_list import known_tasks
 from evals.tasks import (
     bigbench,
     bits_per_byte,
@@ -45,6 +47,20 @@ BIGBENCH_ROWS = [
 def find(module, name: str) -> Task:
     (task,) = [t for t in module.TASKS if t.name == name and isinstance(t, Task)]
     return task
+
+
+@pytest.mark.parametrize("name", sorted(known_tasks()))
+def test_metrics_are_of_their_own_kind(name):
+    """A metric that is like another's by name alone would be aggregated otherwise."""
+    task = known_tasks()[name]
+    if isinstance(task, Family):
+        assert task.form.startswith(name)
+    elif task.output_type == "multiple_choice":
+        assert set(task.metrics) <= {*CHOICES, F1, MATTHEWS}
+    elif task.output_type == "loglikelihood_rolling":
+        assert set(task.metrics) <= set(ROLLING)
+    else:
+        assert {metric.aggregation for metric in task.metrics} == {"mean"}
 
 
 def prompts(task: Task, load: Load) -> list[Prompt]:

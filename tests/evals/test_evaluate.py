@@ -26,7 +26,7 @@ from infer.run_weights import RunWeights
 from infer.sources import open_source
 from model.transformer import Transformer, hidden_states, init_variables, output_weights
 from model.unstacked import unstack
-from scripts import command
+from scripts import command, evaluate_all
 from scripts import evaluate as verb
 from tests import tiny
 from tests.checkpoint.tiny_folder import byte_level, write_llama, write_tokenizer
@@ -273,3 +273,24 @@ def test_what_does_not_go_with_a_model_is_said(letters, run_dir):
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):
             verb.main(arguments)
+
+
+def test_several_models_are_one_page(run_dir, tmp_path, capsys):
+    """Which says what was not asked of which, and why."""
+    questions = tmp_path / "colours.jsonl"
+    line = {"context": "Grass is", "choices": [" green", " loud"], "answer": 0}
+    questions.write_text(json.dumps(line) + "\n")
+    (tmp_path / "empty").mkdir()
+    models = [str(run_dir), str(tmp_path / "empty")]
+    chosen = ["--tasks", f"{questions},line_completion", "--output", str(tmp_path / "page")]
+    evaluate_all.main([*models, *chosen])
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert re.search(r"colours</td><td>acc</td><td>[01]\.0000 \(1\)", page)
+    assert "line_completion: it needs held-out Python functions" in page
+    assert page.count("<li>") == 2
+    assert f"{tmp_path / 'empty'} was left out: " in page
+    assert (tmp_path / "page" / "shares.png").exists()
+    with pytest.raises(UserError, match=r"no model could be asked: .*empty was left out"):
+        evaluate_all.main([models[1], *chosen])
+    with pytest.raises(UserError, match="--answers 0 must be at least 1"):
+        evaluate_all.main([*models, "--answers", "0"])

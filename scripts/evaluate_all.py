@@ -1,0 +1,78 @@
+"""Asks several models something of every benchmark, and writes one page: `make evaluate`.
+
+    python -m scripts.evaluate_all                     # SmolLM2 and the quickstart's models
+    python -m scripts.evaluate_all smollm2 runs/mine --limit 100 --answers 20
+
+A model that is not there is left out with its reason; so is a task whose package can't be had.
+Interrupted, the same command goes on: what was asked is not asked again (scripts.evaluate, which
+wrote it). The page's scores are of few samples, with their standard errors.
+"""
+
+from pathlib import Path
+
+from configs.checks import UserError, require
+from evals.page import write_overview_page
+from evals.results_form import TaskScores
+from evals.samples import Task
+from evals.task_list import find_tasks
+from infer.sources import open_source
+from scripts import command, evaluate
+from scripts.evaluated_model import open_evaluation
+
+MODELS = ("smollm2", "runs/quickstart/teacher", "runs/quickstart/student")
+
+
+def main(argv: list[str]) -> None:
+    parser = command.parser(__doc__)
+    parser.add_argument("models", nargs="*", default=MODELS, help="runs, folders, files, smollm2")
+    parser.add_argument("--tasks", default="short", help="names or a set (short)")
+    parser.add_argument("--limit", type=int, default=40, help="questions and texts of a task (40)")
+    parser.add_argument("--answers", type=int, default=8, help="generated answers of a task (8)")
+    parser.add_argument("--output", type=Path, default=Path("runs/evaluations/overview"))
+    arguments = parser.parse_args(argv)
+    for name in ("limit", "answers"):
+        count = getattr(arguments, name)
+        require(count >= 1, f"--{name} {count} must be at least 1")
+    tasks = find_tasks(arguments.tasks.split(","))
+    command.keep_compiled()
+    found: dict[str, list[TaskScores]] = {}
+    left_out: dict[str, list[str]] = {}
+    for name in arguments.models:
+        scores, reasons = _ask(name, tasks, arguments.limit, arguments.answers)
+        if scores:
+            found[name] = scores
+        if reasons:
+            left_out[name] = reasons
+    reasons = [reason for each in left_out.values() for reason in each]
+    require(bool(found), "no model could be asked: " + "; ".join(reasons))
+    print(f"page: {write_overview_page(arguments.output, found, left_out)}")
+
+
+def _ask(
+    name: str, tasks: list[Task], limit: int, answers: int
+) -> tuple[list[TaskScores], list[str]]:
+    """The model's scores, and why the others are missing."""
+    generated = [task for task in tasks if task.output_type == "generate_until"]
+    others = [task for task in tasks if task not in generated]
+    scores: list[TaskScores] = []
+    reasons: list[str] = []
+    for chosen, count in ((others, limit), (generated, answers)):
+        if not chosen:
+            continue
+        arguments = evaluate.make_parser().parse_args([name, "--limit", str(count)])
+        try:
+            source = open_source(name)
+            evaluation = open_evaluation(source, arguments, chosen, None, None)
+            found, skipped = evaluate.run(evaluation, chosen, source)
+        except UserError as error:
+            reasons.append(f"{name} was left out: {error}")
+            continue
+        scores += found
+        reasons += [f"{each.task}: {each.reason}" for each in skipped]
+    reasons = list(dict.fromkeys(reasons))
+    print("\n".join(reasons), flush=True)
+    return scores, reasons
+
+
+if __name__ == "__main__":
+    command.execute(main)
