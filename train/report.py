@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ OPTIONAL = ("validation_loss", "validation_bits_per_byte")
 """The same, where the run was measured."""
 MAX_LAYERS = 8
 """Layers drawn in a heat map; of deeper models, as many spread over the depth."""
+LABEL_HEIGHT = 0.07
+"""Of a line of text, as a share of a panel's height."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +65,48 @@ def write_report(run_dir: Path, sections: Sequence[str] = ()) -> None:
 def draw_loss(runs: dict[str, list[Line]]) -> Picture:
     """Training loss of one or more runs, raw and smoothed."""
     figure, axes = new_figure(7.5, 3.6)
+    ends: dict[str, tuple[float, float, str]] = {}
     for (name, lines), color in zip(runs.items(), (BLUE, ORANGE, INK), strict=False):
         steps, nats = _column(lines, "step"), _column(lines, "cross_entropy")
         smooth = smoothed(nats)
         axes.plot(steps, nats, color=color, alpha=0.2, linewidth=0.8)
         axes.plot(steps, smooth, color=color, linewidth=1.8)
         _draw_validation(axes, lines, color)
-        label = no_formula(f" {name} {smooth[-1]:.2f}")
-        ends_last = steps[-1] == max(lines[-1]["step"] for lines in runs.values())
-        axes.annotate(
-            label,
-            (steps[-1], smooth[-1]),
-            xytext=(0, 0 if ends_last else -14),  # below the runs that go on
-            textcoords="offset points",
-            color=color,
-            va="center",
-            annotation_clip=False,
-        )
+        ends[f"{name} {smooth[-1]:.2f}"] = (steps[-1], smooth[-1], color)
+    _label_ends(axes, ends)
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per token")
     caption = "Training loss; the bold line is its running mean."
     if any(_validated(lines) for lines in runs.values()):
         caption += " The circles are the loss on held-out text."
     return to_picture(figure, "loss", caption)
+
+
+def _label_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
+    """Labels right of the panel at the height of each line's end, apart from one another; a dotted
+    line leads there from one that ends sooner.
+
+    Args:
+      ends: by label the step, the value and the colour.
+    """
+    low, high = axes.get_ylim()
+    right = axes.get_xlim()[1]
+    place = -math.inf
+    for label, (step, value, color) in sorted(ends.items(), key=lambda item: item[1][1]):
+        place = max(value, place + LABEL_HEIGHT * (high - low))
+        axes.plot([step, right], [value, value], ":", color=color, linewidth=0.8, scalex=False)
+        axes.annotate(
+            no_formula(label),
+            (1, place),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(5, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+            annotation_clip=False,
+        )
+    axes.set_xlim(right=right)
+    axes.set_ylim(low, high)
 
 
 def _draw_validation(axes: Axes, lines: list[Line], color: str) -> None:
@@ -114,18 +136,12 @@ def draw_validation(runs: dict[str, list[Line]]) -> Picture | None:
     if not all(measured.values()):
         return None
     figure, axes = new_figure(7.5, 3.6)
+    ends: dict[str, tuple[float, float, str]] = {}
     for (name, lines), color in zip(measured.items(), (BLUE, ORANGE, INK), strict=False):
         steps, nats = _column(lines, "step"), _column(lines, "validation_loss")
         axes.plot(steps, nats, "o-", color=color, linewidth=1.8, markersize=4)
-        axes.annotate(
-            no_formula(f" {name} {nats[-1]:.2f}"),
-            (steps[-1], nats[-1]),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=color,
-            va="bottom",
-            annotation_clip=False,
-        )
+        ends[f"{name} {nats[-1]:.2f}"] = (steps[-1], nats[-1], color)
+    _label_ends(axes, ends)
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss, nats per token")
     caption = (
