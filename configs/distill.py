@@ -256,6 +256,11 @@ class DistillConfig:
             f"distill.vocabulary='bytes' compares whole distributions of one teacher: leave "
             f"{' and '.join(names)} out",
         )
+        require(
+            not self.matching,
+            "distill.vocabulary='bytes' compares places of other tokens, and distill.losses the "
+            "layers of the same ones: leave one out",
+        )
 
     @property
     def terms(self) -> tuple[LossTerm, ...]:

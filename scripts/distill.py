@@ -5,8 +5,10 @@
     python -m scripts.distill runs/v31_nano_student            goes on, with the teacher it had
 
 A teacher is anything that scripts.generate reads: a run, a folder in Hugging Face form, a GGUF
-file; --teacher given several times names several. It must number tokens as the student does: the
-student's corpus is made with the teacher's tokenizer (--data.tokenizer).
+file; --teacher given several times names several. Or it is the address of an OpenAI-compatible
+server, http://host:8000/v1 or http://host:8000/v1#MODEL (its key: OPENAI_API_KEY). It must number
+tokens as the student does: the student's corpus is made with the teacher's tokenizer
+(--data.tokenizer); another vocabulary needs --distill.vocabulary bytes.
 
 What teachers say can be made ahead, for any number of students:
 
@@ -17,6 +19,7 @@ What teachers say can be made ahead, for any number of students:
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from checkpoint.provenance import read_provenance
@@ -27,9 +30,17 @@ from planning.available import require_memory
 from scripts import command
 from scripts.named_runs import chosen_run, experiment_text
 from scripts.sources import initial_weights
-from scripts.teachers import cache_ahead, make_writer, teacher_of
+from scripts.teachers import (
+    cache_ahead,
+    cache_answers,
+    is_server,
+    make_writer,
+    server_teacher,
+    teacher_of,
+)
 from scripts.train import describe, finish
-from train.distill import distill, distill_from_cache
+from train.distill import distill, distill_by_view, distill_from_cache
+from train.server_teacher import server_view
 from train.teachers import BETWEEN_NAMES
 
 
@@ -44,6 +55,8 @@ def main(argv: list[str]) -> int:
         options = _options(run, arguments)
         return finish(run, arguments.run_dir, distill_from_cache(run, arguments.run_dir, **options))
     names = arguments.teacher or _known_teachers(arguments.run_dir)
+    if any(is_server(name) for name in names):
+        return _by_server(run, arguments, names)
     teachers = [teacher_of(name, arguments.teacher_weights) for name in names]
     require_memory(run, *(teacher.config for teacher in teachers))
     if arguments.make_cache:
@@ -56,12 +69,27 @@ def main(argv: list[str]) -> int:
     return finish(run, arguments.run_dir, result)
 
 
+def _by_server(run: RunConfig, arguments: argparse.Namespace, names: list[str]) -> int:
+    require(len(names) == 1, "a teacher behind a server stands alone: name no other --teacher")
+    require_memory(run)
+    teacher = server_teacher(run, names[0])
+    view = partial(server_view, run, teacher)
+    if arguments.make_cache:
+        cache_answers(run, arguments.make_cache, teacher.origin, view)
+        return 0
+    describe(run)
+    options, folder = _options(run, arguments), arguments.run_dir
+    writer = make_writer(run)
+    result = distill_by_view(run, folder, teacher.origin, view, writer, **options)
+    return finish(run, folder, result)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command.add_process_options(command.parser(__doc__, run=True))
     parser.add_argument(
         "--teacher",
         action="append",
-        help="a run, a model's folder or file; of a run's folder, the one it had",
+        help="a run, a model's folder or file, a server; of a run's folder, the one it had",
     )
     parser.add_argument(
         "--teacher-weights",

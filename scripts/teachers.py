@@ -1,12 +1,14 @@
 """Teachers by their names, their answers made ahead, and the engine as the student's pen."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from checkpoint.orbax_store import latest_step
+from checkpoint.provenance import ModelOrigin
 from configs.base import RunConfig
 from configs.checks import UserError
 from data.pipeline import prepare_corpus
@@ -23,7 +25,15 @@ from train.distill import check_vocabulary
 from train.loop import mesh_of
 from train.offline_cache import make_cache
 from train.on_policy import MakeWriter, Write, Written
-from train.teachers import Teacher, TeacherSource, joint_origin, teacher_shares, with_top_k
+from train.server_teacher import ServerTeacher
+from train.teachers import (
+    Teacher,
+    TeacherSource,
+    View,
+    joint_origin,
+    teacher_shares,
+    with_top_k,
+)
 
 
 def teacher_of(name: str | Path, weights: WeightFormat = "float32") -> TeacherSource:
@@ -69,6 +79,26 @@ def cache_ahead(run: RunConfig, directory: Path, sources: Sequence[TeacherSource
         look = with_top_k(teachers, shares, config, run.execution.logits_chunks, tail=True)
         origin = joint_origin([teacher.origin for teacher in teachers])
         make_cache(directory, run, corpus, origin, look, mesh)
+
+
+def cache_answers(
+    run: RunConfig, directory: Path, origin: ModelOrigin, make_view: Callable[[Mesh], View]
+) -> None:
+    """As `cache_ahead`, of a teacher of which no more is known than what it says."""
+    mesh, corpus = mesh_of(run), prepare_corpus(run.data, run.model.vocab_size)
+    with jax.set_mesh(mesh):
+        make_cache(directory, run, corpus, origin, make_view(mesh), mesh)
+
+
+def is_server(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def server_teacher(run: RunConfig, address: str) -> ServerTeacher:
+    """The model behind an address; its key is in the environment's OPENAI_API_KEY."""
+    corpus = prepare_corpus(run.data, run.model.vocab_size)
+    key = os.environ.get("OPENAI_API_KEY")
+    return ServerTeacher(address, corpus.tokenizer(), run.model.vocab_size, key)
 
 
 def make_writer(run: RunConfig) -> MakeWriter:

@@ -21,6 +21,7 @@ from data.packing import packed_rows
 from data.pipeline import prepare_corpus
 from data.tokenizers.tokenizer import vocabulary_difference
 from parallel.distributed import first_then_others, is_started
+from train.byte_distillation import aligned_view, make_byte_loss
 from train.distillation_loss import make_chunk_loss
 from train.loop import BatchTransform, FitResult, fit
 from train.matching import Matching, make_matching
@@ -70,9 +71,34 @@ def distill(
     def make_view(mesh: Mesh) -> View:
         teachers = [source.load(mesh) for source in sources]
         _confirm(run_dir, joint_origin([teacher.origin for teacher in teachers]))
+        if config.vocabulary == "bytes":
+            ours = prepare_corpus(run.data, run.model.vocab_size).tokenizer()
+            return aligned_view(run, teachers[0], (ours, teacher_tokenizer), mesh)
         return teachers_view(run, teachers, matching, mesh, run_dir / "teacher_cache")
 
     return _fit(run, run_dir, make_view, matching, make_writer, options)
+
+
+def distill_by_view(
+    run: RunConfig,
+    run_dir: Path,
+    origin: ModelOrigin,
+    make_view: Callable[[Mesh], View],
+    make_writer: MakeWriter | None = None,
+    **options: Any,
+) -> FitResult:
+    """As `distill`, by a teacher of which no more is known than what it says (a server's).
+
+    Raises:
+      UserError: a run that is no distillation; a run that goes on with another teacher.
+    """
+    _checked(run, ())
+
+    def confirmed_view(mesh: Mesh) -> View:
+        _confirm(run_dir, origin)
+        return make_view(mesh)
+
+    return _fit(run, run_dir, confirmed_view, None, make_writer, options)
 
 
 def distill_from_cache(run: RunConfig, run_dir: Path, **options: Any) -> FitResult:
@@ -91,12 +117,7 @@ def distill_from_cache(run: RunConfig, run_dir: Path, **options: Any) -> FitResu
     )
     corpus = prepare_corpus(run.data, run.model.vocab_size)
     cache = OfflineCache(Path(config.cache_directory), run, corpus)
-
-    def make_view(mesh: Mesh) -> View:
-        _confirm(run_dir, cache.teacher)
-        return cache.view(mesh)
-
-    return _fit(run, run_dir, make_view, None, None, options)
+    return distill_by_view(run, run_dir, cache.teacher, cache.view, **options)
 
 
 def _fit(
@@ -110,6 +131,7 @@ def _fit(
     config = run.distill
     assert config is not None
     is_constant = all(term.is_constant for term in config.terms)
+    is_aligned = config.vocabulary == "bytes"
 
     def make_transform(mesh: Mesh) -> BatchTransform:
         view = make_view(mesh)
@@ -129,7 +151,7 @@ def _fit(
     return fit(
         run,
         run_dir,
-        chunk_loss=make_chunk_loss(config),
+        chunk_loss=make_byte_loss(config) if is_aligned else make_chunk_loss(config),
         make_transform=make_transform,
         matching=matching,
         objective="distillation",
@@ -189,10 +211,17 @@ def _checked(run: RunConfig, sources: Sequence[TeacherSource]) -> Any:
     )
     require(
         not config.matching or len(sources) == 1,
-        "distill.losses that compare layers need a single teacher: name one, or leave them out",
+        "distill.losses that compare layers need a single teacher whose layers can be seen: name "
+        "one, or leave them out",
+    )
+    is_aligned = config.vocabulary == "bytes"
+    require(
+        not is_aligned or (len(sources) == 1 and not is_started()),
+        "distill.vocabulary='bytes' needs a single teacher that is loaded, and one process",
     )
     for source in sources:
-        check_vocabulary(run, source.config, source.tokenizer)
+        if not is_aligned:
+            check_vocabulary(run, source.config, source.tokenizer)
         if source.config.memory_length is not None:
             raise UserError(
                 f"the teacher has memory_length={source.config.memory_length}, and distillation "
@@ -210,7 +239,8 @@ def check_vocabulary(student: RunConfig, teacher: ModelConfig, tokenizer: Tokeni
         raise UserError(
             f"the student's vocabulary has {student.model.vocab_size} entries, the teacher's "
             f"{teacher.vocab_size}: distillation compares logits token by token, give the student "
-            "the teacher's vocabulary (--model.vocab_size) and corpus"
+            "the teacher's vocabulary (--model.vocab_size) and corpus, or set "
+            "distill.vocabulary='bytes'"
         )
     corpus = prepare_corpus(student.data, student.model.vocab_size)
     difference = vocabulary_difference(corpus.tokenizer(), tokenizer)
@@ -218,5 +248,6 @@ def check_vocabulary(student: RunConfig, teacher: ModelConfig, tokenizer: Tokeni
         raise UserError(
             f"the tokenizers in {student.data.directory} and of the teacher differ ({difference}): "
             "distillation needs one vocabulary, give the student the teacher's corpus "
-            "(--data.directory), or make one with the teacher as --data.tokenizer"
+            "(--data.directory), make one with the teacher as --data.tokenizer, or set "
+            "distill.vocabulary='bytes'"
         )
