@@ -21,6 +21,7 @@ from configs.checks import (
     require_seed,
 )
 from configs.data import DataConfig
+from configs.distill import DistillConfig
 from configs.feed_forward import MoEConfig
 from configs.monitoring import MetricsConfig, ValidationConfig
 
@@ -197,32 +198,6 @@ class InitConfig:
             self.architecture == "run" or (self.source is not None and not self.drop),
             f"init.architecture={self.architecture!r} needs init.source, whose model it is, and no "
             f"init.drop, got source={self.source!r} and drop={self.drop}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Forward KL from a frozen teacher plus cross-entropy on the data."""
-
-    temperature: float = 1.0
-    """Both distributions are softened by it; the KL term is multiplied by its square."""
-    kl_weight: float = 0.9
-    """Weight of the KL term; the cross-entropy has 1 - kl_weight."""
-    top_k: int | None = None
-    """Teacher tokens kept, the rest in one tail bin; None compares whole distributions."""
-    cache: bool = False
-    """Keep the teacher's top_k on disk and reuse them when a row of data comes again."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "temperature")
-        require(0 <= self.kl_weight <= 1, f"distill.kl_weight={self.kl_weight} must lie in [0, 1]")
-        require(
-            self.top_k is None or self.top_k > 0,
-            f"distill.top_k={self.top_k} must be at least 1, or None for the whole vocabulary",
-        )
-        require(
-            not self.cache or self.top_k is not None,
-            "distill.cache=True needs distill.top_k: whole distributions are too large to keep",
         )
 
 

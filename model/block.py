@@ -17,7 +17,7 @@ from model.depth import routed
 from model.layers import RMSNorm, SwiGLU, newest
 from model.model_state import BlockState
 from model.moe import MoE
-from model.step import Preference, Step
+from model.step import ChosenExperts, Preference, Step
 from parallel.sharding import constrain
 
 
@@ -26,7 +26,8 @@ class Block(nn.Module):
     places of the norms.
 
     With spec.depth, of the chosen tokens only (model/depth.py); what they are goes into the
-    collection "router" as "depth" (DepthStats).
+    collection "router" as "depth" (DepthStats). Sows its result and what its attention adds into
+    the collection "activations", where one asks for it, as "hidden" and "attended".
     """
 
     spec: LayerSpec
@@ -40,11 +41,17 @@ class Block(nn.Module):
         step: Step,
         state: BlockState | None,
         preference_BE: jax.Array | None = None,
+        chosen_BLK: jax.Array | None = None,
     ) -> tuple[jax.Array, BlockState | None]:
         if self.spec.depth is not None:
             return routed(self, self.spec.depth, x_BLD, step, state, preference_BE)
-        x_BLD, _, update_BLD, state = self.branches(x_BLD, step, state, preference_BE)
-        return constrain(x_BLD + update_BLD, "batch", "length", None), state
+        x_BLD, attended_BLD, update_BLD, state = self.branches(
+            x_BLD, step, state, preference_BE, chosen_BLK
+        )
+        x_BLD = constrain(x_BLD + update_BLD, "batch", "length", None)
+        for name, value in (("hidden", x_BLD), ("attended", attended_BLD)):
+            self.sow("activations", name, value, init_fn=lambda: None, reduce_fn=newest)
+        return x_BLD, state
 
     def branches(
         self,
@@ -52,6 +59,7 @@ class Block(nn.Module):
         step: Step,
         state: BlockState | None,
         preference_BE: jax.Array | None,
+        chosen_BLK: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, BlockState | None]:
         """x after attention, attention's update, the feed-forward's update, and the state."""
         attention, ffn, eps = self.spec.attention, self.spec.ffn, self.model.norm_eps
@@ -72,7 +80,7 @@ class Block(nn.Module):
             update_BLD = SwiGLU(ffn, out_stddev, name="ffn")(h_BLD)
         elif isinstance(ffn, MoEConfig):
             update_BLD, router_state = MoE(ffn, self.execution, eps, out_stddev, name="moe")(
-                h_BLD, step, router_state, preference_BE
+                h_BLD, step, router_state, preference_BE, chosen_BLK
             )
         else:
             assert_never(ffn)
@@ -119,6 +127,7 @@ class Period(nn.Module):
         step: Step,
         is_dropped_B: jax.Array | None = None,
         preference: Preference | None = None,
+        chosen: ChosenExperts | None = None,
     ) -> tuple[tuple[jax.Array, Any], Any]:
         """Rows with is_dropped are given back as they came.
 
@@ -142,7 +151,8 @@ class Period(nn.Module):
             if first <= i < last:
                 block = kind(spec, self.model, self.execution, name=f"layer_{i}")
                 wanted_BE = None if preference is None else preference.get(f"layer_{i}")
-                new_BLD, layer_state = block(x_BLD, step, layer_state, wanted_BE)
+                chosen_BLK = None if chosen is None else chosen.get(f"layer_{i}")
+                new_BLD, layer_state = block(x_BLD, step, layer_state, wanted_BE, chosen_BLK)
                 x_BLD = _keep_exited(step, x_BLD, new_BLD)
             after.append(layer_state)
         if is_dropped_B is not None:

@@ -16,7 +16,14 @@ from model.balance import router_stats
 from model.experts import expert_function, expert_weights, weight_axes
 from model.layer_state import AnyKeyValueState
 from model.layers import SwiGLU, in_dtype, newest, weight, zero_weight
-from model.router import initial_state, needs_state, route, score_deviation
+from model.router import (
+    changed_share,
+    initial_state,
+    needs_state,
+    route,
+    score_deviation,
+    with_chosen,
+)
 from model.step import Step
 from model.warmup import initial_warmup, warmup_stats
 from parallel.expert import apply_experts
@@ -40,9 +47,12 @@ class MoE(nn.Module):
         step: Step,
         context_state: AnyKeyValueState | None,
         preference_BE: jax.Array | None = None,
+        chosen_BLK: jax.Array | None = None,
     ) -> tuple[jax.Array, AnyKeyValueState | None]:
         """The state is the context router's; other routers have none.
 
+        chosen_BLK: the experts of each token where they are given (model/step.py); then "changed",
+        the share of them that the router would have chosen otherwise, is sown, too.
         preference_BE: float32 [B, E] or [1, E], what a request adds to the choice, never to the
         gates, in standard deviations of the token's scores.
         """
@@ -64,6 +74,14 @@ class MoE(nn.Module):
             is_token_T=is_token_BL.reshape(-1),
             preference_E=_bias(preference_BE, router_logits_TE, x_BLD.shape, c.router),
         )
+        ids_BLK = routing.expert_ids_TK.reshape(batch, length, -1)
+        self.sow("experts", "ids", ids_BLK, init_fn=lambda: None, reduce_fn=newest)
+        if chosen_BLK is not None:
+            changed = changed_share(ids_BLK, chosen_BLK)
+            self.sow("router", "changed", changed, init_fn=lambda: None, reduce_fn=newest)
+            if step.is_replayed:
+                chosen_TK = chosen_BLK.reshape(batch * length, -1)
+                routing = with_chosen(routing, chosen_TK, c.router)
         out_TD, moved = apply_experts(
             x_TD,
             routing.expert_ids_TK,

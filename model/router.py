@@ -11,6 +11,7 @@ from flax import struct
 
 from configs.feed_forward import GROUP_MEMBERS, RouterConfig
 from model.router_scores import SCORES
+from model.step import OWN_CHOICE
 
 
 class RouterState(struct.PyTreeNode):
@@ -108,6 +109,30 @@ def route(
         threshold_T=threshold_T,
         null_rivals_TN=_null_rivals(choice, num_experts, config, state),
     )
+
+
+def with_chosen(routing: Routing, chosen_TK: jax.Array, config: RouterConfig) -> Routing:
+    """The routing with each token's experts as given, and the gates that its own scores give them.
+
+    Args:
+      chosen_TK: int32; OWN_CHOICE (model/step.py) keeps what the router chose.
+    """
+    ids_TK = jnp.where(chosen_TK == OWN_CHOICE, routing.expert_ids_TK, chosen_TK)
+    num_experts = routing.counts_E.shape[0]
+    counts_E = jnp.bincount(ids_TK.reshape(-1) + 1, length=num_experts + 1)[1:]
+    return routing._replace(
+        expert_ids_TK=ids_TK,
+        gates_TK=_gates(routing.scores_TE, ids_TK, config),
+        counts_E=counts_E.astype(jnp.int32),
+    )
+
+
+def changed_share(own_BLK: jax.Array, chosen_BLK: jax.Array) -> jax.Array:
+    """The share of the given experts that are not among a token's own, float32 []; 0 of none."""
+    is_given_BLK = chosen_BLK >= 0
+    is_same_BLK = (chosen_BLK[..., :, None] == own_BLK[..., None, :]).any(axis=-1)
+    changed = (is_given_BLK & ~is_same_BLK).sum(dtype=jnp.float32)
+    return changed / jnp.maximum(is_given_BLK.sum(dtype=jnp.float32), 1.0)
 
 
 def score_deviation(router_logits_TE: jax.Array, config: RouterConfig) -> jax.Array:

@@ -14,6 +14,11 @@ Preference = dict[str, jax.Array]
 adds to the choice of experts, in standard deviations of a token's scores; B may be 1 for all rows.
 Gates don't see it."""
 
+ChosenExperts = dict[str, jax.Array]
+"""By MoE layer of the pattern, int32 [periods, B, L, K]: the experts that each token goes to; -1 is
+no expert, OWN_CHOICE leaves the choice to the router."""
+OWN_CHOICE = -2
+
 
 class Step(struct.PyTreeNode):
     """One forward pass: tokens, positions, documents, and for inference rows of state."""
@@ -34,6 +39,10 @@ class Step(struct.PyTreeNode):
     """bool, tokens that have left the model: layers make their keys and leave them as they are."""
     preference: Preference | None = None
     """The experts that requests would rather have."""
+    chosen: ChosenExperts | None = None
+    """The experts of each token, where they are given instead of chosen (routing replay)."""
+    is_replayed: bool = struct.field(pytree_node=False, default=True)
+    """Whether `chosen` decides; if not, what the routers choose is only compared with it."""
     is_whole: bool = struct.field(pytree_node=False, default=False)
     """Whether nothing was written before these tokens, as the program knows: they see only each
     other, as without a state, and need no scores over its slots."""
@@ -68,12 +77,13 @@ def make_step(
     rows_BL: jax.Array | None = None,
     tables_RN: jax.Array | None = None,
     preference: Preference | None = None,
+    chosen: ChosenExperts | None = None,
     is_whole: bool = False,
 ) -> Step:
     """A step whose documents follow from its positions (see `document_segments`).
 
     Args:
-      is_whole: see Step.
+      chosen, is_whole: see Step.
     Raises:
       ValueError: shapes that differ.
     """
@@ -86,6 +96,7 @@ def make_step(
         rows_BL=rows_BL,
         tables_RN=tables_RN,
         preference=preference,
+        chosen=chosen,
         is_whole=is_whole,
     )
 

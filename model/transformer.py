@@ -21,7 +21,7 @@ from model.layers import Declared, OutputsFirst, RMSNorm, in_dtype, weight
 from model.model_state import ModelState
 from model.multi_token import MultiTokenModule, ahead
 from model.seeds import seed_key
-from model.step import Preference, Step, make_step
+from model.step import ChosenExperts, Preference, Step, make_step
 from parallel.sharding import constrain
 
 MAX_UNROLLED_LAYERS = 8
@@ -76,9 +76,11 @@ class Transformer(nn.Module):
         self.prefix = [block(spec, c, self.execution) for spec in c.prefix]
         self.periods = nn.scan(
             period,
-            variable_axes={"params": 0, "router_state": 0, "router": 0, "exits": 0},
+            variable_axes=dict.fromkeys(
+                ("params", "router_state", "router", "exits", "activations", "experts"), 0
+            ),
             split_rngs={"params": True, SHAPES_ALONE: False},
-            in_axes=cast(Any, (0, nn.broadcast, 0, 0)),
+            in_axes=cast(Any, (0, nn.broadcast, 0, 0, 0)),
             length=c.num_periods,
             unroll=1 if is_scanned(c) else c.num_periods,
             # Traces all layers once more, to look for broadcasts that none makes. Where weights are
@@ -123,8 +125,9 @@ class Transformer(nn.Module):
         if step.layers is not None and self.config.num_periods > 1:
             raise ValueError("layers of a repeated pattern have no numbers: unstack the model")
         is_dropped_PB = self._dropped_rows(x_BLD.shape[0])
-        preference, step = step.preference, step.replace(preference=None)
-        rest = (step, is_dropped_PB, preference)
+        preference, chosen = step.preference, step.chosen
+        step = step.replace(preference=None, chosen=None)
+        rest = (step, is_dropped_PB, preference, chosen)
         if state is None:
             (x_BLD, _), _ = self.periods((x_BLD, None), None, *rest)
             return x_BLD, None
@@ -234,21 +237,27 @@ def training_pass(
     positions_BL: jax.Array,
     memory: ModelState | None = None,
     depth_key: jax.Array | None = None,
+    *,
+    chosen: ChosenExperts | None = None,
+    is_replayed: bool = True,
+    with_activations: bool = False,
 ) -> tuple[jax.Array, dict[str, Any], ModelState | None]:
     """What training asks of the model: hidden states, what was sown, and the next memory.
 
     Sown are "router"; with early_exit "exits", the states after each period; with multi_token
-    "multi_token", the modules' hidden states "hidden_0", ... as one-tuples.
+    "multi_token", the modules' hidden states "hidden_0", ... as one-tuples; on demand
+    "activations", what the layers of the pattern give (model/block.py).
 
     Args:
       memory: of the segments before; None for models without.
       depth_key: draws the rows that skip periods (early_exit.dropout); None skips none.
+      chosen, is_replayed: see Step.
     """
     outputs: Any = model.apply(
         variables,
-        make_step(tokens_BL, positions_BL),
+        make_step(tokens_BL, positions_BL, chosen=chosen).replace(is_replayed=is_replayed),
         memory,
-        mutable=["router", "exits", "multi_token"],
+        mutable=["router", "exits", "multi_token", *["activations"] * with_activations],
         rngs={} if depth_key is None else {"depth": depth_key},
     )
     (hidden_BLD, memory), sown = outputs

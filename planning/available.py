@@ -19,16 +19,16 @@ WEIGHT_BYTES = 4
 """Bytes of a parameter in float32."""
 
 
-def require_memory(run: RunConfig, teacher: ModelConfig | None = None) -> None:
+def require_memory(run: RunConfig, *teachers: ModelConfig) -> None:
     """Compares what training needs, by formulas, with the memory there is; allocates nothing.
 
     Args:
-      teacher: a model whose weights lie beside, split over the same devices.
+      teachers: models whose weights lie beside, split over the same devices.
     Raises:
       UserError: it is more.
     """
     needed = estimate_memory(run, weights_of(run))
-    if teacher is not None:
+    for teacher in teachers:
         weights = WEIGHT_BYTES * teacher.num_parameters / run.mesh.num_devices
         needed = dataclasses.replace(needed, state=needed.state + weights)
     device = jax.local_devices()[0]

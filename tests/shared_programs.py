@@ -32,16 +32,18 @@ def shared_programs() -> Iterator[None]:
     steps: dict[Any, TrainStep] = {}
     states: dict[Any, Any] = {}
 
-    def make_train_setup(run: RunConfig, mesh: Any) -> TrainSetup:
-        key = (_kind(run), mesh)
+    def make_train_setup(run: RunConfig, mesh: Any, *more: Any) -> TrainSetup:
+        key = (_kind(run), mesh, *more)
         if key not in setups:
-            setups[key] = _make_train_setup(run, mesh)
+            setups[key] = _make_train_setup(run, mesh, *more)
         return setups[key]
 
-    def make_train_step(run: RunConfig, setup: TrainSetup, chunk_loss: Any) -> TrainStep:
-        key = (id(setup), _kind(run), _call(chunk_loss))
+    def make_train_step(
+        run: RunConfig, setup: TrainSetup, chunk_loss: Any, *more: Any
+    ) -> TrainStep:
+        key = (id(setup), _kind(run), _call(chunk_loss), *more)
         if key not in steps:
-            steps[key] = _make_train_step(run, setup, chunk_loss)
+            steps[key] = _make_train_step(run, setup, chunk_loss, *more)
         return steps[key]
 
     def drawn(setup: TrainSetup, seed: int, *given: Any) -> TrainState:

@@ -27,7 +27,7 @@ from configs.base import RunConfig
 from configs.checks import require
 from configs.serialization import differences
 from data.inventory import inventory
-from data.pipeline import Batch, Corpus, batches, open_corpus, prepare_corpus
+from data.pipeline import Corpus, batches, open_corpus, prepare_corpus
 from model.transformer import Variables
 from parallel.distributed import (
     batch_block,
@@ -40,14 +40,16 @@ from parallel.distributed import (
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec
 from train.losses import ChunkLoss, cross_entropy
+from train.matching import Matching
 from train.pending import PendingMetrics
 from train.recorder import Hook, Recorder
 from train.state import TrainState, init_state, make_train_setup
 from train.step import TrainStep, make_train_step
 from train.validation import Validation
 
-BatchTransform = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
-"""Adds what the objective needs (the teacher's view) to a batch on the devices."""
+BatchTransform = Callable[[dict[str, Any], TrainState, int], dict[str, Any]]
+"""Adds what the objective needs (the teacher's view) to a batch on the devices, given the state
+before the step and the steps behind it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def fit(
     *,
     chunk_loss: ChunkLoss = cross_entropy,
     make_transform: Callable[[Mesh], BatchTransform] | None = None,
+    matching: Matching | None = None,
     objective: Objective = "next_token",
     variables: Variables | None = None,
     opt_state: Any = None,
@@ -83,6 +86,7 @@ def fit(
 
     Args:
       make_transform: called with the mesh in use; see BatchTransform.
+      matching: of an objective that compares layers with those that the transform gives.
       objective: what chunk_loss is; a run goes on with the one it began with.
       variables: what a new run begins with, if not with weights drawn from its seed: those of
         run.init (train/initial.py).
@@ -98,7 +102,8 @@ def fit(
     _refuse_fewer_steps(run, run_dir)
     mesh = mesh_of(run)
     connect(mesh)
-    setup = make_train_setup(run, mesh)
+    compared = () if matching is None else (matching,)
+    setup = make_train_setup(run, mesh, *compared)
     corpus = _open_corpus(run)
     with _first_writes(run_dir), jax.set_mesh(mesh), _stop_signals() as stop:
         known = _open_folder(run, run_dir, corpus, objective, initial, experiment)
@@ -111,7 +116,7 @@ def fit(
             iterator = _batches(run, corpus, mesh, known.initial.rows_read if known.initial else 0)
             state, first = _start(run, setup, store, iterator, variables, opt_state)
             del variables, opt_state  # the state has its own; these may be as large
-            step = make_train_step(run, setup, chunk_loss)
+            step = make_train_step(run, setup, chunk_loss, *compared)
             validation = Validation(run, corpus, mesh)
             with Recorder(run, run_dir, store, hooks) as recorder:
                 loop = _Loop(
@@ -147,7 +152,7 @@ class _Loop:
         every = self.run.metrics.fetch_every
         pending = PendingMetrics(every, self.mesh.devices.flat[0].platform)
         while done < self.run.steps and not self.stop.is_asked():
-            batch = self.transform(to_devices(next(self.batches), self.mesh))
+            batch = self.transform(to_devices(next(self.batches), self.mesh), state, done)
             state, metrics = self.step(state, batch)
             done += 1
             pending.add(done, metrics)
@@ -234,7 +239,7 @@ def _require_seen(path: Path) -> None:
     )
 
 
-def _unchanged(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _unchanged(batch: dict[str, Any], state: TrainState, done: int) -> dict[str, Any]:
     return batch
 
 
@@ -246,14 +251,14 @@ def mesh_of(run: RunConfig) -> Mesh:
     return make_mesh(run.mesh.data, run.mesh.expert, run.mesh.tensor)
 
 
-def to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """A global batch, split along its rows, from this process's block of them."""
+def to_devices(batch: Any, mesh: Mesh) -> Any:
+    """A global batch, split along its rows, from this process's block of them: a tree of arrays."""
 
     def put(x: np.ndarray) -> jax.Array:
         spec = partition_spec(("batch", *[None] * (x.ndim - 1)))
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
 
-    return {name: put(x) for name, x in batch.items()}
+    return jax.tree.map(put, batch)
 
 
 def _first_writes(run_dir: Path) -> contextlib.AbstractContextManager[None]:

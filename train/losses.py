@@ -1,10 +1,10 @@
-"""Losses: next token, distillation, and the routers' auxiliary terms.
+"""Losses: the next token, and the routers' auxiliary terms.
 
 Logits exist only a chunk at a time: the output layer and the loss of a chunk are computed together
 with their gradients in the forward pass, so no [B, L, V] array is ever kept and no logit is
 computed twice.
 
-B batch, L length, N chunks, c = L / N, D d_model, V vocab, J teacher tokens kept.
+B batch, L length, N chunks, c = L / N, D d_model, V vocab.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,9 @@ import jax.numpy as jnp
 from configs.architecture import ModelConfig
 from configs.attention import LatentAttentionConfig
 from kernels.matmul import bfloat16
-from kernels.quantize import QTensor
 from model.balance import RouterStats, load_balance_loss, token_expert_information
 from model.depth import DepthStats
 from model.early_exit import Supervised
-from model.layers import unembed
 from model.moe_layers import moe_layers
 
 ChunkLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
@@ -133,74 +131,6 @@ def cross_entropy(
     nats_Bc = jax.nn.logsumexp(logits_BcV, axis=-1) - target_logit_Bc
     loss = jnp.where(targets_Bc >= 0, nats_Bc, 0.0).sum()
     return loss, {"cross_entropy": loss}
-
-
-def full_distillation(
-    logits_BcV: jax.Array,
-    inputs: dict[str, jax.Array],
-    w_teacher_DV: jax.Array | QTensor,
-    *,
-    temperature: float,
-    kl_weight: float,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """kl_weight * T^2 KL(teacher || student) + (1 - kl_weight) * cross-entropy (Hinton et al.
-    2015).
-
-    Both distributions are softmax(logits / T) over the whole vocabulary.
-
-    Args:
-      inputs: "targets" int32 [B, c], "teacher_hidden" [B, c, D_teacher].
-      w_teacher_DV: the teacher's output layer, [D_teacher, V], in any format of weights.
-    """
-    hidden_BcD = inputs["teacher_hidden"]
-    if not isinstance(w_teacher_DV, QTensor):
-        hidden_BcD = hidden_BcD.astype(w_teacher_DV.dtype)
-    teacher_logits_BcV = unembed(hidden_BcD, w_teacher_DV)
-    log_p_BcV = jax.nn.log_softmax(teacher_logits_BcV / temperature, axis=-1)
-    log_q_BcV = jax.nn.log_softmax(logits_BcV / temperature, axis=-1)
-    kl_Bc = (jnp.exp(log_p_BcV) * (log_p_BcV - log_q_BcV)).sum(axis=-1)
-    return _mix(kl_Bc, logits_BcV, inputs, temperature, kl_weight)
-
-
-TAIL_FLOOR = 1e-6
-"""Least probability of the tail bin, against log(0) when the kept tokens carry everything."""
-
-
-def top_k_distillation(
-    logits_BcV: jax.Array,
-    inputs: dict[str, jax.Array],
-    shared: None = None,
-    *,
-    temperature: float,
-    kl_weight: float,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """As `full_distillation` over J + 1 bins: the teacher's J best tokens and one for all others.
-
-    Merging tokens into a bin can only lower the KL (data-processing inequality), and unlike a
-    renormalised top-J it leaves the student no reason to empty its tail.
-
-    Args:
-      inputs: "targets" int32 [B, c]; "teacher_ids" int [B, c, J]; "teacher_log_probs" float
-        [B, c, J], the teacher's log softmax(logits / T) at those ids.
-    """
-    log_p_BcJ = inputs["teacher_log_probs"].astype(jnp.float32)
-    log_q_BcV = jax.nn.log_softmax(logits_BcV / temperature, axis=-1)
-    ids_BcJ = inputs["teacher_ids"].astype(jnp.int32)
-    log_q_BcJ = jnp.take_along_axis(log_q_BcV, ids_BcJ, axis=-1)
-    log_p_tail_Bc, log_q_tail_Bc = _log_tail(log_p_BcJ), _log_tail(log_q_BcJ)
-    kl_Bc = (jnp.exp(log_p_BcJ) * (log_p_BcJ - log_q_BcJ)).sum(axis=-1)
-    kl_Bc += jnp.exp(log_p_tail_Bc) * (log_p_tail_Bc - log_q_tail_Bc)
-    return _mix(kl_Bc, logits_BcV, inputs, temperature, kl_weight)
-
-
-def _log_tail(log_probs_BcJ: jax.Array) -> jax.Array:
-    return jnp.log(jnp.maximum(1.0 - jnp.exp(log_probs_BcJ).sum(axis=-1), TAIL_FLOOR))
-
-
-def _mix(kl_Bc, logits_BcV, inputs, temperature, kl_weight):
-    nats, sums = cross_entropy(logits_BcV, inputs)
-    kl = jnp.where(inputs["targets"] >= 0, kl_Bc, 0.0).sum() * temperature**2
-    return kl_weight * kl + (1.0 - kl_weight) * nats, sums | {"kl": kl}
 
 
 LayerStats = dict[str, RouterStats]

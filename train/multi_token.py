@@ -42,7 +42,7 @@ def multi_token_loss(
     chunk_loss: ChunkLoss,
     sown: dict[str, tuple[jax.Array]],
     w_DV: jax.Array,
-    inputs: dict[str, jax.Array],
+    inputs: dict[str, Any],
     positions_BL: jax.Array,
     shared: Any,
     num_chunks: int,
@@ -57,7 +57,7 @@ def multi_token_loss(
     """
     total = jnp.float32(0.0)
     for i, count in enumerate(num_ahead):
-        moved = {name: ahead(x, i + 1) for name, x in inputs.items()}
+        moved = jax.tree.map(lambda x, k=i + 1: ahead(x, k), inputs)
         moved["targets"] = targets_ahead(inputs["targets"], positions_BL, i + 1)
         (hidden_BLD,) = sown[f"hidden_{i}"]
         loss, _ = chunked_loss(chunk_loss, hidden_BLD, w_DV, moved, shared, num_chunks)

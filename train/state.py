@@ -15,6 +15,7 @@ from configs.base import RunConfig
 from model.model_state import ModelState, init_memory
 from model.transformer import Transformer, Variables, abstract_variables, init_variables
 from parallel.sharding import LogicalAxes, tree_shardings
+from train.matching import Matching, projection_optimizer
 from train.optim import make_optimizer, make_schedule, state_shardings
 
 
@@ -28,17 +29,21 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
     memory: Any = None
     """What a model with memory keeps of each row's stream (model/cache.py); None for others."""
+    projections: Any = None
+    """What an objective that compares layers trains beside the model (train/matching.py): "params"
+    and their "opt_state"; None for others."""
 
     @property
     def variables(self) -> Variables:
         return {"params": self.params, "router_state": self.router_state}
 
     def to_dict(self) -> dict[str, Any]:
-        """The parts by name, as they lie in a checkpoint: without memory where there is none, so
-        that such checkpoints have one form, whichever version wrote them.
+        """The parts by name, as they lie in a checkpoint: without memory or projections where there
+        are none, so that such checkpoints have one form, whichever version wrote them.
         """
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: part for name, part in parts.items() if name != "memory" or part is not None}
+        optional = ("memory", "projections")
+        return {n: part for n, part in parts.items() if n not in optional or part is not None}
 
 
 class TrainSetup(struct.PyTreeNode):
@@ -53,13 +58,21 @@ class TrainSetup(struct.PyTreeNode):
     """NamedShardings on the mesh."""
     begin_memory: Callable[[], ModelState | None] = struct.field(pytree_node=False)
     """Makes the empty memory."""
+    begin_projections: Callable[[], Any] = struct.field(pytree_node=False, default=lambda: None)
+    """Makes the projections of a new run."""
 
 
-def make_train_setup(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> TrainSetup:
+def make_train_setup(
+    run: RunConfig,
+    mesh: Mesh | jax.sharding.AbstractMesh,
+    matching: Matching | None = None,
+) -> TrainSetup:
     """The run's model and optimiser, and where each array of its state goes on the mesh.
 
     The mesh is an argument: none need be in use.
 
+    Args:
+      matching: of an objective that compares layers.
     Raises:
       UserError: the mesh does not divide a dimension it splits.
     """
@@ -72,6 +85,8 @@ def make_train_setup(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> 
     replicated = NamedSharding(mesh, PartitionSpec())
     begin_memory = partial(init_memory, run.model, run.batch_size, run.execution.compute_dtype)
     memory = jax.eval_shape(begin_memory)
+    begin_projections = partial(_begin_projections, matching, schedule, run.seed)
+    projections = jax.eval_shape(begin_projections)
     return TrainSetup(
         model=model,
         optimizer=optimizer,
@@ -81,15 +96,25 @@ def make_train_setup(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> 
             **variables,
             opt_state=jax.eval_shape(optimizer.init, params),
             memory=memory,
+            projections=projections,
         ),
         shardings=TrainState(
             step=replicated,
             **shardings,
             opt_state=state_shardings(optimizer, params, shardings["params"], replicated),
             memory=tree_shardings(mesh, _memory_axes(memory), memory),
+            projections=jax.tree.map(lambda _: replicated, projections),
         ),
         begin_memory=begin_memory,
+        begin_projections=begin_projections,
     )
+
+
+def _begin_projections(matching: Matching | None, schedule: optax.Schedule, seed: int) -> Any:
+    if matching is None:
+        return None
+    params = matching.init(seed)
+    return {"params": params, "opt_state": projection_optimizer(schedule).init(params)}
 
 
 def _memory_axes(memory: ModelState | None) -> ModelState | None:
@@ -115,7 +140,11 @@ def init_state(
     def begin(variables: Variables) -> TrainState:
         opt_state = setup.optimizer.init(variables["params"])
         return TrainState(
-            step=jnp.int32(0), **variables, opt_state=opt_state, memory=setup.begin_memory()
+            step=jnp.int32(0),
+            **variables,
+            opt_state=opt_state,
+            memory=setup.begin_memory(),
+            projections=setup.begin_projections(),
         )
 
     if variables is None:

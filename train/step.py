@@ -35,6 +35,7 @@ from train.losses import (
     exits_loss,
     weighted_indexer_loss,
 )
+from train.matching import Matching, matching_loss, projection_optimizer
 from train.multi_token import count_ahead, multi_token_loss
 from train.state import TrainSetup, TrainState
 
@@ -43,26 +44,39 @@ Metrics = dict[str, Any]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
+BESIDE_LOGITS = ("tokens", "positions", "teacher_layers", "chosen")
+"""Parts of a batch that no chunk of logits is given."""
+
+
 def make_train_step(
-    run: RunConfig, setup: TrainSetup, chunk_loss: ChunkLoss = cross_entropy
+    run: RunConfig,
+    setup: TrainSetup,
+    chunk_loss: ChunkLoss = cross_entropy,
+    matching: Matching | None = None,
 ) -> TrainStep:
     """A jitted (state, batch) -> (state, metrics); the state's buffers are reused.
 
     Args:
       chunk_loss: the objective on a chunk of logits; see train/losses.py.
+      matching: the layers that are compared with "teacher_layers" of the batch.
     Returns:
       A step that takes batch arrays [A * B, L, ...] ("tokens", "targets", "positions", and what the
-      objective reads; "shared" goes to it whole) and reports, the same on every device, float32
-      scalars "loss" (the objective, per target token), the objective's own sums per target token,
-      "auxiliary", "grad_norm", "learning_rate", with multi-token modules "multi_token"
-      (train/multi_token.py), with indexers "indexer", their mean loss in nats; and per MoE layer,
-      under "router", and per layer that chooses its tokens, under "depth", arrays [layers of that
-      name, ...]. With early_exit, "exits": the cross-entropies [K] of the exits that this step
-      supervises, and the periods [K] before them, -1 for none.
+      objective reads; "shared" goes to it whole; "chosen", the experts of each token where they are
+      given, by layer as in model/step.py with dim 0 of the rows) and reports, the same on every
+      device, float32 scalars "loss" (the objective, per target token), the objective's own sums
+      per target token, "auxiliary", "grad_norm", "learning_rate", with multi-token modules
+      "multi_token" (train/multi_token.py), with indexers "indexer", their mean loss in nats, with
+      given experts "routing_changed", the share of them that routers would have chosen otherwise;
+      and per MoE layer, under "router", and per layer that chooses its tokens, under "depth",
+      arrays [layers of that name, ...]. With early_exit, "exits": the cross-entropies [K] of the
+      exits that this step supervises, and the periods [K] before them, -1 for none.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics, stats, memory = _gradients(run, setup, chunk_loss, state, batch)
+        grads, metrics, stats, memory = _gradients(run, setup, chunk_loss, state, batch, matching)
+        projections = state.projections
+        if matching is not None:
+            grads, projections = _updated_projections(setup, grads, projections)
         updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
@@ -78,6 +92,7 @@ def make_train_step(
             router_state=_updated_routers(run, state.router_state, stats),
             opt_state=opt_state,
             memory=memory,
+            projections=projections,
         )
         return new_state, metrics
 
@@ -85,11 +100,25 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, everywhere))
 
 
+def _updated_projections(setup: TrainSetup, grads: Any, projections: Any) -> tuple[Any, Any]:
+    """The gradients of the model, and the projections after their own step."""
+    grads, own = grads["model"], grads["projections"]
+    optimizer = projection_optimizer(setup.schedule)
+    updates, opt_state = optimizer.update(own, projections["opt_state"], projections["params"])
+    params = optax.apply_updates(projections["params"], updates)
+    return grads, {"params": params, "opt_state": opt_state}
+
+
 def _gradients(
-    run: RunConfig, setup: TrainSetup, chunk_loss: ChunkLoss, state: TrainState, batch: Batch
+    run: RunConfig,
+    setup: TrainSetup,
+    chunk_loss: ChunkLoss,
+    state: TrainState,
+    batch: Batch,
+    matching: Matching | None,
 ) -> tuple[Any, Metrics, LayerStats, ModelState | None]:
     """Gradients of the mean objective over the whole batch plus the auxiliary losses, and the
-    memory for the next step.
+    memory for the next step. With matching, those of "model" and "projections".
     """
     shared = batch.get("shared")
     rows = {name: x for name, x in batch.items() if name not in ("shared", "row")}
@@ -98,12 +127,23 @@ def _gradients(
     chunks = run.execution.logits_chunks
 
     def loss(params, micro, earlier_counts, depth_key):
+        projections = None
+        if matching is not None:
+            params, projections = params["model"], params["projections"]
         variables = {"params": params, "router_state": state.router_state}
         hidden_BLD, sown, memory = training_pass(
-            setup.model, variables, micro["tokens"], micro["positions"], state.memory, depth_key
+            setup.model,
+            variables,
+            micro["tokens"],
+            micro["positions"],
+            state.memory,
+            depth_key,
+            chosen=_by_period(micro.get("chosen")),
+            is_replayed=run.distill is None or run.distill.on_policy.replay,
+            with_activations=matching is not None,
         )
         w_DV = output_weights(setup.model, variables)
-        inputs = {k: v for k, v in micro.items() if k not in ("tokens", "positions")}
+        inputs = {k: v for k, v in micro.items() if k not in BESIDE_LOGITS}
 
         def loss_fn(hidden_BLD):
             return chunked_loss(chunk_loss, hidden_BLD, w_DV, inputs, shared, chunks)
@@ -117,6 +157,11 @@ def _gradients(
                 sown["exits"]["periods"]["hidden"],
                 supervised_exits(run.model, state.step),
             )
+        if matching is not None:
+            more, own_sums = _matching_loss(run, matching, projections, sown, micro, shared)
+            objective, sums = objective + more, sums | own_sums
+        if "chosen" in micro:
+            sums["routing_changed"] = _routing_changed(run, sown) * num_targets
         stats, depth = collect_router_stats(sown, run.model), collect_depth_stats(sown, run.model)
         auxiliary = _auxiliary(run, stats, depth, earlier_counts)
         sums = jax.tree.map(lambda x: x / num_targets, sums | {"loss": objective})
@@ -138,13 +183,39 @@ def _gradients(
 
     grad: Callable[..., Any] = jax.grad(loss, has_aux=True)
     keys = _depth_keys(run, state.step)
+    params = state.params
+    if matching is not None:
+        params = {"model": params, "projections": state.projections["params"]}
     if run.accumulation == 1:
         key = None if keys is None else keys[0]
-        grads, (sums, stats, memory) = grad(state.params, rows, _no_counts(run), key)
+        grads, (sums, stats, memory) = grad(params, rows, _no_counts(run), key)
     else:  # never with memory: see RunConfig
-        grads, sums, stats = _accumulate(run, grad, state.params, rows, keys)
+        grads, sums, stats = _accumulate(run, grad, params, rows, keys)
         memory = None
     return grads, sums, stats, memory
+
+
+def _by_period(chosen: Any) -> Any:
+    """Experts by layer, [B, periods, L, K] as rows of a batch lie, to [periods, B, L, K]."""
+    return None if chosen is None else {name: x.swapaxes(0, 1) for name, x in chosen.items()}
+
+
+def _routing_changed(run: RunConfig, sown: Any) -> jax.Array:
+    """The share of given experts that the routers would have chosen otherwise, over all layers; of
+    one micro-batch, its share of that."""
+    layers = [layer for layer in moe_layers(run.model).values() if layer.periods]
+    shares = [layer.stacked(layer.of(sown["router"])["changed"]) for layer in layers]
+    return jnp.concatenate(shares).mean() / run.accumulation
+
+
+def _matching_loss(run, matching, projections, sown, micro, shared):
+    assert run.distill is not None
+    terms = run.distill.terms
+    is_constant = all(term.is_constant for term in terms)
+    weights = [term.weight for term in terms] if is_constant else shared["weights"]
+    own, teacher = sown["activations"], micro["teacher_layers"]
+    targets_BL = micro["targets"]
+    return matching_loss(matching, weights, projections, own, run.model, teacher, targets_BL)
 
 
 def _auxiliary(

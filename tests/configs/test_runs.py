@@ -20,8 +20,9 @@ def batch_of(run) -> dict[str, jax.ShapeDtypeStruct]:
     batch = {"tokens": rows, "targets": rows, "positions": rows}
     if run.distill is not None:
         shape = (run.batch_size, run.data.seq_len, 64)
-        batch["teacher_hidden"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-        batch["shared"] = jax.ShapeDtypeStruct((64, run.model.vocab_size), jnp.float32)
+        batch["teacher_hidden"] = (jax.ShapeDtypeStruct(shape, jnp.float32),)
+        w_DV = jax.ShapeDtypeStruct((64, run.model.vocab_size), jnp.float32)
+        batch["shared"] = {"teacher_output": (w_DV,)}
     return batch
 
 

@@ -83,7 +83,7 @@ def spy(seen: list[int], stop: int):
     def make_transform(mesh):
         interrupt = stop_after(stop, signal.SIGTERM)(mesh)
 
-        def extend(batch):
+        def extend(batch, *_):
             seen.extend(np.asarray(batch["row"]).tolist())
             return interrupt(batch)
 

@@ -41,7 +41,7 @@ def stop_after(steps: int, number: signal.Signals):
     def make_transform(_mesh):
         seen = 0
 
-        def extend(batch):
+        def extend(batch, *_):
             nonlocal seen
             seen += 1
             if seen == steps:
@@ -301,7 +301,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(
     def make_transform(_mesh):
         seen = 0
 
-        def extend(batch):
+        def extend(batch, *_):
             nonlocal seen
             seen += 1
             return {**batch, "poison": jnp.full(batch["tokens"].shape, float(seen == 4))}

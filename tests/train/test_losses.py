@@ -1,7 +1,5 @@
 """Losses against numpy, chunks against the whole, gradients against finite differences."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +11,7 @@ from configs.feed_forward import RouterConfig
 from model.balance import RouterStats
 from tests import tiny
 from train.distill import make_chunk_loss
-from train.losses import (
-    auxiliary_loss,
-    chunked_loss,
-    cross_entropy,
-    full_distillation,
-    top_k_distillation,
-)
+from train.losses import auxiliary_loss, chunked_loss, cross_entropy
 
 B, L, D, V = 3, 8, 5, 11
 random = np.random.RandomState(0)
@@ -90,16 +82,17 @@ def test_no_logits_array_of_the_whole_batch_is_made():
     assert compiled.memory_analysis().temp_size_in_bytes < batch * length * vocab * 4 / 2
 
 
+def full(**settings):
+    """The loss over the whole vocabulary, and its sums."""
+    inputs = {"targets": TARGETS, "teacher_hidden": (TEACHER_HIDDEN,)}
+    shared = {"teacher_output": (jnp.asarray(W_TEACHER),)}
+    return make_chunk_loss(DistillConfig(**settings))(jnp.asarray(HIDDEN @ W), inputs, shared)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.7, 1.0])
 def test_full_distillation_is_the_equation(temperature, kl_weight):
-    loss, sums = full_distillation(
-        jnp.asarray(HIDDEN @ W),
-        {"targets": TARGETS, "teacher_hidden": TEACHER_HIDDEN},
-        jnp.asarray(W_TEACHER),
-        temperature=temperature,
-        kl_weight=kl_weight,
-    )
+    loss, sums = full(kl_weight=kl_weight, temperature=temperature)
     log_p = log_softmax(TEACHER_HIDDEN @ W_TEACHER / temperature)
     log_q = log_softmax(HIDDEN @ W / temperature)
     kl = temperature**2 * ((np.exp(log_p) * (log_p - log_q)).sum(-1) * (TARGETS >= 0)).sum()
@@ -107,22 +100,11 @@ def test_full_distillation_is_the_equation(temperature, kl_weight):
     assert loss == pytest.approx(kl_weight * kl + (1 - kl_weight) * nats(HIDDEN @ W), rel=1e-5)
 
 
-def test_a_student_that_is_the_teacher_has_no_kl_and_no_gradient():
-    distil = functools.partial(full_distillation, temperature=2.0, kl_weight=1.0)
-    inputs = {"targets": TARGETS, "teacher_hidden": HIDDEN}
-    loss, gradient = jax.value_and_grad(lambda x: distil(x, inputs, jnp.asarray(W))[0])(
-        jnp.asarray(HIDDEN @ W)
-    )
-    assert abs(loss) < 1e-5
-    assert np.abs(gradient).max() < 1e-6
-
-
 def top_k_kl(k: int, temperature: float = 1.0, logits=HIDDEN @ W):
     ids, log_probs = teacher_top(k, temperature)
     inputs = {"targets": TARGETS, "teacher_ids": ids, "teacher_log_probs": log_probs}
-    return top_k_distillation(jnp.asarray(logits), inputs, temperature=temperature, kl_weight=1.0)[
-        0
-    ]
+    loss = make_chunk_loss(DistillConfig(temperature=temperature, kl_weight=1.0, top_k=k))
+    return loss(jnp.asarray(logits), inputs, None)[0]
 
 
 def test_top_k_with_a_tail_is_the_loop_over_bins():
@@ -142,17 +124,11 @@ def test_top_k_with_a_tail_is_the_loop_over_bins():
 
 
 def test_bins_never_exceed_the_full_kl_and_reach_it():
-    full = full_distillation(
-        jnp.asarray(HIDDEN @ W),
-        {"targets": TARGETS, "teacher_hidden": TEACHER_HIDDEN},
-        jnp.asarray(W_TEACHER),
-        temperature=1.0,
-        kl_weight=1.0,
-    )[0]
+    whole = full(kl_weight=1.0)[0]
     values = [float(top_k_kl(k)) for k in (1, 3, 6, V - 1)]
-    assert all(value <= full * (1 + 1e-5) for value in values)
+    assert all(value <= whole * (1 + 1e-5) for value in values)
     assert values == sorted(values)
-    assert values[-1] == pytest.approx(float(full), rel=1e-4)  # one token left in the tail
+    assert values[-1] == pytest.approx(float(whole), rel=1e-4)  # one token left in the tail
 
 
 def test_renormalising_the_top_k_instead_of_a_tail_is_told_apart():
