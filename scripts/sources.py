@@ -44,7 +44,11 @@ def initial_weights(run: RunConfig, run_dir: Path) -> InitialWeights:
     if run.init.source is None:
         return InitialWeights()
     if has_checkpoint(run_dir):
-        return InitialWeights(None, _origin_if_there(run))
+        if not run.keeps_initial:
+            return InitialWeights(None, _origin_if_there(run))
+        source = open_source(run.init.source)
+        variables, origin = _read(source)
+        return InitialWeights(initial.initial_variables(run, source.config, variables), origin)
     source = open_source(run.init.source)
     require_same_tokenizer(run, source.name, _tokenizer(source))
     variables, origin = _read(source)
