@@ -90,7 +90,9 @@ def adapted_matrices(
             found[target][path] = _matrix(x.shape, axes_of[path], own)
     wanted = tuple(targets) or tuple(name for name in ADAPTER_TARGETS if found[name])
     for name in wanted:
-        require(bool(found[name]), f"lora.targets has {name!r}, and the model has none: leave it out")
+        require(
+            bool(found[name]), f"lora.targets has {name!r}, and the model has none: leave it out"
+        )
     return {path: matrix for name in wanted for path, matrix in found[name].items()}
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from configs.feed_forward import MoEConfig
 from kernels.grouped_matmul import Implementation, grouped_matmul, grouped_swiglu
 from kernels.quantize import MatrixDims, QTensor
-from model.layers import AdaptedWeight, SplitWeight, Weight, weight, zero_weight
+from model.layers import AdaptedWeight, SplitWeight, weight, zero_weight
 from parallel.expert import GroupedFn
 from parallel.mesh import TENSOR, axis_sizes
 from parallel.sharding import LogicalAxes
@@ -153,7 +153,7 @@ def activated(gate: jax.Array, up: jax.Array, config: MoEConfig) -> jax.Array:
     assert_never(config.activation)
 
 
-def _own(w: Weight) -> jax.Array | QTensor:
+def _own(w: jax.Array | QTensor | SplitWeight) -> jax.Array | QTensor:
     """What this device multiplies by."""
     return w.own() if isinstance(w, SplitWeight) else w
 

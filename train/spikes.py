@@ -25,7 +25,9 @@ def no_means() -> RunningMeans:
     return RunningMeans(loss=jnp.float32(0), grad_norm=jnp.float32(0), count=jnp.int32(0))
 
 
-def is_spike(means: RunningMeans, loss: jax.Array, grad_norm: jax.Array, factor: float) -> jax.Array:
+def is_spike(
+    means: RunningMeans, loss: jax.Array, grad_norm: jax.Array, factor: float
+) -> jax.Array:
     """Whether the step is to be left out, bool: see OptimizerConfig.skip_above."""
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     is_high = (loss > factor * means.loss) | (grad_norm > factor * means.grad_norm)

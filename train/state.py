@@ -16,8 +16,8 @@ from model.adapters import abstract_adapters, init_adapters, scaled, target_of
 from model.model_state import ModelState, init_memory
 from model.transformer import Transformer, Variables, abstract_variables, init_variables
 from parallel.sharding import LogicalAxes, tree_shardings
-from train.spikes import no_means
 from train.optim import make_optimizer, make_schedule, state_shardings
+from train.spikes import no_means
 
 
 class TrainState(struct.PyTreeNode):
@@ -115,7 +115,8 @@ def make_train_setup(run: RunConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> 
     shardings = tree_shardings(mesh, logical_axes, variables)
     adapters, adapter_axes = _adapters(run, model)
     adapter_shardings = tree_shardings(mesh, adapter_axes, adapters)
-    trained, trained_shardings, axes = variables["params"], shardings["params"], logical_axes["params"]
+    trained, axes = variables["params"], logical_axes["params"]
+    trained_shardings = shardings["params"]
     if run.lora is not None:
         trained, trained_shardings, axes = adapters, adapter_shardings, adapter_axes
     schedule = make_schedule(run.optimizer, run.steps)
