@@ -30,7 +30,7 @@ TOKENS = list(range(3, 30))
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A trained run, its variables, and a run of adapters on it, once unbroken and once gone on with
+    """A trained run, its variables, and a run of adapters on it, unbroken and once gone on with
     from its checkpoint after four steps."""
     tmp_path = tmp_path_factory.mktemp("lora")
     tiny.write_sources(tmp_path)
