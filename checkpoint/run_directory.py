@@ -25,6 +25,8 @@ from formats.atomic_folder import replace_text
 from formats.small_files import read_record
 
 LOCK = ".lock"
+CHECKPOINTS, BEST = "checkpoints", "best"
+"""Folders of a run: its newest checkpoints, and the one of the lowest validation loss."""
 EXPERIMENT = "experiment.py"
 """The user's own file that a run comes from."""
 MAY_CHANGE = (

@@ -24,6 +24,7 @@ from configs.data import DataConfig
 from configs.distill import DistillConfig
 from configs.feed_forward import MoEConfig
 from configs.monitoring import MetricsConfig, ValidationConfig
+from configs.tuning import LoRAConfig, PreferenceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,12 @@ class OptimizerConfig:
     """Decoupled decay of matrices; norms are left alone."""
     clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; None: never."""
+    average: float | None = None
+    """Decay of the moving average of the weights, as 0.999: what validation measures, and what the
+    run is read as. None: none is kept."""
+    skip_above: float | None = None
+    """A step whose loss or gradient norm is more than this many times its running mean, or is not
+    finite, changes nothing, and the log says so ("skipped"). None: every step counts."""
 
     def __post_init__(self) -> None:
         require_positive(self, "learning_rate", "eps")
@@ -119,6 +126,11 @@ class OptimizerConfig:
             self.clip_norm is None or self.clip_norm > 0,
             f"clip_norm={self.clip_norm} must be greater than 0, or None to leave gradients as "
             "they are",
+        )
+        require(
+            self.skip_above is None or self.skip_above > 1,
+            f"optimizer.skip_above={self.skip_above} must be above 1, the running mean itself, or "
+            "None to skip no step",
         )
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative")
         require(
@@ -136,7 +148,7 @@ class OptimizerConfig:
             f"optimizer.momentum={self.momentum} goes with kind='muon' and only with it, got "
             f"kind={self.kind!r}",
         )
-        for name in ("final_ratio", "beta1", "beta2", "momentum"):
+        for name in ("final_ratio", "beta1", "beta2", "momentum", "average"):
             value = getattr(self, name)
             require(value is None or 0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
         require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
@@ -225,6 +237,12 @@ class RunConfig:
     validation: ValidationConfig = ValidationConfig()
     distill: DistillConfig | None = None
     """Set for a student: how it learns from its teacher."""
+    lora: LoRAConfig | None = None
+    """Set to train adapters beside the weights of init.source, which stay as they are."""
+    preference: PreferenceConfig | None = None
+    """Set to learn from pairs of answers, of which one is preferred (data.form="preference")."""
+    trained: Literal["all", "experts"] = "all"
+    """experts: the routed experts' weights alone; all others stay what they are."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -278,6 +296,13 @@ class RunConfig:
         )
         self._check_memory()
         self._check_layers()
+        self._check_tuning()
+
+    @property
+    def keeps_initial(self) -> bool:
+        """Whether the weights that the run begins with are needed as long as it trains: under
+        adapters, or as the reference of preferences."""
+        return self.lora is not None or self.preference is not None
 
     def _check_layers(self) -> None:
         for spec in self.model.layer_kinds:
@@ -317,6 +342,50 @@ class RunConfig:
             f"distill is set for a model with memory_length={memory}: distillation shows a row "
             "without the ones before it; train the model by itself",
         )
+
+    def _check_tuning(self) -> None:
+        for name in ("lora", "preference"):
+            require(
+                getattr(self, name) is None or self.init.source is not None,
+                f"{name} needs init.source, the trained model to begin with: name it",
+            )
+            require(
+                getattr(self, name) is None or self.distill is None,
+                f"{name} and distill are both set: a student learns from its teacher alone, leave "
+                "one out",
+            )
+        require(
+            self.lora is None or self.optimizer.kind == "adamw",
+            f"lora goes with optimizer.kind='adamw', got {self.optimizer.kind!r}",
+        )
+        require(
+            self.lora is None or self.trained == "all",
+            f"trained={self.trained!r} has no effect with lora, whose adapters alone are trained: "
+            "choose the experts' by lora.targets",
+        )
+        require(
+            self.trained == "all" or any(isinstance(x.ffn, MoEConfig) for x in self.model.pattern),
+            f"trained={self.trained!r} needs a model with experts, and this one has none",
+        )
+        require(
+            (self.preference is not None) == (self.data.form == "preference"),
+            f"data.form={self.data.form!r} goes with preference settings and only with them "
+            f"(--preference.beta), got preference={self.preference}",
+        )
+        if self.preference is None:
+            return
+        rows = self.batch_size // self.accumulation
+        require(
+            rows % 2 == 0,
+            f"batch_size={self.batch_size} gives {rows} rows per micro-batch, and a pair is two of "
+            "them: make it even",
+        )
+        for name in ("multi_token", "early_exit", "memory_length"):
+            require(
+                getattr(self.model, name) is None,
+                f"model.{name}={getattr(self.model, name)} can't be trained on preferences: take a "
+                "model without it",
+            )
 
     @property
     def tokens_per_step(self) -> int:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from configs.checks import require, require_positive
 
-Form = Literal["text", "chat"]
+Form = Literal["text", "chat", "preference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,8 @@ class DataConfig:
     suffix: str = ".py"
     """Files of a folder to read."""
     form: Form = "text"
-    """What a record holds: text, or a chat's messages with their roles (docs/data.md)."""
+    """What a record holds: text, a chat's messages with their roles, or a preferred and a rejected
+    answer to the same messages (docs/data.md)."""
     text_field: str | None = None
     """Of records: the field with the text ("text" if None), or of chats with the list of messages
     ("messages")."""
@@ -82,7 +83,7 @@ class DataConfig:
         require(
             self.form == "text" or self.order == "shuffled",
             f"data.form={self.form!r} needs data.order='shuffled', got {self.order!r}: rows hold "
-            "whole chats",
+            "whole chats or answers",
         )
 
     def _check_mixture(self) -> None:

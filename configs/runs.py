@@ -14,6 +14,7 @@ from configs.base import (
     RunConfig,
 )
 from configs.monitoring import ValidationConfig
+from configs.tuning import LoRAConfig
 
 
 def _nano_optimizer() -> OptimizerConfig:
@@ -314,3 +315,14 @@ def fine_tune() -> RunConfig:
         execution=ExecutionConfig(remat="full", logits_chunks=8),
         validation=ValidationConfig(every=25),
     )
+
+
+def fine_tune_lora() -> RunConfig:
+    """As fine_tune, by low-rank adapters on every matrix; the source's weights stay as they are.
+
+    python -m scripts.train fine_tune_lora --data.source chats.jsonl --data.directory
+    runs/corpora/chats --run-dir runs/adapted: --lora.targets experts is for the experts alone.
+    """
+    base = fine_tune()
+    optimizer = dataclasses.replace(base.optimizer, learning_rate=2e-4, weight_decay=0.0)
+    return dataclasses.replace(base, name="fine_tune_lora", lora=LoRAConfig(), optimizer=optimizer)

@@ -19,7 +19,7 @@ from evals.run import evaluate
 from evals.task_list import HELD_OUT, find_tasks
 from evals.tasks.base import Skipped
 from infer.generate import generate
-from infer.load import load_model
+from infer.run_weights import load_model
 from infer.sampling import Sampling
 from train.metrics import read_lines
 from train.report import (

@@ -76,7 +76,7 @@ def weights_identity(source: Source, model: Transformer, variables: Variables) -
     """Which weights these are: of a run as it was trained by its own fingerprint, of others the
     same whether layers are stacked or lie apart."""
     if source.kind == "run":
-        step = latest_step(source.path / "checkpoints")
+        step = latest_step(source.path / source.checkpoints)
         return RunWeights(step=step, sha256=weights_fingerprint(variables))
     period, found = len(model.config.pattern), []
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
@@ -221,14 +221,16 @@ def open_text(source: Source, text: str, suffix: str, fraction: float, kept: Pat
     Raises:
       UserError: a text or tokenizer that can't be read.
     """
-    identity = hashlib.sha256(f"{fraction}\n{load_public_tokenizer(source.name).to_str()}".encode())
+    identity = hashlib.sha256(
+        f"{fraction}\n{load_public_tokenizer(source.tokenizer_name).to_str()}".encode()
+    )
     for document in read_documents(text, suffix):
         identity.update(f"{document.name}\n{document.text}\n".encode())
     # A run's folder and a model's hold tokenizer.json; files and packages are known by name.
     settings = DataConfig(
         source=text,
         suffix=suffix,
-        tokenizer=source.name,
+        tokenizer=source.tokenizer_name,
         directory=str(kept / f"text_{identity.hexdigest()[:12]}"),
         holdout_fraction=fraction,
     )

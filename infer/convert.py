@@ -23,9 +23,10 @@ from data.tokenizers.tokenizer_export import (
     write_public_tokenizer,
 )
 from formats.atomic_folder import partial_file, partial_folder
+from infer.adapters import export_adapter
 from infer.sources import Progress, Source, counted
 
-Form = Literal["huggingface", "gguf", "orbax"]
+Form = Literal["huggingface", "gguf", "orbax", "peft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,10 @@ def convert(
     Raises:
       UserError: the source can't be read, the target is there, or the form can't hold the model.
     """
+    if conversion.to == "peft":
+        _check_adapter_alone(source, conversion)
+        notes(f"the names are those of {export_adapter(source.path, target).model_type}")
+        return
     family = _family(source, target, conversion)
     dtype = conversion.dtype or kept_dtype(source)
     is_halved = dtype == "bfloat16" and conversion.to != "gguf"
@@ -106,6 +111,18 @@ def convert(
         )
 
 
+def _check_adapter_alone(source: Source, conversion: Conversion) -> None:
+    require(
+        source.kind == "run",
+        f"{source.name} is no run, and --to peft writes the adapters of one: name its folder",
+    )
+    require(
+        conversion.dtype is None and conversion.family is None and conversion.quantization is None,
+        "--to peft writes float32 with the names of the source's own family: leave dtype, family "
+        "and quantization out",
+    )
+
+
 def _family(source: Source, target: Path, conversion: Conversion) -> Family | None:
     """The public family to write, None for our own form; refuses before anything is read."""
     to, dtype = conversion.to, conversion.dtype
@@ -142,6 +159,7 @@ def _family(source: Source, target: Path, conversion: Conversion) -> Family | No
             f"llama.cpp does not know the family {family.model_type}: use huggingface",
         )
         return family
+    assert to != "peft", "it has a way of its own"
     assert_never(to)
 
 

@@ -1,14 +1,12 @@
-"""A trained run's model and variables, ready to use."""
+"""A model as it scores and generates: its execution, its abstract variables on a mesh."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from checkpoint.orbax_store import restore_variables
 from configs.base import ExecutionConfig, RunConfig
 from infer.weights import WeightFormat, sharding_for
 from model.depth import with_threshold_selection
@@ -17,22 +15,6 @@ from parallel.sharding import tree_shardings
 
 Dtype = Literal["float32", "bfloat16"]
 """Of parameters and of the computation; routers stay float32."""
-
-
-def load_model(
-    run: RunConfig, run_dir: Path, mesh: Mesh | None = None
-) -> tuple[Transformer, Variables]:
-    """The run's model and its newest variables; optimiser state is not read.
-
-    Args:
-      mesh: where they go, whatever mesh they were trained on; None is the first device.
-    Raises:
-      UserError: no checkpoint, or one that can't be read.
-      UserError: the mesh does not divide a dimension it splits.
-    """
-    model = inference_model(run)
-    variables, _ = restore_variables(run_dir / "checkpoints", abstract_on_mesh(model, mesh))
-    return model, variables
 
 
 def inference_model(run: RunConfig) -> Transformer:

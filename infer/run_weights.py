@@ -1,12 +1,17 @@
-"""Identity of a run's weights: what was made or measured with some says which they were."""
+"""A run's weights, loaded, and their identity: what was made or measured with some says which they
+were.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint.orbax_store import latest_step, restore_variables
+from jax.sharding import Mesh
+
+from checkpoint.orbax_store import latest_step
 from checkpoint.provenance import weights_fingerprint
 from configs.base import RunConfig
 from infer.load import abstract_on_mesh, inference_model
+from infer.sources import restore_run
 from model.transformer import Transformer, Variables
 
 
@@ -24,14 +29,29 @@ class RunWeights:
         return f"the weights{at_step} ({self.sha256[:8]})"
 
 
+def load_model(
+    run: RunConfig, run_dir: Path, mesh: Mesh | None = None
+) -> tuple[Transformer, Variables]:
+    """The run's model and its newest variables (infer/sources.py: restore_run).
+
+    Args:
+      mesh: where they go, whatever mesh they were trained on; None is the first device.
+    Raises:
+      UserError: no checkpoint, or one that can't be read.
+      UserError: the mesh does not divide a dimension it splits.
+    """
+    model = inference_model(run)
+    return model, restore_run(run, run_dir, abstract_on_mesh(model, mesh))[0]
+
+
 def load_with_identity(run: RunConfig, run_dir: Path) -> tuple[Transformer, Variables, RunWeights]:
-    """`infer.load.load_model` on the first device, and which weights these are.
+    """`load_model` on the first device, and which weights these are.
 
     Raises:
       UserError: no checkpoint, or one that can't be read.
     """
     model = inference_model(run)
-    variables, step = restore_variables(run_dir / "checkpoints", abstract_on_mesh(model, None))
+    variables, step = restore_run(run, run_dir, abstract_on_mesh(model, None))
     return model, variables, RunWeights(step=step, sha256=weights_fingerprint(variables))
 
 

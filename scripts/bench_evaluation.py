@@ -7,9 +7,8 @@ python -m scripts.bench_evaluation smollm2 --tasks exams_es,gsm8k --limit 8
 from evals.local_model import BATCH_TOKENS, LocalModel
 from evals.task_list import find_tasks
 from evals.throughput import measure, print_throughput
-from infer.sources import open_source
 from scripts import command
-from scripts.model_options import add_model_options, asked_mesh, load_model
+from scripts.model_options import add_model_options, asked_mesh, chosen_source, load_model
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +23,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     tasks, mesh = find_tasks(arguments.tasks.split(",")), asked_mesh(arguments)
     command.keep_compiled()
-    source = open_source(arguments.model)
+    source = chosen_source(arguments.model, arguments)
     loaded = load_model(source, arguments, mesh, for_decoding=True)
     model = LocalModel(
         *loaded,

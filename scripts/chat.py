@@ -21,10 +21,9 @@ from infer.chat import chat_ids, fitting
 from infer.generate import generate
 from infer.generation import Generation, OnTokens
 from infer.sampling import Sampling
-from infer.sources import open_source
 from scripts import command
 from scripts.arguments import finite, utf8
-from scripts.model_options import add_model_options, asked_mesh, load_model
+from scripts.model_options import add_model_options, asked_mesh, chosen_source, load_model
 from scripts.reading import Printer, length_shown
 
 Answer = Callable[[list[int], int, OnTokens], Generation]
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> None:
     mesh = asked_mesh(arguments)
     sampling = Sampling(arguments.temperature, arguments.top_p)
     command.keep_compiled()
-    source = open_source(arguments.source)
+    source = chosen_source(arguments.source, arguments)
     room = source.config.context_length - arguments.max_new_tokens
     require(
         0 < room < source.config.context_length,

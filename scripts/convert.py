@@ -1,8 +1,10 @@
-"""Converts a model: Hugging Face form, GGUF, or our own folder, in any direction.
+"""Converts a model: Hugging Face form, GGUF, or our own folder, in any direction; a run's adapters
+alone into PEFT's.
 
     python -m scripts.convert models/mixtral models/mixtral_ours --to orbax --verify
     python -m scripts.convert runs/smollm2_code exported --to huggingface --dtype bfloat16
     python -m scripts.convert runs/deepseek_v3_nano exported --to huggingface --dtype float8
+    python -m scripts.convert runs/lora exported --to peft
     python -m scripts.convert smollm2 smollm2.gguf --to gguf --quantization Q8_0
 
 Nothing appears under the name DST before it is whole. Interrupted, the same command goes on with
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import get_args
 
 from checkpoint.export_dtype import ExportDtype
+from configs.checks import require
 from infer.convert import Conversion, Form, convert, rounding
 from infer.sources import Source, open_source
 from infer.verify import Comparison, Unreadable, choose_probe, verify
@@ -44,6 +47,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-shard-gb", type=positive, default=5.0)
     parser.add_argument("--verify", action="store_true", help="compare next tokens of both sides")
     arguments = parser.parse_args(argv)
+    require(
+        not (arguments.verify and arguments.to == "peft"),
+        "--verify compares whole models: leave it out with --to peft",
+    )
     source = open_source(arguments.source)
     conversion = Conversion(
         to=arguments.to,

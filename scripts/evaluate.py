@@ -32,7 +32,7 @@ from evals.task_list import HELD_OUT, describe_tasks, find_tasks
 from infer.sources import Source, open_source
 from scripts import command
 from scripts.evaluated_model import add_text_options, open_evaluation
-from scripts.model_options import add_model_options, asked_mesh
+from scripts.model_options import add_model_options, asked_mesh, chosen_source
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     require(arguments.model is not None, "name a model: a run, a folder, a file, or smollm2")
     tasks, mesh = find_tasks(arguments.tasks.split(",")), asked_mesh(arguments)
     command.keep_compiled()
-    source = open_source(arguments.model)
+    source = chosen_source(arguments.model, arguments)
     other = None if arguments.against is None else open_source(arguments.against)
     evaluation = open_evaluation(source, arguments, tasks, mesh, arguments.output)
     found = run_all(evaluation, tasks, source)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from checkpoint.run_directory import read_run
+from checkpoint.run_directory import BEST, read_run
 from configs.checks import require
 from evals.opening import (
     Loaded,
@@ -80,7 +80,7 @@ def _run(
     for_decoding: bool,
 ) -> Evaluation:
     """A run on its own text."""
-    name, run_dir = description(arguments), source.path
+    name, run_dir = _name_of(source, arguments), source.path
     for option in OF_TEXT:
         value = getattr(arguments, option)
         require(
@@ -151,4 +151,11 @@ def _loaded(
     weights = weights_identity(source, model, variables)
     if for_decoding:
         model, variables = unstack(model, variables)
-    return Loaded(model, variables, weights, mesh, arguments.weights, description(arguments))
+    name = _name_of(source, arguments)
+    return Loaded(model, variables, weights, mesh, arguments.weights, name)
+
+
+def _name_of(source: Source, arguments: argparse.Namespace) -> str:
+    """Of what is not the run's newest weights in their own format, on one device."""
+    parts = [source.checkpoints if source.checkpoints == BEST else "", description(arguments)]
+    return "_".join(part for part in parts if part)

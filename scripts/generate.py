@@ -20,14 +20,14 @@ from infer.generate import generate
 from infer.generation import Generation
 from infer.sampling import Sampling
 from infer.self_speculative import Draft
-from infer.sources import Source, open_source
+from infer.sources import Source
 from infer.stop_texts import stops_at
 from model.step import Preference
 from model.transformer import Transformer
 from model.unstacked import unstack_preference
 from scripts import command
 from scripts.arguments import finite, utf8
-from scripts.model_options import add_model_options, asked_mesh, load_model
+from scripts.model_options import add_model_options, asked_mesh, chosen_source, load_model
 from scripts.reading import Printer, length_shown
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     sampling = _sampling(arguments)
     draft = _draft(arguments.draft_exit, arguments.draft_length)
     command.keep_compiled()
-    source = open_source(arguments.source)
+    source = chosen_source(arguments.source, arguments)
     preference = _preference(source, arguments.expert_preference)
     tokenizer = source.tokenizer()
     model, variables = load_model(source, arguments, mesh, for_decoding=True)

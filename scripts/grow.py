@@ -18,7 +18,7 @@ from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import has_checkpoint, read_run
 from configs.base import InitConfig
 from configs.cli import with_overrides
-from infer.load import load_model
+from infer.run_weights import load_model
 from model.growth import Operator, grow, grown_config
 from planning.available import require_memory
 from scripts import command

@@ -2,11 +2,13 @@
 
 import argparse
 import math
+from pathlib import Path
 
 from jax.sharding import Mesh
 
 from configs.checks import require
-from infer.sources import Source
+from infer.adapters import with_adapter
+from infer.sources import Source, open_source
 from infer.weights import FORMATS, check_format
 from model.transformer import Transformer, Variables
 from parallel.mesh import AXES, make_mesh
@@ -20,7 +22,12 @@ KV_FORMATS = ("float32", "bfloat16", "int8")
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, has_state: bool = True) -> None:
-    """--dtype, --weights, --mesh.AXIS; for verbs that generate --kv and --kv-pages, too."""
+    """--adapter, --dtype, --weights, --mesh.AXIS; for verbs that generate --kv and --kv-pages,
+    too.
+    """
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="a LoRA adapter in PEFT's form, to be added"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation")
     parser.add_argument(
         "--weights",
@@ -39,6 +46,16 @@ def add_model_options(parser: argparse.ArgumentParser, *, has_state: bool = True
         parser.add_argument(
             "--kv-pages", type=int, metavar="N", help="keep them in N pages of 64 positions"
         )
+
+
+def chosen_source(name: str, arguments: argparse.Namespace) -> Source:
+    """The source of that name, with the adapter that was asked for.
+
+    Raises:
+      UserError: as open_source and with_adapter.
+    """
+    source = open_source(name)
+    return source if arguments.adapter is None else with_adapter(source, arguments.adapter)
 
 
 def description(arguments: argparse.Namespace) -> str:

@@ -14,9 +14,8 @@ from configs.checks import UserError
 from formats.safetensors.header import explain_os_errors
 from formats.small_files import read_record
 from infer.logits import full_logits
-from infer.sources import open_source
 from scripts import command
-from scripts.model_options import add_model_options, asked_mesh, load_model
+from scripts.model_options import add_model_options, asked_mesh, chosen_source, load_model
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +27,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     mesh = asked_mesh(arguments)
     tokens = read_tokens(arguments.tokens_file)
-    source = open_source(arguments.source)
+    source = chosen_source(arguments.source, arguments)
     model, variables = load_model(source, arguments, mesh)
     logits_LV = full_logits(model, variables, tokens, mesh=mesh)
     write_logits(arguments.logits, logits_LV)

@@ -1,5 +1,6 @@
 """The trained model that a run begins with: its variables, and where they are from."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,12 +45,17 @@ def initial_weights(run: RunConfig, run_dir: Path) -> InitialWeights:
     if run.init.source is None:
         return InitialWeights()
     if has_checkpoint(run_dir):
-        return InitialWeights(None, _origin_if_there(run))
+        if not run.keeps_initial:
+            return InitialWeights(None, _origin_if_there(run))
+        source = open_source(run.init.source)
+        variables, origin = _read(source)
+        return InitialWeights(initial.initial_variables(run, source.config, variables), origin)
     source = open_source(run.init.source)
     require_same_tokenizer(run, source.name, _tokenizer(source))
     variables, origin = _read(source)
     if source.kind == "run":
-        origin = parent_origin(source.path, variables, run)
+        origin = parent_origin(source.path, variables, run, step=origin.step)
+        origin = dataclasses.replace(origin, name=source.name)
     describe_initial(origin)
     return InitialWeights(initial.initial_variables(run, source.config, variables), origin)
 
@@ -98,15 +104,20 @@ def require_same_tokenizer(run: RunConfig, name: str, theirs: Tokenizer | None) 
 
 
 def parent_origin(
-    run_dir: Path, variables: Variables, run: RunConfig, settings: tuple[str, ...] = ()
+    run_dir: Path,
+    variables: Variables,
+    run: RunConfig,
+    settings: tuple[str, ...] = (),
+    step: int | None = None,
 ) -> ModelOrigin:
     """The run that another begins with, what is done with it, and the rows it has read.
 
     Args:
-      variables: of the newest checkpoint in run_dir.
+      variables: of a checkpoint in run_dir.
       run: the one that begins.
+      step: of the checkpoint; None is the newest.
     """
-    step = latest_step(run_dir / "checkpoints") or 0
+    step = latest_step(run_dir / "checkpoints") or 0 if step is None else step
     corpus = prepare_corpus(run.data, run.model.vocab_size)
     return ModelOrigin(
         name=str(run_dir),
@@ -143,7 +154,7 @@ def _tokenizer(source: Source) -> Tokenizer | None:
 
 
 def _read(source: Source) -> tuple[Variables, ModelOrigin]:
-    step = latest_step(source.path / "checkpoints") if source.kind == "run" else None
+    step = latest_step(source.path / source.checkpoints) if source.kind == "run" else None
     with reading(source) as progress:
         _, variables = source.load(progress=progress)
     weights = weights_fingerprint(variables)

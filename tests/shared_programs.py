@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import pytest
 
-from configs.base import RunConfig
+from configs.base import InitConfig, RunConfig
 from tests import tiny
 from train import loop
 from train.state import TrainSetup, TrainState, init_state
@@ -68,6 +68,8 @@ def _kind(run: RunConfig) -> RunConfig:
     data = dataclasses.replace(run.data, source="", directory="")
     names = ("name", "checkpoint", "alarms", "init", "metrics", "validation")
     others = {name: getattr(blank, name) for name in names}
+    if run.keeps_initial:
+        others["init"] = InitConfig(source="anywhere")
     return dataclasses.replace(run, data=data, **others)
 
 

@@ -43,7 +43,7 @@ from train.losses import ChunkLoss, cross_entropy
 from train.matching import Matching
 from train.pending import PendingMetrics
 from train.recorder import Hook, Recorder
-from train.state import TrainState, init_state, make_train_setup
+from train.state import TrainState, init_state, make_train_setup, restored_state
 from train.step import TrainStep, make_train_step
 from train.validation import Validation
 
@@ -89,7 +89,7 @@ def fit(
       matching: of an objective that compares layers with those that the transform gives.
       objective: what chunk_loss is; a run goes on with the one it began with.
       variables: what a new run begins with, if not with weights drawn from its seed: those of
-        run.init (train/initial.py).
+        run.init (train/initial.py). A run that keeps_initial needs them when it goes on, too.
       opt_state: the optimiser's state it begins with beside these variables; None is a fresh one.
       initial: where these variables are from; None is not compared when a run goes on.
       hooks: called with each step and its line of the log when its metrics have been fetched.
@@ -298,8 +298,13 @@ def _start(
             "verb begins another way, leave it out",
         )
         return init_state(setup, run.seed, variables, opt_state), 0
+    require(
+        not run.keeps_initial or variables is not None,
+        f"{run.name} goes on from init.source={run.init.source!r}, whose weights are needed: train "
+        "it by scripts.train",
+    )
     wanted = abstract_like(setup.abstract_state.to_dict(), setup.shardings.to_dict())
-    state = TrainState(**store.restore(wanted, iterator))
+    state = restored_state(setup, store.restore(wanted, iterator), variables)
     return state, int(state.step)
 
 

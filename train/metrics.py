@@ -6,7 +6,8 @@ multi-token modules last, lists under "load_cv", "load_cv_floor", "max_violation
 "peak_load", "router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps
 "expert_load", a list per layer of each expert's load over the mean. Layers that choose their tokens
 list "chosen_fraction" and "predictor_accuracy"; with early exit, "exit_cross_entropy" has the exits
-that the step supervised, by the number of layers before them. Steps after which the run was
+that the step supervised, by the number of layers before them. With optimizer.skip_above, "skipped"
+is 1 for a step that changed nothing. Steps after which the run was
 measured on held-out text have "validation_loss" and "validation_bits_per_byte" (see
 train/validation.py). A number that is not finite is null.
 """
@@ -176,7 +177,7 @@ class Alarms:
           num_experts: of each MoE layer, in the log's order: see `logged_num_experts`.
         """
         self.config, self.num_experts = config, num_experts
-        self._dead_steps = self._collapsed_steps = 0
+        self._dead_steps = self._collapsed_steps = self._skipped_steps = 0
 
     def check(self, line: Line) -> None:
         """
@@ -184,12 +185,20 @@ class Alarms:
           TrainingAlarm: a loss or gradient that is not finite, dead experts, or collapse.
         """
         for name in ("loss", "grad_norm"):
+            if line.get("skipped"):  # it changed nothing
+                continue
             if not math.isfinite(line[name]):
                 raise TrainingAlarm(
                     f"{name} is {line[name]} at step {line['step']}: lower "
                     "optimizer.learning_rate or "
                     "optimizer.clip_norm, or look at the data of this step"
                 )
+        self._skipped_steps = self._skipped_steps + 1 if line.get("skipped") else 0
+        if self._skipped_steps >= self.config.patience:
+            raise TrainingAlarm(
+                f"the last {self._skipped_steps} steps were all skipped as spikes, up to step "
+                f"{line['step']}: raise optimizer.skip_above, or lower optimizer.learning_rate"
+            )
         if "dead_experts" not in line or line["step"] <= self.config.grace_steps:
             return
         peak = max(line["peak_load"])

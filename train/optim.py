@@ -38,7 +38,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, logical_axes: Any
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    logical_axes: Any,
+    *,
+    is_trained: Any = None,
+    decays_all: bool = False,
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW, or Muon for hidden matrices and AdamW for the rest.
 
@@ -47,9 +52,22 @@ def make_optimizer(
     Args:
       logical_axes: tree like the parameters, naming each dimension; it tells matrices from norms
         and says which dimensions stack matrices.
+      is_trained: tree of bools; of the others there is no state, and their updates are their
+        gradients, which are to be zero. None: all are trained.
+      decays_all: whether weight decay is of all parameters: of adapters, which are all matrices.
     """
     is_axes = {"is_leaf": lambda x: isinstance(x, tuple)}
-    is_matrix = jax.tree.map(lambda axes: _matrix_dims(axes) is not None, logical_axes, **is_axes)
+    if is_trained is not None:
+        logical_axes = jax.tree.map(
+            lambda axes, trained: axes if trained else optax.MaskedNode(),
+            logical_axes,
+            is_trained,
+            **is_axes,
+        )
+        is_axes = {"is_leaf": lambda x: isinstance(x, tuple) and len(x) > 0}
+    is_matrix = jax.tree.map(
+        lambda axes: decays_all or _matrix_dims(axes) is not None, logical_axes, **is_axes
+    )
     if config.kind == "adamw":
         update = optax.adamw(
             schedule,
@@ -77,7 +95,8 @@ def make_optimizer(
     clip = optax.identity()
     if config.clip_norm is not None:
         clip = optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(clip, update)
+    chained = optax.chain(clip, update)
+    return chained if is_trained is None else optax.masked(chained, is_trained)
 
 
 def _matrix_dims(logical_axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:

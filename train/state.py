@@ -12,11 +12,13 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.base import RunConfig
+from model.adapters import abstract_adapters, init_adapters, scaled, target_of
 from model.model_state import ModelState, init_memory
 from model.transformer import Transformer, Variables, abstract_variables, init_variables
 from parallel.sharding import LogicalAxes, tree_shardings
 from train.matching import Matching, projection_optimizer
 from train.optim import make_optimizer, make_schedule, state_shardings
+from train.spikes import no_means
 
 
 class TrainState(struct.PyTreeNode):
@@ -32,18 +34,60 @@ class TrainState(struct.PyTreeNode):
     projections: Any = None
     """What an objective that compares layers trains beside the model (train/matching.py): "params"
     and their "opt_state"; None for others."""
+    adapters: Any = None
+    """Low-rank adapters (model/adapters.py); with them, params and router_state stay what they
+    were, and no checkpoint holds them."""
+    reference: Any = None
+    """The variables that a run on preferences began with, where params move; never saved."""
+    averaged: Any = None
+    """The moving average of `trained` (OptimizerConfig.average); None without."""
+    means: Any = None
+    """Running means of loss and gradient norm (train/spikes.py); None where no step is skipped."""
+    scale: float = struct.field(pytree_node=False, default=1.0)
+    """Factor of the adapters' products."""
+
+    @property
+    def trained(self) -> Any:
+        """What the optimiser changes."""
+        return self.params if self.adapters is None else self.adapters
 
     @property
     def variables(self) -> Variables:
+        return self.variables_with(self.trained)
+
+    @property
+    def measured_variables(self) -> Variables:
+        """What validation and samples look at: the average, where there is one."""
+        return self.variables if self.averaged is None else self.variables_with(self.averaged)
+
+    def variables_with(self, trained: Any) -> Variables:
+        """The model's variables with others in place of `trained`."""
+        if self.adapters is None:
+            return {"params": trained, "router_state": self.router_state}
+        return self.variables_alone | {"adapters": scaled(trained, self.scale)}
+
+    @property
+    def variables_alone(self) -> Variables:
+        """Without adapters."""
         return {"params": self.params, "router_state": self.router_state}
 
+    @property
+    def reference_variables(self) -> Variables:
+        """What preferences are measured against: with adapters, the model without them."""
+        return self.reference if self.adapters is None else self.variables_alone
+
     def to_dict(self) -> dict[str, Any]:
-        """The parts by name, as they lie in a checkpoint: without memory or projections where there
-        are none, so that such checkpoints have one form, whichever version wrote them.
+        """The parts by name, as they lie in a checkpoint: those that there are, so that such
+        checkpoints have one form, whichever version wrote them, and none that a run's initial
+        weights give again.
         """
+        left_out = {"reference", "scale"}
+        if self.adapters is not None:
+            left_out |= {"params", "router_state"}
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        optional = ("memory", "projections")
-        return {n: part for n, part in parts.items() if n not in optional or part is not None}
+        optional = ("memory", "projections", "adapters", "averaged", "means")
+        left_out |= {name for name in optional if parts[name] is None}
+        return {name: part for name, part in parts.items() if name not in left_out}
 
 
 class TrainSetup(struct.PyTreeNode):
@@ -58,6 +102,8 @@ class TrainSetup(struct.PyTreeNode):
     """NamedShardings on the mesh."""
     begin_memory: Callable[[], ModelState | None] = struct.field(pytree_node=False)
     """Makes the empty memory."""
+    begin_adapters: Callable[[int], Any] = struct.field(pytree_node=False)
+    """Draws the adapters from a seed; None of a run without."""
     begin_projections: Callable[[], Any] = struct.field(pytree_node=False, default=lambda: None)
     """Makes the projections of a new run."""
 
@@ -79,12 +125,26 @@ def make_train_setup(
     model = Transformer(run.model, run.execution)
     variables, logical_axes = abstract_variables(model)
     shardings = tree_shardings(mesh, logical_axes, variables)
-    params = variables["params"]
+    adapters, adapter_axes = _adapters(run, model)
+    adapter_shardings = tree_shardings(mesh, adapter_axes, adapters)
+    trained, axes = variables["params"], logical_axes["params"]
+    trained_shardings = shardings["params"]
+    if run.lora is not None:
+        trained, trained_shardings, axes = adapters, adapter_shardings, adapter_axes
     schedule = make_schedule(run.optimizer, run.steps)
-    optimizer = make_optimizer(run.optimizer, schedule, logical_axes["params"])
+    optimizer = make_optimizer(
+        run.optimizer,
+        schedule,
+        axes,
+        is_trained=is_trained(run, trained),
+        decays_all=run.lora is not None,
+    )
     replicated = NamedSharding(mesh, PartitionSpec())
     begin_memory = partial(init_memory, run.model, run.batch_size, run.execution.compute_dtype)
     memory = jax.eval_shape(begin_memory)
+    has_reference = run.preference is not None and run.lora is None
+    means = None if run.optimizer.skip_above is None else jax.eval_shape(no_means)
+    scale = 1.0 if run.lora is None else run.lora.scale
     begin_projections = partial(_begin_projections, matching, schedule, run.seed)
     projections = jax.eval_shape(begin_projections)
     return TrainSetup(
@@ -94,19 +154,30 @@ def make_train_setup(
         abstract_state=TrainState(
             step=jax.ShapeDtypeStruct((), jnp.int32),
             **variables,
-            opt_state=jax.eval_shape(optimizer.init, params),
+            opt_state=jax.eval_shape(optimizer.init, trained),
             memory=memory,
             projections=projections,
+            adapters=adapters,
+            reference=variables if has_reference else None,
+            averaged=trained if run.optimizer.average is not None else None,
+            means=means,
+            scale=scale,
         ),
         shardings=TrainState(
             step=replicated,
             **shardings,
-            opt_state=state_shardings(optimizer, params, shardings["params"], replicated),
+            opt_state=state_shardings(optimizer, trained, trained_shardings, replicated),
             memory=tree_shardings(mesh, _memory_axes(memory), memory),
             projections=jax.tree.map(lambda _: replicated, projections),
+            adapters=adapter_shardings,
+            reference=shardings if has_reference else None,
+            averaged=trained_shardings if run.optimizer.average is not None else None,
+            means=jax.tree.map(lambda _: replicated, means),
+            scale=scale,
         ),
         begin_memory=begin_memory,
         begin_projections=begin_projections,
+        begin_adapters=partial(_draw_adapters, run, model),
     )
 
 
@@ -115,6 +186,26 @@ def _begin_projections(matching: Matching | None, schedule: optax.Schedule, seed
         return None
     params = matching.init(seed)
     return {"params": params, "opt_state": projection_optimizer(schedule).init(params)}
+
+
+def _adapters(run: RunConfig, model: Transformer) -> tuple[Any, Any]:
+    """The run's adapters and their axes, abstract; None without."""
+    return (None, None) if run.lora is None else abstract_adapters(model, run.lora)
+
+
+def _draw_adapters(run: RunConfig, model: Transformer, seed: int) -> Any:
+    return None if run.lora is None else init_adapters(model, run.lora, seed)
+
+
+def is_trained(run: RunConfig, params: Any) -> Any:
+    """Whether each parameter is trained, in a tree of its own; None: all are."""
+    if run.trained == "all":
+        return None
+
+    def is_experts(path: Any, _: Any) -> bool:
+        return target_of(tuple(key.key for key in path)) == "experts"
+
+    return jax.tree_util.tree_map_with_path(is_experts, params)
 
 
 def _memory_axes(memory: ModelState | None) -> ModelState | None:
@@ -137,14 +228,22 @@ def init_state(
     processes each gives the same variables, and no optimiser state.
     """
 
+    abstract = setup.abstract_state
+
     def begin(variables: Variables) -> TrainState:
-        opt_state = setup.optimizer.init(variables["params"])
+        adapters = setup.begin_adapters(seed)
+        trained = variables["params"] if adapters is None else adapters
         return TrainState(
             step=jnp.int32(0),
             **variables,
-            opt_state=opt_state,
+            opt_state=setup.optimizer.init(trained),
             memory=setup.begin_memory(),
             projections=setup.begin_projections(),
+            adapters=adapters,
+            reference=None if abstract.reference is None else variables,
+            averaged=None if abstract.averaged is None else trained,
+            means=None if abstract.means is None else no_means(),
+            scale=abstract.scale,
         )
 
     if variables is None:
@@ -153,11 +252,31 @@ def init_state(
         )
         return draw()
     if opt_state is None:
-        placed = _on_mesh(variables, setup.shardings.variables)
+        placed = _on_mesh(variables, setup.shardings.variables_alone)
         return jax.jit(begin, out_shardings=setup.shardings)(placed)
+    assert setup.abstract_state.to_dict().keys() <= {"step", "params", "router_state", "opt_state"}
     state = TrainState(step=jnp.int32(0), **variables, opt_state=opt_state)
     # Copies: training reuses the buffers of its state, and these are the caller's.
     return jax.device_put(state, setup.shardings, may_alias=False)
+
+
+def restored_state(
+    setup: TrainSetup, restored: dict[str, Any], initial: Variables | None
+) -> TrainState:
+    """The state of a checkpoint's parts, and of the weights that no checkpoint holds.
+
+    Args:
+      initial: the variables that the run began with, where it needs them.
+    """
+    abstract = setup.abstract_state
+    kept = {"scale": abstract.scale}
+    if abstract.adapters is not None or abstract.reference is not None:
+        assert initial is not None, "the caller has read them"
+        placed = _on_mesh(initial, setup.shardings.variables_alone)
+        # Copies: training reuses the buffers of its state, and these are the caller's.
+        placed = jax.tree.map(jnp.copy, placed)
+        kept |= {"reference": placed} if abstract.adapters is None else placed
+    return TrainState(**restored, **kept)
 
 
 def _on_mesh(variables: Variables, shardings: Any) -> Variables:

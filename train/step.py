@@ -37,7 +37,8 @@ from train.losses import (
 )
 from train.matching import Matching, matching_loss, projection_optimizer
 from train.multi_token import count_ahead, multi_token_loss
-from train.state import TrainSetup, TrainState
+from train.spikes import is_spike, updated_means
+from train.state import TrainSetup, TrainState, is_trained
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
@@ -64,7 +65,8 @@ def make_train_step(
       objective reads; "shared" goes to it whole; "chosen", the experts of each token where they are
       given, by layer as in model/step.py with dim 0 of the rows) and reports, the same on every
       device, float32 scalars "loss" (the objective, per target token), the objective's own sums
-      per target token, "auxiliary", "grad_norm", "learning_rate", with multi-token modules
+      per target token, "auxiliary", "grad_norm", "learning_rate", with optimizer.skip_above
+      "skipped" (1: the step changed nothing), with multi-token modules
       "multi_token" (train/multi_token.py), with indexers "indexer", their mean loss in nats, with
       given experts "routing_changed", the share of them that routers would have chosen otherwise;
       and per MoE layer, under "router", and per layer that chooses its tokens, under "depth",
@@ -77,7 +79,7 @@ def make_train_step(
         projections = state.projections
         if matching is not None:
             grads, projections = _updated_projections(setup, grads, projections)
-        updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.trained)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.float32(setup.schedule(state.step)),
@@ -86,14 +88,20 @@ def make_train_step(
         if run.model.early_exit is not None:
             periods_K = supervised_exits(run.model, state.step).periods_K
             metrics["exits"] = {"period": periods_K, "cross_entropy": metrics["exits"]}
-        new_state = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            router_state=_updated_routers(run, state.router_state, stats),
-            opt_state=opt_state,
-            memory=memory,
-            projections=projections,
-        )
+        trained = optax.apply_updates(state.trained, updates)
+        changed = {"step": state.step + 1, "opt_state": opt_state, "memory": memory}
+        changed |= {"projections": projections}
+        if run.lora is None:
+            routers = _updated_routers(run, state.router_state, stats)
+            changed |= {"params": trained, "router_state": routers}
+        else:
+            changed |= {"adapters": trained}
+        if run.optimizer.average is not None:
+            decay = _average_decay(run.optimizer.average, state.step)
+            changed["averaged"] = optax.incremental_update(trained, state.averaged, 1 - decay)
+        new_state = state.replace(**changed)
+        if run.optimizer.skip_above is not None:
+            new_state, metrics = _without_spike(run.optimizer.skip_above, state, new_state, metrics)
         return new_state, metrics
 
     everywhere = NamedSharding(setup.shardings.step.mesh, PartitionSpec())
@@ -126,11 +134,11 @@ def _gradients(
     num_ahead = count_ahead(batch["targets"], batch["positions"], run.model.multi_token)
     chunks = run.execution.logits_chunks
 
-    def loss(params, micro, earlier_counts, depth_key):
+    def loss(trained, micro, earlier_counts, depth_key):
         projections = None
         if matching is not None:
-            params, projections = params["model"], params["projections"]
-        variables = {"params": params, "router_state": state.router_state}
+            trained, projections = trained["model"], trained["projections"]
+        variables = state.variables_with(_with_stopped_gradients(run, trained))
         hidden_BLD, sown, memory = training_pass(
             setup.model,
             variables,
@@ -183,14 +191,14 @@ def _gradients(
 
     grad: Callable[..., Any] = jax.grad(loss, has_aux=True)
     keys = _depth_keys(run, state.step)
-    params = state.params
+    trained = state.trained
     if matching is not None:
-        params = {"model": params, "projections": state.projections["params"]}
+        trained = {"model": trained, "projections": state.projections["params"]}
     if run.accumulation == 1:
         key = None if keys is None else keys[0]
-        grads, (sums, stats, memory) = grad(params, rows, _no_counts(run), key)
+        grads, (sums, stats, memory) = grad(trained, rows, _no_counts(run), key)
     else:  # never with memory: see RunConfig
-        grads, sums, stats = _accumulate(run, grad, params, rows, keys)
+        grads, sums, stats = _accumulate(run, grad, trained, rows, keys)
         memory = None
     return grads, sums, stats, memory
 
@@ -216,6 +224,34 @@ def _matching_loss(run, matching, projections, sown, micro, shared):
     own, teacher = sown["activations"], micro["teacher_layers"]
     targets_BL = micro["targets"]
     return matching_loss(matching, weights, projections, own, run.model, teacher, targets_BL)
+
+
+def _average_decay(decay: float, step: jax.Array) -> jax.Array:
+    """Of the moving average after `step` steps: less in the first, which the weights leave soon."""
+    step = step.astype(jnp.float32)
+    return jnp.minimum(decay, (1 + step) / (10 + step))
+
+
+def _without_spike(
+    factor: float, state: TrainState, new_state: TrainState, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """The new state; of a step that is a spike the old one, a step further."""
+    loss, grad_norm = metrics["loss"], metrics["grad_norm"]
+    is_left_out = is_spike(state.means, loss, grad_norm, factor)
+    counted = new_state.replace(means=updated_means(state.means, loss, grad_norm))
+    chosen = jax.tree.map(
+        lambda old, new: jnp.where(is_left_out, old, new), state.replace(step=0), counted
+    )
+    metrics |= {"skipped": is_left_out.astype(jnp.float32)}
+    return chosen.replace(step=new_state.step), metrics
+
+
+def _with_stopped_gradients(run: RunConfig, params: Any) -> Any:
+    """The parameters, of which those that are not trained have no gradient."""
+    trained = is_trained(run, params)
+    if trained is None:
+        return params
+    return jax.tree.map(lambda x, own: x if own else jax.lax.stop_gradient(x), params, trained)
 
 
 def _auxiliary(

@@ -57,12 +57,14 @@ class TensorWriter:
         *,
         max_shard_bytes: int = 5_000_000_000,
         metadata: Mapping[str, str] | None = None,
+        single: str = SINGLE,
     ) -> None:
         """Plans the shards: in the order given, each filled while the next tensor fits.
 
         Args:
           tensors: name, dtype and shape of each, in the order they will be written in.
           max_shard_bytes: of tensors in a file; a larger tensor gets a file of its own.
+          single: name of the file where there is one.
           metadata: of each header; {"format": "pt"} if None, without which transformers refuses.
         Raises:
           UserError: the folder can't be written, or has safetensors files of another plan.
@@ -77,7 +79,7 @@ class TensorWriter:
         metadata = {"format": "pt"} if metadata is None else metadata
         self._shards = [
             _Shard(folder / name, group, metadata)
-            for name, group in zip(names if total > 1 else [SINGLE], groups, strict=True)
+            for name, group in zip(names if total > 1 else [single], groups, strict=True)
         ]
         self._shard_of = {name: shard for shard in self._shards for name in shard.tensors}
         with explain_os_errors(folder, "be written"):

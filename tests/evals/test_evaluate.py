@@ -21,8 +21,7 @@ from evals.run import evaluate
 from evals.task_list import find_tasks
 from evals.tasks import line_completion
 from evals.tasks.base import Skipped
-from infer.load import load_model
-from infer.run_weights import RunWeights
+from infer.run_weights import RunWeights, load_model
 from infer.sources import open_source
 from model.transformer import Transformer, hidden_states, init_variables, output_weights
 from model.unstacked import unstack

@@ -17,7 +17,7 @@ from evals.expert_domains import (
     sort_documents,
 )
 from infer.generate import generate
-from infer.load import load_model
+from infer.run_weights import load_model
 from infer.score import score_documents
 from tests import tiny
 from train.loop import fit

@@ -87,7 +87,7 @@ def forward_and_gradients(**transport):
             ids,
             gates,
             weights,
-            grouped_fn=expert_function(GPT_OSS, "auto"),
+            grouped_fn=expert_function(GPT_OSS, "auto", weights),
             num_experts=GPT_OSS.num_experts,
             weight_axes=WEIGHT_AXES,
             **transport,

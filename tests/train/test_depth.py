@@ -10,7 +10,7 @@ import pytest
 from configs.architecture import EarlyExitConfig, MixtureOfDepthsConfig
 from configs.base import MeshConfig, RunConfig
 from configs.checks import UserError
-from infer.load import load_model
+from infer.run_weights import load_model
 from model.depth import DepthStats
 from model.early_exit import dropout_rates, exit_weights, supervised_exits
 from model.transformer import Transformer, hidden_states, training_pass

@@ -13,7 +13,7 @@ from checkpoint.provenance import read_provenance
 from configs.base import DistillConfig
 from configs.checks import UserError
 from data.pipeline import prepare_corpus
-from infer.load import load_model
+from infer.run_weights import load_model
 from scripts.distill import teacher_of
 from tests import tiny
 from tests.checkpoint.tiny_folder import byte_level, write_llama, write_tokenizer

@@ -12,7 +12,7 @@ import pytest
 
 from configs.base import OptimizerConfig
 from configs.feed_forward import RouterConfig
-from infer.load import load_model
+from infer.run_weights import load_model
 from model.growth import grow, grown_config
 from parallel.mesh import make_mesh
 from tests import tiny

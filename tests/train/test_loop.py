@@ -15,7 +15,7 @@ from configs.base import AlarmConfig, CheckpointConfig, ExecutionConfig, MeshCon
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, RouterConfig
 from configs.monitoring import MetricsConfig
-from infer.load import load_model
+from infer.run_weights import load_model
 from model.growth import grow, grown_config
 from tests import tiny
 from train import loop

@@ -17,7 +17,7 @@ from checkpoint.orbax_store import CheckpointStore
 from configs.base import DistillConfig, MeshConfig, OptimizerConfig
 from configs.checks import UserError
 from data.pipeline import batches, prepare_corpus
-from infer.load import load_model
+from infer.run_weights import load_model
 from model.transformer import hidden_states, output_weights
 from parallel.mesh import BATCH_AXES
 from tests import tiny

@@ -10,7 +10,7 @@ import pytest
 from configs.architecture import LayerSpec, MultiTokenConfig
 from configs.checks import UserError
 from configs.feed_forward import RouterConfig
-from infer.load import load_model
+from infer.run_weights import load_model
 from model.transformer import Transformer, output_weights, training_pass
 from tests import tiny
 from tests.probes import drawn

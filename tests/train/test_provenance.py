@@ -22,8 +22,7 @@ from evals.opening import load_run, run_evaluation
 from evals.run import evaluate_task
 from evals.scoring import BITS_PER_BYTE
 from evals.task_list import find_tasks
-from infer.load import load_model
-from infer.run_weights import RunWeights, load_with_identity
+from infer.run_weights import RunWeights, load_model, load_with_identity
 from infer.sources import open_source
 from scripts.sources import initial_variables, initial_weights
 from tests import tiny

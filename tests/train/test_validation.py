@@ -12,7 +12,7 @@ from configs.base import MeshConfig
 from configs.checks import UserError
 from configs.monitoring import ValidationConfig
 from data.pipeline import prepare_corpus
-from infer.load import load_model
+from infer.run_weights import load_model
 from infer.score import score_documents
 from tests import tiny
 from tests.train.test_loop import losses, stop_after
