@@ -15,6 +15,7 @@ from configs.base import RunConfig
 from model.model_state import ModelState, init_memory
 from model.transformer import Transformer, Variables, abstract_variables, init_variables
 from parallel.sharding import LogicalAxes, tree_shardings
+from train.consolidation import keeping
 from train.matching import Matching, projection_optimizer
 from train.optim import make_optimizer, make_schedule, state_shardings
 
@@ -82,6 +83,7 @@ def make_train_setup(
     params = variables["params"]
     schedule = make_schedule(run.optimizer, run.steps)
     optimizer = make_optimizer(run.optimizer, schedule, logical_axes["params"])
+    optimizer = keeping(run.further, optimizer)
     replicated = NamedSharding(mesh, PartitionSpec())
     begin_memory = partial(init_memory, run.model, run.batch_size, run.execution.compute_dtype)
     memory = jax.eval_shape(begin_memory)
