@@ -23,6 +23,7 @@ from configs.checks import (
 from configs.data import DataConfig
 from configs.distill import DistillConfig
 from configs.feed_forward import MoEConfig
+from configs.further import FurtherConfig
 from configs.monitoring import MetricsConfig, ValidationConfig
 from configs.tuning import LoRAConfig, PreferenceConfig
 
@@ -97,11 +98,17 @@ class OptimizerConfig:
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float
     """Peak learning rate. Muon's updates are scaled to AdamW's RMS (0.2), so it serves both."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    """After the warm-up: cosine decay, or stable then linear decay (warm-up-stable-decay)."""
+    schedule: Literal["cosine", "wsd", "infinite"] = "cosine"
+    """After the warm-up: cosine decay; or stable then linear decay (warm-up-stable-decay); or a
+    cosine down to a constant rate, at which training can go on with new data any time, and a linear
+    decay for a release (Ibrahim et al. 2024)."""
     warmup_steps: int
     decay_fraction: float | None = None
-    """wsd only: last share of the steps in which the rate falls."""
+    """wsd and infinite: last share of the steps in which the rate falls; infinite may have none."""
+    cooldown_fraction: float | None = None
+    """infinite only: share of the steps from the warm-up to the constant rate."""
+    constant_ratio: float | None = None
+    """infinite only: the constant rate over the peak."""
     final_ratio: float = 0.1
     """Learning rate at the last step over the peak."""
     beta1: float = 0.9
@@ -134,11 +141,20 @@ class OptimizerConfig:
         )
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative")
         require(
-            (self.decay_fraction is not None) == (self.schedule == "wsd"),
+            (self.decay_fraction is not None) == (self.schedule == "wsd")
+            or self.schedule == "infinite",
             f"optimizer.decay_fraction={self.decay_fraction} goes with schedule='wsd' and only "
             "with it, "
             f"got schedule={self.schedule!r}",
         )
+        for name in ("cooldown_fraction", "constant_ratio"):
+            value = getattr(self, name)
+            require(
+                (value is not None) == (self.schedule == "infinite"),
+                f"optimizer.{name}={value} goes with schedule='infinite' and only with it, got "
+                f"schedule={self.schedule!r}",
+            )
+            require(value is None or 0 < value < 1, f"optimizer.{name}={value} must lie in (0, 1)")
         require(
             self.decay_fraction is None or 0 < self.decay_fraction <= 1,
             f"optimizer.decay_fraction={self.decay_fraction} must lie in (0, 1]",
@@ -243,6 +259,7 @@ class RunConfig:
     """Set to learn from pairs of answers, of which one is preferred (data.form="preference")."""
     trained: Literal["all", "experts"] = "all"
     """experts: the routed experts' weights alone; all others stay what they are."""
+    further: FurtherConfig = FurtherConfig()
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -294,6 +311,7 @@ class RunConfig:
             f"model.multi_token.depth={ahead and ahead.depth} must be below "
             f"data.seq_len={self.data.seq_len}",
         )
+        self._check_further()
         self._check_memory()
         self._check_layers()
         self._check_tuning()
@@ -303,6 +321,24 @@ class RunConfig:
         """Whether the weights that the run begins with are needed as long as it trains: under
         adapters, or as the reference of preferences."""
         return self.lora is not None or self.preference is not None
+
+    def _check_further(self) -> None:
+        frozen = self.further.frozen_experts
+        counts = [s.ffn.num_experts for s in self.model.pattern if isinstance(s.ffn, MoEConfig)]
+        require(
+            not frozen or (bool(counts) and frozen < min(counts)),
+            f"further.frozen_experts={frozen} must be below the experts of every MoE layer "
+            f"({', '.join(map(str, counts)) or 'there is none'})",
+        )
+        for name, value in (
+            ("consolidation", self.further.consolidation),
+            ("frozen_experts", frozen),
+        ):
+            require(
+                not value or (self.lora is None and self.trained == "all"),
+                f"further.{name}={value} says what stays of the weights, and with lora or "
+                f"trained={self.trained!r} that is settled: leave one out",
+            )
 
     def _check_layers(self) -> None:
         for spec in self.model.layer_kinds:

@@ -17,6 +17,7 @@ from typing import get_args
 from checkpoint.run_corpus import read_run_tokenizer
 from checkpoint.run_directory import has_checkpoint, read_run
 from configs.base import InitConfig
+from configs.checks import require
 from configs.cli import with_overrides
 from infer.run_weights import load_model
 from model.growth import Operator, grow, grown_config
@@ -51,6 +52,11 @@ def main(argv: list[str]) -> int:
         "grow",
         fixed=("model", "init", "distill"),
         own_options=command.own_options(parser),
+    )
+    require(
+        arguments.optimizer == "fresh" or run.further == parent.further,
+        "further.frozen_experts gives the optimiser another state than the parent's: add "
+        "--optimizer fresh",
     )
     run_dir = arguments.run_dir or arguments.parent.with_name(f"{arguments.parent.name}_grown")
     command.use_host_devices(run.mesh.num_devices)

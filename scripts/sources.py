@@ -1,24 +1,31 @@
 """The trained model that a run begins with: its variables, and where they are from."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
 from tokenizers import Tokenizer
 
 from checkpoint.orbax_store import latest_step
 from checkpoint.provenance import ModelOrigin, read_provenance, weights_fingerprint
-from checkpoint.run_directory import has_checkpoint
+from checkpoint.run_directory import has_checkpoint, read_run
 from configs.base import RunConfig
 from configs.checks import UserError, require
-from data.pipeline import prepare_corpus
+from data.pipeline import batches, prepare_corpus
 from data.tokenizers.tokenizer import vocabulary_difference
 from infer.sources import Source, open_source
-from model.transformer import Variables
+from model.transformer import Transformer, Variables
 from parallel.distributed import is_first
 from scripts.reading import reading
 from train import initial
+from train.consolidation import fisher_information, with_fisher
 from train.initial import rows_read
+from train.loop import mesh_of
+from train.progress import ProgressBar
+from train.state import make_train_setup
 
 
 @dataclass
@@ -81,6 +88,38 @@ def initial_variables(run: RunConfig, run_dir: Path | None = None) -> Variables:
             "back that was there",
         )
     return initial.initial_variables(run, source.config, variables)
+
+
+def consolidated_state(run: RunConfig, variables: Variables) -> Any:
+    """The optimiser's state that a run begins with which is held near its initial weights: with
+    their Fisher information on the data of the run that they are from.
+
+    Raises:
+      UserError: init.source is no run, or its data is gone.
+    """
+    assert run.init.source is not None
+    source = open_source(run.init.source)
+    require(
+        source.kind == "run",
+        f"further.consolidation measures on the data that the old weights have seen, and "
+        f"init.source={run.init.source!r} is no run: begin with a run",
+    )
+    old = read_run(source.path)
+    file = prepare_corpus(old.data, old.model.vocab_size).training()
+    stream = batches(file, seq_len=run.data.seq_len, batch_size=1, seed=run.seed)
+    mesh = mesh_of(run)
+    setup, model = make_train_setup(run, mesh), Transformer(run.model, run.execution)
+    count = run.further.fisher_rows
+    with jax.set_mesh(mesh), ProgressBar("Fisher information", total=count, unit="rows") as bar:
+
+        def rows() -> Iterator[Any]:
+            for i in range(count):
+                bar.update(i)
+                row = next(stream)
+                yield {name: row[name] for name in ("tokens", "targets", "positions")}
+
+        fisher = fisher_information(model, variables, rows(), run.seed)
+        return with_fisher(setup.optimizer.init(variables["params"]), fisher)
 
 
 def require_same_tokenizer(run: RunConfig, name: str, theirs: Tokenizer | None) -> None:

@@ -19,7 +19,7 @@ from parallel.distributed import is_first
 from planning.available import require_memory
 from scripts import command
 from scripts.named_runs import chosen_run, experiment_text
-from scripts.sources import initial_weights
+from scripts.sources import consolidated_state, initial_weights
 from train.fine_tuning import fine_tune
 from train.loop import FitResult, fit
 
@@ -36,16 +36,18 @@ def main(argv: list[str]) -> int:
     command.start_processes(arguments, run.mesh.num_devices)
     require_memory(run)
     describe(run)
-    begin = initial_weights(run, arguments.run_dir)
+    return train_run(run, arguments.run_dir, experiment_text(arguments))
+
+
+def train_run(run: RunConfig, run_dir: Path, experiment: str | None) -> int:
+    """Trains a run, with the weights that it begins with; its exit code."""
+    begin = initial_weights(run, run_dir)
+    opt_state = None
+    if run.further.consolidation and begin.variables is not None:
+        opt_state = consolidated_state(run, begin.variables)
     train = fine_tune if run.data.form == "chat" else fit
-    result = train(
-        run,
-        arguments.run_dir,
-        variables=begin.take(),
-        initial=begin.origin,
-        experiment=experiment_text(arguments),
-    )
-    return finish(run, arguments.run_dir, result)
+    options = {"variables": begin.take(), "initial": begin.origin, "experiment": experiment}
+    return finish(run, run_dir, train(run, run_dir, opt_state=opt_state, **options))
 
 
 def describe(run: RunConfig) -> None:

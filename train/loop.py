@@ -297,6 +297,11 @@ def _start(
             f"init.source={run.init.source!r} is read by scripts.train and scripts.upcycle: this "
             "verb begins another way, leave it out",
         )
+        require(
+            not run.further.consolidation or opt_state is not None,
+            f"further.consolidation={run.further.consolidation} keeps a run near the model that it "
+            "begins with: name a run as init.source, and train it by scripts.train",
+        )
         return init_state(setup, run.seed, variables, opt_state), 0
     require(
         not run.keeps_initial or variables is not None,

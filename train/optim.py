@@ -18,7 +18,8 @@ STACKED = ("layers", "expert", None)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then cosine decay, or stable and then linear decay.
+    """Learning rate by step: linear warm-up, then cosine decay, or stable and then linear decay, or
+    a cosine to a constant rate and then linear decay.
 
     The last step (steps - 1) has learning_rate * final_ratio.
     """
@@ -34,7 +35,25 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         begin = max(last - decay_steps, warmup)
         decay = optax.linear_schedule(peak, final, max(last - begin, 1))
         return optax.join_schedules([warm, optax.constant_schedule(peak), decay], [warmup, begin])
+    if config.schedule == "infinite":
+        return _infinite(config, steps, warm)
     assert_never(config.schedule)
+
+
+def _infinite(config: OptimizerConfig, steps: int, warm: optax.Schedule) -> optax.Schedule:
+    assert config.cooldown_fraction is not None
+    assert config.constant_ratio is not None
+    peak, constant = config.learning_rate, config.learning_rate * config.constant_ratio
+    warmup, last = config.warmup_steps, steps - 1
+    cooldown = max(round(config.cooldown_fraction * steps), 1)
+    cool = optax.cosine_decay_schedule(peak, cooldown, alpha=config.constant_ratio)
+    parts, begins = [warm, cool], [warmup]  # a cosine stays at its end
+    if config.decay_fraction is not None:
+        begin = max(last - max(round(config.decay_fraction * steps), 1), warmup + cooldown)
+        final = config.learning_rate * config.final_ratio
+        parts.append(optax.linear_schedule(constant, final, max(last - begin, 1)))
+        begins.append(begin)
+    return optax.join_schedules(parts, begins)
 
 
 def make_optimizer(

@@ -16,6 +16,7 @@ from model.adapters import abstract_adapters, init_adapters, scaled, target_of
 from model.model_state import ModelState, init_memory
 from model.transformer import Transformer, Variables, abstract_variables, init_variables
 from parallel.sharding import LogicalAxes, tree_shardings
+from train.consolidation import keeping
 from train.matching import Matching, projection_optimizer
 from train.optim import make_optimizer, make_schedule, state_shardings
 from train.spikes import no_means
@@ -139,6 +140,7 @@ def make_train_setup(
         is_trained=is_trained(run, trained),
         decays_all=run.lora is not None,
     )
+    optimizer = keeping(run.further, optimizer)
     replicated = NamedSharding(mesh, PartitionSpec())
     begin_memory = partial(init_memory, run.model, run.batch_size, run.execution.compute_dtype)
     memory = jax.eval_shape(begin_memory)

@@ -22,6 +22,7 @@ from model.seeds import seed_key
 from model.transformer import output_weights, training_pass
 from model.warmup import updated_warmup
 from parallel.sharding import constrain
+from train.consolidation import penalty
 from train.losses import (
     ChunkLoss,
     LayerStats,
@@ -80,6 +81,10 @@ def make_train_step(
         if matching is not None:
             grads, projections = _updated_projections(setup, grads, projections)
         updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.trained)
+        if run.further.consolidation:
+            metrics["consolidation"] = run.further.consolidation * penalty(
+                state.opt_state, state.params
+            )
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.float32(setup.schedule(state.step)),
