@@ -20,8 +20,11 @@ from planning.available import require_memory
 from scripts import command
 from scripts.named_runs import chosen_run, experiment_text
 from scripts.sources import initial_weights
-from train.fine_tuning import fine_tune
+from train.fine_tuning import fine_tune, fine_tune_on_preferences
 from train.loop import FitResult, fit
+
+TRAIN = {"text": fit, "chat": fine_tune, "preference": fine_tune_on_preferences}
+"""By the form of the data."""
 
 
 def main(argv: list[str]) -> int:
@@ -37,8 +40,7 @@ def main(argv: list[str]) -> int:
     require_memory(run)
     describe(run)
     begin = initial_weights(run, arguments.run_dir)
-    train = fine_tune if run.data.form == "chat" else fit
-    result = train(
+    result = TRAIN[run.data.form](
         run,
         arguments.run_dir,
         variables=begin.take(),
@@ -78,7 +80,7 @@ def finish(run: RunConfig, run_dir: Path, result: FitResult) -> int:
     done = "trained {} steps" if result.new_steps else "all {} steps were done before"
     print(f"{done.format(result.steps)}; {run_dir}/report.html shows them. Next:")
     typed = shlex.quote(str(run_dir))
-    if run.data.form == "chat":
+    if run.data.form != "text":
         print(f"  python -m scripts.chat {typed}")
         return 0
     print(f"  python -m scripts.evaluate {typed}")

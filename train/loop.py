@@ -153,7 +153,7 @@ class _Loop:
             pending.add(done, metrics)
             if self.validation.is_due(done):
                 pending.settle()
-                pending.extend_last(self.validation.measure(state.variables))
+                pending.extend_last(self.validation.measure(state))
             if done % self.run.checkpoint.every == 0:
                 self.recorder.record(pending.fetch(whole=True))  # an alarm comes before the save
                 self.store.save(done, state.to_dict(), self.batches)

@@ -36,6 +36,7 @@ from train.losses import (
     weighted_indexer_loss,
 )
 from train.multi_token import count_ahead, multi_token_loss
+from train.preference import log_probs, num_pairs, preference_loss, row_log_probs
 from train.spikes import is_spike, updated_means
 from train.state import TrainSetup, TrainState, is_trained
 
@@ -54,7 +55,8 @@ def make_train_step(
     Returns:
       A step that takes batch arrays [A * B, L, ...] ("tokens", "targets", "positions", and what the
       objective reads; "shared" goes to it whole) and reports, the same on every device, float32
-      scalars "loss" (the objective, per target token), the objective's own sums per target token,
+      scalars "loss" (the objective, per target token, of preferences per pair), the objective's own
+      sums likewise,
       "auxiliary", "grad_norm", "learning_rate", with optimizer.skip_above "skipped" (1: the step
       changed nothing), with multi-token modules "multi_token"
       (train/multi_token.py), with indexers "indexer", their mean loss in nats; and per MoE layer,
@@ -101,7 +103,10 @@ def _gradients(
     """
     shared = batch.get("shared")
     rows = {name: x for name, x in batch.items() if name not in ("shared", "row")}
-    num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
+    if run.preference is None:
+        num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
+    else:
+        num_targets = num_pairs(batch["targets"])
     num_ahead = count_ahead(batch["targets"], batch["positions"], run.model.multi_token)
     chunks = run.execution.logits_chunks
 
@@ -116,7 +121,12 @@ def _gradients(
         def loss_fn(hidden_BLD):
             return chunked_loss(chunk_loss, hidden_BLD, w_DV, inputs, shared, chunks)
 
-        objective, sums = loss_fn(hidden_BLD)
+        if run.preference is None:
+            objective, sums = loss_fn(hidden_BLD)
+        else:
+            reference_B = log_probs(setup.model, state.reference_variables, micro)
+            log_probs_B = row_log_probs(hidden_BLD, w_DV, micro["targets"], chunks)
+            objective, sums = preference_loss(log_probs_B, reference_B, run.preference)
         if run.model.early_exit is not None:
             finish = partial(setup.model.apply, variables, method="finish")
             objective, sums["exits"] = exits_loss(
