@@ -22,7 +22,7 @@ from configs.checks import (
 )
 from configs.data import DataConfig
 from configs.feed_forward import MoEConfig
-from configs.monitoring import MetricsConfig, ValidationConfig
+from configs.monitoring import MetricsConfig, SamplesConfig, ValidationConfig
 from configs.tuning import LoRAConfig, PreferenceConfig
 
 
@@ -159,6 +159,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+    best: bool = False
+    """Keep the weights of the lowest validation loss, too: the source RUN@best."""
 
     def __post_init__(self) -> None:
         require_positive(self, "every", "keep")
@@ -260,6 +262,7 @@ class RunConfig:
     alarms: AlarmConfig = AlarmConfig()
     metrics: MetricsConfig = MetricsConfig()
     validation: ValidationConfig = ValidationConfig()
+    samples: SamplesConfig = SamplesConfig()
     distill: DistillConfig | None = None
     """Set for a student: how it learns from its teacher."""
     lora: LoRAConfig | None = None
@@ -318,6 +321,10 @@ class RunConfig:
             ahead is None or ahead.depth < self.data.seq_len,
             f"model.multi_token.depth={ahead and ahead.depth} must be below "
             f"data.seq_len={self.data.seq_len}",
+        )
+        require(
+            not self.checkpoint.best or self.validation.every is not None,
+            "checkpoint.best=True needs validation.every, by whose loss the best is known",
         )
         self._check_memory()
         self._check_layers()

@@ -39,7 +39,7 @@ def render_chat(messages: Any, tokenizer: PublicTokenizer, where: str) -> Render
     checked = _checked(messages, where)
     require(
         tokenizer.chat_template is not None,
-        "chats and preferences need a chat template, and data.tokenizer has none: name the "
+        "data.form='chat' or 'preference' needs a chat template, and data.tokenizer has none: name the "
         "tokenizer of a model that was trained to chat",
     )
 

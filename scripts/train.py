@@ -19,9 +19,11 @@ from parallel.distributed import is_first
 from planning.available import require_memory
 from scripts import command
 from scripts.named_runs import chosen_run, experiment_text
+from scripts.samples import sampler
 from scripts.sources import initial_weights
 from train.fine_tuning import fine_tune, fine_tune_on_preferences
 from train.loop import FitResult, fit
+from train.profile import parse_profile
 
 TRAIN = {"text": fit, "chat": fine_tune, "preference": fine_tune_on_preferences}
 """By the form of the data."""
@@ -29,6 +31,9 @@ TRAIN = {"text": fit, "chat": fine_tune, "preference": fine_tune_on_preferences}
 
 def main(argv: list[str]) -> int:
     parser = command.add_process_options(command.parser(__doc__, run=True))
+    parser.add_argument(
+        "--profile", metavar="FIRST:LAST", help="trace these steps and print what took longest"
+    )
     arguments, overrides = command.split_run_arguments(parser, argv)
     run = chosen_run(arguments, overrides)
     require(
@@ -46,6 +51,8 @@ def main(argv: list[str]) -> int:
         variables=begin.take(),
         initial=begin.origin,
         experiment=experiment_text(arguments),
+        sample=sampler(run, arguments.run_dir),
+        profile=parse_profile(arguments.profile),
     )
     return finish(run, arguments.run_dir, result)
 

@@ -25,6 +25,7 @@ from configs.checks import UserError, require
 from data.packed_chats import PackedChats
 from data.packing import PackedRows, packed_rows
 from data.pipeline import prepare_corpus
+from data.preferences import PreferencePairs
 from data.tokenizers.tokenizer import fingerprint, vocabulary_difference
 from formats.small_files import read_json
 from model.layers import unembed
@@ -102,6 +103,7 @@ def distill(
             return _with_top_k(teacher, config, chunks)
         corpus = prepare_corpus(run.data, run.model.vocab_size)
         rows = packed_rows(corpus.training(), run.data.seq_len)
+        assert not isinstance(rows, PreferencePairs), "the config refuses preferences here"
         cache = TopKCache(run_dir / "teacher_cache", rows, config, teacher)
         return _with_cache(_with_top_k(teacher, config, chunks), cache, mesh)
 

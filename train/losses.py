@@ -133,6 +133,30 @@ def cross_entropy(
     return loss, {"cross_entropy": loss}
 
 
+def with_source_sums(chunk_loss: ChunkLoss, num_sources: int) -> ChunkLoss:
+    """The objective, and the cross-entropy's sum and count over each source of a mixture, "source"
+    [2, sources].
+
+    Its inputs have "source", int32 [B, c]: the source of each token.
+    """
+
+    def loss(logits_BcV: jax.Array, inputs: dict[str, jax.Array], shared: Any = None) -> Any:
+        own = {name: x for name, x in inputs.items() if name != "source"}
+        total, sums = chunk_loss(logits_BcV, own, shared)
+        nats_Bc = token_nats(jax.lax.stop_gradient(logits_BcV), inputs["targets"])
+        return total, sums | {"source": source_sums(nats_Bc, inputs, num_sources)}
+
+    return loss
+
+
+def source_sums(nats_Bc: jax.Array, inputs: dict[str, jax.Array], num_sources: int) -> jax.Array:
+    """Sum of nats and count of targets of each source, float32 [2, sources]."""
+    is_own_BcS = inputs["source"][:, :, None] == jnp.arange(num_sources)
+    is_own_BcS &= (inputs["targets"] >= 0)[:, :, None]
+    nats_S = jnp.where(is_own_BcS, nats_Bc[:, :, None], 0.0).sum(axis=(0, 1))
+    return jnp.stack([nats_S, is_own_BcS.sum(axis=(0, 1)).astype(jnp.float32)])
+
+
 def token_nats(logits_BcV: jax.Array, targets_Bc: jax.Array) -> jax.Array:
     """-log softmax(logits)[target] of each token, whose target is not negative; float32 [B, c]."""
     vocab_V = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits_BcV.shape[-1]), 2)

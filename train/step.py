@@ -34,6 +34,7 @@ from train.losses import (
     depth_loss,
     exits_loss,
     weighted_indexer_loss,
+    with_source_sums,
 )
 from train.multi_token import count_ahead, multi_token_loss
 from train.preference import log_probs, num_pairs, preference_loss, row_log_probs
@@ -109,6 +110,9 @@ def _gradients(
         num_targets = num_pairs(batch["targets"])
     num_ahead = count_ahead(batch["targets"], batch["positions"], run.model.multi_token)
     chunks = run.execution.logits_chunks
+    if "source" in rows:
+        rows["source"] = jnp.broadcast_to(rows["source"][:, None], rows["targets"].shape)
+        chunk_loss = with_source_sums(chunk_loss, len(run.data.mixture))
 
     def loss(trained, micro, earlier_counts, depth_key):
         variables = state.variables_with(_with_stopped_gradients(run, trained))
@@ -265,6 +269,7 @@ def _layer_metrics(stats: RouterStats) -> Metrics:
         "router_entropy": stats.entropy,
         "overflow_rows": stats.overflow_rows,
         "bytes_moved": stats.bytes_moved,
+        "z_loss": stats.z_loss,
         "expert_load": counts / jnp.maximum(counts.mean(axis=-1, keepdims=True), 1e-9),
     }
 

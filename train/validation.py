@@ -9,8 +9,9 @@ S batches, B rows of a batch, L length.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from model.depth import with_threshold_selection
 from model.model_state import init_memory
 from model.transformer import Transformer, Variables, hidden_states, output_weights
 from parallel.mesh import BATCH_AXES
-from train.losses import chunked_loss, cross_entropy
+from train.losses import chunked_loss, cross_entropy, with_source_sums
 from train.preference import log_probs, num_pairs, preference_loss
 from train.state import TrainState
 
@@ -48,7 +49,14 @@ class Validation:
             batches = held_out_pairs(file, *shape, multiple_of=split_by)
         else:
             streams = run.model.memory_length is not None
-            batches = held_out_batches(file, *shape, multiple_of=split_by, streams=streams)
+            self._num_sources = len(run.data.mixture)
+            batches = held_out_batches(
+                file,
+                *shape,
+                multiple_of=split_by,
+                streams=streams,
+                sources=self._num_sources > 0,
+            )
         targets = batches["targets"][batches["targets"] >= 0]
         bytes_V = token_bytes(corpus.tokenizer(), run.model.vocab_size)
         self._num_tokens = targets.size
@@ -62,7 +70,9 @@ class Validation:
         model = Transformer(with_threshold_selection(run.model), execution)
         everywhere = NamedSharding(mesh, PartitionSpec())
         program = partial(_preferences, run.preference) if run.preference else _nats
-        self._measure = partial(jax.jit(program, static_argnums=0, out_shardings=everywhere), model)
+        static = (0,) if run.preference else (0, 3)
+        jitted = jax.jit(program, static_argnums=static, out_shardings=everywhere)
+        self._measure: Callable[..., Any] = partial(jitted, model)
         self._is_preference = run.preference is not None
 
     def is_due(self, step: int) -> bool:
@@ -77,8 +87,11 @@ class Validation:
         variables = state.measured_variables
         if self._is_preference:
             return self._measure(variables, state.reference_variables, self._batches)
-        nats = self._measure(variables, self._batches)
-        measured = {"validation_loss": nats / self._num_tokens}
+        nats = self._measure(variables, self._batches, self._num_sources)
+        sources = {}
+        if self._num_sources:
+            nats, sources["validation_source"] = nats
+        measured = sources | {"validation_loss": nats / self._num_tokens}
         if self._num_bytes:
             measured["validation_bits_per_byte"] = nats / (math.log(2) * self._num_bytes)
         return measured
@@ -106,20 +119,25 @@ def _preferences(
     return {"validation_loss": loss / count, "validation_accuracy": accuracy / count}
 
 
-def _nats(model: Transformer, variables: Variables, batches: dict[str, jax.Array]) -> jax.Array:
-    """-log p summed over the targets of all batches, float32; a memory starts empty."""
+def _nats(
+    model: Transformer, variables: Variables, batches: dict[str, jax.Array], num_sources: int
+) -> Any:
+    """-log p summed over the targets of all batches, float32; a memory starts empty. Of a mixture
+    also its sources' sums: see train.losses.source_sums.
+    """
+    chunk_loss = with_source_sums(cross_entropy, num_sources) if num_sources else cross_entropy
     w_DV, chunks = output_weights(model, variables), model.execution.logits_chunks
 
-    def add(carry: tuple[jax.Array, Any], batch: dict[str, jax.Array]) -> tuple[Any, None]:
+    def add(carry: tuple[jax.Array, Any], batch: dict[str, jax.Array]) -> tuple[Any, Any]:
         nats, memory = carry
         hidden_BLD, memory = hidden_states(
             model, variables, batch["tokens"], batch["positions"], memory
         )
-        targets = {"targets": batch["targets"]}
-        more, _ = chunked_loss(cross_entropy, hidden_BLD, w_DV, targets, None, chunks)
-        return (nats + more, memory), None
+        targets = {name: x for name, x in batch.items() if name in ("targets", "source")}
+        more, sums = chunked_loss(chunk_loss, hidden_BLD, w_DV, targets, None, chunks)
+        return (nats + more, memory), sums.get("source")
 
     rows = batches["tokens"].shape[1]
     memory = init_memory(model.config, rows, model.execution.compute_dtype)
-    (nats, _), _ = jax.lax.scan(add, (jnp.float32(0), memory), batches)
-    return nats
+    (nats, _), sums = cast(Any, jax.lax.scan(add, (jnp.float32(0), memory), batches))
+    return (nats, sums.sum(axis=0)) if num_sources else nats
