@@ -28,10 +28,11 @@ FILE = "provenance.json"
 KEY, TOKENIZER_KEY = "provenance", "tokenizer"
 """Keys in a checkpoint's metadata, beside the config's settings."""
 
-Objective = Literal["next_token", "fine_tuning", "distillation"]
+Objective = Literal["next_token", "fine_tuning", "preference", "distillation"]
 VERBS: dict[Objective, str] = {
     "next_token": "scripts.train",
     "fine_tuning": "scripts.train",
+    "preference": "scripts.train",
     "distillation": "scripts.distill",
 }
 

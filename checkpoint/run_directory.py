@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "alarms.",
     "metrics.",
     "validation.",
+    "samples.",
 )
 """Settings that may differ when a run goes on; anything else would make it another experiment."""
 

@@ -24,7 +24,7 @@ from configs.data import DataConfig
 from configs.distill import DistillConfig
 from configs.feed_forward import MoEConfig
 from configs.further import FurtherConfig
-from configs.monitoring import MetricsConfig, ValidationConfig
+from configs.monitoring import MetricsConfig, SamplesConfig, ValidationConfig
 from configs.tuning import LoRAConfig, PreferenceConfig
 
 
@@ -176,6 +176,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+    best: bool = False
+    """Keep the weights of the lowest validation loss, too: the source RUN@best."""
 
     def __post_init__(self) -> None:
         require_positive(self, "every", "keep")
@@ -251,6 +253,7 @@ class RunConfig:
     alarms: AlarmConfig = AlarmConfig()
     metrics: MetricsConfig = MetricsConfig()
     validation: ValidationConfig = ValidationConfig()
+    samples: SamplesConfig = SamplesConfig()
     distill: DistillConfig | None = None
     """Set for a student: how it learns from its teacher."""
     lora: LoRAConfig | None = None
@@ -310,6 +313,10 @@ class RunConfig:
             ahead is None or ahead.depth < self.data.seq_len,
             f"model.multi_token.depth={ahead and ahead.depth} must be below "
             f"data.seq_len={self.data.seq_len}",
+        )
+        require(
+            not self.checkpoint.best or self.validation.every is not None,
+            "checkpoint.best=True needs validation.every, by whose loss the best is known",
         )
         self._check_further()
         self._check_memory()

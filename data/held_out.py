@@ -39,6 +39,7 @@ def held_out_batches(
     *,
     multiple_of: int = 1,
     streams: bool = False,
+    sources: bool = False,
 ) -> dict[str, np.ndarray]:
     """ "tokens", "targets" and "positions" of the rows of `held_out_rows`, int32 [S, B, L].
 
@@ -49,6 +50,7 @@ def held_out_batches(
 
     Args:
       rows_at_once: B, but for fewer rows the least multiple of `multiple_of` that holds them.
+      sources: adds "source", the part of the file that each target is of.
     """
     rows_SN = held_out_rows(file, seq_len, max_rows, streams=streams)
     segments, count = rows_SN.shape
@@ -59,18 +61,37 @@ def held_out_batches(
     rows_SB, begins_SB = (x.reshape(-1, size) for x in (rows_GSB, begins_GSB))
     shape = (*rows_SB.shape, seq_len)
     batch = {"tokens": np.zeros(shape, np.int32)}
-    batch |= {name: np.full(shape, -1, np.int32) for name in ("targets", "positions")}
+    filled = ("targets", "positions", *(["source"] if sources else []))
+    batch |= {name: np.full(shape, -1, np.int32) for name in filled}
     chats = PackedChats(file, seq_len) if file.sidecar.has_loss_mask else None
     for place in zip(*np.nonzero(rows_SB >= 0), strict=True):
         if chats is not None:
-            row = chats[int(rows_SB[place])]
+            row = chats[int(rows_SB[place])] | _chat_sources(chats, int(rows_SB[place]))
             for name in batch:
                 batch[name][place] = row[name]
             continue
         row = _row(file, seq_len, int(rows_SB[place]), int(begins_SB[place]))
-        for name, x_L in row.items():
-            batch[name][place][: len(x_L)] = x_L
+        for name in batch:
+            batch[name][place][: len(row[name])] = row[name]
     return batch
+
+
+def _chat_sources(chats: PackedChats, row: int) -> dict[str, np.ndarray]:
+    """The part that each place of a row of chats is of."""
+    source_L = np.full(chats.seq_len, -1, np.int32)
+    place = 0
+    for chat in chats.rows[row]:
+        begin, end = chats.file.bounds(chat)
+        count = min(end - begin - 1, chats.seq_len)
+        source_L[place : place + count] = _part_of(chats.file, np.array([begin]))
+        place += count
+    return {"source": source_L}
+
+
+def _part_of(file: TokenFile, places: np.ndarray) -> np.ndarray:
+    """The part that holds each token; of those that begin at one place the last, which has any."""
+    firsts = np.array([part.first_token for part in file.sidecar.parts] or [0])
+    return (np.searchsorted(firsts, places, side="right") - 1).astype(np.int32)
 
 
 def _row(file: TokenFile, seq_len: int, row: int, begin: int) -> dict[str, np.ndarray]:
@@ -83,7 +104,9 @@ def _row(file: TokenFile, seq_len: int, row: int, begin: int) -> dict[str, np.nd
     starts = np.asarray(file.sidecar.starts)
     starts_L = starts[np.searchsorted(starts, places_L, side="right") - 1]
     positions_L = places_L - np.maximum(starts_L, begin * seq_len)
-    return {"tokens": window[:-1], "targets": window[1:], "positions": positions_L}
+    source_L = _part_of(file, places_L + 1)
+    arrays = {"tokens": window[:-1], "targets": window[1:], "positions": positions_L}
+    return arrays | {"source": source_L}
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray | None:

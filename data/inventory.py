@@ -10,6 +10,7 @@ from data.corpora import BEGINNING, END, document_name, shown_reasons, source_pa
 from data.packed_chats import PackedChats
 from data.packing import packed_rows
 from data.pipeline import Corpus
+from data.preferences import PreferencePairs
 from data.sources import sizes_of
 from data.token_file import LISTED, TokenFile
 
@@ -32,16 +33,18 @@ def inventory(corpus: Corpus, run: RunConfig) -> Iterator[str]:
     files = 1 if is_file else len(training.names) + len(held_out.names)
     what = "file" if training.format == LISTED else "document"
     epochs = run.steps * run.tokens_per_step / training.num_tokens
-    if training.has_loss_mask:
-        epochs = run.steps * run.batch_size / len(PackedChats(file, run.data.seq_len))
+    chats = packed_rows(file, run.data.seq_len) if training.has_loss_mask else None
+    if chats is not None:
+        rows = len(chats) * (2 if training.has_pairs else 1)
+        epochs = run.steps * run.batch_size / rows
     counted = f"{files:,} {what}{'s' if files > 1 else ''}{missing}"
     shown = _epochs_shown(epochs)
     yield (
         f"{corpus.directory}: {counted}, {training.num_tokens:,} tokens to train on, "
         f"{shown} epochs; {held_out.num_tokens:,} held out"
     )
-    if training.has_loss_mask:
-        yield f"  {PackedChats(file, run.data.seq_len).describe()}"
+    if isinstance(chats, PackedChats | PreferencePairs):
+        yield f"  {chats.describe()}"
     yield from _shares(file, run)
     name = "one of its sources" if run.data.is_mixed else run.data.source
     try:
@@ -63,7 +66,7 @@ def _shares(file: TokenFile, run: RunConfig) -> Iterator[str]:
     if not run.data.mixture:
         return
     total = sum(part.weight for part in run.data.mixture)
-    rows = run.steps * run.batch_size
+    rows = run.steps * run.batch_size // (2 if file.sidecar.has_pairs else 1)
     parts = packed_rows(file, run.data.seq_len).parts()
     pairs = zip(run.data.mixture, parts, strict=True)
     for part, own in pairs:

@@ -11,6 +11,7 @@ from configs.checks import require
 from configs.data import DataConfig
 from data.chats import loss_mask, render_chat
 from data.held_out import token_bytes
+from data.preferences import encode_pair
 from data.sources import Item, Unit
 from data.tokenizers.public_tokenizer import PublicTokenizer
 from data.tokenizers.tokenizer import num_ids
@@ -22,7 +23,7 @@ class Encoded(NamedTuple):
     num_bytes: int
     """Of the text, UTF-8."""
     mask: np.ndarray | None = None
-    """Of chats, uint8 for each token: 1 where the loss counts it."""
+    """Of chats and pairs, uint8 for each token: 1 where the loss counts it."""
 
 
 Encode = Callable[[Unit, list[Item]], list[Encoded | None]]
@@ -38,9 +39,11 @@ def encoder_of(
       end_of_text: token that begins a document of text.
     """
 
-    if data.form == "chat":
+    if data.form != "text":
         assert public is not None, "the config demands one"
-        return partial(_encode_chats, public)
+        if data.form == "chat":
+            return partial(_encode_chats, public)
+        return partial(_encode_pairs, public)
 
     def encode(unit: Unit, items: list[Item]) -> list[Encoded | None]:
         texts = [item.text or "" for item in items]
@@ -75,6 +78,17 @@ def encoder_of(
         return Encoded(np.concatenate([[end_of_text], ids]), num_bytes)
 
     return encode
+
+
+def _encode_pairs(
+    tokenizer: PublicTokenizer, unit: Unit, items: list[Item]
+) -> list[Encoded | None]:
+    made: list[Encoded | None] = []
+    for item in items:
+        where = f"{unit.where} {item.number}"
+        ids, mask, num_bytes = encode_pair(item.messages, tokenizer, where)
+        made.append(Encoded(ids, num_bytes, mask))
+    return made
 
 
 def _encode_chats(

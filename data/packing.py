@@ -11,6 +11,7 @@ import numpy as np
 
 from configs.checks import UserError, require
 from data.packed_chats import PackedChats
+from data.preferences import PreferencePairs
 from data.token_file import TokenFile
 
 
@@ -70,12 +71,14 @@ class PackedRows:
         return f"PackedRows({self.file.path.name}, {self.num_rows} rows of {self.seq_len})"
 
 
-def packed_rows(file: TokenFile, seq_len: int) -> "PackedRows | PackedChats":
-    """The rows of a file: of whole chats, or of text, which is cut anywhere.
+def packed_rows(file: TokenFile, seq_len: int) -> "PackedRows | PackedChats | PreferencePairs":
+    """The rows of a file: of whole chats, pairs of rows, or of text, which is cut anywhere.
 
     Raises:
       UserError: the file is too short for a single row.
     """
+    if file.sidecar.has_pairs:
+        return PreferencePairs(file, seq_len)
     of_chats = file.sidecar.has_loss_mask
     return PackedChats(file, seq_len) if of_chats else PackedRows(file, seq_len)
 

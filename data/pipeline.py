@@ -30,6 +30,7 @@ from data.corpus_settings import (
 )
 from data.locks import wait_for_lock
 from data.packing import StreamRows, packed_rows
+from data.preferences import rows_of_pairs
 from data.sources import is_streamed, sizes_of
 from data.streamed import StreamedBuild
 from data.token_file import TokenFile, write_tokens
@@ -198,7 +199,7 @@ def _build_streamed(directory: Path, config: DataConfig, vocab_size: int) -> Non
         tokenizer = plain(build.make_tokenizer())
         check_vocabulary(tokenizer, vocab_size, config.tokenizer or "the corpus's own")
         tokenizer.save(str(path))
-    if config.form == "chat":
+    if config.form != "text":
         assert public is not None, "the config demands one"
         write_tokenizer_config(directory, public)
     num_empty = build.write(Corpus(directory).tokenizer(), path)
@@ -255,14 +256,23 @@ def batches(
             f"batch_size={batch_size} must be divisible by the {process_count} processes"
         )
     own_rows = batch_size // process_count
+    has_pairs = file.sidecar.has_pairs
+    unit = 2 if has_pairs else 1  # rows of an item of the source
+    if own_rows % unit:
+        raise UserError(
+            f"batch_size={batch_size} gives each of {process_count} processes {own_rows} rows, and "
+            "a pair is two of them: make it even"
+        )
     if order == "streams":
         streams = StreamRows(file, seq_len, batch_size, process_index, process_count)
         rows = grain.MapDataset.source(streams).repeat(MAX_EPOCHS)
         blocks = rows[rows_before // process_count :].batch(own_rows)
     elif order == "shuffled":
         rows = _mixed(file, seq_len, seed, weights) if weights else _shuffled(file, seq_len, seed)
-        blocks = rows[rows_before:].batch(own_rows)
+        blocks = rows[rows_before // unit :].batch(own_rows // unit)
         blocks = blocks[process_index::process_count]
+        if has_pairs:
+            blocks = blocks.map(rows_of_pairs)
     else:
         assert_never(order)
     return iter(blocks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

@@ -26,11 +26,12 @@ from data.corpora import (
     source_sizes,
     split_lines,
 )
+from data.preferences import SIDES
 from data.records import ReadRecords, reader_of
 from data.tokenized import is_tokenized, read_tokenized
 from formats.small_files import read_json_object
 
-DEFAULT_FIELDS: dict[Form, str] = {"text": "text", "chat": "messages"}
+DEFAULT_FIELDS: dict[Form, str] = {"text": "text", "chat": "messages", "preference": "chosen"}
 DATASET, DATASET_DICT = "state.json", "dataset_dict.json"
 """What Hugging Face's datasets write beside their arrow files."""
 
@@ -47,6 +48,7 @@ class Item(NamedTuple):
     text: str | None = None
     ids: np.ndarray | None = None
     messages: Any = None
+    """Of a chat; of preferences the record."""
     is_held_out: bool | None = None
     """None: a hash of the name decides."""
 
@@ -86,7 +88,7 @@ class OpenedSource(NamedTuple):
 def is_streamed(part: MixturePart, form: Form) -> bool:
     """Whether the source is of records or tokens, not a folder or file of text."""
     root = source_path(part.source)
-    if form == "chat" or (root.is_dir() and (root / DATASET).exists()):
+    if form != "text" or (root.is_dir() and (root / DATASET).exists()):
         return True
     if root.is_dir() and (root / DATASET_DICT).exists():
         return True
@@ -109,7 +111,8 @@ def open_part(part: MixturePart, data: DataConfig, end_of_text: int) -> OpenedSo
     root = source_path(part.source)
     paths, left_out = _paths(part, root)
     field = part.text_field or DEFAULT_FIELDS[form]
-    units = [_file_unit(path, path_below(root, path), form, field, end_of_text) for path in paths]
+    fields = (field,) if form != "preference" else tuple(dict.fromkeys((*SIDES, field)))
+    units = [_file_unit(path, path_below(root, path), form, fields, end_of_text) for path in paths]
     require(
         bool(units),
         f"data.source={part.source!r} has no files that end in {part.suffix!r}: give another "
@@ -159,14 +162,16 @@ def _paths(part: MixturePart, root: Path) -> tuple[list[Path], list[LeftOut]]:
     return [path for path, reason in found if not reason], left_out
 
 
-def _file_unit(path: Path, name: str, form: Form, field: str, end_of_text: int) -> Unit:
+def _file_unit(
+    path: Path, name: str, form: Form, fields: tuple[str, ...], end_of_text: int
+) -> Unit:
     try:
         state = path.stat()
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
     read = reader_of(path)
     if read is not None:
-        items, where = _record_items(path, read, form, field), f"{path} line"
+        items, where = _record_items(path, read, form, fields), f"{path} line"
     else:
         require(
             is_tokenized(path) and form == "text",
@@ -179,13 +184,15 @@ def _file_unit(path: Path, name: str, form: Form, field: str, end_of_text: int) 
 
 
 def _record_items(
-    path: Path, read: ReadRecords, form: Form, field: str
+    path: Path, read: ReadRecords, form: Form, fields: tuple[str, ...]
 ) -> Callable[[int], Iterator[Item]]:
     def items(skip: int) -> Iterator[Item]:
-        for number, record in read(path, (field,), skip):
+        field = fields[0]
+        for number, record in read(path, fields, skip):
             value = record[field]
-            if form == "chat":
-                yield Item(number, 0, number, messages=value)
+            if form != "text":
+                messages = value if form == "chat" else {name: record[name] for name in fields}
+                yield Item(number, 0, number, messages=messages)
                 continue
             require(
                 value is None or isinstance(value, str),

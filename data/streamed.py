@@ -149,7 +149,7 @@ class StreamedBuild:
         encode = encoder_of(self.data, tokenizer, self.public, end)
         found = self._found(sha256)
         done = found.now
-        is_chat, dtype = self.data.form == "chat", token_dtype(tokenizer)
+        is_chat, dtype = self.data.form != "text", token_dtype(tokenizer)
         with (
             TokenWriter(
                 self.directory / "train.bin", dtype, done.train, has_loss_mask=is_chat
@@ -174,7 +174,8 @@ class StreamedBuild:
                 (held_out, done.held_out_starts),
             ):
                 parts = ended_parts(names, list(starts), writer.written.num_tokens)
-                writer.finish(sha256, end, files, parts)
+                has_pairs = self.data.form == "preference"
+                writer.finish(sha256, end, files, parts, has_pairs=has_pairs)
         (self.directory / NOTES).unlink(missing_ok=True)
         return done.num_empty
 

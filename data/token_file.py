@@ -31,7 +31,14 @@ DTYPES = ("uint16", "uint32")
 DOCUMENT = np.dtype([("start", "<u8"), ("num_bytes", "<u8"), ("file", "<u8"), ("number", "<u8")])
 """A row of a table: first token, UTF-8 bytes, the file and the number of the record in it."""
 LIST_FIELDS = ("names", "starts", "byte_counts")
-TABLE_FIELDS = ("num_documents", "files", "parts", "has_loss_mask", "documents_sha256")
+TABLE_FIELDS = (
+    "num_documents",
+    "files",
+    "parts",
+    "has_loss_mask",
+    "has_pairs",
+    "documents_sha256",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,8 @@ class Sidecar:
     files: list[str] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     has_loss_mask: bool = False
+    has_pairs: bool = False
+    """Whether a document is a pair of conversations (data/preferences.py)."""
     documents_sha256: str = ""
 
 

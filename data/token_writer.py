@@ -100,13 +100,20 @@ class TokenWriter:
         return self.written
 
     def finish(
-        self, tokenizer_sha256: str, end_of_text: int, files: list[str], parts: list[Part]
+        self,
+        tokenizer_sha256: str,
+        end_of_text: int,
+        files: list[str],
+        parts: list[Part],
+        *,
+        has_pairs: bool = False,
     ) -> Sidecar:
         """Writes the sidecar.
 
         Args:
           files: names, by the indices that `append` was given.
           parts: the sources, in order.
+          has_pairs: see Sidecar.
         """
         self.flush()
         with documents_path(self.path).open("rb") as table:
@@ -122,6 +129,7 @@ class TokenWriter:
             files=files,
             parts=parts,
             has_loss_mask=self._mask is not None,
+            has_pairs=has_pairs,
             documents_sha256=digest.hexdigest(),
             **asdict(self.written),
         )

@@ -278,7 +278,7 @@ def run_tokenizer(run: RunConfig, run_dir: Path) -> PublicTokenizer:
     with the template and the ends of the model that it comes from.
     """
     tokenizer = read_run_tokenizer(run, run_dir)
-    if run.data.form == "chat":
+    if run.data.form != "text":
         return dataclasses.replace(read_public_tokenizer(run_dir), tokenizer=tokenizer)
     end = end_of_text_id(tokenizer)
     return PublicTokenizer(tokenizer, bos_id=end, eos_ids=frozenset({end}), add_bos=True)

@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from configs.checks import require
+from data.preferences import COUNTED, REJECTED, SIDES
 from data.token_file import TokenFile
 from data.tokenizers.tokenizer import load_tokenizer
 from scripts import command
@@ -53,11 +54,24 @@ def show_document(
     """Its name and how many of its tokens the loss counts, then its text in pieces."""
     begin, end = file.bounds(document)
     ids = np.asarray(file.tokens[begin:end]).tolist()
-    mask = file.loss_mask
-    counts = [True] * len(ids) if mask is None else (mask[begin:end] != 0).tolist()
-    counts[0] = False  # nothing comes before it that could predict it
+    mask = np.ones(len(ids), np.uint8) if file.loss_mask is None else file.loss_mask[begin:end]
+    is_rejected = mask >= REJECTED if file.sidecar.has_pairs else np.zeros(len(ids), bool)
+    counts = (mask & COUNTED).astype(bool)
+    sides = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(is_rejected)) + 1)
+    for places in sides:
+        counts[places[0]] = False  # nothing comes before it that could predict it
     name = file.sidecar.names[document]
-    yield f"\n--- {document}: {name}, {len(ids):,} tokens, the loss counts {sum(counts):,}\n"
+    yield f"\n--- {document}: {name}, {len(ids):,} tokens, the loss counts {counts.sum():,}\n"
+    for side, places in enumerate(sides):
+        if len(sides) > 1:
+            yield f"{chr(10) if side else ''}{SIDES[side]}:\n"
+        own = slice(places[0], places[-1] + 1)
+        yield from _show(tokenizer, ids[own], counts[own].tolist(), in_colour=in_colour)
+
+
+def _show(
+    tokenizer: Tokenizer, ids: list[int], counts: list[bool], *, in_colour: bool
+) -> Iterator[str]:
     marks = ((GREY, PLAIN), (GREEN, PLAIN)) if in_colour else (("", ""), ("[", "]"))
     for is_counted, pairs in itertools.groupby(zip(counts, ids, strict=True), lambda x: x[0]):
         before, after = marks[is_counted]

@@ -104,7 +104,7 @@ def scores_of(runs: list[RunConfig], own: RunConfig, variables: Variables) -> li
         read = dataclasses.replace(read, validation=every)
         mesh, corpus = mesh_of(read), prepare_corpus(run.data, run.model.vocab_size)
         with jax.set_mesh(mesh):
-            measured = Validation(read, corpus, mesh).measure(variables)
+            measured = Validation(read, corpus, mesh).measure_variables(variables)
         scores.append(-float(measured["validation_loss"]))
     return scores
 

@@ -19,13 +19,21 @@ from parallel.distributed import is_first
 from planning.available import require_memory
 from scripts import command
 from scripts.named_runs import chosen_run, experiment_text
+from scripts.samples import sampler
 from scripts.sources import consolidated_state, initial_weights
-from train.fine_tuning import fine_tune
+from train.fine_tuning import fine_tune, fine_tune_on_preferences
 from train.loop import FitResult, fit
+from train.profile import Profile, parse_profile
+
+TRAIN = {"text": fit, "chat": fine_tune, "preference": fine_tune_on_preferences}
+"""By the form of the data."""
 
 
 def main(argv: list[str]) -> int:
     parser = command.add_process_options(command.parser(__doc__, run=True))
+    parser.add_argument(
+        "--profile", metavar="FIRST:LAST", help="trace these steps and print what took longest"
+    )
     arguments, overrides = command.split_run_arguments(parser, argv)
     run = chosen_run(arguments, overrides)
     require(
@@ -36,18 +44,29 @@ def main(argv: list[str]) -> int:
     command.start_processes(arguments, run.mesh.num_devices)
     require_memory(run)
     describe(run)
-    return train_run(run, arguments.run_dir, experiment_text(arguments))
+    experiment = experiment_text(arguments)
+    return train_run(run, arguments.run_dir, experiment, parse_profile(arguments.profile))
 
 
-def train_run(run: RunConfig, run_dir: Path, experiment: str | None) -> int:
+def train_run(
+    run: RunConfig, run_dir: Path, experiment: str | None, profile: Profile | None = None
+) -> int:
     """Trains a run, with the weights that it begins with; its exit code."""
     begin = initial_weights(run, run_dir)
     opt_state = None
     if run.further.consolidation and begin.variables is not None:
         opt_state = consolidated_state(run, begin.variables)
-    train = fine_tune if run.data.form == "chat" else fit
-    options = {"variables": begin.take(), "initial": begin.origin, "experiment": experiment}
-    return finish(run, run_dir, train(run, run_dir, opt_state=opt_state, **options))
+    result = TRAIN[run.data.form](
+        run,
+        run_dir,
+        variables=begin.take(),
+        opt_state=opt_state,
+        initial=begin.origin,
+        experiment=experiment,
+        sample=sampler(run, run_dir),
+        profile=profile,
+    )
+    return finish(run, run_dir, result)
 
 
 def describe(run: RunConfig) -> None:
@@ -80,7 +99,7 @@ def finish(run: RunConfig, run_dir: Path, result: FitResult) -> int:
     done = "trained {} steps" if result.new_steps else "all {} steps were done before"
     print(f"{done.format(result.steps)}; {run_dir}/report.html shows them. Next:")
     typed = shlex.quote(str(run_dir))
-    if run.data.form == "chat":
+    if run.data.form != "text":
         print(f"  python -m scripts.chat {typed}")
         return 0
     print(f"  python -m scripts.evaluate {typed}")

@@ -65,7 +65,8 @@ def shared_programs() -> Iterator[None]:
 def _kind(run: RunConfig) -> RunConfig:
     """The run without what its step does not depend on: names, places, what is kept and watched."""
     blank = tiny.run(Path("anywhere"))
-    data = dataclasses.replace(run.data, source="", directory="")
+    source = run.data.source if run.data.mixture else ""
+    data = dataclasses.replace(run.data, source=source, directory="")
     names = ("name", "checkpoint", "alarms", "init", "metrics", "validation")
     others = {name: getattr(blank, name) for name in names}
     if run.keeps_initial:

@@ -19,6 +19,7 @@ from configs.base import RunConfig
 from configs.checks import UserError, require
 from data.packing import packed_rows
 from data.pipeline import prepare_corpus
+from data.preferences import PreferencePairs
 from data.tokenizers.tokenizer import vocabulary_difference
 from parallel.distributed import first_then_others, is_started
 from train.byte_distillation import aligned_view, make_byte_loss
@@ -186,6 +187,7 @@ def teachers_view(
         "(scripts.distill --make-cache), or leave it out",
     )
     rows = packed_rows(file, run.data.seq_len)
+    assert not isinstance(rows, PreferencePairs), "the config refuses preferences here"
     return with_cache(view, TopKCache(cache_directory, rows, config, teachers[0]), mesh)
 
 

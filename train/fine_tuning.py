@@ -1,4 +1,5 @@
-"""Supervised fine-tuning: the next token of the assistant's turns in chats, and of nothing else.
+"""Fine-tuning: on the next token of the assistant's turns in chats, and of nothing else; and on
+preference pairs.
 
 Chats are packed whole (data/packed_chats.py); what the loss doesn't count has no target. So the
 objective is the mean over the assistant's tokens of a step, however they lie in its rows and
@@ -17,6 +18,22 @@ from configs.base import RunConfig
 from configs.checks import require
 from train.loop import FitResult, fit
 from train.losses import cross_entropy
+
+
+def fine_tune_on_preferences(run: RunConfig, run_dir: Path, **options: Any) -> FitResult:
+    """Trains on preference pairs (train/preference.py) as train.loop.fit does.
+
+    Args:
+      options: as fit's, the objective excepted.
+    Raises:
+      UserError: a run without preference settings; and as fit.
+    """
+    require(
+        run.preference is not None,
+        f"{run.name} has no preference settings: choose a run that has, or train it by "
+        "train.loop.fit",
+    )
+    return fit(run, run_dir, objective="preference", **options)
 
 
 def fine_tune(run: RunConfig, run_dir: Path, **options: Any) -> FitResult:

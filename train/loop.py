@@ -27,7 +27,8 @@ from configs.base import RunConfig
 from configs.checks import require
 from configs.serialization import differences
 from data.inventory import inventory
-from data.pipeline import Corpus, batches, open_corpus, prepare_corpus
+from data.mixture_rows import MixtureRows
+from data.pipeline import Batch, Corpus, batches, open_corpus, prepare_corpus
 from model.transformer import Variables
 from parallel.distributed import (
     batch_block,
@@ -39,13 +40,19 @@ from parallel.distributed import (
 )
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec
+from train.best import BestCheckpoint
+from train.loggers import logger_hooks
 from train.losses import ChunkLoss, cross_entropy
 from train.matching import Matching
 from train.pending import PendingMetrics
+from train.profile import Profile
 from train.recorder import Hook, Recorder
 from train.state import TrainState, init_state, make_train_setup, restored_state
 from train.step import TrainStep, make_train_step
 from train.validation import Validation
+
+Sample = Callable[[int, Variables], None]
+"""Writes texts of the model, whose variables are not to be kept: (steps done, variables)."""
 
 BatchTransform = Callable[[dict[str, Any], TrainState, int], dict[str, Any]]
 """Adds what the objective needs (the teacher's view) to a batch on the devices, given the state
@@ -76,6 +83,8 @@ def fit(
     initial: ModelOrigin | None = None,
     hooks: Sequence[Hook] = (),
     experiment: str | None = None,
+    sample: Sample | None = None,
+    profile: Profile | None = None,
 ) -> FitResult:
     """Trains until run.steps are done or a signal asks to stop; started again, it goes on.
 
@@ -94,6 +103,8 @@ def fit(
       initial: where these variables are from; None is not compared when a run goes on.
       hooks: called with each step and its line of the log when its metrics have been fetched.
       experiment: text of the user's own file that the run comes from, kept as experiment.py.
+      sample: called every run.samples.every steps with them and the variables.
+      profile: steps to trace; None: none.
     Raises:
       UserError: a run_dir with another experiment or another process in it, a corpus or checkpoint
       that can't be read, no disk.
@@ -118,9 +129,26 @@ def fit(
             del variables, opt_state  # the state has its own; these may be as large
             step = make_train_step(run, setup, chunk_loss, *compared)
             validation = Validation(run, corpus, mesh)
-            with Recorder(run, run_dir, store, hooks) as recorder:
+            with (
+                _loggers(run, run_dir) as loggers,
+                Recorder(run, run_dir, store, [*hooks, *loggers]) as recorder,
+                BestCheckpoint(run_dir, metadata, is_kept=run.checkpoint.best) as best,
+            ):
                 loop = _Loop(
-                    run, mesh, iterator, transform, step, validation, store, recorder, stop
+                    run=run,
+                    run_dir=run_dir,
+                    mesh=mesh,
+                    batches=iterator,
+                    sources=MixtureRows(run.data, corpus.training()),
+                    transform=transform,
+                    step=step,
+                    validation=validation,
+                    store=store,
+                    best=best,
+                    recorder=recorder,
+                    stop=stop,
+                    sample=sample,
+                    profile=profile or Profile(),
                 )
                 state, done = loop.train(state, first)
             if done > first and done % run.checkpoint.every:  # else it is saved
@@ -134,14 +162,19 @@ class _Loop:
     """The steps of a run, one after the other, and all that they need."""
 
     run: RunConfig
+    run_dir: Path
     mesh: Mesh
     batches: Any
+    sources: MixtureRows
     transform: BatchTransform
     step: TrainStep
     validation: Validation
     store: CheckpointStore
+    best: BestCheckpoint
     recorder: Recorder
     stop: "_Stop"
+    sample: Sample | None
+    profile: Profile
 
     def train(self, state: TrainState, done: int) -> tuple[TrainState, int]:
         """The state after the last step, and the steps done; its metrics are all in the record.
@@ -152,21 +185,44 @@ class _Loop:
         every = self.run.metrics.fetch_every
         pending = PendingMetrics(every, self.mesh.devices.flat[0].platform)
         while done < self.run.steps and not self.stop.is_asked():
-            batch = self.transform(to_devices(next(self.batches), self.mesh), state, done)
+            self.profile.before(done + 1, self.run_dir)
+            batch = self.transform(to_devices(self._next_batch(), self.mesh), state, done)
             state, metrics = self.step(state, batch)
             done += 1
             pending.add(done, metrics)
+            self.profile.after(done, state, self.run_dir)
             if self.validation.is_due(done):
                 pending.settle()
-                pending.extend_last(self.validation.measure(state.variables))
+                measured = self.validation.measure(state)
+                pending.extend_last(measured)
+                self.best.offer(done, measured["validation_loss"], state, self.batches)
+            if self.sample is not None and done % (self.run.samples.every or done + 1) == 0:
+                pending.settle()
+                self.sample(done, state.measured_variables)
             if done % self.run.checkpoint.every == 0:
                 self.recorder.record(pending.fetch(whole=True))  # an alarm comes before the save
                 self.store.save(done, state.to_dict(), self.batches)
             elif pending.is_due():
                 self.recorder.record(pending.fetch())
             pending.restart_clock()
+        self.profile.close()
         self.recorder.record(pending.fetch(whole=True))
         return state, done
+
+    def _next_batch(self) -> Batch:
+        """The next batch; of a mixture with the source of each row."""
+        batch = next(self.batches)
+        return batch | {"source": self.sources.of(batch["row"])} if self.sources else batch
+
+
+@contextlib.contextmanager
+def _loggers(run: RunConfig, run_dir: Path) -> Iterator[list[Hook]]:
+    """The hooks of the run's loggers, on the first process."""
+    if not is_first():
+        yield []
+        return
+    with logger_hooks(run, run_dir) as hooks:
+        yield hooks
 
 
 def _refuse_fewer_steps(run: RunConfig, run_dir: Path) -> None:

@@ -50,22 +50,22 @@ def chunked_loss(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 5))
 def _chunked(chunk_loss, hidden_BLD, w_DV, inputs, shared, num_chunks):
     """Without gradients: the sums alone."""
-    chunks = _cut((hidden_BLD, inputs), num_chunks)
+    chunks = cut_in_chunks((hidden_BLD, inputs), num_chunks)
 
     def add_loss(_, chunk):
         hidden_BcD, chunk_inputs = chunk
-        return None, chunk_loss(_logits(hidden_BcD, w_DV), chunk_inputs, shared)
+        return None, chunk_loss(logits_of(hidden_BcD, w_DV), chunk_inputs, shared)
 
     return jax.tree.map(lambda sums: sums.sum(axis=0), jax.lax.scan(add_loss, None, chunks)[1])
 
 
 def _chunked_forward(chunk_loss, hidden_BLD, w_DV, inputs, shared, num_chunks):
-    chunks = _cut((hidden_BLD, inputs), num_chunks)
+    chunks = cut_in_chunks((hidden_BLD, inputs), num_chunks)
     grad = jax.value_and_grad(chunk_loss, has_aux=True)
 
     def add_gradient(dw_DV, chunk):
         hidden_BcD, chunk_inputs = chunk
-        sums, dlogits_BcV = grad(_logits(hidden_BcD, w_DV), chunk_inputs, shared)
+        sums, dlogits_BcV = grad(logits_of(hidden_BcD, w_DV), chunk_inputs, shared)
         dlogits_BcV = dlogits_BcV.astype(w_DV.dtype)
         dhidden_BcD, dw_of_chunk_DV = _gradients(hidden_BcD, w_DV, dlogits_BcV)
         return dw_DV + dw_of_chunk_DV, (sums, dhidden_BcD)
@@ -98,7 +98,8 @@ def _gradients(hidden_BcD: jax.Array, w_DV: jax.Array, dlogits_BcV: jax.Array):
     return dhidden_BcD, dw_DV
 
 
-def _logits(hidden_BcD: jax.Array, w_DV: jax.Array) -> jax.Array:
+def logits_of(hidden_BcD: jax.Array, w_DV: jax.Array) -> jax.Array:
+    """Of a chunk, float32 [B, c, V]."""
     hidden_TD = hidden_BcD.reshape(-1, hidden_BcD.shape[-1])
     if bfloat16.is_native(hidden_TD.shape[0], hidden_TD.dtype):
         logits_TV = bfloat16.times_matrix(hidden_TD, w_DV, dtype=jnp.dtype(jnp.float32))
@@ -106,7 +107,7 @@ def _logits(hidden_BcD: jax.Array, w_DV: jax.Array) -> jax.Array:
     return jnp.einsum("BcD,DV->BcV", hidden_BcD, w_DV, preferred_element_type=jnp.float32)
 
 
-def _cut(tree: Any, num_chunks: int) -> Any:
+def cut_in_chunks(tree: Any, num_chunks: int) -> Any:
     """[B, L, ...] to [N, B, c, ...]."""
 
     def cut(x):
@@ -125,12 +126,41 @@ def cross_entropy(
       inputs: "targets" int32 [B, c].
     """
     targets_Bc = inputs["targets"]
+    nats_Bc = token_nats(logits_BcV, targets_Bc)
+    loss = jnp.where(targets_Bc >= 0, nats_Bc, 0.0).sum()
+    return loss, {"cross_entropy": loss}
+
+
+def with_source_sums(chunk_loss: ChunkLoss, num_sources: int) -> ChunkLoss:
+    """The objective, and the cross-entropy's sum and count over each source of a mixture, "source"
+    [2, sources].
+
+    Its inputs have "source", int32 [B, c]: the source of each token.
+    """
+
+    def loss(logits_BcV: jax.Array, inputs: dict[str, jax.Array], shared: Any = None) -> Any:
+        own = {name: x for name, x in inputs.items() if name != "source"}
+        total, sums = chunk_loss(logits_BcV, own, shared)
+        nats_Bc = token_nats(jax.lax.stop_gradient(logits_BcV), inputs["targets"])
+        return total, sums | {"source": source_sums(nats_Bc, inputs, num_sources)}
+
+    return loss
+
+
+def source_sums(nats_Bc: jax.Array, inputs: dict[str, jax.Array], num_sources: int) -> jax.Array:
+    """Sum of nats and count of targets of each source, float32 [2, sources]."""
+    is_own_BcS = inputs["source"][:, :, None] == jnp.arange(num_sources)
+    is_own_BcS &= (inputs["targets"] >= 0)[:, :, None]
+    nats_S = jnp.where(is_own_BcS, nats_Bc[:, :, None], 0.0).sum(axis=(0, 1))
+    return jnp.stack([nats_S, is_own_BcS.sum(axis=(0, 1)).astype(jnp.float32)])
+
+
+def token_nats(logits_BcV: jax.Array, targets_Bc: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target] of each token, whose target is not negative; float32 [B, c]."""
     vocab_V = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits_BcV.shape[-1]), 2)
     # A masked sum instead of a gather: its gradient is elementwise, a gather's is a scatter.
     target_logit_Bc = jnp.where(vocab_V == targets_Bc[:, :, None], logits_BcV, 0.0).sum(axis=-1)
-    nats_Bc = jax.nn.logsumexp(logits_BcV, axis=-1) - target_logit_Bc
-    loss = jnp.where(targets_Bc >= 0, nats_Bc, 0.0).sum()
-    return loss, {"cross_entropy": loss}
+    return jax.nn.logsumexp(logits_BcV, axis=-1) - target_logit_Bc
 
 
 LayerStats = dict[str, RouterStats]

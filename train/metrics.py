@@ -3,13 +3,15 @@
 A line per step: "step" (steps done, from 1), "loss", "tokens_per_second", "learning_rate",
 "grad_norm", "seconds", the objective's own terms, and per MoE layer, in the order of the layers and
 multi-token modules last, lists under "load_cv", "load_cv_floor", "max_violation", "dead_experts",
-"peak_load", "router_entropy", "mean_k", "overflow_rows", "bytes_moved"; on some steps
+"peak_load", "router_entropy", "z_loss" (unweighted), "mean_k", "overflow_rows", "bytes_moved"; on
+some steps
 "expert_load", a list per layer of each expert's load over the mean. Layers that choose their tokens
 list "chosen_fraction" and "predictor_accuracy"; with early exit, "exit_cross_entropy" has the exits
 that the step supervised, by the number of layers before them. With optimizer.skip_above, "skipped"
 is 1 for a step that changed nothing. Steps after which the run was
 measured on held-out text have "validation_loss" and "validation_bits_per_byte" (see
-train/validation.py). A number that is not finite is null.
+train/validation.py). Runs on a mixture have "source_losses" and "validation_source_losses", the
+cross-entropy of each source's targets. A number that is not finite is null.
 """
 
 import json
@@ -116,11 +118,17 @@ def make_line(
     run_steps: int,
     tokens: int,
     model: ModelConfig,
+    sources: Sequence[str] = (),
 ) -> Line:
-    """One line of the log from a step's metrics (see train/step.py), fetched to the host."""
-    by_layer = ("router", "depth", "exits")
-    line: Line = {name: float(x) for name, x in metrics.items() if name not in by_layer}
+    """One line of the log from a step's metrics (see train/step.py), fetched to the host.
+
+    Args:
+      sources: names of a mixture's, in its order.
+    """
+    apart = ("router", "depth", "exits", "source", "validation_source")
+    line: Line = {name: float(x) for name, x in metrics.items() if name not in apart}
     line = {"step": step, **line, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    line |= _by_source(metrics, sources)
     layers = _in_layer_order(metrics["router"], model)
     with_load = step % max(run_steps // LOAD_RECORDS, 1) == 0
     for name in layers[0] if layers else ():
@@ -133,6 +141,17 @@ def make_line(
     for name in routed[0] if routed else ():
         line[name] = [round(float(layer[name]), 5) for layer in routed]
     return line | _exits_line(metrics, model)
+
+
+def _by_source(metrics: dict[str, Any], sources: Sequence[str]) -> Line:
+    """The mean cross-entropy of each source's targets; nothing of one that had none this time."""
+    line = {}
+    names = {"source": "source_losses", "validation_source": "validation_source_losses"}
+    for name, shown in names.items():
+        if name in metrics:
+            columns = zip(sources, *np.asarray(metrics[name]), strict=True)
+            line[shown] = {x: round(float(sum_ / n), 5) for x, sum_, n in columns if n > 0}
+    return line
 
 
 def _exits_line(metrics: dict[str, Any], model: ModelConfig) -> Line:

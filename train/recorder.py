@@ -56,7 +56,10 @@ class Recorder:
         """
         for step, metrics, seconds in measured:
             tokens = self.run.tokens_per_step
-            line = make_line(step, metrics, seconds, self.run.steps, tokens, self.run.model)
+            sources = [part.source for part in self.run.data.mixture]
+            line = make_line(
+                step, metrics, seconds, self.run.steps, tokens, self.run.model, sources
+            )
             if self._is_first:
                 self._log.append(line)
             self._check(line)

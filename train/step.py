@@ -35,9 +35,11 @@ from train.losses import (
     depth_loss,
     exits_loss,
     weighted_indexer_loss,
+    with_source_sums,
 )
 from train.matching import Matching, matching_loss, projection_optimizer
 from train.multi_token import count_ahead, multi_token_loss
+from train.preference import log_probs, num_pairs, preference_loss, row_log_probs
 from train.spikes import is_spike, updated_means
 from train.state import TrainSetup, TrainState, is_trained
 
@@ -65,9 +67,9 @@ def make_train_step(
       A step that takes batch arrays [A * B, L, ...] ("tokens", "targets", "positions", and what the
       objective reads; "shared" goes to it whole; "chosen", the experts of each token where they are
       given, by layer as in model/step.py with dim 0 of the rows) and reports, the same on every
-      device, float32 scalars "loss" (the objective, per target token), the objective's own sums
-      per target token, "auxiliary", "grad_norm", "learning_rate", with optimizer.skip_above
-      "skipped" (1: the step changed nothing), with multi-token modules
+      device, float32 scalars "loss" (the objective, per target token, of preferences per pair), the
+      objective's own sums likewise, "auxiliary", "grad_norm", "learning_rate", with
+      optimizer.skip_above "skipped" (1: the step changed nothing), with multi-token modules
       "multi_token" (train/multi_token.py), with indexers "indexer", their mean loss in nats, with
       given experts "routing_changed", the share of them that routers would have chosen otherwise;
       and per MoE layer, under "router", and per layer that chooses its tokens, under "depth",
@@ -135,9 +137,15 @@ def _gradients(
     """
     shared = batch.get("shared")
     rows = {name: x for name, x in batch.items() if name not in ("shared", "row")}
-    num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
+    if run.preference is None:
+        num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
+    else:
+        num_targets = num_pairs(batch["targets"])
     num_ahead = count_ahead(batch["targets"], batch["positions"], run.model.multi_token)
     chunks = run.execution.logits_chunks
+    if "source" in rows:
+        rows["source"] = jnp.broadcast_to(rows["source"][:, None], rows["targets"].shape)
+        chunk_loss = with_source_sums(chunk_loss, len(run.data.mixture))
 
     def loss(trained, micro, earlier_counts, depth_key):
         projections = None
@@ -161,7 +169,12 @@ def _gradients(
         def loss_fn(hidden_BLD):
             return chunked_loss(chunk_loss, hidden_BLD, w_DV, inputs, shared, chunks)
 
-        objective, sums = loss_fn(hidden_BLD)
+        if run.preference is None:
+            objective, sums = loss_fn(hidden_BLD)
+        else:
+            reference_B = log_probs(setup.model, state.reference_variables, micro)
+            log_probs_B = row_log_probs(hidden_BLD, w_DV, micro["targets"], chunks)
+            objective, sums = preference_loss(log_probs_B, reference_B, run.preference)
         if run.model.early_exit is not None:
             finish = partial(setup.model.apply, variables, method="finish")
             objective, sums["exits"] = exits_loss(
@@ -331,6 +344,7 @@ def _layer_metrics(stats: RouterStats) -> Metrics:
         "router_entropy": stats.entropy,
         "overflow_rows": stats.overflow_rows,
         "bytes_moved": stats.bytes_moved,
+        "z_loss": stats.z_loss,
         "expert_load": counts / jnp.maximum(counts.mean(axis=-1, keepdims=True), 1e-9),
     }
 

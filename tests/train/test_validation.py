@@ -77,8 +77,8 @@ def test_the_mesh_does_not_matter(measured):
         changed = dataclasses.replace(run, mesh=mesh_config)
         mesh = mesh_of(changed)
         with jax.set_mesh(mesh):
-            variables = init_state(make_train_setup(changed, mesh), run.seed).variables
-            found.append(Validation(changed, corpus, mesh).measure(variables))
+            state = init_state(make_train_setup(changed, mesh), run.seed)
+            found.append(Validation(changed, corpus, mesh).measure(state))
     for name in found[0]:
         np.testing.assert_allclose(*(float(x[name]) for x in found), rtol=1e-6)
 
