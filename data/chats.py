@@ -39,8 +39,8 @@ def render_chat(messages: Any, tokenizer: PublicTokenizer, where: str) -> Render
     checked = _checked(messages, where)
     require(
         tokenizer.chat_template is not None,
-        "data.form='chat' or 'preference' needs a chat template, and data.tokenizer has none: name the "
-        "tokenizer of a model that was trained to chat",
+        "data.form='chat' or 'preference' needs a chat template, and data.tokenizer has none: name "
+        "the tokenizer of a model that was trained to chat",
     )
 
     def written(count: int, prompt: bool = False) -> str:
