@@ -111,8 +111,8 @@ def _preferences(
     """Loss and accuracy of the held-out pairs."""
 
     def add(carry: Any, batch: dict[str, jax.Array]) -> tuple[Any, None]:
-        both = (log_probs(model, x, batch) for x in (variables, reference))
-        loss, sums = preference_loss(*both, config)
+        own, before = (log_probs(model, x, batch) for x in (variables, reference))
+        loss, sums = preference_loss(own, before, config)
         empty = batch["targets"].shape[0] / 2 - (batch["targets"] >= 0).any(axis=1).sum() / 2
         loss -= empty * jnp.log(2.0)  # of padding, whose margin is 0
         return jax.tree.map(jnp.add, carry, (loss, sums["accuracy"])), None
