@@ -66,7 +66,7 @@ def convert(
     Raises:
       UserError: the source can't be read, the target is there, or the form can't hold the model.
     """
-    family = _family(source, target, conversion)
+    family = export_family_of(source, target, conversion)
     dtype = conversion.dtype or kept_dtype(source)
     is_halved = dtype == "bfloat16" and conversion.to != "gguf"
     loaded_as = "bfloat16" if is_halved else "float32"
@@ -106,8 +106,12 @@ def convert(
         )
 
 
-def _family(source: Source, target: Path, conversion: Conversion) -> Family | None:
-    """The public family to write, None for our own form; refuses before anything is read."""
+def export_family_of(source: Source, target: Path, conversion: Conversion) -> Family | None:
+    """The public family to write, None for our own form.
+
+    Raises:
+      UserError: the conversion does not fit the source or the target; nothing is read for it.
+    """
     to, dtype = conversion.to, conversion.dtype
     require(
         (to == "gguf") == (target.suffix == ".gguf"),
@@ -209,6 +213,12 @@ def _copy_tokenizer(source: Source, tokenizer: PublicTokenizer | None, folder: P
 
 def _fingerprint(source: Source, conversion: Conversion, dtype: str) -> str:
     """Of everything that the result depends on: another one begins afresh."""
+    text = json.dumps([source_fingerprint(source), repr(conversion), dtype])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_fingerprint(source: Source) -> str:
+    """Of a source's files, by their names, sizes and dates, and of how it was changed since."""
     if source.path.is_dir():
         files = sorted(source.path.rglob("*"))
     else:
@@ -216,5 +226,4 @@ def _fingerprint(source: Source, conversion: Conversion, dtype: str) -> str:
         tensors = source.public.tensors
         files = sorted({tensors.file(name) for name in tensors.shapes})
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    text = json.dumps([stats, repr(conversion), dtype])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([stats, source.made_by]).encode()).hexdigest()
