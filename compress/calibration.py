@@ -40,10 +40,11 @@ class Rows:
         """The rows in batches; all of one size, what does not fill the last is left out."""
         size = min(batch_size, len(self.tokens_NL))
         starts = range(0, len(self.tokens_NL) - size + 1, size)
-        return [
-            make_step(jnp.asarray(self.tokens_NL[i : i + size]), jnp.asarray(self.positions_NL[i : i + size]))
+        parts = [
+            [jnp.asarray(x_NL[i : i + size]) for x_NL in (self.tokens_NL, self.positions_NL)]
             for i in starts
-        ]  # fmt: skip
+        ]
+        return [make_step(*part) for part in parts]
 
 
 def targets_of(step: Step) -> np.ndarray:

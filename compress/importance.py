@@ -99,7 +99,7 @@ def layer_sums(layer: Layer, x_BLD: np.ndarray, out_BLD: np.ndarray, taps: Taps)
     x_TD, out_TD = x_BLD.reshape(-1, width), out_BLD.reshape(-1, width)
     lengths_T = np.linalg.norm(x_TD, axis=-1) * np.linalg.norm(out_TD, axis=-1)
     cosine = float(((x_TD * out_TD).sum(-1) / np.maximum(lengths_T, 1e-30)).sum())
-    sums: Sums = {"tokens": np.float64(len(x_TD)), "cosine": np.float64(cosine)}
+    sums: Sums = {"tokens": np.asarray(float(len(x_TD))), "cosine": np.asarray(cosine)}
     seen = {name: np.asarray(x) for name, x in taps.items()}
     sums |= _read_sums(layer, seen)
     if "heads" in seen:

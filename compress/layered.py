@@ -103,7 +103,7 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
             "layers that tokens pass by (depth) or with memory of earlier segments (relative "
             "attention) are not compressed yet: distil such a model into another one",
         )
-    numbers = {k: v for k, v in jax.tree.map(np.asarray, variables["params"]).items()}
+    numbers: Tree = dict(jax.tree.map(np.asarray, variables["params"]))
     states = jax.tree.map(np.asarray, variables["router_state"])
     layers = [Layer(spec, numbers.pop(f"prefix_{i}"), {}) for i, spec in enumerate(config.prefix)]
     periods, period_states = numbers.pop("periods"), states.get("periods", {})
@@ -119,10 +119,15 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
 
 
 Taps = dict[str, jax.Array]
-"""What a layer multiplies by its weights, as far as it is seen: "attention" [B, L, D] (queries, keys
-and values), "heads" [B, L, H, C] (the output projection), "ffn" [B, L, D], "hidden" [B, L, F] (a
-dense layer's down projection), "shared" [B, L, F] (that of shared experts), "router_logits" [B, L, E]
-(float32)."""
+"""What a layer multiplies by its weights, as far as it is seen:
+
+    attention      [B, L, D] for queries, keys and values
+    heads          [B, L, H, C] for the output projection
+    ffn            [B, L, D] for a dense layer, the router and the experts
+    hidden         [B, L, F] for a dense layer's down projection
+    shared         [B, L, F] for that of shared experts
+    router_logits  float32 [B, L, E]
+"""
 
 
 def run_layer(model: LayeredModel, layer: Layer, x_BLD: Any, step: Step) -> tuple[jax.Array, Taps]:
@@ -163,7 +168,7 @@ def _tap(taps: Taps, method: Callable[..., Any], args: Any, kwargs: Any, context
     elif name == "_router_logits":
         taps["router_logits"] = result[0]
     elif isinstance(module, SwiGLU) and name == "__call__":
-        params = module.variables["params"]
+        params = dict(module.variables["params"])
         taps["hidden" if module.name == "ffn" else "shared"] = _hidden(
             module.config, params, args[0]
         )

@@ -65,7 +65,7 @@ def prune(
       by: what experts are judged by.
     """
     specs = [*target.prefix, *target.pattern * target.num_periods]
-    width = _best(sum(s["reads"] for s in sums), target.d_model)
+    width = _best(np.sum([s["reads"] for s in sums], axis=0), target.d_model)
     pruned, lost = [], []
     for i, (layer, spec) in enumerate(zip(model.layers, specs, strict=True)):
         kept = kept_units(layer, spec, sums[i], by) | {"D": width}

@@ -1,4 +1,4 @@
-"""Pruning from source to target: text, measurement, what goes, what that costs, the smaller model."""
+"""Pruning from source to target: measurement, what goes, what that costs, the smaller model."""
 
 import dataclasses
 import hashlib

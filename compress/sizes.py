@@ -72,7 +72,7 @@ def default_axes(config: ModelConfig, budget: Budget) -> tuple[Axis, ...]:
     has_experts = any(isinstance(spec.ffn, MoEConfig) for spec in config.layer_kinds)
     if has_experts and budget.active_parameters is None:
         return ("experts",)
-    shares = {axis: 0.5 for axis in AXES if axis in ("heads", "ffn")}
+    shares: dict[Axis, float] = {axis: 0.5 for axis in AXES if axis in ("heads", "ffn")}
     try:
         halved = shrunk_config(config, shares)
     except UserError:  # attention of another kind
@@ -106,7 +106,9 @@ def _widened(
     if "ffn" not in axes:
         return found
     for more in (s for s in reversed(SHARES) if s > share):
-        wider = shrunk_config(config, dict.fromkeys(axes, share) | {"ffn": more})
+        shares = dict.fromkeys(axes, share)
+        shares["ffn"] = more
+        wider = shrunk_config(config, shares)
         if not budget.is_met(config, wider):
             break
         found = wider
@@ -131,7 +133,7 @@ def require_axes(config: ModelConfig, axes: Iterable[Axis]) -> None:
             )
         if axis == "heads":
             require(
-                all(s.attention.qk_norm != "all" for s in kinds if isinstance(s.attention, AttentionConfig)),
+                all(getattr(s.attention, "qk_norm", None) != "all" for s in kinds),
                 "this model norms queries of all heads together (qk_norm='all'), so heads can't "
                 "go: name other --axes (ffn, width, experts)",
             )  # fmt: skip

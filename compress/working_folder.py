@@ -13,8 +13,8 @@ from formats.atomic_folder import FINGERPRINT, kept_folder, refuse_taken
 
 @contextlib.contextmanager
 def working_folder(target: Path, fingerprint: str) -> Iterator[Path]:
-    """Gives a folder, `<target>.work.partial`, that goes when all went well, and is given again with
-    what is in it to who comes with the same fingerprint.
+    """Gives a folder, `<target>.work.partial`, that goes when all went well, and is given again,
+    with what is in it, to who comes with the same fingerprint.
 
     Raises:
       UserError: the target is taken, or another process is at work on it.
@@ -30,7 +30,7 @@ def working_folder(target: Path, fingerprint: str) -> Iterator[Path]:
 def save_arrays(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Whole or not at all."""
     unfinished = folder / f"{name}.unfinished.npz"
-    np.savez(unfinished, **arrays)
+    np.savez(unfinished, allow_pickle=False, **arrays)
     os.replace(unfinished, folder / f"{name}.npz")
 
 

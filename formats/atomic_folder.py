@@ -73,8 +73,8 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def kept_folder(destination: Path, fingerprint: str) -> Iterator[Path]:
-    """Gives the folder to work in, `<destination>.partial`, this process's alone. It goes when it is
-    empty at the end, and stays, with what is in it, for who comes with the same fingerprint.
+    """Gives the folder to work in, `<destination>.partial`, this process's alone. It goes when it
+    is empty at the end, and stays, with what is in it, for who comes with the same fingerprint.
 
     Raises:
       UserError: as `partial_folder`.
