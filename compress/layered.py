@@ -8,7 +8,7 @@ B batch, L length, D d_model, H heads, C head_dim, E experts, F d_ff.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoint.families.config_sections import folded
+from checkpoint.rounded import stacked
 from configs.architecture import LayerSpec, ModelConfig
 from configs.base import ExecutionConfig
 from configs.checks import require
@@ -70,24 +71,19 @@ class LayeredModel:
         for i, layer in enumerate(self.layers[: len(prefix)]):
             params[f"prefix_{i}"] = layer.params
         for name, trees in (("params", params), ("router_state", states)):
-            stacked = {}
+            periodic = {}
             for i in range(len(pattern)):
                 same = [getattr(x, name) for x in self.layers[len(prefix) + i :: len(pattern)]]
                 if same[0]:
-                    stacked[f"layer_{i}"] = jax.tree.map(lambda *xs: _stack(xs), *same)
-            if stacked:
-                trees["periods"] = stacked
+                    periodic[f"layer_{i}"] = jax.tree.map(lambda *xs: stacked(xs), *same)
+            if periodic:
+                trees["periods"] = periodic
         return config, {"params": params, "router_state": states}
 
     def assembled_config(self) -> ModelConfig:
         """The config of `assembled`, for who needs no variables."""
         bare = tuple(dataclasses.replace(x, params={}, router_state={}) for x in self.layers)
         return dataclasses.replace(self, layers=bare, ends={}).assembled()[0]
-
-
-def _stack(leaves: Sequence[Any]) -> Any:
-    stack = getattr(leaves[0], "stacked", None)
-    return np.stack(leaves) if stack is None else stack(leaves)
 
 
 def layered(model: Transformer, variables: Variables) -> LayeredModel:

@@ -23,6 +23,7 @@ from data.tokenizers.tokenizer_export import (
     write_public_tokenizer,
 )
 from formats.atomic_folder import partial_file, partial_folder
+from formats.gguf.writer import Quantization
 from infer.sources import Progress, Source, counted
 
 Form = Literal["huggingface", "gguf", "orbax"]
@@ -38,7 +39,7 @@ class Conversion:
     dtype: ExportDtype | None = None
     """Of the tensors written; None keeps the source's, bfloat16 for packed ones. float8 and mxfp4
     are Hugging Face's only; GGUF has `quantization` instead."""
-    quantization: Literal["F16", "Q8_0"] | None = None
+    quantization: Quantization | None = None
     """GGUF only, F16 if None."""
     max_shard_bytes: int = 5_000_000_000
     """Hugging Face only: of one file."""

@@ -10,6 +10,8 @@ from checkpoint.export_dtype import ExportDtype
 from compress.calibration import Rows, read_rows
 from compress.importance import Progress
 from compress.pruning import PruningReport
+from compress.quantization import QuantizationReport
+from configs.checks import UserError
 from infer.convert import Conversion, Form
 from infer.sources import Source
 from parallel.distributed import is_first
@@ -47,7 +49,51 @@ def rows_of(source: Source, arguments: argparse.Namespace) -> tuple[Rows, Rows]:
 def conversion_to(arguments: argparse.Namespace, dtype: ExportDtype | None = None) -> Conversion:
     """What DST is written as."""
     form = arguments.to or ("gguf" if arguments.target.suffix == ".gguf" else "orbax")
-    return Conversion(to=form, family=arguments.family, dtype=dtype)
+    return Conversion(
+        to=form,
+        family=arguments.family,
+        dtype=dtype if form == "huggingface" else None,
+        quantization="F16" if form == "gguf" else None,
+    )
+
+
+def parsed_budget(text: str) -> dict[str, float | int]:
+    """A budget as people write it: 0.02nats, 60MB, 1.2GB.
+
+    Raises:
+      UserError: no budget.
+    """
+    units = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
+    number = text.strip().lower()
+    try:
+        if number.endswith("nats"):
+            return {"budget_nats": float(number.removesuffix("nats"))}
+        if number[-2:] in units:
+            return {"budget_bytes": round(float(number[:-2]) * units[number[-2:]])}
+    except ValueError:
+        pass
+    raise UserError(f"--budget {text!r} must be nats or bytes: 0.02nats, 60MB, 1.2GB")
+
+
+def quantization_lines(report: QuantizationReport, target: Path) -> list[str]:
+    """What the weights became and what that costs, for people."""
+    kinds = [
+        f"{what} {bits:.3g} bits x {report.counts[what]:,}" for what, bits in report.bits.items()
+    ]
+    return [
+        f"weights: {report.weight_bytes:,} bytes with scales, {report.ratio:.3f} of float32's, "
+        f"{report.bits_per_weight:.2f} bits a weight",
+        f"of these: {'; '.join(kinds)}",
+        f"on disk: {bytes_of(target):,} bytes",
+        str(report.quality),
+    ]
+
+
+def bytes_of(path: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
 
 
 @contextlib.contextmanager

@@ -145,9 +145,7 @@ def test_layers_go_by_their_influence(mixed):
     assert gone == [0]
     assert len(own) == 2
     assert config.num_layers == 1
-    np.testing.assert_allclose(
-        logits(config, pruned), logits(models.DENSE, variables), atol=1e-5
-    )
+    np.testing.assert_allclose(logits(config, pruned), logits(models.DENSE, variables), atol=1e-5)
     with pytest.raises(UserError, match="must lie between 1 and"):
         without_layers(model, sums, 3)
 
