@@ -154,6 +154,13 @@ def rounded_at(leaf: Any, place: Place) -> RoundedPart | None:
     return leaf.rounded(place) if isinstance(leaf, RoundedParameter) else None
 
 
+def rounded_leaf(leaf: Any, place: Place) -> RoundedParameter | None:
+    """The rounded parameter at a place, or which it is a part of; None where there is none."""
+    if isinstance(leaf, StackedParameters) and place[0] is not None:
+        return rounded_leaf(leaf.parts[place[0]], place[1:])
+    return leaf if isinstance(leaf, RoundedParameter) else None
+
+
 def stacked(leaves: Sequence[Any]) -> Any:
     """Layers' parameters of one name as one."""
     if any(isinstance(leaf, RoundedParameter) for leaf in leaves):

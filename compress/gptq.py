@@ -40,7 +40,7 @@ def gptq(w_NK: np.ndarray, h_KK: np.ndarray, grid: Grid) -> tuple[np.ndarray, St
     better_N1 = (errors_N <= plain_N)[:, None]
     scales_NS = np.where(better_N1, steps.scales_NS, plain_steps.scales_NS)
     offsets_NS = None
-    if steps.offsets_NS is not None:
+    if steps.offsets_NS is not None and plain_steps.offsets_NS is not None:
         offsets_NS = np.where(better_N1, steps.offsets_NS, plain_steps.offsets_NS)
     return np.where(better_N1, codes_NK, plain), Steps(scales_NS, offsets_NS)
 

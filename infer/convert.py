@@ -89,7 +89,10 @@ def convert(
     with partial_folder(target, fingerprint) as folder:
         _copy_tokenizer(source, tokenizer, folder)
         if family is None:
-            _, variables = source.load(dtype=loaded_as, progress=reading)
+            if source.held is not None:
+                variables = source.held
+            else:
+                _, variables = source.load(dtype=loaded_as, progress=reading)
             write_model_folder(folder, source.config, variables)
             return
         config, variables = source.load_or_leave(dtype=loaded_as, progress=reading)

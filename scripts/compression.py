@@ -57,7 +57,7 @@ def conversion_to(arguments: argparse.Namespace, dtype: ExportDtype | None = Non
     )
 
 
-def parsed_budget(text: str) -> dict[str, float | int]:
+def parsed_budget(text: str) -> dict[str, Any]:
     """A budget as people write it: 0.02nats, 60MB, 1.2GB.
 
     Raises:
