@@ -15,7 +15,7 @@ import numpy as np
 
 from checkpoint.rounded import RoundedParameter
 from compress.folding import best_factor, places, rotated, scale_inputs, smoothing
-from compress.gptq import gptq, row_losses
+from compress.gptq import PreparedInputs, gptq, prepare, row_losses
 from compress.grids import Grid, as_parameter, decoded, matrices, round_to_nearest
 from compress.importance import Progress
 from compress.inputs import Inputs, grams_of, read_inputs
@@ -164,20 +164,27 @@ def round_layer(
 ) -> Layer:
     """The layer with RoundedParameters for the weights that have a grid, by their path in it."""
     params, dims = layer.params, layer_dims(config, layer.spec)
+    prepared_by: dict[int, PreparedInputs] = {}  # weights that read the same share it
+
+    def prepared_of(path: str, count: int) -> list[PreparedInputs] | None:
+        grams = grams_of(inputs, path, count) if "gptq" in methods else None
+        for gram_KK in grams or []:
+            if id(gram_KK) not in prepared_by:
+                prepared_by[id(gram_KK)] = prepare(gram_KK)
+        return None if grams is None else [prepared_by[id(gram_KK)] for gram_KK in grams]
+
     for path, grid in own.items():
         w = leaf(params, path)
-        grams = None
-        if "gptq" in methods:
-            grams = grams_of(inputs, path, len(matrices(w, dims[path])))
-        params = with_leaf(params, path, _rounded(w, dims[path], grid, grams))
+        read = prepared_of(path, len(matrices(w, dims[path])))
+        params = with_leaf(params, path, _rounded(w, dims[path], grid, read))
     return dataclasses.replace(layer, params=params)
 
 
 def _rounded(
-    w: np.ndarray, dims: MatrixDims, grid: Grid, grams: Sequence[np.ndarray] | None
+    w: np.ndarray, dims: MatrixDims, grid: Grid, inputs: Sequence[PreparedInputs] | None
 ) -> RoundedParameter:
     rows = [
-        round_to_nearest(w_NK, grid) if grams is None else gptq(w_NK, grams[i], grid)
+        round_to_nearest(w_NK, grid) if inputs is None else gptq(w_NK, inputs[i], grid)
         for i, w_NK in enumerate(matrices(w, dims))
     ]
     return as_parameter(rows, w.shape, dims, grid)
