@@ -1,9 +1,10 @@
 """Which grid each weight gets: by what its rounding costs for each byte that it saves.
 
-The cost of rounding a weight is estimated by its Fisher information, 1/2 sum F (Q(w) - w)^2 in nats
-per token, where F is the mean square of the loss's gradient (the diagonal form of HAWQ-V2's score,
-2020). Experts count by their load, as a token that does not go to one has no gradient there. The
-choice is a knapsack: the least cost within a number of bytes.
+The cost of rounding a weight is estimated by its Fisher information, 1/2 sum F (Q(w) - w)^2, where
+F is the mean square of the gradient of a token's loss when the token is drawn from the model's own
+prediction (the diagonal form of HAWQ-V2's score, 2020): to second order the KL divergence in nats
+per token. Experts count by their load, as a token that does not go to one has no gradient there.
+The choice is a knapsack: the least cost within a number of bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress.calibration import targets_of
 from compress.grids import Grid, as_parameter, matrices, round_to_nearest
 from compress.layered import LayeredModel, Tree
 from compress.rounding import END_DIMS, Assignment, layer_dims, leaf
@@ -47,20 +47,17 @@ def num_inputs(w: np.ndarray, dims: MatrixDims) -> int:
 
 
 def fisher(model: LayeredModel, steps: Sequence[Step]) -> dict[str, np.ndarray]:
-    """Mean square of the loss's gradient, by path of `weights_of`, of each weight's shape.
-
-    The gradient is that of each row's mean loss: times the row's tokens, as if they were
-    independent, it is a token's.
+    """The diagonal of the Fisher information of a token, by path of `weights_of`, of each weight's
+    shape; from one gradient for each row, whose tokens' errors are independent of each other.
     """
     config, variables = model.assembled()
     transformer = Transformer(config, model.execution)
     total: Tree | None = None
     count = 0
     for step in steps:
-        targets_BL = jnp.asarray(targets_of(step))
-        for b in range(len(targets_BL)):
+        for b in range(len(step.tokens_BL)):
             row = jax.tree.map(lambda x, b=b: x[b : b + 1], step)
-            squares = _squares(transformer, variables, row, targets_BL[b : b + 1])
+            squares = _squares(transformer, variables, row, jax.random.key(count))
             total = squares if total is None else jax.tree.map(np.add, total, squares)
             count += 1
     assert total is not None
@@ -69,19 +66,19 @@ def fisher(model: LayeredModel, steps: Sequence[Step]) -> dict[str, np.ndarray]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _squares(model: Transformer, variables: Any, step: Step, targets_BL: jax.Array) -> Tree:
-    """Tokens times the squared gradient of one row's mean loss."""
-    count = jnp.maximum((targets_BL >= 0).sum(), 1)
+def _squares(model: Transformer, variables: Any, step: Step, key: jax.Array) -> Tree:
+    """The squared gradient of one row's loss on drawn tokens, over how many there are."""
 
     def loss(params: Tree) -> jax.Array:
         own = variables | {"params": params}
         hidden_BLD, _ = forward(model, own, step)
         w_DV: Any = model.apply(own, method="unembedding")
         logp_BLV = jax.nn.log_softmax(unembed(hidden_BLD, w_DV))
-        picked_BL = jnp.take_along_axis(logp_BLV, jnp.maximum(targets_BL, 0)[..., None], -1)[..., 0]
-        return -jnp.where(targets_BL >= 0, picked_BL, 0).sum() / count
+        drawn_BL = jax.random.categorical(key, jax.lax.stop_gradient(logp_BLV))
+        return -jnp.take_along_axis(logp_BLV, drawn_BL[..., None], axis=-1).sum()
 
-    return jax.tree.map(lambda g: count * g * g, jax.grad(loss)(variables["params"]))
+    count = step.tokens_BL.size
+    return jax.tree.map(lambda g: g * g / count, jax.grad(loss)(variables["params"]))
 
 
 def _by_path(model: LayeredModel, config: Any, tree: Tree) -> dict[str, np.ndarray]:
