@@ -63,11 +63,21 @@ def write_rounded(folder: Path, variables: Any) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
+def is_halved(name: str, num_dims: int) -> bool:
+    """Whether an array that is not rounded is held in bfloat16: matrices are, but for routers.
+
+    Args:
+      name: its path in the variables; those of periods have a stack's dim more.
+    """
+    own_dims = num_dims - name.startswith("params.periods.")
+    return own_dims > 1 and "router" not in name
+
+
 def _write(folder: Path, name: str, part: Any) -> dict[str, Any]:
     """Writes one array or its codes and scales; what the index says of it."""
     if not isinstance(part, RoundedParameter):
         values = np.asarray(part, np.float32)
-        if values.ndim > 1:
+        if is_halved(name, values.ndim):
             np.save(folder / f"{name}.npy", values.astype(BFLOAT16).view(np.uint16))
             return {"kind": "bfloat16"}
         np.save(folder / f"{name}.npy", values)

@@ -139,9 +139,8 @@ def dense_model(model: LayeredModel, sums: Sequence[Sums], groups: int) -> Layer
     """The model with `dense_layer` for each layer of experts.
 
     Raises:
-      UserError: a model without experts, or see `dense_layer`.
+      UserError: see `dense_layer`.
     """
-    require_experts(model)
     layers = tuple(
         dense_layer(layer, own, groups) if isinstance(layer.spec.ffn, MoEConfig) else layer
         for layer, own in zip(model.layers, sums, strict=False)
@@ -154,11 +153,7 @@ def merged_model(
 ) -> LayeredModel:
     """The model whose experts that will stay (`compress.prune.prune` with the same arguments) have
     taken in the others.
-
-    Raises:
-      UserError: a model without experts.
     """
-    require_experts(model)
     specs = [*target.prefix, *target.pattern * target.num_periods]
     layers = tuple(
         with_merged_experts(layer, kept_units(layer, spec, own, by)["E"], own)
@@ -167,14 +162,3 @@ def merged_model(
         for layer, spec, own in zip(model.layers, specs, sums, strict=False)
     )
     return dataclasses.replace(model, layers=layers)
-
-
-def require_experts(model: LayeredModel) -> None:
-    """
-    Raises:
-      UserError: a model without experts.
-    """
-    require(
-        any(isinstance(layer.spec.ffn, MoEConfig) for layer in model.layers),
-        "this model has no experts: --experts, --merge and --dense are for those that have",
-    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.calibration import Rows
-from compress.experts import dense_model, merged_model, require_experts
+from compress.experts import dense_model, merged_model
 from compress.importance import Progress, Sums, influence, measure
 from compress.layered import LayeredModel, layered
 from compress.prune import ExpertScore, PrunedLayer, prune, without_layers
@@ -17,6 +17,7 @@ from compress.sizes import Axis, Budget, default_axes, shrunk_config, sized
 from compress.working_folder import load_arrays, save_arrays, working_folder
 from configs.architecture import ModelConfig
 from configs.checks import require
+from configs.feed_forward import MoEConfig
 from infer.convert import Conversion, convert, export_family_of, source_fingerprint
 from infer.sources import Progress as Elements
 from infer.sources import Source
@@ -153,6 +154,11 @@ def check(source: Source, target: Path, pruning: Pruning, conversion: Conversion
       UserError: see `prune_source`; nothing is read for it.
     """
     config = source.config
+    has_experts = any(isinstance(spec.ffn, MoEConfig) for spec in config.layer_kinds)
+    require(
+        has_experts or not (pruning.experts or pruning.dense or pruning.merge),
+        "this model has no experts: --experts, --merge and --dense are for those that have",
+    )
     if pruning.layers is not None:
         kinds = (*config.prefix, *config.pattern)
         require(
@@ -193,8 +199,6 @@ def pruned(
         model, own, gone = without_layers(model, own, pruning.layers)
     target, axes = pruning.sized(model.assembled_config())
     lost: list[PrunedLayer] = []
-    if pruning.experts is not None:
-        require_experts(model)
     if pruning.merge:
         model = merged_model(model, target, own, pruning.by)
     if axes:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from checkpoint.rounded import RoundedParameter, ScaleDtype
+from checkpoint.rounded_folder import is_halved
+from checkpoint.weight_map import flatten
 from compress.assignment import assigned, costs, fisher, num_inputs, weights_of
 from compress.calibration import Rows
 from compress.grids import Grid
@@ -278,28 +279,30 @@ def smallest_within(
 def _rest_bytes(model: LayeredModel, held: Mapping[str, Any]) -> int:
     """Of what is never rounded: norms, biases, routers, and what the form holds in floats."""
     rounded = {id(w) for w, _ in held.values()}
+    return sum(_float_bytes(name, x) for name, x in _leaves(model) if id(x) not in rounded)
+
+
+def _leaves(model: LayeredModel) -> list[tuple[str, Any]]:
     trees = (model.ends, *(layer.params for layer in model.layers))
-    rest = [x for tree in trees for x in jax.tree.leaves(tree) if id(x) not in rounded]
-    return sum(_float_bytes(x) for x in rest)
+    return [leaf for tree in trees for leaf in flatten(tree).items()]
 
 
-def _float_bytes(x: Any) -> int:
-    """Vectors are float32, what else is not rounded has 2 bytes a weight."""
-    return (4 if np.ndim(x) == 1 else 2) * x.size
+def _float_bytes(name: str, x: Any) -> int:
+    """Of what is not rounded: 2 bytes a weight, 4 of vectors and routers."""
+    return (2 if is_halved(name, np.ndim(x)) else 4) * x.size
 
 
 def report_of(model: LayeredModel, quality: Quality, predicted: float | None) -> QuantizationReport:
     """Bytes and bits of a rounded model."""
-    trees = (model.ends, *(layer.params for layer in model.layers))
     total, size = 0, 0
     held: dict[str, list[int]] = {}
-    for x in (leaf for tree in trees for leaf in jax.tree.leaves(tree)):
+    for name, x in _leaves(model):
         if isinstance(x, RoundedParameter):
             what, num_bytes = x.format, x.num_bytes
             if x.offsets_NS is not None:
                 what = f"{what} with offsets"
         else:
-            what, num_bytes = "float", _float_bytes(x)
+            what, num_bytes = "float", _float_bytes(name, x)
         counts = held.setdefault(what, [0, 0])
         counts[0] += x.size
         counts[1] += num_bytes
