@@ -227,6 +227,30 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizationAwareConfig:
+    """Weights rounded in the last steps, gradients straight through to the float masters
+    (train/quantization_aware.py); the result is rounded by scripts.quantize."""
+
+    weights: Literal["int8", "int4", "fp8"]
+    last_fraction: float = 0.1
+    """Share of the steps, the last ones, that train with rounded weights."""
+    block_size: int = 32
+    """Inputs that share a scale (a GGUF's: 32); weights whose inputs it does not divide stay in
+    floats."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "block_size")
+        require(
+            0 < self.last_fraction <= 1,
+            f"quantization_aware.last_fraction={self.last_fraction} must lie in (0, 1]",
+        )
+        require(
+            self.block_size % 2 == 0,
+            f"quantization_aware.block_size={self.block_size} must be even",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One experiment, whole."""
 
@@ -250,6 +274,8 @@ class RunConfig:
     validation: ValidationConfig = ValidationConfig()
     distill: DistillConfig | None = None
     """Set for a student: how it learns from its teacher."""
+    quantization_aware: QuantizationAwareConfig | None = None
+    """Set to learn in the last steps with rounded weights."""
 
     def __post_init__(self) -> None:
         require_finite(self)

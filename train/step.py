@@ -36,6 +36,7 @@ from train.losses import (
     weighted_indexer_loss,
 )
 from train.multi_token import count_ahead, multi_token_loss
+from train.quantization_aware import rounded_params
 from train.state import TrainSetup, TrainState
 
 Batch = dict[str, jax.Array]
@@ -137,12 +138,13 @@ def _gradients(
         return total, (sums, stats, memory)
 
     grad: Callable[..., Any] = jax.grad(loss, has_aux=True)
+    params = rounded_params(run, setup.model, state.params, state.step)
     keys = _depth_keys(run, state.step)
     if run.accumulation == 1:
         key = None if keys is None else keys[0]
-        grads, (sums, stats, memory) = grad(state.params, rows, _no_counts(run), key)
+        grads, (sums, stats, memory) = grad(params, rows, _no_counts(run), key)
     else:  # never with memory: see RunConfig
-        grads, sums, stats = _accumulate(run, grad, state.params, rows, keys)
+        grads, sums, stats = _accumulate(run, grad, params, rows, keys)
         memory = None
     return grads, sums, stats, memory
 
