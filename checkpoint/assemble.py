@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from checkpoint.families.base import Copy
+from checkpoint.rounded import RoundedParameter, StackedParameters
 from checkpoint.weight_map import NOT_EXPORTED, Entry, flatten, leaf_name
 from configs.architecture import ModelConfig
 from configs.checks import UserError
@@ -130,8 +131,10 @@ class LazyParameter:
 
 
 def part_of(leaf: Any, place: tuple[int | None, ...]) -> np.ndarray:
-    """The part of a parameter at an entry's place, whether it is an array or `LazyParameter`."""
-    if isinstance(leaf, LazyParameter):
+    """The part of a parameter at an entry's place, whether it is an array, a `LazyParameter` or one
+    in codes (checkpoint/rounded.py).
+    """
+    if isinstance(leaf, LazyParameter | RoundedParameter | StackedParameters):
         return leaf.part(place)
     return np.asarray(leaf)[tuple(slice(None) if at is None else at for at in place)]
 

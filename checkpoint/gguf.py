@@ -15,6 +15,7 @@ from checkpoint.gguf_config import ROPE_FREQS, config_from_gguf, config_to_gguf,
 from checkpoint.gguf_fused import SplitTensors
 from checkpoint.gguf_latent import JoinedTensors, split
 from checkpoint.public import PublicCheckpoint, find_family, lost_settings, read_model, write_model
+from checkpoint.rounded import RoundedPart, rounded_at
 from checkpoint.weight_map import Entry, expand, flatten
 from configs.architecture import ModelConfig
 from configs.attention import LatentAttentionConfig
@@ -22,8 +23,9 @@ from configs.checks import UserError
 from data.tokenizers.gguf_tokenizer import tokenizer_from_gguf
 from data.tokenizers.gguf_tokenizer_write import tokenizer_to_gguf
 from data.tokenizers.public_tokenizer import PublicTokenizer
+from formats.gguf.blocks import BLOCK, BlockKind, encode_blocks
 from formats.gguf.reader import GGUFFile
-from formats.gguf.writer import Quantization, Tensor, write_gguf
+from formats.gguf.writer import Encoded, Quantization, Tensor, write_gguf
 
 IGNORED = (r"rope_freqs\.weight", r"blk\.\d+\.rope_freqs\.weight")
 """What the settings were read from."""
@@ -102,9 +104,24 @@ def export(
         tensors.insert(0, (ROPE_FREQS, frequencies_C.shape, lambda: frequencies_C))
     attention = config.pattern[0].attention
     _check_said(family, config, metadata, tensors, path)
+    encoded = _encoded(entries, leaves)
     if isinstance(attention, LatentAttentionConfig):
+        _check_split(encoded)
         tensors = list(split(tensors, attention.nope_head_dim, attention.value_head_dim))
-    write_gguf(path, metadata, tensors, quantization, progress)
+    write_gguf(path, metadata, tensors, quantization, progress, encoded)
+
+
+def _check_split(encoded: dict[str, Encoded]) -> None:
+    """
+    Raises:
+      UserError: a tensor that llama.cpp holds as two was rounded as one.
+    """
+    joined = [name for name in encoded if name.endswith("attn_kv_b.weight")]
+    if joined:
+        raise UserError(
+            f"llama.cpp holds {joined[0]} as two tensors, which this one can't be cut into once it "
+            "is rounded: write a folder instead"
+        )
 
 
 def _check_said(
@@ -131,6 +148,54 @@ def _check_said(
 
 def _tensor(entry: Entry, leaves: dict[str, Any]) -> Tensor:
     return entry.name, entry.shape, functools.partial(_read, entry, leaves)
+
+
+def _encoded(entries: list[Entry], leaves: dict[str, Any]) -> dict[str, Encoded]:
+    """The tensors whose parameters come in codes.
+
+    Raises:
+      UserError: a format that llama.cpp has no blocks of.
+    """
+    encoded: dict[str, Encoded] = {}
+    for entry in entries:
+        found = rounded_at(leaves[entry.leaf], entry.place)
+        if found is None:
+            continue
+        kind = block_kind(found)
+        encoded[entry.name] = kind, functools.partial(_blocks, kind, entry, leaves)
+    return encoded
+
+
+def block_kind(rounded: RoundedPart) -> BlockKind:
+    """
+    Raises:
+      UserError: llama.cpp has no such blocks.
+    """
+    kinds: dict[tuple[str, bool], BlockKind] = {
+        ("int8", False): "Q8_0",
+        ("int4", False): "Q4_0",
+        ("int4", True): "Q4_1",
+    }
+    kind = kinds.get((rounded.format, rounded.offsets is not None))
+    if kind is None or rounded.block != BLOCK:
+        raise UserError(
+            f"GGUF holds int8 and int4 in blocks of {BLOCK}, not {rounded.format} in blocks of "
+            f"{rounded.block}: write a folder instead"
+        )
+    return kind
+
+
+def _blocks(kind: BlockKind, entry: Entry, leaves: dict[str, Any]) -> np.ndarray:
+    found = rounded_at(leaves[entry.leaf], entry.place)
+    assert found is not None
+    arrays = (found.codes, found.scales, found.offsets)
+    codes, scales, offsets = (
+        None if x is None else entry.to_public(x).reshape(-1, entry.shape[-1]) for x in arrays
+    )
+    assert codes is not None
+    assert scales is not None
+    steps = None if offsets is None else offsets[:, ::BLOCK]
+    return encode_blocks(kind, codes, scales[:, ::BLOCK], steps)
 
 
 def _read(entry: Entry, leaves: dict[str, Any]) -> np.ndarray:

@@ -9,12 +9,14 @@ from types import MappingProxyType
 from typing import Any
 
 from checkpoint import assemble
+from checkpoint.compressed_tensors import CompressedStorage
 from checkpoint.config_reader import Settings
 from checkpoint.export_dtype import ExportDtype, choose_storage
 from checkpoint.families.base import Family
 from checkpoint.families.weight_maps import FUSED_EXPERTS, with_fused_experts
 from checkpoint.logical_tensors import LogicalTensors
 from checkpoint.public import PublicCheckpoint, find_family, read_model, write_model
+from checkpoint.rounded_folder import has_rounded
 from checkpoint.weight_map import Row, expand, flatten
 from configs.architecture import ModelConfig
 from formats.safetensors.reader import open_tensors
@@ -61,7 +63,8 @@ def export(
     that may hold some of them already: whole shards are kept.
 
     Args:
-      variables: arrays of one device, or `assemble.LazyParameter`; router state stays float32.
+      variables: arrays of one device, `assemble.LazyParameter`, or rounded ones, which are written
+        in their codes (checkpoint/compressed_tensors.py); router state stays float32.
       extra: token ids for config.json: bos_token_id, eos_token_id.
       generation: further settings for generation_config.json.
       like: the source's quantization_config: see `choose_storage`.
@@ -71,10 +74,13 @@ def export(
       UserError: the family can't say what the model does, or is not released in this dtype, or a
         value does not fit it.
     """
-    storage = choose_storage(family, dtype, like)
-    values = {**write_model(family, config), **storage.settings(), **extra}
-    entries = expand(family.rows, config, flatten(variables))
+    leaves = flatten(variables)
+    entries = expand(family.rows, config, leaves)
     entries += assemble.written_copies(entries, family.copies, config)
+    storage = choose_storage(family, dtype, like)
+    if has_rounded(variables):
+        storage = CompressedStorage(storage.dtype, leaves, entries)
+    values = {**write_model(family, config), **storage.settings(), **extra}
     plans = {entry.name: storage.plan(entry) for entry in entries}
     plan = [planned for parts in plans.values() for planned in parts]
     with TensorWriter(folder, plan, max_shard_bytes=max_shard_bytes) as writer:

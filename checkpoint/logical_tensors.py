@@ -6,6 +6,8 @@ those presented here, or opening ends with its name. What `quantization_config` 
     fp8    NAME (float8) and NAME_scale_inv        presented as NAME
     mxfp4  NAME_blocks and NAME_scales [E, N, ..]  presented as NAME [E, K, N]: the last two dims
            are swapped, as transformers holds the weights that gpt-oss stores so
+    compressed-tensors  NAME_packed, NAME_scale [N, S] and NAME_shape, or NAME (float8) and
+           NAME_scale                              presented as NAME
 
 Decoding goes by rows read from the file: beside the result there are a few blocks of rows.
 """
@@ -21,16 +23,18 @@ import numpy as np
 
 from configs.checks import require
 from formats.block_floats import E8M0, FP8, GROUP, decode_fp8, decode_mxfp4, fp8_scales_shape
+from formats.packed_ints import unpack_ints
 from formats.safetensors.header import TensorInfo, quote
 from formats.safetensors.reader import TensorFiles
 
 SCALE_INV, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"
+PACKED, SCALE, SHAPE, ZERO_POINT = "_packed", "_scale", "_shape", "_zero_point"
 
 _CHUNK = 2**22  # values at a time
 _PACKED_ONLY = (FP8, E8M0, np.dtype(ml_dtypes.float8_e5m2))
 _FP8_SCALES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), E8M0)
 Block = tuple[int, int]
-Method = Literal["fp8", "mxfp4"]
+Method = Literal["fp8", "mxfp4", "compressed-tensors"]
 """A quant_method of config.json."""
 
 
@@ -64,6 +68,8 @@ class LogicalTensors:
             self._tensors = _pair_fp8(files.tensors, self._block)
         elif method == "mxfp4":
             self._tensors = _pair_mxfp4(files.tensors)
+        elif method == "compressed-tensors":
+            self._tensors = _pair_compressed(files)
         elif method is None:
             self._tensors = {n: _plain(info, method) for n, info in files.tensors.items()}
         else:
@@ -119,6 +125,12 @@ class LogicalTensors:
         values = self._files.read_rows(tensor.values.name, start, stop)
         if tensor.scales is None:
             return values
+        if tensor.method == "compressed-tensors":
+            scales = self._files.read_rows(tensor.scales.name, start, stop).astype(np.float32)
+            if tensor.values.dtype != FP8:
+                values = unpack_ints(values, 32 * values.shape[1] // tensor.shape[1])
+            block = tensor.shape[1] // scales.shape[1]
+            return values.astype(np.float32) * np.repeat(scales, block, axis=1)
         if values.ndim > 2:
             scales = self._files.read_rows(tensor.scales.name, start, stop)
             return decode_fp8(values, scales, self._block)
@@ -161,7 +173,8 @@ def _method(quantization: Mapping[str, Any] | None) -> Method | None:
     require(
         method in get_args(Method),
         f"quantization_config is {quote(quantization)}; the quant_method that can be read is fp8 "
-        "(float8 blocks) or mxfp4: get the checkpoint in one of them, or in bfloat16",
+        "(float8 blocks), mxfp4 or compressed-tensors: get the checkpoint in one of them, or in "
+        "bfloat16",
     )
     return method
 
@@ -277,6 +290,41 @@ def _mxfp4_pair(blocks: TensorInfo, scales: TensorInfo | None) -> _Logical:
     )
     experts, rows, groups, _ = blocks.shape
     return _Logical((experts, groups * GROUP, rows), "mxfp4", blocks, scales)
+
+
+def _pair_compressed(files: TensorFiles) -> dict[str, _Logical]:
+    """Packed integers and float8 with their scales, symmetric ones alone."""
+    logical: dict[str, _Logical] = {}
+    for name, info in files.tensors.items():
+        stem = name.removesuffix(PACKED) if name.endswith(PACKED) else name
+        is_rounded = name.endswith(PACKED) or info.dtype == FP8
+        if not is_rounded:
+            base = name.removesuffix(SCALE).removesuffix(SHAPE)
+            if base == name or not {base, base + PACKED} & set(files.tensors):
+                logical[name] = _plain(info, "compressed-tensors")
+            continue
+        scales, shape = files.tensors.get(stem + SCALE), info.shape
+        where = f"{info.file}: {quote(name)}"
+        require(
+            stem + ZERO_POINT not in files.tensors,
+            f"{where} has a zero point, which is not read: get the checkpoint in bfloat16",
+        )
+        if name.endswith(PACKED):
+            require(stem + SHAPE in files.tensors, f"{where} has no {quote(stem + SHAPE)}")
+            shape = tuple(int(x) for x in files.read(stem + SHAPE))
+        per_word = shape[1] // info.shape[1] if len(shape) == 2 and info.shape[1] else 0
+        require(
+            scales is not None
+            and len(shape) == 2
+            and len(scales.shape) == 2
+            and scales.shape[0] == shape[0]
+            and shape[1] % max(scales.shape[1], 1) == 0
+            and (info.dtype == FP8 or per_word in (4, 8)),
+            f"{where} of shape {list(shape)} needs {quote(stem + SCALE)} [rows, blocks] and 4 or 8 "
+            "bits a weight: get the checkpoint in bfloat16",
+        )
+        logical[stem] = _Logical(shape, "compressed-tensors", info, scales)
+    return logical
 
 
 def _parts(shape: tuple[int, ...]) -> Iterator[slice]:

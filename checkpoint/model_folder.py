@@ -2,7 +2,7 @@
 
 What a conversion writes and what training may begin with; a run directory (run_directory.py) holds
 an experiment instead. The variables lie as in a run's checkpoint, so both are restored by one
-function, at any device count.
+function, at any device count; rounded ones in their codes (rounded_folder.py).
 """
 
 from pathlib import Path
@@ -11,6 +11,12 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from checkpoint.orbax_store import STATE, restore_variables
+from checkpoint.rounded_folder import (
+    has_rounded,
+    is_rounded_folder,
+    read_rounded,
+    write_rounded,
+)
 from configs.architecture import ModelConfig
 from configs.checks import UserError
 from configs.serialization import to_json
@@ -40,9 +46,12 @@ def write_model_folder(folder: Path, config: ModelConfig, variables: Any) -> Non
     """
     target = folder.absolute() / VARIABLES
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        state = {name: part for name, part in variables.items() if part}
-        ocp.save_checkpointables(str(target), {STATE: state}, overwrite=True)
+        if has_rounded(variables):
+            write_rounded(folder, variables)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            state = {name: part for name, part in variables.items() if part}
+            ocp.save_checkpointables(str(target), {STATE: state}, overwrite=True)
         (folder / CONFIG).write_text(to_json(config))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} can't be written: {error}") from error
@@ -54,5 +63,7 @@ def restore_model_folder(folder: Path, abstract_variables: Any) -> Any:
     Raises:
       UserError: they are damaged, or of another model.
     """
+    if is_rounded_folder(folder):
+        return read_rounded(folder, abstract_variables)
     variables, _ = restore_variables((folder / VARIABLES).parent, abstract_variables)
     return variables

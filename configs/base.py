@@ -25,7 +25,7 @@ from configs.distill import DistillConfig
 from configs.feed_forward import MoEConfig
 from configs.further import FurtherConfig
 from configs.monitoring import MetricsConfig, SamplesConfig, ValidationConfig
-from configs.tuning import LoRAConfig, PreferenceConfig
+from configs.tuning import LoRAConfig, PreferenceConfig, QuantizationAwareConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +263,8 @@ class RunConfig:
     trained: Literal["all", "experts"] = "all"
     """experts: the routed experts' weights alone; all others stay what they are."""
     further: FurtherConfig = FurtherConfig()
+    quantization_aware: QuantizationAwareConfig | None = None
+    """Set to learn in the last steps with rounded weights."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -400,6 +402,11 @@ class RunConfig:
         require(
             self.lora is None or self.optimizer.kind == "adamw",
             f"lora goes with optimizer.kind='adamw', got {self.optimizer.kind!r}",
+        )
+        require(
+            self.quantization_aware is None or self.lora is None,
+            "quantization_aware rounds the weights that are trained, and with lora they stay as "
+            "they are: leave one out",
         )
         require(
             self.lora is None or self.trained == "all",

@@ -1,4 +1,4 @@
-"""Settings of how a trained model is trained further: adapters, and learning from preferences."""
+"""Settings of ways to train: adapters, preferences, weights rounded in the last steps."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -45,3 +45,27 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "beta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationAwareConfig:
+    """Weights rounded in the last steps, gradients straight through to the float masters
+    (train/quantization_aware.py); the result is rounded by scripts.quantize."""
+
+    weights: Literal["int8", "int4", "fp8"]
+    last_fraction: float = 0.1
+    """Share of the steps, the last ones, that train with rounded weights."""
+    block_size: int = 32
+    """Inputs that share a scale (a GGUF's: 32); weights whose inputs it does not divide stay in
+    floats."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "block_size")
+        require(
+            0 < self.last_fraction <= 1,
+            f"quantization_aware.last_fraction={self.last_fraction} must lie in (0, 1]",
+        )
+        require(
+            self.block_size % 2 == 0,
+            f"quantization_aware.block_size={self.block_size} must be even",
+        )

@@ -30,9 +30,9 @@ def partial_folder(destination: Path, fingerprint: str) -> Iterator[Path]:
       UserError: the destination is taken, somebody else is at work on it, or the disk refuses.
     """
     destination = Path(os.path.normpath(destination.absolute()))
-    with _kept(destination, fingerprint) as partial:
+    with kept_folder(destination, fingerprint) as partial:
         yield partial
-        _refuse_taken(destination)
+        refuse_taken(destination)
         with explain_os_errors(destination, "be made"):
             _sync(partial)
             partial.rename(destination)
@@ -47,9 +47,9 @@ def partial_file(destination: Path, fingerprint: str) -> Iterator[Path]:
     """
     destination = Path(os.path.normpath(destination.absolute()))
     require(not destination.is_dir(), f"{destination} is a folder: choose another name")
-    with _kept(destination, fingerprint) as partial:
+    with kept_folder(destination, fingerprint) as partial:
         yield partial / destination.name
-        _refuse_taken(destination)
+        refuse_taken(destination)
         with explain_os_errors(destination, "be made"):
             _sync(partial)
             (partial / destination.name).rename(destination)
@@ -72,10 +72,15 @@ def replace_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _kept(destination: Path, fingerprint: str) -> Iterator[Path]:
-    """The folder to work in, this process's alone."""
+def kept_folder(destination: Path, fingerprint: str) -> Iterator[Path]:
+    """Gives the folder to work in, `<destination>.partial`, this process's alone. It goes when it
+    is empty at the end, and stays, with what is in it, for who comes with the same fingerprint.
+
+    Raises:
+      UserError: as `partial_folder`.
+    """
     assert fingerprint, "an empty one can't tell a new folder from a kept one"
-    _refuse_taken(destination)
+    refuse_taken(destination)
     partial = destination.with_name(destination.name + SUFFIX)
     with explain_os_errors(partial, "be made"):
         _refuse_foreign(partial)
@@ -92,7 +97,11 @@ def _kept(destination: Path, fingerprint: str) -> Iterator[Path]:
                 shutil.rmtree(partial)  # nothing was made, or it is away
 
 
-def _refuse_taken(destination: Path) -> None:
+def refuse_taken(destination: Path) -> None:
+    """
+    Raises:
+      UserError: something is there that is no empty folder.
+    """
     with explain_os_errors(destination, "be made"):
         taken = destination.is_symlink() or destination.exists()
         taken = taken and not (_is_plain_folder(destination) and not any(destination.iterdir()))

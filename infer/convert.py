@@ -23,6 +23,7 @@ from data.tokenizers.tokenizer_export import (
     write_public_tokenizer,
 )
 from formats.atomic_folder import partial_file, partial_folder
+from formats.gguf.writer import Quantization
 from infer.adapters import export_adapter
 from infer.sources import Progress, Source, counted
 
@@ -39,7 +40,7 @@ class Conversion:
     dtype: ExportDtype | None = None
     """Of the tensors written; None keeps the source's, bfloat16 for packed ones. float8 and mxfp4
     are Hugging Face's only; GGUF has `quantization` instead."""
-    quantization: Literal["F16", "Q8_0"] | None = None
+    quantization: Quantization | None = None
     """GGUF only, F16 if None."""
     max_shard_bytes: int = 5_000_000_000
     """Hugging Face only: of one file."""
@@ -71,7 +72,7 @@ def convert(
         _check_adapter_alone(source, conversion)
         notes(f"the names are those of {export_adapter(source.path, target).model_type}")
         return
-    family = _family(source, target, conversion)
+    family = export_family_of(source, target, conversion)
     dtype = conversion.dtype or kept_dtype(source)
     is_halved = dtype == "bfloat16" and conversion.to != "gguf"
     loaded_as = "bfloat16" if is_halved else "float32"
@@ -93,7 +94,10 @@ def convert(
     with partial_folder(target, fingerprint) as folder:
         _copy_tokenizer(source, tokenizer, folder)
         if family is None:
-            _, variables = source.load(dtype=loaded_as, progress=reading)
+            if source.held is not None:
+                variables = source.held
+            else:
+                _, variables = source.load(dtype=loaded_as, progress=reading)
             write_model_folder(folder, source.config, variables)
             return
         config, variables = source.load_or_leave(dtype=loaded_as, progress=reading)
@@ -123,8 +127,12 @@ def _check_adapter_alone(source: Source, conversion: Conversion) -> None:
     )
 
 
-def _family(source: Source, target: Path, conversion: Conversion) -> Family | None:
-    """The public family to write, None for our own form; refuses before anything is read."""
+def export_family_of(source: Source, target: Path, conversion: Conversion) -> Family | None:
+    """The public family to write, None for our own form.
+
+    Raises:
+      UserError: the conversion does not fit the source or the target; nothing is read for it.
+    """
     to, dtype = conversion.to, conversion.dtype
     require(
         (to == "gguf") == (target.suffix == ".gguf"),
@@ -227,6 +235,12 @@ def _copy_tokenizer(source: Source, tokenizer: PublicTokenizer | None, folder: P
 
 def _fingerprint(source: Source, conversion: Conversion, dtype: str) -> str:
     """Of everything that the result depends on: another one begins afresh."""
+    text = json.dumps([source_fingerprint(source), repr(conversion), dtype])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_fingerprint(source: Source) -> str:
+    """Of a source's files, by their names, sizes and dates, and of how it was changed since."""
     if source.path.is_dir():
         files = sorted(source.path.rglob("*"))
     else:
@@ -234,5 +248,4 @@ def _fingerprint(source: Source, conversion: Conversion, dtype: str) -> str:
         tensors = source.public.tensors
         files = sorted({tensors.file(name) for name in tensors.shapes})
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    text = json.dumps([stats, repr(conversion), dtype])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([stats, source.made_by]).encode()).hexdigest()

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from checkpoint import gguf, huggingface
+from checkpoint.assemble import part_of
 from checkpoint.model_folder import is_model_folder, read_model_config, restore_model_folder
 from checkpoint.orbax_store import latest_step, restore_variables
 from checkpoint.provenance import read_provenance
@@ -61,6 +63,18 @@ class Source:
     """Of a run: the folder in it that the variables are read from."""
     tokenizer_name: str = ""
     """By which its tokenizer is found (data/tokenizers/tokenizer_sources.py)."""
+    held: Variables | None = None
+    """The variables, of a model that was changed in memory (`with_variables`)."""
+    made_by: str = ""
+    """How it was changed, in words that tell two changes apart."""
+
+    def with_variables(self, config: ModelConfig, variables: Variables, made_by: str) -> "Source":
+        """The same name, tokenizer and settings with another model, which lies in memory.
+
+        Args:
+          variables: arrays, or what else a form to write takes (checkpoint.assemble.part_of).
+        """
+        return dataclasses.replace(self, config=config, held=variables, made_by=made_by)
 
     def tokenizer(self) -> PublicTokenizer:
         """
@@ -97,10 +111,13 @@ class Source:
             f"weights={weights} says what dtype={dtype} would: leave one out",
         )
         is_apart = for_decoding or weights != "float32"
-        model = self._model(dtype, is_apart=is_apart and self.public is not None)
+        is_public = self.public is not None and self.held is None
+        model = self._model(dtype, is_apart=is_apart and is_public)
         abstract = abstract_on_mesh(model, mesh, dtype or "float32", weights)
-        if self.public is None:
-            variables = self._restore(abstract)
+        if self.public is None or self.held is not None:
+            variables = (
+                self._restore(abstract) if self.held is None else _placed(self.held, abstract)
+            )
             if is_apart:
                 model, variables = unstack(model, variables)
             return model, converted(variables, converter(model, weights))
@@ -126,6 +143,8 @@ class Source:
         Raises:
           UserError: as `load`; of values in a public checkpoint only when they are read.
         """
+        if self.held is not None:
+            return self.config, self.held
         if self.public is None:
             model, variables = self.load(dtype=dtype, progress=progress)
             return model.config, variables
@@ -138,6 +157,17 @@ class Source:
         compute = dtype or self.execution.compute_dtype
         execution = dataclasses.replace(inference_execution(self.execution), compute_dtype=compute)
         return Transformer(unstacked_config(config) if is_apart else config, execution)
+
+
+def _placed(variables: Variables, abstract: Variables) -> Variables:
+    """The arrays on their devices, in the dtypes asked for."""
+
+    def place(x: Any, leaf: Any) -> jax.Array:
+        return jax.device_put(
+            jnp.asarray(part_of(x, (None,) * len(leaf.shape)), leaf.dtype), leaf.sharding
+        )
+
+    return jax.tree.map(place, variables, abstract)
 
 
 def counted(progress: Progress, total: int) -> Callable[[int], None]:

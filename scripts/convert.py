@@ -16,6 +16,7 @@ from typing import get_args
 
 from checkpoint.export_dtype import ExportDtype
 from configs.checks import require
+from formats.gguf.writer import Quantization
 from infer.convert import Conversion, Form, convert, rounding
 from infer.sources import Source, open_source
 from infer.verify import Comparison, Unreadable, choose_probe, verify
@@ -27,6 +28,7 @@ DIVERGENCE = {
     "F16": 1e-4,
     "float16": 1e-4,
     "bfloat16": 1e-2,
+    "BF16": 1e-2,
     "Q8_0": 2e-2,
     "float8": 0.1,
     "mxfp4": 0.5,
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--to", choices=get_args(Form), default="orbax")
     parser.add_argument("--family", help="model_type to export as (default: one that fits)")
     parser.add_argument("--dtype", choices=get_args(ExportDtype), help="default: the source's")
-    parser.add_argument("--quantization", choices=("F16", "Q8_0"), help="of a GGUF (F16)")
+    parser.add_argument("--quantization", choices=get_args(Quantization), help="of a GGUF (F16)")
     parser.add_argument("--max-shard-gb", type=positive, default=5.0)
     parser.add_argument("--verify", action="store_true", help="compare next tokens of both sides")
     arguments = parser.parse_args(argv)

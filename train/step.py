@@ -40,6 +40,7 @@ from train.losses import (
 from train.matching import Matching, matching_loss, projection_optimizer
 from train.multi_token import count_ahead, multi_token_loss
 from train.preference import log_probs, num_pairs, preference_loss, row_log_probs
+from train.quantization_aware import rounded_params
 from train.spikes import is_spike, updated_means
 from train.state import TrainSetup, TrainState, is_trained
 
@@ -209,7 +210,7 @@ def _gradients(
 
     grad: Callable[..., Any] = jax.grad(loss, has_aux=True)
     keys = _depth_keys(run, state.step)
-    trained = state.trained
+    trained = rounded_params(run, setup.model, state.trained, state.step)
     if matching is not None:
         trained = {"model": trained, "projections": state.projections["params"]}
     if run.accumulation == 1:

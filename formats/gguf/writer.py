@@ -7,8 +7,9 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -24,10 +25,11 @@ from gguf.constants import (
 from gguf.quants import quantize
 
 from configs.checks import UserError
+from formats.gguf.blocks import BlockKind
 from formats.gguf.header import DEFAULT_ALIGNMENT
 from formats.safetensors.header import explain_os_errors
 
-Quantization = Literal["F16", "Q8_0"]
+Quantization = Literal["F16", "BF16", "Q8_0"]
 Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
 """Name, shape in numpy's order, and what reads it as float32 when its turn comes."""
 
@@ -35,7 +37,15 @@ MARKED_BYTES = 1 << 28
 """After as many, those before are made to lie on the disk: what a killed writer does again."""
 _ENTRIES = 1 << 22
 """Quantised at once."""
-_FILE_TYPES = {"F16": LlamaFileType.MOSTLY_F16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
+_FILE_TYPES = {
+    "F16": LlamaFileType.MOSTLY_F16,
+    "BF16": LlamaFileType.MOSTLY_BF16,
+    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "Q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "Q4_1": LlamaFileType.MOSTLY_Q4_1,
+}
+Encoded = tuple[BlockKind, Callable[[], np.ndarray]]
+"""What a tensor's blocks are, and what makes their bytes, [rows, bytes of a row]."""
 
 
 def write_gguf(
@@ -44,6 +54,7 @@ def write_gguf(
     tensors: Sequence[Tensor],
     quantization: Quantization,
     progress: Callable[[int], None] = lambda _: None,
+    encoded: Mapping[str, Encoded] = MappingProxyType({}),
 ) -> None:
     """Writes a file, or goes on with one that was to become the same: tensors that are in it are
     not read again. Beside it lies meanwhile how many are, `<path>.done`.
@@ -54,21 +65,33 @@ def write_gguf(
       quantization: of matrices. Vectors, biases and routers are float32 in either, as llama.cpp
         computes with them; Q8_0 needs rows of whole blocks of 32, others are F16.
       progress: is told elements.
+      encoded: the tensors that were rounded by others, by name; the rest is as `quantization` says.
     Raises:
       UserError: a value that float16 can't hold, or a disk that can't.
     """
-    kinds = [_kind(name, shape, quantization) for name, shape, _ in tensors]
+    kinds = [
+        GGMLQuantizationType[encoded[name][0]]
+        if name in encoded
+        else _kind(name, shape, quantization)
+        for name, shape, _ in tensors
+    ]
     sizes = [_num_bytes(shape, kind) for (_, shape, _), kind in zip(tensors, kinds, strict=True)]
     with explain_os_errors(path, "be written"):
-        header = _header(path, metadata, tensors, kinds, quantization)
+        file_type = _FILE_TYPES[_main_kind(tensors, encoded) or quantization]
+        header = _header(path, metadata, tensors, kinds, file_type)
         ends = list(itertools.accumulate(map(_padded, sizes), initial=len(header)))
         file, done = _go_on(path, header, ends)
         with file:
             for i, ((name, shape, read), kind) in enumerate(zip(tensors, kinds, strict=True)):
-                if i >= done:
+                if i >= done and name in encoded:
+                    packed = encoded[name][1]()
+                    assert packed.nbytes == sizes[i], f"{name}: {packed.nbytes} bytes"
+                    file.write(packed.data)
+                elif i >= done:
                     tensor = read()
                     assert tensor.shape == tuple(shape), f"{name}: {tensor.shape} is not {shape}"
                     file.write(_packed(name, tensor, kind).data)
+                if i >= done:
                     file.write(bytes(ends[i + 1] - ends[i] - sizes[i]))
                     if ends[i + 1] - ends[done] >= MARKED_BYTES:
                         _mark(path, file, i + 1)
@@ -84,13 +107,13 @@ def _header(
     metadata: dict[str, Any],
     tensors: Sequence[Tensor],
     kinds: Sequence[GGMLQuantizationType],
-    quantization: Quantization,
+    file_type: LlamaFileType,
 ) -> bytes:
     """All that comes before the first tensor."""
     scratch = path.with_name(path.name + ".header")
     writer = GGUFWriter(scratch, metadata[Keys.General.ARCHITECTURE])
     try:
-        _add_metadata(writer, metadata, quantization)
+        _add_metadata(writer, metadata, file_type)
         for (name, shape, _), kind in zip(tensors, kinds, strict=True):
             size = _num_bytes(shape, kind)
             writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
@@ -103,6 +126,16 @@ def _header(
         writer.close()
         scratch.unlink(missing_ok=True)
     return header.ljust(_padded(len(header)), b"\0")
+
+
+def _main_kind(tensors: Sequence[Tensor], encoded: Mapping[str, Encoded]) -> BlockKind | None:
+    """The kind of blocks that most of the encoded weights have."""
+    weights: dict[BlockKind, int] = {}
+    for name, shape, _ in tensors:
+        if name in encoded:
+            kind = encoded[name][0]
+            weights[kind] = weights.get(kind, 0) + math.prod(shape)
+    return max(weights, key=weights.__getitem__, default=None)
 
 
 def _go_on(path: Path, header: bytes, ends: Sequence[int]) -> tuple[BinaryIO, int]:
@@ -142,10 +175,10 @@ def _padded(size: int) -> int:
     return -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 
 
-def _add_metadata(writer: GGUFWriter, metadata: dict[str, Any], quantization: Quantization) -> None:
+def _add_metadata(writer: GGUFWriter, metadata: dict[str, Any], file_type: LlamaFileType) -> None:
     own = {
         Keys.General.QUANTIZATION_VERSION: GGML_QUANT_VERSION,
-        Keys.General.FILE_TYPE: int(_FILE_TYPES[quantization]),
+        Keys.General.FILE_TYPE: int(file_type),
     }
     for key, value in (metadata | own).items():
         if key == Keys.General.ARCHITECTURE or value == []:
@@ -186,7 +219,7 @@ def _packed(name: str, tensor: np.ndarray, kind: GGMLQuantizationType) -> np.nda
 
 
 def _check_range(name: str, part: np.ndarray, block: int, kind: GGMLQuantizationType) -> None:
-    if kind == GGMLQuantizationType.F32:
+    if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.BF16):
         limit = float(np.finfo(np.float32).max)
     else:
         limit = float(np.finfo(np.float16).max) * (1 if block == 1 else 127)
