@@ -94,6 +94,10 @@ class Memory(ABC):
         self._free(sequence, is_broken)
         sequence.row, sequence.read = -1, 0
 
+    def room(self, sequence: TokenSequence) -> int:
+        """Tokens that it could read now."""
+        return len(sequence.prompt) + sequence.request.max_new_tokens - sequence.read
+
     def programs(self) -> list[Callable[[], None]]:
         """All that it runs, on a row that nobody has."""
         return []
@@ -216,6 +220,9 @@ class PagedMemory(Memory):
             self._tables_RN[sequence.row, len(sequence.pages)] = page
             sequence.pages.append(page)
         return True
+
+    def room(self, sequence: TokenSequence) -> int:
+        return len(sequence.pages) * self.grid - sequence.read
 
     def _keep(self, sequence: TokenSequence) -> None:
         keys = sequence.page_keys(sequence.read // self.grid, self.grid)
