@@ -63,22 +63,25 @@ def verify(
     step = make_step(tokens_RN, positions_RN, tables_RN=tables_RP, preference=preference)
     hidden_RND, state = cast(Any, forward(model, variables, step, state))
     logits_RNV = unembed(hidden_RND, output_weights(model, variables, as_stored=True))
-    is_on_R, made = is_row_R & is_live_R, []
-    count_R = jnp.zeros_like(positions_RN[:, 0])
-    for n in range(tokens_RN.shape[1]):
+    length = tokens_RN.shape[1]
+    after_RN = jnp.pad(tokens_RN[:, 1:], ((0, 0), (0, 1)))
+    is_drafted_RN = jnp.pad(positions_RN[:, 1:] >= 0, ((0, 0), (0, 1)))
+
+    def choose_at(carry: tuple[TokenCounts, jax.Array], n: jax.Array) -> Any:
+        counts, is_on_R = carry
         place = (positions_RN[:, n], is_on_R, allowed_NRV[n], has_logprobs)
         choice = choose(logits_RNV[:, n], sampling, counts, *place)
-        counts, count_R = choice.counts, count_R + is_on_R
-        made.append(choice._replace(counts=None))
-        if n + 1 < tokens_RN.shape[1]:
-            is_drafted_R = (positions_RN[:, n + 1] >= 0) & (tokens_RN[:, n + 1] == choice.token_R)
-            is_on_R &= is_drafted_R & ~choice.is_broken_R
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *made)
+        holds_R = is_drafted_RN[:, n] & (after_RN[:, n] == choice.token_R) & ~choice.is_broken_R
+        return (choice.counts, is_on_R & holds_R), (choice._replace(counts=None), is_on_R)
+
+    begun = (counts, is_row_R & is_live_R)
+    (counts, _), (made, is_on_NR) = jax.lax.scan(choose_at, begun, jnp.arange(length))
+    made = jax.tree.map(lambda x: x.swapaxes(0, 1), made)
     return VerifiedDraft(
-        stacked.token_R,
-        count_R,
-        stacked.is_broken_R,
-        stacked.logprobs,
+        made.token_R,
+        is_on_NR.sum(axis=0, dtype=jnp.int32),
+        made.is_broken_R,
+        made.logprobs,
         counts,
         laid_out(state),
     )

@@ -173,9 +173,11 @@ class Engine:
         return sum(s.unread for s in self._running())
 
     def _measure(self, num_read: int, seconds: float) -> None:
-        if isinstance(self._memory, PagedMemory) and num_read > 0:
-            mean = self._memory.seconds_per_token
-            self._memory.seconds_per_token = mean_of(mean, seconds / num_read)
+        if num_read > 0:
+            self._reader.seconds_per_token = mean_of(
+                self._reader.seconds_per_token, seconds / num_read
+            )
+            self._memory.seconds_per_token = self._reader.seconds_per_token
 
     def _admit(self) -> None:
         """Gives free rows to requests in their order; one whose beginning another is about to read

@@ -36,6 +36,9 @@ class Memory(ABC):
         self.state: ModelState = steps.empty_state(model, size)
         self.grid, self.has_prefixes = grid, has_prefixes
         self.queries = self.hits = 0
+        self.seconds_per_token: float | None = None
+        """That reading takes, as the engine measures it; beside what a page's copy takes, it says
+        whether a prefix is copied or read anew."""
         self._under_way: dict[bytes, TokenSequence] = {}
         """Prefixes that some sequence is about to have read."""
 
@@ -143,9 +146,6 @@ class PagedMemory(Memory):
         assert size.num_pages is not None
         self.pool = PagePool(size.num_pages, self._keep_in_host)
         self._tiers, self._pages = tiers or Tiers(None, None), Pages(self.state)
-        self.seconds_per_token: float | None = None
-        """That reading takes, as the engine measures it; beside what a page's copy takes, it says
-        whether a prefix is copied or read anew."""
         self._copy_seconds: float | None = None
         self._tables_RN = np.zeros((size.num_rows, -(-row_length // self.grid)), np.int32)
 

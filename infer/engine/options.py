@@ -23,6 +23,9 @@ class EngineOptions:
     """Tokens of a prompt at most; None is what max_length leaves."""
     piece: int = 512
     """Tokens of prompts that a step reads at most."""
+    target_seconds: float | None = None
+    """That a step should take: while prompts are read, fewer of their tokens are in a step, as the
+    last steps show, so that the tokens of other requests come in time. None: `piece` of them."""
     block: int = 128
     """Tokens that a program reads at once, of one prompt or of several; shorter prompts are read
     by smaller ones. A power of two; more than `piece` are never needed."""
@@ -53,6 +56,10 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         require_positive(self, "max_rows", "max_length", "piece", "page_size", "block")
+        require(
+            self.target_seconds is None or self.target_seconds > 0,
+            f"target_seconds={self.target_seconds} must be greater than 0",
+        )
         require(
             self.block & (self.block - 1) == 0,
             f"block={self.block} must be a power of two",
