@@ -3,7 +3,7 @@
 R rows (sequences), N rows taken.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -81,12 +81,21 @@ def unpageable_reason(spec: LayerSpec) -> str | None:
 
 def unrewindable_reason(config: ModelConfig) -> str | None:
     """Why tokens can't be taken back from the model's state, in a sentence; None: they can."""
+    reasons = (state.unrewindable_reason for state in _abstract_states(config))
+    return next(filter(None, reasons), None)
+
+
+def unmixable_reason(config: ModelConfig) -> str | None:
+    """Why a row of tokens must belong to one sequence, in a sentence; None: it may be shared."""
+    reasons = (state.unmixable_reason for state in _abstract_states(config))
+    return next(filter(None, reasons), None)
+
+
+def _abstract_states(config: ModelConfig) -> Iterator[LayerState]:
+    """Of each layer's attention."""
     shape = StateShape(1, 2, "float32")
     for spec in (*config.prefix, *config.pattern):
-        state = jax.eval_shape(lambda spec=spec: init_attention_state(spec.attention, shape))
-        if state.unrewindable_reason is not None:
-            return state.unrewindable_reason
-    return None
+        yield jax.eval_shape(lambda spec=spec: init_attention_state(spec.attention, shape))
 
 
 def init_memory(config: ModelConfig, batch_size: int, dtype: str) -> ModelState | None:
@@ -148,6 +157,31 @@ def copy_page(state: ModelState, source: jax.Array, target: jax.Array) -> ModelS
         return layer.copy_page(source, target)
 
     return _each(copied, state)
+
+
+def take_pages(state: ModelState, pages_N: jax.Array) -> tuple[jax.Array, ...]:
+    """What lies in these pages, int32 [N], of each array of the state; N is dim 0 of each."""
+
+    def taken(layer: LayerState) -> LayerState:
+        assert isinstance(layer, PagedKeyValueState)
+        return jax.tree.map(lambda pages: pages[pages_N], layer)
+
+    made = _each(taken, state)
+    if state.is_stacked:
+        made = made.replace(periods=jax.tree.map(lambda x: x.swapaxes(0, 1), made.periods))
+    return tuple(jax.tree.leaves(made))
+
+
+def put_pages(state: ModelState, pages_N: jax.Array, arrays: tuple[jax.Array, ...]) -> ModelState:
+    """The state with what `take_pages` gave in these pages."""
+    given = jax.tree.unflatten(jax.tree.structure(state), arrays)
+    if state.is_stacked:
+        given = given.replace(periods=jax.tree.map(lambda x: x.swapaxes(0, 1), given.periods))
+
+    def put(layer: LayerState, new: LayerState) -> LayerState:
+        return jax.tree.map(lambda pages, x: pages.at[pages_N].set(x), layer, new)
+
+    return _each(put, state, given)
 
 
 def state_axes(state: ModelState) -> ModelState:

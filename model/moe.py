@@ -54,7 +54,7 @@ class MoE(nn.Module):
         chosen_BLK: the experts of each token where they are given (model/step.py); then "changed",
         the share of them that the router would have chosen otherwise, is sown, too.
         preference_BE: float32 [B, E] or [1, E], what a request adds to the choice, never to the
-        gates, in standard deviations of the token's scores.
+        gates, in standard deviations of the token's scores; [R, E] for a step with rows.
         """
         c, dtype = self.config, x_BLD.dtype
         batch, length, d_model = x_BLD.shape
@@ -72,7 +72,7 @@ class MoE(nn.Module):
             c.router,
             state,
             is_token_T=is_token_BL.reshape(-1),
-            preference_E=_bias(preference_BE, router_logits_TE, x_BLD.shape, c.router),
+            preference_E=_bias(preference_BE, step, router_logits_TE, c.router),
         )
         ids_BLK = routing.expert_ids_TK.reshape(batch, length, -1)
         self.sow("experts", "ids", ids_BLK, init_fn=lambda: None, reduce_fn=newest)
@@ -155,15 +155,19 @@ class MoE(nn.Module):
 
 def _bias(
     preference_BE: jax.Array | None,
+    step: Step,
     router_logits_TE: jax.Array,
-    shape: tuple[int, ...],
     config: RouterConfig,
 ) -> jax.Array | None:
-    """The preference of each token's request in units of its scores, [T, E]; shape is [B, L, D]."""
+    """The preference of each token's request in units of its scores, [T, E]."""
     if preference_BE is None:
         return None
-    (batch, length, _), num_experts = shape, router_logits_TE.shape[1]
-    wanted_BLE = jnp.broadcast_to(preference_BE[:, None], (batch, length, num_experts))
+    num_experts = router_logits_TE.shape[1]
+    if step.rows_BL is not None and len(preference_BE) > 1:
+        wanted_BLE = preference_BE[step.rows_BL]
+    else:
+        dims = (*step.positions_BL.shape, num_experts)
+        wanted_BLE = jnp.broadcast_to(preference_BE[:, None], dims)
     return wanted_BLE.reshape(-1, num_experts) * score_deviation(router_logits_TE, config)
 
 
