@@ -8,10 +8,9 @@ R rows (sequences), V vocab, E experts.
 """
 
 import contextlib
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +18,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.checks import UserError, require, require_positive
+from configs.checks import UserError, require
 from infer import steps
 from infer.early_exit import check_exits
+from infer.engine.options import EngineOptions
+from infer.engine.types import Emitted, EngineStats, Request
 from infer.generation import Timings
 from infer.sampling import Sampling, no_counts, sampling_rows
-from infer.self_speculative import Draft, check_draft
+from infer.self_speculative import check_draft
 from infer.steps import StateSize
-from model.step import Preference
 from model.transformer import Transformer, Variables
 from model.unstacked import unstack
 
@@ -34,78 +34,6 @@ SLOTS = 256
 """Dense states have a whole multiple of them: each size is compiled for itself."""
 SHORTEST_PIECE = 16
 """Tokens that a piece of a prompt is padded to at least; longer ones to a power of two."""
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How an engine generates."""
-
-    max_rows: int = 8
-    """Sequences at once, R. The size of every step: a request's tokens are the same bit for bit,
-    alone or among others, as long as it is the same (docs/inference.md)."""
-    max_length: int = 1024
-    """Tokens of a sequence at most, prompt and text."""
-    max_prompt: int | None = None
-    """Tokens of a prompt at most; None is what max_length leaves."""
-    piece: int = 512
-    """Tokens of prompts that a step reads at most."""
-    kv_dtype: str | None = None
-    """Of keys and values: float32, bfloat16 or int8; None is the compute dtype."""
-    num_pages: int | None = None
-    """Pages that all sequences share; None gives each row max_length slots."""
-    page_size: int = 64
-    exit_threshold: float | None = None
-    """New tokens leave the model at the first exit this sure of the next one (infer/early_exit.py);
-    prompts are read by all layers."""
-    draft: Draft | None = None
-    """The first layers draft, the others verify (infer/self_speculative.py): the same greedy text
-    in fewer steps."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "max_rows", "max_length", "piece", "page_size")
-        require(
-            self.kv_dtype in (None, "float32", "bfloat16", "int8"),
-            f"kv={self.kv_dtype} must be float32, bfloat16 or int8",
-        )
-        require(
-            self.num_pages is None or self.num_pages > 1,
-            f"num_pages={self.num_pages} must be at least 2: page 0 belongs to nobody",
-        )
-        names = [n for n in ("exit_threshold", "draft") if getattr(self, n) is not None]
-        require(len(names) < 2, f"{' and '.join(names)} can't go together: leave one out")
-        require(
-            self.exit_threshold is None or not math.isnan(self.exit_threshold),
-            "exit_threshold is NaN, which no confidence reaches: give a number",
-        )
-
-
-GREEDY = Sampling()
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to be continued."""
-
-    prompt: Sequence[int]
-    """Tokens, the end-of-text token first."""
-    max_new_tokens: int
-    sampling: Sampling = GREEDY
-    stop_ids: frozenset[int] = frozenset()
-    """Tokens that end the text, and are no part of it."""
-    is_stopped: Callable[[list[int]], bool] | None = None
-    """Asked after each token with the text so far: whether it has ended (stop strings)."""
-    preference: Preference | None = None
-    """The experts it would rather have, [periods, 1, E] by layer of the pattern."""
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """What a step gave one request."""
-
-    request: int
-    tokens: list[int]
-    """New tokens of its text, in order."""
-    is_done: bool
 
 
 @dataclass
@@ -176,6 +104,23 @@ class Engine:
     def has_work(self) -> bool:
         """Whether some request has not ended."""
         return bool(self._waiting) or any(s is not None for s in self._sequences)
+
+    def cancel(self, number: int) -> None:
+        """Ends a request: its row and pages are free at once, and the next step tells it; one that
+        is unknown or has ended is left alone."""
+        raise NotImplementedError
+
+    def warm_up(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Compiles every program that the options can meet; afterwards nothing is compiled.
+
+        Args:
+          on_progress: called with the programs done and all of them.
+        """
+        raise NotImplementedError
+
+    def stats(self) -> EngineStats:
+        """What the engine does and has done."""
+        raise NotImplementedError
 
     def step(self) -> list[Emitted]:
         """Reads pieces of prompts within the budget, then gives every other sequence a token."""

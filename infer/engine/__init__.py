@@ -1,0 +1,27 @@
+"""The engine: many requests generated at once, each as if it were alone."""
+
+from infer.engine.engine import Engine
+from infer.engine.options import EngineOptions
+from infer.engine.types import (
+    MOST_LOGPROBS,
+    Constraint,
+    ConstraintFailed,
+    Emitted,
+    EngineStats,
+    Reason,
+    Request,
+    TokenLogprobs,
+)
+
+__all__ = [
+    "MOST_LOGPROBS",
+    "Constraint",
+    "ConstraintFailed",
+    "Emitted",
+    "Engine",
+    "EngineOptions",
+    "EngineStats",
+    "Reason",
+    "Request",
+    "TokenLogprobs",
+]

@@ -1,0 +1,50 @@
+"""How an engine generates."""
+
+import math
+from dataclasses import dataclass
+
+from configs.checks import require, require_positive
+from infer.self_speculative import Draft
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine generates."""
+
+    max_rows: int = 8
+    """Sequences at once, R. The size of every step: a request's tokens are the same bit for bit,
+    alone or among others, as long as it is the same (docs/inference.md)."""
+    max_length: int = 1024
+    """Tokens of a sequence at most, prompt and text."""
+    max_prompt: int | None = None
+    """Tokens of a prompt at most; None is what max_length leaves."""
+    piece: int = 512
+    """Tokens of prompts that a step reads at most."""
+    kv_dtype: str | None = None
+    """Of keys and values: float32, bfloat16 or int8; None is the compute dtype."""
+    num_pages: int | None = None
+    """Pages that all sequences share; None gives each row max_length slots."""
+    page_size: int = 64
+    exit_threshold: float | None = None
+    """New tokens leave the model at the first exit this sure of the next one (infer/early_exit.py);
+    prompts are read by all layers."""
+    draft: Draft | None = None
+    """The first layers draft, the others verify (infer/self_speculative.py): the same greedy text
+    in fewer steps."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_rows", "max_length", "piece", "page_size")
+        require(
+            self.kv_dtype in (None, "float32", "bfloat16", "int8"),
+            f"kv={self.kv_dtype} must be float32, bfloat16 or int8",
+        )
+        require(
+            self.num_pages is None or self.num_pages > 1,
+            f"num_pages={self.num_pages} must be at least 2: page 0 belongs to nobody",
+        )
+        names = [n for n in ("exit_threshold", "draft") if getattr(self, n) is not None]
+        require(len(names) < 2, f"{' and '.join(names)} can't go together: leave one out")
+        require(
+            self.exit_threshold is None or not math.isnan(self.exit_threshold),
+            "exit_threshold is NaN, which no confidence reaches: give a number",
+        )
