@@ -19,8 +19,8 @@ from configs.checks import require
 from evals import data_packages
 from evals.data_packages import BFCL
 from evals.function_calls import are_wanted
-from infer.function_calls import read_calls
 from evals.samples import Answer, Load, Metric, Prompt, Task
+from infer.function_calls import read_calls
 
 SETS = {
     "simple_python": 400,

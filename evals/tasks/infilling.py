@@ -20,6 +20,7 @@ from evals.tasks.base import NotApplicable
 from evals.tasks.line_completion import LINE_COMPLETION, MAX_EXAMPLES, function_lines
 from evals.tasks.stdlib_bpb import required_held_out
 
+
 def load(settings: Load) -> Sequence[Tokens]:
     """The lines, each behind its prefix and suffix.
 

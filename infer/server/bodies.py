@@ -14,7 +14,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Model = TypeVar("Model", bound=BaseModel)
 
 
-async def read_body(receive: Receive, *, most_bytes: int, seconds: float, told: int | None) -> bytes:
+async def read_body(
+    receive: Receive, *, most_bytes: int, seconds: float, told: int | None
+) -> bytes:
     """The body of a request.
 
     Args:
@@ -89,4 +91,6 @@ def _fault(error: ValidationError, names: Sequence[str]) -> ApiError:
 
 def _is_alternative(part: str | int) -> bool:
     """Whether pydantic means an alternative of a union by it, not a place in the body."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "int"))
+    return isinstance(part, str) and (
+        part[:1].isupper() or "[" in part or part in ("str", "int", "constrained-str")
+    )

@@ -58,7 +58,7 @@ class Stream:
 @dataclass
 class _Add:
     requests: Sequence[Request]
-    future: "asyncio.Future[list[int]]"
+    future: "asyncio.Future[list[Stream]]"
 
 
 @dataclass
@@ -142,11 +142,10 @@ class EngineThread:
                 code="queue_full",
                 retry_after=min(seconds, 30),
             )
-        numbers = await self._add(requests)
-        return [self._streams[number] for number in numbers]
+        return await self._add(requests)
 
-    async def _add(self, requests: Sequence[Request]) -> list[int]:
-        future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+    async def _add(self, requests: Sequence[Request]) -> list[Stream]:
+        future: asyncio.Future[list[Stream]] = asyncio.get_running_loop().create_future()
         self._num_posted += len(requests)
         self._commands.put(_Add(requests, future))
         try:
@@ -157,11 +156,11 @@ class EngineThread:
             future.add_done_callback(self._drop)
             raise
 
-    def _drop(self, future: "asyncio.Future[list[int]]") -> None:
-        if future.cancelled() or future.exception() is not None:
-            return
-        for number in future.result():
-            self._streams[number].close()
+    def _drop(self, future: "asyncio.Future[list[Stream]]") -> None:
+        """Closes the streams of who did not wait for them."""
+        if not future.cancelled() and future.exception() is None:
+            for stream in future.result():
+                stream.close()
 
     async def call(self, run: Callable[[Engine], Any]) -> Any:
         """What the function returns, run between two steps."""
@@ -182,6 +181,12 @@ class EngineThread:
         self.is_paused = False
         self._commands.put(_Call(lambda engine: None, None))  # wakes the thread
 
+    def cancel_all(self, sentence: str) -> None:
+        """Ends every request with this error."""
+        for stream in list(self._streams.values()):
+            self._commands.put(_Cancel(stream.number))
+        self._fail_streams(ApiError(503, sentence, retry_after=2))
+
     def _cancel(self, stream: Stream) -> None:
         """Numbers begin again with another engine: only a stream that is under way is meant."""
         if self._streams.get(stream.number) is stream:
@@ -197,12 +202,12 @@ class EngineThread:
 
     def _added(self, command: _Add, numbers: list[int], error: BaseException | None) -> None:
         self._num_posted -= len(command.requests)
-        for number in numbers:
-            self._streams[number] = Stream(number, self._cancel)
+        streams = [Stream(number, self._cancel) for number in numbers]
+        self._streams |= {stream.number: stream for stream in streams}
         if error is not None:
             command.future.set_exception(error)
         else:
-            command.future.set_result(numbers)
+            command.future.set_result(streams)
 
     def _deliver(self, emitted: list[Emitted], stats: EngineStats) -> None:
         self.on_step(stats)
@@ -253,7 +258,9 @@ class EngineThread:
                 if isinstance(command, _Swap) and swap is None:
                     swap = command
                 elif isinstance(command, _Swap):
-                    _settle(self._post, command.future, None, UserError("weights are being updated"))
+                    _settle(
+                        self._post, command.future, None, UserError("weights are being updated")
+                    )
                 elif isinstance(command, _Add) and swap is not None:
                     held.append(command)
                 else:

@@ -6,7 +6,6 @@ head is sent, so that what can't be served is an HTTP error and not a broken str
 
 import asyncio
 import contextlib
-import inspect
 import json
 import logging
 import re
@@ -17,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from infer.server.bodies import Receive, parse, read_body
-from infer.server.errors import ApiError, internal, invalid, shape
+from infer.server.errors import ApiError, internal, shape
 from infer.server.keys import ApiKeys
 from infer.server.service import Call, Service, dumps, event, new_id
 
@@ -200,7 +199,7 @@ class CancelOnDisconnect:
 class Admission:
     """Request ids, keys and the log of every request."""
 
-    def __init__(self, app: App, keys: ApiKeys, public: frozenset[str], log_bodies: bool) -> None:
+    def __init__(self, app: App, keys: ApiKeys, public: frozenset[str]) -> None:
         self._app, self._keys, self._public = app, keys, public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

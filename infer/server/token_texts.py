@@ -46,4 +46,6 @@ class TokenTexts:
                 self.tokenizer.tokenizer.to_str(), n_vocab=self.vocab_size, eos_token=ends or None
             )
         except ValueError as error:
-            raise UserError(f"this model's tokenizer can't be followed by grammars: {error}") from error
+            raise UserError(
+                f"this model's tokenizer can't be followed by grammars: {error}"
+            ) from error

@@ -51,7 +51,10 @@ class ToolText:
             said, self._held = said + self._held[:at], self._held[at:]
             if end < 0:
                 break
-            whole, self._held = self._held[: end - at + len(CLOSE)], self._held[end - at + len(CLOSE) :]
+            whole, self._held = (
+                self._held[: end - at + len(CLOSE)],
+                self._held[end - at + len(CLOSE) :],
+            )
             found = self._read(whole)
             calls += found
             said += "" if found else whole
