@@ -13,14 +13,20 @@ from starlette.routing import Route as Path
 from infer.server import small_routes
 from infer.server.chat import chat
 from infer.server.completions import complete
+from infer.server.embeddings import embeddings
 from infer.server.errors import ApiError
 from infer.server.http_layer import Admission, App, CancelOnDisconnect, Endpoint, Handler
 from infer.server.infill import infill
 from infer.server.keys import ApiKeys
+from infer.server.messages import count_tokens, messages
 from infer.server.openapi import Described, openapi
+from infer.server.responses import responses
 from infer.server.schemas import ChatBody, CompletionBody
+from infer.server.schemas_messages import CountTokensBody, MessagesBody
+from infer.server.schemas_responses import ResponsesBody
 from infer.server.schemas_small import (
     DetokenizeBody,
+    EmbeddingBody,
     InfillBody,
     TokenizeBody,
     UpdateBody,
@@ -45,6 +51,17 @@ async def _openapi(service: Service, call: Call) -> Any:
 ROUTES: Sequence[Route] = (
     Route("POST", "/v1/chat/completions", "Answers a conversation", ChatBody, chat),
     Route("POST", "/v1/completions", "Continues a text", CompletionBody, complete),
+    Route("POST", "/v1/responses", "Answers a conversation", ResponsesBody, responses, "responses"),
+    Route("POST", "/v1/messages", "Answers a conversation", MessagesBody, messages, "anthropic"),
+    Route(
+        "POST",
+        "/v1/messages/count_tokens",
+        "Its tokens",
+        CountTokensBody,
+        count_tokens,
+        "anthropic",
+    ),
+    Route("POST", "/v1/embeddings", "Vectors of texts", EmbeddingBody, embeddings),
     Route("POST", "/beta/completions", "The same, as DeepSeek's", CompletionBody, complete),
     Route("POST", "/infill", "Fills in, as llama.cpp's", InfillBody, infill),
     Route("GET", "/v1/models", "The model that is served", None, small_routes.models),

@@ -65,6 +65,15 @@ def parse(model: type[Model], raw: bytes) -> Model:
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise invalid(f"the body must be a JSON object, got {kind}: put the fields into {{}}")
+    return validated(model, value)
+
+
+def validated(model: type[Model], value: dict[str, Any]) -> Model:
+    """The object as this schema has it.
+
+    Raises:
+      ApiError: it breaks the schema; the first fault is named.
+    """
     try:
         return model.model_validate(value)
     except ValidationError as error:

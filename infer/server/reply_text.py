@@ -42,7 +42,8 @@ class ReplyText:
           prompt: tokens that the text goes on from; empty where it stands by itself.
           stops: texts that end it.
         """
-        self.is_stopped = False
+        self.stopped_by: str | None = None
+        """The stop text that ended it."""
         self._stream = TextStream(tokenizer, prompt)
         self._stops = tuple(stops)
         self._phase: Literal["maybe", "thinking", "after", "text"] = {
@@ -59,6 +60,10 @@ class ReplyText:
         """Where the text of each token lies that is not counted as shown."""
         self._num_textless = 0
         """Newest tokens that have no text yet."""
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stopped_by is not None
 
     def add(self, tokens: Iterable[int]) -> Shown:
         """What these tokens let be shown; nothing after a stop text."""
@@ -119,11 +124,12 @@ class ReplyText:
         return self._release(() if is_last else ("\n\n" + END_THINK, "\n" + END_THINK, END_THINK))
 
     def _say(self, *, is_last: bool) -> str:
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            said = self._held[: min(found)]
+            at, self.stopped_by = min(found)
+            said = self._held[:at]
             self._length -= len(self._held) - len(said)
-            self._held, self.is_stopped = "", True
+            self._held = ""
             return said
         return self._release(() if is_last else self._stops)
 

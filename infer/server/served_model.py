@@ -28,6 +28,8 @@ class ServedModel:
     max_length: int
     """Tokens of a prompt and its text at most."""
     find_preference: FindPreference
+    aliases: tuple[str, ...] = ()
+    """Further names that it answers to."""
     created: int = field(default_factory=lambda: int(time.time()))
     version: int = 0
     """How often its weights were updated."""
@@ -51,7 +53,7 @@ class ServedModel:
         Raises:
           ApiError: another model is asked for.
         """
-        if wanted not in (None, "", self.name):
+        if wanted not in (None, "", self.name, *self.aliases):
             raise not_found(wanted or "", self.name)
 
     def preference(self, wanted: str | Sequence[str] | None) -> Preference | None:

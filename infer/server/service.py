@@ -33,7 +33,7 @@ class Limits:
     """A stream without news says so this often, that no proxy takes it for dead."""
 
 
-Update = Callable[[str, Callable[[int, int], None]], Callable[[Engine], Engine]]
+Update = Callable[[str], Callable[[Engine], Engine]]
 """Reads another model's weights, and says how to make an engine with them of the one there is."""
 
 
@@ -47,7 +47,8 @@ class Service:
     limits: Limits = Limits()
     update: Update | None = None
     """None: /pause, /resume and /update_weights are not offered."""
-    embed: Callable[[Engine, Sequence[Sequence[int]]], Any] | None = None
+    embed: Callable[[Sequence[int]], Any] | None = None
+    """The vector of a text's tokens; called on the engine's thread."""
     is_ready: bool = False
     is_draining: bool = False
     num_calls: int = 0
@@ -109,7 +110,8 @@ class Answer:
     num_tokens: int = 0
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
-    tokens: list[int] = field(default_factory=list)
+    stopped_by: str | None = None
+    """The stop text that ended it, if one did."""
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """
@@ -134,6 +136,7 @@ class Answer:
                     finish = "length"
                 if finish is not None:
                     shown = _joined(shown, text.finish())
+                    self.stopped_by = text.stopped_by
                 logprobs = tuple(waiting[: shown.num_tokens])
                 del waiting[: shown.num_tokens]
                 yield Piece(shown.text, shown.reasoning, logprobs, finish)

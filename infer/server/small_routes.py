@@ -51,7 +51,7 @@ async def tokenize(service: Service, call: Call) -> Any:
     if (text is None) == (body.messages is None):
         raise invalid("give either a prompt or messages to be read", "prompt")
     if body.messages is not None:
-        chat = ChatBody(messages=body.messages, max_tokens=1)
+        chat = ChatBody.model_validate({"messages": body.messages, "max_tokens": 1})
         ids = list((await plan_chat(model, chat)).text.prompt)
     else:
         asked = body.add_special if body.add_special_tokens is None else body.add_special_tokens
@@ -170,7 +170,7 @@ async def update_weights(service: Service, call: Call) -> Any:
     _check_admin(service)
     assert service.update is not None
     body: UpdateBody = call.body
-    make = await asyncio.to_thread(service.update, body.source, lambda done, total: None)
+    make = await asyncio.to_thread(service.update, body.source)
     await service.engine.swap(make)
     service.model.version += 1
     return {"status": "updated", "weights_version": service.model.version}

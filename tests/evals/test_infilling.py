@@ -6,9 +6,9 @@ from tokenizers import AddedToken
 
 from checkpoint.run_corpus import count_tokens
 from data.pipeline import prepare_corpus
+from data.tokenizers.infilling import MARKS, find_marks
 from evals.samples import HeldOut, Load
 from evals.scoring import EXACT_MATCH, score_tokens
-from data.tokenizers.infilling import MARKS, find_marks
 from evals.tasks import infilling
 from evals.tasks.base import NotApplicable
 from infer.score import TokenScores
