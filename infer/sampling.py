@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import jax
@@ -129,7 +130,7 @@ def sampling_rows(settings: Sequence[Sampling]) -> SamplingRows:
     for row, setting in enumerate(settings):
         for place, (token, bias) in enumerate(setting.biases):
             bias_ids_BN[row, place], bias_BN[row, place] = token, bias
-    keys = [np.asarray(jax.random.key_data(seed_key(s.seed))) for s in settings]
+    keys = [_key_of(s.seed) for s in settings]
     return SamplingRows(
         temperature_B=column("temperature", np.float32),
         top_p_B=column("top_p", np.float32),
@@ -144,21 +145,33 @@ def sampling_rows(settings: Sequence[Sampling]) -> SamplingRows:
     )
 
 
+@lru_cache(maxsize=4096)
+def _key_of(seed: int) -> np.ndarray:
+    return np.asarray(jax.random.key_data(seed_key(seed)))
+
+
 def no_counts(num_rows: int, vocab_size: int) -> TokenCounts:
     shape = (num_rows, vocab_size)
     return TokenCounts(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.bool_))
 
 
 def sample(
-    logits_BV: jax.Array, rows: SamplingRows, counts: TokenCounts, position_B: jax.Array
+    logits_BV: jax.Array,
+    rows: SamplingRows,
+    counts: TokenCounts,
+    position_B: jax.Array,
+    allowed_BV: jax.Array | None = None,
 ) -> jax.Array:
     """One token per row, int32 [B].
 
     Args:
       logits_BV: float32 [B, V].
       position_B: int32, of the token before: each position has a draw of its own.
+      allowed_BV: bool, tokens that may be taken, at least one of a row; None: all.
     """
     logits_BV = _shifted(logits_BV, rows, counts)
+    if allowed_BV is not None:
+        logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
     best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:

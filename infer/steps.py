@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from infer.early_exit import exit_step
-from infer.sampling import SamplingRows, TokenCounts, sample
 from infer.self_speculative import Draft, Verified, draft_and_verify
 from model.layers import unembed
-from model.model_state import ModelState, init_state, put_rows, state_axes, take_rows
+from model.model_state import ModelState, init_state, put_rows, rewind, state_axes, take_rows
 from model.step import Preference, make_step
 from model.transformer import Transformer, Variables, forward, output_weights
 from parallel.sharding import constrain
@@ -58,44 +57,80 @@ def laid_out(state: ModelState) -> ModelState:
     )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)
-def read_piece(
+class Pieces(NamedTuple):
+    """Pieces of several prompts one after the other, in numpy: what a program reads of them."""
+
+    tokens_1T: Any
+    """int32."""
+    positions_1T: Any
+    """int32; -1: padding."""
+    rows_1T: Any
+    """int32, the row of the state of each token's sequence."""
+    length_R: Any
+    """int32, the tokens that each of these rows holds before; more than any for other rows."""
+    last_R: Any
+    """int32, where each row's last token lies; -1 for rows without."""
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def read_mixed(
     model: Transformer,
-    size: StateSize,
-    is_whole: bool,
     variables: Variables,
-    tokens_1L: jax.Array,
-    positions_1L: jax.Array,
-    row_1: jax.Array,
+    pieces: Pieces,
     state: ModelState,
     tables_RN: jax.Array | None,
     preference: Preference | None,
-) -> tuple[jax.Array, ModelState]:
-    """Reads the next tokens of one sequence; the state of the last of them, [1, D].
+) -> tuple[jax.Array, jax.Array, ModelState]:
+    """Reads pieces of prompts in one row of tokens: hidden states of all of them [T, D], of each
+    row's last [R, D], and the state. For models whose layers take tokens of several sequences.
+    """
+    step = make_step(
+        pieces.tokens_1T,
+        pieces.positions_1T,
+        rows_BL=pieces.rows_1T,
+        tables_RN=tables_RN,
+        preference=preference,
+    )
+    state = rewind(state, pieces.length_R)  # what the row held of others before
+    hidden_1TD, state = cast(Any, forward(model, variables, step, state))
+    hidden_TD, last_R1 = hidden_1TD[0], pieces.last_R[:, None]
+    hidden_RD = jnp.where(last_R1 >= 0, hidden_TD[jnp.maximum(pieces.last_R, 0)], 0)
+    return hidden_TD, hidden_RD, laid_out(state)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
+def read_rows(
+    model: Transformer,
+    size: StateSize,
+    variables: Variables,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    rows_B: jax.Array,
+    is_first_B: jax.Array,
+    state: ModelState,
+    preference: Preference | None,
+) -> tuple[jax.Array, jax.Array, ModelState]:
+    """As `read_mixed`, each piece in a row of tokens of its own: hidden states [B, L, D] and of
+    each row's last [R, D], and the state.
 
     Args:
       size: of the state.
-      is_whole: the tokens begin the sequence: what its row held before is forgotten.
-      row_1: the row of the state it has.
+      rows_B: int32, the row of the state that each piece's sequence has; R for no piece.
+      is_first_B: the piece begins the sequence: what its row held before is forgotten.
     """
-    is_paged = size.num_pages is not None
-    step = make_step(
-        tokens_1L,
-        positions_1L,
-        rows_BL=jnp.broadcast_to(row_1[:, None], tokens_1L.shape) if is_paged else None,
-        tables_RN=tables_RN,
-        preference=preference,
-        is_whole=is_whole and tokens_1L.shape[1] > 1,
-    )
-    if is_paged:
-        hidden_1LD, state = cast(Any, forward(model, variables, step, state))
-    else:
-        own = _empty(model, size._replace(num_rows=1)) if is_whole else take_rows(state, row_1)
-        hidden_1LD, own = cast(Any, forward(model, variables, step, own))
-        state = put_rows(state, row_1, own)
-    last_11 = jnp.argmax(positions_1L, axis=1, keepdims=True)
-    hidden_1D = jnp.take_along_axis(hidden_1LD, last_11[:, :, None], axis=1)[:, 0]
-    return hidden_1D, laid_out(state)
+    num, at_B = len(rows_B), jnp.minimum(rows_B, size.num_rows - 1)
+    own = take_rows(state, at_B)
+    empty = _empty(model, size._replace(num_rows=num))
+    own = put_rows(own, jnp.where(is_first_B, jnp.arange(num), num), empty)
+    if preference is not None:
+        preference = {name: x[:, at_B] for name, x in preference.items()}
+    step = make_step(tokens_BL, positions_BL, preference=preference)
+    hidden_BLD, own = cast(Any, forward(model, variables, step, own))
+    state = put_rows(state, rows_B, own)
+    last_B1 = jnp.argmax(positions_BL, axis=1, keepdims=True)
+    hidden_BD = jnp.take_along_axis(hidden_BLD, last_B1[:, :, None], axis=1)[:, 0]
+    hidden_RD = jnp.zeros((size.num_rows, hidden_BD.shape[1]), hidden_BD.dtype)
+    return hidden_BLD, hidden_RD.at[rows_B].set(hidden_BD, mode="drop"), laid_out(state)
 
 
 def read_prompts(
@@ -107,7 +142,7 @@ def read_prompts(
 ) -> tuple[jax.Array, ModelState]:
     """Reads whole prompts side by side; the most likely token after each, int32 [B], and the state.
 
-    The engine reads prompts one by one; a step of this form is what the planner plans.
+    The engine reads them in pieces; a step of this form is what the planner plans.
     """
     step = make_step(tokens_BL, positions_BL, is_whole=True)
     hidden_BLD, state = cast(Any, forward(model, variables, step, state))
@@ -116,15 +151,10 @@ def read_prompts(
     return jnp.argmax(_logits(model, variables, hidden_BD), axis=-1), laid_out(state)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def prompt_logits(
-    model: Transformer, num_rows: int, variables: Variables, hidden_1D: jax.Array, row: jax.Array
-) -> jax.Array:
-    """The logits after a prompt whose last token left this state, in its row of [R, V]; zeros in
-    the others."""
-    logits_1V = _logits(model, variables, hidden_1D)
-    logits_RV = jnp.zeros((num_rows, logits_1V.shape[1]), jnp.float32)
-    return logits_RV.at[row].set(logits_1V[0])
+@partial(jax.jit, static_argnums=0)
+def logits_of(model: Transformer, variables: Variables, hidden_RD: jax.Array) -> jax.Array:
+    """What the model says after hidden states, float32 [R, V]."""
+    return _logits(model, variables, hidden_RD)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -175,32 +205,6 @@ def decode_draft(
     state: ModelState,
 ) -> Verified:
     return draft_and_verify(model, variables, token_R, position_R, state, draft)
-
-
-@partial(jax.jit, donate_argnums=2)
-def choose(
-    logits_RV: jax.Array,
-    sampling: SamplingRows,
-    counts: TokenCounts,
-    position_R: jax.Array,
-    is_live_R: jax.Array,
-) -> tuple[jax.Array, TokenCounts]:
-    """The next token of each row, int32 [R], and the counts with those of the live rows.
-
-    Args:
-      position_R: of the token before: each position has a draw of its own.
-    """
-    token_R = sample(logits_RV, sampling, counts, position_R)
-    row_R, more_R = jnp.arange(len(token_R)), is_live_R.astype(jnp.int32)
-    return token_R, counts.replace(generated_BV=counts.generated_BV.at[row_R, token_R].add(more_R))
-
-
-@partial(jax.jit, donate_argnums=0)
-def begin_counts(counts: TokenCounts, row: jax.Array, is_prompt_V: jax.Array) -> TokenCounts:
-    """The counts with a row begun anew: its prompt holds these tokens, its text none."""
-    return TokenCounts(
-        counts.generated_BV.at[row].set(0), counts.is_prompt_BV.at[row].set(is_prompt_V)
-    )
 
 
 def _logits(model: Transformer, variables: Variables, hidden_BD: jax.Array) -> jax.Array:

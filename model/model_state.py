@@ -3,7 +3,7 @@
 R rows (sequences), N rows taken.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -81,12 +81,21 @@ def unpageable_reason(spec: LayerSpec) -> str | None:
 
 def unrewindable_reason(config: ModelConfig) -> str | None:
     """Why tokens can't be taken back from the model's state, in a sentence; None: they can."""
+    reasons = (state.unrewindable_reason for state in _abstract_states(config))
+    return next(filter(None, reasons), None)
+
+
+def unmixable_reason(config: ModelConfig) -> str | None:
+    """Why a row of tokens must belong to one sequence, in a sentence; None: it may be shared."""
+    reasons = (state.unmixable_reason for state in _abstract_states(config))
+    return next(filter(None, reasons), None)
+
+
+def _abstract_states(config: ModelConfig) -> Iterator[LayerState]:
+    """Of each layer's attention."""
     shape = StateShape(1, 2, "float32")
     for spec in (*config.prefix, *config.pattern):
-        state = jax.eval_shape(lambda spec=spec: init_attention_state(spec.attention, shape))
-        if state.unrewindable_reason is not None:
-            return state.unrewindable_reason
-    return None
+        yield jax.eval_shape(lambda spec=spec: init_attention_state(spec.attention, shape))
 
 
 def init_memory(config: ModelConfig, batch_size: int, dtype: str) -> ModelState | None:

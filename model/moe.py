@@ -44,7 +44,7 @@ class MoE(nn.Module):
         """The state is the context router's; other routers have none.
 
         preference_BE: float32 [B, E] or [1, E], what a request adds to the choice, never to the
-        gates, in standard deviations of the token's scores.
+        gates, in standard deviations of the token's scores; [R, E] for a step with rows.
         """
         c, dtype = self.config, x_BLD.dtype
         batch, length, d_model = x_BLD.shape
@@ -62,7 +62,7 @@ class MoE(nn.Module):
             c.router,
             state,
             is_token_T=is_token_BL.reshape(-1),
-            preference_E=_bias(preference_BE, router_logits_TE, x_BLD.shape, c.router),
+            preference_E=_bias(preference_BE, step, router_logits_TE, c.router),
         )
         out_TD, moved = apply_experts(
             x_TD,
@@ -137,15 +137,19 @@ class MoE(nn.Module):
 
 def _bias(
     preference_BE: jax.Array | None,
+    step: Step,
     router_logits_TE: jax.Array,
-    shape: tuple[int, ...],
     config: RouterConfig,
 ) -> jax.Array | None:
-    """The preference of each token's request in units of its scores, [T, E]; shape is [B, L, D]."""
+    """The preference of each token's request in units of its scores, [T, E]."""
     if preference_BE is None:
         return None
-    (batch, length, _), num_experts = shape, router_logits_TE.shape[1]
-    wanted_BLE = jnp.broadcast_to(preference_BE[:, None], (batch, length, num_experts))
+    num_experts = router_logits_TE.shape[1]
+    if step.rows_BL is not None and len(preference_BE) > 1:
+        wanted_BLE = preference_BE[step.rows_BL]
+    else:
+        dims = (*step.positions_BL.shape, num_experts)
+        wanted_BLE = jnp.broadcast_to(preference_BE[:, None], dims)
     return wanted_BLE.reshape(-1, num_experts) * score_deviation(router_logits_TE, config)
 
 

@@ -11,8 +11,8 @@ from flax import struct
 
 Preference = dict[str, jax.Array]
 """By MoE layer of the pattern ("layer_0", ...), float32 [periods, B, E]: what each row of the batch
-adds to the choice of experts, in standard deviations of a token's scores; B may be 1 for all rows.
-Gates don't see it."""
+adds to the choice of experts, in standard deviations of a token's scores; B may be 1 for all rows,
+and is R for a step whose tokens name their rows of the state. Gates don't see it."""
 
 
 class Step(struct.PyTreeNode):

@@ -1,9 +1,9 @@
 """The engine: many requests generated at once, each as if it were alone."""
 
+from infer.choice import MOST_LOGPROBS
 from infer.engine.engine import Engine
 from infer.engine.options import EngineOptions
 from infer.engine.types import (
-    MOST_LOGPROBS,
     Constraint,
     ConstraintFailed,
     Emitted,

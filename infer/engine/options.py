@@ -20,11 +20,20 @@ class EngineOptions:
     """Tokens of a prompt at most; None is what max_length leaves."""
     piece: int = 512
     """Tokens of prompts that a step reads at most."""
+    block: int = 128
+    """Tokens that a program reads at once, of one prompt or of several; shorter prompts are read
+    by smaller ones. A power of two; more than `piece` are never needed."""
     kv_dtype: str | None = None
     """Of keys and values: float32, bfloat16 or int8; None is the compute dtype."""
     num_pages: int | None = None
     """Pages that all sequences share; None gives each row max_length slots."""
     page_size: int = 64
+    """Positions of a page, and the grid on which prefixes are kept."""
+    prefix_cache: bool = False
+    """Prompts that begin alike are read once: whole pages of a prefix are kept until the room is
+    needed. Where the model's state can't lie in pages, so is the state after a prefix."""
+    state_bytes: int = 1 << 30
+    """Of kept states at most, for models whose state can't lie in pages."""
     exit_threshold: float | None = None
     """New tokens leave the model at the first exit this sure of the next one (infer/early_exit.py);
     prompts are read by all layers."""
@@ -33,7 +42,11 @@ class EngineOptions:
     in fewer steps."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_rows", "max_length", "piece", "page_size")
+        require_positive(self, "max_rows", "max_length", "piece", "page_size", "block")
+        require(
+            self.block & (self.block - 1) == 0,
+            f"block={self.block} must be a power of two",
+        )
         require(
             self.kv_dtype in (None, "float32", "bfloat16", "int8"),
             f"kv={self.kv_dtype} must be float32, bfloat16 or int8",

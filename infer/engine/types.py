@@ -12,10 +12,6 @@ import numpy as np
 from infer.sampling import Sampling
 from model.step import Preference
 
-MOST_LOGPROBS = 20
-"""Best tokens whose log-probabilities a request may ask for (the public interface of OpenAI allows
-as many)."""
-
 Reason = Literal["stop", "stopped", "length", "cancelled", "error"]
 """Why a text ended: at a stop id, by `is_stopped`, with max_new_tokens, by `cancel`, or because it
 can't go on (Emitted.error says why)."""

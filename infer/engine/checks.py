@@ -1,0 +1,81 @@
+"""What an engine refuses, in sentences."""
+
+from configs.checks import UserError, require
+from infer.choice import MOST_LOGPROBS
+from infer.engine.options import EngineOptions
+from infer.engine.types import Request
+from infer.sampling import Sampling
+from model.transformer import Transformer
+
+
+def check_request(model: Transformer, options: EngineOptions, request: Request) -> None:
+    """
+    Raises:
+      UserError: a request that can never be served.
+    """
+    config, prompt, new = model.config, request.prompt, request.max_new_tokens
+    require(new >= 1, f"max_new_tokens={new} must be at least 1")
+    require(len(prompt) > 0, "a prompt is empty: it needs at least one token")
+    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+        raise UserError(f"a prompt has tokens outside [0, {config.vocab_size})")
+    _check_length(model, options, request)
+    for token, _ in request.sampling.biases:
+        require(
+            token < config.vocab_size,
+            f"logit_bias names token {token}, the vocabulary is [0, {config.vocab_size})",
+        )
+    asked = request.num_logprobs
+    require(
+        asked is None or 0 <= asked <= MOST_LOGPROBS,
+        f"num_logprobs={asked} must lie in [0, {MOST_LOGPROBS}]",
+    )
+    _check_together(options, request)
+
+
+def _check_length(model: Transformer, options: EngineOptions, request: Request) -> None:
+    prompt, new = request.prompt, request.max_new_tokens
+    asked = f"a prompt of {len(prompt)} tokens and {new} new ones exceed"
+    require(
+        len(prompt) + new <= model.config.context_length,
+        f"{asked} the model's context_length={model.config.context_length}: shorten the prompt or "
+        "ask for fewer",
+    )
+    longest = options.max_length
+    require(len(prompt) + new <= longest, f"{asked} the engine's max_length={longest}")
+    most = options.max_prompt
+    require(
+        most is None or len(prompt) <= most,
+        f"a prompt of {len(prompt)} tokens exceeds the engine's max_prompt={most}",
+    )
+    if options.num_pages is not None:
+        needed = -(-(len(prompt) + new) // options.page_size)
+        require(
+            needed < options.num_pages,
+            f"{asked} the {options.num_pages} pages of {options.page_size} positions: {needed} are "
+            "needed beside page 0",
+        )
+
+
+def _check_together(options: EngineOptions, request: Request) -> None:
+    """What excludes each other."""
+    temperature, has_draft = request.sampling.temperature, options.draft is not None
+    require(
+        not has_draft or temperature == 0,
+        f"draft gives the greedy text, got temperature={temperature}: leave one out",
+    )
+    require(
+        not has_draft or request.sampling == Sampling(seed=request.sampling.seed),
+        "draft gives the greedy text, penalties and biases change it: leave one out",
+    )
+    require(
+        not has_draft or (request.constraint is None and request.num_logprobs is None),
+        "draft gives the greedy text alone, without constraint and log-probabilities: leave one "
+        "out",
+    )
+    given = {
+        "exit_threshold": options.exit_threshold,
+        "draft": options.draft,
+        "a preference for experts": request.preference,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    require(len(names) < 2, f"{' and '.join(names)} can't go together: leave one out")
