@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits
 
 from configs.checks import UserError
 from infer.engine import ConstraintFailed
@@ -20,6 +20,9 @@ from infer.server.token_texts import TokenTexts
 
 COMPILE_SECONDS = 10.0
 """A grammar that takes longer is refused; the library's own bounds on its size come first."""
+
+LIMITS = LLParserLimits(verbose_errors=False)
+"""The library's own, its errors without the state of its parser."""
 
 
 class GrammarConstraint:
@@ -118,7 +121,7 @@ async def compiled(texts: TokenTexts, wanted: Wanted) -> GrammarConstraint:
     """
 
     def compile_it() -> LLMatcher:
-        matcher = LLMatcher(texts.guide, wanted.grammar, log_level=0)
+        matcher = LLMatcher(texts.guide, wanted.grammar, log_level=0, limits=LIMITS)
         if not matcher.is_error():
             matcher.compute_bitmask()  # some fail only here
         return matcher

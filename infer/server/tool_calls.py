@@ -32,6 +32,7 @@ class ToolText:
         self._held = ""
         self._has_begun = False
         self._is_bare = False
+        self._follows_call = False
         self.num_calls = 0
 
     def add(self, text: str) -> tuple[str, list[ToolCall]]:
@@ -43,29 +44,30 @@ class ToolText:
                 break
             at = self._held.find(OPEN)
             if at < 0:
-                kept = overlap(self._held, OPEN)
-                said += self._held[: len(self._held) - kept]
-                self._held = self._held[len(self._held) - kept :]
+                at = len(self._held) - overlap(self._held, OPEN)
+            said += self._take(at)
+            end = self._held.find(CLOSE)
+            if not self._held.startswith(OPEN) or end < 0:
                 break
-            end = self._held.find(CLOSE, at)
-            said, self._held = said + self._held[:at], self._held[at:]
-            if end < 0:
-                break
-            whole, self._held = (
-                self._held[: end - at + len(CLOSE)],
-                self._held[end - at + len(CLOSE) :],
-            )
+            whole, self._held = self._held[: end + len(CLOSE)], self._held[end + len(CLOSE) :]
             found = self._read(whole)
             calls += found
             said += "" if found else whole
-        if self.num_calls:
-            said = said.strip()
+            self._follows_call = bool(found)
         return said, calls
+
+    def _take(self, size: int) -> str:
+        """So much of what is held, without the blanks that follow a call."""
+        text, self._held = self._held[:size], self._held[size:]
+        if self._follows_call:
+            text = text.lstrip()
+            self._follows_call = not text
+        return text
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """What is left: a call whose tag was not closed, or text."""
-        rest, self._held = self._held, ""
-        calls = self._read(rest) if rest.strip() else []
+        rest = self._take(len(self._held))
+        calls = self._read(rest) if rest else []
         return ("" if calls else rest), calls
 
     def _begin(self) -> bool:
