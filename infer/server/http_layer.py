@@ -15,8 +15,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from configs.checks import UserError
 from infer.server.bodies import Receive, parse, read_body
-from infer.server.errors import ApiError, internal, shape
+from infer.server.errors import ApiError, internal, invalid, shape
 from infer.server.keys import ApiKeys
 from infer.server.service import Call, Service, dumps, event, new_id
 
@@ -50,7 +51,8 @@ class Endpoint:
         self._service.num_calls += 1
         try:
             await self._answer(scope, receive, send, call)
-        except ApiError as error:
+        except (ApiError, UserError) as raised:
+            error = raised if isinstance(raised, ApiError) else invalid(str(raised))
             _note(call, error, self._service)
             await send_json(send, error.status, shape(error, self._dialect), error.headers)
         except Exception:

@@ -171,7 +171,7 @@ def served(
     keys: Sequence[str] = (),
     limits: Limits = Limits(ping_seconds=0.2),
     most_waiting: int = 64,
-    max_length: int = 512,
+    max_length: int = 1024,
     vocab_size: int | None = None,
     **service_of,
 ) -> Iterator[Served]:

@@ -95,7 +95,7 @@ def test_what_an_editor_sends_before_anything_else(http):
     answer = http.post("/infill", json=body)
     assert answer.status_code == 200
     assert answer.json()["content"] == ""
-    assert http.get("/props").json()["n_ctx"] == 512
+    assert http.get("/props").json()["n_ctx"] == 1024
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_what_an_editor_sends_before_anything_else(http):
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
         ({"prompt": "a", "echo": True, "logprobs": 1, "stream": True}, "is not streamed"),
-        ({"prompt": [5] * 512}, "leave no room"),
+        ({"prompt": [5] * 1024}, "leave no room"),
     ],
 )
 def test_what_can_not_be_completed(client, http, body, sentence):
@@ -119,7 +119,7 @@ def test_what_can_not_be_completed(client, http, body, sentence):
 
 
 def test_the_longest_prompt_has_room_for_one_token(client):
-    made = client.completions.create(model="tiny", prompt=[5] * 511, max_tokens=40)
+    made = client.completions.create(model="tiny", prompt=[5] * 1023, max_tokens=40)
     assert made.usage.completion_tokens == 1
 
 

@@ -224,7 +224,7 @@ JSON = {"response_format": {"type": "json_object"}}
         ({"max_tokens": 1, "max_completion_tokens": 2}, "leave one out"),
         ({"logit_bias": {"x": 1}}, "token ids"),
         ({"tool_choice": "required"}, "tools has none"),
-        ({"messages": user("x" * 600)}, "maximum context length is 512"),
+        ({"messages": user("x" * 1100)}, "maximum context length is 1024"),
         ({"messages": [{"role": "user", "content": PICTURE}]}, "reads text"),
         ({"reasoning_effort": "high"}, "knows no reasoning_effort"),
     ],
@@ -241,7 +241,7 @@ def test_what_can_not_be_followed_is_a_clear_400_and_the_next_request_is_fine(
 
 def test_names_of_models(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").max_model_len == 512
+    assert client.models.retrieve("tiny").max_model_len == 1024
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
         client.chat.completions.create(model="gpt", messages=user("hi"))
 
