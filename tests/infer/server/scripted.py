@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from configs.checks import UserError
 from data.tokenizers.public_tokenizer import PublicTokenizer
 from infer.engine import Emitted, EngineStats, Request, TokenLogprobs
 from infer.engine.types import ConstraintFailed
@@ -136,7 +136,7 @@ def logprob_of(token: int, count: int | None) -> TokenLogprobs:
 class Served:
     """A server on a thread of its own."""
 
-    def __init__(self, service: Service, keys: ApiKeys) -> None:
+    def __init__(self, service: Service, keys: ApiKeys, prepare: Callable[[], None]) -> None:
         self.service = service
         options = ListenOptions(port=0, drain_seconds=2.0)
         listening = bind(options)
@@ -146,8 +146,6 @@ class Served:
 
         async def run() -> None:
             self.stopping = asyncio.Event()
-            engine = service.engine
-            prepare = engine.engine.warm_up
             ready = self._began.set
             app = make_app(service, keys)
             await serve(service, app, listening, options, prepare, ready, self.stopping)
@@ -173,11 +171,11 @@ def served(
     most_waiting: int = 64,
     max_length: int = 1024,
     vocab_size: int | None = None,
+    prepare: Callable[[], None] = lambda: None,
+    max_rows: int | None = None,
     **service_of,
 ) -> Iterator[Served]:
     def find_preference(names):
-        from configs.checks import UserError
-
         known = {"code_generation": 0, "algorithm_design": 1}
         for name in names:
             if name.partition(":")[0] not in known:
@@ -188,14 +186,10 @@ def served(
         "tiny", tokenizer, vocab_size or tokenizer.vocab_size, max_length, find_preference
     )
     metrics = Metrics("tiny")
-    thread = EngineThread(engine, engine.max_rows, most_waiting, metrics.step)
+    thread = EngineThread(engine, max_rows or engine.max_rows, most_waiting, metrics.step)
     service = Service(model, thread, metrics, limits, **service_of)
-    made = Served(service, ApiKeys(list(keys)))
+    made = Served(service, ApiKeys(list(keys)), prepare)
     try:
         yield made
     finally:
         made.stop()
-
-
-def without(plan, **changes):
-    return dataclasses.replace(plan, **changes)
