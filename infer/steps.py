@@ -110,7 +110,7 @@ def read_rows(
     state: ModelState,
     preference: Preference | None,
 ) -> tuple[jax.Array, jax.Array, ModelState]:
-    """As `read_mixed`, each piece in a row of tokens of its own: hidden states [B, L, D] and of
+    """As `read_mixed`, each piece in a row of tokens of its own: hidden states [B * L, D] and of
     each row's last [R, D], and the state.
 
     Args:
@@ -130,7 +130,8 @@ def read_rows(
     last_B1 = jnp.argmax(positions_BL, axis=1, keepdims=True)
     hidden_BD = jnp.take_along_axis(hidden_BLD, last_B1[:, :, None], axis=1)[:, 0]
     hidden_RD = jnp.zeros((size.num_rows, hidden_BD.shape[1]), hidden_BD.dtype)
-    return hidden_BLD, hidden_RD.at[rows_B].set(hidden_BD, mode="drop"), laid_out(state)
+    hidden_TD = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
+    return hidden_TD, hidden_RD.at[rows_B].set(hidden_BD, mode="drop"), laid_out(state)
 
 
 def read_prompts(

@@ -1,6 +1,8 @@
 """What an engine refuses, in sentences."""
 
+from configs.architecture import ModelConfig
 from configs.checks import UserError, require
+from configs.feed_forward import MoEConfig
 from infer.choice import MOST_LOGPROBS
 from infer.engine.options import EngineOptions
 from infer.engine.types import Request
@@ -29,7 +31,22 @@ def check_request(model: Transformer, options: EngineOptions, request: Request) 
         asked is None or 0 <= asked <= MOST_LOGPROBS,
         f"num_logprobs={asked} must lie in [0, {MOST_LOGPROBS}]",
     )
+    layers = preferring_layers(config)
+    for name in request.preference or {}:
+        require(
+            name in layers,
+            f"a preference names {name}, and the layers with experts are {', '.join(layers)}",
+        )
     _check_together(options, request)
+
+
+def preferring_layers(config: ModelConfig) -> dict[str, int]:
+    """Layers of the pattern whose experts a request may prefer, and how many they have."""
+    return {
+        f"layer_{i}": spec.ffn.num_experts
+        for i, spec in enumerate(config.pattern)
+        if isinstance(spec.ffn, MoEConfig)
+    }
 
 
 def _check_length(model: Transformer, options: EngineOptions, request: Request) -> None:

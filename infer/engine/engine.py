@@ -12,7 +12,7 @@ R rows (sequences), V vocab, E experts.
 import contextlib
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from infer import steps
 from infer.early_exit import check_exits
-from infer.engine.checks import check_request
+from infer.engine.checks import check_request, preferring_layers
 from infer.engine.keys import identity_of, root_key
 from infer.engine.memory import Memory, PagedMemory, RowMemory
 from infer.engine.options import EngineOptions
@@ -37,7 +37,7 @@ from infer.engine.types import (
     TokenLogprobs,
 )
 from infer.generation import Timings
-from infer.self_speculative import check_draft
+from infer.self_speculative import Verified, check_draft
 from infer.steps import StateSize
 from model.transformer import Transformer, Variables
 from model.unstacked import unstack
@@ -113,6 +113,28 @@ class Engine:
                 else:
                     self._free(sequence)
                 self._cancelled.append(self._emitted(sequence, [], "cancelled"))
+
+    def warm_up(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Compiles every program that the options can meet; afterwards nothing is compiled.
+
+        Args:
+          on_progress: called with the programs done and all of them.
+        Raises:
+          ValueError: there are requests: ask before the first one.
+        """
+        if self.has_work():
+            raise ValueError("an engine warms up before its first request: it has some")
+        has_detour = (self._options.draft, self._options.exit_threshold) != (None, None)
+        if not has_detour and preferring_layers(self._model.config):
+            self._prefer(0, {})
+        thunks = [*self._reader.programs(self._memory, self._preference), *self._memory.programs()]
+        thunks += [*self._sampler.programs(), self._run_idle]
+        with self._in_mesh():
+            for done, thunk in enumerate(thunks):
+                on_progress(done, len(thunks))
+                thunk()
+                thunk()  # what it gave is laid out as what it takes from then on
+        on_progress(len(thunks), len(thunks))
 
     def has_work(self) -> bool:
         """Whether some request has not ended, or its end was not told yet."""
@@ -231,24 +253,9 @@ class Engine:
         self, live: list[TokenSequence]
     ) -> tuple[list[Emitted], np.ndarray, np.ndarray | None]:
         """One token of each, and the layers it took."""
-        model, options, memory = self._model, self._options, self._memory
-        token_R, position_R = self._inputs(live)
-        rows, layers_N = [s.row for s in live], None
-        if options.exit_threshold is not None:
-            logits_RV, memory.state, layers_R = steps.decode_early(
-                model, self._variables, token_R, position_R, memory.state, options.exit_threshold
-            )
-            layers_N = np.asarray(layers_R)[rows]
-        else:
-            logits_RV, memory.state = steps.decode(
-                model,
-                self._variables,
-                token_R,
-                position_R,
-                memory.state,
-                memory.tables_RN,
-                self._preference,
-            )
+        memory, rows = self._memory, [s.row for s in live]
+        logits_RV, layers_R = self._run_decode(*self._inputs(live))
+        layers_N = None if layers_R is None else np.asarray(layers_R)[rows]
         for sequence in live:
             sequence.read += 1
             memory.advance(sequence)
@@ -258,14 +265,41 @@ class Engine:
             self._point(sequence)
         return emitted, np.ones(len(live), int), layers_N
 
-    def _decode_draft(self, live: list[TokenSequence]) -> tuple[list[Emitted], np.ndarray, None]:
-        memory, draft = self._memory, self._options.draft
-        assert draft is not None
-        token_R, position_R = self._inputs(live)
+    def _run_decode(
+        self, token_R: np.ndarray, position_R: np.ndarray
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The logits after each row's newest token, [R, V], and the layers it took."""
+        model, memory, threshold = self._model, self._memory, self._options.exit_threshold
+        inputs = (self._variables, token_R, position_R, memory.state)
+        if threshold is not None:
+            logits_RV, memory.state, layers_R = steps.decode_early(model, *inputs, threshold)
+            return logits_RV, layers_R
+        logits_RV, memory.state = steps.decode(model, *inputs, memory.tables_RN, self._preference)
+        return logits_RV, None
+
+    def _run_draft(self, token_R: np.ndarray, position_R: np.ndarray) -> Verified:
+        assert self._options.draft is not None
         made = steps.decode_draft(
-            self._model, self._variables, draft, token_R, position_R, memory.state
+            self._model,
+            self._variables,
+            self._options.draft,
+            token_R,
+            position_R,
+            self._memory.state,
         )
-        memory.state = made.state
+        self._memory.state = made.state
+        return made
+
+    def _run_idle(self) -> None:
+        """The programs of decoding, with no row that does anything."""
+        idle = self._inputs([])
+        if self._options.draft is not None:
+            self._run_draft(*idle)
+        else:
+            self._run_decode(*idle)
+
+    def _decode_draft(self, live: list[TokenSequence]) -> tuple[list[Emitted], np.ndarray, None]:
+        made = self._run_draft(*self._inputs(live))
         tokens_RN, count_R = np.asarray(made.tokens_BN), np.asarray(made.count_B)
         emitted, counts = [], count_R[[s.row for s in live]]
         for sequence in live:
@@ -360,16 +394,15 @@ class Engine:
         """Writes a row's preference; the first one makes room for all rows."""
         if wanted is None and self._preference is None:
             return
+        config, rows = self._model.config, self._options.max_rows
         if self._preference is None:
-            assert wanted is not None
-            shapes = {name: np.shape(x) for name, x in wanted.items()}
             self._preference = {
-                name: np.zeros((periods, self._options.max_rows, experts), np.float32)
-                for name, (periods, _, experts) in shapes.items()
+                name: np.zeros((config.num_periods, rows, experts), np.float32)
+                for name, experts in preferring_layers(config).items()
             }
         self._preference = {name: array.copy() for name, array in self._preference.items()}
         for name, array in self._preference.items():
-            array[:, row] = 0.0 if wanted is None else np.asarray(wanted[name])[:, 0]
+            array[:, row] = np.asarray(wanted[name])[:, 0] if wanted and name in wanted else 0.0
 
     def _in_mesh(self) -> Any:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)

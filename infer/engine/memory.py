@@ -5,6 +5,7 @@ R rows (sequences), N pages of a row.
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -90,6 +91,10 @@ class Memory(ABC):
                     del self._under_way[key]
         self._free(sequence, is_broken)
         sequence.row, sequence.read = -1, 0
+
+    def programs(self) -> list[Callable[[], None]]:
+        """All that it runs, on a row that nobody has."""
+        return []
 
     @abstractmethod
     def grow(self, sequence: TokenSequence, length: int) -> bool:
@@ -216,6 +221,14 @@ class RowMemory(Memory):
         while len(self._seen) > SEEN_KEYS:
             self._seen.popitem(last=False)
         return True
+
+    def programs(self) -> list[Callable[[], None]]:
+        row_1 = np.zeros(1, np.int32)
+
+        def take_and_put() -> None:
+            self.state = _put_row(self.state, row_1, _take_row(self.state, row_1))
+
+        return [take_and_put] if self.has_prefixes else []
 
     def _is_wanted(self, owner: TokenSequence, length: int) -> None:
         owner.stops.add(length)

@@ -7,8 +7,9 @@ lies. So what a prompt leaves does not depend on its neighbours, nor on where it
 R rows (sequences), T tokens of a program, B pieces of L tokens, D d_model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -150,6 +151,19 @@ class Reader:
             self._score(parts, hidden)
         return made
 
+    def programs(self, memory: Memory, preference: Any) -> list[Callable[[], None]]:
+        """All that it runs, with nothing to read."""
+
+        def read(width: int) -> None:
+            if self.is_mixed:
+                hidden_TD, hidden_RD = self.run_pieces(self.no_pieces(width), memory, preference)
+            else:
+                hidden_TD, hidden_RD = self.run_rows(self._no_rows(width), memory, preference)
+            self.score(hidden_TD, np.zeros(len(hidden_TD), np.int32))
+            steps.logits_of(self._model, self._variables, hidden_RD)
+
+        return [partial(read, width) for width in self.widths]
+
     def _run_mixed(
         self, parts: list[_Part], width: int, memory: Memory, preference: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -183,29 +197,33 @@ class Reader:
     def _run_rows(
         self, parts: list[_Part], width: int, memory: Memory, preference: Any
     ) -> tuple[jax.Array, jax.Array]:
-        num = self.num_rows(width)
-        tokens_BL, positions_BL = np.zeros((num, width), np.int32), np.full((num, width), -1)
-        rows_B, is_first_B = np.full(num, self._rows, np.int32), np.zeros(num, bool)
+        tokens_BL, positions_BL, rows_B, is_first_B = arrays = self._no_rows(width)
         for part in parts:
             count = part.end - part.begin
             tokens_BL[part.row, :count] = part.sequence.prompt[part.begin : part.end]
             positions_BL[part.row, :count] = np.arange(part.begin, part.end)
             rows_B[part.row], is_first_B[part.row] = part.sequence.row, part.begin == 0
-        arrays = (tokens_BL, positions_BL.astype(np.int32), rows_B, is_first_B)
         return self.run_rows(arrays, memory, preference)
+
+    def _no_rows(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Padding alone."""
+        num = self.num_rows(width)
+        tokens_BL = np.zeros((num, width), np.int32)
+        rows_B = np.full(num, self._rows, np.int32)
+        return tokens_BL, np.full_like(tokens_BL, -1), rows_B, np.zeros(num, bool)
 
     def run_rows(
         self, arrays: tuple[Any, ...], memory: Memory, preference: Any
     ) -> tuple[jax.Array, jax.Array]:
-        hidden_BLD, hidden_RD, memory.state = steps.read_rows(
+        hidden_TD, hidden_RD, memory.state = steps.read_rows(
             self._model, self._size, self._variables, *arrays, memory.state, preference
         )
-        return hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), hidden_RD
+        return hidden_TD, hidden_RD
 
     def _score(self, parts: list[_Part], hidden_TD: jax.Array) -> None:
         """Log-probabilities of the prompts' tokens that these pieces predict."""
         next_T = np.zeros(len(hidden_TD), np.int32)
-        length = len(hidden_TD) // (1 if self.is_mixed else self.num_rows_of(hidden_TD))
+        length = parts[0].sequence.width
         for part in parts:
             first = part.row * length + part.at
             following = part.sequence.prompt[part.begin + 1 : part.end + 1]
@@ -225,9 +243,6 @@ class Reader:
 
     def score(self, hidden_TD: jax.Array, next_T: np.ndarray) -> Any:
         return score_tokens(self._model, self._variables, hidden_TD, next_T)
-
-    def num_rows_of(self, hidden_TD: jax.Array) -> int:
-        return next(n for w in self.widths if (n := self.num_rows(w)) * w == len(hidden_TD))
 
 
 def widths_of(options: EngineOptions) -> tuple[int, ...]:

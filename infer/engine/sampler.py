@@ -3,6 +3,7 @@
 R rows (sequences), V vocab.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from infer.choice import Choice, Logprobs, begin_counts, choose
 from infer.engine.sequence import TokenSequence
-from infer.engine.types import ConstraintFailed, TokenLogprobs
+from infer.engine.types import ConstraintFailed, Request, TokenLogprobs
 from infer.sampling import Sampling, no_counts, sampling_rows
 
 BROKEN = "the model's numbers for this request are not finite, and no token can be chosen from them"
@@ -89,6 +90,20 @@ class Sampler:
         logprobs = made.logprobs if has_logprobs else None
         token_R, is_broken_R, logprobs = jax.device_get((made.token_R, made.is_broken_R, logprobs))
         return Choice(token_R, is_broken_R, logprobs, self.counts)
+
+    def programs(self) -> list[Callable[[], None]]:
+        """All that it runs; the counts of row 0 begin anew."""
+        num_rows, vocab_size = self.all_allowed_RV.shape
+
+        def begin_and_choose() -> None:
+            sampling_rows([Sampling(seed=1)])
+            self.begin(TokenSequence(0, Request([0], 1), 1, b"", row=0))
+            logits_RV = jnp.zeros((num_rows, vocab_size), jnp.float32)
+            none_R = np.zeros(num_rows, bool)
+            for allowed_RV in (self.all_allowed_RV, np.ones((num_rows, vocab_size), bool)):
+                self.run(logits_RV, np.zeros(num_rows, np.int32), none_R, allowed_RV, True)
+
+        return [begin_and_choose]
 
     def _allowed(self, live: list[TokenSequence]) -> tuple[dict[TokenSequence, str], Any]:
         """Sequences whose constraints can't go on, and why; what the others' allow."""
