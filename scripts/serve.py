@@ -7,6 +7,7 @@ SRC is a run directory, a folder in Hugging Face form or of scripts.convert, a G
 smollm2. Needs the extra `serve`. docs/serving.md says what clients get.
 """
 
+import argparse
 import asyncio
 
 from configs.checks import UserError
@@ -19,22 +20,7 @@ INSTALL = "pip install -e '.[serve]' -c constraints.txt"
 
 
 def main(argv: list[str]) -> None:
-    parser = command.parser(__doc__)
-    parser.add_argument("source", metavar="SRC", help="run, folder, GGUF file, or smollm2")
-    add_model_options(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
-    parser.add_argument("--served-name", action="append", metavar="NAME", help="of the model")
-    parser.add_argument("--api-key-file", metavar="FILE", help="keys that are let in, one a line")
-    parser.add_argument("--max-rows", type=int, default=8, help="texts generated at once (8)")
-    parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait (256)")
-    parser.add_argument("--max-length", type=int, help="tokens of prompt and text (at most 4,096)")
-    parser.add_argument(
-        "--max-body-bytes", type=int, default=32 << 20, help="of a request (32 MiB)"
-    )
-    parser.add_argument("--drain-seconds", type=positive, default=30.0, help="to finish in (30)")
-    parser.add_argument("--allow-updates", action="store_true", help="/pause, /update_weights")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         from scripts import served
     except ImportError as error:
@@ -42,6 +28,24 @@ def main(argv: list[str]) -> None:
     mesh = asked_mesh(arguments)
     command.keep_compiled()
     asyncio.run(served.run(open_source(arguments.source), arguments, mesh))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = command.parser(__doc__)
+    made.add_argument("source", metavar="SRC", help="run, folder, GGUF file, or smollm2")
+    add_model_options(made)
+    made.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    made.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
+    made.add_argument("--served-name", action="append", metavar="NAME", help="of the model")
+    made.add_argument("--api-key-file", metavar="FILE", help="keys that are let in, one a line")
+    made.add_argument("--max-rows", type=int, default=8, help="texts generated at once (8)")
+    made.add_argument("--max-queue", type=int, default=256, help="requests that may wait (256)")
+    made.add_argument("--max-length", type=int, help="tokens of prompt and text (at most 4,096)")
+    made.add_argument("--max-body-bytes", type=int, default=32 << 20, help="of a request (32 MiB)")
+    made.add_argument("--no-prefix-cache", action="store_true", help="reads all prompts anew")
+    made.add_argument("--drain-seconds", type=positive, default=30.0, help="to finish in (30)")
+    made.add_argument("--allow-updates", action="store_true", help="/pause, /update_weights")
+    return made
 
 
 if __name__ == "__main__":

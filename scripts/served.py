@@ -1,6 +1,7 @@
 """The model that scripts.serve serves, and the server around it."""
 
 import argparse
+import dataclasses
 import functools
 import shlex
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from infer.server.process import ListenOptions, address_of, bind, log_to, serve
 from infer.server.served_model import ServedModel
 from infer.server.service import Limits, Service
 from infer.sources import Source, open_source
+from model.model_state import unpageable_reason
 from model.step import Preference
 from model.transformer import Transformer
 from model.unstacked import unstack_preference
@@ -67,12 +69,20 @@ def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptio
     size = arguments.max_body_bytes
     require(size > 0, f"--max-body-bytes {size} must be greater than 0")
     require(0 <= arguments.port < 65536, f"--port {arguments.port} must lie between 0 and 65535")
-    return EngineOptions(
+    options = EngineOptions(
         max_rows=arguments.max_rows,
         max_length=length,
         kv_dtype=arguments.kv,
         num_pages=arguments.kv_pages,
+        prefix_cache=not arguments.no_prefix_cache,
     )
+    config = source.config
+    if options.num_pages is None and all(
+        unpageable_reason(spec) is None for spec in (*config.prefix, *config.pattern)
+    ):
+        num_pages = 1 + options.max_rows * -(-length // options.page_size)
+        options = dataclasses.replace(options, num_pages=num_pages)
+    return options
 
 
 def make_service(
@@ -107,6 +117,7 @@ def make_service(
 
         def make(engine: Engine) -> Engine:
             made = Engine(model, new, options, mesh=mesh)
+            made.warm_up()  # compiled already
             service.embed = Embedder(model, new, mesh)
             return made
 
@@ -143,7 +154,7 @@ def warm_up(engine: Engine) -> None:
         bar.update(done)
 
     try:
-        getattr(engine, "warm_up", lambda progress: None)(progress)  # TODO
+        engine.warm_up(progress)
     finally:
         if bar is not None:
             bar.__exit__(None, None, None)

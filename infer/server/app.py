@@ -16,7 +16,7 @@ from infer.server.completions import complete
 from infer.server.embeddings import embeddings
 from infer.server.errors import ApiError
 from infer.server.http_layer import Admission, App, CancelOnDisconnect, Endpoint, Handler
-from infer.server.infill import infill
+from infer.server.infill import fim, infill
 from infer.server.keys import ApiKeys
 from infer.server.messages import count_tokens, messages
 from infer.server.openapi import Described, openapi
@@ -63,6 +63,7 @@ ROUTES: Sequence[Route] = (
     ),
     Route("POST", "/v1/embeddings", "Vectors of texts", EmbeddingBody, embeddings),
     Route("POST", "/beta/completions", "The same, as DeepSeek's", CompletionBody, complete),
+    Route("POST", "/v1/fim/completions", "The same, as Mistral's", CompletionBody, fim),
     Route("POST", "/infill", "Fills in, as llama.cpp's", InfillBody, infill),
     Route("GET", "/v1/models", "The model that is served", None, small_routes.models),
     Route("GET", "/v1/models/{name:path}", "The same by name", None, small_routes.one_model),
@@ -82,6 +83,8 @@ ROUTES: Sequence[Route] = (
     Route("GET", "/", "A page to talk to", None, small_routes.page, is_public=True),
 )
 
+PROBES = frozenset(("/health", "/ready", "/metrics", "/stats"))
+
 
 def make_app(service: Service, keys: ApiKeys) -> App:
     """The ASGI application."""
@@ -91,7 +94,7 @@ def make_app(service: Service, keys: ApiKeys) -> App:
     ]
     inner = Starlette(routes=paths, exception_handlers={HTTPException: _http_error})
     public = frozenset(route.path for route in ROUTES if route.is_public)
-    return Admission(CancelOnDisconnect(inner), keys, public)
+    return Admission(CancelOnDisconnect(inner), keys, public, PROBES)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

@@ -199,10 +199,17 @@ class CancelOnDisconnect:
 
 
 class Admission:
-    """Request ids, keys and the log of every request."""
+    """Request ids, keys and the log of every request.
 
-    def __init__(self, app: App, keys: ApiKeys, public: frozenset[str]) -> None:
-        self._app, self._keys, self._public = app, keys, public
+    Args:
+      public: paths that need no key.
+      probes: paths that are asked every few seconds: not in the log.
+    """
+
+    def __init__(
+        self, app: App, keys: ApiKeys, public: frozenset[str], probes: frozenset[str]
+    ) -> None:
+        self._app, self._keys, self._public, self._probes = app, keys, public, probes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -241,4 +248,5 @@ class Admission:
                 "status": status,
                 "seconds": round(time.monotonic() - began, 4),
             }
-            LOG.info(json.dumps(entry | log))
+            is_probe = scope["path"] in self._probes
+            LOG.log(logging.DEBUG if is_probe else logging.INFO, json.dumps(entry | log))

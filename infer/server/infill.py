@@ -1,10 +1,12 @@
 """POST /infill, as llama.cpp's server has it: what editors ask for."""
 
+import contextlib
+import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from infer.server.completions import infill_ids
+from infer.server.completions import complete, infill_ids
 from infer.server.plan import TextPlan, make_requests, room_for, stop_texts
 from infer.server.schemas_small import InfillBody
 from infer.server.service import Answer, Call, Service, event, usage_of
@@ -80,3 +82,30 @@ async def _events(
                 yield event({"content": piece.text, "stop": False})
         call.count(usage_of([answer]))
         yield event(_answer(service, answer, "", finish, began))
+
+
+async def fim(service: Service, call: Call) -> Any:
+    """POST /v1/fim/completions, as Mistral's interface has it: a completion whose answer has the
+    form of a chat's."""
+    given = await complete(service, call)
+    if isinstance(given, dict):
+        choices = [_as_message(choice, "message") for choice in given["choices"]]
+        return given | {"object": "chat.completion", "choices": choices}
+    return _as_deltas(given)
+
+
+def _as_message(choice: dict[str, Any], name: str) -> dict[str, Any]:
+    said = {"role": "assistant", "content": choice["text"]}
+    return {"index": choice["index"], name: said, "finish_reason": choice["finish_reason"]}
+
+
+async def _as_deltas(events: Any) -> AsyncIterator[str]:
+    async with contextlib.aclosing(events):
+        async for each in events:
+            data = each.removeprefix("data: ").strip()
+            if data == "[DONE]":
+                yield each
+                continue
+            chunk = json.loads(data)
+            choices = [_as_message(choice, "delta") for choice in chunk["choices"]]
+            yield event(chunk | {"object": "chat.completion.chunk", "choices": choices})

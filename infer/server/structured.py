@@ -154,7 +154,7 @@ def tool_grammar(tools: list[dict[str, Any]], name: str | None, *, is_tagged: bo
             "type": "object",
             "properties": {
                 "name": {"const": function["name"]},
-                "arguments": function.get("parameters") or {"type": "object"},
+                "arguments": _arguments(function.get("parameters")),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
@@ -167,6 +167,14 @@ def tool_grammar(tools: list[dict[str, Any]], name: str | None, *, is_tagged: bo
     return LLMatcher.grammar_from_lark(
         f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {schema}\n'
     )
+
+
+def _arguments(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """The schema of a call's arguments: those that are declared and no others."""
+    if not parameters:
+        return {"type": "object"}
+    is_open = "properties" not in parameters or "additionalProperties" in parameters
+    return parameters if is_open else parameters | {"additionalProperties": False}
 
 
 def _sentence(text: str) -> str:

@@ -1,6 +1,7 @@
 """Completions: what lm-evaluation-harness, editors and the legacy interface ask for."""
 
 import itertools
+import json
 
 import numpy as np
 import openai
@@ -82,6 +83,17 @@ def test_what_belongs_between_two_texts(http, engine, tokenizer, path, body):
     answer = http.post(path, json=body | limit).json()
     assert tokenizer.decode(engine.seen[-1].prompt, specials=True) == FIM
     assert (answer["content"] if path == "/infill" else answer["choices"][0]["text"]) == "Grü"
+
+
+def test_the_form_of_mistrals_interface(http):
+    body = {"prompt": "say:", "suffix": "b", "max_tokens": 4}
+    whole = http.post("/v1/fim/completions", json=body).json()
+    assert whole["choices"][0]["message"]["content"]
+    text = http.post("/v1/fim/completions", json=body | {"stream": True}).text
+    *chunks, last = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    deltas = [json.loads(chunk)["choices"][0]["delta"]["content"] for chunk in chunks]
+    assert "".join(deltas) == whole["choices"][0]["message"]["content"]
+    assert last == "[DONE]"
 
 
 def test_what_an_editor_sends_before_anything_else(http):
