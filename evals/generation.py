@@ -11,7 +11,7 @@ from data.tokenizers.text_stream import TextStream
 from evals.likelihood import first_id
 from evals.samples import Answer, Prompt
 from infer.chat import chat_ids
-from infer.engine import Engine, EngineOptions, Request
+from infer.engine import Engine, EngineOptions, Request, with_pages
 from infer.sampling import Sampling
 from infer.stop_texts import stops_at
 from model.transformer import Transformer, Variables
@@ -44,7 +44,9 @@ class Generator:
             max_rows=self.max_rows,
             max_length=max(len(p.ids) + p.max_new_tokens for p in plans),
             max_prompt=max(len(p.ids) for p in plans),
+            prefix_cache=True,  # examples before the question are read once
         )
+        options = with_pages(options, self.model.config)
         engine = Engine(self.model, self.variables, options, mesh=self.mesh)
         owner_of: dict[int, int] = {}
         numbers: list[list[int]] = []

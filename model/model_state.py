@@ -159,6 +159,31 @@ def copy_page(state: ModelState, source: jax.Array, target: jax.Array) -> ModelS
     return _each(copied, state)
 
 
+def take_pages(state: ModelState, pages_N: jax.Array) -> tuple[jax.Array, ...]:
+    """What lies in these pages, int32 [N], of each array of the state; N is dim 0 of each."""
+
+    def taken(layer: LayerState) -> LayerState:
+        assert isinstance(layer, PagedKeyValueState)
+        return jax.tree.map(lambda pages: pages[pages_N], layer)
+
+    made = _each(taken, state)
+    if state.is_stacked:
+        made = made.replace(periods=jax.tree.map(lambda x: x.swapaxes(0, 1), made.periods))
+    return tuple(jax.tree.leaves(made))
+
+
+def put_pages(state: ModelState, pages_N: jax.Array, arrays: tuple[jax.Array, ...]) -> ModelState:
+    """The state with what `take_pages` gave in these pages."""
+    given = jax.tree.unflatten(jax.tree.structure(state), arrays)
+    if state.is_stacked:
+        given = given.replace(periods=jax.tree.map(lambda x: x.swapaxes(0, 1), given.periods))
+
+    def put(layer: LayerState, new: LayerState) -> LayerState:
+        return jax.tree.map(lambda pages, x: pages.at[pages_N].set(x), layer, new)
+
+    return _each(put, state, given)
+
+
 def state_axes(state: ModelState) -> ModelState:
     """The logical axes of every array (parallel/sharding.py), in a tree like the state's."""
 

@@ -2,7 +2,7 @@
 
 from infer.choice import MOST_LOGPROBS
 from infer.engine.engine import Engine
-from infer.engine.options import EngineOptions
+from infer.engine.options import EngineOptions, with_pages
 from infer.engine.types import (
     Constraint,
     ConstraintFailed,
@@ -24,4 +24,5 @@ __all__ = [
     "Reason",
     "Request",
     "TokenLogprobs",
+    "with_pages",
 ]

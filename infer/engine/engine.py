@@ -6,13 +6,13 @@ prompt is read gets its next token. A prompt that begins like one before starts 
 then; a sequence whose pages go to an older one starts again, and its text is read once more as it
 was written. Rows that end are given to requests that wait.
 
-R rows (sequences), V vocab, E experts.
+R rows (sequences), V vocab.
 """
 
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,10 +21,12 @@ from jax.sharding import Mesh
 
 from infer import steps
 from infer.early_exit import check_exits
-from infer.engine.checks import check_request, preferring_layers
+from infer.engine.checks import check_request
 from infer.engine.keys import identity_of, root_key
-from infer.engine.memory import Memory, PagedMemory, RowMemory
+from infer.engine.memory import PagedMemory, mean_of
+from infer.engine.new_memory import kept_details, new_memory
 from infer.engine.options import EngineOptions
+from infer.engine.preferences import Preferences
 from infer.engine.reading import Reader, widths_of
 from infer.engine.sampler import Chosen, Sampler
 from infer.engine.sequence import TokenSequence
@@ -44,8 +46,6 @@ from model.unstacked import unstack
 
 SLOTS = 256
 """Dense states have a whole multiple of them: each size is compiled for itself."""
-STATE_GRID = 64
-"""States after prefixes are kept at multiples of it: recurrent layers read blocks of so many."""
 
 
 class Engine:
@@ -79,11 +79,15 @@ class Engine:
         size = _state_size(model, options)
         self._reader = Reader(model, variables, options, size)
         with self._in_mesh():
-            self._memory = _memory(model, options, size)
+            self._memory = new_memory(model, options, size)
             self._sampler = Sampler(rows, model.config.vocab_size)
-        self._identity = identity_of(model, None, options)
+        needs_weights = options.cache_dir is not None  # others' prefixes may lie there
+        with self._in_mesh():
+            self._identity = identity_of(
+                model, variables if needs_weights else None, kept_details(options, size)
+            )
         self._token_R, self._position_R = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
-        self._preference: dict[str, np.ndarray] | None = None
+        self._preferences = Preferences(model.config, rows)
         self._sequences: list[TokenSequence | None] = [None] * rows
         self._waiting: deque[TokenSequence] = deque()
         self._cancelled: list[Emitted] = []
@@ -124,10 +128,12 @@ class Engine:
         """
         if self.has_work():
             raise ValueError("an engine warms up before its first request: it has some")
-        has_detour = (self._options.draft, self._options.exit_threshold) != (None, None)
-        if not has_detour and preferring_layers(self._model.config):
-            self._prefer(0, {})
-        thunks = [*self._reader.programs(self._memory, self._preference), *self._memory.programs()]
+        if (self._options.draft, self._options.exit_threshold) == (None, None):
+            self._preferences.begin()
+        thunks = [
+            *self._reader.programs(self._memory, self._preferences.arrays),
+            *self._memory.programs(),
+        ]
         thunks += [*self._sampler.programs(), self._run_idle]
         with self._in_mesh():
             for done, thunk in enumerate(thunks):
@@ -160,13 +166,24 @@ class Engine:
         with self._in_mesh():
             told, self._cancelled = self._cancelled, []
             self._admit()
-            return told + self._read_prompts() + self._decode()
+            began, unread = time.monotonic(), self._unread()
+            emitted = self._read_prompts() + self._decode()
+        self._measure(unread - self._unread(), time.monotonic() - began)
+        return told + emitted
 
     # --- Rows ------------------------------------------------------------------------------------
 
     def _running(self) -> list[TokenSequence]:
         """Those with a row, the oldest first."""
         return sorted(filter(None, self._sequences), key=lambda s: s.number)
+
+    def _unread(self) -> int:
+        return sum(s.unread for s in self._running())
+
+    def _measure(self, num_read: int, seconds: float) -> None:
+        if isinstance(self._memory, PagedMemory) and num_read > 0:
+            mean = self._memory.seconds_per_token
+            self._memory.seconds_per_token = mean_of(mean, seconds / num_read)
 
     def _admit(self) -> None:
         """Gives free rows to requests in their order; one whose beginning another is about to read
@@ -183,7 +200,7 @@ class Engine:
             self._waiting.remove(sequence)
             self._sequences[row] = sequence
             self._sampler.place(row, sequence.request.sampling)
-            self._prefer(row, sequence.request.preference)
+            self._preferences.place(row, sequence.request.preference)
             self._prompt_tokens += len(sequence.prompt) if not sequence.text else 0
             if not sequence.unread:
                 self._go_on(sequence)
@@ -210,7 +227,7 @@ class Engine:
     def _read_prompts(self) -> list[Emitted]:
         emitted: list[Emitted] = []
         reading = [s for s in self._running() if s.unread]
-        for read in self._reader.read(reading, self._memory, self._preference):
+        for read in self._reader.read(reading, self._memory, self._preferences.arrays):
             for sequence in read.finished:
                 self._go_on(sequence)
             begun = [s for s in read.finished if not s.text]
@@ -274,7 +291,9 @@ class Engine:
         if threshold is not None:
             logits_RV, memory.state, layers_R = steps.decode_early(model, *inputs, threshold)
             return logits_RV, layers_R
-        logits_RV, memory.state = steps.decode(model, *inputs, memory.tables_RN, self._preference)
+        logits_RV, memory.state = steps.decode(
+            model, *inputs, memory.tables_RN, self._preferences.arrays
+        )
         return logits_RV, None
 
     def _run_draft(self, token_R: np.ndarray, position_R: np.ndarray) -> Verified:
@@ -388,31 +407,8 @@ class Engine:
             error,
         )
 
-    # --- Experts and devices ---------------------------------------------------------------------
-
-    def _prefer(self, row: int, wanted: Mapping[str, Any] | None) -> None:
-        """Writes a row's preference; the first one makes room for all rows."""
-        if wanted is None and self._preference is None:
-            return
-        config, rows = self._model.config, self._options.max_rows
-        if self._preference is None:
-            self._preference = {
-                name: np.zeros((config.num_periods, rows, experts), np.float32)
-                for name, experts in preferring_layers(config).items()
-            }
-        self._preference = {name: array.copy() for name, array in self._preference.items()}
-        for name, array in self._preference.items():
-            array[:, row] = np.asarray(wanted[name])[:, 0] if wanted and name in wanted else 0.0
-
     def _in_mesh(self) -> Any:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-
-
-def _memory(model: Transformer, options: EngineOptions, size: StateSize) -> Memory:
-    if options.num_pages is not None:
-        return PagedMemory(model, size, options.prefix_cache, size.max_length)
-    grid = -(-options.page_size // STATE_GRID) * STATE_GRID
-    return RowMemory(model, size, options.prefix_cache, grid, options.state_bytes)
 
 
 def _state_size(model: Transformer, options: EngineOptions) -> StateSize:

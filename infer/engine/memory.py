@@ -3,10 +3,10 @@
 R rows (sequences), N pages of a row.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import numpy as np
@@ -14,8 +14,10 @@ import numpy as np
 from infer import steps
 from infer.engine.pages import PagePool
 from infer.engine.sequence import TokenSequence
+from infer.engine.tiers import Tiers
+from infer.engine.units import Pages, Rows, put_row, take_row
 from infer.steps import StateSize
-from model.model_state import ModelState, put_rows, take_rows
+from model.model_state import ModelState
 from model.transformer import Transformer
 
 SEEN_KEYS = 1 << 16
@@ -126,11 +128,21 @@ class PagedMemory(Memory):
     """Pages that sequences share."""
 
     def __init__(
-        self, model: Transformer, size: StateSize, has_prefixes: bool, row_length: int
+        self,
+        model: Transformer,
+        size: StateSize,
+        has_prefixes: bool,
+        row_length: int,
+        tiers: Tiers | None = None,
     ) -> None:
         super().__init__(model, size, size.page_size, has_prefixes)
         assert size.num_pages is not None
-        self.pool = PagePool(size.num_pages)
+        self.pool = PagePool(size.num_pages, self._keep_in_host)
+        self._tiers, self._pages = tiers or Tiers(None, None), Pages(self.state)
+        self.seconds_per_token: float | None = None
+        """That reading takes, as the engine measures it; beside what a page's copy takes, it says
+        whether a prefix is copied or read anew."""
+        self._copy_seconds: float | None = None
         self._tables_RN = np.zeros((size.num_rows, -(-row_length // self.grid)), np.int32)
 
     @property
@@ -147,6 +159,7 @@ class PagedMemory(Memory):
         if left < num_running:  # each may want a page soon
             return False
         self.pool.hold(found)
+        found = [*found, *self._copied_in(sequence, len(found))]
         sequence.pages, sequence.num_shared = list(found), len(found)
         sequence.num_kept, sequence.read = len(found), len(found) * self.grid
         self._tables_RN[row] = 0
@@ -155,6 +168,45 @@ class PagedMemory(Memory):
         has_room = self.grow(sequence, len(sequence.prompt))
         assert has_room
         return True
+
+    def _copied_in(self, sequence: TokenSequence, begin: int) -> list[int]:
+        """Pages of the prompt from the host or the disk, the first of them at `begin`."""
+        if not self._looks_up(sequence) or not self._pays_to_copy():
+            return []
+        units: list[bytes] = []
+        began = time.monotonic()
+        for key in self._keys(sequence)[begin:]:
+            unit = self._tiers.get(key)
+            if unit is None:
+                break
+            units.append(unit)
+        pages: list[int] = []
+        for key in self._keys(sequence)[begin : begin + len(units)]:
+            page = self.pool.take()
+            assert page is not None  # the prompt has room
+            self.pool.name(page, key)
+            pages.append(page)
+        if units:
+            self.state = self._pages.copy_in(self.state, pages, units)
+            jax.block_until_ready(self.state)
+            seconds = (time.monotonic() - began) / len(units)
+            self._copy_seconds = mean_of(self._copy_seconds, seconds)
+        return pages
+
+    def _pays_to_copy(self) -> bool:
+        if self._copy_seconds is None or self.seconds_per_token is None:
+            return True
+        return self._copy_seconds < self.seconds_per_token * self.grid
+
+    def _keep_in_host(self, page: int, key: bytes) -> None:
+        if self._tiers.has_host():
+            self._tiers.keep_in_host(key, self._pages.copy_out(self.state, [page])[0])
+
+    def programs(self) -> list[Callable[[], None]]:
+        def copy_out_and_in() -> None:
+            self.state = self._pages.copy_in(self.state, [0], self._pages.copy_out(self.state, [0]))
+
+        return [copy_out_and_in] if self._tiers.has_host() or self._tiers.has_disk() else []
 
     def grow(self, sequence: TokenSequence, length: int) -> bool:
         while len(sequence.pages) * self.grid < length:
@@ -167,8 +219,13 @@ class PagedMemory(Memory):
 
     def _keep(self, sequence: TokenSequence) -> None:
         keys = sequence.page_keys(sequence.read // self.grid, self.grid)
-        for i in range(sequence.num_kept, len(keys)):
-            self.pool.name(sequence.pages[i], keys[i])
+        new = range(sequence.num_kept, len(keys))
+        named = [i for i in new if self.pool.name(sequence.pages[i], keys[i])]
+        named = [i for i in named if (i + 1) * self.grid <= len(sequence.prompt)]
+        if named and self._tiers.has_disk():
+            units = self._pages.copy_out(self.state, [sequence.pages[i] for i in named])
+            for i, unit in zip(named, units, strict=True):
+                self._tiers.keep_on_disk(keys[i], unit)
         sequence.num_kept = max(sequence.num_kept, len(keys))
 
     def _free(self, sequence: TokenSequence, is_broken: bool) -> None:
@@ -188,9 +245,16 @@ class RowMemory(Memory):
     """
 
     def __init__(
-        self, model: Transformer, size: StateSize, has_prefixes: bool, grid: int, most_bytes: int
+        self,
+        model: Transformer,
+        size: StateSize,
+        has_prefixes: bool,
+        grid: int,
+        most_bytes: int,
+        tiers: Tiers | None = None,
     ) -> None:
         super().__init__(model, size, grid, has_prefixes)
+        self._tiers, self._rows = tiers or Tiers(None, None), Rows(self.state)
         self._most_bytes, self._bytes = most_bytes, 0
         self._states: OrderedDict[bytes, tuple[ModelState, int]] = OrderedDict()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
@@ -207,10 +271,9 @@ class RowMemory(Memory):
         keys = self._keys(sequence)
         if self._looks_up(sequence):
             for end in range(len(keys), 0, -1):
-                kept = self._states.get(keys[end - 1])
+                kept = self._kept_state(keys[end - 1])
                 if kept is not None:
-                    self._states.move_to_end(keys[end - 1])
-                    self.state = _put_row(self.state, np.array([row], np.int32), kept[0])
+                    self.state = put_row(self.state, np.array([row], np.int32), kept)
                     sequence.read = end * self.grid
                     break
         known = next((i for i in range(len(keys), 0, -1) if keys[i - 1] in self._seen), 0)
@@ -222,11 +285,30 @@ class RowMemory(Memory):
             self._seen.popitem(last=False)
         return True
 
+    def _kept_state(self, key: bytes) -> ModelState | None:
+        if key in self._states:
+            self._states.move_to_end(key)
+            return self._states[key][0]
+        unit = self._tiers.get(key)
+        if unit is None:
+            return None
+        kept = self._rows.from_bytes(unit)
+        self._hold(key, kept)
+        return kept
+
+    def _hold(self, key: bytes, kept: ModelState) -> None:
+        size = sum(x.nbytes for x in jax.tree.leaves(kept))
+        self._states[key], self._bytes = (kept, size), self._bytes + size
+        while self._bytes > self._most_bytes:
+            _, (_, size) = self._states.popitem(last=False)
+            self._bytes -= size
+
     def programs(self) -> list[Callable[[], None]]:
         row_1 = np.zeros(1, np.int32)
 
         def take_and_put() -> None:
-            self.state = _put_row(self.state, row_1, _take_row(self.state, row_1))
+            kept = take_row(self.state, row_1)
+            self.state = put_row(self.state, row_1, kept)
 
         return [take_and_put] if self.has_prefixes else []
 
@@ -240,12 +322,10 @@ class RowMemory(Memory):
         key = keys[length // self.grid - 1]
         if key in self._states:
             return
-        kept = _take_row(self.state, np.array([sequence.row], np.int32))
-        size = sum(x.nbytes for x in jax.tree.leaves(kept))
-        self._states[key], self._bytes = (kept, size), self._bytes + size
-        while self._bytes > self._most_bytes:
-            _, (_, size) = self._states.popitem(last=False)
-            self._bytes -= size
+        kept = take_row(self.state, np.array([sequence.row], np.int32))
+        self._hold(key, kept)
+        if self._tiers.has_disk():
+            self._tiers.keep_on_disk(key, self._rows.to_bytes(kept))
 
     def _free(self, sequence: TokenSequence, is_broken: bool) -> None:
         if is_broken:
@@ -254,9 +334,6 @@ class RowMemory(Memory):
                 self._bytes -= 0 if kept is None else kept[1]
 
 
-_take_row = jax.jit(take_rows)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _put_row(state: ModelState, row_1: jax.Array, kept: ModelState) -> ModelState:
-    return steps.laid_out(put_rows(state, row_1, kept))
+def mean_of(mean: float | None, new: float) -> float:
+    """A mean that forgets: a fifth of it is the newest."""
+    return new if mean is None else 0.8 * mean + 0.2 * new

@@ -1,10 +1,12 @@
 """How an engine generates."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from configs.architecture import ModelConfig
 from configs.checks import require, require_positive
 from infer.self_speculative import Draft
+from model.model_state import unpageable_reason
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class EngineOptions:
     needed. Where the model's state can't lie in pages, so is the state after a prefix."""
     state_bytes: int = 1 << 30
     """Of kept states at most, for models whose state can't lie in pages."""
+    host_cache_bytes: int = 0
+    """Of pages that gave way on the device, in the host's memory."""
+    cache_dir: str | None = None
+    """A folder for prefixes that outlive the process."""
+    disk_cache_bytes: int = 10 << 30
+    """Of its files at most."""
     exit_threshold: float | None = None
     """New tokens leave the model at the first exit this sure of the next one (infer/early_exit.py);
     prompts are read by all layers."""
@@ -55,9 +63,28 @@ class EngineOptions:
             self.num_pages is None or self.num_pages > 1,
             f"num_pages={self.num_pages} must be at least 2: page 0 belongs to nobody",
         )
+        require(
+            self.prefix_cache or (self.cache_dir is None and not self.host_cache_bytes),
+            "cache_dir and host_cache_bytes keep prefixes, and have no effect without "
+            "prefix_cache=True",
+        )
+        for name in ("state_bytes", "host_cache_bytes", "disk_cache_bytes"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         names = [n for n in ("exit_threshold", "draft") if getattr(self, n) is not None]
         require(len(names) < 2, f"{' and '.join(names)} can't go together: leave one out")
         require(
             self.exit_threshold is None or not math.isnan(self.exit_threshold),
             "exit_threshold is NaN, which no confidence reaches: give a number",
         )
+
+
+def with_pages(options: EngineOptions, config: ModelConfig) -> EngineOptions:
+    """The options with pages for all rows and half as many again, which keep prefixes; unchanged
+    for a model whose state can't lie in pages, or that leaves or drafts early."""
+    is_detour = (options.draft, options.exit_threshold) != (None, None)
+    reasons = (unpageable_reason(spec) for spec in (*config.prefix, *config.pattern))
+    if is_detour or any(reasons):
+        return options
+    per_row = -(-options.max_length // options.page_size)
+    kept = max(per_row * options.max_rows // 2, per_row)
+    return replace(options, num_pages=per_row * options.max_rows + kept + 1)

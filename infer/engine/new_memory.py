@@ -1,0 +1,54 @@
+"""The memory that an engine's options ask for."""
+
+import os
+
+import jax
+
+from configs.checks import require
+from infer.engine.memory import Memory, PagedMemory, RowMemory
+from infer.engine.options import EngineOptions
+from infer.engine.reading import widths_of
+from infer.engine.tiers import DiskTier, HostTier, Tiers
+from infer.steps import StateSize
+from model.transformer import Transformer
+
+STATE_GRID = 64
+"""States after prefixes are kept at multiples of it: recurrent layers read blocks of so many."""
+
+
+def new_memory(model: Transformer, options: EngineOptions, size: StateSize) -> Memory:
+    """
+    Raises:
+      UserError: options that the kind of memory does not have.
+    """
+    host = HostTier(options.host_cache_bytes) if options.host_cache_bytes else None
+    disk = DiskTier(options.cache_dir, options.disk_cache_bytes) if options.cache_dir else None
+    tiers = Tiers(host, disk)
+    if options.num_pages is not None:
+        return PagedMemory(model, size, options.prefix_cache, size.max_length, tiers)
+    require(
+        host is None,
+        "host_cache_bytes is for pages, which this engine has none of: set num_pages, or "
+        "state_bytes for whole states",
+    )
+    grid = -(-options.page_size // STATE_GRID) * STATE_GRID
+    return RowMemory(model, size, options.prefix_cache, grid, options.state_bytes, tiers)
+
+
+def kept_details(options: EngineOptions, size: StateSize) -> tuple[object, ...]:
+    """What a kept prefix depends on beside model, weights and tokens: how it is stored, and what
+    the sums of the programs that read it depend on."""
+    device = jax.devices()[0]
+    machine = (jax.__version__, device.platform, device.device_kind, os.cpu_count())
+    # A row of slots is kept whole, so that their number counts; of pages any number may be there.
+    slots = size.max_length if options.num_pages is None else None
+    drafts = (options.draft, options.exit_threshold is not None)
+    return (
+        size.dtype,
+        options.page_size,
+        slots,
+        size.spare,
+        widths_of(options)[-1],
+        drafts,
+        machine,
+    )
