@@ -43,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-length", type=int, help="tokens of prompt and text (at most 4,096)")
     made.add_argument("--max-body-bytes", type=int, default=32 << 20, help="of a request (32 MiB)")
     made.add_argument("--no-prefix-cache", action="store_true", help="reads all prompts anew")
+    made.add_argument("--cache-dir", metavar="DIR", help="keeps prefixes there, for later starts")
+    made.add_argument("--host-cache-mib", type=int, default=0, help="of prefixes, in memory (0)")
     made.add_argument("--drain-seconds", type=positive, default=30.0, help="to finish in (30)")
     made.add_argument("--allow-updates", action="store_true", help="/pause, /update_weights")
     return made

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,6 +69,8 @@ def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptio
     require(arguments.max_queue >= 0, f"--max-queue {arguments.max_queue} must not be negative")
     size = arguments.max_body_bytes
     require(size > 0, f"--max-body-bytes {size} must be greater than 0")
+    mib = arguments.host_cache_mib
+    require(mib >= 0, f"--host-cache-mib {mib} must not be negative")
     require(0 <= arguments.port < 65536, f"--port {arguments.port} must lie between 0 and 65535")
     options = EngineOptions(
         max_rows=arguments.max_rows,
@@ -75,6 +78,8 @@ def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptio
         kv_dtype=arguments.kv,
         num_pages=arguments.kv_pages,
         prefix_cache=not arguments.no_prefix_cache,
+        host_cache_bytes=arguments.host_cache_mib << 20,
+        cache_dir=arguments.cache_dir and os.path.expanduser(arguments.cache_dir),
     )
     config = source.config
     if options.num_pages is None and all(
