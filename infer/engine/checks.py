@@ -4,10 +4,28 @@ from configs.architecture import ModelConfig
 from configs.checks import UserError, require
 from configs.feed_forward import MoEConfig
 from infer.choice import MOST_LOGPROBS
+from infer.early_exit import check_exits
 from infer.engine.options import EngineOptions
 from infer.engine.types import Request
+from infer.ngram_draft import NgramDraft
 from infer.sampling import Sampling
+from infer.self_speculative import Draft, check_draft
+from model.model_state import unrewindable_reason
 from model.transformer import Transformer
+
+
+def check_model(model: Transformer, options: EngineOptions) -> None:
+    """
+    Raises:
+      UserError: options that the model can't follow.
+    """
+    if options.exit_threshold is not None:
+        check_exits(model)
+    if isinstance(options.draft, Draft):
+        check_draft(model, options.draft)
+    if isinstance(options.draft, NgramDraft):
+        reason = unrewindable_reason(model.config)
+        require(reason is None, f"drafts can't be taken back ({reason}): generate without a draft")
 
 
 def check_request(model: Transformer, options: EngineOptions, request: Request) -> None:
@@ -75,7 +93,7 @@ def _check_length(model: Transformer, options: EngineOptions, request: Request) 
 
 def _check_together(options: EngineOptions, request: Request) -> None:
     """What excludes each other."""
-    temperature, has_draft = request.sampling.temperature, options.draft is not None
+    temperature, has_draft = request.sampling.temperature, isinstance(options.draft, Draft)
     require(
         not has_draft or temperature == 0,
         f"draft gives the greedy text, got temperature={temperature}: leave one out",
@@ -91,7 +109,7 @@ def _check_together(options: EngineOptions, request: Request) -> None:
     )
     given = {
         "exit_threshold": options.exit_threshold,
-        "draft": options.draft,
+        "draft": options.draft if has_draft else None,
         "a preference for experts": request.preference,
     }
     names = [name for name, value in given.items() if value is not None]

@@ -20,32 +20,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infer import steps
-from infer.early_exit import check_exits
-from infer.engine.checks import check_request
+from infer.engine.answering import Taken, emitted_of, take
+from infer.engine.checks import check_model, check_request
+from infer.engine.drafting import Drafting, Verifier
 from infer.engine.keys import identity_of, root_key
 from infer.engine.memory import PagedMemory, mean_of
-from infer.engine.new_memory import kept_details, new_memory
+from infer.engine.new_memory import kept_details, new_memory, state_size
 from infer.engine.options import EngineOptions
 from infer.engine.preferences import Preferences
-from infer.engine.reading import Reader, widths_of
+from infer.engine.reading import Reader
 from infer.engine.sampler import Chosen, Sampler
 from infer.engine.sequence import TokenSequence
-from infer.engine.types import (
-    ConstraintFailed,
-    Emitted,
-    EngineStats,
-    Reason,
-    Request,
-    TokenLogprobs,
-)
+from infer.engine.types import Emitted, EngineStats, Request
 from infer.generation import Timings
-from infer.self_speculative import Verified, check_draft
-from infer.steps import StateSize
+from infer.ngram_draft import NgramDraft
+from infer.self_speculative import Draft, Verified
 from model.transformer import Transformer, Variables
 from model.unstacked import unstack
-
-SLOTS = 256
-"""Dense states have a whole multiple of them: each size is compiled for itself."""
 
 
 class Engine:
@@ -66,17 +57,14 @@ class Engine:
         *,
         mesh: Mesh | None = None,
     ) -> None:
-        if options.exit_threshold is not None:
-            check_exits(model)
-        if options.draft is not None:
-            check_draft(model, options.draft)
-        if (options.exit_threshold, options.draft) != (None, None) and model.config.num_periods > 1:
+        check_model(model, options)
+        if options.has_detour and model.config.num_periods > 1:
             model, variables = unstack(model, variables)
         self.timings = Timings()
         self._model, self._variables, self._options = model, variables, options
         self._mesh = mesh
         self._began, rows = time.monotonic(), options.max_rows
-        size = _state_size(model, options)
+        size = state_size(model, options)
         self._reader = Reader(model, variables, options, size)
         with self._in_mesh():
             self._memory = new_memory(model, options, size)
@@ -86,6 +74,10 @@ class Engine:
             self._identity = identity_of(
                 model, variables if needs_weights else None, kept_details(options, size)
             )
+        self._verifier = Verifier(model, variables, self._sampler)
+        self._drafting = None
+        if isinstance(options.draft, NgramDraft):
+            self._drafting = Drafting(options.draft)
         self._token_R, self._position_R = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
         self._preferences = Preferences(model.config, rows)
         self._sequences: list[TokenSequence | None] = [None] * rows
@@ -116,7 +108,7 @@ class Engine:
                     self._waiting.remove(sequence)
                 else:
                     self._free(sequence)
-                self._cancelled.append(self._emitted(sequence, [], "cancelled"))
+                self._cancelled.append(emitted_of(sequence, Taken(reason="cancelled")))
 
     def warm_up(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
         """Compiles every program that the options can meet; afterwards nothing is compiled.
@@ -128,7 +120,7 @@ class Engine:
         """
         if self.has_work():
             raise ValueError("an engine warms up before its first request: it has some")
-        if (self._options.draft, self._options.exit_threshold) == (None, None):
+        if not self._options.has_detour:
             self._preferences.begin()
         thunks = [
             *self._reader.programs(self._memory, self._preferences.arrays),
@@ -181,9 +173,11 @@ class Engine:
         return sum(s.unread for s in self._running())
 
     def _measure(self, num_read: int, seconds: float) -> None:
-        if isinstance(self._memory, PagedMemory) and num_read > 0:
-            mean = self._memory.seconds_per_token
-            self._memory.seconds_per_token = mean_of(mean, seconds / num_read)
+        if num_read > 0:
+            self._reader.seconds_per_token = mean_of(
+                self._reader.seconds_per_token, seconds / num_read
+            )
+            self._memory.seconds_per_token = self._reader.seconds_per_token
 
     def _admit(self) -> None:
         """Gives free rows to requests in their order; one whose beginning another is about to read
@@ -258,8 +252,10 @@ class Engine:
         live = [s for s in live if s.is_running]
         if not live:
             return []
-        if self._options.draft is not None:
+        if isinstance(self._options.draft, Draft):
             emitted, count_N, layers_N = self._decode_draft(live)
+        elif self._drafting is not None:
+            emitted, count_N, layers_N = self._decode_drafted(live, self._drafting)
         else:
             emitted, count_N, layers_N = self._decode_tokens(live)
         given = sum(len(e.tokens) for e in emitted)
@@ -282,6 +278,30 @@ class Engine:
             self._point(sequence)
         return emitted, np.ones(len(live), int), layers_N
 
+    def _decode_drafted(
+        self, live: list[TokenSequence], drafting: Drafting
+    ) -> tuple[list[Emitted], np.ndarray, None]:
+        """As many tokens of each as hold of its draft, and one more."""
+        began, memory = time.monotonic(), self._memory
+        drafts = drafting.propose(live)
+        for sequence, draft in drafts.items():
+            memory.grow(sequence, sequence.read + 1 + len(draft))  # if there are pages: no matter
+            del draft[max(memory.room(sequence) - 1, 0) :]
+        width = 1 + drafting.draft.length if drafts else 1
+        chosen = self._verifier.run(live, drafts, width, memory, self._preferences.arrays)
+        counts = {s.number: len(chosen[s]) for s in live}
+        drafting.learn(time.monotonic() - began, drafts, counts)
+        emitted = []
+        for sequence in live:
+            if chosen[sequence]:
+                emitted.append(self._take(sequence, chosen[sequence]))
+            else:  # its text is read once more
+                sequence.read += 1
+                self._point(sequence)
+            if sequence.is_running:
+                memory.advance(sequence)
+        return emitted, np.maximum([counts[s.number] for s in live], 1), None
+
     def _run_decode(
         self, token_R: np.ndarray, position_R: np.ndarray
     ) -> tuple[jax.Array, jax.Array | None]:
@@ -297,7 +317,7 @@ class Engine:
         return logits_RV, None
 
     def _run_draft(self, token_R: np.ndarray, position_R: np.ndarray) -> Verified:
-        assert self._options.draft is not None
+        assert isinstance(self._options.draft, Draft)
         made = steps.decode_draft(
             self._model,
             self._variables,
@@ -312,8 +332,11 @@ class Engine:
     def _run_idle(self) -> None:
         """The programs of decoding, with no row that does anything."""
         idle = self._inputs([])
-        if self._options.draft is not None:
+        if isinstance(self._options.draft, Draft):
             self._run_draft(*idle)
+        elif isinstance(self._options.draft, NgramDraft):
+            for width in (1, 1 + self._options.draft.length):
+                self._verifier.run([], {}, width, self._memory, self._preferences.arrays)
         else:
             self._run_decode(*idle)
 
@@ -324,7 +347,6 @@ class Engine:
         for sequence in live:
             row = sequence.row
             chosen = [Chosen(int(t), None) for t in tokens_RN[row, : count_R[row]]]
-            sequence.read += len(chosen)
             emitted.append(self._take(sequence, chosen))
         return emitted, counts, None
 
@@ -347,80 +369,16 @@ class Engine:
 
     def _take(self, sequence: TokenSequence, chosen: list[Chosen]) -> Emitted:
         """A sequence's new tokens up to its end, where its row and pages are free again."""
-        tokens: list[int] = []
-        logprobs: list[TokenLogprobs] = []
-        for one in chosen:
-            error = one.error or self._accepted(sequence, one.token)
-            reason = "error" if error else self._reason(sequence, one.token)
-            if reason is None or reason in ("length", "stopped"):
-                tokens.append(one.token)
-                logprobs += [one.logprobs] if one.logprobs else []
-            if reason is not None:
-                self._generated_tokens += len(tokens)
-                self._free(sequence, is_broken=error is not None)
-                return self._emitted(sequence, tokens, reason, logprobs, error)
-        self._generated_tokens += len(tokens)
-        self._point(sequence)
-        return self._emitted(sequence, tokens, None, logprobs)
+        taken = take(sequence, chosen)
+        self._generated_tokens += len(taken.tokens)
+        if taken.reason is None:
+            sequence.read = sequence.known - 1
+            self._point(sequence)
+        else:
+            self._free(sequence, is_broken=taken.reason == "error")
+        return emitted_of(sequence, taken)
 
-    def _accepted(self, sequence: TokenSequence, token: int) -> str | None:
-        """Why a constraint does not go on with this token; None: it does, or there is none."""
-        request = sequence.request
-        if request.constraint is None or token in request.stop_ids:
-            return None
-        try:
-            request.constraint.accept(token)
-        except ConstraintFailed as error:
-            return str(error)
-        return None
-
-    def _reason(self, sequence: TokenSequence, token: int) -> Reason | None:
-        """Adds a token to the text, unless it stops it; why the text ends with it."""
-        request = sequence.request
-        if token in request.stop_ids:
-            return "stop"
-        sequence.text.append(token)
-        if request.is_stopped is not None and request.is_stopped(sequence.text):
-            return "stopped"
-        return "length" if len(sequence.text) == request.max_new_tokens else None
-
-    def _emitted(
-        self,
-        sequence: TokenSequence,
-        tokens: list[int],
-        reason: Reason | None,
-        logprobs: list[TokenLogprobs] | None = None,
-        error: str | None = None,
-    ) -> Emitted:
-        is_first, sequence.is_told = not sequence.is_told, True
-        scores = None
-        if is_first and sequence.request.prompt_logprobs and reason != "cancelled":
-            scores = tuple(sequence.scores)
-        return Emitted(
-            sequence.number,
-            tokens,
-            reason is not None,
-            reason,
-            tuple(logprobs or ()),
-            scores,
-            (sequence.cached_tokens or 0) if is_first else 0,
-            error,
-        )
+    # --- Devices ---------------------------------------------------------------------------------
 
     def _in_mesh(self) -> Any:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-
-
-def _state_size(model: Transformer, options: EngineOptions) -> StateSize:
-    """Slots are rounded up: a conversation that grows is compiled anew only now and then."""
-    drafted = options.draft.length if options.draft else 0
-    needed = options.max_length + drafted
-    slots = min(-(-needed // SLOTS) * SLOTS, max(needed, model.config.context_length))
-    return StateSize(
-        options.max_rows,
-        slots,
-        options.kv_dtype or model.execution.compute_dtype,
-        max(drafted, widths_of(options)[-1] - 1),
-        options.num_pages,
-        options.page_size,
-    )

@@ -36,6 +36,9 @@ class Memory(ABC):
         self.state: ModelState = steps.empty_state(model, size)
         self.grid, self.has_prefixes = grid, has_prefixes
         self.queries = self.hits = 0
+        self.seconds_per_token: float | None = None
+        """That reading takes, as the engine measures it; beside what a page's copy takes, it says
+        whether a prefix is copied or read anew."""
         self._under_way: dict[bytes, TokenSequence] = {}
         """Prefixes that some sequence is about to have read."""
 
@@ -94,6 +97,10 @@ class Memory(ABC):
         self._free(sequence, is_broken)
         sequence.row, sequence.read = -1, 0
 
+    def room(self, sequence: TokenSequence) -> int:
+        """Tokens that it could read now."""
+        return len(sequence.prompt) + sequence.request.max_new_tokens - sequence.read
+
     def programs(self) -> list[Callable[[], None]]:
         """All that it runs, on a row that nobody has."""
         return []
@@ -139,9 +146,6 @@ class PagedMemory(Memory):
         assert size.num_pages is not None
         self.pool = PagePool(size.num_pages, self._keep_in_host)
         self._tiers, self._pages = tiers or Tiers(None, None), Pages(self.state)
-        self.seconds_per_token: float | None = None
-        """That reading takes, as the engine measures it; beside what a page's copy takes, it says
-        whether a prefix is copied or read anew."""
         self._copy_seconds: float | None = None
         self._tables_RN = np.zeros((size.num_rows, -(-row_length // self.grid)), np.int32)
 
@@ -216,6 +220,9 @@ class PagedMemory(Memory):
             self._tables_RN[sequence.row, len(sequence.pages)] = page
             sequence.pages.append(page)
         return True
+
+    def room(self, sequence: TokenSequence) -> int:
+        return len(sequence.pages) * self.grid - sequence.read
 
     def _keep(self, sequence: TokenSequence) -> None:
         keys = sequence.page_keys(sequence.read // self.grid, self.grid)

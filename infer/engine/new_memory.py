@@ -12,8 +12,25 @@ from infer.engine.tiers import DiskTier, HostTier, Tiers
 from infer.steps import StateSize
 from model.transformer import Transformer
 
+SLOTS = 256
+"""Dense states have a whole multiple of them: each size is compiled for itself."""
 STATE_GRID = 64
 """States after prefixes are kept at multiples of it: recurrent layers read blocks of so many."""
+
+
+def state_size(model: Transformer, options: EngineOptions) -> StateSize:
+    """Slots are rounded up: a conversation that grows is compiled anew only now and then."""
+    drafted = options.draft.length if options.draft else 0
+    needed = options.max_length + drafted
+    slots = min(-(-needed // SLOTS) * SLOTS, max(needed, model.config.context_length))
+    return StateSize(
+        options.max_rows,
+        slots,
+        options.kv_dtype or model.execution.compute_dtype,
+        max(drafted, widths_of(options)[-1] - 1),
+        options.num_pages,
+        options.page_size,
+    )
 
 
 def new_memory(model: Transformer, options: EngineOptions, size: StateSize) -> Memory:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from configs.architecture import ModelConfig
 from configs.checks import require, require_positive
+from infer.ngram_draft import NgramDraft
 from infer.self_speculative import Draft
 from model.model_state import unpageable_reason
 
@@ -22,6 +23,9 @@ class EngineOptions:
     """Tokens of a prompt at most; None is what max_length leaves."""
     piece: int = 512
     """Tokens of prompts that a step reads at most."""
+    target_seconds: float | None = None
+    """That a step should take: while prompts are read, fewer of their tokens are in a step, as the
+    last steps show, so that the tokens of other requests come in time. None: `piece` of them."""
     block: int = 128
     """Tokens that a program reads at once, of one prompt or of several; shorter prompts are read
     by smaller ones. A power of two; more than `piece` are never needed."""
@@ -45,12 +49,17 @@ class EngineOptions:
     exit_threshold: float | None = None
     """New tokens leave the model at the first exit this sure of the next one (infer/early_exit.py);
     prompts are read by all layers."""
-    draft: Draft | None = None
-    """The first layers draft, the others verify (infer/self_speculative.py): the same greedy text
-    in fewer steps."""
+    draft: Draft | NgramDraft | None = None
+    """A Draft: the first layers draft, the others verify (infer/self_speculative.py): the same
+    greedy text in fewer steps. An NgramDraft: the text's own tokens do (infer/ngram_draft.py), as
+    long as it pays: the same text, sampled or not, but for ties in the last bit."""
 
     def __post_init__(self) -> None:
         require_positive(self, "max_rows", "max_length", "piece", "page_size", "block")
+        require(
+            self.target_seconds is None or self.target_seconds > 0,
+            f"target_seconds={self.target_seconds} must be greater than 0",
+        )
         require(
             self.block & (self.block - 1) == 0,
             f"block={self.block} must be a power of two",
@@ -73,17 +82,26 @@ class EngineOptions:
         names = [n for n in ("exit_threshold", "draft") if getattr(self, n) is not None]
         require(len(names) < 2, f"{' and '.join(names)} can't go together: leave one out")
         require(
+            not self.has_detour or self.num_pages is None,
+            f"{' and '.join(names)} and num_pages can't go together: leave one out",
+        )
+        require(
             self.exit_threshold is None or not math.isnan(self.exit_threshold),
             "exit_threshold is NaN, which no confidence reaches: give a number",
         )
+
+    @property
+    def has_detour(self) -> bool:
+        """Whether tokens go another way than through all layers in their order, which has no pages
+        and no preferences."""
+        return isinstance(self.draft, Draft) or self.exit_threshold is not None
 
 
 def with_pages(options: EngineOptions, config: ModelConfig) -> EngineOptions:
     """The options with pages for all rows and half as many again, which keep prefixes; unchanged
     for a model whose state can't lie in pages, or that leaves or drafts early."""
-    is_detour = (options.draft, options.exit_threshold) != (None, None)
     reasons = (unpageable_reason(spec) for spec in (*config.prefix, *config.pattern))
-    if is_detour or any(reasons):
+    if options.has_detour or any(reasons):
         return options
     per_row = -(-options.max_length // options.page_size)
     kept = max(per_row * options.max_rows // 2, per_row)

@@ -59,7 +59,10 @@ class Reader:
         self, model: Transformer, variables: Variables, options: EngineOptions, size: StateSize
     ) -> None:
         self._model, self._variables, self._size = model, variables, size
-        self._rows, self._budget = options.max_rows, options.piece
+        self._rows, self._most = options.max_rows, options.piece
+        self._target = options.target_seconds
+        self.seconds_per_token: float | None = None
+        """That reading takes, with all else that a step does; as the engine measures it."""
         self.is_mixed = unmixable_reason(model.config) is None
         self.widths = widths_of(options)
         self._page_size, self._turn = options.page_size, 0
@@ -70,10 +73,18 @@ class Reader:
             return self.widths[-1]
         return next((w for w in self.widths if w >= prompt_length), self.widths[-1])
 
+    def budget(self) -> int:
+        """Tokens that a step reads: as many whole programs as keep its time, one at least."""
+        if self._target is None or self.seconds_per_token is None:
+            return self._most
+        width = self.widths[-1]
+        fitting = int(self._target / max(self.seconds_per_token, 1e-9)) // width * width
+        return min(max(fitting, width), self._most)
+
     def read(self, reading: list[TokenSequence], memory: Memory, preference: Any) -> Iterator[Read]:
         """Reads pieces of these prompts, within the budget, of which each has its share."""
         if self.is_mixed:
-            shares = fair_shares(self._budget, [s.unread for s in reading])
+            shares = fair_shares(self.budget(), [s.unread for s in reading])
         else:
             shares = self._whole_pieces(reading)
         for width in self.widths:
@@ -86,11 +97,12 @@ class Reader:
     def _whole_pieces(self, reading: list[TokenSequence]) -> list[int]:
         """Shares of whole pieces within the budget, one at least; who was served longest ago comes
         first."""
-        shares, left = [0] * len(reading), self._budget
+        budget = self.budget()
+        shares, left = [0] * len(reading), budget
         order = sorted(range(len(reading)), key=lambda i: reading[i].served)
-        for i in order * (1 + self._budget // self.widths[0]):
+        for i in order * (1 + budget // self.widths[0]):
             sequence = reading[i]
-            is_first = left == self._budget
+            is_first = left == budget
             if shares[i] < sequence.unread and (is_first or left >= sequence.width):
                 shares[i] += sequence.width
                 left = max(left - sequence.width, 0)

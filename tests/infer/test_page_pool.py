@@ -1,10 +1,16 @@
 """The pool of pages against a naive list of what every page is, over random operations."""
 
 import numpy as np
+import pytest
 
 from infer.engine.keys import next_key, root_key
+from infer.engine.options import EngineOptions
 from infer.engine.pages import PagePool
+from infer.engine.reading import Reader, fair_shares
 from infer.engine.types import Request
+from infer.steps import StateSize
+from model.transformer import Transformer
+from tests import tiny
 
 NUM_PAGES = 9
 
@@ -93,3 +99,29 @@ def test_keys_tell_apart_whatever_a_page_depends_on():
     found = [*roots, *pages, *later]
     assert len(set(found)) == len(found)
     assert root_key(b"one", Request([9, 9], 7)) == roots[0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "wants", "shares"),
+    [
+        (10, [], []),
+        (10, [3, 4], [3, 4]),
+        (10, [100, 2, 100], [4, 2, 4]),
+        (10, [100, 100, 100], [4, 3, 3]),
+        (2, [5, 5, 5], [1, 1, 0]),
+    ],
+)
+def test_nobody_gets_more_than_another_who_still_wants(budget, wants, shares):
+    assert fair_shares(budget, wants) == shares
+
+
+def test_a_step_reads_what_its_time_allows():
+    """Whole programs, one at least, `piece` tokens at most."""
+    options = EngineOptions(piece=512, block=128, target_seconds=0.5)
+    model = Transformer(tiny.model())
+    reader = Reader(model, {}, options, StateSize(8, 1024, "float32"))
+    budgets = []
+    for seconds in (None, 1e-4, 1e-3, 1.4e-3, 3e-3, 1.0):
+        reader.seconds_per_token = seconds
+        budgets.append(reader.budget())
+    assert budgets == [512, 512, 384, 256, 128, 128]

@@ -1,0 +1,216 @@
+"""When drafts pay: what they gave, and what steps with and without them took.
+
+R rows (sequences), N tokens of a row: the newest and its draft.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infer.choice import Logprobs
+from infer.engine.memory import Memory, mean_of
+from infer.engine.sampler import Chosen, Sampler, asks_logprobs, chosen_of
+from infer.engine.sequence import TokenSequence
+from infer.engine.types import ConstraintFailed
+from infer.ngram_draft import NgramDraft, NgramIndex
+from infer.speculative import verify
+from model.transformer import Transformer, Variables
+
+PROBED = 64
+"""Steps after which drafts that did not pay are tried again."""
+KNOWN = 3
+"""Steps of a kind before its time is believed; the first one compiles."""
+
+
+@dataclass
+class _Drafted:
+    """What is known of one sequence's drafts."""
+
+    index: NgramIndex
+    size: int = 0
+    """Tokens in the index."""
+    accepted: float | None = None
+    """Of a draft, on average."""
+
+
+@dataclass
+class _Times:
+    """Seconds of steps of one kind."""
+
+    count: int = 0
+    mean: float | None = None
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        if self.count > 1:
+            self.mean = mean_of(self.mean, seconds)
+
+
+@dataclass
+class Drafting:
+    """Drafts for the rows of an engine, as long as they pay."""
+
+    draft: NgramDraft
+    _of: dict[int, _Drafted] = field(default_factory=dict)
+    _plain: _Times = field(default_factory=_Times)
+    _drafted: _Times = field(default_factory=_Times)
+    _idle: int = 0
+    """Steps without drafts, though there were some."""
+
+    def propose(self, live: list[TokenSequence]) -> dict[TokenSequence, list[int]]:
+        """The drafts of this step, of sequences that have some; none where they would not pay."""
+        self._of = {s.number: self._known(s) for s in live}
+        drafts: dict[TokenSequence, list[int]] = {}
+        for sequence in live:
+            room = sequence.request.max_new_tokens - len(sequence.text) - 1
+            if sequence.read + 1 == sequence.known:
+                drafts[sequence] = self._of[sequence.number].index.propose(room)
+        drafts = {s: tokens for s, tokens in drafts.items() if tokens}
+        if not drafts or self._pays(len(live), drafts):
+            return drafts
+        self._idle += 1
+        return {}
+
+    def _known(self, sequence: TokenSequence) -> _Drafted:
+        known = self._of.get(sequence.number) or _Drafted(NgramIndex(self.draft))
+        known.index.extend(sequence.tokens(known.size, sequence.known))
+        known.size = sequence.known
+        return known
+
+    def _pays(self, num_rows: int, drafts: dict[TokenSequence, list[int]]) -> bool:
+        if self._drafted.count < KNOWN or self._idle >= PROBED:
+            self._idle = 0
+            return True
+        if self._plain.count < KNOWN:
+            return False
+        assert self._plain.mean is not None
+        assert self._drafted.mean is not None
+        gained = 0.0
+        for sequence, tokens in drafts.items():
+            mean = self._of[sequence.number].accepted
+            gained += len(tokens) / 2 if mean is None else mean
+        return (num_rows + gained) / self._drafted.mean > num_rows / self._plain.mean
+
+    def learn(
+        self, seconds: float, drafts: dict[TokenSequence, list[int]], counts: dict[int, int]
+    ) -> None:
+        """Told what a step took, and how many tokens it gave each sequence, by number."""
+        (self._drafted if drafts else self._plain).add(seconds)
+        for sequence in drafts:
+            known = self._of.get(sequence.number)
+            if known is not None:
+                known.accepted = mean_of(known.accepted, counts[sequence.number] - 1)
+
+
+class Verifier:
+    """Runs the programs that verify drafts."""
+
+    def __init__(self, model: Transformer, variables: Variables, sampler: Sampler) -> None:
+        self._model, self._variables, self._sampler = model, variables, sampler
+        self._all_allowed: dict[int, jax.Array] = {}
+
+    def run(
+        self,
+        live: list[TokenSequence],
+        drafts: dict[TokenSequence, list[int]],
+        width: int,
+        memory: Memory,
+        preference: Any,
+    ) -> dict[TokenSequence, list[Chosen]]:
+        """What each sequence says next; nothing for one whose text is read once more.
+
+        Args:
+          width: tokens of a row, the newest among them; 1 is a step without drafts.
+        """
+        num_rows, vocab = self._sampler.all_allowed_RV.shape
+        failed, drafts, allowed_NRV = self._allowed(live, drafts, (width, num_rows, vocab))
+        tokens_RN = np.zeros((num_rows, width), np.int32)
+        positions_RN, is_live_R = np.full_like(tokens_RN, -1), np.zeros(num_rows, bool)
+        repeated = [s for s in live if s.read + 1 < s.known]
+        for sequence in live:
+            tokens = [*sequence.tokens(sequence.read, sequence.read + 1), *drafts.get(sequence, [])]
+            tokens_RN[sequence.row, : len(tokens)] = tokens
+            positions_RN[sequence.row, : len(tokens)] = sequence.read + np.arange(len(tokens))
+            is_live_R[sequence.row] = sequence not in repeated and sequence not in failed
+        has_logprobs = asks_logprobs(live)
+        made = verify(
+            self._model,
+            self._variables,
+            tokens_RN,
+            positions_RN,
+            memory.state,
+            memory.tables_RN,
+            preference,
+            self._sampler.rows,
+            self._sampler.counts,
+            allowed_NRV,
+            is_live_R,
+            np.bool_(has_logprobs),
+        )
+        memory.state, self._sampler.counts = made.state, made.counts
+        made = made._replace(state=None, counts=None)
+        made = jax.device_get(made if has_logprobs else made._replace(logprobs=None))
+        chosen = {s: [Chosen(0, None, error)] for s, error in failed.items()}
+        for sequence in live:
+            if sequence not in failed:
+                count = int(made.count_R[sequence.row])
+                chosen[sequence] = [_chosen_at(sequence, made, n) for n in range(count)]
+        return chosen
+
+    def _allowed(
+        self,
+        live: list[TokenSequence],
+        drafts: dict[TokenSequence, list[int]],
+        shape: tuple[int, int, int],
+    ) -> tuple[dict[TokenSequence, str], dict[TokenSequence, list[int]], Any]:
+        """Sequences that can't go on and why, drafts up to what constraints allow, and what may
+        come after each of their tokens."""
+        failed: dict[TokenSequence, str] = {}
+        kept, masks = dict(drafts), {}
+        for sequence in live:
+            constraint = sequence.request.constraint
+            if constraint is None or sequence.read + 1 < sequence.known:
+                continue
+            draft, accepted = drafts.get(sequence, []), 0
+            try:
+                for n in range(len(draft) + 1):
+                    allowed_V = constraint.allowed_V()
+                    if allowed_V is not None and not allowed_V.any():
+                        raise ConstraintFailed("the constraint allows no token here")
+                    masks[n, sequence.row] = True if allowed_V is None else allowed_V
+                    if n == len(draft) or (allowed_V is not None and not allowed_V[draft[n]]):
+                        break
+                    constraint.accept(draft[n])
+                    accepted += 1
+            except ConstraintFailed as error:
+                if not accepted and (0, sequence.row) not in masks:
+                    failed[sequence] = str(error)
+            kept[sequence] = draft[: max(accepted, 0)]
+            if accepted and (accepted, sequence.row) not in masks:
+                kept[sequence] = draft[: accepted - 1]  # what comes after it is not known
+            constraint.rollback(accepted)
+        if not masks:
+            if shape[0] not in self._all_allowed:
+                self._all_allowed[shape[0]] = jnp.ones(shape, jnp.bool_)
+            return failed, kept, self._all_allowed[shape[0]]
+        allowed_NRV = np.ones(shape, bool)
+        for (n, row), allowed in masks.items():
+            allowed_NRV[n, row] = allowed
+        return failed, kept, allowed_NRV
+
+
+def _chosen_at(sequence: TokenSequence, made: Any, n: int) -> Chosen:
+    """A sequence's n-th token of what the program made."""
+    logprobs = None
+    if made.logprobs is not None:
+        logprobs = Logprobs(*(x[:, n] for x in made.logprobs))
+    return chosen_of(sequence, _At(made.tokens_RN[:, n], made.is_broken_RN[:, n]), logprobs)
+
+
+@dataclass
+class _At:
+    token_R: np.ndarray
+    is_broken_R: np.ndarray
