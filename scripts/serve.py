@@ -42,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-queue", type=int, default=256, help="requests that may wait (256)")
     made.add_argument("--max-length", type=int, help="tokens of prompt and text (at most 4,096)")
     made.add_argument("--max-body-bytes", type=int, default=32 << 20, help="of a request (32 MiB)")
+    made.add_argument("--draft", choices=("ngram",), help="what the text repeats is only verified")
+    made.add_argument("--step-seconds", type=positive, help="that others may wait for a prompt")
     made.add_argument("--no-prefix-cache", action="store_true", help="reads all prompts anew")
     made.add_argument("--cache-dir", metavar="DIR", help="keeps prefixes there, for later starts")
     made.add_argument("--host-cache-mib", type=int, default=0, help="of prefixes, in memory (0)")

@@ -15,6 +15,7 @@ from checkpoint.run_directory import read_run
 from configs.checks import require
 from evals.expert_domains import read_preference
 from infer.engine import Engine, EngineOptions
+from infer.ngram_draft import NgramDraft
 from infer.server.app import make_app
 from infer.server.embeddings import Embedder
 from infer.server.engine_thread import EngineThread
@@ -79,6 +80,8 @@ def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptio
         num_pages=arguments.kv_pages,
         prefix_cache=not arguments.no_prefix_cache,
         host_cache_bytes=arguments.host_cache_mib << 20,
+        target_seconds=arguments.step_seconds,
+        draft=None if arguments.draft is None else NgramDraft(),
         cache_dir=arguments.cache_dir and os.path.expanduser(arguments.cache_dir),
     )
     config = source.config

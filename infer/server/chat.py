@@ -82,7 +82,10 @@ async def chat(service: Service, call: Call) -> Any:
             replies[i].add(piece)
         usage = usage_of(answers, sum(reply.reasoning_pieces for reply in replies))
     call.count(usage)
-    choices = [_choice(service, body, i, reply) for i, reply in enumerate(replies)]
+    choices = [
+        _choice(service, body, i, reply) | {"stop_reason": answer.stopped_by}
+        for i, (reply, answer) in enumerate(zip(replies, answers, strict=True))
+    ]
     return common | {"object": "chat.completion", "choices": choices, "usage": usage.openai()}
 
 

@@ -146,7 +146,7 @@ def _choice(
         shown = legacy_logprobs(model.texts, prompt, echoed, logprobs, echo=bool(body.echo))
     if body.echo:
         text = model.tokenizer.decode(prompt) + text
-    return {"index": index, "text": text, "logprobs": shown, "finish_reason": finish}
+    return _chunk(index, text, shown, finish) | {"stop_reason": answer.stopped_by}
 
 
 def legacy_logprobs(
