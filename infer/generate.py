@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from configs.checks import UserError, require_seed
 from infer.engine import Engine, EngineOptions, Request
 from infer.generation import Generation, OnTokens
+from infer.ngram_draft import NgramDraft
 from infer.sampling import Sampling
 from infer.self_speculative import Draft
 from model.step import Preference
@@ -33,7 +34,7 @@ def generate(
     is_stopped: Callable[[list[int]], bool] | None = None,
     on_tokens: OnTokens = lambda _: None,
     exit_threshold: float | None = None,
-    draft: Draft | None = None,
+    draft: Draft | NgramDraft | None = None,
     preference: Preference | None = None,
     kv_dtype: str | None = None,
     num_pages: int | None = None,

@@ -18,6 +18,7 @@ from evals.expert_domains import read_preference
 from infer.chat import chat_ids
 from infer.generate import generate
 from infer.generation import Generation
+from infer.ngram_draft import NgramDraft
 from infer.sampling import Sampling
 from infer.self_speculative import Draft
 from infer.sources import Source
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
     mesh = asked_mesh(arguments)
     sampling = _sampling(arguments)
-    draft = _draft(arguments.draft_exit, arguments.draft_length)
+    draft = _draft(arguments.draft_exit, arguments.draft_length, arguments.draft_ngram)
     command.keep_compiled()
     source = chosen_source(arguments.source, arguments)
     preference = _preference(source, arguments.expert_preference)
@@ -84,14 +85,18 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
     return Sampling(**{name: getattr(arguments, name) for name in names})
 
 
-def _draft(exit: int | None, length: int | None) -> Draft | None:
+def _draft(exit: int | None, length: int | None, has_ngrams: bool) -> Draft | NgramDraft | None:
     require(
-        exit is not None or length is None,
-        f"--draft-length {length} has no effect without --draft-exit: give both",
+        exit is None or not has_ngrams, "--draft-exit and --draft-ngram can't go together: give one"
     )
-    if exit is None:
-        return None
-    return Draft(exit=exit) if length is None else Draft(exit=exit, length=length)
+    require(
+        exit is not None or has_ngrams or length is None,
+        f"--draft-length {length} has no effect without --draft-exit or --draft-ngram: give both",
+    )
+    given = {} if length is None else {"length": length}
+    if has_ngrams:
+        return NgramDraft(**given)
+    return None if exit is None else Draft(exit=exit, **given)
 
 
 def _preference(source: Source, wanted: str | None) -> Preference | None:
@@ -126,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--draft-exit", type=int, help="the layers before this exit draft, the rest verify"
+    )
+    parser.add_argument(
+        "--draft-ngram",
+        action="store_true",
+        help="what followed the last tokens before drafts, the model verifies",
     )
     parser.add_argument("--draft-length", type=int, help="tokens drafted at a time (4)")
     parser.add_argument(

@@ -26,9 +26,10 @@ class EngineOptions:
     target_seconds: float | None = None
     """That a step should take: while prompts are read, fewer of their tokens are in a step, as the
     last steps show, so that the tokens of other requests come in time. None: `piece` of them."""
-    block: int = 128
+    block: int | None = None
     """Tokens that a program reads at once, of one prompt or of several; shorter prompts are read
-    by smaller ones. A power of two; more than `piece` are never needed."""
+    by smaller ones. A power of two; more than `piece` are never needed. None is 128 on a CPU, which
+    is as fast for each token as more, and 512 elsewhere."""
     kv_dtype: str | None = None
     """Of keys and values: float32, bfloat16 or int8; None is the compute dtype."""
     num_pages: int | None = None
@@ -55,13 +56,13 @@ class EngineOptions:
     long as it pays: the same text, sampled or not, but for ties in the last bit."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_rows", "max_length", "piece", "page_size", "block")
+        require_positive(self, "max_rows", "max_length", "piece", "page_size")
         require(
             self.target_seconds is None or self.target_seconds > 0,
             f"target_seconds={self.target_seconds} must be greater than 0",
         )
         require(
-            self.block & (self.block - 1) == 0,
+            self.block is None or (self.block > 0 and self.block & (self.block - 1) == 0),
             f"block={self.block} must be a power of two",
         )
         require(

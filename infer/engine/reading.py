@@ -27,6 +27,8 @@ from model.transformer import Transformer, Variables
 
 SHORT_WIDTHS = (16, 64)
 """Tokens of the programs that read prompts of a page at most."""
+CPU_BLOCK, BLOCK = 128, 512
+"""Tokens of the others, where the options don't say."""
 NOT_REWOUND = np.iinfo(np.int32).max
 
 
@@ -260,7 +262,8 @@ class Reader:
 def widths_of(options: EngineOptions) -> tuple[int, ...]:
     """Tokens of the programs that read prompts, rising."""
     longest = options.max_prompt or options.max_length
-    most = min(options.block, _power_of_two(options.piece))
+    block = options.block or (CPU_BLOCK if jax.default_backend() == "cpu" else BLOCK)
+    most = min(block, _power_of_two(options.piece))
     widths = [w for w in SHORT_WIDTHS if w < most and w <= _power_of_two(options.page_size)]
     needed = [w for i, w in enumerate(widths) if i == 0 or longest > widths[i - 1]]
     is_short = bool(needed) and longest <= min(needed[-1], options.page_size)

@@ -129,6 +129,16 @@ def test_numbers_that_are_none_end_their_request_alone(engine, plain):
     assert again.tokens == plain[1].tokens
 
 
+def test_a_short_prompt_is_not_behind_a_long_one(engine):
+    """It has its first token after the first step, and the long one is read on."""
+    long, short = engine.add(Request(PROMPTS[2][::-1], 2)), engine.add(Request([4, 5], 2))
+    first = [e.request for e in engine.step()]
+    assert set(first) == {short}
+    later = [e.request for _ in range(2) for e in engine.step()]
+    assert set(later) == {long}
+    assert not engine.has_work()
+
+
 class Multiples(Constraint):
     """Tokens that `step` divides; fails after so many."""
 

@@ -102,3 +102,30 @@ def test_a_text_is_the_same_whether_its_prefix_was_found_or_read(kind):
     assert [x[:2] for x in warm[:4]] == [x[:2] for x in cold]
     texts = [served.texts(engine, [p])[0][:2] for p in prompts]
     assert texts == [x[:2] for x in cold]
+
+
+def test_those_that_begin_alike_and_come_at_once_are_read_once():
+    """Also where the one that reads is cancelled while the others wait for it."""
+    served = Served(MIXED, PAGED)
+    prompts = [prompt(150, seed=seed) for seed in range(4)]
+    together = served.texts(served.engine(), prompts)
+    assert [x[2] for x in together] == [0, 144, 144, 144]
+    engine = served.engine()
+    first, *others = [engine.add(Request(p, 6)) for p in prompts]
+    engine.step()
+    assert (engine.stats().running, engine.stats().waiting) == (1, 3)
+    engine.cancel(first)
+    ended = []
+    while engine.has_work():
+        ended += [e.request for e in engine.step() if e.reason == "length"]
+    assert sorted(ended) == others
+    assert engine.stats().prefix_hits >= 2 * 144
+
+
+def test_salts_share_nothing():
+    served = Served(MIXED, PAGED)
+    engine = served.engine()
+    found = [served.texts(engine, [prompt(60, seed=1, length=80)], cache_salt=s)[0][2] for s in "aba"]
+    assert found == [0, 0, 64]
+    assert engine.stats().prefix_hits == 64
+    assert engine.stats().prefix_queries == 3 * 80
