@@ -164,16 +164,18 @@ def make_cache(
         flush=True,
     )
     find = _row_finder(run, corpus)
+    begins = [i * settings.rows_per_shard for i in range(settings.num_shards)]
+    shards = [rows[begin : begin + settings.rows_per_shard] for begin in begins]
     missing = [i for i in range(settings.num_shards) if not _shard(directory, i).exists()]
-    done = settings.num_shards - len(missing)
-    with ProgressBar("cache", total=settings.num_shards, done=done, unit="shards") as bar:
-        for shard in missing:
-            begin = shard * settings.rows_per_shard
-            own = rows[begin : begin + settings.rows_per_shard]
-            blobs = _marked(run, own, find, look, mesh, settings)
-            _write_shard(_shard(directory, shard), blobs)
-            done += 1
-            bar.update(done)
+    done = len(rows) - sum(len(shards[i]) for i in missing)
+    with ProgressBar("cache", total=len(rows), done=done, unit="rows") as bar:
+        for i in missing:
+            blobs = []
+            for blob in _marked(run, shards[i], find, look, mesh, settings):
+                blobs.append(blob)
+                done += 1
+                bar.update(done)
+            _write_shard(_shard(directory, i), blobs)
     size = sum(_shard(directory, i).stat().st_size for i in range(settings.num_shards))
     print(f"made: {size / 1e6:,.1f} MB on disk", flush=True)
     return settings
@@ -248,13 +250,12 @@ def _unpack(blob: bytes, settings: CacheSettings) -> tuple[np.ndarray, np.ndarra
     return ids_LJ.astype(np.int32), logs[:, :-1], logs[:, -1]
 
 
-def _write_shard(path: Path, blobs: Iterator[bytes]) -> None:
+def _write_shard(path: Path, blobs: Sequence[bytes]) -> None:
     """The rows one after the other, behind a table of where each begins, int64 [rows + 1]."""
-    written = list(blobs)
-    ends = np.cumsum([0, *map(len, written)]) + 8 * (len(written) + 1)
+    ends = np.cumsum([0, *map(len, blobs)]) + 8 * (len(blobs) + 1)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
-        unfinished.write_bytes(ends.astype("<i8").tobytes() + b"".join(written))
+        unfinished.write_bytes(ends.astype("<i8").tobytes() + b"".join(blobs))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import pytest
 
 from configs.base import DistillConfig
 from configs.checks import UserError
+from configs.data import MixturePart
 from configs.distill import LossTerm, OnPolicyConfig, TeacherShare
 from data.pipeline import prepare_corpus
 from model.transformer import Transformer, hidden_states, init_variables, output_weights
@@ -25,7 +26,7 @@ from train.losses import chunked_loss
 from train.matching import make_matching, matching_loss
 from train.metrics import read_lines
 from train.offline_cache import OfflineCache
-from train.teachers import TeacherSource
+from train.teachers import TeacherSource, teacher_shares
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def source(teacher) -> TeacherSource:
     return TeacherSource(run.model, loader(run, tmp_path / "teacher"), tokenizer_of(run))
 
 
-@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("replay", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_student_marked_on_what_it_wrote(teacher, replay, tmp_path):
     """Half of the rows; the run that was stopped writes and learns the same, bit for bit."""
     settings = OnPolicyConfig(share=0.5, prompt_length=20, replay=replay)
@@ -181,6 +182,31 @@ def test_teachers_of_one_mind_are_one_teacher(teacher, tmp_path):
         )
 
 
+def test_teachers_of_a_source_each(tmp_path):
+    """Rows of one source are the first teacher's alone; the second shares the others with it."""
+    sources = [str(tiny.write_sources(tmp_path / name, word=name)) for name in ("prose", "code")]
+    parts = tuple(MixturePart(source=source, weight=1.0) for source in sources)
+    base = tiny.run(tmp_path).data
+    data = dataclasses.replace(base, source="stdlib", mixture=parts)
+    shares = (TeacherShare(weight=3.0), TeacherShare(sources=(sources[1],)))
+    run = tiny.run(tmp_path, data=data, distill=DistillConfig(teachers=shares))
+    file = prepare_corpus(run.data, run.model.vocab_size).training()
+    of_rows = teacher_shares(run, file, 2)
+    assert of_rows is not None
+    seen = dict.fromkeys(sources, 0)
+    for part in file.sidecar.parts:
+        first = -(-part.first_token // 32)
+        rows = jnp.arange(first, (part.first_token + part.num_tokens - 1) // 32)
+        expected = [[1, 0]] if part.name == sources[0] else [[0.75, 0.25]]
+        np.testing.assert_allclose(of_rows(rows), np.repeat(expected, len(rows), axis=0))
+        seen[part.name] += len(rows)
+    assert min(seen.values()) > 3
+    lonely = (TeacherShare(sources=(sources[0],)), TeacherShare(sources=(sources[0],)))
+    run = dataclasses.replace(run, distill=DistillConfig(teachers=lonely))
+    with pytest.raises(UserError, match=r"leave the source .*code.* without a teacher"):
+        teacher_shares(run, file, 2)
+
+
 @pytest.fixture(scope="module")
 def cached(teacher):
     """A cache of a student's rows, 16 tokens each, in shards of three rows."""
@@ -192,16 +218,22 @@ def cached(teacher):
 
 
 def test_students_of_a_cache_learn_as_beside_the_teacher(teacher, cached, tmp_path):
-    """Two with other settings than the one that it was made for; float16 rounds what they read."""
-    _, directory = cached
-    for top_k in (16, 4):
-        run = student(teacher, top_k=top_k)
-        distill(run, tmp_path / f"live {top_k}", *source(teacher))
-        config = dataclasses.replace(run.distill, cache_directory=str(directory))
-        read = dataclasses.replace(run, distill=config, name="reader")
-        distill_from_cache(read, tmp_path / f"read {top_k}")
-        live, found = losses(tmp_path / f"live {top_k}"), losses(tmp_path / f"read {top_k}")
-        np.testing.assert_allclose(found, live, rtol=2e-3)
+    """With fewer tokens than it keeps; float16 rounds what is read."""
+    whole, directory = cached
+    run = student(teacher, top_k=4)
+    distill(run, tmp_path / "live", *source(teacher))
+    config = dataclasses.replace(run.distill, cache_directory=str(directory))
+    read = dataclasses.replace(run, distill=config, name="reader")
+    distill_from_cache(read, tmp_path / "read")
+    np.testing.assert_allclose(losses(tmp_path / "read"), losses(tmp_path / "live"), rtol=2e-3)
+    corpus, row = (
+        prepare_corpus(run.data, run.model.vocab_size),
+        np.load(directory / "rows.npy")[5:6],
+    )
+    seen = [OfflineCache(directory, x, corpus).read(row) for x in (whole, read)]
+    kept = [np.exp(x["teacher_log_probs"]).sum(-1) + np.exp(x["teacher_tail"]) for x in seen]
+    np.testing.assert_allclose(kept, 1, rtol=1e-5)
+    np.testing.assert_array_equal(seen[0]["teacher_ids"][..., :4], seen[1]["teacher_ids"])
 
 
 def test_a_cache_that_was_half_made_goes_on(teacher, cached, capsys):

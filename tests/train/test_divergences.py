@@ -13,6 +13,7 @@ from configs.checks import UserError
 from configs.distill import Divergence, LossTerm
 from train.distillation_loss import make_chunk_loss
 from train.divergences import accepted, divergence, kept_and_tail
+from train.losses import chunked_loss
 
 B, L, D, V = 2, 4, 5, 9
 KINDS = get_args(Divergence)
@@ -160,6 +161,23 @@ def test_cross_entropy_does_not_count_what_the_student_wrote():
     nats = -sum(log_q[b, t, TARGETS[b, t]] for b, t in zip(*np.nonzero(kept), strict=True))
     assert sums["cross_entropy"] == pytest.approx(nats, rel=1e-5)
     assert loss == pytest.approx(nats + float(sums["reverse_kl"]), rel=1e-5)
+
+
+def test_a_step_has_a_chunk_of_both_ones_logits_and_no_more():
+    """The compiled temporaries stay below one [B, L, V] float32 array."""
+    batch, length, width, vocab = 4, 256, 16, 4096
+    loss_of_chunk = make_chunk_loss(DistillConfig(divergence="jsd"))
+    shapes = [(batch, length, width), (width, vocab), (batch, length, width), (width, vocab)]
+    floats = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    targets = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+    def loss(hidden, w, teacher_hidden, w_teacher, targets):
+        inputs = {"targets": targets, "teacher_hidden": (teacher_hidden,)}
+        shared = {"teacher_output": (w_teacher,)}
+        return chunked_loss(loss_of_chunk, hidden, w, inputs, shared, 32)[0]
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*floats, targets).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < batch * length * vocab * 4
 
 
 def test_a_schedule_of_terms():
