@@ -279,6 +279,17 @@ def _module(name: str, *, is_stacked: bool) -> str:
     return f"{module}.base_layer" if parameter == "gate_up_proj" else module
 
 
+def require_adapter(folder: Path) -> None:
+    """
+    Raises:
+      UserError: the folder holds nothing of PEFT's.
+    """
+    require(
+        (folder / CONFIG).is_file(),
+        f"{folder} holds no {CONFIG}: give the folder that PEFT's save_pretrained wrote",
+    )
+
+
 def read_peft(
     folder: Path, entries: Sequence[Entry], forms: Mapping[str, MatrixForm]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -289,10 +300,7 @@ def read_peft(
     Raises:
       UserError: no adapter of PEFT's, one of another kind than LoRA, or one of another model.
     """
-    require(
-        (folder / CONFIG).is_file(),
-        f"{folder} holds no {CONFIG}: give the folder that PEFT's save_pretrained wrote",
-    )
+    require_adapter(folder)
     config = read_json_object(folder / CONFIG, "restore it")
     kind = config.get("peft_type")
     require(kind == "LORA", f"{folder / CONFIG} has peft_type={kind!r}, only 'LORA' is read")

@@ -9,7 +9,7 @@ import numpy as np
 
 from checkpoint.families.base import Family
 from checkpoint.orbax_store import restore_variables
-from checkpoint.peft import MatrixForm, read_peft, write_peft
+from checkpoint.peft import MatrixForm, read_peft, require_adapter, write_peft
 from checkpoint.public import export_family
 from checkpoint.run_directory import CHECKPOINTS, read_run
 from checkpoint.weight_map import Entry, Row, expand, flatten
@@ -27,6 +27,7 @@ def with_adapter(source: Source, folder: Path) -> Source:
     Raises:
       UserError: no adapter that is read here, or one of another model.
     """
+    require_adapter(folder)
     adapters = read_adapter(folder, source)
 
     def restore(abstract: Any) -> Variables:
