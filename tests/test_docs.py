@@ -67,6 +67,6 @@ def test_commands_name_verbs_runs_and_settings_that_exist(verb, arguments):
         return
     assert run in known_runs()
     pairs = zip(rest[::2], rest[1::2], strict=False)
-    own = ("--run-dir", "--teacher", "--help", *PROCESS_OPTIONS)
+    own = ("--run-dir", "--teacher", "--make-cache", "--help", *PROCESS_OPTIONS)
     overrides = [part for pair in pairs if pair[0] not in own for part in pair]
     load_run(run, overrides)

@@ -24,7 +24,7 @@ def test_tokens_of_a_step_are_those_of_drafts_that_end_at_the_first_refusal():
 
 
 def test_the_share_that_a_target_accepts():
-    model = Transformer(tiny.model())
+    model = Transformer(tiny.model(pattern=tiny.model().pattern[1:], num_layers=1))
     draw = jax.jit(init_variables, static_argnums=(0, 1))
     target, draft = draw(model, 0), draw(model, 1)
     tokens = np.random.RandomState(1).randint(0, 300, (1, 2, 16))
@@ -33,12 +33,12 @@ def test_the_share_that_a_target_accepts():
     batches = {"tokens": tokens, "targets": targets, "positions": positions}
     found = acceptance((model, target), (model, draft), batches, 2)
     look, read = (jax.jit(f, static_argnums=0) for f in (hidden_states, output_weights))
-    p, q = (
-        np.asarray(
-            jax.nn.softmax(look(model, v, tokens[0], positions[0])[0] @ output_weights(model, v))
-        )
-        for v in (target, draft)
-    )
+
+    def distribution(variables):
+        hidden, _ = look(model, variables, tokens[0], positions[0])
+        return np.asarray(jax.nn.softmax(hidden @ read(model, variables)))
+
+    p, q = distribution(target), distribution(draft)
     counted = targets[0] >= 0
     assert found.sampled == pytest.approx(np.minimum(p, q).sum(-1)[counted].mean(), rel=1e-5)
     assert found.greedy == (p.argmax(-1) == q.argmax(-1))[counted].mean()
