@@ -5,6 +5,7 @@ import pytest
 from tokenizers import AddedToken
 
 from checkpoint.run_corpus import count_tokens
+from data.infilling import MARKS
 from data.pipeline import prepare_corpus
 from evals.samples import HeldOut, Load
 from evals.scoring import EXACT_MATCH, score_tokens
@@ -26,7 +27,7 @@ def corpus(tmp_path_factory):
 def held_out(corpus, *, with_marks: bool) -> HeldOut:
     tokenizer = corpus.tokenizer()
     if with_marks:
-        tokenizer.add_tokens([AddedToken(mark, special=True) for mark in infilling.MARKS[0]])
+        tokenizer.add_tokens([AddedToken(mark, special=True) for mark in MARKS[0]])
     return HeldOut(tokenizer, corpus.held_out(), count_tokens(corpus.training(), 300), LENGTH)
 
 
