@@ -63,6 +63,12 @@ class DataConfig:
     one of the step before ended (for models with memory)."""
     holdout_fraction: float = 0.05
     """Share of files or records held out, chosen by a hash of their names."""
+    infill_rate: float = 0.0
+    """Share of the training documents whose middle stands behind their end, between tokens that say
+    so: fill-in-the-middle (data/infilling.py)."""
+    max_similarity: float | None = None
+    """Leaves out held-out documents whose words, in runs of five, are to more than this share those
+    of a training document (MinHash, data/near_duplicates.py). None: none is looked for."""
 
     def __post_init__(self) -> None:
         for name in ("source", "held_out", "tokenizer", "directory"):
@@ -73,6 +79,20 @@ class DataConfig:
         require(
             0 < self.holdout_fraction < 1,
             f"data.holdout_fraction={self.holdout_fraction} must lie between 0 and 1",
+        )
+        require(
+            0 <= self.infill_rate <= 1,
+            f"data.infill_rate={self.infill_rate} must lie in [0, 1]",
+        )
+        require(
+            self.form == "text" or not self.infill_rate,
+            f"data.infill_rate={self.infill_rate} is for text, data.form is {self.form!r}: leave "
+            "it out",
+        )
+        require(
+            self.max_similarity is None or 0 < self.max_similarity < 1,
+            f"data.max_similarity={self.max_similarity} must lie between 0 and 1, or None to look "
+            "for no duplicates",
         )
         self._check_mixture()
         require(

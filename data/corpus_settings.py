@@ -28,6 +28,8 @@ class CorpusSettings:
     held_out: str | None = None
     mixture: list[list[str | None]] = field(default_factory=list)
     """Source, suffix and text field of each part; weights are the run's."""
+    infill_rate: float = 0.0
+    max_similarity: float | None = None
     tokenizer_sha256: str | None = None
     left_out: list[list[str]] | None = None
     """Pairs of a file and why it could not be read; None in a corpus of before that was noted."""
@@ -45,6 +47,8 @@ MADE_WITH = (
     "text_field",
     "held_out",
     "mixture",
+    "infill_rate",
+    "max_similarity",
 )
 """Fields that a run asks for."""
 

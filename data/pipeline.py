@@ -147,7 +147,8 @@ def _build_beside(directory: Path, config: DataConfig, vocab_size: int) -> None:
     read, what a stopped process has left is gone on with; anything else begins afresh.
     """
     building = directory.with_name(f"{directory.name}.building")
-    if any(is_streamed(part, config.form) for part in config.parts) or config.is_mixed:
+    is_plain = not (config.is_mixed or config.infill_rate or config.max_similarity)
+    if not is_plain or any(is_streamed(part, config.form) for part in config.parts):
         building.mkdir(parents=True, exist_ok=True)
         _build_streamed(building, config, vocab_size)
         building.rename(directory)

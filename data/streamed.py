@@ -9,7 +9,7 @@ only the file at work has changed (a line was mended), from that file's beginnin
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,10 +20,13 @@ from configs.checks import require
 from configs.data import DataConfig, MixturePart
 from data.corpora import LeftOut, name_hash
 from data.encoding import ahead, in_batches
+from data.infilling import OWN_MARKS, infilled, is_drawn
 from data.item_encoding import Encode, encoder_of
+from data.near_duplicates import HeldOutIndex
 from data.sources import Item, OpenedSource, Unit, open_part
 from data.token_file import token_dtype
 from data.token_writer import NOTHING, TokenWriter, Written, ended_parts
+from data.tokenizers.infilling import find_marks
 from data.tokenizers.public_tokenizer import PublicTokenizer
 from data.tokenizers.tokenizer import end_of_text_id, fingerprint, train_tokenizer
 from formats.atomic_folder import replace_text
@@ -53,6 +56,11 @@ class Progress:
     num_empty: int = 0
     digest: str = ""
     """Of the settings and all that was read."""
+
+
+Split = Callable[[str, str], list[int] | None]
+"""(a document's name, its text) to its tokens where its middle stands last; None: as it was."""
+LIKE_TRAINING = "held out, and like a training document"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +101,8 @@ class StreamedBuild:
             for unit in source.units
         ]
         self.public, self.vocab_size = public, vocab_size
+        self.near: dict[str, float] = {}
+        """Held-out documents that are left out, and how like a training document they are."""
         own = asdict(data) | {"vocab_size": vocab_size, "directory": "", "seq_len": 0}
         for part in own["mixture"]:
             part.pop("weight")
@@ -100,7 +110,8 @@ class StreamedBuild:
 
     @property
     def left_out(self) -> list[LeftOut]:
-        return [x for source in self.sources for x in source.left_out]
+        near = [LeftOut(name, LIKE_TRAINING) for name in self.near]
+        return [*(x for source in self.sources for x in source.left_out), *near]
 
     def has_begun(self) -> bool:
         """Whether the folder has a part of this corpus, and with it the tokenizer."""
@@ -136,7 +147,8 @@ class StreamedBuild:
                     if taken >= TOKENIZER_BYTES:
                         return
 
-        return train_tokenizer(texts(), self.vocab_size)
+        specials = OWN_MARKS if self.data.infill_rate else ()
+        return train_tokenizer(texts(), self.vocab_size, specials)
 
     def write(self, tokenizer: Tokenizer, tokenizer_path: Path) -> int:
         """Writes train.bin and held_out.bin with what lies beside them, from where it was; returns
@@ -147,6 +159,7 @@ class StreamedBuild:
         """
         sha256, end = fingerprint(tokenizer_path), end_of_text_id(tokenizer)
         encode = encoder_of(self.data, tokenizer, self.public, end)
+        split, self.near = self._splitter(tokenizer, end), self._near_duplicates()
         found = self._found(sha256)
         done = found.now
         is_chat, dtype = self.data.form != "text", token_dtype(tokenizer)
@@ -158,7 +171,7 @@ class StreamedBuild:
                 self.directory / "held_out.bin", dtype, done.held_out, has_loss_mask=is_chat
             ) as held_out,
         ):
-            work = _Work(self, train, held_out, found, sha256)
+            work = _Work(self, train, held_out, found, sha256, split)
             try:
                 for place in self.places[done.unit :]:
                     work.read(place, encode)
@@ -178,6 +191,52 @@ class StreamedBuild:
                 writer.finish(sha256, end, files, parts, has_pairs=has_pairs)
         (self.directory / NOTES).unlink(missing_ok=True)
         return done.num_empty
+
+    def _splitter(self, tokenizer: Tokenizer, end_of_text: int) -> Split:
+        """What gives a training document's tokens where its middle is to be filled in.
+
+        Raises:
+          UserError: the tokenizer has no tokens for it.
+        """
+        rate, marks = self.data.infill_rate, find_marks(tokenizer)
+        if not rate:
+            return lambda name, text: None
+        require(
+            marks is not None,
+            f"data.infill_rate={rate} needs a tokenizer with tokens before prefix, suffix and "
+            f"middle, such as {', '.join(OWN_MARKS)}, and {self.data.tokenizer!r} has none: name "
+            "another, or none, and one is trained",
+        )
+        assert marks is not None
+
+        def split(name: str, text: str) -> list[int] | None:
+            if not is_drawn(name, rate):
+                return None
+            return infilled(text, name, tokenizer, marks, end_of_text)
+
+        return split
+
+    def _near_duplicates(self) -> dict[str, float]:
+        """Held-out documents that are more like a training document than data.max_similarity."""
+        limit = self.data.max_similarity
+        if limit is None:
+            return {}
+        print("comparing held-out documents with those to train on ...", flush=True)
+        held_out = {name: text for name, text, is_held in self._texts() if is_held}
+        index = HeldOutIndex(held_out.values(), limit)
+        for _, text, is_held in self._texts():
+            if not is_held:
+                index.compare(text)
+        names = list(held_out)
+        return {names[i]: share for i, share in sorted(index.found.items())}
+
+    def _texts(self) -> Iterator[tuple[str, str, bool]]:
+        """Each document's name, text, and whether it is held out; of chats all their text."""
+        for place in self.places:
+            for item in place.unit.items(0):
+                text = item.text if item.messages is None else str(item.messages)
+                if text:
+                    yield place.unit.name_of(item), text, self._is_held_out(place, item)
 
     def _require_both(self, done: Progress) -> None:
         count = done.train.num_documents + done.held_out.num_documents
@@ -227,7 +286,9 @@ class _Work:
         held_out: TokenWriter,
         found: Notes,
         tokenizer_sha256: str,
+        split: Split,
     ) -> None:
+        self._split = split
         self.build, self.train, self.held_out = build, train, held_out
         self.done, self._at_unit = found.now, found.at_unit
         done = found.now
@@ -265,9 +326,14 @@ class _Work:
             if document is None:
                 empty += 1
                 continue
-            writer = self.held_out if self.build._is_held_out(place, item) else self.train
+            is_held_out = self.build._is_held_out(place, item)
+            if is_held_out and place.unit.name_of(item) in self.build.near:
+                continue
+            writer = self.held_out if is_held_out else self.train
             file = self.done.num_files + item.file
             ids = np.asarray(document.ids)
+            if writer is self.train and item.text is not None:
+                ids = np.asarray(self._split(place.unit.name_of(item), item.text) or ids)
             writer.append(ids, document.num_bytes, file, item.number, document.mask)
         self.done = replace(
             self.done,

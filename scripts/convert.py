@@ -4,7 +4,7 @@ alone into PEFT's.
     python -m scripts.convert models/mixtral models/mixtral_ours --to orbax --verify
     python -m scripts.convert runs/smollm2_code exported --to huggingface --dtype bfloat16
     python -m scripts.convert runs/deepseek_v3_nano exported --to huggingface --dtype float8
-    python -m scripts.convert runs/lora exported --to peft
+    python -m scripts.convert runs/fine_tune_lora adapter --to peft
     python -m scripts.convert smollm2 smollm2.gguf --to gguf --quantization Q8_0
 
 Nothing appears under the name DST before it is whole. Interrupted, the same command goes on with

@@ -88,7 +88,7 @@ def longest_parts(folder: Path) -> Counter[str]:
         process = names.get(event["pid"], "")
         thread = threads.get((event["pid"], event["tid"]), "")
         is_device = "/device:" in process and "XLA Ops" in thread
-        is_host = "XLA" in thread and "CPU" in thread.upper()
-        if is_device or is_host:
+        is_part = "::" not in event["name"] and not event["name"].startswith("[")
+        if is_device or ("XLA" in thread and is_part):
             seconds[event["name"]] += event["dur"] / 1e6
     return seconds

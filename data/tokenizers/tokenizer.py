@@ -21,8 +21,13 @@ PUBLIC_ENDS = (END_OF_TEXT, "<|begin_of_text|>", "<｜begin▁of▁sentence｜>"
 of Llama 3, DeepSeek, Gemma, Llama 2 and Mixtral. The first that a tokenizer has is meant."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, specials: tuple[str, ...] = ()
+) -> Tokenizer:
     """Learns a BPE (Sennrich et al. 2016) over bytes with at most vocab_size entries.
+
+    Args:
+      specials: further tokens that no text spells.
 
     Raises:
       UserError: a vocabulary that cannot hold the 256 bytes and the end of text.
@@ -36,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *specials],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -82,6 +82,24 @@ def test_the_loss_is_the_mean_over_the_assistants_tokens_of_each_chat_alone(tmp_
     np.testing.assert_allclose(float(metrics["cross_entropy"]), expected, rtol=2e-5)
 
 
+def test_gradients_do_not_depend_on_how_unequal_targets_lie_in_micro_batches(tmp_path):
+    """Dense, so that no router judges a part: to 1e-5 of the largest, sums in another order."""
+    dense = tiny.model(vocab_size=330, pattern=tiny.model().pattern[1:], num_layers=1)
+    moments = []
+    for accumulation in (1, 4):
+        run = chat_run(tmp_path, accumulation=accumulation, model=dense)
+        batch, mesh = batch_of(run), mesh_of(run)
+        counts = (batch["targets"] >= 0).reshape(4, -1).sum(axis=1)
+        assert len(set(counts.tolist())) > 1
+        setup = make_train_setup(run, mesh)
+        with jax.set_mesh(mesh):
+            state = init_state(setup, 0)
+            state, _ = make_train_step(run, setup)(state, to_devices(batch, mesh))
+        moments.append([np.asarray(x) for x in jax.tree.leaves(state.opt_state) if x.ndim])
+    for whole, parts in zip(*moments, strict=True):
+        np.testing.assert_allclose(parts, whole, atol=1e-5 * np.abs(whole).max() + 1e-12)
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """A run on chats, and one that was trained on from it by its folder's name alone."""
