@@ -24,6 +24,7 @@ from planning.available import require_memory
 from scripts import command
 from scripts.named_runs import chosen_run, experiment_text
 from scripts.reading import reading
+from scripts.sources import initial_weights
 from scripts.train import describe, finish
 from train.distill import LoadTeacher, Teacher, distill
 
@@ -46,8 +47,9 @@ def main(argv: list[str]) -> int:
     teacher = teacher_of(name, arguments.teacher_weights)
     require_memory(run, teacher[0])
     describe(run)
-    experiment = experiment_text(arguments)
-    result = distill(run, arguments.run_dir, *teacher, experiment=experiment)
+    begin, experiment = initial_weights(run, arguments.run_dir), experiment_text(arguments)
+    options = {"variables": begin.take(), "initial": begin.origin, "experiment": experiment}
+    result = distill(run, arguments.run_dir, *teacher, **options)
     return finish(run, arguments.run_dir, result)
 
 

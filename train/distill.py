@@ -8,7 +8,7 @@ B rows, L length, V vocab, J teacher tokens kept.
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from model.transformer import Transformer, Variables, hidden_states, output_weig
 from parallel.distributed import first_then_others, is_started
 from train.loop import BatchTransform, FitResult, fit, to_devices
 from train.losses import ChunkLoss, full_distillation, top_k_distillation
-from train.recorder import Hook
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,12 @@ def distill(
     teacher_config: ModelConfig,
     load: LoadTeacher,
     teacher_tokenizer: Tokenizer,
-    *,
-    hooks: Sequence[Hook] = (),
-    experiment: str | None = None,
+    **options: Any,
 ) -> FitResult:
     """Trains the student as train.loop.fit does, towards run.distill's objective.
 
     Args:
-      experiment: see `fit`.
+      options: `fit`'s: variables, initial, hooks, experiment.
     Raises:
       UserError: a run that is no distillation, whose vocabulary is not the teacher's, or whose
       teacher has a memory; a run that goes on with another teacher.
@@ -111,8 +108,7 @@ def distill(
         chunk_loss=make_chunk_loss(config),
         make_transform=make_transform,
         objective="distillation",
-        hooks=hooks,
-        experiment=experiment,
+        **options,
     )
 
 
