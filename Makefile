@@ -6,13 +6,16 @@ COMPILERS := $(foreach name,$(CXX) c++ g++ clang++ cc gcc,$(shell command -v $(n
 # The second is for what builds the native kernels: the headers of the jaxlib that will run them.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: quickstart test test-slow sanitize lint kernels plan gpu-report chat evaluate model clean help .venv FORCE
+.PHONY: quickstart large-to-small test test-slow sanitize lint kernels plan gpu-report chat evaluate model clean help .venv FORCE
 
 quickstart: .venv            ## corpus, training, distillation, evaluation, report: the whole story
 	$(RUN) -m scripts.quickstart
 
+large-to-small: model        ## SmolLM2 pruned, distilled, quantised, measured at every stage; ARGS as scripts.large_to_small's
+	$(RUN) -m scripts.large_to_small $(ARGS)
+
 help:                        ## this list
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: .venv                  ## everything that takes seconds
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"

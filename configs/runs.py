@@ -343,3 +343,25 @@ def prefer() -> RunConfig:
         preference=PreferenceConfig(),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=5e-5),
     )
+
+
+def pruned_recovery() -> RunConfig:
+    """A pruned model that learns from the one it was: what makes good what pruning cost.
+
+    moesaic distill pruned_recovery --init.source pruned --teacher smollm2
+    --run-dir runs/recovered: of SmolLM2-135M, on two CPU cores, a few seconds a step.
+    """
+    return RunConfig(
+        name="pruned_recovery",
+        steps=600,
+        batch_size=8,
+        model=models.of_source(),
+        init=InitConfig(source="smollm2", architecture="source"),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-4, schedule="wsd", warmup_steps=20, decay_fraction=0.5
+        ),
+        data=DataConfig(directory="runs/corpora/pruned_recovery", holdout_fraction=0.02),
+        execution=ExecutionConfig(remat="full", logits_chunks=8),
+        validation=ValidationConfig(every=100),
+        distill=DistillConfig(),
+    )
