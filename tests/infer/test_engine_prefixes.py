@@ -125,7 +125,9 @@ def test_those_that_begin_alike_and_come_at_once_are_read_once():
 def test_salts_share_nothing():
     served = Served(MIXED, PAGED)
     engine = served.engine()
-    found = [served.texts(engine, [prompt(60, seed=1, length=80)], cache_salt=s)[0][2] for s in "aba"]
+    found = [
+        served.texts(engine, [prompt(60, seed=1, length=80)], cache_salt=s)[0][2] for s in "aba"
+    ]
     assert found == [0, 0, 64]
     assert engine.stats().prefix_hits == 64
     assert engine.stats().prefix_queries == 3 * 80
