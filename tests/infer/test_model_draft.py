@@ -33,7 +33,7 @@ def plain():
     return Engine(MODEL, VARIABLES, OPTIONS)
 
 
-@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize("name", ["itself", pytest.param("another", marks=pytest.mark.slow)])
 def test_the_text_is_the_large_models(plain, name):
     """The model as its own draft is always right, where texts are greedy; a stranger seldom is.
     Rows that other requests had before, and prompts longer than a program."""
