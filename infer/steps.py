@@ -158,6 +158,12 @@ def logits_of(model: Transformer, variables: Variables, hidden_RD: jax.Array) ->
     return _logits(model, variables, hidden_RD)
 
 
+@jax.jit
+def best_of(logits_RV: jax.Array) -> jax.Array:
+    """The most likely token of each row, int32 [R]."""
+    return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
+
+
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
 def decode(
     model: Transformer,

@@ -7,6 +7,7 @@ from infer.choice import MOST_LOGPROBS
 from infer.early_exit import check_exits
 from infer.engine.options import EngineOptions
 from infer.engine.types import Request
+from infer.model_draft import ModelDraft, check_model_draft
 from infer.ngram_draft import NgramDraft
 from infer.sampling import Sampling
 from infer.self_speculative import Draft, check_draft
@@ -23,7 +24,9 @@ def check_model(model: Transformer, options: EngineOptions) -> None:
         check_exits(model)
     if isinstance(options.draft, Draft):
         check_draft(model, options.draft)
-    if isinstance(options.draft, NgramDraft):
+    if isinstance(options.draft, ModelDraft):
+        check_model_draft(model.config, options.draft)
+    if isinstance(options.draft, NgramDraft | ModelDraft):
         reason = unrewindable_reason(model.config)
         require(reason is None, f"drafts can't be taken back ({reason}): generate without a draft")
 

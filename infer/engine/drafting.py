@@ -12,9 +12,11 @@ import numpy as np
 
 from infer.choice import Logprobs
 from infer.engine.memory import Memory, mean_of
+from infer.engine.options import EngineOptions
 from infer.engine.sampler import Chosen, Sampler, asks_logprobs, chosen_of
 from infer.engine.sequence import TokenSequence
 from infer.engine.types import ConstraintFailed
+from infer.model_draft import DraftModel, ModelDraft
 from infer.ngram_draft import NgramDraft, NgramIndex
 from infer.speculative import verify
 from model.transformer import Transformer, Variables
@@ -29,7 +31,7 @@ KNOWN = 3
 class _Drafted:
     """What is known of one sequence's drafts."""
 
-    index: NgramIndex
+    index: NgramIndex | None = None
     size: int = 0
     """Tokens in the index."""
     accepted: float | None = None
@@ -53,7 +55,9 @@ class _Times:
 class Drafting:
     """Drafts for the rows of an engine, as long as they pay."""
 
-    draft: NgramDraft
+    draft: NgramDraft | ModelDraft
+    small: DraftModel | None = None
+    """Who drafts, where a model does."""
     _of: dict[int, _Drafted] = field(default_factory=dict)
     _plain: _Times = field(default_factory=_Times)
     _drafted: _Times = field(default_factory=_Times)
@@ -62,37 +66,50 @@ class Drafting:
 
     def propose(self, live: list[TokenSequence]) -> dict[TokenSequence, list[int]]:
         """The drafts of this step, of sequences that have some; none where they would not pay."""
-        self._of = {s.number: self._known(s) for s in live}
-        drafts: dict[TokenSequence, list[int]] = {}
-        for sequence in live:
-            room = sequence.request.max_new_tokens - len(sequence.text) - 1
-            if sequence.read + 1 == sequence.known:
-                drafts[sequence] = self._of[sequence.number].index.propose(room)
-        drafts = {s: tokens for s, tokens in drafts.items() if tokens}
-        if not drafts or self._pays(len(live), drafts):
-            return drafts
-        self._idle += 1
-        return {}
+        self._of = {s.number: self._of.get(s.number) or _Drafted() for s in live}
+        room = {
+            s: min(s.request.max_new_tokens - len(s.text) - 1, self.draft.length)
+            for s in live
+            if s.read + 1 == s.known
+        }
+        room = {s: most for s, most in room.items() if most > 0}
+        if isinstance(self.draft, NgramDraft):
+            found = {s: self._index(s, self.draft).propose(most) for s, most in room.items()}
+            drafts = {s: tokens for s, tokens in found.items() if tokens}
+            return drafts if self._pays(len(live), {s: len(d) for s, d in drafts.items()}) else {}
+        if not self._pays(len(live), room):
+            return {}
+        assert self.small is not None
+        wanted = {s.row: (s.number, s.tokens(0, s.known)) for s in room}
+        said = self.small.propose(wanted, max(room.values()))
+        return {s: said[s.row][:most] for s, most in room.items() if s.row in said}
 
-    def _known(self, sequence: TokenSequence) -> _Drafted:
-        known = self._of.get(sequence.number) or _Drafted(NgramIndex(self.draft))
+    def _index(self, sequence: TokenSequence, draft: NgramDraft) -> NgramIndex:
+        known = self._of[sequence.number]
+        known.index = known.index or NgramIndex(draft)
         known.index.extend(sequence.tokens(known.size, sequence.known))
         known.size = sequence.known
-        return known
+        return known.index
 
-    def _pays(self, num_rows: int, drafts: dict[TokenSequence, list[int]]) -> bool:
+    def _pays(self, num_rows: int, lengths: dict[TokenSequence, int]) -> bool:
+        """Whether drafts of these lengths are worth a step with them; at times to find out."""
+        if not lengths:
+            return False
         if self._drafted.count < KNOWN or self._idle >= PROBED:
             self._idle = 0
             return True
+        self._idle += 1
         if self._plain.count < KNOWN:
             return False
         assert self._plain.mean is not None
         assert self._drafted.mean is not None
         gained = 0.0
-        for sequence, tokens in drafts.items():
+        for sequence, length in lengths.items():
             mean = self._of[sequence.number].accepted
-            gained += len(tokens) / 2 if mean is None else mean
-        return (num_rows + gained) / self._drafted.mean > num_rows / self._plain.mean
+            gained += length / 2 if mean is None else mean
+        pays = (num_rows + gained) / self._drafted.mean > num_rows / self._plain.mean
+        self._idle = 0 if pays else self._idle
+        return pays
 
     def learn(
         self, seconds: float, drafts: dict[TokenSequence, list[int]], counts: dict[int, int]
@@ -103,6 +120,16 @@ class Drafting:
             known = self._of.get(sequence.number)
             if known is not None:
                 known.accepted = mean_of(known.accepted, counts[sequence.number] - 1)
+
+
+def new_drafting(options: EngineOptions) -> Drafting | None:
+    """Who drafts for an engine's rows; None: nobody, or its own first layers."""
+    if isinstance(options.draft, NgramDraft):
+        return Drafting(options.draft)
+    if isinstance(options.draft, ModelDraft):
+        small = DraftModel(options.draft, options.max_rows, options.max_length)
+        return Drafting(options.draft, small)
+    return None
 
 
 class Verifier:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from infer import steps
 from infer.engine.answering import Taken, emitted_of, take
 from infer.engine.checks import check_model, check_request
-from infer.engine.drafting import Drafting, Verifier
+from infer.engine.drafting import Drafting, Verifier, new_drafting
 from infer.engine.keys import identity_of, root_key
 from infer.engine.memory import PagedMemory, mean_of
 from infer.engine.new_memory import kept_details, new_memory, state_size
@@ -33,7 +33,6 @@ from infer.engine.sampler import Chosen, Sampler
 from infer.engine.sequence import TokenSequence
 from infer.engine.types import Emitted, EngineStats, Request
 from infer.generation import Timings
-from infer.ngram_draft import NgramDraft
 from infer.self_speculative import Draft, Verified
 from model.transformer import Transformer, Variables
 from model.unstacked import unstack
@@ -69,15 +68,16 @@ class Engine:
         with self._in_mesh():
             self._memory = new_memory(model, options, size)
             self._sampler = Sampler(rows, model.config.vocab_size)
+        self._memory.state = beside(variables, self._memory.state)
+        self._sampler.counts = beside(variables, self._sampler.counts)
         needs_weights = options.cache_dir is not None  # others' prefixes may lie there
         with self._in_mesh():
             self._identity = identity_of(
                 model, variables if needs_weights else None, kept_details(options, size)
             )
         self._verifier = Verifier(model, variables, self._sampler)
-        self._drafting = None
-        if isinstance(options.draft, NgramDraft):
-            self._drafting = Drafting(options.draft)
+        with self._in_mesh():
+            self._drafting = new_drafting(options)
         self._token_R, self._position_R = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
         self._preferences = Preferences(model.config, rows)
         self._sequences: list[TokenSequence | None] = [None] * rows
@@ -334,9 +334,11 @@ class Engine:
         idle = self._inputs([])
         if isinstance(self._options.draft, Draft):
             self._run_draft(*idle)
-        elif isinstance(self._options.draft, NgramDraft):
-            for width in (1, 1 + self._options.draft.length):
+        elif self._drafting is not None:
+            for width in (1, 1 + self._drafting.draft.length):
                 self._verifier.run([], {}, width, self._memory, self._preferences.arrays)
+            if self._drafting.small is not None:
+                self._drafting.small.warm_up()
         else:
             self._run_decode(*idle)
 
@@ -382,3 +384,12 @@ class Engine:
 
     def _in_mesh(self) -> Any:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+
+def beside(variables: Variables, arrays: Any) -> Any:
+    """Arrays on the one device that the variables were put on: as a program gives them back, which
+    would otherwise be compiled twice."""
+    first = next(iter(jax.tree.leaves(variables)), None)
+    if isinstance(first, jax.Array) and first.committed and len(first.devices()) == 1:
+        return jax.device_put(arrays, first.sharding)
+    return arrays

@@ -59,13 +59,13 @@ def kept_details(options: EngineOptions, size: StateSize) -> tuple[object, ...]:
     machine = (jax.__version__, device.platform, device.device_kind, os.cpu_count())
     # A row of slots is kept whole, so that their number counts; of pages any number may be there.
     slots = size.max_length if options.num_pages is None else None
-    drafts = (options.draft, options.exit_threshold is not None)
+    detour = options.has_detour  # whose layers may lie apart
     return (
         size.dtype,
         options.page_size,
         slots,
         size.spare,
         widths_of(options)[-1],
-        drafts,
+        detour,
         machine,
     )
