@@ -171,7 +171,8 @@ class DistillConfig:
     Boizard et al. 2024); 1 if None."""
     drafter: bool = False
     """Whether the student is to draft for the teacher: the share of its drafts that the teacher
-    would accept is logged ("acceptance"), and measured on held-out text at the end."""
+    would accept is logged ("acceptance"; with top_k at most so many, since bins hide differences).
+    scripts.acceptance measures it on held-out text."""
 
     def __post_init__(self) -> None:
         require_positive(self, "temperature")

@@ -19,6 +19,7 @@ What teachers say can be made ahead, for any number of students:
 """
 
 import argparse
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from checkpoint.provenance import read_provenance
 from configs.base import RunConfig
 from configs.checks import require
 from infer.weights import FORMATS
+from parallel.distributed import is_first
 from planning.available import require_memory
 from scripts import command
 from scripts.named_runs import chosen_run, experiment_text
@@ -66,7 +68,10 @@ def main(argv: list[str]) -> int:
     (first, *others), options = teachers, _options(run, arguments)
     writer = make_writer(run)
     result = distill(run, arguments.run_dir, *first, *others, make_writer=writer, **options)
-    return finish(run, arguments.run_dir, result)
+    code = finish(run, arguments.run_dir, result)
+    if code == 0 and run.distill is not None and run.distill.drafter and is_first():
+        print(f"  python -m scripts.acceptance {shlex.quote(str(arguments.run_dir))}")
+    return code
 
 
 def _by_server(run: RunConfig, arguments: argparse.Namespace, names: list[str]) -> int:
