@@ -32,8 +32,7 @@ def chat_run(tmp_path: Path, **changes):
     return tiny.run(
         tmp_path,
         data=chat_data(tmp_path),
-        model=tiny.model(vocab_size=330),
-        **{"steps": 4, **changes},
+        **{"steps": 4, "model": tiny.model(vocab_size=330), **changes},
     )
 
 
@@ -85,9 +84,9 @@ def test_the_loss_is_the_mean_over_the_assistants_tokens_of_each_chat_alone(tmp_
 def test_gradients_do_not_depend_on_how_unequal_targets_lie_in_micro_batches(tmp_path):
     """Dense, so that no router judges a part: to 1e-5 of the largest, sums in another order."""
     dense = tiny.model(vocab_size=330, pattern=tiny.model().pattern[1:], num_layers=1)
-    moments = []
+    first, moments = chat_run(tmp_path, model=dense), []
     for accumulation in (1, 4):
-        run = chat_run(tmp_path, accumulation=accumulation, model=dense)
+        run = dataclasses.replace(first, accumulation=accumulation)
         batch, mesh = batch_of(run), mesh_of(run)
         counts = (batch["targets"] >= 0).reshape(4, -1).sum(axis=1)
         assert len(set(counts.tolist())) > 1
