@@ -1,18 +1,15 @@
-"""Calls of functions in a model's answer, and whether they are the calls that were wanted.
+"""Whether the calls of functions in a model's answer are those that were wanted.
 
 The rules are those by which the Berkeley Function-Calling Leaderboard matches calls: names exactly,
 required arguments all there and no others than are listed, types as declared, texts without case,
 blanks and some punctuation, and each value one of those that are listed.
 """
 
-import ast
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Call = tuple[str, Mapping[str, Any]]
-"""A function's name and its arguments."""
+from infer.function_calls import Call
 
 TYPES: Mapping[str, tuple[type, ...]] = {
     "string": (str,),
@@ -26,63 +23,6 @@ TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
 }
 """Of Python for the types that functions declare; others take anything."""
-
-
-def read_calls(text: str) -> list[Call]:
-    """The calls in an answer: a list as Python writes it, [name(argument=value), ...], or JSON
-    objects with name and arguments, in tool_call tags, a list or alone. Empty where it has none.
-    """
-    text = re.sub(r"```(?:json|python|tool_code)?", "", text).strip()
-    tagged = re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", text, re.DOTALL)
-    for part in ("\n".join(tagged), text) if tagged else (text,):
-        for read in (_read_json, _read_python):
-            calls = read(part.strip())
-            if calls:
-                return calls
-    return []
-
-
-def _read_json(text: str) -> list[Call]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        try:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError:
-            return []
-    calls = []
-    for row in found if isinstance(found, list) else [found]:
-        row = row.get("function", row) if isinstance(row, dict) else row
-        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
-            return []
-        arguments = row.get("arguments", row.get("parameters", {}))
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except json.JSONDecodeError:
-                return []
-        if not isinstance(arguments, dict):
-            return []
-        calls.append((row["name"], arguments))
-    return calls
-
-
-def _read_python(text: str) -> list[Call]:
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
-    nodes = tree.elts if isinstance(tree, ast.List | ast.Tuple) else [tree]
-    calls = []
-    for node in nodes:
-        if not isinstance(node, ast.Call) or node.args:
-            return []
-        try:
-            arguments = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-        except (ValueError, TypeError):
-            return []
-        calls.append((ast.unparse(node.func), arguments))
-    return calls
 
 
 def are_wanted(

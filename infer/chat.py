@@ -8,13 +8,17 @@ from data.tokenizers.public_tokenizer import PublicTokenizer
 
 
 def chat_ids(
-    tokenizer: PublicTokenizer, messages: Messages, tools: list[dict[str, Any]] | None = None
+    tokenizer: PublicTokenizer,
+    messages: Messages,
+    tools: list[dict[str, Any]] | None = None,
+    variables: dict[str, Any] | None = None,
 ) -> list[int]:
     """The conversation's tokens, up to where the model's answer begins.
 
     Args:
       messages: {"role": "system" | "user" | "assistant", "content": text} each.
       tools: JSON schemas of functions that the model may call.
+      variables: further ones that the template knows ("enable_thinking").
     Raises:
       UserError: the model has no chat template, or it can't be rendered.
     """
@@ -29,6 +33,7 @@ def chat_ids(
         bos=tokenizer.text_of(tokenizer.bos_id),
         eos=tokenizer.text_of(tokenizer.eos_id),
         tools=tools,
+        variables=variables,
     )
     return tokenizer.encode(text, specials=True, bos=False)
 

@@ -18,8 +18,9 @@ from typing import Any
 from configs.checks import require
 from evals import data_packages
 from evals.data_packages import BFCL
-from evals.function_calls import are_wanted, read_calls
+from evals.function_calls import are_wanted
 from evals.samples import Answer, Load, Metric, Prompt, Task
+from infer.function_calls import read_calls
 
 SETS = {
     "simple_python": 400,

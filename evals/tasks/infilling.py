@@ -13,22 +13,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.corpora import name_hash
+from data.tokenizers.infilling import ENDS, find_marks
 from data.tokenizers.tokenizer import end_of_text_id
 from evals.samples import HeldOut, Load, Tokens
 from evals.tasks.base import NotApplicable
 from evals.tasks.line_completion import LINE_COMPLETION, MAX_EXAMPLES, function_lines
 from evals.tasks.stdlib_bpb import required_held_out
-
-MARKS = (
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
-    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
-    ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
-)
-"""Tokens that begin prefix, suffix and middle, as families of models spell them."""
-ENDS = ("<|endoftext|>", "<|fim_pad|>", "<|file_sep|>", "<|file_separator|>", "▁<EOT>", "</s>")
-"""Tokens any of which may end a middle."""
 
 
 def load(settings: Load) -> Sequence[Tokens]:
@@ -48,15 +38,6 @@ def load(settings: Load) -> Sequence[Tokens]:
     if not found:
         raise NotApplicable("it needs held-out Python functions, and this run's corpus has none")
     return found[: settings.limit]
-
-
-def find_marks(tokenizer: Tokenizer) -> tuple[int, int, int] | None:
-    """The ids of the tokens that begin prefix, suffix and middle; None where there are none."""
-    for names in MARKS:
-        prefix, suffix, middle = (tokenizer.token_to_id(name) for name in names)
-        if prefix is not None and suffix is not None and middle is not None:
-            return prefix, suffix, middle
-    return None
 
 
 def draw(held_out: HeldOut, marks: tuple[int, int, int]) -> list[Tokens]:

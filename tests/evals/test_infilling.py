@@ -6,6 +6,7 @@ from tokenizers import AddedToken
 
 from checkpoint.run_corpus import count_tokens
 from data.pipeline import prepare_corpus
+from data.tokenizers.infilling import MARKS, find_marks
 from evals.samples import HeldOut, Load
 from evals.scoring import EXACT_MATCH, score_tokens
 from evals.tasks import infilling
@@ -26,7 +27,7 @@ def corpus(tmp_path_factory):
 def held_out(corpus, *, with_marks: bool) -> HeldOut:
     tokenizer = corpus.tokenizer()
     if with_marks:
-        tokenizer.add_tokens([AddedToken(mark, special=True) for mark in infilling.MARKS[0]])
+        tokenizer.add_tokens([AddedToken(mark, special=True) for mark in MARKS[0]])
     return HeldOut(tokenizer, corpus.held_out(), count_tokens(corpus.training(), 300), LENGTH)
 
 
@@ -37,7 +38,7 @@ def samples(corpus):
 
 def test_parts_are_a_files_own_text_around_one_line(corpus, samples):
     tokenizer = held_out(corpus, with_marks=True).tokenizer
-    marks = infilling.find_marks(tokenizer)
+    marks = find_marks(tokenizer)
     assert marks is not None
     texts = [
         tokenizer.decode(tokens[1:].tolist()) for _, tokens, _ in corpus.held_out().documents()

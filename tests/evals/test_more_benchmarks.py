@@ -8,9 +8,10 @@ import pytest
 
 from configs.checks import UserError
 from evals.data_packages import BFCL
-from evals.function_calls import are_wanted, read_calls
+from evals.function_calls import are_wanted
 from evals.samples import Answer, Family, Load, Prompt, Task
 from evals.tasks import aime, function_calling, instructions, reasoning
+from infer.function_calls import read_calls
 from tests.evals import packaged
 
 
