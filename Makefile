@@ -60,7 +60,7 @@ gpu-report:                  ## on a GPU: kernels, a training step, decoding, be
 # An environment whose Python runs is brought up to date, never emptied.
 $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/native/src/*) build/compilers
 	@$(RUN) -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev,data]"
+	$(PINNED) $(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev,data,serve]"
 	touch $@
 
 # Newer than the environment when a compiler came or went: the native kernels are built with it.

@@ -5,6 +5,7 @@
     python -m scripts.evaluate smollm2 --tasks exams_es,my_questions.jsonl --weights int8
     python -m scripts.evaluate smollm2 --tasks bpb:letters/
     python -m scripts.evaluate models/mixtral --text letters/ --suffix .txt --mesh.expert 4
+    python -m scripts.evaluate http://127.0.0.1:8000/v1 --tasks exams_es,gsm8k
     python -m scripts.evaluate --tasks list
 
 The output's folder gets results.json (in lm-evaluation-harness' form), samples_TASK.jsonl and
@@ -26,12 +27,11 @@ from evals.local_model import BATCH_TOKENS
 from evals.page import print_differences, print_scores, write_comparison_page, write_scores_page
 from evals.results import FILE, RESULTS, write_run_report
 from evals.results_form import TaskScores
-from evals.run import Evaluation, evaluate, plain_name
+from evals.run import evaluate, plain_name
 from evals.samples import Task
 from evals.task_list import HELD_OUT, describe_tasks, find_tasks
-from infer.sources import Source, open_source
 from scripts import command
-from scripts.evaluated_model import add_text_options, open_evaluation
+from scripts.evaluated_model import Opened, add_text_options, check_named, open_named
 from scripts.model_options import add_model_options, asked_mesh
 
 
@@ -43,42 +43,42 @@ def main(argv: list[str]) -> None:
     require(arguments.model is not None, "name a model: a run, a folder, a file, or smollm2")
     tasks, mesh = find_tasks(arguments.tasks.split(",")), asked_mesh(arguments)
     command.keep_compiled()
-    source = open_source(arguments.model)
-    other = None if arguments.against is None else open_source(arguments.against)
-    evaluation = open_evaluation(source, arguments, tasks, mesh, arguments.output)
-    found = run(evaluation, tasks, source)
-    if other is not None:
+    check_named(arguments.against)  # before the first one is asked
+    opened = open_named(arguments.model, arguments, tasks, mesh, arguments.output)
+    found = run(opened, tasks)
+    if arguments.against is not None:
         arguments.initial = False
-        output = arguments.output and arguments.output / f"against_{plain_name(other.name)}"
-        theirs = run(open_evaluation(other, arguments, tasks, mesh, output), tasks, other)
-        names = (source.name, other.name)
-        differences = write_comparison(evaluation.output, *names, found, theirs)
+        output = arguments.output and arguments.output / f"against_{plain_name(arguments.against)}"
+        other = open_named(arguments.against, arguments, tasks, mesh, output)
+        names, folder = (opened.name, other.name), opened.evaluation.output
+        differences = write_comparison(folder, *names, found, run(other, tasks))
         print_differences(*names, differences)
-        print(f"page: {write_comparison_page(evaluation.output, *names, differences)}")
+        print(f"page: {write_comparison_page(folder, *names, differences)}")
 
 
-def run(evaluation: Evaluation, tasks: Sequence[Task], source: Source) -> list[TaskScores]:
+def run(opened: Opened, tasks: Sequence[Task]) -> list[TaskScores]:
     """Runs the tasks, shows each when it is there, and writes the pages.
 
     Raises:
       UserError: at the end, of tasks that could not be run.
     """
+    evaluation, path = opened.evaluation, opened.path
     found: list[TaskScores] = []
     failed: dict[str, list[str]] = {}
     for each in evaluate(evaluation, tasks):
         if isinstance(each, TaskScores):
             found.append(each)
-            print_scores(source.name, each)
+            print_scores(opened.name, each)
         elif each.is_error:
             failed.setdefault(each.reason, []).append(each.task)
         else:
             print(f"{each.task} skipped: {each.reason}", flush=True)
     if found:
-        page = write_scores_page(evaluation.output, source.name, found)
+        page = write_scores_page(evaluation.output, opened.name, found)
         print(f"results: {evaluation.output / RESULTS}, page: {page}", flush=True)
-        is_beside = source.path / FILE in evaluation.copies
-        if is_beside and (source.path / "metrics.jsonl").exists():
-            write_run_report(source.path, evaluation.description.weights)
+        is_beside = path is not None and path / FILE in evaluation.copies
+        if path is not None and is_beside and (path / "metrics.jsonl").exists():
+            write_run_report(path, evaluation.description.weights)
     reasons = [f"{', '.join(names)}: {reason}" for reason, names in failed.items()]
     require(not failed, "; ".join(reasons))
     return found
@@ -86,7 +86,7 @@ def run(evaluation: Evaluation, tasks: Sequence[Task], source: Source) -> list[T
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser(__doc__)
-    parser.add_argument("model", nargs="?", help="a run, a model's folder or file, or 'smollm2'")
+    parser.add_argument("model", nargs="?", help="run, folder, file, 'smollm2', or a server")
     parser.add_argument(
         "--tasks",
         default=",".join(HELD_OUT),

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PINNED = ("dev", "data", "parity", "evaluation", "deviceless")
+PINNED = ("dev", "data", "serve", "parity", "evaluation", "deviceless")
 """Extras that are other readings or tools: those for GPUs are the machine's to choose."""
 
 

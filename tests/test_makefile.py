@@ -75,7 +75,7 @@ def checkout(tmp_path):
     made = Checkout(tmp_path)
     made.make(".venv")
     assert made.calls[0].startswith("-m venv")
-    assert ["--editable .[dev,data]" in call for call in made.installs()] == [True]
+    assert ["--editable .[dev,data,serve]" in call for call in made.installs()] == [True]
     made.age(".venv/installed", 50)
     if (tmp_path / "build/compilers").exists():
         made.age("build/compilers", 60)
