@@ -1,7 +1,7 @@
 """A model under evaluation behind an HTTP server: OpenAI's interface, this project's or another's.
 
-Log-likelihoods come by echo of token ids, as lm-evaluation-harness asks for them, so the server must
-have /tokenize and /tokenizer_info beside /v1 (this project's and vLLM's do).
+Log-likelihoods come by echo of token ids, as lm-evaluation-harness asks for them, so the server
+must have /tokenize and /tokenizer_info beside /v1 (this project's and vLLM's do).
 """
 
 import concurrent.futures
@@ -26,9 +26,13 @@ KEY = "OPENAI_API_KEY"
 CLIENTS = 16
 """Requests at once; the server batches them."""
 SECONDS = 600.0
+"""For one answer."""
+WINDOW = 1024
+"""Tokens of the windows in which long texts are read, at most."""
 TRIES = 6
 
-Asked, Given = TypeVar("Asked"), TypeVar("Given")
+Asked = TypeVar("Asked")
+Given = TypeVar("Given")
 
 
 def _silent(index: int, answer: Any) -> None: ...
@@ -94,6 +98,12 @@ class HttpModel:
         require(isinstance(length, int), f"{self.url}/models tells no max_model_len")
         return cast(int, length)
 
+    @property
+    def _length(self) -> int:
+        """Tokens that are read at most: the last one of a text is only scored, and the server makes
+        one more."""
+        return self.context_length - 2
+
     @cached_property
     def tokenizer(self) -> PublicTokenizer:
         """
@@ -121,7 +131,7 @@ class HttpModel:
         """Of each (context, continuation); see evals/likelihood.py."""
 
         def score(pair: tuple[str, str]) -> Likelihood:
-            encoded = encode_pair(self.tokenizer, *pair, self.context_length - 1)
+            encoded = encode_pair(self.tokenizer, *pair, self._length)
             if not encoded.targets:
                 return Likelihood(0.0, True, 0)
             nats, is_greedy = self._score(encoded)
@@ -152,7 +162,7 @@ class HttpModel:
 
         def score(text: str) -> Rolling:
             ids = [first_id(self.tokenizer), *self.tokenizer.encode(text, bos=False)]
-            length = min(self.context_length - 1, 1024)
+            length = min(self._length, WINDOW)
             nats, done, start = 0.0, 1, 0
             while done < len(ids):
                 window = ids[start : start + length + 1]

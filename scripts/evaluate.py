@@ -5,6 +5,7 @@
     python -m scripts.evaluate smollm2 --tasks exams_es,my_questions.jsonl --weights int8
     python -m scripts.evaluate smollm2 --tasks bpb:letters/
     python -m scripts.evaluate models/mixtral --text letters/ --suffix .txt --mesh.expert 4
+    python -m scripts.evaluate http://127.0.0.1:8000/v1 --tasks exams_es,gsm8k
     python -m scripts.evaluate --tasks list
 
 The output's folder gets results.json (in lm-evaluation-harness' form), samples_TASK.jsonl and
@@ -26,13 +27,12 @@ from evals.local_model import BATCH_TOKENS
 from evals.page import print_differences, print_scores, write_comparison_page, write_scores_page
 from evals.results import FILE, RESULTS, write_run_report
 from evals.results_form import TaskScores
-from evals.run import Evaluation, Skipped, evaluate, plain_name
+from evals.run import Skipped, evaluate, plain_name
 from evals.samples import Task
 from evals.task_list import HELD_OUT, describe_tasks, find_tasks
-from infer.sources import Source, open_source
 from scripts import command
-from scripts.evaluated_model import add_text_options, open_evaluation
-from scripts.model_options import add_model_options, asked_mesh, chosen_source
+from scripts.evaluated_model import Opened, add_text_options, check_named, open_named
+from scripts.model_options import add_model_options, asked_mesh
 
 
 def main(argv: list[str]) -> None:
@@ -43,27 +43,26 @@ def main(argv: list[str]) -> None:
     require(arguments.model is not None, "name a model: a run, a folder, a file, or smollm2")
     tasks, mesh = find_tasks(arguments.tasks.split(",")), asked_mesh(arguments)
     command.keep_compiled()
-    source = chosen_source(arguments.model, arguments)
-    other = None if arguments.against is None else open_source(arguments.against)
-    evaluation = open_evaluation(source, arguments, tasks, mesh, arguments.output)
-    found = run_all(evaluation, tasks, source)
-    if other is not None:
-        arguments.initial = False
-        output = arguments.output and arguments.output / f"against_{plain_name(other.name)}"
-        theirs = run_all(open_evaluation(other, arguments, tasks, mesh, output), tasks, other)
-        names = (source.name, other.name)
-        differences = write_comparison(evaluation.output, *names, found, theirs)
+    check_named(arguments.against)  # before the first one is asked
+    opened = open_named(arguments.model, arguments, tasks, mesh, arguments.output)
+    found = run_all(opened, tasks)
+    if arguments.against is not None:
+        arguments.initial, arguments.adapter = False, None
+        output = arguments.output and arguments.output / f"against_{plain_name(arguments.against)}"
+        other = open_named(arguments.against, arguments, tasks, mesh, output)
+        names, folder = (opened.name, other.name), opened.evaluation.output
+        differences = write_comparison(folder, *names, found, run_all(other, tasks))
         print_differences(*names, differences)
-        print(f"page: {write_comparison_page(evaluation.output, *names, differences)}")
+        print(f"page: {write_comparison_page(folder, *names, differences)}")
 
 
-def run_all(evaluation: Evaluation, tasks: Sequence[Task], source: Source) -> list[TaskScores]:
+def run_all(opened: Opened, tasks: Sequence[Task]) -> list[TaskScores]:
     """As `run`.
 
     Raises:
       UserError: at the end, of tasks that could not be run.
     """
-    found, skipped = run(evaluation, tasks, source)
+    found, skipped = run(opened, tasks)
     failed: dict[str, list[str]] = {}
     for each in skipped:
         if each.is_error:
@@ -73,32 +72,31 @@ def run_all(evaluation: Evaluation, tasks: Sequence[Task], source: Source) -> li
     return found
 
 
-def run(
-    evaluation: Evaluation, tasks: Sequence[Task], source: Source
-) -> tuple[list[TaskScores], list[Skipped]]:
+def run(opened: Opened, tasks: Sequence[Task]) -> tuple[list[TaskScores], list[Skipped]]:
     """Runs the tasks, shows each when it is there, and writes the pages; and what was left out."""
+    evaluation, path = opened.evaluation, opened.path
     found: list[TaskScores] = []
     skipped: list[Skipped] = []
     for each in evaluate(evaluation, tasks):
         if isinstance(each, TaskScores):
             found.append(each)
-            print_scores(source.name, each)
+            print_scores(opened.name, each)
         else:
             skipped.append(each)
             if not each.is_error:
                 print(f"{each.task} skipped: {each.reason}", flush=True)
     if found:
-        page = write_scores_page(evaluation.output, source.name, found)
+        page = write_scores_page(evaluation.output, opened.name, found)
         print(f"results: {evaluation.output / RESULTS}, page: {page}", flush=True)
-        is_beside = source.path / FILE in evaluation.copies
-        if is_beside and (source.path / "metrics.jsonl").exists():
-            write_run_report(source.path, evaluation.description.weights)
+        is_beside = path is not None and path / FILE in evaluation.copies
+        if path is not None and is_beside and (path / "metrics.jsonl").exists():
+            write_run_report(path, evaluation.description.weights)
     return found, skipped
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = command.parser(__doc__)
-    parser.add_argument("model", nargs="?", help="a run, a model's folder or file, or 'smollm2'")
+    parser.add_argument("model", nargs="?", help="run, folder, file, 'smollm2', or a server")
     parser.add_argument(
         "--tasks",
         default=",".join(HELD_OUT),

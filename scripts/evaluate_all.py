@@ -15,9 +15,8 @@ from evals.page import write_overview_page
 from evals.results_form import TaskScores
 from evals.samples import Task
 from evals.task_list import find_tasks
-from infer.sources import open_source
 from scripts import command, evaluate
-from scripts.evaluated_model import open_evaluation
+from scripts.evaluated_model import open_named
 
 MODELS = ("smollm2", "runs/quickstart/teacher", "runs/quickstart/student")
 
@@ -61,9 +60,8 @@ def _ask(
             continue
         arguments = evaluate.make_parser().parse_args([name, "--limit", str(count)])
         try:
-            source = open_source(name)
-            evaluation = open_evaluation(source, arguments, chosen, None, None)
-            found, skipped = evaluate.run(evaluation, chosen, source)
+            opened = open_named(name, arguments, chosen, None, None)
+            found, skipped = evaluate.run(opened, chosen)
         except UserError as error:
             reasons.append(f"{name} was left out: {error}")
             continue

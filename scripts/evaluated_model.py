@@ -3,12 +3,16 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from checkpoint.run_directory import BEST, read_run
 from configs.checks import require
+from evals.http_model import http_model, is_url
+from evals.local_model import BATCH_TOKENS
+from evals.opening import FOLDER as EVALUATIONS
 from evals.opening import (
     Loaded,
     evaluation_of,
@@ -21,15 +25,17 @@ from evals.opening import (
 from evals.results import FILE
 from evals.run import Evaluation, Settings, plain_name
 from evals.samples import Task
-from infer.sources import Source
+from infer.sources import Source, open_source
 from model.unstacked import unstack
-from scripts.model_options import description, load_model
+from scripts.model_options import chosen_source, description, load_model
 from scripts.sources import initial_variables
 
 FOLDER, SUFFIX, HELD_OUT = Path("runs/evals"), ".py", 0.01
 LENGTH = 1024
 """Tokens that a model reads at once where its run does not say, at most."""
 OF_TEXT = ("suffix", "held_out", "length", "folder")
+OF_MODELS = ("initial", "text", *OF_TEXT)
+"""Options that need the model here, and not behind a server."""
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +46,64 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", type=float, help="share of the text (0.01)")
     parser.add_argument("--length", type=int, help=f"tokens read at once (at most {LENGTH:,})")
     parser.add_argument("--folder", type=Path, help=f"of texts that were read ({FOLDER})")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that was found: its evaluation, its name, and its folder or file, if it has one."""
+
+    evaluation: Evaluation
+    name: str
+    path: Path | None
+
+
+def open_named(
+    name: str,
+    arguments: argparse.Namespace,
+    tasks: Sequence[Task],
+    mesh: Mesh | None,
+    output: Path | None,
+) -> Opened:
+    """A source, or the model that a server has at this address.
+
+    Raises:
+      UserError: options that do not go together, or a model that can't be read or reached.
+    """
+    if not is_url(name):
+        source = chosen_source(name, arguments)
+        evaluation = open_evaluation(source, arguments, tasks, mesh, output)
+        return Opened(evaluation, source.name, source.path)
+    given = [option for option in OF_MODELS if getattr(arguments, option) not in (None, False)]
+    given += ["batch_tokens"] if arguments.batch_tokens != BATCH_TOKENS else []
+    require(
+        not given and not description(arguments),
+        f"{name} is a server, which says itself how it computes: leave "
+        f"{', '.join(given) or description(arguments)} out",
+    )
+    model = http_model(name)
+    described = model.describe()
+    folder = output or EVALUATIONS / plain_name(described.name)
+    evaluation = Evaluation(
+        model, described, _settings(arguments, tasks), folder, may_set_aside=output is None
+    )
+    return Opened(evaluation, name, None)
+
+
+def check_named(name: str | None) -> None:
+    """
+    Raises:
+      UserError: a model that is to be compared with later, and can't be read.
+    """
+    if name is not None and not is_url(name):
+        open_source(name)
+
+
+def _settings(arguments: argparse.Namespace, tasks: Sequence[Task]) -> Settings:
+    require(
+        not arguments.unprotected or any(task.runs_code for task in tasks),
+        "--unprotected is for tasks that run a model's code, and none of these does: leave it out",
+    )
+    return Settings(arguments.limit, arguments.num_fewshot, arguments.seeds, arguments.unprotected)
 
 
 def open_evaluation(
@@ -54,13 +118,7 @@ def open_evaluation(
     Raises:
       UserError: options that do not go together, or a model that can't be read.
     """
-    settings = Settings(
-        arguments.limit, arguments.num_fewshot, arguments.seeds, arguments.unprotected
-    )
-    require(
-        not arguments.unprotected or any(task.runs_code for task in tasks),
-        "--unprotected is for tasks that run a model's code, and none of these does: leave it out",
-    )
+    settings = _settings(arguments, tasks)
     for_decoding = any(task.output_type == "generate_until" for task in tasks)
     if source.kind == "run" and arguments.text is None:
         return _run(source, arguments, settings, mesh, output, for_decoding=for_decoding)

@@ -8,13 +8,11 @@ smollm2. Needs the extra `serve`. docs/serving.md says what clients get.
 """
 
 import argparse
-import asyncio
 
 from configs.checks import UserError
-from infer.sources import open_source
 from scripts import command
 from scripts.arguments import positive
-from scripts.model_options import add_model_options, asked_mesh
+from scripts.model_options import add_model_options, asked_mesh, chosen_source
 
 INSTALL = "pip install -e '.[serve]' -c constraints.txt"
 
@@ -27,7 +25,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{error.name} is missing: {INSTALL}") from error
     mesh = asked_mesh(arguments)
     command.keep_compiled()
-    asyncio.run(served.run(open_source(arguments.source), arguments, mesh))
+    served.run(chosen_source(arguments.source, arguments), arguments, mesh)
 
 
 def parser() -> argparse.ArgumentParser:

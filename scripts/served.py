@@ -1,10 +1,12 @@
 """The model that scripts.serve serves, and the server around it."""
 
 import argparse
+import asyncio
 import dataclasses
 import functools
 import os
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,7 +38,7 @@ LENGTH = 4096
 """Tokens of a prompt and its text where nobody says, at most."""
 
 
-async def run(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) -> None:
+def run(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) -> None:
     """Loads the model and serves it until a signal comes."""
     options = engine_options(source, arguments)
     keys = read_keys(Path(arguments.api_key_file)) if arguments.api_key_file else ApiKeys([])
@@ -44,9 +46,11 @@ async def run(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) 
     listening = bind(listen)  # before minutes of loading
     service = make_service(source, arguments, options, mesh)
     address = address_of(listening, arguments.host)
+    if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        print("note: whoever reaches this address may ask: --api-key-file says who may", flush=True)
     log_to()
     app = make_app(service, keys)
-    await serve(
+    serving = serve(
         service,
         app,
         listening,
@@ -54,6 +58,10 @@ async def run(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) 
         lambda: warm_up(service.engine.engine),
         lambda: print(greeting(service.model, address, has_keys=bool(keys)), flush=True),
     )
+    asyncio.run(serving)
+    if service.engine.is_running:  # in a compilation, which would crash on the way out
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptions:

@@ -17,6 +17,8 @@ from infer.engine import Emitted, Engine, EngineStats, Request
 from infer.server.errors import ApiError, invalid
 
 LOG = logging.getLogger("moesaic.server")
+STOP_SECONDS = 5.0
+"""For the step, or the compilation, that runs when the thread is asked to end."""
 
 
 class Stream:
@@ -112,8 +114,13 @@ class EngineThread:
         """Ends the thread; requests that are left get an error."""
         self._commands.put(None)
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, STOP_SECONDS)
         self._fail_streams(ApiError(503, "the server is stopping: send it again", retry_after=2))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread has not ended: a compilation can't be interrupted."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def num_live(self) -> int:

@@ -44,8 +44,8 @@ def room_for(model: ServedModel, prompt: Sequence[int], wanted: int | None, para
     room = model.max_length - len(prompt)
     if room < 1:
         raise invalid(
-            f"this model's maximum context length is {model.max_length} tokens, the {param} have "
-            f"{len(prompt)} and leave no room for a new one: shorten them",
+            f"this model's maximum context length is {model.max_length} tokens, and {param} has "
+            f"{len(prompt)}, which leaves no room for a new one: shorten it",
             param,
             "context_length_exceeded",
         )

@@ -1,7 +1,7 @@
 """Bodies of /v1/chat/completions and /v1/completions.
 
-A field that is not named here is refused: a setting that would be ignored is an error. Those of
-NO_EFFECT are taken, as they are about a provider's accounts and storage and not about the answer.
+A field that is not named here is refused: a setting that would be ignored is an error. Those under
+"no effect" are taken, as they are about a provider's accounts and storage, not about the answer.
 """
 
 from typing import Annotated, Any, Literal
@@ -53,7 +53,7 @@ class SamplingFields(Body):
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = Field(None, min_length=1, max_length=20_000)
     guided_grammar: str | None = Field(None, min_length=1, max_length=200_000)
-    # NO_EFFECT
+    # No effect.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None

@@ -1,22 +1,28 @@
 """The verb serve: what it prints, what it refuses, and how it ends."""
 
+import functools
 import re
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
 from configs.checks import UserError
+from deepseek import BadRequest, V3_1Client
+from evals.expert_domains import label_experts
 from infer.server.keys import read_keys
 from infer.server.process import ListenOptions, bind
 from infer.sources import open_source
 from scripts import served
 from scripts.serve import parser
+from tests import tiny
 from tests.checkpoint.tiny_folder import byte_level, write_llama, write_tokenizer
+from train.loop import fit
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -104,3 +110,48 @@ def test_files_of_keys_that_are_none(tmp_path, text, sentence):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=sentence):
         read_keys(path)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A trained run whose experts have the names that the article asks for."""
+    folder = tmp_path_factory.mktemp("labelled")
+    tiny.write_sources(folder, files=24)
+    fit(tiny.run(folder, steps=3), folder / "run")
+    names = {f"module_{i}" for i in range(24)}
+    low = sorted(name for name in names if len(name) == 8)
+    domains = {"code_generation": low, "algorithm_design": sorted(names - set(low))}
+    label_experts(folder / "run", domains, threshold=-1.0)
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_the_snippet_of_the_article_on_a_trained_run(labelled):
+    process = serve(labelled, "--port", 0, "--max-rows", 2, "--allow-updates", "--draft", "ngram")
+    text = ""
+    for line in process.stdout:
+        text += line
+        if "Ctrl-C" in line:
+            break
+    url = re.search(r"served at (http://\S+),", text)[1]
+    assert f"curl {url}/v1/completions" in text  # it was not trained to chat
+    client = V3_1Client(api_key="none", endpoint=url)
+    asked = {"prompt": "def add(", "max_tokens": 12, "temperature": 0.7, "seed": 3}
+    both = client.generate(**asked, expert_preference=["code_generation", "algorithm_design"])
+    assert both.usage.completion_tokens > 0
+    assert both == replace(
+        client.generate(**asked, expert_preference=["algorithm_design", "code_generation"]),
+        request_id=both.request_id,
+        usage=both.usage,
+    )
+    with pytest.raises(BadRequest, match="knows code_generation, algorithm_design"):
+        client.generate(**asked, expert_preference=["cooking"])
+    with pytest.raises(BadRequest, match="no chat template"):
+        client.chat([{"role": "user", "content": "hi"}])
+    update = functools.partial(httpx.post, f"{url}/update_weights", timeout=60)
+    assert update(json={"source": str(labelled)}).json()["weights_version"] == 1
+    assert "is no folder" in update(json={"source": "nowhere"}).json()["error"]["message"]
+    again = client.generate(**asked, expert_preference=["code_generation", "algorithm_design"])
+    assert again.generated_text == both.generated_text
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0

@@ -121,7 +121,7 @@ def test_what_an_editor_sends_before_anything_else(http):
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
         ({"prompt": "a", "echo": True, "logprobs": 1, "stream": True}, "is not streamed"),
-        ({"prompt": [5] * 1024}, "leave no room"),
+        ({"prompt": [5] * 1024}, "leaves no room"),
     ],
 )
 def test_what_can_not_be_completed(client, http, body, sentence):

@@ -10,7 +10,10 @@ import openai
 import pytest
 
 from configs.base import ExecutionConfig
+from configs.checks import UserError
+from evals.http_model import HttpModel
 from evals.local_model import LocalModel
+from evals.samples import Prompt
 from infer.engine import Engine, EngineOptions
 from infer.generate import generate
 from infer.logits import full_logits
@@ -18,6 +21,8 @@ from infer.sampling import Sampling
 from infer.server.embeddings import Embedder
 from infer.server.token_texts import TokenTexts
 from model.transformer import Transformer, hidden_states, init_variables
+from scripts import evaluate
+from scripts.evaluated_model import open_named
 from tests import tiny
 from tests.infer.server.conftest import user
 from tests.infer.server.scripted import byte_tokenizer, served
@@ -88,25 +93,67 @@ def test_echoed_log_probabilities_are_the_models(client, model):
         assert got.logprobs.token_logprobs[-1] == best[-1]  # greedy: exactly the best
 
 
-def test_what_the_harness_makes_of_it(client, model):
-    """lm-evaluation-harness' sum over a continuation, against our own scoring."""
-    pairs = [("The capital", " of France"), ("x", " is Paris")]
-    local = LocalModel(*model, lambda: TOKENIZER, window=32)
+PAIRS = [("The capital", " of France"), ("x ", "is Paris"), ("", "The"), ("x" * 80, " y")]
+
+
+@pytest.fixture(scope="module")
+def local(model):
+    return LocalModel(*model, lambda: TOKENIZER, window=LENGTH - 2, max_rows=ROWS)
+
+
+def test_what_the_harness_makes_of_it(client, local):
+    """lm-evaluation-harness' request and its sum over a continuation, against our own scoring."""
     batch, lengths = [], []
-    for context, continuation in pairs:
+    for context, continuation in PAIRS[:1]:
         before = TOKENIZER.encode(context)
         batch.append([*before, *TOKENIZER.encode(continuation)])
         lengths.append(len(before))
     settings = {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0, "seed": 1234}
     answer = complete(client, batch, **settings)
-    for choice, length, wanted in zip(
-        answer.choices, lengths, local.log_likelihoods(pairs), strict=True
-    ):
+    wanted = local.log_likelihoods(PAIRS[:1])
+    for choice, length, known in zip(answer.choices, lengths, wanted, strict=True):
         nats = choice.logprobs.token_logprobs[length:-1]
-        assert sum(nats) == pytest.approx(wanted.nats, abs=1e-3)
+        assert sum(nats) == pytest.approx(known.nats, abs=1e-3)
         tops = choice.logprobs.top_logprobs[length:-1]
         is_greedy = all(x == max(top.values()) for x, top in zip(nats, tops, strict=True))
-        assert is_greedy == wanted.is_greedy
+        assert is_greedy == known.is_greedy
+
+
+def test_an_evaluation_through_the_server_is_the_same(server, local):
+    """The three verbs of evals/samples.py, asked over HTTP and in this process."""
+    remote = HttpModel(f"{server.url}/v1")
+    assert remote.context_length == LENGTH
+    for got, wanted in zip(
+        remote.log_likelihoods(PAIRS), local.log_likelihoods(PAIRS), strict=True
+    ):
+        assert got.num_tokens == wanted.num_tokens
+        # The server reads two tokens less: the last one is scored, and it makes one.
+        assert got.num_dropped == wanted.num_dropped + 2 * bool(wanted.num_dropped)
+        if not wanted.num_dropped:
+            assert got.nats == pytest.approx(wanted.nats, abs=1e-3)
+            assert got.is_greedy == wanted.is_greedy
+    texts = ["The capital of France", "x" * 90]
+    for got, wanted in zip(remote.rolling(texts), local.rolling(texts), strict=True):
+        assert (got.num_tokens, got.num_bytes) == (wanted.num_tokens, wanted.num_bytes)
+        assert got.nats == pytest.approx(wanted.nats, abs=2e-3)
+    prompts = [
+        Prompt("a", "The capital", None, max_new_tokens=NEW),
+        Prompt("b", tuple(user("hi")), None, max_new_tokens=4, num_answers=2, temperature=0.7),
+        Prompt("c", "y" * 90, None, max_new_tokens=NEW),
+    ]
+    for got, wanted in zip(remote.generate(prompts), local.generate(prompts), strict=True):
+        assert [(a.text, a.ended) for a in got] == [(a.text, a.ended) for a in wanted]
+        assert [a.num_dropped for a in got] == [a.num_dropped for a in wanted]
+
+
+def test_servers_that_can_not_be_evaluated(server):
+    with pytest.raises(UserError, match="does not answer /v1/models"):
+        HttpModel("http://127.0.0.1:9/v1").describe()
+    with pytest.raises(UserError, match="refuses /v1/completions with 400: prompt"):
+        HttpModel(server.url).ask("/v1/completions", {"prompt": []})
+    arguments = evaluate._parser().parse_args([server.url, "--weights", "int8"])
+    with pytest.raises(UserError, match="is a server, which says itself how it computes"):
+        open_named(server.url, arguments, [], None, None)
 
 
 def test_a_prefix_that_comes_again_is_in_the_cache_and_changes_nothing(client):
