@@ -173,7 +173,7 @@ def _method(quantization: Mapping[str, Any] | None) -> Method | None:
     require(
         method in get_args(Method),
         f"quantization_config is {quote(quantization)}; the quant_method that can be read is fp8 "
-        "(float8 blocks), mxfp4 or compressed-tensors: get the checkpoint in one of them, or in "
+        "(float8 blocks) or mxfp4 or compressed-tensors: get the checkpoint in one of them, or in "
         "bfloat16",
     )
     return method

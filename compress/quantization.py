@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from checkpoint.rounded import RoundedParameter, ScaleDtype
-from checkpoint.rounded_folder import is_halved
-from checkpoint.weight_map import flatten
+from checkpoint.rounded_folder import BFLOAT16, is_halved
+from checkpoint.weight_map import flatten, leaf_name
 from compress.assignment import assigned, costs, fisher, num_inputs, weights_of
 from compress.calibration import Rows
 from compress.grids import Grid
 from compress.importance import Progress
-from compress.layered import LayeredModel, layered
+from compress.layered import LayeredModel, Tree, layered
 from compress.pruning import fingerprint_of
 from compress.quality import Quality, compare, hidden_of
 from compress.rounding import Assignment, Method, in_floats, prepared, round_model
@@ -126,6 +127,8 @@ def quantize_source(
     with working_folder(target, fingerprint) as folder:
         original = layered(*source.load(progress=reading))
         start = prepared(original, quantization.methods)
+        if quantization.weights == "bfloat16":
+            start = halved(start)
         steps, held_out = rows[0].steps(), rows[1].steps()
         hidden = hidden_of(original, held_out)
 
@@ -141,6 +144,8 @@ def quantize_source(
         assignment, predicted = choose(start, quantization, conversion.to, steps, quick)
         rounded, quality = tried(assignment, quantization.methods, folder)
         config, variables = rounded.assembled()
+        if quantization.weights == "bfloat16" and conversion.to == "orbax":
+            variables["params"] = _typed(variables["params"])
         held = source.with_variables(config, variables, fingerprint)
         convert(held, target, conversion, notes=notes)
     return report_of(rounded, quality, predicted)
@@ -200,6 +205,31 @@ def _roundable(model: LayeredModel, form: Form) -> dict[str, Any]:
     if form == "huggingface":
         return {path: x for path, x in found.items() if path not in ("embedding", "output")}
     return found
+
+
+def halved(model: LayeredModel) -> LayeredModel:
+    """The model with the values that its matrices have in bfloat16, in float32."""
+
+    def own(tree: Tree) -> Tree:
+        def cast(path: Any, x: np.ndarray) -> np.ndarray:
+            return (
+                x.astype(BFLOAT16).astype(np.float32) if is_halved(leaf_name(path), x.ndim) else x
+            )
+
+        return jax.tree_util.tree_map_with_path(cast, tree)
+
+    layers = tuple(dataclasses.replace(x, params=own(x.params)) for x in model.layers)
+    return dataclasses.replace(model, ends=own(model.ends), layers=layers)
+
+
+def _typed(params: Tree) -> Tree:
+    """Parameters whose matrices are bfloat16; of periods, which are stacked, those of one layer."""
+
+    def cast(path: Any, x: np.ndarray) -> np.ndarray:
+        name = f"params.{leaf_name(path)}"
+        return x.astype(BFLOAT16) if is_halved(name, x.ndim) else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def choose(

@@ -263,8 +263,7 @@ class RunConfig:
     trained: Literal["all", "experts"] = "all"
     """experts: the routed experts' weights alone; all others stay what they are."""
     further: FurtherConfig = FurtherConfig()
-    quantization_aware: QuantizationAwareConfig | None = None
-    """Set to learn in the last steps with rounded weights."""
+    quantization_aware: QuantizationAwareConfig = QuantizationAwareConfig()
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -404,7 +403,7 @@ class RunConfig:
             f"lora goes with optimizer.kind='adamw', got {self.optimizer.kind!r}",
         )
         require(
-            self.quantization_aware is None or self.lora is None,
+            self.quantization_aware.weights == "none" or self.lora is None,
             "quantization_aware rounds the weights that are trained, and with lora they stay as "
             "they are: leave one out",
         )

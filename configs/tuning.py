@@ -52,7 +52,8 @@ class QuantizationAwareConfig:
     """Weights rounded in the last steps, gradients straight through to the float masters
     (train/quantization_aware.py); the result is rounded by scripts.quantize."""
 
-    weights: Literal["int8", "int4", "fp8"]
+    weights: Literal["none", "int8", "int4", "fp8"] = "none"
+    """none: nothing is rounded."""
     last_fraction: float = 0.1
     """Share of the steps, the last ones, that train with rounded weights."""
     block_size: int = 32
@@ -68,4 +69,9 @@ class QuantizationAwareConfig:
         require(
             self.block_size % 2 == 0,
             f"quantization_aware.block_size={self.block_size} must be even",
+        )
+        require(
+            self.weights != "none" or (self.last_fraction, self.block_size) == (0.1, 32),
+            f"quantization_aware.last_fraction={self.last_fraction} and block_size="
+            f"{self.block_size} have no effect with weights='none': name a format",
         )

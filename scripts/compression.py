@@ -12,6 +12,7 @@ from compress.importance import Progress
 from compress.pruning import PruningReport
 from compress.quantization import QuantizationReport
 from configs.checks import UserError
+from formats.gguf.writer import Quantization
 from infer.convert import Conversion, Form
 from infer.sources import Source
 from parallel.distributed import is_first
@@ -46,14 +47,23 @@ def rows_of(source: Source, arguments: argparse.Namespace) -> tuple[Rows, Rows]:
     )
 
 
-def conversion_to(arguments: argparse.Namespace, dtype: ExportDtype | None = None) -> Conversion:
-    """What DST is written as."""
+def conversion_to(
+    arguments: argparse.Namespace,
+    dtype: ExportDtype | None = None,
+    quantization: Quantization = "F16",
+) -> Conversion:
+    """What DST is written as.
+
+    Args:
+      dtype: of a Hugging Face folder.
+      quantization: of what a GGUF's matrices are that come in floats.
+    """
     form = arguments.to or ("gguf" if arguments.target.suffix == ".gguf" else "orbax")
     return Conversion(
         to=form,
         family=arguments.family,
         dtype=dtype if form == "huggingface" else None,
-        quantization="F16" if form == "gguf" else None,
+        quantization=quantization if form == "gguf" else None,
     )
 
 

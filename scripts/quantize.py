@@ -49,9 +49,10 @@ def main(argv: list[str]) -> int:
     )
     source, target = open_source(arguments.source), Path(arguments.target)
     rows, notes = rows_of(source, arguments), []
+    kind = "BF16" if arguments.weights == "bfloat16" else "F16"
     with reading(source) as read, layer_progress("rounding", source) as rounding:
         report = quantize_source(
-            source, target, quantization, rows, conversion_to(arguments, "bfloat16"),
+            source, target, quantization, rows, conversion_to(arguments, "bfloat16", kind),
             reading=read, rounding=rounding, notes=notes.append,
         )  # fmt: skip
     print("\n".join([f"{target}: written", *quantization_lines(report, target), *notes]))

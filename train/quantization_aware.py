@@ -24,7 +24,7 @@ def first_step(run: RunConfig, config: QuantizationAwareConfig) -> int:
 def rounded_params(run: RunConfig, model: Transformer, params: Any, step: jax.Array) -> Any:
     """What the loss of a step is taken with: the masters, from `first_step` on rounded."""
     config = run.quantization_aware
-    if config is None:
+    if config.weights == "none":
         return params
     return jax.lax.cond(
         step >= first_step(run, config), lambda p: round_all(config, model, p), lambda p: p, params
@@ -37,6 +37,7 @@ def round_all(config: QuantizationAwareConfig, model: Transformer, params: Any) 
     """
 
     def rounded(path: Any, w: jax.Array, dims: MatrixDims | None) -> jax.Array:
+        assert config.weights != "none"
         if dims is None or math.prod(dims.split(w.shape)[1]) % config.block_size:
             return w
         is_end = keystr(path, simple=True, separator=".") in ("embedding", "output")

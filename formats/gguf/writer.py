@@ -41,6 +41,9 @@ _FILE_TYPES = {
     "F16": LlamaFileType.MOSTLY_F16,
     "BF16": LlamaFileType.MOSTLY_BF16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
+_BLOCK_FILE_TYPES: dict[BlockKind, LlamaFileType] = {
+    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
     "Q4_0": LlamaFileType.MOSTLY_Q4_0,
     "Q4_1": LlamaFileType.MOSTLY_Q4_1,
 }
@@ -77,7 +80,8 @@ def write_gguf(
     ]
     sizes = [_num_bytes(shape, kind) for (_, shape, _), kind in zip(tensors, kinds, strict=True)]
     with explain_os_errors(path, "be written"):
-        file_type = _FILE_TYPES[_main_kind(tensors, encoded) or quantization]
+        kind = _main_kind(tensors, encoded)
+        file_type = _FILE_TYPES[quantization] if kind is None else _BLOCK_FILE_TYPES[kind]
         header = _header(path, metadata, tensors, kinds, file_type)
         ends = list(itertools.accumulate(map(_padded, sizes), initial=len(header)))
         file, done = _go_on(path, header, ends)

@@ -59,5 +59,5 @@ def write_folder(folder: Path, config: ModelConfig = DENSE) -> Variables:
 def write_text(path: Path) -> Path:
     """Enough text to calibrate and to measure on."""
     words = np.random.default_rng(0).choice(tiny_folder.TEXT.split(), 4000)
-    path.write_text(" ".join(words))
+    path.write_text("\n".join(" ".join(line) for line in words.reshape(-1, 8)) + "\n")
     return path

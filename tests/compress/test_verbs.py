@@ -231,6 +231,35 @@ def test_packed_integers_come_back(bits):
     np.testing.assert_array_equal(unpack_ints(packed, bits), codes)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_is_half_in_every_form(form, place, tmp_path):
+    target, report = tmp_path / FORMS[form], tmp_path / "report.json"
+    more = ["--weights", "bfloat16", "--to", form, "--report", str(report)]
+    assert quantize.main(arguments(place, target, *more)) == 0
+    record = json.loads(report.read_text())
+    assert 0.5 <= record["ratio"] < 0.51
+    assert record["quality"]["divergence"] > 0
+    exact = open_source(str(place / "model")).load()[1]["params"]["periods"]["layer_0"]["ffn"]
+    found = open_source(str(target)).load()[1]["params"]["periods"]["layer_0"]["ffn"]
+    halved = exact["down"].astype("bfloat16").astype("float32")
+    np.testing.assert_array_equal(found["down"], halved)
+
+
+@pytest.mark.slow
+def test_the_chain_goes_on_where_it_was(place, tmp_path):
+    """From a model to its files by processes of their own, and at once when all is done."""
+    run = [sys.executable, "-m", "scripts.large_to_small", str(place / "model"), "--short"]
+    run += ["--text", str(place / "text.txt"), "--run-dir", str(tmp_path / "chain")]
+    for _ in range(2):
+        done = subprocess.run(run, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    stages = json.loads((tmp_path / "chain" / "stages.json").read_text())
+    assert list(stages) == ["source", "pruned", "distilled", "int8", "int4"]
+    assert stages["pruned"]["parameters"] < stages["source"]["parameters"]
+    assert (tmp_path / "chain" / "report.html").exists()
+    assert "measuring" not in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
 def test_transformers_reads_compressed_tensors(weights, place, tmp_path):

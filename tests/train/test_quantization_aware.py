@@ -51,7 +51,7 @@ def test_the_gradient_is_that_of_the_rounded_weights_and_moves_the_masters(tmp_p
     """A step of rounded masters without the option has the same gradient; the update differs by
     where it starts."""
     run = tiny.run(tmp_path, quantization_aware=dataclasses.replace(QAT, last_fraction=1.0))
-    plain = dataclasses.replace(run, quantization_aware=None)
+    plain = dataclasses.replace(run, quantization_aware=QuantizationAwareConfig())
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         setup = make_train_setup(run, mesh)
@@ -75,3 +75,5 @@ def test_a_config_keeps_it_and_refuses_nonsense(tmp_path):
         QuantizationAwareConfig(weights="int4", last_fraction=0)
     with pytest.raises(UserError, match="must be even"):
         QuantizationAwareConfig(weights="int4", block_size=3)
+    with pytest.raises(UserError, match="no effect"):
+        QuantizationAwareConfig(block_size=16)
