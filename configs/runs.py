@@ -348,7 +348,7 @@ def prefer() -> RunConfig:
 def pruned_recovery() -> RunConfig:
     """A pruned model that learns from the one it was: what makes good what pruning cost.
 
-    moesaic distill pruned_recovery --init.source pruned --teacher smollm2
+    python -m scripts.distill pruned_recovery --init.source pruned --teacher smollm2
     --run-dir runs/recovered: of SmolLM2-135M, on two CPU cores, a few seconds a step.
     """
     return RunConfig(

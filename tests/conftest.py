@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 
 import jax
@@ -37,6 +38,15 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 STRICT = ("tests/kernels/", "tests/model/", "tests/parallel/")
 """Code that calls optax can't be held to it."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m says
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases of `thinned` tables that wait for the slow tests; all run in CI."""
+    for item in items:
+        mark = item.get_closest_marker("thinned")
+        if mark is not None and zlib.crc32(item.name.encode()) % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -271,6 +271,7 @@ def test_kernels_are_written_in_what_mosaic_has(kernel):
 
 @pytest.mark.parametrize("target", [A100.target, Target("rocm")], ids=["cuda", "rocm"])
 @pytest.mark.parametrize("kernel", sorted(ONE_OF_EACH))
+@pytest.mark.thinned(2)
 def test_kernels_are_written_in_what_triton_has(kernel, target):
     """As far as a CPU goes: Triton's own language; for ROCm no compiler is checked beyond it."""
     device = dataclasses.replace(H100, target=target)

@@ -245,6 +245,7 @@ def tiny(monkeypatch, tmp_path):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
+@pytest.mark.thinned(2)
 def test_a_case_is_checked_and_timed(tiny, op, case, others):
     lines, timed = tiny(op, case)
     (ours,) = [line for line in lines if line["program"] == OURS]
@@ -330,6 +331,7 @@ def test_a_part_that_fails_leaves_what_it_had(tmp_path, monkeypatch):
     assert "exit code 1" in found["failure"]
 
 
+@pytest.mark.slow
 def test_what_a_stopped_part_started_ends_with_it(tmp_path):
     child = f"import time; time.sleep(4); open({str(tmp_path / 'mark')!r}, 'w')"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"

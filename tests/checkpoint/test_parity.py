@@ -40,6 +40,7 @@ def loaded(case: str):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.thinned(2)
 def test_logits_equal_those_of_transformers(case):
     model, variables, _, tokens, expected = loaded(case)
     assert expected.std() > 0.5
@@ -64,6 +65,7 @@ UNCACHED = (
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=pytest.mark.slow) if c in UNCACHED else c for c in CASES]
 )
+@pytest.mark.thinned(3)
 def test_token_by_token_through_the_cache_too(case):
     model, variables, _, tokens, expected = loaded(case)
     np.testing.assert_allclose(cached_logits(model, variables, tokens), expected, atol=TOLERANCE)

@@ -73,6 +73,7 @@ def test_a_name_far_from_all_is_answered_with_its_section():
 
 
 @pytest.mark.parametrize("name", ["v31_nano", "v1_nano", "deepseek_v3_nano", "v31_nano_student"])
+@pytest.mark.thinned(2)
 def test_every_setting_is_nearest_to_itself_and_can_be_given(name):
     """The names are those that the command line takes: asked of it, for all of a run."""
     settings = dict(setting_names(known_runs()[name]()))

@@ -225,6 +225,7 @@ def test_two_models_side_by_side(run_dir, tmp_path, capsys):
     assert line["log_likelihoods"][2] == 0.0  # the empty one
 
 
+@pytest.mark.slow
 def test_weights_are_known_however_they_lie(letters, run_dir):
     """Layers stacked or apart, and a run's on any mesh by the fingerprint it is known by."""
     source = open_source(str(letters / "model"))

@@ -160,6 +160,7 @@ def test_what_can_not_be_served_is_refused(options, request_of, sentence):
 
 
 @pytest.mark.parametrize(("data", "expert", "tensor"), [(1, 4, 1), (1, 2, 2), (2, 2, 1)])
+@pytest.mark.thinned(2)
 def test_a_mesh_generates_what_one_device_does(data, expert, tensor):
     from infer.load import abstract_on_mesh
     from parallel.mesh import make_mesh

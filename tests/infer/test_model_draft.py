@@ -34,6 +34,7 @@ def plain():
 
 
 @pytest.mark.parametrize("name", ["itself", pytest.param("another", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_text_is_the_large_models(plain, name):
     """The model as its own draft is always right, where texts are greedy; a stranger seldom is.
     Rows that other requests had before, and prompts longer than a program."""

@@ -157,6 +157,7 @@ def exact_rows(monkeypatch):
     ("name", "weights"),
     [*((name, weights) for name in CONFIGS for weights in ("int8", "int4")), ("experts", "fp8")],
 )
+@pytest.mark.thinned(2)
 def test_the_model_is_that_of_the_rounded_weights(name, weights, request):
     """Against the same program on the floats that the few bits stand for; and they were rounded."""
     if weights != "int8":
@@ -241,6 +242,7 @@ needs_native = pytest.mark.skipif(not native.is_available(), reason="XLA takes r
 
 
 @needs_native
+@pytest.mark.slow
 def test_few_rows_that_meet_int4_are_rounded_to_8_bits(products):
     """Each product of a pass beside numpy's. Of eight tokens: many rows are multiplied in bfloat16
     where the processor can, which tests/kernels holds to its bound.
@@ -335,6 +337,7 @@ def on_mesh(config, weights, mesh):
         ("switches", "int8", (1, 4, 1)),
     ],
 )
+@pytest.mark.thinned(3)
 def test_a_mesh_equals_one_device(name, weights, sizes):
     """To 1e-5 of the largest logit: parts of a sum are added in another order. Rows that are
     rounded would be so otherwise: a device of the mesh has as many of them for fewer experts.

@@ -68,6 +68,7 @@ def test_unused_rows_are_finite_and_pass_no_gradient_into_weights():
 
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 30))
+@pytest.mark.slow
 def test_any_group_sizes(group_sizes, spare):
     rows = max(sum(group_sizes) + spare, 1)
     case = Case(rows=rows, d_in=4, d_out=6, group_sizes=tuple(group_sizes))

@@ -57,6 +57,7 @@ def reference(*operands):
         pytest.param("no_rows_used", 82, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_the_kernel_equals_the_reference_and_no_wrong_version(sizes, num_rows):
     x, w, sizes, _ = draw(sizes, num_rows)
     found = interpreted(x, w, sizes)

@@ -64,6 +64,7 @@ def check_contractions(case: Case):
 
 
 @pytest.mark.parametrize("name", CASES | BLOCK_EDGES)
+@pytest.mark.thinned(2)
 def test_contractions_are_loops_over_groups(name, isa):
     check_contractions((CASES | BLOCK_EDGES)[name])
 
@@ -75,6 +76,7 @@ def test_contractions_are_loops_over_groups(name, isa):
     st.integers(1, 70),
     st.integers(1, 70),
 )
+@pytest.mark.slow
 def test_any_shape(group_sizes, spare, d_in, d_out):
     rows = max(sum(group_sizes) + spare, 1)
     check_contractions(Case(rows=rows, d_in=d_in, d_out=d_out, group_sizes=tuple(group_sizes)))

@@ -85,6 +85,7 @@ def check(case: Case, operands, *, gaps=False, has_sinks=False):
 
 
 @pytest.mark.parametrize("name", CASES | NATIVE_CASES)
+@pytest.mark.thinned(2)
 def test_equals_the_definition_with_gradients(name, isa):
     case = (CASES | NATIVE_CASES)[name]
     check(case, draw(case))
@@ -119,6 +120,7 @@ def test_positions_with_gaps(name):
     st.integers(0, 6),
     st.sampled_from([(1, 1), (4, 2), (3, 1)]),
 )
+@pytest.mark.slow
 def test_any_documents_and_windows(documents, padding, window, sinks, heads):
     case = Case(
         batch=1,

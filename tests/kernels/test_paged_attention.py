@@ -58,6 +58,7 @@ interpreted = functools.partial(pallas_triton.paged_attention, target=INTERPRET)
 
 @pytest.mark.parametrize("function", [xla, interpreted], ids=["xla", "triton"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thinned(2)
 def test_pages_equal_dense_attention(name, function):
     case = CASES[name]
     operands, (k, v) = draw(case)

@@ -71,6 +71,7 @@ def rounding_bound(x, weight, group_sizes):
 @needs_native
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thinned(3)
 def test_native_float_product_is_the_definition_s(name, format, isa_or_tiles):
     x, weight, sizes = draw(CASES[name], format)
     y = grouped_matmul(x, weight, sizes, activations="float", implementation="cpu")
@@ -81,6 +82,7 @@ def test_native_float_product_is_the_definition_s(name, format, isa_or_tiles):
 @needs_native
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thinned(3)
 def test_native_rounded_product_is_within_half_a_step(name, format, isa_or_tiles):
     x, weight, sizes = draw(CASES[name], format)
     y = multiply_int8(x, weight, sizes, implementation="cpu")
@@ -94,6 +96,7 @@ def test_native_rounded_product_is_within_half_a_step(name, format, isa_or_tiles
 @needs_native
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thinned(3)
 def test_what_is_fastest_errs_no_more_than_rounding(name, format, isa_or_tiles):
     """Within its bound, and where many rows are no more on average than in 8 bits."""
     x, weight, sizes = draw(CASES[name], format)
@@ -111,6 +114,7 @@ def test_what_is_fastest_errs_no_more_than_rounding(name, format, isa_or_tiles):
 @needs_native
 @pytest.mark.parametrize("activations", ["float", "int8", "auto"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thinned(3)
 def test_swiglu_gates_the_halves_of_one_product(name, activations, isa_or_tiles):
     """A version that took up's columns for the gate's, or every other one, would differ."""
     x, weight, sizes = draw(CASES[name], "int4", halves=2)
@@ -184,6 +188,7 @@ def test_what_is_not_finite_is_not_lost(value, rows, activations, isa_or_tiles):
     st.integers(1, 5),
     st.sampled_from(["int8", "int4"]),
 )
+@pytest.mark.slow
 def test_any_shape(group_sizes, spare, blocks, block_size, panels, format):
     case = Case(
         rows=max(sum(group_sizes) + spare, 1),
@@ -267,6 +272,7 @@ def check_fixed_order(multiply, x, weight):
 @pytest.mark.parametrize("activations", ["auto", "float", "int8"])
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3"])
 @pytest.mark.parametrize("op", [grouped_matmul, grouped_swiglu])
+@pytest.mark.thinned(3)
 def test_a_row_s_bits_do_not_depend_on_the_rows_beside_it(op, format, activations, isa_or_tiles):
     if (format, activations) == ("fp8_e4m3", "int8"):
         pytest.skip("x is not rounded for weights in fp8")
@@ -344,6 +350,7 @@ def test_plain_xla_promises_no_order():
 @pytest.mark.parametrize("equation", ["TK,KN->TN", "TK,NK->TN"])
 @pytest.mark.parametrize("shape", [(37, 50), (600, 96), (1, 16), (31, 1)], ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.thinned(3)
 def test_weights_in_bfloat16_are_read_as_stored(rows, shape, equation, isa_or_tiles):
     random = np.random.RandomState(0)
     x = random.standard_normal((rows, shape[0])).astype(np.float32)

@@ -50,6 +50,7 @@ def with_gradient(function, is_reference, x, weight, sizes, dy):
         pytest.param("fp8_e4m3", True, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.thinned(2)
 def test_kernels_equal_reference_with_the_gradient_of_x(format, gated):
     """40 outputs, which no block divides; bfloat16 scales where gated."""
     x, weight, sizes, dy = draw(format, *((2 * D_OUT, "bfloat16") if gated else ()))

@@ -50,6 +50,7 @@ def attend(case: Case, implementation, q, k, v, positions, segments, gaps=False)
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thinned(2)
 def test_blocks_equal_reference_with_gradients(name):
     case = CASES[name]
     q, k, v, positions, segments, dout = draw(case)

@@ -54,6 +54,7 @@ def test_causality():
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 1), (2, 1, 2)], ids=["rows", "rows and heads"])
+@pytest.mark.thinned(2)
 def test_a_mesh_gives_what_one_device_gives(sizes):
     """In several chunks: devices of one processor share its threads, and none may wait on them."""
     config = of(FORMS["a decay a head"])

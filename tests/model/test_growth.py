@@ -91,6 +91,7 @@ def divergence(before, after) -> float:
         for case in CASES
     ],
 )
+@pytest.mark.thinned(2)
 def test_the_grown_model_is_the_same_function(name, operator, factor):
     config = config_of(ROUTERS[name])
     variables, grown = drawn(config), grown_config(config, operator, factor)
@@ -158,6 +159,7 @@ def test_no_token_reaches_a_reserved_twin():
 @pytest.mark.parametrize(
     "operator", [pytest.param("copy", marks=pytest.mark.slow), "reserve", "split"]
 )
+@pytest.mark.slow
 def test_multi_token_modules_grow_too(operator):
     """Their experts lie unstacked; what they predict stays the same."""
     layer = config_of(ROUTERS["DeepSeek-V3 without groups"]).pattern[0]

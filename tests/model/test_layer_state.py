@@ -170,6 +170,7 @@ def states(kind):
         yield dirty, {"tables_RN": tables()}
 
 
+@pytest.mark.thinned(2)
 def test_a_prompt_and_then_token_by_token(kind):
     _, _, read, tokens, positions, expected = kind
     for state, given in states(kind):

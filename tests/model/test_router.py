@@ -378,6 +378,7 @@ def test_the_matching_null_logit_gives_the_wanted_mean(scores):
         assert float(again.counts_E.sum() / 150) == pytest.approx(1.7, abs=1.5 / 150)
 
 
+@pytest.mark.slow
 def test_the_mean_is_held_while_logits_grow():
     """Where a controller with a fixed gain lags: the router's scale grows by 2% a step."""
     config = RouterConfig(top_k=3, num_null_experts=2, target_k=1.5)

@@ -114,6 +114,7 @@ def test_future_tokens_change_no_logit_bitwise(variables, t):
 
 
 @pytest.mark.parametrize("prefill", [1, 5, 12, 14, 15, 29])
+@pytest.mark.thinned(2)
 def test_prefill_then_decode_equals_one_forward(variables, prefill):
     """At every position, across the window's edge (12) and the full ring (14 slots)."""
     length = 40
@@ -220,6 +221,7 @@ MESHES = [
 @pytest.mark.parametrize(
     "mesh_config", [pytest.param(MESHES[0], marks=pytest.mark.slow), *MESHES[1:]], ids=str
 )
+@pytest.mark.thinned(2)
 def test_any_mesh_gives_the_same_model_and_gradients(variables, mesh_config):
     expected = jax.device_get(gradients(MODEL, variables))
     mesh = make_mesh(mesh_config.data, mesh_config.expert, mesh_config.tensor)

@@ -87,6 +87,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thinned(2)
 def test_families_keep_their_load_while_twins_enter(name):
     config, spread = CASES[name]
     counts = history(config, spread)

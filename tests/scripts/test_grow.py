@@ -41,6 +41,7 @@ def grown(parent, run_dir, *arguments: str) -> int:
     return grow.main([str(parent), "--run-dir", str(run_dir), *OVERRIDES, *arguments])
 
 
+@pytest.mark.slow
 def test_a_grown_run_takes_overrides_and_goes_on_with_its_own_origin_alone(
     parent, tmp_path, capsys
 ):

@@ -118,6 +118,7 @@ def retrained(teacher):
     return loader(run, tmp_path / "retrained")
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_teacher_that_was_trained_again_is_refused(teacher, retrained):
     run, tmp_path = teacher
     folder, config = tmp_path / "first teacher", student(teacher, top_k=8, cache=True)

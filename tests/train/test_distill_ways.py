@@ -16,7 +16,7 @@ from configs.data import MixturePart
 from configs.distill import LossTerm, OnPolicyConfig, TeacherShare
 from data.packing import packed_rows
 from data.pipeline import prepare_corpus
-from infer.load import load_model
+from infer.run_weights import load_model
 from model.transformer import Transformer, hidden_states, init_variables, output_weights
 from scripts.teachers import cache_ahead, make_writer
 from tests import tiny

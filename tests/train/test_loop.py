@@ -331,6 +331,7 @@ def line(step: int, **metrics):
     return {"step": step, **usual, **metrics}
 
 
+@pytest.mark.slow
 def test_layers_of_unequal_experts_are_logged_drawn_and_watched(tmp_path):
     """In the order of the layers, over two periods of the pattern."""
     tiny.write_sources(tmp_path)

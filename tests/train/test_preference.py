@@ -183,6 +183,7 @@ def preferred(tmp_path_factory):
     return run, tmp_path, variables
 
 
+@pytest.mark.slow
 def test_a_run_moves_towards_the_chosen_answers(preferred):
     run, tmp_path, variables = preferred
     columns = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
@@ -204,6 +205,7 @@ def test_a_run_moves_towards_the_chosen_answers(preferred):
     assert [x.get("validation_loss") for x in again] == [x.get("validation_loss") for x in lines]
 
 
+@pytest.mark.slow
 def test_all_weights_are_measured_against_what_they_were(preferred):
     """Three steps of full weights in two micro-batches: the rewards are those of numpy's sums."""
     run, _, variables = preferred

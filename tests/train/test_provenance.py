@@ -79,6 +79,7 @@ def same_corpus(run) -> None:
 
 
 @pytest.mark.parametrize("change", [None, another_corpus])
+@pytest.mark.thinned(2)
 def test_a_run_is_read_without_its_corpus_and_makes_none(case, change):
     run, run_dir, ids, bits = case
     if change is not None:

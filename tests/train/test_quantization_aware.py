@@ -27,6 +27,7 @@ def batch() -> dict[str, jax.Array]:
     return {k: jnp.asarray(v, jnp.int32) for k, v in arrays.items()}
 
 
+@pytest.mark.slow
 def test_weights_are_rounded_from_the_first_of_the_last_steps_on(tmp_path):
     run = tiny.run(tmp_path, quantization_aware=QAT)
     model = Transformer(run.model, run.execution)
@@ -47,6 +48,7 @@ def test_weights_are_rounded_from_the_first_of_the_last_steps_on(tmp_path):
     np.testing.assert_allclose(twice, after["periods"]["layer_1"]["ffn"]["down"], rtol=0.02)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_rounded_weights_and_moves_the_masters(tmp_path):
     """A step of rounded masters without the option has the same gradient; the update differs by
     where it starts."""

@@ -11,6 +11,7 @@ from tests import tiny
 from train.loop import fit
 
 
+@pytest.mark.slow
 def test_a_run_is_never_said_to_have_trained_what_it_did_not(tmp_path, capsys):
     tiny.write_sources(tmp_path)
     run, folder = tiny.run(tmp_path, steps=4), tmp_path / "run"

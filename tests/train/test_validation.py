@@ -69,6 +69,7 @@ def test_a_resumed_run_measures_the_same(measured):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_the_mesh_does_not_matter(measured):
     """To 1e-6 of the loss: sums over devices are made in another order."""
     run, _ = measured
@@ -83,6 +84,7 @@ def test_the_mesh_does_not_matter(measured):
         np.testing.assert_allclose(*(float(x[name]) for x in found), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_memory_reads_on_from_row_to_row(tmp_path):
     """The first stream is one document's beginning: as scoring reads it segment by segment."""
     tiny.write_sources(tmp_path, files=12)

@@ -61,6 +61,7 @@ def mixed(tmp_path_factory):
     return run, tmp_path, folder
 
 
+@pytest.mark.slow
 def test_losses_of_each_source_add_up_to_the_whole(mixed):
     run, _, folder = mixed
     file = prepare_corpus(run.data, 300).training()

@@ -151,7 +151,7 @@ def test_servers_that_can_not_be_evaluated(server):
         HttpModel("http://127.0.0.1:9/v1").describe()
     with pytest.raises(UserError, match="refuses /v1/completions with 400: prompt"):
         HttpModel(server.url).ask("/v1/completions", {"prompt": []})
-    arguments = evaluate._parser().parse_args([server.url, "--weights", "int8"])
+    arguments = evaluate.make_parser().parse_args([server.url, "--weights", "int8"])
     with pytest.raises(UserError, match="is a server, which says itself how it computes"):
         open_named(server.url, arguments, [], None, None)
 
