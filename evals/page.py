@@ -165,6 +165,11 @@ def write_scores_page(folder: Path, name: str, tasks: Sequence[TaskScores]) -> P
     return write_page(folder, f"Scores of {name}", [section], draw_scores({"": tasks}), details)
 
 
+def difference_table(differences: Sequence[Difference]) -> str:
+    """HTML of a paired comparison."""
+    return _table(DIFFERENCE_COLUMNS, [_difference_row(found) for found in differences])
+
+
 def write_overview_page(
     folder: Path,
     models: Mapping[str, Sequence[TaskScores]],
@@ -201,12 +206,11 @@ def write_comparison_page(
     """comparison/report.html of two models, and its pictures."""
     place = folder / "comparison"
     place.mkdir(parents=True, exist_ok=True)
-    rows = [_difference_row(found) for found in differences]
     sections = [
         f"<p>Both models answered the same samples. The interval is of the difference, over "
         f"samples drawn again; the McNemar test compares the samples that one model alone has "
         f"right ({html.escape(first)} : {html.escape(second)}).</p>",
-        _table(DIFFERENCE_COLUMNS, rows),
+        difference_table(differences),
     ]
     pictures = [draw_differences(first, second, differences)]
     pictures += _draw_sides(first, second, differences)

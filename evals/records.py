@@ -257,6 +257,22 @@ class SampleFile:
         self._file.truncate(whole)
 
 
+def read_samples(path: Path, task: Task) -> list[Record]:
+    """The whole samples of a file, in their order.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    found, waiting, count = [], [], len(filters_of(task))
+    for number, _, line in _read_lines(path):
+        waiting.append(line)
+        if len(waiting) == count:
+            with _damaged(path, number):
+                found.append(record_of(task, waiting))
+            waiting = []
+    return found
+
+
 def set_aside(path: Path) -> Path:
     """Renames a file to the first free name.1, name.2, ..., and returns that."""
     numbers = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in itertools.count(1))

@@ -118,6 +118,14 @@ def read_results(path: Path) -> list[Result]:
         raise UserError(f"{path} is damaged ({error!r}): {AGAIN}") from error
 
 
+def samples_folder(path: Path) -> Path | None:
+    """Where the samples behind a file of results lie; None: it does not say, or they are gone."""
+    tree = _read_tree(path)
+    folder = None if tree is None else tree.get("samples_folder")
+    found = path.parent / folder if isinstance(folder, str) else None
+    return found if found is not None and found.is_dir() else None
+
+
 def _results_of(tree: dict[str, Any]) -> list[Result]:
     weights = tree["weights"] and from_tree(RunWeights, tree["weights"], "weights")
     found = []

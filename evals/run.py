@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -117,8 +118,10 @@ def _write(evaluation: Evaluation, finished: Sequence[TaskScores], began: float)
     tree = results_tree(evaluation.description, finished, settings, began, time.time() - began)
     path = evaluation.output / RESULTS
     tree = with_earlier(tree, path)
-    for each in (path, *evaluation.copies):
-        write_results(each, tree)
+    write_results(path, tree)
+    for copy in evaluation.copies:
+        folder = os.path.relpath(evaluation.output.resolve(), copy.parent.resolve())
+        write_results(copy, {**tree, "samples_folder": folder})
 
 
 def samples_path(folder: Path, task: Task) -> Path:

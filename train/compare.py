@@ -215,24 +215,30 @@ def as_text(names: Sequence[str], rows: dict[str, list[str]]) -> str:
 
 
 def write_comparison(
-    directory: Path, title: str, runs: Sequence[ComparedRun], pictures: Sequence[Picture] = ()
+    directory: Path,
+    title: str,
+    runs: Sequence[ComparedRun],
+    pictures: Sequence[Picture] = (),
+    sections: Sequence[str] = (),
 ) -> Path:
     """Writes curves.png and report.html: numbers, pictures, and the settings that differ.
 
     Args:
       pictures: further ones, shown first.
+      sections: HTML between the numbers and the settings.
     """
     names = [run.name for run in runs]
     changed = config_differences(runs)
     settings = grid(names, changed) if changed else "<p>Their settings are the same.</p>"
-    sections = [
+    all_sections = [
         grid(names, last_numbers(runs)),
+        *sections,
         f"<h2>Settings that differ</h2>{settings}",
     ]
     details = {run.name: dict(_plain_settings(run)) for run in runs}
     directory.mkdir(parents=True, exist_ok=True)
     drawn = [*pictures, draw_curves(runs)]
-    return write_page(directory, title, sections, drawn, details)
+    return write_page(directory, title, all_sections, drawn, details)
 
 
 def _plain_settings(run: ComparedRun) -> list[tuple[str, str]]:
