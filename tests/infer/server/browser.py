@@ -37,7 +37,7 @@ class Browser:
         """What the script returns."""
         return self.ask("POST", "execute/sync", {"script": script, "args": list(arguments)})
 
-    def wait_for(self, script: str, seconds: float = 10) -> Any:
+    def wait_for(self, script: str, seconds: float = 30) -> Any:
         """The first true value of an expression."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -73,6 +73,7 @@ def browser(width: int = 1200, height: int = 800) -> Iterator[Browser]:
                 "--headless",
                 "--no-sandbox",
                 "--disable-gpu",
+                "--disable-dev-shm-usage",  # containers have little of it
                 f"--window-size={width},{height}",
             ],
         }
