@@ -321,8 +321,8 @@ def fine_tune_lora() -> RunConfig:
     """As fine_tune, by low-rank adapters on every matrix; the source's weights stay as they are.
 
     python -m scripts.train fine_tune_lora --data.source chats.jsonl --data.directory
-    runs/corpora/chats --run-dir runs/adapted: of SmolLM2-135M, on two CPU cores, a few seconds a
-    step; --lora.targets experts is for the experts alone.
+    runs/corpora/chats --run-dir runs/adapted: of SmolLM2-135M, on two CPU cores, 15 s a step;
+    --lora.targets experts is for the experts alone.
     """
     base = fine_tune()
     optimizer = dataclasses.replace(base.optimizer, learning_rate=2e-4, weight_decay=0.0)
@@ -333,7 +333,7 @@ def prefer() -> RunConfig:
     """A trained model trained further on pairs of answers (DPO), by adapters.
 
     python -m scripts.train prefer --data.source pairs.jsonl --data.directory runs/corpora/pairs
-    --run-dir runs/preferred: of SmolLM2-135M, on two CPU cores, some seconds a step.
+    --run-dir runs/preferred: of SmolLM2-135M, on two CPU cores (not yet timed).
     """
     base = fine_tune_lora()
     return dataclasses.replace(
