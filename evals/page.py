@@ -14,6 +14,7 @@ from evals.comparison import LEVEL, Difference
 from evals.results import Result
 from evals.results_form import GroupScores, TaskScores
 from evals.samples import Metric
+from train.compare import COLORS
 from train.report import (
     BLUE,
     INK,
@@ -26,8 +27,6 @@ from train.report import (
     write_page,
 )
 
-COLORS = (BLUE, ORANGE, "#2e7d4f", "#7b4ea3")
-"""Of models side by side."""
 MOST_GROUPS = 20
 """Groups shown of a task; results.json has all."""
 

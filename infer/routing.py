@@ -1,8 +1,9 @@
 """The experts that tokens go to while text is generated: what training replays.
 
-A text that the engine has written is read again by the programs that generate (a prompt whole, then
-one token per row and step, through a state), with its tokens given: the same arithmetic on the same
-shapes, and so the same choices; the router's are kept.
+A text that the engine has written is read again with its tokens given, the prompt whole and then
+one token per row and step through a state, and the router's choices are kept. The engine reads
+prompts in blocks, whose sums are taken in another order: between experts that are equal but for the
+last bits it may have chosen otherwise while it wrote.
 
 R rows (sequences), L tokens of the longest, K experts per token.
 """

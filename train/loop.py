@@ -113,8 +113,7 @@ def fit(
     _refuse_fewer_steps(run, run_dir)
     mesh = mesh_of(run)
     connect(mesh)
-    compared = () if matching is None else (matching,)
-    setup = make_train_setup(run, mesh, *compared)
+    setup = make_train_setup(run, mesh, matching)
     corpus = _open_corpus(run)
     with _first_writes(run_dir), jax.set_mesh(mesh), _stop_signals() as stop:
         known = _open_folder(run, run_dir, corpus, objective, initial, experiment)
@@ -127,7 +126,7 @@ def fit(
             iterator = _batches(run, corpus, mesh, known.initial.rows_read if known.initial else 0)
             state, first = _start(run, setup, store, iterator, variables, opt_state)
             del variables, opt_state  # the state has its own; these may be as large
-            step = make_train_step(run, setup, chunk_loss, *compared)
+            step = make_train_step(run, setup, chunk_loss, matching)
             validation = Validation(run, corpus, mesh)
             with (
                 _loggers(run, run_dir) as loggers,

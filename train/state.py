@@ -105,7 +105,7 @@ class TrainSetup(struct.PyTreeNode):
     """Makes the empty memory."""
     begin_adapters: Callable[[int], Any] = struct.field(pytree_node=False)
     """Draws the adapters from a seed; None of a run without."""
-    begin_projections: Callable[[], Any] = struct.field(pytree_node=False, default=lambda: None)
+    begin_projections: Callable[[], Any] = struct.field(pytree_node=False)
     """Makes the projections of a new run."""
 
 

@@ -5,7 +5,7 @@ B rows of a micro-batch, A micro-batches, L length, D d_model, V vocab, E expert
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from model.early_exit import supervised_exits
 from model.model_state import ModelState
 from model.moe_layers import MoELayer, map_layers, moe_layers
 from model.seeds import seed_key
-from model.transformer import output_weights, training_pass
+from model.transformer import Variables, output_weights, training_pass
 from model.warmup import updated_warmup
 from parallel.sharding import constrain
 from train.consolidation import penalty
@@ -166,24 +166,8 @@ def _gradients(
         )
         w_DV = output_weights(setup.model, variables)
         inputs = {k: v for k, v in micro.items() if k not in BESIDE_LOGITS}
-
-        def loss_fn(hidden_BLD):
-            return chunked_loss(chunk_loss, hidden_BLD, w_DV, inputs, shared, chunks)
-
-        if run.preference is None:
-            objective, sums = loss_fn(hidden_BLD)
-        else:
-            reference_B = log_probs(setup.model, state.reference_variables, micro)
-            log_probs_B = row_log_probs(hidden_BLD, w_DV, micro["targets"], chunks)
-            objective, sums = preference_loss(log_probs_B, reference_B, run.preference)
-        if run.model.early_exit is not None:
-            finish = partial(setup.model.apply, variables, method="finish")
-            objective, sums["exits"] = exits_loss(
-                lambda x_BLD: loss_fn(finish(x_BLD)),
-                objective,
-                sown["exits"]["periods"]["hidden"],
-                supervised_exits(run.model, state.step),
-            )
+        read = _Read(variables, hidden_BLD, w_DV, sown)
+        objective, sums = _objective(run, setup, chunk_loss, state, read, micro, inputs, shared)
         if matching is not None:
             more, own_sums = _matching_loss(run, matching, projections, sown, micro, shared)
             objective, sums = objective + more, sums | own_sums
@@ -220,6 +204,50 @@ def _gradients(
         grads, sums, stats = _accumulate(run, grad, trained, rows, keys)
         memory = None
     return grads, sums, stats, memory
+
+
+class _Read(NamedTuple):
+    """What a forward pass of a micro-batch gave."""
+
+    variables: Variables
+    hidden_BLD: jax.Array
+    w_DV: jax.Array
+    """Of the output layer."""
+    sown: Any
+
+
+def _objective(
+    run: RunConfig,
+    setup: TrainSetup,
+    chunk_loss: ChunkLoss,
+    state: TrainState,
+    read: _Read,
+    micro: Batch,
+    inputs: Batch,
+    shared: Any,
+) -> tuple[jax.Array, Metrics]:
+    """The objective summed over the targets (of preferences over the pairs) of a micro-batch, of
+    all exits that are trained, and the sums that are reported."""
+    chunks = run.execution.logits_chunks
+
+    def loss_fn(hidden_BLD: jax.Array) -> tuple[jax.Array, Metrics]:
+        return chunked_loss(chunk_loss, hidden_BLD, read.w_DV, inputs, shared, chunks)
+
+    if run.preference is None:
+        objective, sums = loss_fn(read.hidden_BLD)
+    else:
+        reference_B = log_probs(setup.model, state.reference_variables, micro)
+        log_probs_B = row_log_probs(read.hidden_BLD, read.w_DV, micro["targets"], chunks)
+        objective, sums = preference_loss(log_probs_B, reference_B, run.preference)
+    if run.model.early_exit is not None:
+        finish = partial(setup.model.apply, read.variables, method="finish")
+        objective, sums["exits"] = exits_loss(
+            lambda x_BLD: loss_fn(cast(jax.Array, finish(x_BLD))),
+            objective,
+            read.sown["exits"]["periods"]["hidden"],
+            supervised_exits(run.model, state.step),
+        )
+    return objective, sums
 
 
 def _by_period(chosen: Any) -> Any:
