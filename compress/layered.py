@@ -100,6 +100,11 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
     )
     for spec in (*config.prefix, *config.pattern):
         require(
+            spec.ffn.activation != "geglu" and not getattr(spec.attention, "value_norm", False),
+            "layers with GELU (geglu) or normed values (value_norm) are not compressed yet: "
+            "distil such a model into another one",
+        )
+        require(
             spec.depth is None and spec.attention.memory_tokens is None,
             "layers that tokens pass by (depth) or with memory of earlier segments (relative "
             "attention) are not compressed yet: distil such a model into another one",

@@ -119,6 +119,8 @@ class ModelConfig:
     """Factor of what attention and feed-forward add to the residual stream (Granite: 0.22)."""
     logit_scale: float = 1.0
     """Factor of the logits (Granite: 1/8)."""
+    logit_cap: float | None = None
+    """Bound c of the logits, c * tanh(logit / c) (Gemma 2: 30)."""
     early_exit: EarlyExitConfig | None = None
     exit_spacing: int | None = None
     """Layers between two exits of a model made for decoding (model/unstacked.py); None, as in
@@ -150,6 +152,10 @@ class ModelConfig:
             self.multi_token is None or self.logit_scale == 1.0,
             f"logit_scale={self.logit_scale} is not built with multi_token, whose modules share "
             "the output layer: leave one of them out",
+        )
+        require(
+            self.logit_cap is None or self.logit_cap > 0,
+            f"logit_cap={self.logit_cap} must be greater than 0, or None for no bound",
         )
         self._check_early_exit()
         self._check_memory()

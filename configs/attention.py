@@ -9,7 +9,7 @@ from typing import Literal
 from configs.checks import require, require_positive
 from configs.rope import RopeScaling
 
-QKNorm = Literal["head", "all"]
+QKNorm = Literal["head", "all", "head_unscaled"]
 DeltaDecay = Literal["head", "channel"]
 
 
@@ -33,6 +33,21 @@ class AttentionTraits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryTemperatureConfig:
+    """Queries that grow with their position, so that attention over long texts stays sharp: times
+    1 + growth * log(1 + floor(position / length)) (Nakanishi 2025; Llama 4, Ministral 3)."""
+
+    growth: float
+    length: int
+    """Tokens of a step of the growth."""
+    counts_itself: bool = False
+    """Whether the position counts from 1 (Llama 4)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "growth", "length")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig(AttentionTraits):
     """Grouped-query attention (Ainslie et al. 2023) with RoPE, a sliding window and sink tokens."""
 
@@ -53,8 +68,19 @@ class AttentionConfig(AttentionTraits):
     rotary_dim: int | None = None
     """First entries of each head that RoPE turns (GLM-4.5: half of them); None turns all, 0 none:
     such a layer knows no positions (NoPE; every fourth of SmolLM3)."""
+    rotary_pairs: Literal["within", "across"] = "within"
+    """Which entries rotary_dim's pairs are, and their rates. within: the first rotary_dim, as a
+    head of that width. across: the first rotary_dim / 2 of each half of the head, at the rates that
+    they have in a head turned whole (Gemma 4, 2026)."""
+    chunk_size: int | None = None
+    """Tokens of a chunk; a query sees those of its own chunk, however near the others (Llama 4,
+    2025)."""
     score_scale: float | None = None
     """Factor of the scores (Granite, Gemma); None is head_dim^-0.5."""
+    score_cap: float | None = None
+    """Bound c of the scores, c * tanh(score / c) (Gemma 2: 50)."""
+    query_temperature: QueryTemperatureConfig | None = None
+    """Set for queries that grow with their position."""
     sink_logits: bool = False
     """Whether each query head has a learned logit that takes part in the softmax and has no value,
     so that a head may attend to nothing (gpt-oss, 2025)."""
@@ -64,7 +90,12 @@ class AttentionConfig(AttentionTraits):
     """Whether, with `bias`, the result has one too (not in Qwen2)."""
     qk_norm: QKNorm | None = None
     """RMSNorm of queries and keys before RoPE: of each head by itself, with one scale for all heads
-    (Qwen3, 2025), or of all heads together, with a scale each (OLMoE, 2024)."""
+    (Qwen3, 2025) or none (head_unscaled: Llama 4), or of all heads together, with a scale each
+    (OLMoE, 2024)."""
+    value_norm: bool = False
+    """Whether each head of values has an RMSNorm without a scale (Gemma 4)."""
+    values_from_keys: bool = False
+    """Whether values are the keys' projection, before norm and RoPE (Gemma 4's global layers)."""
     zero_centered_qk_norm: bool = False
     """Whether that norm multiplies by 1 + scale (Gemma 3, Qwen3-Next, 2025)."""
     qk_norm_after_rope: bool = False
@@ -88,6 +119,15 @@ class AttentionConfig(AttentionTraits):
             "set a window_size or num_sink_tokens=0",
         )
         _check_rotary(self)
+        _check_chunk(self)
+        require(
+            self.score_cap is None or self.score_cap > 0,
+            f"score_cap={self.score_cap} must be greater than 0, or None for no bound",
+        )
+        require(
+            not (self.values_from_keys and self.bias),
+            "values_from_keys is not built with bias=True: leave one of them out",
+        )
         require(
             self.score_scale is None or self.score_scale > 0,
             f"score_scale={self.score_scale} must be greater than 0, or None for head_dim^-0.5",
@@ -98,8 +138,9 @@ class AttentionConfig(AttentionTraits):
             f"{self.rotary_dim}: it needs a norm and RoPE",
         )
         require(
-            not self.zero_centered_qk_norm or self.qk_norm is not None,
-            "zero_centered_qk_norm=True has no effect with qk_norm=None: leave it out",
+            not self.zero_centered_qk_norm or self.qk_norm in ("head", "all"),
+            f"zero_centered_qk_norm=True has no effect with qk_norm={self.qk_norm!r}, which has no "
+            "scale: leave it out",
         )
         require(
             self.output_bias or self.bias,
@@ -120,10 +161,13 @@ class AttentionConfig(AttentionTraits):
         biases, norms.
         """
         heads, groups, width = self.num_heads, self.num_kv_heads, self.head_dim
-        matrices = 2 * d_model * width * (heads + groups)
+        matrices = d_model * width * (2 * heads + groups * (1 if self.values_from_keys else 2))
         biases = width * (heads + 2 * groups) if self.bias else 0
         biases += d_model if self.bias and self.output_bias else 0
-        norms = {None: 0, "head": 2 * width, "all": width * (heads + groups)}[self.qk_norm]
+        if self.qk_norm == "all":
+            norms = width * (heads + groups)
+        else:
+            norms = 2 * width if self.qk_norm == "head" else 0
         return matrices + (heads if self.sink_logits else 0) + biases + norms
 
 
@@ -200,11 +244,28 @@ def _check_rotary(config: AttentionConfig) -> None:
         f"rotary_dim={turned} must be even, at least 0 and below head_dim={config.head_dim}; None "
         "turns whole heads",
     )
+    require(
+        config.rotary_pairs == "within" or bool(turned),
+        f"rotary_pairs='across' has no effect with rotary_dim={turned}: leave it out",
+    )
     is_plain = config.rope_base == 10_000.0 and config.rope_scaling is None
     require(
         turned != 0 or is_plain,
         f"rope_base={config.rope_base} and rope_scaling={config.rope_scaling} have no effect with "
         "rotary_dim=0, which turns nothing: leave them out",
+    )
+
+
+def _check_chunk(config: AttentionConfig) -> None:
+    size = config.chunk_size
+    require(
+        size is None or size > 0,
+        f"chunk_size={size} must be at least 1 token, or None for no chunks",
+    )
+    require(
+        size is None or config.window_size is None,
+        f"chunk_size={size} and window_size={config.window_size} both say what a query sees: leave "
+        "one of them out",
     )
 
 

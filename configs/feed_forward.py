@@ -11,6 +11,7 @@ from configs.checks import require, require_positive
 
 Scores = Literal["softmax", "sigmoid", "sqrt_softplus"]
 GroupScore = Literal["best_two", "best"]
+DenseActivation = Literal["swiglu", "geglu"]
 GROUP_MEMBERS: dict[GroupScore, int] = {"best_two": 2, "best": 1}
 """Experts whose scores are summed for a group's."""
 
@@ -22,6 +23,8 @@ class DenseConfig:
     kind: Literal["dense"] = "dense"
     d_ff: int
     """Hidden width, F."""
+    activation: DenseActivation = "swiglu"
+    """Of the gate: silu, or GELU in its tanh form (geglu: Gemma, 2024)."""
     bias: bool = False
     """Whether the three matrices have biases (granite-8b-code)."""
 
@@ -222,10 +225,10 @@ class MoEConfig:
     router: RouterConfig
     bias: bool = False
     """Whether the routed experts' matrices have biases (gpt-oss)."""
-    activation: Literal["swiglu", "clamped_swiglu"] = "swiglu"
+    activation: Literal["swiglu", "clamped_swiglu", "geglu"] = "swiglu"
     """Of the routed experts. swiglu: silu(gate) * up. clamped_swiglu (gpt-oss, 2025): gate is
     bounded above and up both ways by swiglu_limit, then (up + 1) * gate * sigmoid(swiglu_alpha *
-    gate)."""
+    gate). geglu: gelu(gate) * up, of the shared experts too (Gemma 4, 2026)."""
     swiglu_limit: float | None = None
     """clamped_swiglu only (gpt-oss: 7)."""
     swiglu_alpha: float | None = None

@@ -106,7 +106,8 @@ class MoE(nn.Module):
         self.sow("router", "stats", stats, init_fn=lambda: None, reduce_fn=newest)
         out_BLD = out_TD.reshape(batch, length, d_model)
         if c.num_shared_experts:
-            shared = DenseConfig(d_ff=c.num_shared_experts * c.d_ff)
+            activation = "geglu" if c.activation == "geglu" else "swiglu"
+            shared = DenseConfig(d_ff=c.num_shared_experts * c.d_ff, activation=activation)
             shared_BLD = SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
             out_BLD += self._gated(shared_BLD, x_BLD) if c.shared_gate else shared_BLD
         return out_BLD, context_state

@@ -168,7 +168,9 @@ def _new_layers(dense: ModelConfig, upcycled: ModelConfig) -> list[tuple[int, Mo
 def _without_experts(old: LayerSpec, new: LayerSpec) -> LayerSpec:
     """The new layer as it was before it got experts."""
     if isinstance(old.ffn, DenseConfig) and isinstance(new.ffn, MoEConfig):
-        return dataclasses.replace(new, ffn=DenseConfig(d_ff=new.ffn.d_ff, bias=new.ffn.bias))
+        activation = old.ffn.activation
+        ffn = DenseConfig(d_ff=new.ffn.d_ff, bias=new.ffn.bias, activation=activation)
+        return dataclasses.replace(new, ffn=ffn)
     return new
 
 

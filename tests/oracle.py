@@ -40,7 +40,11 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
     last = params["final_norm"]["scale"] + (1 if config.zero_centered_norms else 0)
     x = rms_norm(x, last, config.norm_eps) * config.logit_scale
     w = params["embedding"].T if config.tie_embeddings else params["output"]
-    return x, x @ w
+    return x, bounded(x @ w, config.logit_cap)
+
+
+def bounded(y, cap):
+    return y if cap is None else cap * np.tanh(y / cap)
 
 
 def block(x, layer, spec: LayerSpec, eps, positions, documents, wrong="", scale=1.0):
@@ -71,7 +75,8 @@ def block_update(x, layer, spec: LayerSpec, eps, positions, documents, wrong="",
     first = scale * normed(first, "attention_norm_after")
     h = normed(x + first, "ffn_norm")
     if isinstance(spec.ffn, DenseConfig):
-        second = np.stack([swiglu(t, **layer["ffn"]) for t in h])
+        activation = spec.ffn.activation
+        second = np.stack([swiglu(t, **layer["ffn"], activation=activation) for t in h])
     else:
         logits = router_logits(h, layer["moe"], spec.ffn, positions, documents)
         rows = zip(h, logits, strict=True)
@@ -87,6 +92,14 @@ def turned(vector, position, w_norm, config: AttentionConfig, eps=1e-6):
     """A head of queries or keys with RoPE in its first entries, or in all, and the norm after it.
     w_norm: that norm's scale."""
     width = len(vector) if config.rotary_dim is None else config.rotary_dim
+    if config.rotary_pairs == "across":
+        half, out = len(vector) // 2, vector.copy()
+        for d in range(width // 2):
+            angle = position * config.rope_base ** (-2 * d / len(vector))
+            a, b = vector[d], vector[d + half]
+            out[d] = a * np.cos(angle) - b * np.sin(angle)
+            out[d + half] = b * np.cos(angle) + a * np.sin(angle)
+        return out
     first = rotate(vector[:width], position, config.rope_base)
     vector = np.concatenate([first, vector[width:]])
     return rms_norm(vector, w_norm, eps) if config.qk_norm_after_rope else vector
@@ -107,14 +120,17 @@ def rotate(vector, position, base):
 def projections(x, w, config: AttentionConfig, eps=1e-6, wrong=""):
     """Queries [L, H, C], keys and values [L, G, C], before RoPE. wrong: "clipped before the
     norm"."""
-    q, k, v = (np.einsum("ld,dhc->lhc", x, m) for m in (w["q"], w["kv"][:, 0], w["kv"][:, 1]))
+    both = (w["k"], w["k"]) if config.values_from_keys else (w["kv"][:, 0], w["kv"][:, 1])
+    q, k, v = (np.einsum("ld,dhc->lhc", x, m) for m in (w["q"], *both))
     if config.bias:
         q, k, v = q + w["q_bias"], k + w["kv_bias"][0], v + w["kv_bias"][1]
+    if config.value_norm:
+        v = rms_norm(v, 1.0, eps)
     bound = np.inf if config.clip_qkv is None else config.clip_qkv
     if wrong == "clipped before the norm":
         q, k = np.clip(q, -bound, bound), np.clip(k, -bound, bound)
     if config.qk_norm is not None and not config.qk_norm_after_rope:
-        axes = -1 if config.qk_norm == "head" else (-2, -1)
+        axes = (-2, -1) if config.qk_norm == "all" else -1
         q, k = (
             y / np.sqrt((y**2).mean(axes, keepdims=True) + eps) * qk_scale(w, name, config)
             for y, name in ((q, "q_norm"), (k, "k_norm"))
@@ -137,6 +153,15 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
     queries, keys, all_values = projections(x, w, config, wrong=wrong)
     q_scale, k_scale = (qk_scale(w, name, config) for name in ("q_norm", "k_norm"))
     score_scale = width**-0.5 if config.score_scale is None else config.score_scale
+    warm = config.query_temperature
+
+    def growth(i):
+        if warm is None:
+            return 1.0
+        return 1 + warm.growth * np.log(
+            1 + np.floor((positions[i] + warm.counts_itself) / warm.length)
+        )
+
     for i in range(length):
         for head in range(heads):
             group = head // (heads // config.num_kv_heads)
@@ -149,8 +174,11 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
                 is_far = config.window_size is not None and distance >= config.window_size
                 if is_far and positions[j] >= config.num_sink_tokens:
                     continue
+                size = config.chunk_size
+                if size is not None and positions[i] // size != positions[j] // size:
+                    continue
                 k = turned(keys[j, group], positions[j], k_scale, config)
-                scores.append(q @ k * score_scale)
+                scores.append(bounded(q @ k * score_scale * growth(i), config.score_cap))
                 values.append(all_values[j, group])
             weights = np.exp(np.array(scores) - max(scores))
             sink = 0.0
@@ -371,9 +399,16 @@ ATTENTIONS = {
 }
 
 
-def swiglu(x, gate_up, down, gate_up_bias=(0.0, 0.0), down_bias=0.0):
+def swiglu(x, gate_up, down, gate_up_bias=(0.0, 0.0), down_bias=0.0, activation="swiglu"):
     gate, up = x @ gate_up[:, 0] + gate_up_bias[0], x @ gate_up[:, 1] + gate_up_bias[1]
-    return (gate / (1 + np.exp(-gate)) * up) @ down + down_bias
+    return (silu_or_gelu(gate, activation) * up) @ down + down_bias
+
+
+def silu_or_gelu(x, activation):
+    """GELU in its tanh form for "geglu"."""
+    if activation == "geglu":
+        return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return x / (1 + np.exp(-x))
 
 
 def router_logits(x, w, config: MoEConfig, positions, documents):
@@ -398,8 +433,8 @@ def expert(x, w, e, config: MoEConfig, wrong=""):
     of = 0 if wrong == "one bias" else e
     if config.bias:
         gate, up = gate + w["gate_up_bias"][of][0], up + w["gate_up_bias"][of][1]
-    if config.activation == "swiglu":
-        h = gate / (1 + np.exp(-gate)) * up
+    if config.activation in ("swiglu", "geglu"):
+        h = silu_or_gelu(gate, config.activation) * up
     else:
         limit = config.swiglu_limit
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
@@ -419,7 +454,7 @@ def moe(x, logits, w, config: MoEConfig, wrong=""):
     out = sum(g * expert(x, w, e, config, wrong) for g, e in zip(gates, chosen, strict=True))
     if config.num_shared_experts:
         gate = 1 / (1 + np.exp(-x @ w["shared_gate"])) if config.shared_gate else 1.0
-        out = out + gate * swiglu(x, **w["shared"])
+        out = out + gate * swiglu(x, **w["shared"], activation=config.activation)
     return out
 
 

@@ -32,6 +32,10 @@ from checkpoint.families.granite import GRANITE as GRANITE
 from checkpoint.families.granitemoe import GRANITEMOE as GRANITEMOE
 from checkpoint.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE as HUNYUAN_V1_DENSE
 from checkpoint.families.hunyuan_v1_moe import HUNYUAN_V1_MOE as HUNYUAN_V1_MOE
+from checkpoint.families.ministral3 import MINISTRAL3 as MINISTRAL3
+from checkpoint.families.gemma import GEMMA as GEMMA
+from checkpoint.families.gemma2 import GEMMA2 as GEMMA2
+from checkpoint.families.gemma3 import GEMMA3 as GEMMA3
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))
 """In the order of the lines above, in which a model is matched to one for export."""

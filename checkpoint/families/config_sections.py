@@ -8,21 +8,31 @@ from checkpoint.families import rope_section
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.checks import UserError
-from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+from configs.feed_forward import DenseActivation, DenseConfig, MoEConfig, RouterConfig
 
 MAX_LAYERS = 4096
 """More than any model has."""
 
 
+ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",)}
+"""hidden_act of the gates' activation."""
+
+
 def read_model(
-    settings: Settings, layers: Sequence[LayerSpec], *, norm_eps: float, **extra: Any
+    settings: Settings,
+    layers: Sequence[LayerSpec],
+    *,
+    norm_eps: float,
+    activation_key: str = "hidden_act",
+    **extra: Any,
 ) -> ModelConfig:
     """What every family has, around its layers.
 
     Args:
       norm_eps: the family's own, where the config doesn't say.
+      activation_key: the family's name of it.
     """
-    settings.expect("hidden_act", "silu", "swish")
+    settings.expect(activation_key, *ACTIVATIONS[_dense_activation(layers)])
     settings.expect("mlp_bias", _has_dense_bias(layers))
     prefix, pattern = folded(layers)
     return ModelConfig(
@@ -43,7 +53,7 @@ def read_num_layers(settings: Settings) -> int:
     return settings.integer("num_hidden_layers", most=MAX_LAYERS)
 
 
-def write_model(config: ModelConfig) -> dict[str, Any]:
+def write_model(config: ModelConfig, activation_key: str = "hidden_act") -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -51,12 +61,22 @@ def write_model(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.context_length,
         "tie_word_embeddings": config.tie_embeddings,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
+        activation_key: ACTIVATIONS[_dense_activation(unfolded(config))][0],
         "mlp_bias": _has_dense_bias(unfolded(config)),
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
     }
+
+
+def _dense_activation(layers: Sequence[LayerSpec]) -> DenseActivation:
+    """That of the gates in all layers: the experts' own variants go by "swiglu".
+
+    Raises:
+      UserError: layers differ.
+    """
+    kinds = ["geglu" if layer.ffn.activation == "geglu" else "swiglu" for layer in layers]
+    return the_one(kinds, "activation")
 
 
 def _has_dense_bias(layers: Sequence[LayerSpec]) -> bool:

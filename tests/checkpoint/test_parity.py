@@ -135,7 +135,26 @@ def same_keys(found: dict, wanted: dict) -> dict:
 OLD_KEYS = {"num_local_experts": "num_experts", "dtype": "torch_dtype"}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "olmo3"])
+NESTED = ("olmo3", "gemma3")
+"""RoPE by kind of layer."""
+
+
+def test_gemma3_with_the_older_keys_means_the_same(tmp_path):
+    """As its released files have them."""
+    config, _, _, _ = read_case("gemma3")
+    rope = config.pop("rope_parameters")
+    whole = rope["full_attention"]
+    older = {"rope_theta": whole.pop("rope_theta"), "rope_scaling": whole}
+    older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    del config["layer_types"]
+    write_case("gemma3", tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | older | {"sliding_window_pattern": 3})
+    )
+    assert huggingface.open_checkpoint(tmp_path).config == loaded("gemma3")[2].config
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in NESTED])
 def test_configs_with_the_older_keys_mean_the_same(case, tmp_path):
     config, _, _, _ = read_case(case)
     rope = config.pop("rope_parameters")

@@ -307,6 +307,50 @@ CASES = {
         DENSE | GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", DENSE | {"head_dim": 16}),
+    "ministral3": (
+        "ministral3",
+        DENSE
+        | {
+            "head_dim": 16,
+            "sliding_window": 16,
+            "rope_parameters": YARN
+            | {
+                "original_max_position_embeddings": 16,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.4,
+            },
+        },
+    ),
+    "gemma": ("gemma", DENSE | {"head_dim": 20}),
+    "gemma2": (
+        "gemma2",
+        DENSE
+        | {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 8,
+            "attn_logit_softcapping": 0.8,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        DENSE
+        | {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 8,
+            "final_logit_softcapping": 2.0,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+    ),
     "hunyuan_v1_moe": (
         "hunyuan_v1_moe",
         {

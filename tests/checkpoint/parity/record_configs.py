@@ -45,6 +45,10 @@ FAMILIES = (
     "granitemoe",
     "hunyuan_v1_dense",
     "hunyuan_v1_moe",
+    "ministral3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
 )
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Families that transformers knows by another name alone."""

@@ -73,6 +73,11 @@ FACTORS = {
     "attention_multiplier": [1.0, 0.1],
     "logits_scaling": [1.0, 7.0],
 }
+GEMMA = {key: value for key, value in DENSE.items() if key != "hidden_act"} | {
+    "hidden_activation": ["gelu_pytorch_tanh"] * 9 + ["gelu"],
+    "attention_bias": [False, True],
+    "pad_token_id": [0],
+}
 ALPHA = [*ROPE, {"rope_type": "dynamic", "rope_theta": 10_000.0, "alpha": 50.0, "factor": 1.0}]
 SETTINGS: dict[str, dict[str, list[Any]]] = {
     "qwen2": DENSE | {"use_sliding_window": [False] * 5 + [True], "max_window_layers": [1]},
@@ -182,6 +187,39 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         "attention_bias": [False, True],
     },
     "hunyuan_v1_dense": DENSE | {"attention_bias": [False, True], "rope_parameters": ALPHA},
+    "ministral3": DENSE
+    | {
+        "sliding_window": [None, 7],
+        "rope_parameters": [
+            rope
+            | {
+                "llama_4_scaling_beta": beta,
+                "original_max_position_embeddings": length,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            }
+            for rope in (ROPE[0], ROPE[3])
+            for beta, length in ((0.1, 8), (0.7, 16))
+        ],
+    },
+    "gemma": GEMMA | {"hidden_act": ["gelu_pytorch_tanh"] * 7 + ["gelu", "silu"]},
+    "gemma2": GEMMA
+    | WINDOWS
+    | {
+        "query_pre_attn_scalar": [16, 24],
+        "attn_logit_softcapping": [None, 1.0, 50.0],
+        "final_logit_softcapping": [None, 5.0, 30.0],
+    },
+    "gemma3": GEMMA
+    | WINDOWS
+    | {
+        "query_pre_attn_scalar": [16, 24],
+        "final_logit_softcapping": [None, 5.0],
+        "rope_parameters": [
+            {"sliding_attention": own, "full_attention": rope} for own in ROPE[:2] for rope in ROPE
+        ]
+        + [None],
+    },
     "hunyuan_v1_moe": GROUPED
     | {
         "intermediate_size": [8, 16],
@@ -210,7 +248,12 @@ def draw_settings(family: str, chance: random.Random) -> dict[str, Any]:
     return {"vocab_size": VOCAB, "max_position_embeddings": 64} | drawn
 
 
-NULL = ("q_lora_rank", "sliding_window")
+NULL = (
+    "q_lora_rank",
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 """Keys whose null is no default."""
 
 
