@@ -17,7 +17,7 @@ from checkpoint.families.weight_maps import FUSED_EXPERTS, with_fused_experts
 from checkpoint.logical_tensors import LogicalTensors
 from checkpoint.public import PublicCheckpoint, find_family, read_model, write_model
 from checkpoint.rounded_folder import has_rounded
-from checkpoint.weight_map import Row, expand, flatten
+from checkpoint.weight_map import Row, by_tensor, expand, flatten, whole_tensor
 from configs.architecture import ModelConfig
 from formats.safetensors.reader import open_tensors
 from formats.safetensors.writer import TensorWriter
@@ -81,7 +81,8 @@ def export(
     if has_rounded(variables):
         storage = CompressedStorage(storage.dtype, leaves, entries)
     values = {**write_model(family, config), **storage.settings(), **extra}
-    plans = {entry.name: storage.plan(entry) for entry in entries}
+    sharing = by_tensor(entries)
+    plans = {name: storage.plan(whole_tensor(parts)) for name, parts in sharing.items()}
     plan = [planned for parts in plans.values() for planned in parts]
     with TensorWriter(folder, plan, max_shard_bytes=max_shard_bytes) as writer:
 
