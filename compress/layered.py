@@ -93,6 +93,11 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
       UserError: kinds of layers that can't run one by one.
     """
     config = model.config
+    require(
+        not config.zero_centered_norms,
+        "norms that multiply by 1 + scale (zero_centered_norms) are not compressed yet: distil "
+        "such a model into another one",
+    )
     for spec in (*config.prefix, *config.pattern):
         require(
             spec.depth is None and spec.attention.memory_tokens is None,

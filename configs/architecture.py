@@ -110,6 +110,9 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Whether the output layer is the transposed input embedding."""
     norm_eps: float = 1e-6
+    zero_centered_norms: bool = False
+    """Whether the norms around the layers multiply by 1 + scale, and their scales begin at 0
+    (Gemma, 2024; Qwen3-Next, 2025)."""
     embedding_scale: float = 1.0
     """Factor of what the embedding gives the first layer (Granite: 12)."""
     residual_scale: float = 1.0

@@ -65,6 +65,8 @@ class AttentionConfig(AttentionTraits):
     qk_norm: QKNorm | None = None
     """RMSNorm of queries and keys before RoPE: of each head by itself, with one scale for all heads
     (Qwen3, 2025), or of all heads together, with a scale each (OLMoE, 2024)."""
+    zero_centered_qk_norm: bool = False
+    """Whether that norm multiplies by 1 + scale (Gemma 3, Qwen3-Next, 2025)."""
     qk_norm_after_rope: bool = False
     """Whether that norm comes after RoPE instead (Hunyuan, 2024)."""
     clip_qkv: float | None = None
@@ -94,6 +96,10 @@ class AttentionConfig(AttentionTraits):
             not self.qk_norm_after_rope or (self.qk_norm is not None and self.rotary_dim != 0),
             f"qk_norm_after_rope has no effect with qk_norm={self.qk_norm!r} and rotary_dim="
             f"{self.rotary_dim}: it needs a norm and RoPE",
+        )
+        require(
+            not self.zero_centered_qk_norm or self.qk_norm is not None,
+            "zero_centered_qk_norm=True has no effect with qk_norm=None: leave it out",
         )
         require(
             self.output_bias or self.bias,

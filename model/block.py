@@ -92,12 +92,16 @@ class Block(nn.Module):
         """What a branch reads of the residual stream."""
         if self.spec.norms == "post":
             return x_BLD
-        return RMSNorm(self.model.norm_eps, name=name)(x_BLD)
+        return self._norm(name)(x_BLD)
+
+    def _norm(self, name: str) -> RMSNorm:
+        model = self.model
+        return RMSNorm(model.norm_eps, is_zero_centered=model.zero_centered_norms, name=name)
 
     def _added(self, update_BLD: jax.Array, name: str) -> jax.Array:
         """What a branch's result adds to the residual stream."""
         if self.spec.norms != "pre":
-            update_BLD = RMSNorm(self.model.norm_eps, name=name)(update_BLD)
+            update_BLD = self._norm(name)(update_BLD)
         scale = self.model.residual_scale
         return update_BLD if scale == 1.0 else scale * update_BLD
 

@@ -232,17 +232,22 @@ def newest(_: Any, new: Any) -> Any:
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019); statistics in float32.
 
-    The mean is over the last dimensions, as many as `logical_axes` names; scale has their shape.
+    The mean is over the last dimensions, as many as `logical_axes` names; scale has their shape. A
+    zero-centered norm multiplies by 1 + scale.
     """
 
     eps: float
     logical_axes: tuple[str, ...] = ("embed",)
+    is_zero_centered: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         count = len(self.logical_axes)
-        init = nn.with_logical_partitioning(nn.initializers.ones, self.logical_axes)
+        start = nn.initializers.zeros if self.is_zero_centered else nn.initializers.ones
+        init = nn.with_logical_partitioning(start, self.logical_axes)
         scale = cast(jax.Array, self.param("scale", init, x.shape[-count:], jnp.float32))
+        if self.is_zero_centered:
+            scale = 1.0 + scale
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(x32 * x32, axis=tuple(range(-count, 0)), keepdims=True)
         scale = jnp.expand_dims(scale, tuple(range(x.ndim - count)))

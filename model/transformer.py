@@ -92,11 +92,13 @@ class Transformer(nn.Module):
             check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.execution)
-        self.final_norm = RMSNorm(c.norm_eps)
+        self.final_norm = RMSNorm(c.norm_eps, is_zero_centered=c.zero_centered_norms)
         if c.multi_token is not None:
             layer = c.multi_token.layer
             self.multi_token = [
-                MultiTokenModule(block(layer, c, self.execution, parent=None), c.norm_eps)
+                MultiTokenModule(
+                    block(layer, c, self.execution, parent=None), c.norm_eps, c.zero_centered_norms
+                )
                 for _ in range(c.multi_token.depth)
             ]
 

@@ -34,8 +34,11 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
         ]
     for spec, layer in layers:
         eps, scale = config.norm_eps, config.residual_scale
+        if config.zero_centered_norms:
+            layer = layer | {k: {"scale": 1 + v["scale"]} for k, v in layer.items() if "norm" in k}
         x = block(x, layer, spec, eps, positions, documents, wrong, scale)
-    x = rms_norm(x, params["final_norm"]["scale"], config.norm_eps) * config.logit_scale
+    last = params["final_norm"]["scale"] + (1 if config.zero_centered_norms else 0)
+    x = rms_norm(x, last, config.norm_eps) * config.logit_scale
     w = params["embedding"].T if config.tie_embeddings else params["output"]
     return x, x @ w
 
@@ -113,12 +116,17 @@ def projections(x, w, config: AttentionConfig, eps=1e-6, wrong=""):
     if config.qk_norm is not None and not config.qk_norm_after_rope:
         axes = -1 if config.qk_norm == "head" else (-2, -1)
         q, k = (
-            y / np.sqrt((y**2).mean(axes, keepdims=True) + eps) * w[name]["scale"]
+            y / np.sqrt((y**2).mean(axes, keepdims=True) + eps) * qk_scale(w, name, config)
             for y, name in ((q, "q_norm"), (k, "k_norm"))
         )
     if wrong == "clipped before the norm":
         return q, k, np.clip(v, -bound, bound)
     return tuple(np.clip(y, -bound, bound) for y in (q, k, v))
+
+
+def qk_scale(w, name, config: AttentionConfig):
+    """What normed queries or keys are multiplied by; 1 without a norm."""
+    return w[name]["scale"] + (1 if config.zero_centered_qk_norm else 0) if name in w else 1.0
 
 
 def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
@@ -127,7 +135,7 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
     length, (_, heads, width) = len(x), w["q"].shape
     out = np.zeros((length, w["o"].shape[-1]))
     queries, keys, all_values = projections(x, w, config, wrong=wrong)
-    q_scale, k_scale = (w[name]["scale"] if name in w else 1.0 for name in ("q_norm", "k_norm"))
+    q_scale, k_scale = (qk_scale(w, name, config) for name in ("q_norm", "k_norm"))
     score_scale = width**-0.5 if config.score_scale is None else config.score_scale
     for i in range(length):
         for head in range(heads):

@@ -126,9 +126,10 @@ class GroupedQueryAttention(nn.Module):
         qk_norm = self.config.qk_norm
         if qk_norm is None:
             return q_BLHC, k_BLGC
-        normed = NORMED_DIMS[qk_norm]
-        q_BLHC = RMSNorm(self.norm_eps, QUERY_AXES[-normed:], name="q_norm")(q_BLHC)
-        k_BLGC = RMSNorm(self.norm_eps, KEY_AXES[-normed:], name="k_norm")(k_BLGC)
+        normed, eps = NORMED_DIMS[qk_norm], self.norm_eps
+        is_zero_centered = self.config.zero_centered_qk_norm
+        q_BLHC = RMSNorm(eps, QUERY_AXES[-normed:], is_zero_centered, name="q_norm")(q_BLHC)
+        k_BLGC = RMSNorm(eps, KEY_AXES[-normed:], is_zero_centered, name="k_norm")(k_BLGC)
         return q_BLHC, k_BLGC
 
     def _attended(
