@@ -21,6 +21,7 @@ import numpy as np
 from checkpoint.families.config_sections import folded
 from checkpoint.rounded import stacked
 from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
 from configs.base import ExecutionConfig
 from configs.checks import require
 from configs.feed_forward import DenseConfig
@@ -99,6 +100,11 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
         "such a model into another one",
     )
     for spec in (*config.prefix, *config.pattern):
+        require(
+            not isinstance(spec.attention, AttentionConfig) or not spec.attention.output_gate,
+            "attention with an output gate is not compressed yet: distil such a model into another "
+            "one",
+        )
         require(
             spec.depth is None and spec.attention.memory_tokens is None,
             "layers that tokens pass by (depth) or with memory of earlier segments (relative "
