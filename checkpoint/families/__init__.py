@@ -32,6 +32,7 @@ from checkpoint.families.granite import GRANITE as GRANITE
 from checkpoint.families.granitemoe import GRANITEMOE as GRANITEMOE
 from checkpoint.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE as HUNYUAN_V1_DENSE
 from checkpoint.families.hunyuan_v1_moe import HUNYUAN_V1_MOE as HUNYUAN_V1_MOE
+from checkpoint.families.qwen3_next import QWEN3_NEXT as QWEN3_NEXT
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))
 """In the order of the lines above, in which a model is matched to one for export."""

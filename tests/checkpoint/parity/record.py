@@ -86,6 +86,15 @@ GRANITE = {
     "attention_multiplier": 0.35,
     "logits_scaling": 1.5,
 }
+DELTA = {
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
 CASES = {
     "llama": ("llama", {"intermediate_size": 96, "num_key_value_heads": 2}),
     "llama3_biased": (
@@ -299,6 +308,17 @@ CASES = {
             "num_experts": 8,
             "num_experts_per_tok": 3,
             "pad_token_id": 0,
+        },
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        EXPERTS
+        | DELTA
+        | {
+            "num_experts": 8,
+            "shared_expert_intermediate_size": 32,
+            "attention_bias": True,
+            "mlp_only_layers": [0],
         },
     ),
     "granite": ("granite", DENSE | GRANITE),

@@ -45,6 +45,7 @@ FAMILIES = (
     "granitemoe",
     "hunyuan_v1_dense",
     "hunyuan_v1_moe",
+    "qwen3_next",
 )
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Families that transformers knows by another name alone."""
