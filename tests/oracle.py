@@ -131,8 +131,8 @@ def qk_scale(w, name, config: AttentionConfig):
 
 def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
     """wrong: "sink of the group" takes the logit of the key/value head; "sink with a value" counts
-    the sink as one more token with the first one's value; "gate without a sigmoid" multiplies by the
-    projection itself; or of `projections`."""
+    the sink as one more token with the first one's value; "gate without a sigmoid" multiplies by
+    the projection itself; or of `projections`."""
     length, (_, heads, width) = len(x), w["q"].shape
     out = np.zeros((length, w["o"].shape[-1]))
     queries, keys, all_values = projections(x, w, config, wrong=wrong)

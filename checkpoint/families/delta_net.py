@@ -28,8 +28,8 @@ def read_kinds(settings: Settings, default: Sequence[str]) -> list[str]:
     kinds = settings.items("layer_types", of=str, default=list(default))
     if len(kinds) != len(default) or not set(kinds) <= {LINEAR, FULL}:
         raise UserError(
-            f"{settings.where} has layer_types={kinds}, expected {LINEAR!r} or {FULL!r} for each of "
-            f"num_hidden_layers={len(default)}"
+            f"{settings.where} has layer_types={kinds}, expected {LINEAR!r} or {FULL!r} for each "
+            f"of num_hidden_layers={len(default)}"
         )
     return kinds
 

@@ -4,9 +4,9 @@
 
 alpha = exp(-exp(a) softplus(f(x) + b)) forgets, one number for a head or for each channel of its
 keys (Kimi delta attention, 2025); beta = sigmoid(x w), or twice that, says how much of the value
-that k stands for is replaced. Queries, keys and values go through a causal convolution of a few taps and SiLU;
-queries and keys have length 1. A head's result is normed and gated. The state of a sequence has one
-size, however long it is.
+that k stands for is replaced. Queries, keys and values go through a causal convolution of a few
+taps and SiLU; queries and keys have length 1. A head's result is normed and gated. The state of a
+sequence has one size, however long it is.
 
 B batch, L length, R rows of the state, D d_model, G heads of keys, H heads of values, K width of a
 key, V of a value, T taps, N channels of the convolution, M gate_rank.

@@ -116,7 +116,8 @@ class GroupedQueryAttention(nn.Module):
         w_DHC = weight(self, "gate", (d_model, *shape), axes, d_model**-0.5, dims)
         gates_BLHC = project("BLD,DHC->BLHC", x_BLD, w_DHC)
         if c.bias:
-            gates_BLHC += zero_weight(self, "gate_bias", shape, QUERY_AXES).astype(dtype)[None, None]
+            bias_HC = zero_weight(self, "gate_bias", shape, QUERY_AXES)
+            gates_BLHC += bias_HC.astype(dtype)[None, None]
         return jax.nn.sigmoid(gates_BLHC.astype(jnp.float32)).astype(dtype)
 
     def _normed_and_bounded(
