@@ -16,6 +16,7 @@ from checkpoint.families.base import Family
 from checkpoint.families.weight_maps import FUSED_EXPERTS, with_fused_experts
 from checkpoint.logical_tensors import LogicalTensors
 from checkpoint.public import PublicCheckpoint, find_family, read_model, write_model
+from checkpoint.renamed_tensors import RenamedTensors
 from checkpoint.rounded_folder import has_rounded
 from checkpoint.weight_map import Row, by_tensor, expand, flatten, whole_tensor
 from configs.architecture import ModelConfig
@@ -34,11 +35,13 @@ def open_checkpoint(folder: Path) -> PublicCheckpoint:
     settings = settings.with_defaults(family.defaults)
     quantization = settings.part("quantization_config")
     tensors = LogicalTensors(open_tensors(folder), quantization and quantization.values)
+    if family.renames:
+        tensors = RenamedTensors(tensors, family.renames)
     config = read_model(family, settings, tensors)
     return PublicCheckpoint(folder, family, settings, config, _rows(family, tensors), tensors)
 
 
-def _rows(family: Family, tensors: LogicalTensors) -> Sequence[Row]:
+def _rows(family: Family, tensors: assemble.Tensors) -> Sequence[Row]:
     """The family's table for the names that the files have: experts one by one, or fused."""
     fused = re.escape(FUSED_EXPERTS).replace(r"\*", r"\d+")
     if family.fuses_experts and any(re.fullmatch(fused, name) for name in tensors.shapes):

@@ -186,6 +186,19 @@ FUSED_PROJECTIONS = (
 )
 """Qwen3-Next's: queries, keys, values and gates of a head of keys side by side."""
 
+SEPARATE_PROJECTIONS = (
+    Row("layers.*.attention.qkv", f"{NET}.in_proj_qkv.weight", "n d -> d n"),
+    Row(
+        "layers.*.attention.gate",
+        f"{NET}.in_proj_z.weight",
+        "(h c) d -> d h c",
+        requires=IN_DELTA,
+    ),
+    Row("layers.*.attention.beta", f"{NET}.in_proj_b.weight", "h d -> d h"),
+    Row("layers.*.attention.decay", f"{NET}.in_proj_a.weight", "h d -> d h 0"),
+)
+"""Qwen3.5's."""
+
 
 def _queries(layer: LayerSpec) -> np.ndarray:
     return _halves(layer)[:, 0].reshape(-1)

@@ -69,6 +69,6 @@ QWEN3_NEXT = Family(
         *weight_maps.EXPERTS,
         *qwen2_moe.SHARED,
     ),
-    ignored=(r"mtp\..*",),
+    unread=((r"mtp\..*", "multi-token modules"),),
     fuses_experts=True,
 )
