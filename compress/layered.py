@@ -21,6 +21,7 @@ import numpy as np
 from checkpoint.families.config_sections import folded
 from checkpoint.rounded import stacked
 from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
 from configs.base import ExecutionConfig
 from configs.checks import require
 from configs.feed_forward import DenseConfig
@@ -103,6 +104,11 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
             spec.ffn.activation != "geglu" and not getattr(spec.attention, "value_norm", False),
             "layers with GELU (geglu) or normed values (value_norm) are not compressed yet: "
             "distil such a model into another one",
+        )
+        require(
+            not isinstance(spec.attention, AttentionConfig) or not spec.attention.output_gate,
+            "attention with an output gate is not compressed yet: distil such a model into another "
+            "one",
         )
         require(
             spec.depth is None and spec.attention.memory_tokens is None,

@@ -102,6 +102,9 @@ class AttentionConfig(AttentionTraits):
     """Whether that norm comes after RoPE instead (Hunyuan, 2024)."""
     clip_qkv: float | None = None
     """Bound on the size of each entry of queries, keys and values, after the norm (OLMoE)."""
+    output_gate: bool = False
+    """Whether each entry of the heads' results is multiplied by the sigmoid of a projection of the
+    token, which has a bias where queries have one (Qwen3-Next, 2025)."""
 
     def __post_init__(self) -> None:
         _check_heads(self)
@@ -168,6 +171,9 @@ class AttentionConfig(AttentionTraits):
             norms = width * (heads + groups)
         else:
             norms = 2 * width if self.qk_norm == "head" else 0
+        if self.output_gate:
+            matrices += d_model * width * heads
+            biases += width * heads if self.bias else 0
         return matrices + (heads if self.sink_logits else 0) + biases + norms
 
 
@@ -325,6 +331,9 @@ class LatentAttentionConfig(AttentionTraits):
     bias: bool = False
     """Whether the projections down and out have biases; those up have none (DeepSeek's
     attention_bias)."""
+    has_rope: bool = True
+    """Whether RoPE turns the part that is meant for it; where it does not, the layer knows no
+    positions (Kimi Linear, 2025)."""
 
     def __post_init__(self) -> None:
         widths = ("latent_rank", "nope_head_dim", "rope_head_dim", "value_head_dim")
@@ -336,6 +345,12 @@ class LatentAttentionConfig(AttentionTraits):
         require(
             self.rope_head_dim % 2 == 0,
             f"rope_head_dim={self.rope_head_dim} must be even: RoPE turns pairs",
+        )
+        is_plain = self.rope_base == 10_000.0 and self.rope_scaling is None
+        require(
+            self.has_rope or (is_plain and self.indexer is None),
+            f"rope_base={self.rope_base}, rope_scaling={self.rope_scaling} and indexer need RoPE, "
+            "and has_rope=False turns nothing: leave them out",
         )
         if self.indexer is not None:
             self._check_indexer(self.indexer)
@@ -431,6 +446,9 @@ class GatedDeltaConfig(AttentionTraits):
     (Kimi delta attention, 2025)."""
     output_gate: Literal["silu", "sigmoid"] | None = "silu"
     """What the result of each head, normed, is multiplied by: silu or sigmoid of a projection."""
+    doubled_beta: bool = False
+    """Whether beta, the share of a key's value that is replaced, lies in 0..2 instead of 0..1: what
+    the state has may turn its sign (Grazzi et al. 2024; OLMo Hybrid, 2026)."""
     gate_rank: int | None = None
     """Width that the projections of output gate and channels' decays go through; None: the gate has
     one matrix."""

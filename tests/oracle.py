@@ -147,7 +147,8 @@ def qk_scale(w, name, config: AttentionConfig):
 
 def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
     """wrong: "sink of the group" takes the logit of the key/value head; "sink with a value" counts
-    the sink as one more token with the first one's value; or of `projections`."""
+    the sink as one more token with the first one's value; "gate without a sigmoid" multiplies by
+    the projection itself; or of `projections`."""
     length, (_, heads, width) = len(x), w["q"].shape
     out = np.zeros((length, w["o"].shape[-1]))
     queries, keys, all_values = projections(x, w, config, wrong=wrong)
@@ -188,7 +189,11 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
             weights /= weights.sum() + sink
             if wrong == "sink with a value":
                 weights[0] += 1 - weights.sum()
-            out[i] += (weights[:, None] * np.array(values)).sum(0) @ w["o"][head]
+            mixed = (weights[:, None] * np.array(values)).sum(0)
+            if config.output_gate:
+                z = x[i] @ w["gate"][:, head] + (w["gate_bias"][head] if config.bias else 0)
+                mixed = mixed * z if wrong == "gate without a sigmoid" else mixed / (1 + np.exp(-z))
+            out[i] += mixed @ w["o"][head]
     return out + w["o_bias"] if config.bias and config.output_bias else out
 
 
@@ -272,14 +277,14 @@ def latent_attention(x, w, config: LatentAttentionConfig, positions, documents, 
         keys, values = [], []
         for j in range(len(x)):
             up = latent[j] @ w["kv_up"][:, head]
-            shared = rotate(down[j, rank:], positions[j], base)
+            shared = rotate(down[j, rank:], positions[j] * config.has_rope, base)
             own = rotate(up[:nope], positions[j], base) if turns_all else up[:nope]
             keys.append(np.concatenate([own, shared]))
             values.append(up[nope:])
         for i in range(len(x)):
             q = bottleneck[i] @ w["q"][:, head]
             own = rotate(q[:nope], positions[i], base) if turns_all else q[:nope]
-            q = np.concatenate([own, rotate(q[nope:], positions[i], base)])
+            q = np.concatenate([own, rotate(q[nope:], positions[i] * config.has_rope, base)])
             seen = [j for j in range(i + 1) if documents[j] == documents[i]]
             if config.indexer is not None:
                 seen = indexed(i, seen, x, bottleneck, w["indexer"], config, positions, wrong)
@@ -368,7 +373,7 @@ def gated_delta(x, w, config: GatedDeltaConfig, positions, documents, wrong=""):
         for h in range(c.num_heads):
             g = h % groups if wrong == "heads interleaved" else h // (c.num_heads // groups)
             q_h, k_h = (u / np.sqrt(u @ u + 1e-6) for u in (q[g], k[g]))
-            beta = 1 / (1 + np.exp(-token @ w["beta"][:, h]))
+            beta = (2 if c.doubled_beta else 1) / (1 + np.exp(-token @ w["beta"][:, h]))
             moved = _through(token, w, "decay", h, c) + w["decay_bias"][h]
             alpha = np.exp(-np.exp(w["log_rate"][h]) * np.log1p(np.exp(moved)))
             s = states[h] * alpha[None]

@@ -36,6 +36,12 @@ from checkpoint.families.ministral3 import MINISTRAL3 as MINISTRAL3
 from checkpoint.families.gemma import GEMMA as GEMMA
 from checkpoint.families.gemma2 import GEMMA2 as GEMMA2
 from checkpoint.families.gemma3 import GEMMA3 as GEMMA3
+from checkpoint.families.qwen3_next import QWEN3_NEXT as QWEN3_NEXT
+from checkpoint.families.qwen3_5 import QWEN3_5_TEXT as QWEN3_5_TEXT
+from checkpoint.families.qwen3_5 import QWEN3_5 as QWEN3_5
+from checkpoint.families.qwen3_5 import QWEN3_5_MOE_TEXT as QWEN3_5_MOE_TEXT
+from checkpoint.families.qwen3_5 import QWEN3_5_MOE as QWEN3_5_MOE
+from checkpoint.families.kimi_linear import KIMI_LINEAR as KIMI_LINEAR
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))
 """In the order of the lines above, in which a model is matched to one for export."""

@@ -3,10 +3,10 @@
     S_t = alpha_t S_(t-1) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
 
 alpha = exp(-exp(a) softplus(f(x) + b)) forgets, one number for a head or for each channel of its
-keys (Kimi delta attention, 2025); beta = sigmoid(x w) says how much of the value that k stands for
-is replaced. Queries, keys and values go through a causal convolution of a few taps and SiLU;
-queries and keys have length 1. A head's result is normed and gated. The state of a sequence has one
-size, however long it is.
+keys (Kimi delta attention, 2025); beta = sigmoid(x w), or twice that, says how much of the value
+that k stands for is replaced. Queries, keys and values go through a causal convolution of a few
+taps and SiLU; queries and keys have length 1. A head's result is normed and gated. The state of a
+sequence has one size, however long it is.
 
 B batch, L length, R rows of the state, D d_model, G heads of keys, H heads of values, K width of a
 key, V of a value, T taps, N channels of the convolution, M gate_rank.
@@ -97,6 +97,8 @@ class GatedDelta(nn.Module):
         q_BLHK, k_BLHK, v_BLHV, tail_RTN = self._mixed(x_BLD, step, begun.tail_RTN)
         w_beta_DH = weight(self, "beta", (d_model, c.num_heads), ("embed", "heads"), d_model**-0.5)
         x32_BLD = x_BLD.astype(jnp.float32)
+        beta_BLH = jax.nn.sigmoid(x32_BLD @ w_beta_DH)
+        beta_BLH = 2 * beta_BLH if c.doubled_beta else beta_BLH
         heads = ("batch", None, "heads")
         out_BLHV, s_RHKV = on_shards(
             delta_rule,
@@ -105,7 +107,7 @@ class GatedDelta(nn.Module):
                 _unit(k_BLHK),
                 v_BLHV,
                 self._log_decay(x32_BLD),
-                jax.nn.sigmoid(x32_BLD @ w_beta_DH),
+                beta_BLH,
                 step.positions_BL,
                 begun.s_RHKV,
             ],

@@ -1,5 +1,5 @@
 """Grouped-query attention with RoPE, a sliding window, sink tokens and learned sink logits; biases,
-normed and bounded queries and keys where public models have them.
+normed and bounded queries and keys, and a gate on the result where public models have them.
 
 B batch, L length, S keys, D d_model, H query heads, G key/value heads, C head_dim.
 """
@@ -86,6 +86,8 @@ class GroupedQueryAttention(nn.Module):
         if c.sink_logits:  # they start as if one more key had the score 0
             sink_logits_H = zero_weight(self, "sink_logits", (c.num_heads,), ("heads",))
         out_BLHC, state = self._attended(q_BLHC, k_BLGC, v_BLGC, step, state, sink_logits_H)
+        if c.output_gate:
+            out_BLHC *= self._gates(x_BLD)
         out_BLD = project("BLHC,HCD->BLD", out_BLHC, w_o_HCD, is_flat=state is not None)
         if c.bias and c.output_bias:
             o_bias_D = zero_weight(self, "o_bias", out_shape[2:], (out_axis,))
@@ -114,6 +116,18 @@ class GroupedQueryAttention(nn.Module):
             bias_2GC = zero_weight(self, "kv_bias", kv_shape, kv_axes).astype(dtype)
             kv_BL2GC += bias_2GC[None, None]
         return q_BLHC, kv_BL2GC[:, :, 0], kv_BL2GC[:, :, 1]
+
+    def _gates(self, x_BLD: jax.Array) -> jax.Array:
+        """Factors of the heads' results, between 0 and 1: [B, L, H, C]."""
+        c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
+        shape = (c.num_heads, c.head_dim)
+        axes, dims = ("embed", *QUERY_AXES), MatrixDims(1, 2)
+        w_DHC = weight(self, "gate", (d_model, *shape), axes, d_model**-0.5, dims)
+        gates_BLHC = project("BLD,DHC->BLHC", x_BLD, w_DHC)
+        if c.bias:
+            bias_HC = zero_weight(self, "gate_bias", shape, QUERY_AXES)
+            gates_BLHC += bias_HC.astype(dtype)[None, None]
+        return jax.nn.sigmoid(gates_BLHC.astype(jnp.float32)).astype(dtype)
 
     def _normed_and_bounded(
         self, q_BLHC: jax.Array, k_BLGC: jax.Array, v_BLGC: jax.Array, step: Step

@@ -8,6 +8,7 @@ CASE.npz (tokens int32 [L], logits float32 [L, V]); weights follow from their na
 """
 
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parent))
 from weights import draw
@@ -85,6 +86,15 @@ GRANITE = {
     "residual_multiplier": 0.5,
     "attention_multiplier": 0.35,
     "logits_scaling": 1.5,
+}
+DELTA = {
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
 }
 CASES = {
     "llama": ("llama", {"intermediate_size": 96, "num_key_value_heads": 2}),
@@ -301,6 +311,41 @@ CASES = {
             "pad_token_id": 0,
         },
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        EXPERTS
+        | DELTA
+        | {
+            "num_experts": 8,
+            "shared_expert_intermediate_size": 32,
+            "attention_bias": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        DENSE | DELTA | {"linear_num_key_heads": 4, "tie_word_embeddings": True},
+    ),
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        {key: value for key, value in EXPERTS.items() if key != "intermediate_size"}
+        | DELTA
+        | {"num_experts": 8, "shared_expert_intermediate_size": 32},
+    ),
+    "kimi_linear": (
+        "kimi_linear",
+        LATENT
+        | {
+            "num_local_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "pad_token_id": 0,
+        },
+    ),
     "granite": ("granite", DENSE | GRANITE),
     "granitemoe": (
         "granitemoe",
@@ -364,22 +409,40 @@ CASES = {
 }
 
 
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "intermediate_size": 24,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
+WITH_IMAGES = {
+    "qwen3_5": {
+        "text_config": CASES["qwen3_5_text"][1],
+        "vision_config": VISION,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_5_moe": {"text_config": CASES["qwen3_5_moe_text"][1], "vision_config": VISION},
+}
+"""Models with an encoder for images, of which the logits of text are recorded, in vision/."""
+
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Cases of families that transformers knows by another name alone."""
 
 
 def build(
-    model_type: str, settings: dict, tokens: np.ndarray
+    model_type: str, settings: dict, tokens: np.ndarray, kind: type = AutoModelForCausalLM
 ) -> tuple[dict, dict[str, list[int]], np.ndarray]:
     """(config.json, tensor shapes by name, logits [L, V] of the tokens) of a model with drawn
     weights."""
     config = AutoConfig.for_model(model_type, **settings)
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        kind.from_config(config).save_pretrained(folder)
         path = Path(folder) / "model.safetensors"
-        shapes = read_shapes(path)
+        shapes = {_released(name): shape for name, shape in read_shapes(path).items()}
         save_file({name: draw(name, tuple(shape)) for name, shape in shapes.items()}, path)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
         )
         assert not any(report.values()), report
@@ -387,6 +450,12 @@ def build(
             logits = model.eval()(torch.from_numpy(tokens[None].astype(np.int64))).logits[0]
         written = json.loads((Path(folder) / "config.json").read_text())
     return written, shapes, logits.numpy()
+
+
+def _released(name: str) -> str:
+    """The name in the family's own files: transformers writes Kimi Linear's dense layers by those
+    of experts."""
+    return re.sub(r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj.", name)
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
@@ -401,9 +470,15 @@ def tokens() -> np.ndarray:
 
 
 def main(names: list[str]) -> None:
-    for name in names or CASES:
-        model_type, settings = CASES[name]
-        config, shapes, logits = build(model_type, BASE | settings, tokens())
+    for name in names or [*CASES, *WITH_IMAGES]:
+        if name in WITH_IMAGES:
+            settings, folder = WITH_IMAGES[name], HERE / "vision"
+            settings = settings | {"text_config": BASE | settings["text_config"]}
+            found = build(name, settings, tokens(), AutoModelForImageTextToText)
+        else:
+            model_type, settings = CASES[name]
+            found, folder = build(model_type, BASE | settings, tokens()), HERE
+        config, shapes, logits = found
         if name in KNOWN_AS:
             config["model_type"] = name
         case = {
@@ -411,8 +486,9 @@ def main(names: list[str]) -> None:
             "config": config,
             "tensors": shapes,
         }
-        (HERE / f"{name}.json").write_text(json.dumps(case, indent=1, sort_keys=True) + "\n")
-        np.savez_compressed(HERE / f"{name}.npz", tokens=tokens(), logits=logits)
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(case, indent=1, sort_keys=True) + "\n")
+        np.savez_compressed(folder / f"{name}.npz", tokens=tokens(), logits=logits)
         print(f"{name}: logits {logits.shape}, std {logits.std():.3f}")
 
 

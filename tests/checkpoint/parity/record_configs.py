@@ -49,6 +49,13 @@ FAMILIES = (
     "gemma",
     "gemma2",
     "gemma3_text",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5",
+    "qwen3_5_moe_text",
+    "qwen3_5_moe",
+    "kimi_linear",
+    "olmo_hybrid",
 )
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Families that transformers knows by another name alone."""

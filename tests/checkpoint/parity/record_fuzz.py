@@ -78,6 +78,24 @@ GEMMA = {key: value for key, value in DENSE.items() if key != "hidden_act"} | {
     "attention_bias": [False, True],
     "pad_token_id": [0],
 }
+DELTA = {
+    "head_dim": [16, 32],
+    "layer_types": ["some", "some", None],
+    "full_attention_interval": [2, 3],
+    "linear_conv_kernel_dim": [2, 4],
+    "linear_num_key_heads": [1, 2],
+    "linear_num_value_heads": [2, 4],
+    "linear_key_head_dim": [8, 12],
+    "linear_value_head_dim": [8, 16],
+    "rope_parameters": [*ROPE, *(rope | {"partial_rotary_factor": 0.5} for rope in ROPE)],
+    "attention_bias": [False, True],
+}
+SHARED = {
+    "moe_intermediate_size": [8, 16],
+    "shared_expert_intermediate_size": [16, 16, 24],
+    "num_experts": [4, 8],
+    "num_experts_per_tok": [1, 2, 3],
+}
 ALPHA = [*ROPE, {"rope_type": "dynamic", "rope_theta": 10_000.0, "alpha": 50.0, "factor": 1.0}]
 SETTINGS: dict[str, dict[str, list[Any]]] = {
     "qwen2": DENSE | {"use_sliding_window": [False] * 5 + [True], "max_window_layers": [1]},
@@ -186,6 +204,15 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         "num_experts_per_tok": [1, 2, 3],
         "attention_bias": [False, True],
     },
+    "qwen3_next": DENSE
+    | DELTA
+    | SHARED
+    | {
+        "norm_topk_prob": [True, False],
+        "decoder_sparse_step": [1, 2],
+        "mlp_only_layers": [[], [0]],
+        "num_hidden_layers": [2, 3, 4],
+    },
     "hunyuan_v1_dense": DENSE | {"attention_bias": [False, True], "rope_parameters": ALPHA},
     "ministral3": DENSE
     | {
@@ -230,6 +257,8 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     },
 }
 """By family; "some" in a list of layers stands for a random one."""
+LINEAR = ("qwen3_next",)
+"""Families whose layers have delta nets instead of windows."""
 CHOICES = {
     "layer_types": ["sliding_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse"],
@@ -240,7 +269,8 @@ CHOICES = {
 def draw_settings(family: str, chance: random.Random) -> dict[str, Any]:
     drawn = {key: chance.choice(values) for key, values in SETTINGS[family].items()}
     drawn = json.loads(json.dumps(drawn))  # transformers writes into what it is given
-    for key, choices in CHOICES.items():
+    linear = {"layer_types": ["linear_attention", "full_attention"]} if family in LINEAR else {}
+    for key, choices in (CHOICES | linear).items():
         if drawn.get(key) == "some":
             drawn[key] = [chance.choice(choices) for _ in range(drawn["num_hidden_layers"])]
     drawn = {key: value for key, value in drawn.items() if value is not None or key in NULL}
