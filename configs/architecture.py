@@ -62,15 +62,34 @@ class LayerSpec:
     norms: Literal["pre", "post", "sandwich"] = "pre"
     """Where attention and feed-forward are normed: what they read (pre), what they add to the
     residual stream (post: OLMo 2, 2025), or both (sandwich: Gemma 2, 2024)."""
+    dense: DenseConfig | None = None
+    """A dense layer beside the experts; both have norms of their own before and after, and what
+    they give is added up and normed (Gemma 4, 2026)."""
+    output_scale: bool = False
+    """Whether the layer's result is multiplied by a factor of the layer (Gemma 4)."""
 
     @property
     def num_norms(self) -> int:
         """Norms of width d_model in the layer."""
-        return 4 if self.norms == "sandwich" else 2
+        return (4 if self.norms == "sandwich" else 2) + (0 if self.dense is None else 3)
 
     def __post_init__(self) -> None:
         reason = self.attention.unskippable_reason
         require(self.depth is None or reason is None, f"{reason}")
+        require(
+            self.dense is None or (isinstance(self.ffn, MoEConfig) and self.norms == "sandwich"),
+            f"dense goes with experts and norms='sandwich', got ffn.kind={self.ffn.kind!r} and "
+            f"norms={self.norms!r}: leave it out",
+        )
+        require(
+            self.depth is None or (self.dense is None and not self.output_scale),
+            "a layer with depth has neither dense nor output_scale: leave them out",
+        )
+
+    def num_other_parameters(self, d_model: int) -> int:
+        """Weights beside attention and feed-forward: norms, the dense layer beside, the factor."""
+        dense = 0 if self.dense is None else self.dense.num_parameters(d_model)
+        return self.num_norms * d_model + dense + (1 if self.output_scale else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +264,8 @@ class ModelConfig:
             return 0
         layer, width = self.multi_token.layer, self.d_model
         own = layer.attention.num_parameters(width) + layer.ffn.num_parameters(width)
-        norms, projection = (3 + layer.num_norms) * width, 2 * width * width
+        own += layer.num_other_parameters(width)
+        norms, projection = 3 * width, 2 * width * width
         return self.multi_token.depth * (own + norms + projection)
 
     @property
@@ -263,7 +283,7 @@ class ModelConfig:
             weights = (
                 spec.attention.num_parameters(self.d_model)
                 + ffn_parameters(spec.ffn)
-                + spec.num_norms * self.d_model
+                + spec.num_other_parameters(self.d_model)
             )
             if spec.depth is None:
                 return weights

@@ -109,6 +109,13 @@ class RouterConfig:
     """Whether the chosen gates are rescaled to sum to 1."""
     gate_scale: float = 1.0
     """Factor of all gates (DeepSeek-V3: 2.5)."""
+    gates_on: Literal["outputs", "inputs"] = "outputs"
+    """What the gates multiply: what experts give, or what they read (Llama 4, 2025)."""
+    expert_scales: bool = False
+    """Whether each expert has a learned factor of its gates (Gemma 4, 2026)."""
+    input_norm: bool = False
+    """Whether the router reads the residual stream before the layer's norm, through an RMSNorm of
+    its own and times d_model^-0.5 (Gemma 4)."""
     num_groups: int | None = None
     """Group-limited choice (DeepSeek-V3): experts lie in this many groups of neighbours ..."""
     top_groups: int | None = None
@@ -293,6 +300,8 @@ class MoEConfig:
             logits = context.num_parameters(d_model, self.num_experts)
         own = self.num_experts if self.router.bias else 0
         own += d_model if self.shared_gate else 0
+        own += self.num_experts if self.router.expert_scales else 0
+        own += d_model if self.router.input_norm else 0
         return ffns + biases + own + logits
 
     def num_parameters(self, d_model: int) -> int:

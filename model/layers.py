@@ -244,6 +244,14 @@ def zero_weight(
     return cast(jax.Array, module.param(name, init, shape, jnp.float32))
 
 
+def one_weight(
+    module: nn.Module, name: str, shape: tuple[int, ...], logical_axes: tuple[str | None, ...]
+) -> jax.Array:
+    """A float32 parameter that starts at one: a factor."""
+    init = nn.with_logical_partitioning(nn.initializers.ones, logical_axes)
+    return cast(jax.Array, module.param(name, init, shape, jnp.float32))
+
+
 def newest(_: Any, new: Any) -> Any:
     """For `sow`: keeps the value of the last call."""
     return new

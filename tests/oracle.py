@@ -50,7 +50,8 @@ def bounded(y, cap):
 def block(x, layer, spec: LayerSpec, eps, positions, documents, wrong="", scale=1.0):
     """One layer, of the tokens that it chooses where it has a Mixture-of-Depths router."""
     if spec.depth is None:
-        return x + block_update(x, layer, spec, eps, positions, documents, wrong, scale)
+        x = x + block_update(x, layer, spec, eps, positions, documents, wrong, scale)
+        return x * layer["output_scale"] if spec.output_scale else x
     r = x @ layer["depth_router"]
     chosen = np.flatnonzero(r > 0)
     if spec.depth.selection == "top_capacity":
@@ -73,14 +74,24 @@ def block_update(x, layer, spec: LayerSpec, eps, positions, documents, wrong="",
     mistake = {"wrong": wrong} if wrong else {}
     first = attend(h, layer["attention"], spec.attention, positions, documents, **mistake)
     first = scale * normed(first, "attention_norm_after")
-    h = normed(x + first, "ffn_norm")
+    middle = x + first
+    h = normed(middle, "ffn_norm")
     if isinstance(spec.ffn, DenseConfig):
         activation = spec.ffn.activation
         second = np.stack([swiglu(t, **layer["ffn"], activation=activation) for t in h])
     else:
-        logits = router_logits(h, layer["moe"], spec.ffn, positions, documents)
+        beside = 0.0
+        if spec.dense is not None:
+            kind = spec.dense.activation
+            beside = np.stack([swiglu(t, **layer["ffn"], activation=kind) for t in h])
+            beside, h = normed(beside, "dense_norm_after"), normed(middle, "moe_norm")
+        read = h
+        if spec.ffn.router.input_norm:
+            read = rms_norm(middle, layer["moe"]["router_norm"]["scale"], eps) / np.sqrt(x.shape[1])
+        logits = router_logits(read, layer["moe"], spec.ffn, positions, documents)
         rows = zip(h, logits, strict=True)
         second = np.stack([moe(t, row, layer["moe"], spec.ffn, wrong) for t, row in rows])
+        second = beside + normed(second, "moe_norm_after")
     return first + scale * normed(second, "ffn_norm_after")
 
 
@@ -452,11 +463,19 @@ def expert(x, w, e, config: MoEConfig, wrong=""):
 def moe(x, logits, w, config: MoEConfig, wrong=""):
     scores = np.exp(logits - logits.max())
     scores /= scores.sum()
+    if config.router.scores == "sigmoid":
+        scores = 1 / (1 + np.exp(-logits))
     chosen = np.argsort(-scores, kind="stable")[: config.router.top_k]
     gates = scores[chosen]
     if config.router.normalize_gates:
         gates = gates / gates.sum()
-    out = sum(g * expert(x, w, e, config, wrong) for g, e in zip(gates, chosen, strict=True))
+    if config.router.expert_scales:
+        gates = gates * w["expert_scales"][chosen]
+    if config.router.gates_on == "inputs":
+        pairs = zip(gates, chosen, strict=True)
+        out = sum(expert(g * x, w, e, config, wrong) for g, e in pairs)
+    else:
+        out = sum(g * expert(x, w, e, config, wrong) for g, e in zip(gates, chosen, strict=True))
     if config.num_shared_experts:
         gate = 1 / (1 + np.exp(-x @ w["shared_gate"])) if config.shared_gate else 1.0
         out = out + gate * swiglu(x, **w["shared"], activation=config.activation)

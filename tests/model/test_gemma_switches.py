@@ -12,7 +12,7 @@ import pytest
 from configs.architecture import LayerSpec
 from configs.attention import QueryTemperatureConfig
 from configs.checks import UserError
-from configs.feed_forward import DenseConfig
+from configs.feed_forward import DenseConfig, RouterConfig
 from infer.logits import full_logits
 from model.transformer import Transformer, abstract_variables, hidden_states
 from parallel.mesh import make_mesh
@@ -40,13 +40,21 @@ GLOBAL = dataclasses.replace(
     values_from_keys=True,
     query_temperature=WARM,
 )
+INPUTS = RouterConfig(top_k=2, scores="sigmoid", normalize_gates=False, gates_on="inputs")
+SCALED = RouterConfig(top_k=2, expert_scales=True, input_norm=True)
 GEGLU = DenseConfig(d_ff=16, activation="geglu")
 CONFIG = tiny.model(
     num_layers=3,
     pattern=(
         LayerSpec(attention=LOCAL, ffn=GEGLU, norms="sandwich"),
-        LayerSpec(attention=CHUNKED, ffn=tiny.moe(activation="geglu")),
-        LayerSpec(attention=GLOBAL, ffn=tiny.moe()),
+        LayerSpec(attention=CHUNKED, ffn=tiny.moe(router=INPUTS)),
+        LayerSpec(
+            attention=GLOBAL,
+            ffn=tiny.moe(router=SCALED, activation="geglu"),
+            norms="sandwich",
+            dense=GEGLU,
+            output_scale=True,
+        ),
     ),
     zero_centered_norms=True,
     logit_cap=0.5,
@@ -87,7 +95,13 @@ WRONG = {
     "plain norm of heads": changed(0, zero_centered_qk_norm=False),
     "no bound": changed(0, score_cap=None),
     "silu": changed(0, "ffn", activation="swiglu"),
-    "silu in experts": changed(1, "ffn", activation="swiglu"),
+    "silu in experts": changed(2, "ffn", activation="swiglu"),
+    "gates on results": changed(1, "ffn", router=dataclasses.replace(INPUTS, gates_on="outputs")),
+    "experts alike": changed(2, "ffn", router=dataclasses.replace(SCALED, expert_scales=False)),
+    "router reads the experts' norm": changed(
+        2, "ffn", router=dataclasses.replace(SCALED, input_norm=False)
+    ),
+    "silu beside": changed(2, "dense", activation="swiglu"),
     "all before": changed(1, chunk_size=None),
     "a window": changed(1, chunk_size=None, window_size=5),
     "no norm of heads": changed(1, qk_norm=None, qk_norm_after_rope=False),
@@ -147,6 +161,10 @@ def test_weights_are_counted():
         ),
         (lambda: tiny.attention(rotary_pairs="across"), "no effect with rotary_dim=None"),
         (lambda: tiny.attention(values_from_keys=True, bias=True), "not built with bias=True"),
+        (
+            lambda: LayerSpec(attention=CHUNKED, ffn=GEGLU, norms="sandwich", dense=GEGLU),
+            "dense goes with experts and norms='sandwich', got ffn.kind='dense'",
+        ),
         (lambda: QueryTemperatureConfig(growth=0.0, length=4), "growth"),
     ],
 )
