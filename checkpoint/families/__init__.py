@@ -36,6 +36,11 @@ from checkpoint.families.ministral3 import MINISTRAL3 as MINISTRAL3
 from checkpoint.families.gemma import GEMMA as GEMMA
 from checkpoint.families.gemma2 import GEMMA2 as GEMMA2
 from checkpoint.families.gemma3 import GEMMA3 as GEMMA3
+from checkpoint.families.gemma3 import GEMMA3_ENCODERS as GEMMA3_ENCODERS
+from checkpoint.families.llama4 import LLAMA4_TEXT as LLAMA4_TEXT
+from checkpoint.families.llama4 import LLAMA4 as LLAMA4
+from checkpoint.families.gemma4 import GEMMA4_TEXT as GEMMA4_TEXT
+from checkpoint.families.gemma4 import GEMMA4 as GEMMA4
 from checkpoint.families.qwen3_next import QWEN3_NEXT as QWEN3_NEXT
 from checkpoint.families.qwen3_5 import QWEN3_5_TEXT as QWEN3_5_TEXT
 from checkpoint.families.qwen3_5 import QWEN3_5 as QWEN3_5

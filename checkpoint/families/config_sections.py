@@ -85,13 +85,21 @@ def _has_dense_bias(layers: Sequence[LayerSpec]) -> bool:
 
 def folded(layers: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec, ...]]:
     """(prefix, pattern): dense layers before the first experts, then the shortest period of the
-    rest.
+    rest; or no prefix, where the shortest period of all layers is no longer than both.
     """
     moe = [i for i, layer in enumerate(layers) if isinstance(layer.ffn, MoEConfig)]
-    first = moe[0] if moe else 0
-    rest = tuple(layers[first:])
-    period = next(n for n in range(1, len(rest) + 1) if len(rest) % n == 0 and _repeats(rest, n))
-    return tuple(layers[:first]), rest[:period]
+    first, whole = (moe[0] if moe else 0), _period(layers)
+    rest = _period(layers[first:])
+    if first + len(rest) >= len(whole):
+        return (), whole
+    return tuple(layers[:first]), rest
+
+
+def _period(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """The shortest beginning that all layers repeat."""
+    count = len(layers)
+    size = next(n for n in range(1, count + 1) if count % n == 0 and _repeats(layers, n))
+    return tuple(layers[:size])
 
 
 def _repeats(layers: Sequence[LayerSpec], period: int) -> bool:

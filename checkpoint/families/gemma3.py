@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, gemma, gemma2, rope_section, weight_maps, windows
+from checkpoint.families import (
+    config_sections,
+    gemma,
+    gemma2,
+    rope_section,
+    text_part,
+    weight_maps,
+    windows,
+)
 from checkpoint.families.base import Family
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
@@ -140,3 +148,4 @@ GEMMA3 = Family(
     defaults=DEFAULTS,
     rows=(*gemma2.GEMMA2.rows, *weight_maps.QK_NORM),
 )
+GEMMA3_ENCODERS = text_part.beside_encoders("gemma3", "Gemma3ForConditionalGeneration", GEMMA3)

@@ -137,7 +137,7 @@ WITHOUT_ROPE = ("kimi_linear",)
 OLD_KEYS = {"num_local_experts": "num_experts", "dtype": "torch_dtype"}
 
 
-NESTED = ("olmo3", "gemma3")
+NESTED = ("olmo3", "gemma3", "gemma4", "gemma4_dense")
 """RoPE by kind of layer."""
 
 
@@ -215,6 +215,64 @@ def test_multi_token_modules_are_read_and_written(case, tmp_path):
     save_file(tensors, tmp_path / "public" / "model.safetensors")
     with pytest.raises(UserError, match=r"layers\.2\.embed_tokens\.weight should repeat"):
         open_source(str(tmp_path / "public")).load()
+
+
+@pytest.mark.parametrize(
+    ("case", "prefix"),
+    [
+        ("gemma3", "language_model.model."),
+        ("llama4", "language_model.model."),
+        ("gemma4", "model.language_model."),
+    ],
+)
+def test_a_text_model_beside_encoders_is_read(case, prefix, tmp_path):
+    """By the names that files have where an encoder for images lies beside it."""
+    text, shapes, tokens, expected = read_case(case)
+    tensors = {
+        name.replace("model.", prefix, 1)
+        if name.startswith("model.")
+        else f"language_model.{name}": draw(name, tuple(shape))
+        for name, shape in shapes.items()
+    }
+    tensors["vision_tower.patch.weight"] = np.ones((2, 2), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": case, "text_config": text}))
+    source = open_source(str(tmp_path))
+    model, variables = source.load()
+    np.testing.assert_allclose(
+        full_logits(model, variables, tokens.tolist()), expected, atol=TOLERANCE
+    )
+    assert source.public is not None
+    assert "an encoder for images" in " ".join(source.public.left_out())
+    with pytest.raises(UserError, match=rf"write {case}_text, the text model alone"):
+        export_family(source.config, case)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"hidden_size_per_layer_input": 8}, "embeddings for each layer are not built"),
+        ({"num_kv_shared_layers": 1}, "keys and values shared by the last layers are not built"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
+        ({"per_layer_config": {"0": {"sliding_window": 4}}}, "sliding_window for layer 0"),
+    ],
+)
+def test_what_gemma4_has_beyond_is_refused_by_name(change, sentence, tmp_path):
+    config, _, _, _ = read_case("gemma4")
+    write_case("gemma4", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=sentence):
+        open_source(str(tmp_path))
+
+
+def test_gemma4_with_heads_told_for_all_whole_layers_means_the_same(tmp_path):
+    """As its released files have them."""
+    config, _, _, _ = read_case("gemma4")
+    del config["per_layer_config"]
+    write_case("gemma4", tmp_path)
+    told = {"global_head_dim": 32, "num_global_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config | told))
+    assert huggingface.open_checkpoint(tmp_path).config == loaded("gemma4")[2].config
 
 
 SCRIPT = Path(__file__).parent / "parity" / "compare.py"

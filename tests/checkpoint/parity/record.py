@@ -96,6 +96,15 @@ DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
 }
+GEMMA4 = DENSE | {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_hidden_layers": 3,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 2.0,
+}
 CASES = {
     "llama": ("llama", {"intermediate_size": 96, "num_key_value_heads": 2}),
     "llama3_biased": (
@@ -367,6 +376,35 @@ CASES = {
             },
         },
     ),
+    "llama4": (
+        "llama4_text",
+        EXPERTS
+        | {
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 12,
+            "floor_scale": 8,
+            "attn_scale": 0.5,
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        GEMMA4
+        | {
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        },
+    ),
+    "gemma4_dense": ("gemma4_text", GEMMA4 | {"final_logit_softcapping": None}),
     "gemma": ("gemma", DENSE | {"head_dim": 20}),
     "gemma2": (
         "gemma2",

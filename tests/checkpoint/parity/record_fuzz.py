@@ -229,6 +229,50 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
             for beta, length in ((0.1, 8), (0.7, 16))
         ],
     },
+    "llama4": GROUPED
+    | {
+        "intermediate_size": [8, 16],
+        "intermediate_size_mlp": [24, 40],
+        "num_local_experts": [4, 8],
+        "num_experts_per_tok": [1, 2, 3],
+        "interleave_moe_layer_step": [1, 2],
+        "no_rope_layers": ["some", None],
+        "no_rope_layer_interval": [2, 4],
+        "attention_chunk_size": [5, 9, 1000],
+        "use_qk_norm": [True, False],
+        "attn_temperature_tuning": [True, False],
+        "floor_scale": [4, 8],
+        "attn_scale": [0.1, 0.5],
+        "attention_bias": [False, True],
+        "num_hidden_layers": [2, 3, 4],
+    },
+    "gemma4": {key: value for key, value in GEMMA.items() if key != "attention_bias"}
+    | {
+        "num_hidden_layers": [2, 3, 4],
+        "sliding_window": [5, 9, 1000],
+        "global_head_dim": [16, 32],
+        "num_global_key_value_heads": [1, 2],
+        "attention_k_eq_v": [True, True, False],
+        "enable_moe_block": [True, True, False],
+        "num_experts": [4, 8],
+        "top_k_experts": [1, 2],
+        "moe_intermediate_size": [8, 16],
+        "final_logit_softcapping": [None, 5.0],
+        "hidden_size_per_layer_input": [0] * 7 + [8],
+        "vocab_size_per_layer_input": [40],
+        "rope_parameters": [
+            {
+                "sliding_attention": ROPE[0],
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "rope_theta": 1e6,
+                    "partial_rotary_factor": share,
+                },
+            }
+            for share in (0.25, 0.5)
+        ]
+        + [None],
+    },
     "gemma": GEMMA | {"hidden_act": ["gelu_pytorch_tanh"] * 7 + ["gelu", "silu"]},
     "gemma2": GEMMA
     | WINDOWS
