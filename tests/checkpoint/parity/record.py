@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -400,19 +401,26 @@ KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 
 
 def build(
-    model_type: str, settings: dict, tokens: np.ndarray, kind: type = AutoModelForCausalLM
+    model_type: str,
+    settings: dict,
+    tokens: np.ndarray,
+    kind: type = AutoModelForCausalLM,
+    **options: Any,
 ) -> tuple[dict, dict[str, list[int]], np.ndarray]:
     """(config.json, tensor shapes by name, logits [L, V] of the tokens) of a model with drawn
-    weights."""
+    weights.
+
+    Args:
+      options: of from_pretrained.
+    """
     config = AutoConfig.for_model(model_type, **settings)
     with tempfile.TemporaryDirectory() as folder:
         kind.from_config(config).save_pretrained(folder)
         path = Path(folder) / "model.safetensors"
         shapes = loadable(read_shapes(path))
         save_file({name: draw(name, tuple(shape)) for name, shape in shapes.items()}, path)
-        model, report = kind.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
-        )
+        options = {"attn_implementation": "eager", "dtype": torch.float32} | options
+        model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
         assert not any(report.values()), report
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(tokens[None].astype(np.int64))).logits[0]
