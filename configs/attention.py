@@ -449,12 +449,18 @@ class GatedDeltaConfig(AttentionTraits):
     doubled_beta: bool = False
     """Whether beta, the share of a key's value that is replaced, lies in 0..2 instead of 0..1: what
     the state has may turn its sign (Grazzi et al. 2024; OLMo Hybrid, 2026)."""
+    norm_eps: float | None = None
+    """Of the norm of each head's result; None is the model's (OLMo Hybrid: 1e-5)."""
     gate_rank: int | None = None
     """Width that the projections of output gate and channels' decays go through; None: the gate has
     one matrix."""
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "key_head_dim", "value_head_dim", "conv_width")
+        require(
+            self.norm_eps is None or self.norm_eps > 0,
+            f"norm_eps={self.norm_eps} must be greater than 0, or None for the model's",
+        )
         key_heads = self.num_key_heads
         require(
             key_heads is None or (key_heads > 0 and self.num_heads % key_heads == 0),

@@ -391,7 +391,7 @@ def gated_delta(x, w, config: GatedDeltaConfig, positions, documents, wrong=""):
             erased = s @ k_h if wrong != "only adds" else 0.0
             states[h] = s + np.outer(beta * (v[h] - erased), k_h)
             o = states[h] @ q_h / np.sqrt(c.key_head_dim)
-            o = rms_norm(o, w["norm"]["scale"], 1e-6)
+            o = rms_norm(o, w["norm"]["scale"], c.norm_eps or 1e-6)
             if c.output_gate is not None:
                 z = _through(token, w, "gate", h, c)
                 o = o * (z if c.output_gate == "silu" else 1.0) / (1 + np.exp(-z))

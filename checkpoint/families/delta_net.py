@@ -5,7 +5,7 @@ the convolution.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections
 from checkpoint.families.weight_maps import ATTENTION, LAYER
-from checkpoint.weight_map import Row
+from checkpoint.weight_map import Row, Span
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import Attention, AttentionConfig, GatedDeltaConfig
 from configs.checks import UserError
@@ -41,7 +41,7 @@ def every_nth(settings: Settings) -> list[str]:
     return [LINEAR if (i + 1) % every else FULL for i in range(count)]
 
 
-def read_delta(settings: Settings, *, doubled_beta: bool = False) -> GatedDeltaConfig:
+def read_delta(settings: Settings, **extra: Any) -> GatedDeltaConfig:
     heads = settings.integer("linear_num_value_heads")
     key_heads = settings.integer("linear_num_key_heads")
     return GatedDeltaConfig(
@@ -50,7 +50,7 @@ def read_delta(settings: Settings, *, doubled_beta: bool = False) -> GatedDeltaC
         key_head_dim=settings.integer("linear_key_head_dim"),
         value_head_dim=settings.integer("linear_value_head_dim"),
         conv_width=settings.integer("linear_conv_kernel_dim"),
-        doubled_beta=doubled_beta,
+        **extra,
     )
 
 
@@ -241,3 +241,31 @@ def gated_query(table: Sequence[Row]) -> tuple[Row, ...]:
 def beside_delta(table: Sequence[Row]) -> tuple[Row, ...]:
     """The rows of an attention's table as they hold where other layers have delta nets."""
     return tuple(dataclasses.replace(row, unless=IN_DELTA) for row in table)
+
+
+def separate(module: str) -> tuple[Row, ...]:
+    """Queries, keys and values with a projection and a convolution each.
+
+    Args:
+      module: what the tensors' names begin with.
+    """
+    parts = [(x, _channels(i)) for i, x in enumerate("qkv")]
+    conv = "layers.*.attention.conv"
+    return (
+        *(
+            Row("layers.*.attention.qkv", f"{module}{x}_proj.weight", "n d -> d n", span=span)
+            for x, span in parts
+        ),
+        *(Row(conv, f"{module}{x}_conv1d.weight", "n u t -> t n", span=span) for x, span in parts),
+    )
+
+
+def _channels(part: int) -> Callable[[LayerSpec], Span]:
+    """Those of the queries (0), keys (1) or values (2) among what the convolution reads."""
+
+    def span(layer: LayerSpec) -> Span:
+        c = _delta(layer)
+        ends = (0, c.key_width, 2 * c.key_width, c.conv_channels)
+        return Span(ends[part], ends[part + 1])
+
+    return span

@@ -12,7 +12,7 @@ from checkpoint.families import config_sections, deepseek_moe, delta_net, weight
 from checkpoint.families.base import Family
 from checkpoint.families.delta_net import FULL, LINEAR
 from checkpoint.families.weight_maps import ATTENTION, LAYER
-from checkpoint.weight_map import Row, Span
+from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import GatedDeltaConfig, LatentAttentionConfig
 from configs.checks import UserError
@@ -185,29 +185,8 @@ def _dense_places(layers: Sequence[LayerSpec]) -> list[str]:
     return [deepseek_moe.SPARSE if each else deepseek_moe.DENSE for each in has_experts]
 
 
-def _span(part: int) -> Any:
-    """Entries of the queries (0), keys (1) or values (2) among the channels of the convolution."""
-
-    def span(layer: LayerSpec) -> Span:
-        c = layer.attention
-        assert isinstance(c, GatedDeltaConfig)
-        ends = (0, c.key_width, 2 * c.key_width, c.conv_channels)
-        return Span(ends[part], ends[part + 1])
-
-    return span
-
-
-PROJECTIONS = tuple(
-    Row("layers.*.attention.qkv", f"{ATTENTION}.{x}_proj.weight", "n d -> d n", span=_span(i))
-    for i, x in enumerate("qkv")
-)
-CONVOLUTIONS = tuple(
-    Row("layers.*.attention.conv", f"{ATTENTION}.{x}_conv1d.weight", "n u t -> t n", span=_span(i))
-    for i, x in enumerate("qkv")
-)
 DELTA = (
-    *PROJECTIONS,
-    *CONVOLUTIONS,
+    *delta_net.separate(f"{ATTENTION}."),
     Row("layers.*.attention.beta", f"{ATTENTION}.b_proj.weight", "h d -> d h"),
     Row("layers.*.attention.decay_in", f"{ATTENTION}.f_a_proj.weight", "m d -> d m"),
     Row("layers.*.attention.decay_out", f"{ATTENTION}.f_b_proj.weight", "(h c) m -> m h c"),

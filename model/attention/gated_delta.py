@@ -114,7 +114,8 @@ class GatedDelta(nn.Module):
             [(*heads, None)] * 4 + [heads, ("batch", None), ("batch", "heads", None, None)],
             [(*heads, None), ("batch", "heads", None, None)],
         )
-        out_BLHV = RMSNorm(self.norm_eps, ("head_dim",), name="norm")(out_BLHV)
+        eps = self.norm_eps if c.norm_eps is None else c.norm_eps
+        out_BLHV = RMSNorm(eps, ("head_dim",), name="norm")(out_BLHV)
         if c.output_gate is not None:
             gate = jax.nn.silu if c.output_gate == "silu" else jax.nn.sigmoid
             gate_BLHV = self._projected("gate", x_BLD, c.value_head_dim)

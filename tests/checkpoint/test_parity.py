@@ -133,7 +133,7 @@ def same_keys(found: dict, wanted: dict) -> dict:
     }
 
 
-WITHOUT_ROPE = ("kimi_linear",)
+WITHOUT_ROPE = ("kimi_linear", "olmo_hybrid")
 OLD_KEYS = {"num_local_experts": "num_experts", "dtype": "torch_dtype"}
 
 

@@ -29,7 +29,7 @@ NOPE = LatentAttentionConfig(
     has_rope=False,
 )
 DELTA = GatedDeltaConfig(
-    num_heads=4, num_key_heads=2, key_head_dim=6, value_head_dim=8, doubled_beta=True
+    num_heads=4, num_key_heads=2, key_head_dim=6, value_head_dim=8, doubled_beta=True, norm_eps=1e-2
 )
 DENSE = DenseConfig(d_ff=16)
 CONFIG = tiny.model(
@@ -60,6 +60,7 @@ WRONG = {
     "no gate": with_attention(0, dataclasses.replace(GATED, output_gate=False)),
     "gate without a sigmoid": "gate without a sigmoid",
     "positions": with_attention(1, dataclasses.replace(NOPE, has_rope=True)),
+    "the model's eps": with_attention(2, dataclasses.replace(DELTA, norm_eps=None)),
     "beta up to 1": with_attention(2, dataclasses.replace(DELTA, doubled_beta=False)),
 }
 

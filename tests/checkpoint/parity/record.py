@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -355,6 +356,18 @@ CASES = {
             "pad_token_id": 0,
         },
     ),
+    "olmo_hybrid": (
+        "olmo_hybrid",
+        DENSE
+        | {key: value for key, value in DELTA.items() if key != "head_dim"}
+        | {"pad_token_id": 0, "rope_theta": None},
+    ),
+    "olmo_hybrid_turned": (
+        "olmo_hybrid",
+        DENSE
+        | {"pad_token_id": 0, "num_hidden_layers": 3, "linear_allow_neg_eigval": False}
+        | {"attention_bias": True},
+    ),
     "granite": ("granite", DENSE | GRANITE),
     "granitemoe": (
         "granitemoe",
@@ -470,19 +483,26 @@ KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 
 
 def build(
-    model_type: str, settings: dict, tokens: np.ndarray, kind: type = AutoModelForCausalLM
+    model_type: str,
+    settings: dict,
+    tokens: np.ndarray,
+    kind: type = AutoModelForCausalLM,
+    **options: Any,
 ) -> tuple[dict, dict[str, list[int]], np.ndarray]:
     """(config.json, tensor shapes by name, logits [L, V] of the tokens) of a model with drawn
-    weights."""
+    weights.
+
+    Args:
+      options: of from_pretrained.
+    """
     config = AutoConfig.for_model(model_type, **settings)
     with tempfile.TemporaryDirectory() as folder:
         kind.from_config(config).save_pretrained(folder)
         path = Path(folder) / "model.safetensors"
-        shapes = {_released(name): shape for name, shape in read_shapes(path).items()}
+        shapes = loadable(read_shapes(path))
         save_file({name: draw(name, tuple(shape)) for name, shape in shapes.items()}, path)
-        model, report = kind.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
-        )
+        options = {"attn_implementation": "eager", "dtype": torch.float32} | options
+        model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
         assert not any(report.values()), report
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(tokens[None].astype(np.int64))).logits[0]
@@ -490,10 +510,26 @@ def build(
     return written, shapes, logits.numpy()
 
 
-def _released(name: str) -> str:
-    """The name in the family's own files: transformers writes Kimi Linear's dense layers by those
-    of experts."""
-    return re.sub(r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj.", name)
+SAVED_AS = (
+    (r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),
+    (r"\.attention_layer_norm\.", ".input_layernorm."),
+    (r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),
+)
+"""Names that transformers writes where it reads others as well: Kimi Linear's dense layers by the
+names of experts, OLMo Hybrid's norms after attention by those of the ones before feed-forward."""
+
+
+def loadable(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The tensors by names that mean one thing, and each convolution with its projection's
+    channels: transformers writes what it read as three in equal thirds."""
+    found = {}
+    for name, shape in shapes.items():
+        projection = shapes.get(name.replace("_conv1d.", "_proj."), shape)
+        whole = [projection[0], *shape[1:]] if "_conv1d." in name else shape
+        for pattern, replacement in SAVED_AS:
+            name = re.sub(pattern, replacement, name)
+        found[name] = whole
+    return found
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
