@@ -5,13 +5,12 @@ beside the text model, which alone is read, and written as the text model that i
 M-RoPE counts text as plain RoPE does: all three of its positions are the token's.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, delta_net, qwen2_moe, weight_maps
+from checkpoint.families import config_sections, delta_net, qwen2_moe, text_part, weight_maps
 from checkpoint.families.base import Family
 from configs.architecture import LayerSpec, ModelConfig
-from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig
 
 COMMON_DEFAULTS = {
@@ -78,8 +77,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     return {**config_sections.write_model(config), **delta_net.write_layers(config)}
 
 
-RENAMES = ((r"^model\.language_model\.", "model."),)
-"""Names where an encoder for images lies beside the text model."""
 UNREAD = (
     (r"model\.visual\..*", "an encoder for images"),
     (r"mtp\..*", "multi-token modules"),
@@ -101,7 +98,7 @@ QWEN3_5_TEXT = Family(
     write_config=write_dense,
     defaults=DEFAULTS,
     rows=(*CORE, *weight_maps.DENSE),
-    renames=RENAMES,
+    renames=text_part.RENAMES,
     unread=UNREAD,
 )
 QWEN3_5_MOE_TEXT = Family(
@@ -112,44 +109,12 @@ QWEN3_5_MOE_TEXT = Family(
     defaults=MOE_DEFAULTS,
     rows=(*CORE, weight_maps.ROUTER, *weight_maps.EXPERTS, *qwen2_moe.SHARED),
     fuses_experts=True,
-    renames=RENAMES,
+    renames=text_part.RENAMES,
     unread=UNREAD,
 )
 
 
-def with_images(model_type: str, architecture: str, text: Family) -> Family:
-    """The family of the files that hold an encoder for images too: its text model is read."""
-
-    def read_config(settings: Settings) -> ModelConfig:
-        part = settings.part("text_config") or Settings({}, settings.where)
-        tied = [each.flag("tie_word_embeddings", default=None) for each in (settings, part)]
-        said = {each for each in tied if each is not None}
-        if len(said) == 2:
-            raise UserError(
-                f"{settings.where} has tie_word_embeddings={tied[0]}, and {tied[1]} in its "
-                "text_config: set both to what the files hold"
-            )
-        values = part.values | {"tie_word_embeddings": True in said}
-        return text.read_config(Settings(values, part.where, text.defaults))
-
-    def refuse(config: ModelConfig) -> NoReturn:
-        del config
-        raise UserError(
-            f"{model_type} has an encoder for images, which is not read: write {text.model_type}, "
-            "the text model alone"
-        )
-
-    return Family(
-        model_type=model_type,
-        architecture=architecture,
-        read_config=read_config,
-        write_config=refuse,
-        rows=text.rows,
-        fuses_experts=text.fuses_experts,
-        renames=RENAMES,
-        unread=UNREAD,
-    )
-
-
-QWEN3_5 = with_images("qwen3_5", "Qwen3_5ForConditionalGeneration", QWEN3_5_TEXT)
-QWEN3_5_MOE = with_images("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", QWEN3_5_MOE_TEXT)
+QWEN3_5 = text_part.beside_encoders("qwen3_5", "Qwen3_5ForConditionalGeneration", QWEN3_5_TEXT)
+QWEN3_5_MOE = text_part.beside_encoders(
+    "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", QWEN3_5_MOE_TEXT
+)

@@ -26,7 +26,8 @@ def beside_encoders(model_type: str, architecture: str, text: Family) -> Family:
     """The family of the files that hold encoders too: its text model is read.
 
     Args:
-      text: the family of the text model alone, which is what is written.
+      text: the family of the text model alone, which is what is written; its `unread` where its
+        files have other parts than most.
     """
 
     def read_config(settings: Settings) -> ModelConfig:
@@ -54,6 +55,7 @@ def beside_encoders(model_type: str, architecture: str, text: Family) -> Family:
         read_config=read_config,
         write_config=refuse,
         rows=text.rows,
+        fuses_experts=text.fuses_experts,
         renames=RENAMES,
-        unread=UNREAD,
+        unread=text.unread or UNREAD,
     )

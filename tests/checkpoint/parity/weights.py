@@ -9,7 +9,8 @@ import numpy as np
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Float32; norms and factors near 1, biases, sinks and router biases far from their defaults of 0."""
+    """Float32; norms and factors near 1; biases, sinks and router biases far from their defaults of
+    0."""
     x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     if len(shape) == 1:
         is_scale = "norm" in name and name.endswith("weight")
