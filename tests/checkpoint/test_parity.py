@@ -58,6 +58,10 @@ UNCACHED = (
     "kimi_k2",
     "mistral",
     "qwen3",
+    "gemma",
+    "gemma3",
+    "gemma4_dense",
+    "ministral3",
 )
 """What the other cases have too: tried in the slow tests."""
 

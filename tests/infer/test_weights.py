@@ -54,6 +54,9 @@ CONTEXT = tiny.moe(
 )
 
 
+INPUTS = RouterConfig(top_k=2, scores="sigmoid", normalize_gates=False, gates_on="inputs")
+
+
 def of(*specs, **changes):
     changes = {"d_model": 64, "vocab_size": 320, "num_layers": 2 * len(specs)} | changes
     return tiny.model(pattern=specs, **changes)
@@ -89,6 +92,27 @@ CONFIGS = {
         embedding_scale=2.0,
         residual_scale=0.5,
         logit_scale=1.5,
+    ),
+    "gemma": of(
+        LayerSpec(
+            attention=dataclasses.replace(
+                GLOBAL, qk_norm="head", value_norm=True, values_from_keys=True, score_cap=2.0
+            ),
+            ffn=dataclasses.replace(
+                MOE,
+                activation="geglu",
+                router=RouterConfig(top_k=2, expert_scales=True, input_norm=True),
+            ),
+            norms="sandwich",
+            dense=DenseConfig(d_ff=96, activation="geglu"),
+            output_scale=True,
+        ),
+        LayerSpec(
+            attention=dataclasses.replace(GLOBAL, chunk_size=9),
+            ffn=dataclasses.replace(MOE, router=INPUTS),
+        ),
+        num_layers=2,
+        logit_cap=2.0,
     ),
     "sparse": of(LayerSpec(attention=SPARSE, ffn=DenseConfig(d_ff=96))),
     "relative": of(LayerSpec(attention=RELATIVE, ffn=DenseConfig(d_ff=96))),

@@ -15,6 +15,7 @@ from configs.attention import (
     IndexerConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
+    QueryTemperatureConfig,
     RelativeAttentionConfig,
 )
 from configs.checks import UserError
@@ -71,6 +72,17 @@ KINDS = {
         )
     ),
     "no positions": of(tiny.attention(window_size=None, num_sink_tokens=0, rotary_dim=0)),
+    "chunks": of(
+        tiny.attention(
+            window_size=None,
+            num_sink_tokens=0,
+            chunk_size=7,
+            score_cap=0.6,
+            query_temperature=QueryTemperatureConfig(growth=0.5, length=5),
+            value_norm=True,
+            values_from_keys=True,
+        )
+    ),
     "latent": of(LatentAttentionConfig(**LATENT)),
     "indexed": of(
         LatentAttentionConfig(**LATENT, indexer=IndexerConfig(num_heads=2, head_dim=6, top_k=5))
