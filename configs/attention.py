@@ -515,10 +515,52 @@ class GatedDeltaConfig(AttentionTraits):
         return d_model * width if rank is None else rank * (d_model + width)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShortConvConfig(AttentionTraits):
+    """Gated short convolution (LFM2, 2025): y = W_o (c * conv(b * x)), with b, c and x projections
+    of the token; the convolution is causal, each channel by itself."""
+
+    kind: Literal["short_conv"] = "short_conv"
+    channels: int
+    """Width of the projections (LFM2: d_model)."""
+    conv_width: int = 3
+    """Taps of the convolution, the token itself included."""
+    bias: bool = False
+    """Whether projections and convolution have biases."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "channels")
+        require(
+            self.conv_width >= 2,
+            f"conv_width={self.conv_width} must be at least 2: with one tap a token sees itself "
+            "alone",
+        )
+
+    @property
+    def unskippable_reason(self) -> str | None:
+        return "a layer with depth sees only the chosen tokens, and a convolution needs them all"
+
+    @property
+    def num_heads(self) -> int:
+        """Every channel is mixed by itself, and none with a score."""
+        return 1
+
+    @property
+    def out_width(self) -> int:
+        """Width of what the last projection reads."""
+        return self.channels
+
+    def num_parameters(self, d_model: int) -> int:
+        """Weights of the projections and the convolution, and their biases."""
+        biases = 4 * self.channels + d_model if self.bias else 0
+        return (4 * d_model + self.conv_width) * self.channels + biases
+
+
 Attention = (
     AttentionConfig
     | LatentAttentionConfig
     | LocalSparseAttentionConfig
     | RelativeAttentionConfig
     | GatedDeltaConfig
+    | ShortConvConfig
 )

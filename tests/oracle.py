@@ -14,6 +14,7 @@ from configs.attention import (
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
+    ShortConvConfig,
 )
 from configs.feed_forward import DenseConfig, MoEConfig
 
@@ -406,7 +407,24 @@ def _through(token, w, name, head, config: GatedDeltaConfig):
     return token @ w[name][:, head]
 
 
+def short_conv(x, w, config: ShortConvConfig, positions, documents, wrong=""):
+    """Token by token, tap by tap. wrong: "taps turned round"."""
+    b, c, v = (x @ w["in"][:, i] for i in range(3))
+    if config.bias:
+        b, c, v = (y + w["in_bias"][i] for i, y in enumerate((b, c, v)))
+    mixed, taps = np.zeros_like(v), w["conv"]
+    for i in range(len(x)):
+        for back in range(min(i + 1, config.conv_width)):
+            if documents[i - back] == documents[i]:
+                at = back if wrong == "taps turned round" else -1 - back
+                mixed[i] += taps[at] * b[i - back] * v[i - back]
+    if config.bias:
+        mixed = mixed + w["conv_bias"]
+    return (c * mixed) @ w["o"] + (w["o_bias"] if config.bias else 0.0)
+
+
 ATTENTIONS = {
+    ShortConvConfig: short_conv,
     GatedDeltaConfig: gated_delta,
     AttentionConfig: attention,
     LatentAttentionConfig: latent_attention,

@@ -85,12 +85,12 @@ def _has_dense_bias(layers: Sequence[LayerSpec]) -> bool:
 
 def folded(layers: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec, ...]]:
     """(prefix, pattern): dense layers before the first experts, then the shortest period of the
-    rest; or no prefix, where the shortest period of all layers is no longer than both.
+    rest; or no prefix, where the shortest period of all layers is shorter than both.
     """
     moe = [i for i, layer in enumerate(layers) if isinstance(layer.ffn, MoEConfig)]
     first, whole = (moe[0] if moe else 0), _period(layers)
     rest = _period(layers[first:])
-    if first + len(rest) >= len(whole):
+    if first + len(rest) > len(whole):
         return (), whole
     return tuple(layers[:first]), rest
 

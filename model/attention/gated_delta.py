@@ -23,6 +23,7 @@ from flax import struct
 from configs.attention import GatedDeltaConfig
 from kernels.delta_rule import delta_rule
 from kernels.quantize import MatrixDims
+from model.causal_convolution import causal_convolution
 from model.layer_state import RowsFirst, StateShape
 from model.layers import RMSNorm, project, weight
 from model.step import Step
@@ -197,18 +198,9 @@ def _biases(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _convolve(
     x_BLN: jax.Array, tail_BTN: jax.Array, taps_TN: jax.Array, positions_BL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """SiLU of the causal convolution inside each document, and the last inputs that are no padding
-    (which fills the end of a row)."""
-    past, length = tail_BTN.shape[1], x_BLN.shape[1]
-    row = jnp.concatenate([tail_BTN, x_BLN], axis=1)
-    out = jnp.zeros_like(x_BLN)
-    for back in range(past + 1):
-        seen = row[:, past - back : past - back + length]
-        seen = jnp.where((positions_BL >= back)[..., None], seen, 0.0)
-        out += seen * taps_TN[past - back][None, None]
-    count_B = (positions_BL >= 0).sum(axis=1)
-    at_BT = count_B[:, None] + jnp.arange(past)[None]
-    return jax.nn.silu(out), jnp.take_along_axis(row, at_BT[..., None], axis=1)
+    """SiLU of the causal convolution, and the tail: see `causal_convolution`."""
+    out_BLN, tail_BTN = causal_convolution(x_BLN, tail_BTN, taps_TN, positions_BL)
+    return jax.nn.silu(out_BLN), tail_BTN
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from configs.attention import (
     LocalSparseAttentionConfig,
     QueryTemperatureConfig,
     RelativeAttentionConfig,
+    ShortConvConfig,
 )
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
@@ -111,12 +112,13 @@ KINDS = {
             gate_rank=4,
         )
     ),
+    "short convolution": of(ShortConvConfig(channels=24, conv_width=4, bias=True)),
     "mixture of depths": of(
         tiny.attention(window_size=6),
         depth=MixtureOfDepthsConfig(capacity=0.5, selection="threshold"),
     ),
 }
-DELTA = ("gated delta", "channel delta")
+DELTA = ("gated delta", "channel delta", "short convolution")
 UNPAGED = ("powers of two", "summaries", "relative", *DELTA, "mixture of depths")
 UNREWOUND = ("summaries", *DELTA)
 UNMIXED = ("powers of two", "summaries", "relative", *DELTA)
