@@ -48,6 +48,8 @@ from checkpoint.families.qwen3_5 import QWEN3_5_MOE_TEXT as QWEN3_5_MOE_TEXT
 from checkpoint.families.qwen3_5 import QWEN3_5_MOE as QWEN3_5_MOE
 from checkpoint.families.kimi_linear import KIMI_LINEAR as KIMI_LINEAR
 from checkpoint.families.olmo_hybrid import OLMO_HYBRID as OLMO_HYBRID
+from checkpoint.families.lfm2 import LFM2 as LFM2
+from checkpoint.families.lfm2 import LFM2_MOE as LFM2_MOE
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))
 """In the order of the lines above, in which a model is matched to one for export."""

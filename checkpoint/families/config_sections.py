@@ -24,13 +24,14 @@ def read_model(
     *,
     norm_eps: float,
     activation_key: str = "hidden_act",
+    norm_key: str = "rms_norm_eps",
     **extra: Any,
 ) -> ModelConfig:
     """What every family has, around its layers.
 
     Args:
       norm_eps: the family's own, where the config doesn't say.
-      activation_key: the family's name of it.
+      activation_key, norm_key: the family's names of them.
     """
     settings.expect(activation_key, *ACTIVATIONS[_dense_activation(layers)])
     settings.expect("mlp_bias", _has_dense_bias(layers))
@@ -43,7 +44,7 @@ def read_model(
         pattern=pattern,
         context_length=settings.integer("max_position_embeddings"),
         tie_embeddings=settings.flag("tie_word_embeddings", default=False),
-        norm_eps=settings.number("rms_norm_eps", default=norm_eps),
+        norm_eps=settings.number(norm_key, default=norm_eps),
         **extra,
     )
 
@@ -53,14 +54,16 @@ def read_num_layers(settings: Settings) -> int:
     return settings.integer("num_hidden_layers", most=MAX_LAYERS)
 
 
-def write_model(config: ModelConfig, activation_key: str = "hidden_act") -> dict[str, Any]:
+def write_model(
+    config: ModelConfig, activation_key: str = "hidden_act", norm_key: str = "rms_norm_eps"
+) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.num_layers,
         "max_position_embeddings": config.context_length,
         "tie_word_embeddings": config.tie_embeddings,
-        "rms_norm_eps": config.norm_eps,
+        norm_key: config.norm_eps,
         activation_key: ACTIVATIONS[_dense_activation(unfolded(config))][0],
         "mlp_bias": _has_dense_bias(unfolded(config)),
         "attention_dropout": 0.0,

@@ -37,7 +37,7 @@ def read_model(
 ) -> ModelConfig:
     """What all of Gemma has around its layers, but for the 4th's norms."""
     settings.expect("use_bidirectional_attention", None, False)
-    common = {"zero_centered_norms": True} | extra
+    common: dict[str, Any] = {"zero_centered_norms": True} | extra
     return config_sections.read_model(
         settings,
         layers,

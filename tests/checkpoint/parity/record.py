@@ -418,6 +418,27 @@ CASES = {
         },
     ),
     "gemma4_dense": ("gemma4_text", GEMMA4 | {"final_logit_softcapping": None}),
+    "lfm2": (
+        "lfm2",
+        DENSE
+        | {
+            "block_multiple_of": 16,
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "conv", "full_attention"],
+        },
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        EXPERTS
+        | {
+            "num_experts": 8,
+            "num_dense_layers": 1,
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "conv", "full_attention", "conv"],
+            "conv_bias": True,
+            "conv_L_cache": 4,
+        },
+    ),
     "gemma": ("gemma", DENSE | {"head_dim": 20}),
     "gemma2": (
         "gemma2",

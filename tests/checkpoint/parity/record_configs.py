@@ -53,6 +53,8 @@ FAMILIES = (
     "llama4_text",
     "llama4",
     "gemma4_text",
+    "lfm2",
+    "lfm2_moe",
     "gemma4",
     "qwen3_next",
     "qwen3_5_text",

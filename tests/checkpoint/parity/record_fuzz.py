@@ -97,6 +97,12 @@ SHARED = {
     "num_experts": [4, 8],
     "num_experts_per_tok": [1, 2, 3],
 }
+LFM2 = {key: GROUPED[key] for key in GROUPED if key not in ("rms_norm_eps", "hidden_act")} | {
+    "norm_eps": [1e-5, 1e-3],
+    "layer_types": ["some"],
+    "conv_L_cache": [2, 3, 4],
+    "conv_bias": [False, True],
+}
 ALPHA = [*ROPE, {"rope_type": "dynamic", "rope_theta": 10_000.0, "alpha": 50.0, "factor": 1.0}]
 SETTINGS: dict[str, dict[str, list[Any]]] = {
     "qwen2": DENSE | {"use_sliding_window": [False] * 5 + [True], "max_window_layers": [1]},
@@ -303,6 +309,25 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         ]
         + [None],
     },
+    "lfm2": LFM2
+    | {
+        "intermediate_size": [24, 40],
+        "block_multiple_of": [8, 16],
+        "block_ffn_dim_multiplier": [1.0, 1.3],
+        "block_auto_adjust_ff_dim": [True, False],
+    },
+    "lfm2_moe": LFM2
+    | {
+        "intermediate_size": [24, 40],
+        "moe_intermediate_size": [8, 16],
+        "num_dense_layers": [0, 1],
+        "num_experts": [4, 8],
+        "num_experts_per_tok": [1, 2, 3],
+        "use_expert_bias": [True, False],
+        "norm_topk_prob": [True, False],
+        "routed_scaling_factor": [1.0, 2.5],
+        "num_hidden_layers": [2, 3, 4],
+    },
     "gemma": GEMMA | {"hidden_act": ["gelu_pytorch_tanh"] * 7 + ["gelu", "silu"]},
     "gemma2": GEMMA
     | WINDOWS
@@ -344,6 +369,8 @@ def draw_settings(family: str, chance: random.Random) -> dict[str, Any]:
     drawn = {key: chance.choice(values) for key, values in SETTINGS[family].items()}
     drawn = json.loads(json.dumps(drawn))  # transformers writes into what it is given
     linear = {"layer_types": ["linear_attention", "full_attention"]} if family in LINEAR else {}
+    if family in ("lfm2", "lfm2_moe"):
+        linear = {"layer_types": ["conv", "full_attention"]}
     for key, choices in (CHOICES | linear).items():
         if drawn.get(key) == "some":
             drawn[key] = [chance.choice(choices) for _ in range(drawn["num_hidden_layers"])]
