@@ -22,6 +22,7 @@ from checkpoint.weight_map import Row, by_tensor, expand, flatten, whole_tensor
 from configs.architecture import ModelConfig
 from formats.safetensors.reader import open_tensors
 from formats.safetensors.writer import TensorWriter
+from formats.small_files import read_json_object
 
 
 def open_checkpoint(folder: Path) -> PublicCheckpoint:
@@ -33,12 +34,23 @@ def open_checkpoint(folder: Path) -> PublicCheckpoint:
     settings = Settings.read(folder / "config.json")
     family = find_family(settings)
     settings = settings.with_defaults(family.defaults)
-    quantization = settings.part("quantization_config")
-    tensors = LogicalTensors(open_tensors(folder), quantization and quantization.values)
+    tensors = LogicalTensors(open_tensors(folder), _quantization(folder, settings))
     if family.renames:
         tensors = RenamedTensors(tensors, family.renames)
     config = read_model(family, settings, tensors)
     return PublicCheckpoint(folder, family, settings, config, _rows(family, tensors), tensors)
+
+
+def _quantization(folder: Path, settings: Settings) -> Mapping[str, Any] | None:
+    """quantization_config; of modelopt's older files hf_quant_config.json says that there is one.
+
+    Raises:
+      UserError: not an object.
+    """
+    part, beside = settings.part("quantization_config"), folder / "hf_quant_config.json"
+    if part is None and beside.exists():
+        return {"quant_method": "modelopt", **read_json_object(beside)}
+    return None if part is None else part.values
 
 
 def _rows(family: Family, tensors: assemble.Tensors) -> Sequence[Row]:
