@@ -15,6 +15,7 @@ from configs.attention import (
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
+    ShortConvConfig,
 )
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
@@ -118,8 +119,9 @@ CONFIGS = {
     "relative": of(LayerSpec(attention=RELATIVE, ffn=DenseConfig(d_ff=96))),
     "delta": of(
         LayerSpec(attention=DELTA, ffn=DenseConfig(d_ff=96)),
+        LayerSpec(attention=ShortConvConfig(channels=64), ffn=DenseConfig(d_ff=96)),
         LayerSpec(attention=GLOBAL, ffn=DenseConfig(d_ff=96)),
-        num_layers=2,
+        num_layers=3,
     ),
 }
 TOKENS = np.random.RandomState(0).randint(0, 320, 24).tolist()
