@@ -18,7 +18,7 @@ from model.layers import RMSNorm, project, rope, unscaled_rms_norm, weight, zero
 from model.step import Step
 
 QUERY_AXES, KEY_AXES = ("heads", "head_dim"), ("kv_heads", "head_dim")
-NORMED_DIMS: dict[QKNorm, int] = {"head": 1, "all": 2}
+NORMED_DIMS: dict[QKNorm, int] = {"head": 1, "all": 2, "head_unscaled": 0}
 """Last dimensions of queries and keys that have a norm's scale each."""
 
 
@@ -151,10 +151,9 @@ class GroupedQueryAttention(nn.Module):
         qk_norm = self.config.qk_norm
         if qk_norm is None:
             return q_BLHC, k_BLGC
-        if qk_norm == "head_unscaled":
-            q_BLHC, k_BLGC = (unscaled_rms_norm(x, self.norm_eps) for x in (q_BLHC, k_BLGC))
-            return q_BLHC, k_BLGC
         normed, eps = NORMED_DIMS[qk_norm], self.norm_eps
+        if not normed:
+            return unscaled_rms_norm(q_BLHC, eps), unscaled_rms_norm(k_BLGC, eps)
         is_zero_centered = self.config.zero_centered_qk_norm
         q_BLHC = RMSNorm(eps, QUERY_AXES[-normed:], is_zero_centered, name="q_norm")(q_BLHC)
         k_BLGC = RMSNorm(eps, KEY_AXES[-normed:], is_zero_centered, name="k_norm")(k_BLGC)
