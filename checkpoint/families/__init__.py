@@ -32,11 +32,11 @@ from checkpoint.families.granite import GRANITE as GRANITE
 from checkpoint.families.granitemoe import GRANITEMOE as GRANITEMOE
 from checkpoint.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE as HUNYUAN_V1_DENSE
 from checkpoint.families.hunyuan_v1_moe import HUNYUAN_V1_MOE as HUNYUAN_V1_MOE
-from checkpoint.families.qwen3_next import QWEN3_NEXT as QWEN3_NEXT
 from checkpoint.families.qwen3_5 import QWEN3_5_TEXT as QWEN3_5_TEXT
 from checkpoint.families.qwen3_5 import QWEN3_5 as QWEN3_5
 from checkpoint.families.qwen3_5 import QWEN3_5_MOE_TEXT as QWEN3_5_MOE_TEXT
 from checkpoint.families.qwen3_5 import QWEN3_5_MOE as QWEN3_5_MOE
+from checkpoint.families.qwen3_next import QWEN3_NEXT as QWEN3_NEXT
 from checkpoint.families.kimi_linear import KIMI_LINEAR as KIMI_LINEAR
 from checkpoint.families.olmo_hybrid import OLMO_HYBRID as OLMO_HYBRID
 

@@ -94,7 +94,9 @@ CONFIGS = {
     "relative": of(LayerSpec(attention=RELATIVE, ffn=DenseConfig(d_ff=96))),
     "delta": of(
         LayerSpec(attention=DELTA, ffn=DenseConfig(d_ff=96)),
-        LayerSpec(attention=GLOBAL, ffn=DenseConfig(d_ff=96)),
+        LayerSpec(
+            attention=dataclasses.replace(GLOBAL, output_gate=True), ffn=DenseConfig(d_ff=96)
+        ),
         num_layers=2,
     ),
 }
