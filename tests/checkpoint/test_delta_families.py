@@ -33,7 +33,9 @@ def write(folder: Path, config: dict, shapes: dict) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("case", WITH_IMAGES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if "moe" in c else c for c in WITH_IMAGES]
+)
 def test_the_text_model_of_files_with_an_encoder_for_images(case, tmp_path):
     """Logits of text as the whole model's class has them; what is left out is said."""
     recorded = json.loads((PARITY / "vision" / f"{case}.json").read_text())
@@ -112,8 +114,8 @@ def test_lists_of_layers_count_from_one(tmp_path):
     ("case", "sizes"),
     [
         ("qwen3_next", (1, 2, 2)),
-        ("qwen3_5_moe_text", (1, 4, 1)),
-        ("kimi_linear", (1, 4, 2)),
+        pytest.param("qwen3_5_moe_text", (1, 4, 1), marks=pytest.mark.slow),
+        pytest.param("kimi_linear", (1, 4, 2), marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_reads_the_parts_it_needs(case, sizes, tmp_path):
@@ -136,7 +138,9 @@ def test_a_mesh_reads_the_parts_it_needs(case, sizes, tmp_path):
         np.testing.assert_array_equal(written[name], x, err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize(
+    "case", ["qwen3_next", pytest.param("kimi_linear", marks=pytest.mark.slow)]
+)
 def test_int8_computes_what_its_weights_say(case):
     _, _, checkpoint, tokens, logits = loaded(case)
     model, held = open_source(str(checkpoint.path)).load(weights="int8")
