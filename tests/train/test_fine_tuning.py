@@ -81,6 +81,7 @@ def test_the_loss_is_the_mean_over_the_assistants_tokens_of_each_chat_alone(tmp_
     np.testing.assert_allclose(float(metrics["cross_entropy"]), expected, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_how_unequal_targets_lie_in_micro_batches(tmp_path):
     """Dense, so that no router judges a part: to 1e-5 of the largest, sums in another order."""
     dense = tiny.model(vocab_size=330, pattern=tiny.model().pattern[1:], num_layers=1)

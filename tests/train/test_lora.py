@@ -56,6 +56,7 @@ def adapting(run, tmp_path, **changes):
     return dataclasses.replace(run, name="lora", init=init, lora=lora, optimizer=optimizer)
 
 
+@pytest.mark.slow
 def test_only_adapters_have_a_state_and_lie_in_the_checkpoints(base):
     run, tmp_path, _ = base
     lora = adapting(run, tmp_path)

@@ -49,6 +49,7 @@ def resume(story, mesh: MeshConfig) -> list[float]:
     return losses(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_it_learns_and_resumes_bit_for_bit(story):
     run, tmp_path = story
     unbroken = losses(tmp_path / "unbroken")
