@@ -111,7 +111,7 @@ def harness(tasks: Sequence[Task], folder: Path, model: str, arguments: str) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--limit", type=int, default=50, help="samples of each task (50)")
     given = parser.parse_args()
