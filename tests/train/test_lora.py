@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from configs.architecture import LayerSpec
-from configs.base import InitConfig, OptimizerConfig
+from configs.base import InitConfig
 from configs.checks import UserError
+from configs.optimizer import OptimizerConfig
 from configs.tuning import LoRAConfig
 from infer.adapters import export_adapter, with_adapter
 from infer.convert import Conversion, convert
