@@ -91,10 +91,9 @@ def make_optimizer(
     )
     if config.base_width is not None:
         assert width is not None
+        ratio = config.base_width / width
         factors = jax.tree.map(
-            lambda axes: config.base_width / width if _reads_width(axes) else 1.0,
-            logical_axes,
-            **is_axes,
+            lambda axes: ratio if _reads_width(axes) else 1.0, logical_axes, **is_axes
         )
         update = optax.chain(
             optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
