@@ -10,10 +10,10 @@ from configs.base import (
     ExecutionConfig,
     InitConfig,
     MeshConfig,
-    OptimizerConfig,
     RunConfig,
 )
 from configs.monitoring import ValidationConfig
+from configs.optimizer import OptimizerConfig
 from configs.tuning import LoRAConfig, PreferenceConfig
 
 
@@ -110,7 +110,8 @@ def v31_nano() -> RunConfig:
 def delta_nano() -> RunConfig:
     """Gated delta nets and attention, three to one, with v31_nano's experts, data and steps.
 
-    python -m scripts.train delta_nano: made for two CPU cores, not yet measured beside v31_nano.
+    python -m scripts.train delta_nano: for two CPU cores; python -m scripts.ablations delta_net
+    measures it beside v31_nano.
     """
     return dataclasses.replace(v31_nano(), name="delta_nano", model=models.delta_nano())
 
@@ -343,6 +344,14 @@ def prefer() -> RunConfig:
         preference=PreferenceConfig(),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=5e-5),
     )
+
+
+def pruned_alone() -> RunConfig:
+    """A pruned model that trains on without a teacher: what pruned_recovery is compared with.
+
+    python -m scripts.train pruned_alone --init.source pruned --run-dir runs/alone
+    """
+    return dataclasses.replace(pruned_recovery(), name="pruned_alone", distill=None)
 
 
 def pruned_recovery() -> RunConfig:

@@ -41,11 +41,11 @@ from checkpoint.families.llama4 import LLAMA4_TEXT as LLAMA4_TEXT
 from checkpoint.families.llama4 import LLAMA4 as LLAMA4
 from checkpoint.families.gemma4 import GEMMA4_TEXT as GEMMA4_TEXT
 from checkpoint.families.gemma4 import GEMMA4 as GEMMA4
-from checkpoint.families.qwen3_next import QWEN3_NEXT as QWEN3_NEXT
 from checkpoint.families.qwen3_5 import QWEN3_5_TEXT as QWEN3_5_TEXT
 from checkpoint.families.qwen3_5 import QWEN3_5 as QWEN3_5
 from checkpoint.families.qwen3_5 import QWEN3_5_MOE_TEXT as QWEN3_5_MOE_TEXT
 from checkpoint.families.qwen3_5 import QWEN3_5_MOE as QWEN3_5_MOE
+from checkpoint.families.qwen3_next import QWEN3_NEXT as QWEN3_NEXT
 from checkpoint.families.kimi_linear import KIMI_LINEAR as KIMI_LINEAR
 from checkpoint.families.olmo_hybrid import OLMO_HYBRID as OLMO_HYBRID
 from checkpoint.families.lfm2 import LFM2 as LFM2

@@ -142,6 +142,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "mlp_layer_types": _dense_places(config_sections.unfolded(config)),
         "num_local_experts": config_sections.the_moe(config).num_experts,
         "moe_router_activation_func": "sigmoid",
+        "pad_token_id": None,
     }
     return values | {own: values[ours] for own, ours in NAMES.items()}
 

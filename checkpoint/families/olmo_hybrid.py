@@ -89,6 +89,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     deltas = [each for each in attentions if isinstance(each, GatedDeltaConfig)]
     values = {
         **config_sections.write_model(config),
+        "pad_token_id": None,
         **delta_net.write_layers(config),
         "intermediate_size": config_sections.the_dense(config).d_ff,
         "linear_allow_neg_eigval": config_sections.the_one(deltas, "delta net").doubled_beta,

@@ -116,6 +116,7 @@ def test_an_exported_config_has_what_transformers_wrote(case):
     checkpoint = loaded(case)[2]
     ours = write_model(checkpoint.family, checkpoint.config)
     free = {"rope_parameters", "num_nextn_predict_layers", "partial_rotary_factor"}
+    free.add("pad_token_id")  # null, where a class has one beyond small vocabularies
     if "deepseek" not in case and case != "qwen3_moe_mixed" and "moe_intermediate_size" in config:
         free.add("intermediate_size")  # of dense layers, and there are none
     if case == "qwen2_moe":

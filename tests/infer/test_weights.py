@@ -120,7 +120,9 @@ CONFIGS = {
     "delta": of(
         LayerSpec(attention=DELTA, ffn=DenseConfig(d_ff=96)),
         LayerSpec(attention=ShortConvConfig(channels=64), ffn=DenseConfig(d_ff=96)),
-        LayerSpec(attention=GLOBAL, ffn=DenseConfig(d_ff=96)),
+        LayerSpec(
+            attention=dataclasses.replace(GLOBAL, output_gate=True), ffn=DenseConfig(d_ff=96)
+        ),
         num_layers=3,
     ),
 }
