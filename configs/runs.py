@@ -194,6 +194,24 @@ def nope_nano() -> RunConfig:
     return dataclasses.replace(v31_nano(), name="nope_nano", model=family_models.nope_nano())
 
 
+def qwen3_next_nano() -> RunConfig:
+    """Gated delta nets and gated attention, three to one, as Qwen3-Next and Qwen3.5 have them.
+
+    python -m scripts.train qwen3_next_nano: minutes on two CPU cores.
+    """
+    model = family_models.qwen3_next_nano()
+    return dataclasses.replace(v31_nano(), name="qwen3_next_nano", model=model)
+
+
+def kimi_linear_nano() -> RunConfig:
+    """Kimi delta nets and latent attention without positions, three to one.
+
+    python -m scripts.train kimi_linear_nano: minutes on two CPU cores.
+    """
+    model = family_models.kimi_linear_nano()
+    return dataclasses.replace(v31_nano(), name="kimi_linear_nano", model=model)
+
+
 def v3_7b() -> RunConfig:
     """V3 at full size, on 64 devices.
 
