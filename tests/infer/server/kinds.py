@@ -134,17 +134,19 @@ class Kind:
         return {str(i): -100.0 for i in ids}
 
 
-def kind_of(name: str) -> Kind:
+def kind_of(name: str, **changes) -> Kind:
     """
     Args:
       name: a key of CONFIGS, or smollm2.
+      changes: of the engine's options.
     """
+    options = dataclasses.replace(BASE, **changes)
     if name == "smollm2":
         tokenizer = dataclasses.replace(open_source(name).tokenizer(), chat_template=TEMPLATE)
-        return Kind(name, BASE, is_tiny=False, tokenizer=tokenizer)
+        return Kind(name, options, is_tiny=False, tokenizer=tokenizer)
     if name == "recurrent":
-        return Kind(name, dataclasses.replace(BASE, num_pages=None), has_drafts=False)
-    return Kind(name, BASE)
+        return Kind(name, dataclasses.replace(options, num_pages=None), has_drafts=False)
+    return Kind(name, options)
 
 
 class ServedKind:
@@ -170,9 +172,11 @@ def served_kind(kind: Kind, **settings) -> Iterator[ServedKind]:
     """Args:
     settings: of `served`.
     """
-    settings = {"max_length": LENGTH, "vocab_size": kind.vocab_size, "most_waiting": 16} | settings
+    options = kind.options
+    settings = {"max_length": options.max_length, "most_waiting": 16} | settings
+    settings |= {"vocab_size": kind.vocab_size, "max_rows": options.max_rows}
     with (
-        served(kind.engine(), kind.tokenizer, max_rows=ROWS, **settings) as made,
+        served(kind.engine(), kind.tokenizer, **settings) as made,
         openai.OpenAI(base_url=f"{made.url}/v1", api_key="x", max_retries=0) as client,
         httpx.Client(base_url=made.url, timeout=60) as http,
     ):
