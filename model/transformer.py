@@ -19,6 +19,7 @@ from model.block import SHAPES_ALONE, Block, Period
 from model.early_exit import dropout_rates
 from model.layers import Declared, OutputsFirst, RMSNorm, in_dtype, weight
 from model.model_state import ModelState
+from model.moe_layers import moe_layers
 from model.multi_token import MultiTokenModule, ahead
 from model.seeds import seed_key
 from model.step import ChosenExperts, Preference, Step, make_step
@@ -207,6 +208,20 @@ def forward(
 ) -> tuple[jax.Array, ModelState | None]:
     """The model with these variables: see Transformer."""
     return cast(Any, model.apply(variables, step, state))
+
+
+def forward_and_experts(
+    model: Transformer, variables: Variables, step: Step, state: ModelState | None = None
+) -> tuple[jax.Array, ModelState | None, ChosenExperts]:
+    """As `forward`, and the experts that each token went to."""
+    outputs: Any = model.apply(variables, step, state, mutable=["experts"])
+    (hidden_BLD, state), sown = outputs
+    chosen = {
+        name: jnp.asarray(layer.of(sown["experts"])["ids"])
+        for name, layer in moe_layers(model.config).items()
+        if layer.periods
+    }
+    return hidden_BLD, state, chosen
 
 
 def hidden_states(

@@ -17,6 +17,7 @@ from checkpoint.run_directory import read_run
 from configs.checks import require
 from evals.expert_domains import read_preference
 from infer.engine import Engine, EngineOptions
+from infer.engine.checks import unroutable_reason
 from infer.ngram_draft import NgramDraft
 from infer.server.app import make_app
 from infer.server.embeddings import Embedder
@@ -90,6 +91,7 @@ def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptio
         host_cache_bytes=arguments.host_cache_mib << 20,
         target_seconds=arguments.step_seconds,
         draft=None if arguments.draft is None else NgramDraft(),
+        keeps_experts=unroutable_reason(source.config) is None,
         cache_dir=arguments.cache_dir and os.path.expanduser(arguments.cache_dir),
     )
     config = source.config

@@ -13,6 +13,7 @@ import numpy as np
 from infer.choice import Logprobs
 from infer.engine.memory import Memory, mean_of
 from infer.engine.options import EngineOptions
+from infer.engine.routed import RoutedExperts, Span
 from infer.engine.sampler import Chosen, Sampler, asks_logprobs, chosen_of
 from infer.engine.sequence import TokenSequence
 from infer.engine.types import ConstraintFailed
@@ -135,8 +136,15 @@ def new_drafting(options: EngineOptions) -> Drafting | None:
 class Verifier:
     """Runs the programs that verify drafts."""
 
-    def __init__(self, model: Transformer, variables: Variables, sampler: Sampler) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        variables: Variables,
+        sampler: Sampler,
+        routed: RoutedExperts | None = None,
+    ) -> None:
         self._model, self._variables, self._sampler = model, variables, sampler
+        self._routed = routed
         self._all_allowed: dict[int, jax.Array] = {}
 
     def run(
@@ -176,11 +184,16 @@ class Verifier:
             allowed_NRV,
             is_live_R,
             np.bool_(has_logprobs),
+            self._routed is not None,
         )
         memory.state, self._sampler.counts = made.state, made.counts
-        made = made._replace(state=None, counts=None)
+        routed, made = made.chosen, made._replace(state=None, counts=None, chosen=None)
         made = jax.device_get(made if has_logprobs else made._replace(logprobs=None))
         chosen = {s: [Chosen(0, None, error)] for s, error in failed.items()}
+        if self._routed is not None:
+            counts = [max(int(made.count_R[s.row]), 1) for s in live]
+            pairs = zip(live, counts, strict=True)
+            self._routed.note(routed, [Span(s, s.row, 0, s.read, n) for s, n in pairs])
         for sequence in live:
             if sequence not in failed:
                 count = int(made.count_R[sequence.row])

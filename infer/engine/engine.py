@@ -29,11 +29,13 @@ from infer.engine.new_memory import kept_details, new_memory, state_size
 from infer.engine.options import EngineOptions
 from infer.engine.preferences import Preferences
 from infer.engine.reading import Reader
+from infer.engine.routed import RoutedExperts, Span
 from infer.engine.sampler import Chosen, Sampler
 from infer.engine.sequence import TokenSequence
 from infer.engine.types import Emitted, EngineStats, Request
 from infer.generation import Timings
 from infer.self_speculative import Draft, Verified
+from model.step import ChosenExperts
 from model.transformer import Transformer, Variables
 from model.unstacked import unstack
 
@@ -75,7 +77,8 @@ class Engine:
             self._identity = identity_of(
                 model, variables if needs_weights else None, kept_details(options, size)
             )
-        self._verifier = Verifier(model, variables, self._sampler)
+        self._routed = RoutedExperts(model.config) if options.keeps_experts else None
+        self._verifier = Verifier(model, variables, self._sampler, self._routed)
         with self._in_mesh():
             self._drafting = new_drafting(options)
         self._token_R, self._position_R = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
@@ -151,6 +154,7 @@ class Engine:
             preemptions=self._preemptions,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            expert_tokens=() if self._routed is None else self._routed.counts(),
         )
 
     def step(self) -> list[Emitted]:
@@ -160,6 +164,8 @@ class Engine:
             self._admit()
             began, unread = time.monotonic(), self._unread()
             emitted = self._read_prompts() + self._decode()
+            if self._routed is not None:
+                self._routed.settle()
         self._measure(unread - self._unread(), time.monotonic() - began)
         return told + emitted
 
@@ -222,6 +228,8 @@ class Engine:
         emitted: list[Emitted] = []
         reading = [s for s in self._running() if s.unread]
         for read in self._reader.read(reading, self._memory, self._preferences.arrays):
+            if self._routed is not None:
+                self._routed.note(read.chosen, read.spans)
             for sequence in read.finished:
                 self._go_on(sequence)
             begun = [s for s in read.finished if not s.text]
@@ -267,8 +275,10 @@ class Engine:
     ) -> tuple[list[Emitted], np.ndarray, np.ndarray | None]:
         """One token of each, and the layers it took."""
         memory, rows = self._memory, [s.row for s in live]
-        logits_RV, layers_R = self._run_decode(*self._inputs(live))
+        logits_RV, layers_R, chosen = self._run_decode(*self._inputs(live))
         layers_N = None if layers_R is None else np.asarray(layers_R)[rows]
+        if self._routed is not None:
+            self._routed.note(chosen, [Span(s, s.row, 0, s.read, 1) for s in live])
         for sequence in live:
             sequence.read += 1
             memory.advance(sequence)
@@ -304,17 +314,16 @@ class Engine:
 
     def _run_decode(
         self, token_R: np.ndarray, position_R: np.ndarray
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The logits after each row's newest token, [R, V], and the layers it took."""
+    ) -> tuple[jax.Array, jax.Array | None, ChosenExperts | None]:
+        """The logits after each row's newest token, [R, V], the layers it took, its experts."""
         model, memory, threshold = self._model, self._memory, self._options.exit_threshold
         inputs = (self._variables, token_R, position_R, memory.state)
         if threshold is not None:
             logits_RV, memory.state, layers_R = steps.decode_early(model, *inputs, threshold)
-            return logits_RV, layers_R
-        logits_RV, memory.state = steps.decode(
-            model, *inputs, memory.tables_RN, self._preferences.arrays
-        )
-        return logits_RV, None
+            return logits_RV, layers_R, None
+        options = (memory.tables_RN, self._preferences.arrays, self._routed is not None)
+        logits_RV, memory.state, chosen = steps.decode(model, *inputs, *options)
+        return logits_RV, None, chosen
 
     def _run_draft(self, token_R: np.ndarray, position_R: np.ndarray) -> Verified:
         assert isinstance(self._options.draft, Draft)
@@ -371,14 +380,18 @@ class Engine:
 
     def _take(self, sequence: TokenSequence, chosen: list[Chosen]) -> Emitted:
         """A sequence's new tokens up to its end, where its row and pages are free again."""
-        taken = take(sequence, chosen)
+        taken, experts_TNK = take(sequence, chosen), None
         self._generated_tokens += len(taken.tokens)
+        if taken.reason is not None and sequence.request.wants_experts:
+            assert self._routed is not None
+            is_read_whole = taken.reason in ("stop", "error")
+            experts_TNK = self._routed.told(sequence, is_read_whole=is_read_whole)
         if taken.reason is None:
             sequence.read = sequence.known - 1
             self._point(sequence)
         else:
             self._free(sequence, is_broken=taken.reason == "error")
-        return emitted_of(sequence, taken)
+        return emitted_of(sequence, taken, experts_TNK)
 
     # --- Devices ---------------------------------------------------------------------------------
 

