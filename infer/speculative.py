@@ -36,9 +36,11 @@ class VerifiedDraft(NamedTuple):
     state: ModelState
     chosen: ChosenExperts | None
     """Where asked, the experts of each token that was read."""
+    hidden_RND: jax.Array | None
+    """Where asked, what the output layer read."""
 
 
-@partial(jax.jit, static_argnums=(0, 12), donate_argnums=(4, 8))
+@partial(jax.jit, static_argnums=(0, 12, 13), donate_argnums=(4, 8))
 def verify(
     model: Transformer,
     variables: Variables,
@@ -53,6 +55,7 @@ def verify(
     is_live_R: jax.Array,
     has_logprobs: jax.Array,
     with_experts: bool = False,
+    with_hidden: bool = False,
 ) -> VerifiedDraft:
     """Reads each row's newest token and the draft that follows it.
 
@@ -88,4 +91,5 @@ def verify(
         counts,
         laid_out(state),
         chosen,
+        hidden_RND if with_hidden else None,
     )

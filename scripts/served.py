@@ -18,6 +18,8 @@ from configs.checks import require
 from evals.expert_domains import read_preference
 from infer.engine import Engine, EngineOptions
 from infer.engine.checks import unroutable_reason
+from infer.model_draft import ModelDraft, check_model_draft
+from infer.mtp_draft import MtpDraft, check_mtp_draft
 from infer.ngram_draft import NgramDraft
 from infer.server.app import make_app
 from infer.server.embeddings import Embedder
@@ -28,11 +30,12 @@ from infer.server.process import ListenOptions, address_of, bind, log_to, serve
 from infer.server.served_model import ServedModel
 from infer.server.service import Limits, Service
 from infer.sources import Source, open_source
+from infer.weights import check_format
 from model.model_state import unpageable_reason
 from model.step import Preference
 from model.transformer import Transformer
 from model.unstacked import unstack_preference
-from scripts.model_options import load_model
+from scripts.model_options import AXES, load_model
 from train.progress import ProgressBar
 
 LENGTH = 4096
@@ -90,7 +93,7 @@ def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptio
         prefix_cache=not arguments.no_prefix_cache,
         host_cache_bytes=arguments.host_cache_mib << 20,
         target_seconds=arguments.step_seconds,
-        draft=None if arguments.draft is None else NgramDraft(),
+        draft=draft_of(source, arguments),
         keeps_experts=unroutable_reason(source.config) is None,
         cache_dir=arguments.cache_dir and os.path.expanduser(arguments.cache_dir),
     )
@@ -101,6 +104,37 @@ def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptio
         num_pages = 1 + options.max_rows * -(-length // options.page_size)
         options = dataclasses.replace(options, num_pages=num_pages)
     return options
+
+
+def draft_of(
+    source: Source, arguments: argparse.Namespace
+) -> NgramDraft | MtpDraft | ModelDraft | None:
+    """
+    Raises:
+      UserError: a length without a draft, a draft that the model can't have, or no such source.
+    """
+    kind, length = arguments.draft, arguments.draft_length
+    if kind is None:
+        require(length is None, f"--draft-length {length} has no effect without --draft: give both")
+        return None
+    require(length is None or length >= 1, f"--draft-length {length} must be at least 1")
+    given = {} if length is None else {"length": length}
+    if kind == "ngram":
+        return NgramDraft(**given)
+    if kind == "mtp":
+        check_mtp_draft(source.config)
+        return MtpDraft(**given)
+    sizes = [getattr(arguments, f"mesh.{axis}") for axis in AXES]
+    require(
+        set(sizes) == {1},
+        f"--draft {kind} runs on one device, and the mesh has more: leave --mesh out, or draft "
+        "with ngram or mtp",
+    )
+    other = open_source(kind)
+    draft = ModelDraft(Transformer(other.config), {}, **given)
+    check_model_draft(source.config, draft)  # before it is read
+    model, variables = other.load(for_decoding=True, weights=check_format(arguments.weights))
+    return dataclasses.replace(draft, model=model, variables=variables)
 
 
 def make_service(

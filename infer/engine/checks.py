@@ -8,6 +8,7 @@ from infer.early_exit import check_exits
 from infer.engine.options import EngineOptions
 from infer.engine.types import Request
 from infer.model_draft import ModelDraft, check_model_draft
+from infer.mtp_draft import MtpDraft, check_mtp_draft
 from infer.ngram_draft import NgramDraft
 from infer.sampling import Sampling
 from infer.self_speculative import Draft, check_draft
@@ -29,6 +30,8 @@ def check_model(model: Transformer, options: EngineOptions) -> None:
     if options.keeps_experts:
         reason = unroutable_reason(model.config)
         require(reason is None, f"keeps_experts has no effect: {reason}")
+    if isinstance(options.draft, MtpDraft):
+        check_mtp_draft(model.config)
     if isinstance(options.draft, NgramDraft | ModelDraft):
         reason = unrewindable_reason(model.config)
         require(reason is None, f"drafts can't be taken back ({reason}): generate without a draft")

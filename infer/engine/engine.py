@@ -25,10 +25,10 @@ from infer.engine.checks import check_model, check_request
 from infer.engine.drafting import Drafting, Verifier, new_drafting
 from infer.engine.keys import identity_of, root_key
 from infer.engine.memory import PagedMemory, mean_of
-from infer.engine.new_memory import kept_details, new_memory, state_size
+from infer.engine.new_memory import beside, kept_details, new_memory, state_size
 from infer.engine.options import EngineOptions
 from infer.engine.preferences import Preferences
-from infer.engine.reading import Reader
+from infer.engine.reading import Read, Reader
 from infer.engine.routed import RoutedExperts, Span
 from infer.engine.sampler import Chosen, Sampler
 from infer.engine.sequence import TokenSequence
@@ -78,9 +78,12 @@ class Engine:
                 model, variables if needs_weights else None, kept_details(options, size)
             )
         self._routed = RoutedExperts(model.config) if options.keeps_experts else None
-        self._verifier = Verifier(model, variables, self._sampler, self._routed)
         with self._in_mesh():
-            self._drafting = new_drafting(options)
+            width = self._reader.widths[-1]
+            self._drafting = new_drafting(options, model, variables, width)
+        self._ahead = None if self._drafting is None else self._drafting.ahead
+        parts = (self._sampler, self._routed, self._ahead)
+        self._verifier = Verifier(model, variables, *parts)
         self._token_R, self._position_R = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
         self._preferences = Preferences(model.config, rows)
         self._sequences: list[TokenSequence | None] = [None] * rows
@@ -236,7 +239,20 @@ class Engine:
             if begun:
                 logits_RV = steps.logits_of(self._model, self._variables, read.hidden_RD)
                 emitted += self._take_chosen(logits_RV, begun, is_first=True)
+            self._look_ahead(read, begun)
         return emitted
+
+    def _look_ahead(self, read: Read, begun: list[TokenSequence]) -> None:
+        """Tells the module that drafts, if one does, what was read."""
+        if self._drafting is None or self._ahead is None:
+            return
+        if not self._drafting.rests:
+            assert read.hidden_TD is not None
+            self._ahead.read(read.hidden_TD, [s for s in read.spans if s.sequence.is_running])
+        begun = [s for s in begun if s.is_running]
+        if begun:
+            given = [(s, len(s.prompt) - 1, s.text[:1]) for s in begun]
+            self._ahead.note(read.hidden_RD, given)
 
     def _go_on(self, sequence: TokenSequence) -> None:
         """The prompt is read: what follows is the text, from its beginning or where it was."""
@@ -348,6 +364,8 @@ class Engine:
                 self._verifier.run([], {}, width, self._memory, self._preferences.arrays)
             if self._drafting.small is not None:
                 self._drafting.small.warm_up()
+            if self._ahead is not None:
+                self._ahead.warm_up(self._reader.widths)
         else:
             self._run_decode(*idle)
 
@@ -397,12 +415,3 @@ class Engine:
 
     def _in_mesh(self) -> Any:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-
-
-def beside(variables: Variables, arrays: Any) -> Any:
-    """Arrays on the one device that the variables were put on: as a program gives them back, which
-    would otherwise be compiled twice."""
-    first = next(iter(jax.tree.leaves(variables)), None)
-    if isinstance(first, jax.Array) and first.committed and len(first.devices()) == 1:
-        return jax.device_put(arrays, first.sharding)
-    return arrays

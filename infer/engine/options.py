@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from configs.architecture import ModelConfig
 from configs.checks import require, require_positive
 from infer.model_draft import ModelDraft
+from infer.mtp_draft import MtpDraft
 from infer.ngram_draft import NgramDraft
 from infer.self_speculative import Draft
 from model.model_state import unpageable_reason
@@ -53,11 +54,12 @@ class EngineOptions:
     exit_threshold: float | None = None
     """New tokens leave the model at the first exit this sure of the next one (infer/early_exit.py);
     prompts are read by all layers."""
-    draft: Draft | NgramDraft | ModelDraft | None = None
+    draft: Draft | NgramDraft | ModelDraft | MtpDraft | None = None
     """A Draft: the first layers draft, the others verify (infer/self_speculative.py): the same
-    greedy text in fewer steps. An NgramDraft: the text's own tokens do (infer/ngram_draft.py), or
-    with a ModelDraft a smaller model (infer/model_draft.py), as long as it pays: the same text,
-    sampled or not, but for ties in the last bit."""
+    greedy text in fewer steps. An NgramDraft: the text's own tokens do (infer/ngram_draft.py), with
+    a ModelDraft a smaller model (infer/model_draft.py), with an MtpDraft the model's own
+    multi-token module (infer/mtp_draft.py), as long as it pays: the same text, sampled or not, but
+    for ties in the last bit."""
 
     def __post_init__(self) -> None:
         require_positive(self, "max_rows", "max_length", "piece", "page_size")

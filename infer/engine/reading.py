@@ -62,6 +62,8 @@ class Read:
     """The experts of all its tokens, where the engine keeps them."""
     spans: list[Span] = field(default_factory=list)
     """Whose tokens they are."""
+    hidden_TD: jax.Array | None = None
+    """Of all its tokens."""
 
 
 class Reader:
@@ -165,7 +167,7 @@ class Reader:
         run = self._run_mixed if self.is_mixed else self._run_rows
         hidden, hidden_RD, chosen = run(parts, width, memory, preference)
         spans = [Span(p.sequence, p.row, p.at, p.begin, p.end - p.begin) for p in parts]
-        made = Read(hidden_RD, chosen=chosen, spans=spans)
+        made = Read(hidden_RD, chosen=chosen, spans=spans, hidden_TD=hidden)
         for part in parts:
             sequence = part.sequence
             sequence.read = part.end

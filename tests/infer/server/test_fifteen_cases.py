@@ -20,6 +20,7 @@ import pytest
 from configs.checks import UserError
 from infer.engine import Constraint, ConstraintFailed, Request
 from infer.engine.drafting import Drafting
+from infer.mtp_draft import MtpDraft
 from infer.ngram_draft import NgramDraft
 from infer.sampling import Sampling
 from tests.infer.server.conftest import user
@@ -171,11 +172,18 @@ def prompt_scores(kind):
     found = [run(engine, [request])[0].prompt_logprobs for _ in range(2)]
     found.append(run(made.engine(piece=64), [request])[0].prompt_logprobs)
     assert found == [wanted] * 3
-    if made.has_drafts:
-        drafted = run(made.engine(draft=DRAFT), [request])[0].prompt_logprobs
+    for draft in drafts_of(made):
+        drafted = run(made.engine(draft=draft), [request])[0].prompt_logprobs
         assert drafted[0] is None
         nats = [[x.logprob for x in each[1:]] for each in (drafted, wanted)]
         np.testing.assert_allclose(*nats, atol=1e-5)
+
+
+def drafts_of(made):
+    """Those that the kind of model can have."""
+    if not made.has_drafts:
+        return ()
+    return (DRAFT, MtpDraft()) if made.name == "latent" else (DRAFT,)
 
 
 def speculation(kind):
@@ -187,18 +195,18 @@ def speculation(kind):
             made.engine(draft=DRAFT)
         return
     small = {"max_length": 64, "num_pages": 20}
-    plain, drafted = made.engine(**small), made.engine(**small, draft=DRAFT)
+    plain, *drafted = (made.engine(**small, draft=d) for d in (None, *drafts_of(made)))
     for room in (-1, 0):
         asked = [Request(p, 64 + room - len(p), sampling=REPEATS) for p in PROMPTS[:2]]
         texts, steps = [], []
-        for engine in (plain, drafted):
+        for engine in (plain, *drafted):
             counted = []
             texts.append([a.tokens for a in run(engine, asked, counted.append)])
             steps.append(len(counted))
-        assert texts[0] == texts[1]
+        assert all(text == texts[0] for text in texts)
         assert steps[1] < steps[0]
         assert [len(t) for t in texts[1]] == [64 + room - len(p) for p in PROMPTS[:2]]
-    for engine in (plain, drafted):
+    for engine in (plain, *drafted):
         with pytest.raises(UserError, match="exceed the engine's max_length=64"):
             engine.add(Request(PROMPTS[0], 60))
         assert engine.stats().free_pages == 19
@@ -228,7 +236,8 @@ def structure_with_speculation(kind):
         return
     small = {"max_length": 64, "num_pages": 20}
     texts = []
-    for engine in (made.engine(**small), made.engine(**small, draft=DRAFT)):
+    for draft in (None, *drafts_of(made)):
+        engine = made.engine(**small, draft=draft)
         turns = [Turns(made.vocab_size) for _ in range(2)]
         asked = [
             Request(p, 30, sampling=REPEATS, constraint=c)
@@ -238,7 +247,7 @@ def structure_with_speculation(kind):
         assert [a.tokens for a in answers] == [c.accepted for c in turns]
         assert all(a.reason == "length" for a in answers)
         texts.append([a.tokens for a in answers])
-    assert texts[0] == texts[1]
+    assert all(text == texts[0] for text in texts)
 
 
 def prefixes(kind):
