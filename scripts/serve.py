@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-body-bytes", type=int, default=32 << 20, help="of a request (32 MiB)")
     made.add_argument("--draft", metavar="KIND", help="ngram, mtp, or a smaller model: SRC of it")
     made.add_argument("--draft-length", type=int, help="tokens drafted (4; 1 with mtp)")
+    made.add_argument("--batching", choices=("continuous", "static"), default="continuous")
     made.add_argument("--step-seconds", type=positive, help="that others may wait for a prompt")
     made.add_argument("--no-prefix-cache", action="store_true", help="reads all prompts anew")
     made.add_argument("--cache-dir", metavar="DIR", help="keeps prefixes there, for later starts")

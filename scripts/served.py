@@ -4,9 +4,11 @@ import argparse
 import asyncio
 import dataclasses
 import functools
+import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from infer.server.embeddings import Embedder
 from infer.server.engine_thread import EngineThread
 from infer.server.keys import ApiKeys, read_keys
 from infer.server.metrics import Metrics
-from infer.server.process import ListenOptions, address_of, bind, log_to, serve
+from infer.server.process import LOG, ListenOptions, address_of, bind, log_to, serve
 from infer.server.served_model import ServedModel
 from infer.server.service import Limits, Service
 from infer.sources import Source, open_source
@@ -48,19 +50,32 @@ def run(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) -> Non
     keys = read_keys(Path(arguments.api_key_file)) if arguments.api_key_file else ApiKeys([])
     listen = ListenOptions(arguments.host, arguments.port, arguments.drain_seconds)
     listening = bind(listen)  # before minutes of loading
+    began = time.perf_counter()
     service = make_service(source, arguments, options, mesh)
+    seconds = {"weights": time.perf_counter() - began}
     address = address_of(listening, arguments.host)
     if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
         print("note: whoever reaches this address may ask: --api-key-file says who may", flush=True)
     log_to()
     app = make_app(service, keys)
+
+    def prepare() -> None:
+        began = time.perf_counter()
+        warm_up(service.engine.engine)
+        seconds["programs"] = time.perf_counter() - began
+
+    def on_ready() -> None:
+        print(greeting(service.model, address, has_keys=bool(keys)), flush=True)
+        rounded = {name: round(value, 3) for name, value in seconds.items()}
+        LOG.info(json.dumps({"event": "started", "seconds": rounded}))
+
     serving = serve(
         service,
         app,
         listening,
         listen,
-        lambda: warm_up(service.engine.engine),
-        lambda: print(greeting(service.model, address, has_keys=bool(keys)), flush=True),
+        prepare,
+        on_ready,
     )
     asyncio.run(serving)
     if service.engine.is_running:  # in a compilation, which would crash on the way out
@@ -88,6 +103,7 @@ def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptio
     options = EngineOptions(
         max_rows=arguments.max_rows,
         max_length=length,
+        batching=arguments.batching,
         kv_dtype=arguments.kv,
         num_pages=arguments.kv_pages,
         prefix_cache=not arguments.no_prefix_cache,

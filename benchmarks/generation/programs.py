@@ -77,7 +77,7 @@ def programs(source: Source, work: Work, folder: Path, python: str) -> Programs:
 
 def llama_file(source: Source, folder: Path) -> tuple[Path | None, str]:
     """The model as a GGUF of floats; or None, and why llama.cpp can't be a peer."""
-    reason = _missing(sys.executable, os.environ, "llama_cpp")
+    reason = missing(sys.executable, os.environ, "llama_cpp")
     if reason:
         return None, f'{reason}: pip install ".[llama]" builds it'
     path = folder / "F16.gguf"
@@ -86,7 +86,7 @@ def llama_file(source: Source, folder: Path) -> tuple[Path | None, str]:
 
 
 def _transformers_folder(source: Source, folder: Path, python: str) -> tuple[Path | None, str]:
-    reason = _missing(python, peer_environment(python), "torch", "transformers")
+    reason = missing(python, peer_environment(python), "torch", "transformers")
     if reason:
         return None, f'{reason}: pip install ".[parity]", or name a Python that has them'
     path = folder / "huggingface"
@@ -107,7 +107,7 @@ def peer_environment(python: str) -> Mapping[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def _missing(python: str, environment: Mapping[str, str], *packages: str) -> str:
+def missing(python: str, environment: Mapping[str, str], *packages: str) -> str:
     """Why an interpreter can't import them; "" where it can."""
     command = [python, "-c", f"import {', '.join(packages)}"]
     with tempfile.TemporaryDirectory() as elsewhere:  # the repository's names hide others

@@ -191,6 +191,8 @@ class Engine:
     def _admit(self) -> None:
         """Gives free rows to requests in their order; one whose beginning another is about to read
         lets others by until it has."""
+        if self._options.batching == "static" and self._running():
+            return
         for row, taken in enumerate(self._sequences):
             if taken is not None:
                 continue

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from configs.architecture import ModelConfig
 from configs.checks import require, require_positive
@@ -23,6 +24,9 @@ class EngineOptions:
     """Tokens of a sequence at most, prompt and text."""
     max_prompt: int | None = None
     """Tokens of a prompt at most; None is what max_length leaves."""
+    batching: Literal["continuous", "static"] = "continuous"
+    """continuous: a row that is free takes the next request at once. static, to compare with: only
+    when all rows are free, as many as wait."""
     piece: int = 512
     """Tokens of prompts that a step reads at most."""
     target_seconds: float | None = None
@@ -63,6 +67,10 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         require_positive(self, "max_rows", "max_length", "piece", "page_size")
+        require(
+            self.batching in ("continuous", "static"),
+            f"batching={self.batching} must be continuous or static",
+        )
         require(
             self.target_seconds is None or self.target_seconds > 0,
             f"target_seconds={self.target_seconds} must be greater than 0",
