@@ -174,7 +174,8 @@ def start(
 
 
 def print_starts(found: Mapping[str, Sequence[Mapping[str, float]]], tokens: int) -> None:
-    table = Table(f"seconds, a prompt of {tokens:,} tokens", *found, "sooner")
+    title = f"seconds, a prompt of {tokens:,} tokens"
+    table = Table("", *found, "sooner", title=title, title_justify="left")
     for item in next(iter(found.values()))[0]:
         middles: list[Any] = [statistics.median(x[item] for x in turns) for turns in found.values()]
         table.add_row(item, *(f"{m:.2f}" for m in middles), f"{middles[0] / middles[1]:.1f}x")

@@ -79,7 +79,8 @@ def ratios(
 
 def print_turns(found: Mapping[str, Sequence[Measured]], title: str) -> None:
     """A row for each server: medians over the rounds, and its throughput beside the first's."""
-    table = Table(title, *(column[0] for column in COLUMNS.values()), "failed", "throughput")
+    columns = [column[0] for column in COLUMNS.values()]
+    table = Table("", *columns, "failed", "throughput", title=title, title_justify="left")
     base = next(iter(found.values()))
     for name, turns in found.items():
         shown = [format(middle(turns, c) * f, form) for c, (_, f, form) in COLUMNS.items()]

@@ -129,10 +129,10 @@ class Engine:
         if not self._options.has_detour:
             self._preferences.begin()
         thunks = [
-            *self._reader.programs(self._memory, self._preferences.arrays),
+            *self._reader.programs(self._memory, self._preferences.arrays, self._sampler.warm_up),
             *self._memory.programs(),
+            self._run_idle,
         ]
-        thunks += [*self._sampler.programs(), self._run_idle]
         with self._in_mesh():
             for done, thunk in enumerate(thunks):
                 on_progress(done, len(thunks))
@@ -369,7 +369,8 @@ class Engine:
             if self._ahead is not None:
                 self._ahead.warm_up(self._reader.widths)
         else:
-            self._run_decode(*idle)
+            logits_RV, *_ = self._run_decode(*idle)
+            self._sampler.warm_up(logits_RV)
 
     def _decode_draft(self, live: list[TokenSequence]) -> tuple[list[Emitted], np.ndarray, None]:
         made = self._run_draft(*self._inputs(live))

@@ -178,8 +178,14 @@ class Reader:
             self._score(parts, hidden)
         return made
 
-    def programs(self, memory: Memory, preference: Any) -> list[Callable[[], None]]:
-        """All that it runs, with nothing to read."""
+    def programs(
+        self, memory: Memory, preference: Any, choose: Callable[[jax.Array], None]
+    ) -> list[Callable[[], None]]:
+        """All that it runs, with nothing to read.
+
+        Args:
+          choose: called with logits after a prompt, [R, V].
+        """
 
         def read(width: int) -> None:
             if self.is_mixed:
@@ -188,7 +194,7 @@ class Reader:
                 made = self.run_rows(self._no_rows(width), memory, preference)
             hidden_TD, hidden_RD, _ = made
             self.score(hidden_TD, np.zeros(len(hidden_TD), np.int32))
-            steps.logits_of(self._model, self._variables, hidden_RD)
+            choose(steps.logits_of(self._model, self._variables, hidden_RD))
 
         return [partial(read, width) for width in self.widths]
 
