@@ -81,7 +81,7 @@ def llama_file(source: Source, folder: Path) -> tuple[Path | None, str]:
     if reason:
         return None, f'{reason}: pip install ".[llama]" builds it'
     path = folder / "F16.gguf"
-    reason = _converted(source, path, Conversion(to="gguf", quantization="F16"))
+    reason = converted(source, path, Conversion(to="gguf", quantization="F16"))
     return (None, reason) if reason else (path, "")
 
 
@@ -90,7 +90,7 @@ def _transformers_folder(source: Source, folder: Path, python: str) -> tuple[Pat
     if reason:
         return None, f'{reason}: pip install ".[parity]", or name a Python that has them'
     path = folder / "huggingface"
-    reason = _converted(source, path, Conversion(to="huggingface", dtype="float32"))
+    reason = converted(source, path, Conversion(to="huggingface", dtype="float32"))
     return (None, reason) if reason else (path, "")
 
 
@@ -122,7 +122,7 @@ def missing(python: str, environment: Mapping[str, str], *packages: str) -> str:
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
-def _converted(source: Source, path: Path, conversion: Conversion) -> str:
+def converted(source: Source, path: Path, conversion: Conversion) -> str:
     """Writes it; why it can't be said in that form, "" where it can."""
     try:
         convert(source, path, conversion)

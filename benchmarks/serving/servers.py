@@ -19,12 +19,22 @@ import httpx
 
 from benchmarks import machine
 from benchmarks.generation import llama_peer
-from benchmarks.generation.programs import ROOT, llama_file, missing, our_environment
+from benchmarks.generation.programs import (
+    ROOT,
+    converted,
+    llama_file,
+    missing,
+    our_environment,
+)
+from formats.gguf.writer import Quantization
+from infer.convert import Conversion
 from infer.sources import Source
 
 LLAMA = "llama.cpp"
-LLAMA_KINDS = {"float32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
-"""Formats of equal bits, by ours; bfloat16 is compared with the file of 16 bits."""
+WRITTEN: dict[str, Quantization] = {"bfloat16": "F16", "int8": "Q8_0"}
+"""Formats of a file with as many bits, by that of our weights: those that we write ourselves."""
+QUANTIZED = {"float32": "F32", "int4": "Q4_0"}
+"""And those that llama.cpp makes of the file of 16 bits."""
 START_SECONDS = 1800.0
 
 
@@ -81,14 +91,12 @@ def llama_command(
                 None,
                 f"{reason}: install llama-server, or pip install 'llama-cpp-python[server]'",
             )
-    path, reason = llama_file(source, folder)
+    kind = WRITTEN.get(weights) or QUANTIZED.get(weights)
+    if kind is None:
+        return None, f"it has no format like --weights {weights}"
+    path, reason = _file(source, folder, weights, kind)
     if path is None:
         return None, reason
-    kind = LLAMA_KINDS.get(weights)
-    if kind is not None:
-        target = folder / f"{kind}.gguf"
-        llama_peer.quantize(path, target, kind, machine.cores())
-        path = target
     port, threads = _free_port(), str(machine.cores())
     if binary is not None:
         sizes = ("-np", str(rows), "-c", str(rows * length), "-t", threads)
@@ -99,7 +107,20 @@ def llama_command(
         arguments = (sys.executable, "-m", "llama_cpp.server", "--model", str(path))
         arguments += ("--port", str(port), *sizes)
         extra = {"logit_bias": {str(i): -100 for i in source.tokenizer().eos_ids}}
-    return Command(f"{LLAMA} {kind or 'F16'}", arguments, port, extra), ""
+    return Command(f"{LLAMA} {kind}", arguments, port, extra), ""
+
+
+def _file(source: Source, folder: Path, weights: str, kind: str) -> tuple[Path | None, str]:
+    """The model as a GGUF of this kind; or None, and why there is none."""
+    path = folder / f"{kind}.gguf"
+    if weights in QUANTIZED:
+        floats, reason = llama_file(source, folder)
+        if floats is None:
+            return None, reason
+        llama_peer.quantize(floats, path, kind, machine.cores())
+        return path, ""
+    reason = converted(source, path, Conversion(to="gguf", quantization=WRITTEN[weights]))
+    return (None, reason) if reason else (path, "")
 
 
 @contextlib.contextmanager
