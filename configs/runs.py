@@ -10,10 +10,10 @@ from configs.base import (
     ExecutionConfig,
     InitConfig,
     MeshConfig,
-    OptimizerConfig,
     RunConfig,
 )
 from configs.monitoring import ValidationConfig
+from configs.optimizer import OptimizerConfig
 from configs.tuning import LoRAConfig, PreferenceConfig
 
 
@@ -343,6 +343,14 @@ def prefer() -> RunConfig:
         preference=PreferenceConfig(),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=5e-5),
     )
+
+
+def pruned_alone() -> RunConfig:
+    """A pruned model that trains on without a teacher: what pruned_recovery is compared with.
+
+    python -m scripts.train pruned_alone --init.source pruned --run-dir runs/alone
+    """
+    return dataclasses.replace(pruned_recovery(), name="pruned_alone", distill=None)
 
 
 def pruned_recovery() -> RunConfig:

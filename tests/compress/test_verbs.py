@@ -143,7 +143,7 @@ def test_mixed_weights_meet_a_budget(place, tmp_path):
     assert 0.9 * 20_000 < record["weight_bytes"] <= 20_000
     assert len(record["bits"]) > 2
     target = tmp_path / "nats"
-    more = ["--weights", "mixed", "--budget", "0.001nats", "--report", str(report)]
+    more = ["--budget", "0.001nats", "--report", str(report)]
     assert quantize.main(arguments(place, target, *more)) == 0
     record = json.loads(report.read_text())
     assert record["lost"] <= 0.001
@@ -188,6 +188,7 @@ def test_an_interrupted_pass_goes_on(place, tmp_path, monkeypatch):
         (prune, ["--dense", "2"], "no experts"),
         (prune, ["--layers", "7"], "between 1 and"),
         (prune, ["--keep", "0.5", "--merge"], "--merge goes with"),
+        (quantize, [], "name --weights .*, or a --budget"),
         (quantize, ["--weights", "mixed"], "a budget goes with"),
         (quantize, ["--weights", "int4", "--budget", "2MB"], "a budget goes with"),
         (quantize, ["--weights", "int4", "--budget", "much"], "must be nats or bytes"),
@@ -249,12 +250,15 @@ def test_bfloat16_is_half_in_every_form(form, place, tmp_path):
 def test_the_chain_goes_on_where_it_was(place, tmp_path):
     """From a model to its files by processes of their own, and at once when all is done."""
     run = [sys.executable, "-m", "scripts.large_to_small", str(place / "model"), "--short"]
-    run += ["--text", str(place / "text.txt"), "--run-dir", str(tmp_path / "chain")]
+    run += ["--text", str(place / "text.txt"), "--run-dir", str(tmp_path / "chain"), "--arms"]
+    run += ["--tasks", "line_completion", "--limit", "2"]
     for _ in range(2):
         done = subprocess.run(run, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     stages = json.loads((tmp_path / "chain" / "stages.json").read_text())
-    assert list(stages) == ["source", "pruned", "distilled", "int8", "int4"]
+    arms = ["drawn, alone", "drawn, teacher", "pruned, alone", "pruned, own texts"]
+    assert list(stages) == ["source", "pruned", "distilled", *arms, "int8", "int4"]
+    assert {stages[arm]["parameters"] for arm in arms} == {stages["pruned"]["parameters"]}
     assert stages["pruned"]["parameters"] < stages["source"]["parameters"]
     assert (tmp_path / "chain" / "report.html").exists()
     assert "measuring" not in done.stdout
