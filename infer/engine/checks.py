@@ -64,7 +64,8 @@ def check_request(model: Transformer, options: EngineOptions, request: Request) 
         )
     require(
         options.keeps_experts or not request.wants_experts,
-        "the experts of each token are asked for, and this engine does not keep them",
+        "the experts of each token are asked for, and this engine does not keep them: leave that "
+        "out, or take a model with experts and an engine with keeps_experts",
     )
     asked = request.num_logprobs
     require(
