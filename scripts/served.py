@@ -31,11 +31,9 @@ from model.model_state import unpageable_reason
 from model.step import Preference
 from model.transformer import Transformer
 from model.unstacked import unstack_preference
+from scripts.inference_plans import LENGTH
 from scripts.model_options import load_model
 from train.progress import ProgressBar
-
-LENGTH = 4096
-"""Tokens of a prompt and its text where nobody says, at most."""
 
 
 def run(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) -> None:
