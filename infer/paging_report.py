@@ -57,6 +57,13 @@ def compare_policies(recorded: PagedModel, shares: Sequence[float]) -> list[Foun
     return found
 
 
+def default_shares(recorded: PagedModel) -> list[float]:
+    """An eighth, a quarter, a half and three quarters, of which a token's experts are resident."""
+    kinds = [_config(layer) for layer in recorded.layers if layer.table]
+    least = max(kind.router.top_k / kind.num_experts for kind in kinds)
+    return [share for share in (0.125, 0.25, 0.5, 0.75) if share >= least] or [1.0]
+
+
 def _config(layer: PagedLayer) -> Any:
     return layer.block.spec.ffn
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from configs.checks import UserError, require
 from infer.expert_paging import Paging
 from infer.paged_generation import generate_paged
-from infer.paging_report import compare_policies, table_of
+from infer.paging_report import compare_policies, default_shares, table_of
 from infer.sources import open_source
 from infer.weights import FORMATS
 from scripts import command
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     for prompt in prompts:
         ids = tokenizer.encode(prompt)
         generate_paged(recorder, ids, max_new_tokens=arguments.max_new_tokens)
-    found = compare_policies(recorder, arguments.share or [0.125, 0.25, 0.5, 0.75])
+    found = compare_policies(recorder, arguments.share or default_shares(recorder))
     if arguments.json:
         print(json.dumps([x.as_tree() for x in found], indent=2))
     else:

@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no-prefix-cache", action="store_true", help="reads all prompts anew")
     made.add_argument("--cache-dir", metavar="DIR", help="keeps prefixes there, for later starts")
     made.add_argument("--host-cache-mib", type=int, default=0, help="of prefixes, in memory (0)")
+    made.add_argument("--small", metavar="SRC", help="answers what --router holds simple")
+    made.add_argument("--router", metavar="FILE", help="of moesaic calibrate-router")
     made.add_argument("--drain-seconds", type=positive, default=30.0, help="to finish in (30)")
     made.add_argument("--allow-updates", action="store_true", help="/pause, /update_weights")
     return made

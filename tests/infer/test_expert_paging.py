@@ -9,17 +9,20 @@ import pytest
 
 from configs.architecture import LayerSpec, ModelConfig
 from configs.checks import UserError
-from configs.feed_forward import DenseConfig
-from infer.expert_paging import PagedModel, Paging, page
+from configs.feed_forward import DenseConfig, MoEConfig
+from configs.models import delta_nano
+from infer.expert_paging import PagedModel, Paging, load_paged, page
 from infer.generate import generate
 from infer.load import inference_execution
 from infer.paged_generation import generate_paged
 from infer.paging_report import compare_policies, table_of
 from infer.sampling import Sampling
+from infer.sources import open_source
 from infer.weights import converted, converter
 from model.transformer import Transformer, abstract_variables
 from model.unstacked import unstacked_config
 from tests import tiny
+from tests.checkpoint.cases import write_case
 
 PROMPT = [(7 * i * i + 3) % 300 for i in range(37)]
 
@@ -96,6 +99,16 @@ def test_the_bits_do_not_depend_on_what_is_resident(made, resident, paging):
         if layer.table is not None:
             held = jax.tree.leaves(layer.variables["params"]["moe"]["gate_up"])[0]
             assert len(held) == layer.table.num_slots == round(8 * paging.share)
+
+
+@pytest.mark.slow
+def test_recurrent_layers_are_read_token_by_token():
+    """Their prompts, too: they read whole blocks, which a cut would not leave."""
+    model, variables = drawn(delta_nano())
+    whole, paged = page(model, variables, Paging(1.0)), page(model, variables, Paging(0.25))
+    assert paged.width == 1
+    np.testing.assert_array_equal(logits_of(paged), logits_of(whole))
+    assert paged.counts().on_demand > whole.counts().on_demand
 
 
 def test_sampled_texts_are_the_same_too(made):
@@ -185,3 +198,40 @@ def test_policies_are_compared_on_what_was_recorded(made):
     assert "Belady" in str(table_of(list(found.values()), "tiny").columns[1]._cells)
     with pytest.raises(UserError, match="no routing was recorded"):
         compare_policies(page(*made, Paging(1.0)), [0.5])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "mixtral",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("deepseek_v3", "gpt_oss", "glm4_moe_biased", "deepseek_v32")
+        ),
+    ],
+)
+def test_public_models_keep_their_logits(case, tmp_path):
+    """Those that transformers computed, to the tolerance of tests/checkpoint/test_parity.py; from a
+    checkpoint whose experts go into files as they are read."""
+    tokens, expected = write_case(case, tmp_path)
+    source = open_source(str(tmp_path))
+    share = least_share(source.config)
+    paged = load_paged(source, Paging(share, directory=tmp_path / "experts"))
+    state, length = paged.new_state(len(tokens)), len(tokens) - 3
+    rows = []
+    for begin in range(0, length, paged.width):
+        piece = tokens[begin : min(begin + paged.width, length)].tolist()
+        logits, state = paged.read(piece, begin, state)
+        rows.append((begin + len(piece) - 1, logits))
+    for place in range(length, len(tokens)):
+        logits, state = paged.read([int(tokens[place])], place, state)
+        rows.append((place, logits))
+    for place, logits in rows:
+        np.testing.assert_allclose(logits[0], expected[place], atol=1e-4)
+    assert paged.counts().on_demand > 0
+    assert list((tmp_path / "experts").glob("layer_*.down.0"))
+
+
+def least_share(config: ModelConfig) -> float:
+    kinds = [spec.ffn for spec in config.pattern if isinstance(spec.ffn, MoEConfig)]
+    return max(ffn.router.top_k / ffn.num_experts for ffn in kinds)
