@@ -34,7 +34,7 @@ from model.block import Block
 from model.experts import WEIGHT_AXES
 from model.layers import unembed
 from model.model_state import BlockState, ModelState, init_state, unmixable_reason
-from model.router_scores import SCORES
+from model.router import route
 from model.step import Step, make_step
 from model.transformer import Transformer, Variables, output_weights
 
@@ -48,7 +48,7 @@ class Paging:
 
     share: float
     """Of each layer's experts, resident."""
-    policy: Policy = "lru"
+    policy: Policy = "lfu"
     has_forecast: bool = True
     directory: Path | None = None
     """Where the experts' files are made; None keeps them in the host's memory."""
@@ -261,18 +261,16 @@ def _logits(model: Transformer, variables: Variables, x_BLD: jax.Array, at: jax.
 def _forecast(
     config: MoEConfig, norm_eps: float, variables: Any, x_BLD: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores and experts that a layer's router has for another's result, [L, K] each."""
+    """Experts that a layer's router chooses for another's result, and their gates, [L, K] each."""
     x_LD = x_BLD[0].astype(jnp.float32)
     if variables["scale"] is not None:
         mean = jnp.mean(x_LD * x_LD, axis=-1, keepdims=True)
         x_LD = x_LD * jax.lax.rsqrt(mean + norm_eps) * variables["scale"]
     logits_LE = x_LD @ variables["router"]
-    for name in ("router_bias", "bias_E"):
-        if name == "bias_E":
-            logits_LE = SCORES[config.router.scores].forward(logits_LE)
-        if variables[name] is not None:
-            logits_LE += variables[name]
-    return jax.lax.top_k(logits_LE, min(config.router.top_k, config.num_experts))
+    if variables["router_bias"] is not None:
+        logits_LE += variables["router_bias"]
+    routing = route(logits_LE, config.router, variables["state"])
+    return routing.expert_ids_TK, routing.gates_TK
 
 
 class PagedModel:
@@ -401,10 +399,11 @@ class PagedModel:
         if made is None:
             return
         ffn, eps = later.block.spec.ffn, self.model.config.norm_eps
-        scores_LK, ids_LK = jax.device_get(_forecast(cast(Any, ffn), eps, made, x_BLD))
+        ids_LK, gates_LK = jax.device_get(_forecast(cast(Any, ffn), eps, made, x_BLD))
         best: dict[int, float] = {}
-        for expert, score in zip(ids_LK[:count].ravel(), scores_LK[:count].ravel(), strict=True):
-            best[int(expert)] = max(best.get(int(expert), -np.inf), float(score))
+        for expert, gate in zip(ids_LK[:count].ravel(), gates_LK[:count].ravel(), strict=True):
+            if expert >= 0:
+                best[int(expert)] = max(best.get(int(expert), 0.0), float(gate))
         later.expected = tuple(sorted(best, key=best.__getitem__, reverse=True))
         later.bring(later.table.expect(later.expected))
 
@@ -465,5 +464,5 @@ def _router_of(layer: PagedLayer) -> dict[str, Any] | None:
         "scale": None if spec.norms == "post" else params["ffn_norm"]["scale"],
         "router": moe["router"],
         "router_bias": moe.get("router_bias"),
-        "bias_E": None if state is None else state.bias_E,
+        "state": state,
     }

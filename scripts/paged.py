@@ -33,6 +33,9 @@ def add_paging_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-dir", type=Path, metavar="DIR", help="files for the others (else host memory)"
     )
+    parser.add_argument(
+        "--no-expert-forecast", action="store_true", help="bring experts only when they are needed"
+    )
 
 
 def check_options(arguments: argparse.Namespace) -> None:
@@ -41,11 +44,9 @@ def check_options(arguments: argparse.Namespace) -> None:
       UserError: options that can't go together, or have no effect.
     """
     if arguments.resident_experts is None:
-        require(
-            arguments.expert_dir is None,
-            f"--expert-dir {arguments.expert_dir} has no effect without --resident-experts: give "
-            "both",
-        )
+        alone = "--expert-dir" if arguments.expert_dir is not None else None
+        alone = "--no-expert-forecast" if arguments.no_expert_forecast else alone
+        require(alone is None, f"{alone} has no effect without --resident-experts: give both")
         return
     given = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in REFUSED}
     given |= {f"--mesh.{axis}": getattr(arguments, f"mesh.{axis}") > 1 for axis in AXES}
@@ -71,7 +72,11 @@ def run(source: Source, arguments: argparse.Namespace, sampling: Sampling) -> No
     """Continues each prompt, and says what was brought."""
     from scripts.generate import show_speed
 
-    paging = Paging(arguments.resident_experts, directory=arguments.expert_dir)
+    paging = Paging(
+        arguments.resident_experts,
+        has_forecast=not arguments.no_expert_forecast,
+        directory=arguments.expert_dir,
+    )
     tokenizer = source.tokenizer()
     paged = open_paged(source, paging, arguments.weights)
     for prompt in arguments.prompt:
