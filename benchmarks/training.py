@@ -8,8 +8,9 @@ import numpy as np
 
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
-from configs.base import ExecutionConfig, OptimizerConfig, RunConfig
+from configs.base import ExecutionConfig, RunConfig
 from configs.feed_forward import MoEConfig, RouterConfig
+from configs.optimizer import OptimizerConfig
 from train.loop import mesh_of, to_devices
 from train.state import init_state, make_train_setup
 from train.step import make_train_step

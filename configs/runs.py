@@ -10,10 +10,10 @@ from configs.base import (
     ExecutionConfig,
     InitConfig,
     MeshConfig,
-    OptimizerConfig,
     RunConfig,
 )
 from configs.monitoring import ValidationConfig
+from configs.optimizer import OptimizerConfig
 from configs.tuning import LoRAConfig, PreferenceConfig
 
 

@@ -67,9 +67,9 @@ def weights_of(run: RunConfig) -> Weights:
     """The same for every mesh; nothing is allocated."""
     variables, axes = abstract_variables(Transformer(run.model, run.execution))
     params = variables["params"]
-    optimizer = make_optimizer(
-        run.optimizer, make_schedule(run.optimizer, run.steps), axes["params"]
-    )
+    schedule = make_schedule(run.optimizer, run.steps)
+    width = run.model.d_model
+    optimizer = make_optimizer(run.optimizer, schedule, axes["params"], width=width)
     state = jax.eval_shape(optimizer.init, params)
     return Weights(params, axes["params"], _num_bytes(state) / _num_bytes(params))
 

@@ -2,7 +2,7 @@
 
     python -m scripts.quantize smollm2 small.gguf --weights int4 --method gptq
     python -m scripts.quantize pruned small --weights int8 --to huggingface
-    python -m scripts.quantize runs/v31_nano small --weights mixed --budget 0.02nats
+    python -m scripts.quantize runs/v31_nano small --budget 0.02nats
 
 DST is a file that ends in .gguf (Q8_0, Q4_0, Q4_1), a Hugging Face folder (compressed-tensors), or
 a model folder (int8, int4, fp8 as they are). Interrupted, the same command goes on.
@@ -14,6 +14,7 @@ from typing import get_args
 
 from compress.quantization import Quantization, Weights, quantize_source
 from compress.rounding import parsed_methods
+from configs.checks import require
 from infer.sources import open_source
 from scripts import command
 from scripts.compression import (
@@ -31,7 +32,7 @@ from scripts.reading import reading
 def main(argv: list[str]) -> int:
     parser = command.parser(__doc__)
     add_target(parser)
-    parser.add_argument("--weights", choices=get_args(Weights), required=True)
+    parser.add_argument("--weights", choices=get_args(Weights), help="with --budget mixed")
     parser.add_argument(
         "--method", default="rtn", help="rtn, gptq, awq, smoothquant, rotate, or several: awq,gptq"
     )
@@ -40,6 +41,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--block", type=int, help="inputs that share a scale")
     add_text(parser)
     arguments = parser.parse_args(argv)
+    if arguments.weights is None:
+        require(
+            arguments.budget is not None,
+            f"name --weights ({', '.join(get_args(Weights))}), or a --budget, which chooses",
+        )
+        arguments.weights = "mixed"
     quantization = Quantization(
         weights=arguments.weights,
         methods=parsed_methods(arguments.method),

@@ -8,9 +8,12 @@ import pytest
 
 import moesaic
 from configs.cli import known_runs, load_run
+from configs.experiment_file import call_target, parse_target
+from scripts.sweep import runs_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = [f"examples/width_transfer.py:{name}" for name in ("base_width", "one_rate")]
 PROCESS_OPTIONS = ("--coordinator-address", "--num-processes", "--process-id")
 COMMAND = re.compile(r"python -m scripts\.(\w+)((?:(?!: )[^`#\n])*)")
 
@@ -30,6 +33,12 @@ def test_links_lead_to_files(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text())
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_return_runs_as_the_pages_name_them(example):
+    runs = runs_of(call_target(parse_target(str(ROOT / "docs" / example))))
+    assert len(runs) == 15
 
 
 def test_files_that_additions_touch_exist():

@@ -14,8 +14,9 @@ import pytest
 from checkpoint import export_dtype, provenance
 from checkpoint.families.base import PackedDtype
 from configs import attention, feed_forward
-from configs.base import ExecutionConfig, OptimizerConfig
+from configs.base import ExecutionConfig
 from configs.checks import UserError, choices_of, require_choices
+from configs.optimizer import OptimizerConfig
 from configs.runs import deepseek_v3_nano, v2_nano, v31_dynamic_nano
 from formats.gguf import writer
 from infer import certificate

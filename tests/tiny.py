@@ -5,16 +5,10 @@ from pathlib import Path
 
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig, RelativeAttentionConfig
-from configs.base import (
-    CheckpointConfig,
-    DataConfig,
-    ExecutionConfig,
-    MeshConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from configs.base import CheckpointConfig, DataConfig, ExecutionConfig, MeshConfig, RunConfig
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 from configs.monitoring import ValidationConfig
+from configs.optimizer import OptimizerConfig
 
 
 def attention(**changes) -> AttentionConfig:

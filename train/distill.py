@@ -241,7 +241,8 @@ def check_vocabulary(student: RunConfig, teacher: ModelConfig, tokenizer: Tokeni
         raise UserError(
             f"the student's vocabulary has {student.model.vocab_size} entries, the teacher's "
             f"{teacher.vocab_size}: distillation compares logits token by token, give the student "
-            "the teacher's vocabulary (--model.vocab_size) and corpus, or set "
+            f"the teacher's vocabulary (--model.vocab-size {teacher.vocab_size} "
+            "--data.tokenizer TEACHER, with a --data.directory of its own), or set "
             "distill.vocabulary='bytes'"
         )
     corpus = prepare_corpus(student.data, student.model.vocab_size)

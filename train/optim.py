@@ -6,7 +6,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from configs.base import OptimizerConfig
+from configs.optimizer import OptimizerConfig
 
 MUON_RMS = 0.2
 """RMS of an AdamW update: Muon's is scaled to it, so one learning rate serves both (Liu et al.
@@ -61,6 +61,7 @@ def make_optimizer(
     schedule: optax.Schedule,
     logical_axes: Any,
     *,
+    width: int | None = None,
     is_trained: Any = None,
     decays_all: bool = False,
 ) -> optax.GradientTransformation:
@@ -71,6 +72,7 @@ def make_optimizer(
     Args:
       logical_axes: tree like the parameters, naming each dimension; it tells matrices from norms
         and says which dimensions stack matrices.
+      width: the model's d_model, which config.base_width needs.
       is_trained: tree of bools; of the others there is no state, and their updates are their
         gradients, which are to be zero. None: all are trained.
       decays_all: whether weight decay is of all parameters: of adapters, which are all matrices.
@@ -87,7 +89,19 @@ def make_optimizer(
     is_matrix = jax.tree.map(
         lambda axes: decays_all or _matrix_dims(axes) is not None, logical_axes, **is_axes
     )
-    if config.kind == "adamw":
+    if config.base_width is not None:
+        assert width is not None
+        ratio = config.base_width / width
+        factors = jax.tree.map(
+            lambda axes: ratio if _reads_width(axes) else 1.0, logical_axes, **is_axes
+        )
+        update = optax.chain(
+            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+            _scaled_by(factors),
+            optax.add_decayed_weights(config.weight_decay, is_matrix),
+            optax.scale_by_learning_rate(schedule),
+        )
+    elif config.kind == "adamw":
         update = optax.adamw(
             schedule,
             b1=config.beta1,
@@ -116,6 +130,19 @@ def make_optimizer(
         clip = optax.clip_by_global_norm(config.clip_norm)
     chained = optax.chain(clip, update)
     return chained if is_trained is None else optax.masked(chained, is_trained)
+
+
+def _reads_width(logical_axes: tuple[str | None, ...]) -> bool:
+    """Whether a weight's sums or outputs grow with d_model: matrices and the router's rows; of the
+    vocabulary's two the output layer, as an embedding is looked up.
+    """
+    sides = [axis for axis in logical_axes if axis not in ("layers", "expert")]
+    return "embed" in sides and len(sides) > 1 and sides[0] != "vocab"
+
+
+def _scaled_by(factors: Any) -> optax.GradientTransformation:
+    """Each update times its own factor."""
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
 
 
 def _matrix_dims(logical_axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:

@@ -73,7 +73,7 @@ def draw_loss(runs: dict[str, list[Line]]) -> Picture:
         axes.plot(steps, smooth, color=color, linewidth=1.8)
         _draw_validation(axes, lines, color)
         ends[f"{name} {smooth[-1]:.2f}"] = (steps[-1], smooth[-1], color)
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per token")
     caption = "Training loss; the bold line is its running mean."
@@ -82,7 +82,7 @@ def draw_loss(runs: dict[str, list[Line]]) -> Picture:
     return to_picture(figure, "loss", caption)
 
 
-def _label_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
+def label_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
     """Labels right of the panel at the height of each line's end, apart from one another; a dotted
     line leads there from one that ends sooner.
 
@@ -141,7 +141,7 @@ def draw_validation(runs: dict[str, list[Line]]) -> Picture | None:
         steps, nats = _column(lines, "step"), _column(lines, "validation_loss")
         axes.plot(steps, nats, "o-", color=color, linewidth=1.8, markersize=4)
         ends[f"{name} {nats[-1]:.2f}"] = (steps[-1], nats[-1], color)
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss, nats per token")
     caption = (

@@ -137,6 +137,7 @@ def make_train_setup(
         run.optimizer,
         schedule,
         axes,
+        width=run.model.d_model,
         is_trained=is_trained(run, trained),
         decays_all=run.lora is not None,
     )

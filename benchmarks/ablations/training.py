@@ -15,7 +15,8 @@ import numpy as np
 
 from benchmarks.ablations.base import Finding, Target
 from configs.architecture import ModelConfig
-from configs.base import DataConfig, ExecutionConfig, OptimizerConfig, RunConfig
+from configs.base import DataConfig, ExecutionConfig, RunConfig
+from configs.optimizer import OptimizerConfig
 from data.packing import PackedRows
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
 from model.balance import load_metrics

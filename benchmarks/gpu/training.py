@@ -16,8 +16,9 @@ from benchmarks.gpu import kernel_times
 from benchmarks.gpu.peer_process import run_peer
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
-from configs.base import DataConfig, ExecutionConfig, OptimizerConfig, RunConfig
+from configs.base import DataConfig, ExecutionConfig, RunConfig
 from configs.feed_forward import MoEConfig, RouterConfig
+from configs.optimizer import OptimizerConfig
 from model.flops import training_flops_per_token
 from model.router import route
 from parallel.mesh import make_mesh

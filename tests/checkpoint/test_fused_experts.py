@@ -61,6 +61,7 @@ def write(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> str:
 
 
 @pytest.mark.parametrize("case", RECORDED)
+@pytest.mark.thinned(2)
 def test_the_same_model_bit_for_bit(case, tmp_path):
     config, tensors = released(case)
     fused = fuse(tensors)

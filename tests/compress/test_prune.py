@@ -64,6 +64,7 @@ def planted(axis: str):
 @pytest.mark.parametrize(
     ("axis", "share"), [("heads", 0.5), ("ffn", 0.84), ("width", 0.75), ("experts", 0.75)]
 )
+@pytest.mark.thinned(2)
 def test_units_that_add_nothing_go_without_a_trace(axis, share):
     variables = planted(axis)
     model = models.as_layers(models.MIXED, variables)
@@ -211,6 +212,7 @@ def test_equal_experts_merge_into_themselves(mixed):
     assert len(hidden_of(prune(taken_in, target, sums)[0], models.steps())) == 1
 
 
+@pytest.mark.slow
 def test_a_dense_layer_is_its_experts_where_gates_are_constant():
     ffn = tiny.moe(num_experts=4, router=RouterConfig(top_k=4))
     config = dataclasses.replace(

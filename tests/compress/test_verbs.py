@@ -143,7 +143,7 @@ def test_mixed_weights_meet_a_budget(place, tmp_path):
     assert 0.9 * 20_000 < record["weight_bytes"] <= 20_000
     assert len(record["bits"]) > 2
     target = tmp_path / "nats"
-    more = ["--weights", "mixed", "--budget", "0.001nats", "--report", str(report)]
+    more = ["--budget", "0.001nats", "--report", str(report)]
     assert quantize.main(arguments(place, target, *more)) == 0
     record = json.loads(report.read_text())
     assert record["lost"] <= 0.001
@@ -188,6 +188,7 @@ def test_an_interrupted_pass_goes_on(place, tmp_path, monkeypatch):
         (prune, ["--dense", "2"], "no experts"),
         (prune, ["--layers", "7"], "between 1 and"),
         (prune, ["--keep", "0.5", "--merge"], "--merge goes with"),
+        (quantize, [], "name --weights .*, or a --budget"),
         (quantize, ["--weights", "mixed"], "a budget goes with"),
         (quantize, ["--weights", "int4", "--budget", "2MB"], "a budget goes with"),
         (quantize, ["--weights", "int4", "--budget", "much"], "must be nats or bytes"),

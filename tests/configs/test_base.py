@@ -9,10 +9,11 @@ import pytest
 from configs import runs
 from configs.architecture import EarlyExitConfig, LayerSpec, MixtureOfDepthsConfig
 from configs.attention import AttentionConfig, RelativeAttentionConfig
-from configs.base import DistillConfig, ExecutionConfig, MeshConfig, OptimizerConfig, RunConfig
+from configs.base import DistillConfig, ExecutionConfig, MeshConfig, RunConfig
 from configs.checks import UserError
 from configs.cli import describe_runs, known_runs, load_run
 from configs.feed_forward import ContextConfig, MoEConfig, RouterConfig
+from configs.optimizer import OptimizerConfig
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, YarnConfig
 from configs.serialization import differences, from_json, to_json
 from model.growth import grown_config

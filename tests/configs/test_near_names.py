@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from configs.base import OptimizerConfig
 from configs.checks import UserError
 from configs.cli import known_runs, load_run
 from configs.near_names import hint, likeness, setting_names
+from configs.optimizer import OptimizerConfig
 from scripts import command
 
 MEANT = {

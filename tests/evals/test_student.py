@@ -48,6 +48,7 @@ def trained(tmp_path_factory) -> tuple[RunConfig, Path]:
     return run, folder
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_logits(trained):
     """Of the last line, against logits of each row on one device, to 1e-4 nats."""
     run, folder = trained

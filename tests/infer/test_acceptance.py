@@ -23,6 +23,7 @@ def test_tokens_of_a_step_are_those_of_drafts_that_end_at_the_first_refusal():
     assert np.isnan(tokens_per_step(rates, 6))
 
 
+@pytest.mark.slow
 def test_the_share_that_a_target_accepts():
     model = Transformer(tiny.model(pattern=tiny.model().pattern[1:], num_layers=1))
     draw = jax.jit(init_variables, static_argnums=(0, 1))

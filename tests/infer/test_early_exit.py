@@ -89,6 +89,7 @@ def test_a_threshold_above_one_is_the_full_model_bit_for_bit(variables):
     assert (layers == 7).all()
 
 
+@pytest.mark.slow
 def test_the_loop_is_the_masked_form(variables, early):
     """Token by token, each row as if alone: one leaves while the other goes on."""
     logits, layers, _ = early

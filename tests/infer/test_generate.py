@@ -183,6 +183,7 @@ def test_the_number_of_windows_is_known_beforehand(variables):
 # --- A model with memory ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generation_with_memory_is_repeated_argmax(remembering):
     """Beyond the ring of 21 slots too: prompts of 4 and 23 tokens."""
     prompts = [[0, 5, 17, 200], [0, *range(100, 122)]]

@@ -66,6 +66,7 @@ HOT = Sampling(1.0, seed=4, frequency_penalty=0.3, logit_bias=NEVER | {3: 5.0, 8
 
 @pytest.mark.parametrize("sampling", [Sampling(), REPEATS, HOT], ids=["greedy", "biased", "drawn"])
 @pytest.mark.thinned(2)
+@pytest.mark.thinned(2)
 def test_the_text_is_the_same_in_fewer_steps(plain, drafted, sampling):
     """At max_length, too, and with penalties that count what was drafted before."""
     requests = [Request(p, 96 - len(p), sampling=sampling, num_logprobs=1) for p in PROMPTS]

@@ -32,6 +32,7 @@ def draw(case: Case, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thinned(2)
 def test_reference_is_a_loop_over_groups(name):
     x, w, sizes, _, used = draw(CASES[name])
     y = multiply(x, w, sizes, "reference")
@@ -45,6 +46,7 @@ def test_reference_is_a_loop_over_groups(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thinned(2)
 def test_xla_equals_reference_with_gradients(name):
     x, w, sizes, dy, used = draw(CASES[name])
 

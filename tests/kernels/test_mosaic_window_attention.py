@@ -47,6 +47,7 @@ def run(function, case, q, k, v, positions, segments, sinks=None):
     return jnp.where((positions >= 0)[:, :, None, None], out, 0.0)
 
 
+@pytest.mark.slow
 def test_documents_windows_and_sinks_inside_of_blocks_with_gradients():
     """The gradients are of the Triton kernels, which read what this one leaves of its softmax."""
     q, k, v, *rows, dout = draw(SPREAD)

@@ -38,6 +38,7 @@ def test_future_tokens_change_nothing_before_them(config):
 
 
 @pytest.mark.parametrize("prefill", [1, 9, 23])
+@pytest.mark.thinned(2)
 def test_decode_equals_full_forward(config, prefill):
     check_decode(config, drawn(config), LENGTH, prefill)
 

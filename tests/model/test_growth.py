@@ -183,6 +183,7 @@ def test_multi_token_modules_grow_too(operator):
         assert sown[1]["router"]["multi_token_0"]["layer"]["moe"]["stats"].counts_E[8:].sum() == 0
 
 
+@pytest.mark.slow
 def test_dropped_units_lose_their_biases():
     """The same units of gate, up and their biases; biases of the output stay."""
     variables = drawn(GPT_OSS)

@@ -66,6 +66,7 @@ def test_a_bias_past_the_norm_is_told_apart(parity):
 
 
 @pytest.mark.parametrize("prefill", [1, 11])
+@pytest.mark.thinned(2)
 def test_absorbed_decode_equals_full_forward(latent, prefill):
     check_decode(*latent, LENGTH, prefill)
 

@@ -181,6 +181,7 @@ def test_a_prompt_and_then_token_by_token(kind):
             close(out[:, 0], expected[:, i])
 
 
+@pytest.mark.thinned(2)
 def test_in_chunks_with_padding(kind):
     """Chunks of at most SPARE + 1 tokens, each row's of another length, filled up with padding."""
     _, _, read, tokens, _, expected = kind
@@ -230,6 +231,7 @@ def test_a_snapshot_goes_on_from_where_it_was_taken(kind):
     close(out[:2, :2], expected[[2, 0], PROMPT : PROMPT + 2])
 
 
+@pytest.mark.thinned(2)
 def test_sequences_in_one_row(kind):
     """A prompt of one request between a token of two others: one row of a ragged step."""
     name, _, read, tokens, positions, expected = kind

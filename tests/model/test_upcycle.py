@@ -104,6 +104,7 @@ def test_other_routers_are_exact_too(name):
     check_the_same_function(DENSE, with_router(UPCYCLED, ROUTERS[name]))
 
 
+@pytest.mark.slow
 def test_it_is_the_same_function_on_expert_shards():
     dense, every = SHAPES["every second layer"]
     upcycled = upcycled_config(dense, num_experts=4, top_k=2, every=every)

@@ -102,6 +102,7 @@ def test_families_keep_their_load_while_twins_enter(name):
     assert load.max() < 2.0
 
 
+@pytest.mark.slow
 def test_twins_that_enter_at_once_are_told_apart():
     """The plausible mistake, the parents' bias from the first step on: the families that tokens
     prefer count about twice, and the others starve."""

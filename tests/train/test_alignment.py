@@ -68,6 +68,7 @@ def test_borders_are_where_both_have_read_the_same_bytes(tokenizers, cut):
     assert (row.kind_L[positions < 0] == NONE).all()
 
 
+@pytest.mark.slow
 def test_one_vocabulary_is_the_divergence_itself(tokenizers):
     """Every place with a target is a border, and the loss the KL of the whole vocabulary."""
     ours, _ = tokenizers

@@ -10,6 +10,7 @@ from configs import runs
 from configs.checks import UserError
 from configs.serialization import to_json
 from scripts import compare, sweep
+from train import sweep as sweep_pictures
 from train.compare import (
     as_text,
     config_differences,
@@ -111,6 +112,19 @@ def test_curves_of_many_runs_are_drawn(tmp_path):
     (drawn,) = draw_sweep(read_runs([tmp_path / "r1", tmp_path / "other"]))
     assert drawn.caption == "The last loss of each run."
     assert draw_sweep(compared[:1]) == []
+
+
+def test_a_sweep_over_a_number_and_something_else_has_a_line_for_each(tmp_path, monkeypatch):
+    folders = [
+        write_run(tmp_path / f"s{seed}_{i}", 0.01 * (i + 1), seed=seed)
+        for i in range(3)
+        for seed in (7, 8)
+    ]
+    labels: list[list[str]] = []
+    monkeypatch.setattr(sweep_pictures, "label_ends", lambda axes, ends: labels.append(list(ends)))
+    (drawn,) = draw_sweep(read_runs(folders))
+    assert "over optimizer.learning-rate" in drawn.caption
+    assert labels == [["seed 7", "seed 8"]]
 
 
 def test_what_a_sweep_may_return():

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from configs.base import OptimizerConfig
 from configs.checks import UserError
 from configs.further import FurtherConfig
+from configs.optimizer import OptimizerConfig
 from model.transformer import Transformer, abstract_variables
 from scripts import further
 from tests import tiny

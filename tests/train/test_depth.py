@@ -164,6 +164,7 @@ def trained(tmp_path_factory):
     return run, tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_logs(trained):
     _, run_dir = trained
     lines = read_lines(run_dir / "metrics.jsonl")

@@ -128,6 +128,7 @@ def test_the_cache_of_a_teacher_that_was_trained_again_is_refused(teacher, retra
         distill(config, folder, run.model, retrained, tokenizer_of(run))
 
 
+@pytest.mark.slow
 def test_a_student_goes_on_with_its_teacher_alone(teacher, retrained):
     """The same weights under another name are the same teacher."""
     run, tmp_path = teacher
@@ -173,6 +174,7 @@ def test_a_run_without_a_teacher_is_refused(teacher):
 
 
 @pytest.mark.parametrize("distillation", [{}, {"top_k": 16}], ids=["full", "top_k"])
+@pytest.mark.slow
 def test_a_public_checkpoint_teaches_in_any_format(distillation, tmp_path):
     """On its own tokens. What int8 changes of it is little, and the cache and log can tell."""
     write_llama(tmp_path / "model", hidden_size=256)

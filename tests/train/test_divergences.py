@@ -83,6 +83,7 @@ def test_beta_is_the_equations(kind):
 
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.thinned(2)
 def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient(kind, top_k):
     logits = jnp.asarray(HIDDEN @ W)
     loss, gradient = jax.value_and_grad(lambda x: loss_of(kind, x, top_k=top_k))(logits)

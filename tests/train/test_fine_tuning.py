@@ -3,25 +3,31 @@ with stays with it.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from checkpoint.provenance import read_provenance
 from configs.base import InitConfig
 from configs.checks import UserError
 from configs.models import of_source
+from data.chats import loss_mask, render_chat
 from data.packed_chats import PackedChats
 from data.pipeline import prepare_corpus
+from data.tokenizers.public_tokenizer import PublicTokenizer
 from infer.convert import Conversion, convert
 from infer.sources import open_source
 from model.transformer import Transformer, init_variables, output_weights, training_pass
 from scripts.named_runs import with_source_model
 from tests import tiny
 from tests.data.test_chats import CHATML, chat_data
-from train.fine_tuning import fine_tune
+from tests.train import record_sft
+from train.fine_tuning import answer_loss, fine_tune
 from train.loop import fit, mesh_of, to_devices
 from train.metrics import read_lines
 from train.state import init_state, make_train_setup
@@ -81,6 +87,7 @@ def test_the_loss_is_the_mean_over_the_assistants_tokens_of_each_chat_alone(tmp_
     np.testing.assert_allclose(float(metrics["cross_entropy"]), expected, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_how_unequal_targets_lie_in_micro_batches(tmp_path):
     """Dense, so that no router judges a part: to 1e-5 of the largest, sums in another order."""
     dense = tiny.model(vocab_size=330, pattern=tiny.model().pattern[1:], num_layers=1)
@@ -146,3 +153,30 @@ def test_another_objective_in_the_folder_and_text_are_refused(tuned):
         fit(run, tmp_path / "first")
     with pytest.raises(UserError, match=r"has data.form='text', fine-tuning needs chats"):
         fine_tune(tiny.run(tmp_path), tmp_path / "other")
+
+
+def test_masks_and_loss_are_trls():
+    """Its collator's labels are our masks, and of the same logits the loss is the same: the mean
+    over the assistant's tokens of chats of unequal lengths. Float32 both: 1e-6."""
+    recorded = json.loads((Path(__file__).parent / "recorded_sft.json").read_text())
+    words = Tokenizer(models.WordLevel(record_sft.WORDS, "<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["<pad>", "<end>"])
+    tokenizer = PublicTokenizer(words, None, frozenset({1}), False, record_sft.TEMPLATE)
+    labels_of = {}
+    for chat in record_sft.CHATS:
+        rendered = render_chat(record_sft.messages(chat), tokenizer, chat)
+        encoding = words.encode(rendered.text)
+        mask = loss_mask(encoding.ids, encoding.offsets, rendered.spans, tokenizer.eos_ids)
+        labels_of[tuple(encoding.ids)] = np.where(mask, encoding.ids, -100)
+    labels_BL = np.array(recorded["labels"])
+    padded = zip(recorded["input_ids"], recorded["attention_mask"], labels_BL, strict=True)
+    for ids, is_text, labels in padded:
+        length = sum(is_text)
+        np.testing.assert_array_equal(labels_of.pop(tuple(ids[:length])), labels[:length])
+        assert (labels[length:] == -100).all()
+    assert not labels_of
+    targets_BL = np.where(labels_BL == -100, -1, labels_BL)[:, 1:]
+    logits_BLV = np.array(recorded["logits"], np.float32)[:, :-1]
+    loss, _ = answer_loss(jnp.asarray(logits_BLV), {"targets": jnp.asarray(targets_BL)})
+    assert float(loss) / (targets_BL >= 0).sum() == pytest.approx(recorded["loss"], rel=1e-6)

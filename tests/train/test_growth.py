@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs.base import OptimizerConfig
 from configs.feed_forward import RouterConfig
+from configs.optimizer import OptimizerConfig
 from infer.run_weights import load_model
 from model.growth import grow, grown_config
 from parallel.mesh import make_mesh

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from configs.architecture import LayerSpec
 from configs.attention import IndexerConfig, LatentAttentionConfig
@@ -42,6 +43,7 @@ def is_of_indexer(path) -> bool:
     return any(getattr(key, "key", "") == "indexer" for key in path)
 
 
+@pytest.mark.slow
 def test_each_loss_teaches_its_own_part_alone():
     """The next token's loss has no gradient on the indexer, the indexer's none on the rest."""
     variables, (tokens, positions) = drawn(CONFIG), inputs(CONFIG, LENGTH)

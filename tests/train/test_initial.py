@@ -9,9 +9,10 @@ import pytest
 
 from checkpoint.model_folder import write_model_folder
 from configs.architecture import LayerSpec
-from configs.base import InitConfig, MeshConfig, OptimizerConfig
+from configs.base import InitConfig, MeshConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
+from configs.optimizer import OptimizerConfig
 from data.pipeline import batches, prepare_corpus
 from infer.sources import open_source
 from model.transformer import Transformer, hidden_states, output_weights

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from checkpoint.run_directory import read_run, sole_writer
-from configs.base import AlarmConfig, CheckpointConfig, ExecutionConfig, MeshConfig, OptimizerConfig
+from configs.base import AlarmConfig, CheckpointConfig, ExecutionConfig, MeshConfig
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, RouterConfig
 from configs.monitoring import MetricsConfig
+from configs.optimizer import OptimizerConfig
 from infer.run_weights import load_model
 from model.growth import grow, grown_config
 from tests import tiny

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from configs.architecture import LayerSpec
-from configs.base import InitConfig, OptimizerConfig
+from configs.base import InitConfig
 from configs.checks import UserError
+from configs.optimizer import OptimizerConfig
 from configs.tuning import LoRAConfig
 from infer.adapters import export_adapter, with_adapter
 from infer.convert import Conversion, convert
@@ -56,6 +57,7 @@ def adapting(run, tmp_path, **changes):
     return dataclasses.replace(run, name="lora", init=init, lora=lora, optimizer=optimizer)
 
 
+@pytest.mark.slow
 def test_only_adapters_have_a_state_and_lie_in_the_checkpoints(base):
     run, tmp_path, _ = base
     lora = adapting(run, tmp_path)

@@ -14,8 +14,9 @@ import pytest
 from flax import struct
 
 from checkpoint.orbax_store import CheckpointStore
-from configs.base import DistillConfig, MeshConfig, OptimizerConfig
+from configs.base import DistillConfig, MeshConfig
 from configs.checks import UserError
+from configs.optimizer import OptimizerConfig
 from data.pipeline import batches, prepare_corpus
 from infer.run_weights import load_model
 from model.transformer import hidden_states, output_weights
@@ -49,6 +50,7 @@ def resume(story, mesh: MeshConfig) -> list[float]:
     return losses(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_it_learns_and_resumes_bit_for_bit(story):
     run, tmp_path = story
     unbroken = losses(tmp_path / "unbroken")

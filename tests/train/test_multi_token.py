@@ -91,6 +91,7 @@ def test_padding_is_not_counted():
     assert (found[0, :7] >= 0).all()
 
 
+@pytest.mark.slow
 def test_the_gradient_reaches_the_trunk(variables):
     grads = jax.jit(jax.grad(lambda v: loss_of(v)[0]))(variables)["params"]
     norms = {k: float(jnp.abs(grads[k]).max()) for k in ("embedding", "output")}

@@ -110,6 +110,7 @@ def test_experts_while_generating_are_those_of_training_and_decide_when_replayed
     np.testing.assert_array_equal(run(unset)[0], free)
 
 
+@pytest.mark.slow
 def test_the_gradient_on_drawn_texts_is_unbiased():
     """A toy whose texts of two tokens can be counted: the mean gradient over draws by the engine's
     sampler is that over all texts, weighted by what the student gives them."""

@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from configs.base import MeshConfig, OptimizerConfig
-from model.transformer import Transformer, abstract_variables
+from configs.architecture import LayerSpec
+from configs.base import MeshConfig
+from configs.feed_forward import DenseConfig
+from configs.optimizer import OptimizerConfig
+from model.transformer import Transformer, abstract_variables, hidden_states, init_variables
 from parallel.mesh import make_mesh
 from tests import tiny
 from train.optim import make_optimizer, make_schedule
@@ -134,3 +138,65 @@ def test_gradients_are_clipped_unless_that_is_left_out(clip_norm, scale):
     _, state = optimizer.update({"w": jnp.array([3.0, 4.0])}, optimizer.init(params), params)
     moments = [x for x in jax.tree.leaves(state) if x.shape == (2,)]
     np.testing.assert_allclose(moments[0], (1 - config.beta1) * scale * np.array([3.0, 4.0]), 1e-5)
+
+
+def test_with_a_base_width_what_reads_the_width_moves_in_proportion_to_it():
+    """Adam's first update is the rate in the gradient's direction, here a quarter of it where sums
+    grow with d_model; decay, norms, biases and the embedding stay at the whole rate."""
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, base_width=8, weight_decay=0.5)
+    abstract, axes = (tree["params"] for tree in abstract_variables(Transformer(tiny.model())))
+    optimizer = make_optimizer(config, lambda _: 0.1, axes, width=32)
+    random = np.random.RandomState(0)
+    params = jax.tree.map(lambda x: jnp.asarray(random.randn(*x.shape), jnp.float32), abstract)
+    grads = jax.tree.map(lambda x: 1e-2 * jnp.sign(x), params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    w, u = (tree["periods"]["layer_0"] for tree in (params, updates))
+    pairs = {
+        "embedding": (params["embedding"], updates["embedding"], 1.0, 0.5),
+        "output": (params["output"], updates["output"], 0.25, 0.5),
+        "queries": (w["attention"]["q"], u["attention"]["q"], 0.25, 0.5),
+        "down": (w["moe"]["down"], u["moe"]["down"], 0.25, 0.5),
+        "router": (w["moe"]["router"], u["moe"]["router"], 0.25, 0.0),
+        "norm": (w["attention_norm"]["scale"], u["attention_norm"]["scale"], 1.0, 0.0),
+    }
+    for name, (weights, update, factor, decay) in pairs.items():
+        expected = -0.1 * (factor * jnp.sign(weights) + decay * weights)
+        np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_base_width_keeps_the_move_of_the_logits_from_growing_with_the_width():
+    """The same rate at eight times the width: the logits after two steps move about as far as the
+    narrow model's, where without a base width they move several times as far (Yang et al. 2022)."""
+
+    def moved(width: int, base: int | None) -> float:
+        config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, base_width=base)
+        attention = tiny.attention(window_size=None, num_sink_tokens=0)
+        spec = LayerSpec(attention=attention, ffn=DenseConfig(d_ff=2 * width))
+        model = Transformer(tiny.model(d_model=width, pattern=(spec,), num_layers=1))
+        _, axes = abstract_variables(model)
+        optimizer = make_optimizer(config, lambda _: 1e-2, axes["params"], width=width)
+        tokens_BL = np.random.RandomState(1).randint(0, 300, (4, 17))
+        inputs_BL, targets_BL = jnp.asarray(tokens_BL[:, :-1]), jnp.asarray(tokens_BL[:, 1:])
+        positions_BL = jnp.broadcast_to(jnp.arange(16), inputs_BL.shape)
+
+        def loss(params):
+            hidden_BLD, _ = hidden_states(model, {"params": params}, inputs_BL, positions_BL)
+            logits_BLV = hidden_BLD @ params["output"]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL)
+            return losses.mean(), logits_BLV
+
+        @jax.jit
+        def two_steps(params):
+            state, before = optimizer.init(params), loss(params)[1]
+            for _ in range(2):
+                grads = jax.grad(lambda p: loss(p)[0])(params)
+                updates, state = optimizer.update(grads, state, params)
+                params = optax.apply_updates(params, updates)
+            return jnp.sqrt(jnp.mean(jnp.square(loss(params)[1] - before)))
+
+        return float(two_steps(init_variables(model, 0)["params"]))
+
+    narrow = moved(32, None)
+    assert moved(32, 32) == pytest.approx(narrow, rel=1e-5)
+    assert 0.5 < moved(256, 32) / narrow < 1.5
+    assert moved(256, None) / narrow > 3
