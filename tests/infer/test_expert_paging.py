@@ -79,8 +79,8 @@ def test_the_text_is_that_of_the_engine(made, resident):
     [
         Paging(0.25),
         Paging(0.25, has_forecast=False),
-        Paging(0.5, policy="lru"),
-        Paging(0.625),
+        pytest.param(Paging(0.5, policy="lru"), marks=pytest.mark.slow),
+        pytest.param(Paging(0.625), marks=pytest.mark.slow),
     ],
     ids=lambda p: f"{p.share}-{p.policy}-{p.has_forecast}",
 )
