@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from configs.accelerators import DATA_SHEETS
-from configs.checks import require
+from configs.checks import UserError, require
 from infer.engine.options import EngineOptions
 from infer.hardware import Hardware
 from kernels import backend, native
@@ -120,6 +120,15 @@ class InferencePlan:
     @property
     def usable_memory(self) -> float:
         return USABLE * self.hardware.sheet.memory
+
+    def require_chosen(self) -> Candidate:
+        """
+        Raises:
+          UserError: nothing fits.
+        """
+        if self.chosen is None:
+            raise UserError(f"nothing fits; what would: {'; '.join(remedies(self))}")
+        return self.chosen
 
     def unfit_reason(self, one: Candidate) -> str | None:
         """Why it can't be taken; None: it can."""

@@ -14,7 +14,6 @@ from infer.sources import Source, open_source
 from planning.available import available_memory
 from planning.inference import InferencePlan, Wanted, make_inference_plan
 from planning.inference_cost import Costs
-from planning.inference_report import sentences
 from scripts.model_options import AUTO
 from scripts.named_runs import with_source_model
 from train.progress import ProgressBar
@@ -111,12 +110,10 @@ def settle_auto(source: Source, arguments: argparse.Namespace) -> None:
     )
     costs = Costs(source.config, source.execution, found_hardware(HERE), context)
     plan = make_inference_plan(costs, wanted)
-    if plan.chosen is None:
-        raise UserError(f"--weights auto: {sentences(plan)[0]}")
-    arguments.weights, arguments.kv = plan.chosen.weights, plan.chosen.kv
-    arguments.max_rows = plan.chosen.rows
+    chosen = plan.require_chosen()
+    arguments.weights, arguments.kv, arguments.max_rows = chosen.weights, chosen.kv, chosen.rows
     print(
-        f"auto: weights {plan.chosen.weights}, keys and values {plan.chosen.kv}, "
-        f"{plan.chosen.rows} row(s) (moesaic plan-inference {source.name} says why)",
+        f"auto: weights {chosen.weights}, keys and values {chosen.kv}, "
+        f"{chosen.rows} row(s) (moesaic plan-inference {source.name} says why)",
         flush=True,
     )
