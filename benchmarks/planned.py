@@ -10,19 +10,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from infer.engine import Engine, EngineOptions, Request
 from infer.engine.options import with_pages
-from infer.hardware import Hardware
 from infer.sources import Source
 from infer.weights import check_format
 from model.transformer import Transformer, Variables
-from planning.inference import Candidate, Wanted, make_inference_plan
-from planning.inference_cost import Costs
 
 DEFAULT_ROWS = 8
 """Of scripts.serve."""
@@ -39,6 +35,18 @@ class Shape:
     @property
     def length(self) -> int:
         return self.prompt + self.new
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How a shape's requests are to be served."""
+
+    weights: str
+    options: EngineOptions
+
+    def __str__(self) -> str:
+        o = self.options
+        return f"{self.weights}, kv {o.kv_dtype}, {o.max_rows} row(s), pieces of {o.piece}"
 
 
 SHAPES = (
@@ -66,7 +74,7 @@ class Compared:
 
 def compare(
     source: Source,
-    hardware: Hardware,
+    plan_for: Callable[[Shape], Planned],
     shapes: Sequence[Shape] = SHAPES,
     rounds: int = 3,
     on_shape: Callable[[int], None] = lambda done: None,
@@ -74,54 +82,30 @@ def compare(
     """Both engines on each shape.
 
     Args:
+      plan_for: what is chosen for a shape.
       on_shape: called with the number of shapes that are done.
     Raises:
-      UserError: nothing fits, or a shape is longer than the model's context.
+      UserError: of plan_for, or a shape is longer than the model's context.
     """
     loaded: dict[str, tuple[Transformer, Variables]] = {}
 
-    def engine_of(weights: str, options: EngineOptions) -> Engine:
-        if weights not in loaded:
-            loaded[weights] = source.load(weights=check_format(weights), for_decoding=True)
-        engine = Engine(*loaded[weights], with_pages(options, source.config))
+    def engine_of(plan: Planned) -> Engine:
+        if plan.weights not in loaded:
+            weights = check_format(plan.weights)
+            loaded[plan.weights] = source.load(weights=weights, for_decoding=True)
+        engine = Engine(*loaded[plan.weights], with_pages(plan.options, source.config))
         engine.warm_up()
         return engine
 
     found = []
     for done, shape in enumerate(shapes):
-        one = planned_for(source, hardware, shape)
-        common: dict[str, Any] = {"max_length": shape.length}
-        arms = (
-            engine_of("float32", EngineOptions(max_rows=DEFAULT_ROWS, **common)),
-            engine_of(
-                one.weights,
-                EngineOptions(
-                    max_rows=one.rows,
-                    kv_dtype=one.kv,
-                    piece=one.piece,
-                    page_size=one.page_size,
-                    **common,
-                ),
-            ),
-        )
+        plan = plan_for(shape)
+        options = EngineOptions(max_rows=DEFAULT_ROWS, max_length=shape.length)
+        arms = engine_of(Planned("float32", options)), engine_of(plan)
         rates = alternate(arms, shape, source.config.vocab_size, rounds)
-        found.append(Compared(shape, told(one), *rates))
+        found.append(Compared(shape, str(plan), *rates))
         on_shape(done + 1)
     return found
-
-
-def planned_for(source: Source, hardware: Hardware, shape: Shape) -> Candidate:
-    """
-    Raises:
-      UserError: nothing fits.
-    """
-    costs = Costs(source.config, source.execution, hardware, shape.length)
-    plan = make_inference_plan(costs, Wanted(context=shape.length, clients=shape.clients))
-    return plan.require_chosen()
-
-
-def told(one: Candidate) -> str:
-    return f"{one.weights}, kv {one.kv}, {one.rows} row(s), pieces of {one.piece}"
 
 
 def alternate(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import planned
-from benchmarks.planned import Compared, Shape, compare, geometric_mean, told
+from benchmarks.planned import Compared, Shape, compare, geometric_mean
 from configs.checks import UserError
 from infer.hardware import from_sheet
 from infer.sources import open_source
@@ -63,9 +63,9 @@ def test_a_real_model_is_measured_and_kept(tmp_path, monkeypatch, capsys):
 def test_what_is_planned_is_told(tmp_path):
     write_llama(tmp_path)
     source = open_source(str(tmp_path))
-    one = planned.planned_for(source, from_sheet("cpu"), Shape(3, 8, 4))
-    assert one.rows == 3
-    assert told(one).startswith(f"{one.weights}, kv {one.kv}, 3 row(s)")
+    one = bench_planned.planned_for(source, from_sheet("cpu"), Shape(3, 8, 4))
+    assert (one.options.max_rows, one.options.max_length) == (3, 12)
+    assert str(one).startswith(f"{one.weights}, kv {one.options.kv_dtype}, 3 row(s)")
 
 
 def test_impossible_rounds(tmp_path):
