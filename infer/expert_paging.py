@@ -16,7 +16,6 @@ E experts, R slots, L tokens of a piece, D d_model, K experts per token.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -25,9 +24,9 @@ import numpy as np
 
 from configs.architecture import LayerSpec, ModelConfig
 from configs.base import ExecutionConfig
-from configs.checks import require
 from configs.feed_forward import MoEConfig
-from infer.expert_cache import PagingCounts, Policy, SlotTable, belady, forecast_accuracy
+from infer.expert_cache import PagingCounts, SlotTable, belady, forecast_accuracy
+from infer.expert_store import ExpertStore, Paging, check_paging, empty_slots, slots_of
 from infer.sources import Progress, Source
 from infer.weights import Convert, WeightFormat
 from model.block import Block
@@ -40,87 +39,6 @@ from model.transformer import Transformer, Variables, output_weights
 
 WIDTH = 16
 """Tokens of a prompt that are read at once."""
-
-
-@dataclass(frozen=True)
-class Paging:
-    """How experts are paged."""
-
-    share: float
-    """Of each layer's experts, resident."""
-    policy: Policy = "lfu"
-    has_forecast: bool = True
-    directory: Path | None = None
-    """Where the experts' files are made; None keeps them in the host's memory."""
-
-    def __post_init__(self) -> None:
-        require(
-            0 < self.share <= 1, f"resident experts {self.share} must be a share above 0, 1 at most"
-        )
-
-    def num_slots(self, config: MoEConfig) -> int:
-        """
-        Raises:
-          UserError: fewer than a token goes to.
-        """
-        slots = min(max(round(self.share * config.num_experts), 1), config.num_experts)
-        top_k = config.router.top_k
-        require(
-            slots >= top_k,
-            f"resident experts {self.share:g} of {config.num_experts} are {slots}, and a token "
-            f"goes to {top_k}: give {top_k / config.num_experts:g} or more",
-        )
-        return slots
-
-
-def check_paging(config: ModelConfig, paging: Paging) -> None:
-    """
-    Raises:
-      UserError: a model without experts, or whose layers can't run one by one.
-    """
-    layers = [spec.ffn for spec in config.pattern if isinstance(spec.ffn, MoEConfig)]
-    require(bool(layers), "this model has no experts to page: leave resident experts out")
-    for layer in layers:
-        paging.num_slots(layer)
-    for spec in (*config.prefix, *config.pattern):
-        require(
-            spec.depth is None,
-            "a Mixture-of-Depths layer passes some tokens by, and its experts can't be paged: "
-            "leave resident experts out",
-        )
-
-
-# --- Where experts lie ---------------------------------------------------------------------------
-
-
-@dataclass
-class ExpertStore:
-    """All experts of one layer, outside the device: by name, arrays whose dim 0 is the expert."""
-
-    arrays: dict[str, Any] = field(default_factory=dict)
-
-    def put(self, name: str, weight: Any, directory: Path | None, layer: str) -> None:
-        """Takes an array or QTensor [1, E, ...]; into a file for each array where there is a
-        directory."""
-        flat, tree = jax.tree.flatten(weight)
-        kept = []
-        for i, array in enumerate(flat):
-            host = np.asarray(array)[0]
-            path = None if directory is None else directory / f"{layer}.{name}.{i}"
-            kept.append(np.array(host) if path is None else _in_file(host, path))
-        self.arrays[name] = jax.tree.unflatten(tree, kept)
-
-    def expert(self, number: int) -> dict[str, Any]:
-        return jax.tree.map(lambda x: np.ascontiguousarray(x[number]), self.arrays)
-
-
-def _in_file(array: np.ndarray, path: Path) -> np.ndarray:
-    """The array in a file that the system reads and forgets page by page."""
-    written = np.memmap(path, np.uint8, "w+", shape=(array.nbytes,))
-    written[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    written.flush()
-    read = np.memmap(path, np.uint8, "r", shape=(array.nbytes,))
-    return read.view(array.dtype).reshape(array.shape)
 
 
 def load_paged(
@@ -149,7 +67,7 @@ def load_paged(
             if names[:2] != ["params", "periods"] or ffn != "moe" or name not in WEIGHT_AXES:
                 return found
             stores.setdefault(layer, ExpertStore()).put(name, found, paging.directory, layer)
-            return _empty_slots(found, _slots_of(source.config, layer, paging))
+            return empty_slots(found, slots_of(source.config, layer, paging))
 
         return moved
 
@@ -157,17 +75,6 @@ def load_paged(
         weights=weights, progress=progress, for_decoding=True, with_convert=with_convert
     )
     return PagedModel(model, variables, stores, paging)
-
-
-def _slots_of(config: ModelConfig, layer: str, paging: Paging) -> int:
-    spec = config.pattern[int(layer.removeprefix("layer_")) % len(config.pattern)]
-    assert isinstance(spec.ffn, MoEConfig)
-    return paging.num_slots(spec.ffn)
-
-
-def _empty_slots(weight: Any, num_slots: int) -> Any:
-    """Of all experts' [1, E, ...]: [1, R, ...] of zeros."""
-    return jax.tree.map(lambda x: jnp.zeros((1, num_slots, *x.shape[2:]), x.dtype), weight)
 
 
 def page(model: Transformer, variables: Variables, paging: Paging) -> "PagedModel":
@@ -184,10 +91,10 @@ def page(model: Transformer, variables: Variables, paging: Paging) -> "PagedMode
         if "moe" not in tree:
             continue
         store, moe = stores.setdefault(name, ExpertStore()), dict(tree["moe"])
-        num = _slots_of(model.config, name, paging)
+        num = slots_of(model.config, name, paging)
         for key in [key for key in moe if key in WEIGHT_AXES]:
             store.put(key, moe[key], paging.directory, name)
-            moe[key] = _empty_slots(moe[key], num)
+            moe[key] = empty_slots(moe[key], num)
         periods[name] = {**tree, "moe": moe}
     params = {**variables["params"], "periods": periods}
     return PagedModel(model, {**variables, "params": params}, stores, paging)

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from configs.checks import require
 from infer.expert_cache import POLICIES, PagingCounts, belady, simulate
-from infer.expert_paging import PagedLayer, PagedModel, Paging
+from infer.expert_paging import PagedLayer, PagedModel
+from infer.expert_store import Paging
 
 
 @dataclass(frozen=True)

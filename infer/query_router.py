@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configs.checks import UserError, require
+from configs.checks import require
+from infer.scored_questions import Question
 
 FEATURES = ("mean", "deviation", "largest", "last", "as_expected", "log_length")
 """Of a question's tokens: nats on average, their deviation, the largest, the average of the last
@@ -29,16 +30,6 @@ LEAST = 40
 """Questions, below which neither a fit nor its report means anything."""
 FIT, CALIBRATED = 0.5, 0.25
 """Shares of the questions that weights are fitted to, and the threshold; the rest is held out."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question that both models have answered."""
-
-    prompt: str
-    small: float
-    """The score of the small model's answer, of the same measure as `large`."""
-    large: float
 
 
 @dataclass(frozen=True)
@@ -242,20 +233,13 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -500, 500)))
 
 
-def question_of(tree: object, where: str) -> Question:
-    """A line of a file of scored questions.
-
-    Raises:
-      UserError: it is no object with "prompt", "small" and "large".
-    """
-    if not isinstance(tree, dict):
-        raise UserError(f'{where} is no object: write {{"prompt": ..., "small": 0, "large": 1}}')
-    prompt, scores = tree.get("prompt"), [tree.get("small"), tree.get("large")]
-    is_text = isinstance(prompt, str) and bool(prompt.strip())
-    are_numbers = all(isinstance(x, int | float) and np.isfinite(x) for x in scores)
-    if not is_text or not are_numbers:
-        raise UserError(
-            f'{where} needs "prompt", a text, and "small" and "large", the scores of both models\' '
-            f"answers as numbers: it has {', '.join(map(repr, tree)) or 'nothing'}"
-        )
-    return Question(str(prompt), float(scores[0] or 0), float(scores[1] or 0))
+def report_of(router: Router) -> str:
+    """What the router does with the questions that were held out."""
+    r = router.report
+    return (
+        f"{r.questions} questions held out: {r.call_share:.1%} go to the large model, score "
+        f"{r.quality:.3f} (small alone {r.small_quality:.3f}, large alone {r.large_quality:.3f})\n"
+        f"performance gap recovered {r.pgr:.1%}, at random {r.random_pgr:.1%}; over all shares "
+        f"{r.apgr:.3f} of at most {r.oracle_apgr:.3f}, at random 0.5; probabilities are off by "
+        f"{r.calibration_error:.3f}"
+    )

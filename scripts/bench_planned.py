@@ -15,15 +15,11 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import machine
-from benchmarks.planned import SHAPES, Planned, Shape, compare, geometric_mean, table_of
+from benchmarks.planned import SHAPES, compare, geometric_mean, table_of
 from configs.checks import require
-from infer.engine import EngineOptions
-from infer.hardware import Hardware
-from infer.sources import Source, open_source
-from planning.inference import Wanted, make_inference_plan
-from planning.inference_cost import Costs
+from infer.sources import open_source
 from scripts import command
-from scripts.inference_plans import HERE, found_hardware
+from scripts.inference_plans import HERE, found_hardware, planned_for
 from train.progress import ProgressBar
 
 
@@ -48,24 +44,6 @@ def main(argv: list[str]) -> None:
         tree = [dataclasses.asdict(one) | {"ratio": one.ratio} for one in found]
         whole = {"machine": machine.description(), "shapes": tree, "mean": geometric_mean(found)}
         arguments.json.write_text(json.dumps(whole, indent=1) + "\n")
-
-
-def planned_for(source: Source, hardware: Hardware, shape: Shape) -> Planned:
-    """
-    Raises:
-      UserError: nothing fits.
-    """
-    costs = Costs(source.config, source.execution, hardware, shape.length)
-    wanted = Wanted(context=shape.length, clients=shape.clients)
-    one = make_inference_plan(costs, wanted).require_chosen()
-    options = EngineOptions(
-        max_rows=one.rows,
-        max_length=shape.length,
-        kv_dtype=one.kv,
-        piece=one.piece,
-        page_size=one.page_size,
-    )
-    return Planned(one.weights, options)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.checks import UserError
 from formats.atomic_folder import replace_text
 from infer.chat import chat_ids
-from infer.query_router import Question, Router, calibrate, question_of
+from infer.query_router import calibrate, report_of
 from infer.question_features import QuestionScorer
+from infer.scored_questions import read_questions
 from scripts import command
 from scripts.arguments import finite
 from scripts.model_options import add_model_options, asked_mesh, chosen_source, load_model
@@ -48,38 +48,6 @@ def main(argv: list[str]) -> None:
     replace_text(arguments.out, json.dumps(dataclasses.asdict(router), indent=2) + "\n")
     print(report_of(router))
     print(f"router: {arguments.out}")
-
-
-def read_questions(path: Path) -> list[Question]:
-    """
-    Raises:
-      UserError: a line that is no scored question.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: give another file") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                tree = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number} is not valid JSON ({error})") from error
-            found.append(question_of(tree, f"{path}, line {number}"))
-    return found
-
-
-def report_of(router: Router) -> str:
-    """What the router does with the questions that were held out."""
-    r = router.report
-    return (
-        f"{r.questions} questions held out: {r.call_share:.1%} go to the large model, score "
-        f"{r.quality:.3f} (small alone {r.small_quality:.3f}, large alone {r.large_quality:.3f})\n"
-        f"performance gap recovered {r.pgr:.1%}, at random {r.random_pgr:.1%}; over all shares "
-        f"{r.apgr:.3f} of at most {r.oracle_apgr:.3f}, at random 0.5; probabilities are off by "
-        f"{r.calibration_error:.3f}"
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from configs.checks import UserError, require
-from infer.expert_paging import Paging
+from infer.expert_store import Paging
 from infer.paged_generation import generate_paged
 from infer.paging_report import compare_policies, default_shares, table_of
 from infer.sources import open_source

@@ -4,11 +4,13 @@ import argparse
 import os
 from pathlib import Path
 
+from benchmarks.planned import Planned, Shape
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig
 from configs.checks import UserError
 from configs.cli import known_runs, named_run
 from configs.experiment_file import parse_target
+from infer.engine import EngineOptions
 from infer.hardware import Hardware, from_sheet, this_machine
 from infer.sources import Source, open_source
 from planning.available import available_memory
@@ -117,3 +119,21 @@ def settle_auto(source: Source, arguments: argparse.Namespace) -> None:
         f"{chosen.rows} row(s) (moesaic plan-inference {source.name} says why)",
         flush=True,
     )
+
+
+def planned_for(source: Source, hardware: Hardware, shape: Shape) -> Planned:
+    """
+    Raises:
+      UserError: nothing fits.
+    """
+    costs = Costs(source.config, source.execution, hardware, shape.length)
+    wanted = Wanted(context=shape.length, clients=shape.clients)
+    one = make_inference_plan(costs, wanted).require_chosen()
+    options = EngineOptions(
+        max_rows=one.rows,
+        max_length=shape.length,
+        kv_dtype=one.kv,
+        piece=one.piece,
+        page_size=one.page_size,
+    )
+    return Planned(one.weights, options)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from configs.checks import require
 from infer.chat import chat_ids
-from infer.expert_paging import PagedModel, Paging, load_paged
+from infer.expert_paging import PagedModel, load_paged
+from infer.expert_store import Paging
 from infer.paged_generation import generate_paged
 from infer.sampling import Sampling
 from infer.sources import Source

@@ -11,7 +11,8 @@ from configs.architecture import LayerSpec, ModelConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig
 from configs.models import delta_nano
-from infer.expert_paging import PagedModel, Paging, load_paged, page
+from infer.expert_paging import PagedModel, load_paged, page
+from infer.expert_store import Paging
 from infer.generate import generate
 from infer.load import inference_execution
 from infer.paged_generation import generate_paged

@@ -9,7 +9,6 @@ from configs.checks import UserError
 from infer.query_router import (
     FEATURES,
     PENALTY,
-    Question,
     calibrate,
     choose_threshold,
     features_of,
@@ -17,8 +16,8 @@ from infer.query_router import (
     judge,
     mean_pgr,
     pgr_of,
-    question_of,
 )
+from infer.scored_questions import Question, question_of
 
 
 def planted(count: int, seed: int = 0, noise: float = 0.0):

@@ -9,6 +9,8 @@ import pytest
 
 from configs.checks import UserError
 from infer.engine import EngineOptions
+from infer.query_router import report_of
+from infer.scored_questions import read_questions
 from infer.server.keys import ApiKeys
 from infer.sources import open_source
 from scripts import calibrate_router, offloading, serve, served
@@ -58,7 +60,7 @@ def test_a_router_that_is_written_keeps_hard_questions_from_the_small_model(rout
     assert found.report.pgr == 1.0
     assert found.report.call_share == pytest.approx(0.2, abs=0.15)
     assert found.report.random_pgr == found.report.call_share
-    assert "performance gap recovered 100.0%" in calibrate_router.report_of(found)
+    assert "performance gap recovered 100.0%" in report_of(found)
 
 
 @pytest.mark.slow
@@ -133,4 +135,4 @@ def test_files_of_questions_that_are_none(text, sentence, tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=sentence):
-        calibrate_router.read_questions(path)
+        read_questions(path)
