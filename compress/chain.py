@@ -155,8 +155,14 @@ def memory_bandwidth() -> float:
     return BANDWIDTH_BYTES / min(seconds)
 
 
-def write_chain_page(chain: Chain, settings: dict[str, Any], answers: Sequence[str]) -> Path:
-    """report.html with one picture: loss against bytes and against tokens a second."""
+def write_chain_page(
+    chain: Chain, settings: dict[str, Any], answers: Sequence[str], pages: Sequence[str] = ()
+) -> Path:
+    """report.html with one picture: loss against bytes and against tokens a second.
+
+    Args:
+      pages: others that it leads to, from its folder.
+    """
     stages = list(chain.stages.values())
     figure, (by_bytes, by_speed) = new_panels(9.0, 4.0, 2)
     for axes, name, label in (
@@ -177,6 +183,7 @@ def write_chain_page(chain: Chain, settings: dict[str, Any], answers: Sequence[s
     rows = {stage.name: _line(stage) for stage in stages}
     sections = [table(rows)]
     sections += [f"<pre>{html.escape(text)}</pre>" for text in answers]
+    sections += [f'<p><a href="{page}">{page}</a></p>' for page in pages]
     return write_page(chain.folder, "Large to small", sections, [picture], settings)
 
 

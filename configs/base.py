@@ -134,6 +134,9 @@ class InitConfig:
     architecture: Literal["run", "source"] = "run"
     """source: the run's model is the one that init.source has, and so is its tokenizer where
     data.tokenizer names none; `model` is left as configs.models.of_source() makes it."""
+    weights: Literal["source", "drawn"] = "source"
+    """drawn: of init.source only architecture and tokenizer are taken; the weights are drawn from
+    the run's seed."""
     drop: float = 0.0
     """Upcycled only: share of each expert's hidden units that are drawn anew; 0 begins as the same
     function."""
@@ -150,6 +153,11 @@ class InitConfig:
             self.architecture == "run" or (self.source is not None and not self.drop),
             f"init.architecture={self.architecture!r} needs init.source, whose model it is, and no "
             f"init.drop, got source={self.source!r} and drop={self.drop}",
+        )
+        require(
+            self.weights == "source" or self.architecture == "source",
+            f"init.weights={self.weights!r} takes nothing from init.source but its architecture: "
+            "set init.architecture='source', or leave init out",
         )
 
 

@@ -345,6 +345,14 @@ def prefer() -> RunConfig:
     )
 
 
+def pruned_alone() -> RunConfig:
+    """A pruned model that trains on without a teacher: what pruned_recovery is compared with.
+
+    python -m scripts.train pruned_alone --init.source pruned --run-dir runs/alone
+    """
+    return dataclasses.replace(pruned_recovery(), name="pruned_alone", distill=None)
+
+
 def pruned_recovery() -> RunConfig:
     """A pruned model that learns from the one it was: what makes good what pruning cost.
 

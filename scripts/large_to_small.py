@@ -3,11 +3,17 @@
     python -m scripts.large_to_small                         # make large-to-small
     python -m scripts.large_to_small --short                 # the same road in a few steps
     python -m scripts.large_to_small models/big --keep 0.7 --steps 1000
+    python -m scripts.large_to_small --arms                  # beside it what each part is worth
+
+The arms train on as many tokens as the student: its shape from drawn weights and the pruned model,
+each alone and with the teacher, and the pruned one on texts that it writes itself. At the end all
+stages are asked --tasks, on a page of their own.
 
 Each stage is skipped when it is done: interrupted, the same command goes on. The folder's
 report.html has one picture: quality against bytes and against tokens per second.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -23,19 +29,21 @@ from scripts.arguments import finite
 SIZES = {"calibration": 32_768, "held_out": 16_384, "length": 512}
 SHORT_SIZES = {"calibration": 2048, "held_out": 2048, "length": 256}
 SHORT = ("--steps", "4", "--optimizer.warmup-steps", "1")
+TASKS = "bpb_code,bpb_prose,udhr:eng,line_completion,multiemo_en"
+METHODS: dict[WeightFormat, str] = {"int8": "rtn", "int4": "gptq"}
+DRAWN = ("--init.weights", "drawn")
+ARMS = {
+    "drawn, alone": ("train", "pruned_alone", DRAWN),
+    "drawn, teacher": ("distill", "pruned_recovery", DRAWN),
+    "pruned, alone": ("train", "pruned_alone", ()),
+    "pruned, own texts": ("distill", "pruned_recovery", ("--distill.on-policy.share", "0.25")),
+}
+"""By name the verb, its run and what is set; the stage "distilled" is the pruned one with its
+teacher."""
 
 
 def main(argv: list[str]) -> int:
-    parser = command.parser(__doc__)
-    parser.add_argument("source", metavar="SRC", nargs="?", default="smollm2")
-    parser.add_argument("--keep", type=finite, default=0.7, help="share of the layers (0.7)")
-    parser.add_argument("--parameters", help="in the place of --keep: how many, as 35M")
-    parser.add_argument("--steps", type=int, default=600, help="of distillation (600)")
-    parser.add_argument("--short", action="store_true", help="few steps: a check, not a result")
-    parser.add_argument("--text", help="folder, file or stdlib (code and prose)")
-    parser.add_argument("--prompt", default="def mean(values):\n")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/large_to_small"))
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     name, folder = options.source, options.run_dir
     pruned, student = folder / "pruned", folder / "student"
     sizes = SHORT_SIZES if options.short else SIZES
@@ -47,23 +55,63 @@ def main(argv: list[str]) -> int:
         wanted = ["--parameters", options.parameters] if options.parameters else []
         verb("prune", name, pruned, *(wanted or ["--keep", options.keep]), *text)
     chain.measured("pruned", pruned)
-    if "distilled" not in chain.stages:
-        learn = ["--teacher", name, "--init.source", pruned, "--data.directory", folder / "corpus"]
-        learn += ["--data.source", options.text] if options.text else []
-        learn += ["--data.seq-len", min(256, open_source(name).config.context_length)]
-        learn += SHORT if options.short else ("--steps", options.steps)
-        verb("distill", "pruned_recovery", "--run-dir", student, *learn)
-    chain.measured("distilled", student)
-    methods: dict[WeightFormat, str] = {"int8": "rtn", "int4": "gptq"}
-    for weights, method in methods.items():
+    _learn(chain, "distilled", student, options, "distill", "pruned_recovery")
+    for arm, how in (ARMS if options.arms else {}).items():
+        _learn(chain, arm, folder / arm.replace(", ", "_").replace(" ", "_"), options, *how)
+    for weights, method in METHODS.items():
         target = folder / f"{weights}.gguf"
         if not target.exists():
             verb("quantize", student, target, "--weights", weights, "--method", method, *text)
         chain.measured(weights, target, weights)
     said = answer(folder / "int8.gguf", options.prompt)
-    page = write_chain_page(chain, vars(options) | {"run_dir": str(folder)}, [said])
+    pages = []
+    if options.tasks != "none":
+        paths = [stage.path for stage in chain.stages.values()]
+        asked = ("--tasks", options.tasks, "--limit", options.limit)
+        verb("evaluate_all", *paths, *asked, "--output", folder / "evaluation")
+        pages.append("evaluation/report.html")
+    settings = vars(options) | {"run_dir": str(folder)}
+    page = write_chain_page(chain, settings, [said], pages)
     print(f"{page}: written\n{said}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser(__doc__)
+    parser.add_argument("source", metavar="SRC", nargs="?", default="smollm2")
+    parser.add_argument("--keep", type=finite, default=0.7, help="share of the layers (0.7)")
+    parser.add_argument("--parameters", help="in the place of --keep: how many, as 35M")
+    parser.add_argument("--steps", type=int, default=600, help="of distillation (600)")
+    parser.add_argument("--arms", action="store_true", help="train what it is compared with, too")
+    parser.add_argument("--tasks", default=TASKS, help=f"of the evaluation, or none ({TASKS})")
+    parser.add_argument("--limit", type=int, default=30, help="samples of each task (30)")
+    parser.add_argument("--short", action="store_true", help="few steps: a check, not a result")
+    parser.add_argument("--text", help="folder, file or stdlib (code and prose)")
+    parser.add_argument("--prompt", default="def mean(values):\n")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/large_to_small"))
+    return parser
+
+
+def _learn(
+    chain: Chain,
+    stage: str,
+    place: Path,
+    options: argparse.Namespace,
+    trained_by: str,
+    run: str,
+    settings: tuple[str, ...] = (),
+) -> None:
+    """A model of the pruned one's shape, trained and measured if it is not there."""
+    if stage not in chain.stages:
+        name, folder = options.source, options.run_dir
+        length = min(256, open_source(name).config.context_length // 2)
+        given = ["--run-dir", place, "--init.source", folder / "pruned"]
+        given += ["--data.directory", folder / "corpus", "--data.seq-len", length]
+        given += ["--data.source", options.text] if options.text else []
+        given += ["--teacher", name] if trained_by == "distill" else []
+        given += SHORT if options.short else ("--steps", options.steps)
+        verb(trained_by, run, *given, *settings)
+    chain.measured(stage, place)
 
 
 def verb(name: str, *arguments: object) -> None:

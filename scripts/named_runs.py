@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint.run_directory import read_run
-from configs.base import RunConfig
+from configs.base import InitConfig, RunConfig
 from configs.checks import require
 from configs.cli import load_run, with_overrides
 from configs.experiment_file import parse_target, read_source
@@ -53,7 +53,10 @@ def with_source_model(run: RunConfig) -> RunConfig:
     assert run.init.source is not None
     source = open_source(run.init.source)
     data = dataclasses.replace(run.data, tokenizer=run.data.tokenizer or run.init.source)
-    init = dataclasses.replace(run.init, architecture="run")
+    if run.init.weights == "drawn":
+        init = InitConfig()
+    else:
+        init = dataclasses.replace(run.init, architecture="run")
     return dataclasses.replace(run, model=source.config, data=data, init=init)
 
 

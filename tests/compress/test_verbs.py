@@ -250,12 +250,15 @@ def test_bfloat16_is_half_in_every_form(form, place, tmp_path):
 def test_the_chain_goes_on_where_it_was(place, tmp_path):
     """From a model to its files by processes of their own, and at once when all is done."""
     run = [sys.executable, "-m", "scripts.large_to_small", str(place / "model"), "--short"]
-    run += ["--text", str(place / "text.txt"), "--run-dir", str(tmp_path / "chain")]
+    run += ["--text", str(place / "text.txt"), "--run-dir", str(tmp_path / "chain"), "--arms"]
+    run += ["--tasks", "line_completion", "--limit", "2"]
     for _ in range(2):
         done = subprocess.run(run, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     stages = json.loads((tmp_path / "chain" / "stages.json").read_text())
-    assert list(stages) == ["source", "pruned", "distilled", "int8", "int4"]
+    arms = ["drawn, alone", "drawn, teacher", "pruned, alone", "pruned, own texts"]
+    assert list(stages) == ["source", "pruned", "distilled", *arms, "int8", "int4"]
+    assert {stages[arm]["parameters"] for arm in arms} == {stages["pruned"]["parameters"]}
     assert stages["pruned"]["parameters"] < stages["source"]["parameters"]
     assert (tmp_path / "chain" / "report.html").exists()
     assert "measuring" not in done.stdout

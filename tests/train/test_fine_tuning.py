@@ -144,6 +144,13 @@ def test_the_architecture_is_the_sources(tuned):
         with_source_model(dataclasses.replace(second, model=run.model))
     with pytest.raises(UserError, match=r"needs init.source, whose model it is"):
         InitConfig(architecture="source")
+    drawn = dataclasses.replace(second, init=dataclasses.replace(second.init, weights="drawn"))
+    shaped = with_source_model(drawn)
+    assert shaped.model == resolved.model
+    assert shaped.data == resolved.data
+    assert shaped.init == InitConfig()
+    with pytest.raises(UserError, match="takes nothing from init.source but its architecture"):
+        InitConfig(source="first", weights="drawn")
     assert with_source_model(run) is run
 
 
