@@ -139,7 +139,9 @@ def geometric_mean(found: Sequence[Compared]) -> float:
 
 def table_of(found: Sequence[Compared]) -> Table:
     """For the terminal."""
-    table = Table("clients", "prompt", "new", "planned", "default, tokens/s", "planned", "times")
+    table = Table(
+        "clients", "prompt", "new", "planned", "default, tokens/s", "planned, tokens/s", "times"
+    )
     for one in found:
         shape = one.shape
         rates = [f"{statistics.median(x):,.1f}" for x in (one.default, one.planned)]
