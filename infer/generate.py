@@ -14,6 +14,7 @@ from configs.checks import UserError, require_seed
 from infer.engine import Engine, EngineOptions, Request
 from infer.generation import Generation, OnTokens
 from infer.model_draft import ModelDraft
+from infer.mtp_draft import MtpDraft
 from infer.ngram_draft import NgramDraft
 from infer.sampling import Sampling
 from infer.self_speculative import Draft
@@ -35,7 +36,7 @@ def generate(
     is_stopped: Callable[[list[int]], bool] | None = None,
     on_tokens: OnTokens = lambda _: None,
     exit_threshold: float | None = None,
-    draft: Draft | NgramDraft | ModelDraft | None = None,
+    draft: Draft | NgramDraft | ModelDraft | MtpDraft | None = None,
     preference: Preference | None = None,
     kv_dtype: str | None = None,
     num_pages: int | None = None,

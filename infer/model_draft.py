@@ -116,14 +116,14 @@ class DraftModel:
     def read(self, pieces: Pieces) -> np.ndarray:
         """What each row says after these tokens, [R]."""
         model, variables = self._draft.model, self._draft.variables
-        _, hidden_RD, self._state = steps.read_mixed(
+        _, hidden_RD, self._state, _ = steps.read_mixed(
             model, variables, pieces, self._state, None, None
         )
         return np.asarray(steps.best_of(steps.logits_of(model, variables, hidden_RD)))
 
     def decode(self, token_R: np.ndarray, position_R: np.ndarray) -> np.ndarray:
         """What each row says after its token, [R]."""
-        logits_RV, self._state = steps.decode(
+        logits_RV, self._state, _ = steps.decode(
             self._draft.model,
             self._draft.variables,
             token_R,

@@ -10,16 +10,15 @@ R rows (sequences), L tokens of the longest, K experts per token.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from model.model_state import ModelState, init_state
 from model.moe_layers import moe_layers
 from model.step import OWN_CHOICE, make_step
-from model.transformer import Transformer, Variables
+from model.transformer import Transformer, Variables, forward_and_experts
 
 SLOTS = 256
 """Slots of the state are a multiple of it: few sizes are compiled."""
@@ -115,10 +114,5 @@ def _read_one(
 def _read(
     model: Transformer, variables: Variables, step: Any, state: ModelState
 ) -> tuple[ModelState, dict[str, jax.Array]]:
-    outputs: Any = model.apply(variables, step, state, mutable=["experts"])
-    (_, state), sown = outputs
-    return state, {
-        name: jnp.asarray(layer.of(sown["experts"])["ids"])
-        for name, layer in moe_layers(model.config).items()
-        if layer.periods
-    }
+    _, new_state, chosen = forward_and_experts(model, variables, step, state)
+    return cast(ModelState, new_state), chosen

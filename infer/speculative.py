@@ -10,18 +10,18 @@ R rows (sequences), N tokens of a row: the newest and its draft, V vocab.
 """
 
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from infer.choice import Logprobs, choose
 from infer.sampling import SamplingRows, TokenCounts
-from infer.steps import laid_out
+from infer.steps import laid_out, run
 from model.layers import unembed
 from model.model_state import ModelState, rewind
-from model.step import Preference, make_step
-from model.transformer import Transformer, Variables, forward, output_weights
+from model.step import ChosenExperts, Preference, make_step
+from model.transformer import Transformer, Variables, output_weights
 
 
 class VerifiedDraft(NamedTuple):
@@ -34,9 +34,13 @@ class VerifiedDraft(NamedTuple):
     """With N after R in each array."""
     counts: TokenCounts
     state: ModelState
+    chosen: ChosenExperts | None
+    """Where asked, the experts of each token that was read."""
+    hidden_RND: jax.Array | None
+    """Where asked, what the output layer read."""
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(4, 8))
+@partial(jax.jit, static_argnums=(0, 12, 13), donate_argnums=(4, 8))
 def verify(
     model: Transformer,
     variables: Variables,
@@ -50,6 +54,8 @@ def verify(
     allowed_NRV: jax.Array,
     is_live_R: jax.Array,
     has_logprobs: jax.Array,
+    with_experts: bool = False,
+    with_hidden: bool = False,
 ) -> VerifiedDraft:
     """Reads each row's newest token and the draft that follows it.
 
@@ -61,7 +67,7 @@ def verify(
     is_row_R, none = positions_RN[:, 0] >= 0, jnp.iinfo(jnp.int32).max
     state = rewind(state, jnp.where(is_row_R, positions_RN[:, 0], none))
     step = make_step(tokens_RN, positions_RN, tables_RN=tables_RP, preference=preference)
-    hidden_RND, state = cast(Any, forward(model, variables, step, state))
+    hidden_RND, state, chosen = run(model, variables, step, state, with_experts)
     logits_RNV = unembed(hidden_RND, output_weights(model, variables, as_stored=True))
     length = tokens_RN.shape[1]
     after_RN = jnp.pad(tokens_RN[:, 1:], ((0, 0), (0, 1)))
@@ -84,4 +90,6 @@ def verify(
         made.logprobs,
         counts,
         laid_out(state),
+        chosen,
+        hidden_RND if with_hidden else None,
     )

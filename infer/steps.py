@@ -13,8 +13,14 @@ from infer.early_exit import exit_step
 from infer.self_speculative import Draft, Verified, draft_and_verify
 from model.layers import unembed
 from model.model_state import ModelState, init_state, put_rows, rewind, state_axes, take_rows
-from model.step import Preference, make_step
-from model.transformer import Transformer, Variables, forward, output_weights
+from model.step import ChosenExperts, Preference, Step, make_step
+from model.transformer import (
+    Transformer,
+    Variables,
+    forward,
+    forward_and_experts,
+    output_weights,
+)
 from parallel.sharding import constrain
 
 
@@ -57,6 +63,16 @@ def laid_out(state: ModelState) -> ModelState:
     )
 
 
+def run(
+    model: Transformer, variables: Variables, step: Step, state: ModelState, with_experts: bool
+) -> tuple[jax.Array, ModelState, ChosenExperts | None]:
+    """Hidden states, the state with the tokens added and, where asked, the experts of each token
+    (int32 [periods, B, L, K] by MoE layer)."""
+    if with_experts:
+        return cast(Any, forward_and_experts(model, variables, step, state))
+    return *cast(Any, forward(model, variables, step, state)), None
+
+
 class Pieces(NamedTuple):
     """Pieces of several prompts one after the other, in numpy: what a program reads of them."""
 
@@ -72,7 +88,7 @@ class Pieces(NamedTuple):
     """int32, where each row's last token lies; -1 for rows without."""
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=3)
+@partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
 def read_mixed(
     model: Transformer,
     variables: Variables,
@@ -80,9 +96,11 @@ def read_mixed(
     state: ModelState,
     tables_RN: jax.Array | None,
     preference: Preference | None,
-) -> tuple[jax.Array, jax.Array, ModelState]:
+    with_experts: bool = False,
+) -> tuple[jax.Array, jax.Array, ModelState, ChosenExperts | None]:
     """Reads pieces of prompts in one row of tokens: hidden states of all of them [T, D], of each
-    row's last [R, D], and the state. For models whose layers take tokens of several sequences.
+    row's last [R, D], the state, and where asked the tokens' experts. For models whose layers take
+    tokens of several sequences.
     """
     step = make_step(
         pieces.tokens_1T,
@@ -92,13 +110,13 @@ def read_mixed(
         preference=preference,
     )
     state = rewind(state, pieces.length_R)  # what the row held of others before
-    hidden_1TD, state = cast(Any, forward(model, variables, step, state))
+    hidden_1TD, state, chosen = run(model, variables, step, state, with_experts)
     hidden_TD, last_R1 = hidden_1TD[0], pieces.last_R[:, None]
     hidden_RD = jnp.where(last_R1 >= 0, hidden_TD[jnp.maximum(pieces.last_R, 0)], 0)
-    return hidden_TD, hidden_RD, laid_out(state)
+    return hidden_TD, hidden_RD, laid_out(state), chosen
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
+@partial(jax.jit, static_argnums=(0, 1, 9), donate_argnums=7)
 def read_rows(
     model: Transformer,
     size: StateSize,
@@ -109,9 +127,10 @@ def read_rows(
     is_first_B: jax.Array,
     state: ModelState,
     preference: Preference | None,
-) -> tuple[jax.Array, jax.Array, ModelState]:
+    with_experts: bool = False,
+) -> tuple[jax.Array, jax.Array, ModelState, ChosenExperts | None]:
     """As `read_mixed`, each piece in a row of tokens of its own: hidden states [B * L, D] and of
-    each row's last [R, D], and the state.
+    each row's last [R, D], the state, and where asked the experts.
 
     Args:
       size: of the state.
@@ -125,13 +144,14 @@ def read_rows(
     if preference is not None:
         preference = {name: x[:, at_B] for name, x in preference.items()}
     step = make_step(tokens_BL, positions_BL, preference=preference)
-    hidden_BLD, own = cast(Any, forward(model, variables, step, own))
+    hidden_BLD, own, chosen = run(model, variables, step, own, with_experts)
     state = put_rows(state, rows_B, own)
     last_B1 = jnp.argmax(positions_BL, axis=1, keepdims=True)
     hidden_BD = jnp.take_along_axis(hidden_BLD, last_B1[:, :, None], axis=1)[:, 0]
     hidden_RD = jnp.zeros((size.num_rows, hidden_BD.shape[1]), hidden_BD.dtype)
     hidden_TD = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
-    return hidden_TD, hidden_RD.at[rows_B].set(hidden_BD, mode="drop"), laid_out(state)
+    hidden_RD = hidden_RD.at[rows_B].set(hidden_BD, mode="drop")
+    return hidden_TD, hidden_RD, laid_out(state), chosen
 
 
 def read_prompts(
@@ -164,7 +184,7 @@ def best_of(logits_RV: jax.Array) -> jax.Array:
     return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
+@partial(jax.jit, static_argnums=(0, 7), donate_argnums=4)
 def decode(
     model: Transformer,
     variables: Variables,
@@ -173,8 +193,10 @@ def decode(
     state: ModelState,
     tables_RN: jax.Array | None,
     preference: Preference | None,
-) -> tuple[jax.Array, ModelState]:
-    """Reads one token per row; float32 logits of the next one, [R, V], and the state.
+    with_experts: bool = False,
+) -> tuple[jax.Array, ModelState, ChosenExperts | None]:
+    """Reads one token per row; float32 logits of the next one, [R, V], the state, and where asked
+    the experts.
 
     Args:
       token_R: int32, the newest token.
@@ -184,8 +206,8 @@ def decode(
     step = make_step(
         token_R[:, None], position_R[:, None], tables_RN=tables_RN, preference=preference
     )
-    hidden_R1D, new_state = cast(Any, forward(model, variables, step, state))
-    return _logits(model, variables, hidden_R1D[:, 0]), laid_out(new_state)
+    hidden_R1D, new_state, chosen = run(model, variables, step, state, with_experts)
+    return _logits(model, variables, hidden_R1D[:, 0]), laid_out(new_state), chosen
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

@@ -3,6 +3,7 @@
 R rows (sequences), N rows taken.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,6 +70,14 @@ def init_state(
             if reason is not None:
                 raise UserError(f"this model's state can't lie in pages: {reason}")
     return _of_layers(config, init_block, is_stacked=config.num_periods > 1)
+
+
+def ahead_config(config: ModelConfig) -> ModelConfig:
+    """A model of the first multi-token module's layer alone, whose state is the module's."""
+    assert config.multi_token is not None
+    pattern = (config.multi_token.layer,)
+    alone = dataclasses.replace(config, multi_token=None, early_exit=None, exit_spacing=None)
+    return dataclasses.replace(alone, prefix=(), pattern=pattern, num_layers=1)
 
 
 def unpageable_reason(spec: LayerSpec) -> str | None:

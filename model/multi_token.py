@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from kernels.quantize import MatrixDims
 from model.layers import RMSNorm, project, weight
+from model.model_state import BlockState
 from model.step import Step
 from parallel.sharding import constrain
 
@@ -36,12 +37,14 @@ class MultiTokenModule(nn.Module):
         hidden_BLD: jax.Array,
         next_BLD: jax.Array,
         step: Step,
-    ) -> jax.Array:
+        state: BlockState | None = None,
+    ) -> tuple[jax.Array, BlockState | None]:
         """
         Args:
           next_BLD: the embedding of the token k places ahead.
+          state: what the layer keeps of places before; None: it sees those of the step alone.
         Returns:
-          What the output layer and the next module read, [B, L, D].
+          What the output layer and the next module read, [B, L, D], and the state.
         """
         d_model = hidden_BLD.shape[-1]
         shape = (2 * d_model, d_model)
@@ -52,8 +55,8 @@ class MultiTokenModule(nn.Module):
         both_BLC = jnp.concatenate([hidden_BLD, next_BLD], axis=-1)
         x_BLD = project("BLC,CD->BLD", both_BLC, w_CD)
         x_BLD = constrain(x_BLD, "batch", "length", None)
-        x_BLD, _ = self.layer(x_BLD, step, None)
-        return RMSNorm(self.norm_eps, name="norm")(x_BLD)
+        x_BLD, state = self.layer(x_BLD, step, state)
+        return RMSNorm(self.norm_eps, name="norm")(x_BLD), state
 
 
 def ahead(x_BL: jax.Array, places: int) -> jax.Array:

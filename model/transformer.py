@@ -19,6 +19,7 @@ from model.block import SHAPES_ALONE, Block, Period
 from model.early_exit import dropout_rates
 from model.layers import Declared, OutputsFirst, RMSNorm, in_dtype, weight
 from model.model_state import ModelState
+from model.moe_layers import moe_layers
 from model.multi_token import MultiTokenModule, ahead
 from model.seeds import seed_key
 from model.step import ChosenExperts, Preference, Step, make_step
@@ -175,8 +176,23 @@ class Transformer(nn.Module):
         embedded_BLD = self._embedded(step.tokens_BL)
         for k, module in enumerate(self.multi_token):
             next_BLD = ahead(embedded_BLD, k + 1)
-            hidden_BLD = module(hidden_BLD, next_BLD, step)
+            hidden_BLD, _ = module(hidden_BLD, next_BLD, step)
             self.sow("multi_token", f"hidden_{k}", hidden_BLD)
+
+    def look_ahead(
+        self, hidden_BLD: jax.Array, next_BL: jax.Array, step: Step, state: ModelState
+    ) -> tuple[jax.Array, ModelState]:
+        """What the output layer reads to predict the token after the next, by the first multi-token
+        module: [B, L, D], and its state (of `ahead_config`) with these places.
+
+        Args:
+          hidden_BLD: what the model gave at these places; or the module, of places beyond.
+          next_BL: int32, the token that follows each.
+        """
+        (block_state,) = state.periods
+        next_BLD = self._embedded(next_BL)
+        hidden_BLD, block_state = self.multi_token[0](hidden_BLD, next_BLD, step, block_state)
+        return hidden_BLD, state.replace(periods=(block_state,))
 
     def unembedding(self, *, as_stored: bool = False) -> jax.Array | QTensor | OutputsFirst:
         """The output layer, [D, V] in the compute dtype; a QTensor as it is held.
@@ -207,6 +223,20 @@ def forward(
 ) -> tuple[jax.Array, ModelState | None]:
     """The model with these variables: see Transformer."""
     return cast(Any, model.apply(variables, step, state))
+
+
+def forward_and_experts(
+    model: Transformer, variables: Variables, step: Step, state: ModelState | None = None
+) -> tuple[jax.Array, ModelState | None, ChosenExperts]:
+    """As `forward`, and the experts that each token went to."""
+    outputs: Any = model.apply(variables, step, state, mutable=["experts"])
+    (hidden_BLD, state), sown = outputs
+    chosen = {
+        name: jnp.asarray(layer.of(sown["experts"])["ids"])
+        for name, layer in moe_layers(model.config).items()
+        if layer.periods
+    }
+    return hidden_BLD, state, chosen
 
 
 def hidden_states(

@@ -131,7 +131,7 @@ def _decode(run: RunConfig, mesh: Mesh) -> _Made:
     rows = _rows(mesh, (batch,), "the rows")
 
     def run_step(variables, token, position, state):
-        return decode(model, variables, token, position, state, None, None)
+        return decode(model, variables, token, position, state, None, None)[:2]
 
     arguments = {"variables": variables, "tokens": rows, "positions": rows, "cache": state}
     function = jax.jit(run_step, donate_argnums=3, out_shardings=(None, shardings))

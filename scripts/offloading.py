@@ -8,12 +8,13 @@ from configs.checks import UserError, require
 from data.tokenizers.tokenizer import vocabulary_difference
 from formats.small_files import read_record
 from infer.engine import Engine, EngineOptions
+from infer.ngram_draft import NgramDraft
 from infer.query_router import Router
 from infer.question_features import QuestionScorer
 from infer.server.engine_thread import EngineThread
 from infer.server.offload import Offload
 from infer.sources import Source, open_source
-from model.model_state import unpageable_reason
+from model.model_state import unpageable_reason, unrewindable_reason
 from scripts.model_options import load_model
 
 MAKE = "make it with moesaic calibrate-router"
@@ -67,7 +68,15 @@ def open_offload(
     model, variables = load_model(small, arguments, None, for_decoding=True)
     length = min(options.max_length, model.config.context_length)
     large_length = options.max_length
-    options = replace(options, max_length=length, cache_dir=None, target_seconds=None)
+    has_draft = isinstance(options.draft, NgramDraft) and not unrewindable_reason(model.config)
+    options = replace(
+        options,
+        max_length=length,
+        cache_dir=None,
+        target_seconds=None,
+        keeps_experts=False,
+        draft=options.draft if has_draft else None,
+    )
     specs = (*model.config.prefix, *model.config.pattern)
     if any(map(unpageable_reason, specs)):
         options = replace(options, num_pages=None, host_cache_bytes=0)

@@ -4,9 +4,11 @@ import argparse
 import asyncio
 import dataclasses
 import functools
+import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,22 +19,26 @@ from checkpoint.run_directory import read_run
 from configs.checks import require
 from evals.expert_domains import read_preference
 from infer.engine import Engine, EngineOptions
+from infer.engine.checks import unroutable_reason
+from infer.model_draft import ModelDraft, check_model_draft
+from infer.mtp_draft import MtpDraft, check_mtp_draft
 from infer.ngram_draft import NgramDraft
 from infer.server.app import make_app
 from infer.server.embeddings import Embedder
 from infer.server.engine_thread import EngineThread
 from infer.server.keys import ApiKeys, read_keys
 from infer.server.metrics import Metrics
-from infer.server.process import ListenOptions, address_of, bind, log_to, serve
+from infer.server.process import LOG, ListenOptions, address_of, bind, log_to, serve
 from infer.server.served_model import ServedModel
 from infer.server.service import Limits, Service
 from infer.sources import Source, open_source
+from infer.weights import check_format
 from model.model_state import unpageable_reason
 from model.step import Preference
 from model.transformer import Transformer
 from model.unstacked import unstack_preference
 from scripts.inference_plans import LENGTH
-from scripts.model_options import load_model
+from scripts.model_options import AXES, load_model
 from scripts.offloading import check_offload_options, open_offload
 from train.progress import ProgressBar
 
@@ -44,19 +50,32 @@ def run(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) -> Non
     keys = read_keys(Path(arguments.api_key_file)) if arguments.api_key_file else ApiKeys([])
     listen = ListenOptions(arguments.host, arguments.port, arguments.drain_seconds)
     listening = bind(listen)  # before minutes of loading
+    began = time.perf_counter()
     service = make_service(source, arguments, options, mesh)
+    seconds = {"weights": time.perf_counter() - began}
     address = address_of(listening, arguments.host)
     if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
         print("note: whoever reaches this address may ask: --api-key-file says who may", flush=True)
     log_to()
     app = make_app(service, keys)
+
+    def prepare() -> None:
+        began = time.perf_counter()
+        warm_up_all(service)
+        seconds["programs"] = time.perf_counter() - began
+
+    def on_ready() -> None:
+        print(greeting(service.model, address, has_keys=bool(keys)), flush=True)
+        rounded = {name: round(value, 3) for name, value in seconds.items()}
+        LOG.info(json.dumps({"event": "started", "seconds": rounded}))
+
     serving = serve(
         service,
         app,
         listening,
         listen,
-        lambda: warm_up_all(service),
-        lambda: print(greeting(service.model, address, has_keys=bool(keys)), flush=True),
+        prepare,
+        on_ready,
     )
     asyncio.run(serving)
     # In a compilation, which would crash on the way out.
@@ -85,12 +104,14 @@ def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptio
     options = EngineOptions(
         max_rows=arguments.max_rows,
         max_length=length,
+        batching=arguments.batching,
         kv_dtype=arguments.kv,
         num_pages=arguments.kv_pages,
         prefix_cache=not arguments.no_prefix_cache,
         host_cache_bytes=arguments.host_cache_mib << 20,
         target_seconds=arguments.step_seconds,
-        draft=None if arguments.draft is None else NgramDraft(),
+        draft=draft_of(source, arguments),
+        keeps_experts=unroutable_reason(source.config) is None,
         cache_dir=arguments.cache_dir and os.path.expanduser(arguments.cache_dir),
     )
     config = source.config
@@ -100,6 +121,37 @@ def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptio
         num_pages = 1 + options.max_rows * -(-length // options.page_size)
         options = dataclasses.replace(options, num_pages=num_pages)
     return options
+
+
+def draft_of(
+    source: Source, arguments: argparse.Namespace
+) -> NgramDraft | MtpDraft | ModelDraft | None:
+    """
+    Raises:
+      UserError: a length without a draft, a draft that the model can't have, or no such source.
+    """
+    kind, length = arguments.draft, arguments.draft_length
+    if kind is None:
+        require(length is None, f"--draft-length {length} has no effect without --draft: give both")
+        return None
+    require(length is None or length >= 1, f"--draft-length {length} must be at least 1")
+    given = {} if length is None else {"length": length}
+    if kind == "ngram":
+        return NgramDraft(**given)
+    if kind == "mtp":
+        check_mtp_draft(source.config)
+        return MtpDraft(**given)
+    sizes = [getattr(arguments, f"mesh.{axis}") for axis in AXES]
+    require(
+        set(sizes) == {1},
+        f"--draft {kind} runs on one device, and the mesh has more: leave --mesh out, or draft "
+        "with ngram or mtp",
+    )
+    other = open_source(kind)
+    draft = ModelDraft(Transformer(other.config), {}, **given)
+    check_model_draft(source.config, draft)  # before it is read
+    model, variables = other.load(for_decoding=True, weights=check_format(arguments.weights))
+    return dataclasses.replace(draft, model=model, variables=variables)
 
 
 def make_service(

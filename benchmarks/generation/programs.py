@@ -77,20 +77,20 @@ def programs(source: Source, work: Work, folder: Path, python: str) -> Programs:
 
 def llama_file(source: Source, folder: Path) -> tuple[Path | None, str]:
     """The model as a GGUF of floats; or None, and why llama.cpp can't be a peer."""
-    reason = _missing(sys.executable, os.environ, "llama_cpp")
+    reason = missing(sys.executable, os.environ, "llama_cpp")
     if reason:
         return None, f'{reason}: pip install ".[llama]" builds it'
     path = folder / "F16.gguf"
-    reason = _converted(source, path, Conversion(to="gguf", quantization="F16"))
+    reason = converted(source, path, Conversion(to="gguf", quantization="F16"))
     return (None, reason) if reason else (path, "")
 
 
 def _transformers_folder(source: Source, folder: Path, python: str) -> tuple[Path | None, str]:
-    reason = _missing(python, peer_environment(python), "torch", "transformers")
+    reason = missing(python, peer_environment(python), "torch", "transformers")
     if reason:
         return None, f'{reason}: pip install ".[parity]", or name a Python that has them'
     path = folder / "huggingface"
-    reason = _converted(source, path, Conversion(to="huggingface", dtype="float32"))
+    reason = converted(source, path, Conversion(to="huggingface", dtype="float32"))
     return (None, reason) if reason else (path, "")
 
 
@@ -107,7 +107,7 @@ def peer_environment(python: str) -> Mapping[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def _missing(python: str, environment: Mapping[str, str], *packages: str) -> str:
+def missing(python: str, environment: Mapping[str, str], *packages: str) -> str:
     """Why an interpreter can't import them; "" where it can."""
     command = [python, "-c", f"import {', '.join(packages)}"]
     with tempfile.TemporaryDirectory() as elsewhere:  # the repository's names hide others
@@ -122,7 +122,7 @@ def _missing(python: str, environment: Mapping[str, str], *packages: str) -> str
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
-def _converted(source: Source, path: Path, conversion: Conversion) -> str:
+def converted(source: Source, path: Path, conversion: Conversion) -> str:
     """Writes it; why it can't be said in that form, "" where it can."""
     try:
         convert(source, path, conversion)

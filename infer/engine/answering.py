@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from infer.engine.sampler import Chosen
 from infer.engine.sequence import TokenSequence
 from infer.engine.types import ConstraintFailed, Emitted, Reason, TokenLogprobs
@@ -32,7 +34,9 @@ def take(sequence: TokenSequence, chosen: list[Chosen]) -> Taken:
     return taken
 
 
-def emitted_of(sequence: TokenSequence, taken: Taken) -> Emitted:
+def emitted_of(
+    sequence: TokenSequence, taken: Taken, experts_TNK: np.ndarray | None = None
+) -> Emitted:
     """The same as it is told; with the first of it, what is known of the prompt."""
     is_first, sequence.is_told = not sequence.is_told, True
     has_scores = is_first and sequence.request.prompt_logprobs and taken.reason != "cancelled"
@@ -44,6 +48,7 @@ def emitted_of(sequence: TokenSequence, taken: Taken) -> Emitted:
         tuple(taken.logprobs),
         tuple(sequence.scores) if has_scores else None,
         (sequence.cached_tokens or 0) if is_first else 0,
+        experts_TNK,
         taken.error,
     )
 

@@ -8,6 +8,7 @@ from infer.early_exit import check_exits
 from infer.engine.options import EngineOptions
 from infer.engine.types import Request
 from infer.model_draft import ModelDraft, check_model_draft
+from infer.mtp_draft import MtpDraft, check_mtp_draft
 from infer.ngram_draft import NgramDraft
 from infer.sampling import Sampling
 from infer.self_speculative import Draft, check_draft
@@ -26,9 +27,23 @@ def check_model(model: Transformer, options: EngineOptions) -> None:
         check_draft(model, options.draft)
     if isinstance(options.draft, ModelDraft):
         check_model_draft(model.config, options.draft)
+    if options.keeps_experts:
+        reason = unroutable_reason(model.config)
+        require(reason is None, f"keeps_experts has no effect: {reason}")
+    if isinstance(options.draft, MtpDraft):
+        check_mtp_draft(model.config)
     if isinstance(options.draft, NgramDraft | ModelDraft):
         reason = unrewindable_reason(model.config)
         require(reason is None, f"drafts can't be taken back ({reason}): generate without a draft")
+
+
+def unroutable_reason(config: ModelConfig) -> str | None:
+    """Why it can't be told which experts a model's tokens go to; None: it can."""
+    if not preferring_layers(config):
+        return "the model has no layers with experts"
+    if any(spec.depth is not None for spec in config.pattern):
+        return "its Mixture-of-Depths layers work on chosen tokens alone"
+    return None
 
 
 def check_request(model: Transformer, options: EngineOptions, request: Request) -> None:
@@ -47,6 +62,11 @@ def check_request(model: Transformer, options: EngineOptions, request: Request) 
             token < config.vocab_size,
             f"logit_bias names token {token}, the vocabulary is [0, {config.vocab_size})",
         )
+    require(
+        options.keeps_experts or not request.wants_experts,
+        "the experts of each token are asked for, and this engine does not keep them: leave that "
+        "out, or take a model with experts and an engine with keeps_experts",
+    )
     asked = request.num_logprobs
     require(
         asked is None or 0 <= asked <= MOST_LOGPROBS,

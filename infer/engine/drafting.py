@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer.choice import Logprobs
+from infer.engine.ahead import MtpDrafter
 from infer.engine.memory import Memory, mean_of
 from infer.engine.options import EngineOptions
+from infer.engine.routed import RoutedExperts, Span
 from infer.engine.sampler import Chosen, Sampler, asks_logprobs, chosen_of
 from infer.engine.sequence import TokenSequence
 from infer.engine.types import ConstraintFailed
 from infer.model_draft import DraftModel, ModelDraft
+from infer.mtp_draft import MtpDraft
 from infer.ngram_draft import NgramDraft, NgramIndex
 from infer.speculative import verify
 from model.transformer import Transformer, Variables
@@ -55,9 +58,13 @@ class _Times:
 class Drafting:
     """Drafts for the rows of an engine, as long as they pay."""
 
-    draft: NgramDraft | ModelDraft
+    draft: NgramDraft | ModelDraft | MtpDraft
     small: DraftModel | None = None
-    """Who drafts, where a model does."""
+    """Who drafts, where a smaller model does."""
+    ahead: MtpDrafter | None = None
+    """Who drafts, where the model's own module does."""
+    rests: bool = False
+    """Whether drafts did not pay when it was last asked."""
     _of: dict[int, _Drafted] = field(default_factory=dict)
     _plain: _Times = field(default_factory=_Times)
     _drafted: _Times = field(default_factory=_Times)
@@ -77,8 +84,12 @@ class Drafting:
             found = {s: self._index(s, self.draft).propose(most) for s, most in room.items()}
             drafts = {s: tokens for s, tokens in found.items() if tokens}
             return drafts if self._pays(len(live), {s: len(d) for s, d in drafts.items()}) else {}
-        if not self._pays(len(live), room):
+        pays = self._pays(len(live), room)
+        self.rests = bool(room) and not pays
+        if not pays:
             return {}
+        if self.ahead is not None:
+            return {s: draft[: room[s]] for s, draft in self.ahead.propose(list(room)).items()}
         assert self.small is not None
         wanted = {s.row: (s.number, s.tokens(0, s.known)) for s in room}
         said = self.small.propose(wanted, max(room.values()))
@@ -122,21 +133,38 @@ class Drafting:
                 known.accepted = mean_of(known.accepted, counts[sequence.number] - 1)
 
 
-def new_drafting(options: EngineOptions) -> Drafting | None:
-    """Who drafts for an engine's rows; None: nobody, or its own first layers."""
+def new_drafting(
+    options: EngineOptions, model: Transformer, variables: Variables, width: int
+) -> Drafting | None:
+    """Who drafts for an engine's rows; None: nobody, or its own first layers.
+
+    Args:
+      width: tokens of the widest program that reads prompts.
+    """
     if isinstance(options.draft, NgramDraft):
         return Drafting(options.draft)
     if isinstance(options.draft, ModelDraft):
         small = DraftModel(options.draft, options.max_rows, options.max_length)
         return Drafting(options.draft, small)
+    if isinstance(options.draft, MtpDraft):
+        sizes = (options.max_rows, options.max_length, width)
+        return Drafting(options.draft, ahead=MtpDrafter(options.draft, model, variables, *sizes))
     return None
 
 
 class Verifier:
     """Runs the programs that verify drafts."""
 
-    def __init__(self, model: Transformer, variables: Variables, sampler: Sampler) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        variables: Variables,
+        sampler: Sampler,
+        routed: RoutedExperts | None = None,
+        ahead: MtpDrafter | None = None,
+    ) -> None:
         self._model, self._variables, self._sampler = model, variables, sampler
+        self._routed, self._ahead = routed, ahead
         self._all_allowed: dict[int, jax.Array] = {}
 
     def run(
@@ -176,15 +204,25 @@ class Verifier:
             allowed_NRV,
             is_live_R,
             np.bool_(has_logprobs),
+            self._routed is not None,
+            self._ahead is not None,
         )
         memory.state, self._sampler.counts = made.state, made.counts
-        made = made._replace(state=None, counts=None)
+        routed, hidden_RND = made.chosen, made.hidden_RND
+        made = made._replace(state=None, counts=None, chosen=None, hidden_RND=None)
         made = jax.device_get(made if has_logprobs else made._replace(logprobs=None))
         chosen = {s: [Chosen(0, None, error)] for s, error in failed.items()}
+        if self._routed is not None:
+            counts = [max(int(made.count_R[s.row]), 1) for s in live]
+            pairs = zip(live, counts, strict=True)
+            self._routed.note(routed, [Span(s, s.row, 0, s.read, n) for s, n in pairs])
         for sequence in live:
             if sequence not in failed:
                 count = int(made.count_R[sequence.row])
                 chosen[sequence] = [_chosen_at(sequence, made, n) for n in range(count)]
+        if self._ahead is not None:
+            said = [(s, [c.token for c in x]) for s, x in chosen.items() if s not in failed and x]
+            self._ahead.note(hidden_RND, [(s, s.read, tokens) for s, tokens in said])
         return chosen
 
     def _allowed(

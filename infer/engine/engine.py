@@ -25,15 +25,17 @@ from infer.engine.checks import check_model, check_request
 from infer.engine.drafting import Drafting, Verifier, new_drafting
 from infer.engine.keys import identity_of, root_key
 from infer.engine.memory import PagedMemory, mean_of
-from infer.engine.new_memory import kept_details, new_memory, state_size
+from infer.engine.new_memory import beside, kept_details, new_memory, state_size
 from infer.engine.options import EngineOptions
 from infer.engine.preferences import Preferences
-from infer.engine.reading import Reader
+from infer.engine.reading import Read, Reader
+from infer.engine.routed import RoutedExperts, Span
 from infer.engine.sampler import Chosen, Sampler
 from infer.engine.sequence import TokenSequence
 from infer.engine.types import Emitted, EngineStats, Request
 from infer.generation import Timings
 from infer.self_speculative import Draft, Verified
+from model.step import ChosenExperts
 from model.transformer import Transformer, Variables
 from model.unstacked import unstack
 
@@ -75,9 +77,13 @@ class Engine:
             self._identity = identity_of(
                 model, variables if needs_weights else None, kept_details(options, size)
             )
-        self._verifier = Verifier(model, variables, self._sampler)
+        self._routed = RoutedExperts(model.config) if options.keeps_experts else None
         with self._in_mesh():
-            self._drafting = new_drafting(options)
+            width = self._reader.widths[-1]
+            self._drafting = new_drafting(options, model, variables, width)
+        self._ahead = None if self._drafting is None else self._drafting.ahead
+        parts = (self._sampler, self._routed, self._ahead)
+        self._verifier = Verifier(model, variables, *parts)
         self._token_R, self._position_R = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
         self._preferences = Preferences(model.config, rows)
         self._sequences: list[TokenSequence | None] = [None] * rows
@@ -123,10 +129,10 @@ class Engine:
         if not self._options.has_detour:
             self._preferences.begin()
         thunks = [
-            *self._reader.programs(self._memory, self._preferences.arrays),
+            *self._reader.programs(self._memory, self._preferences.arrays, self._sampler.warm_up),
             *self._memory.programs(),
+            self._run_idle,
         ]
-        thunks += [*self._sampler.programs(), self._run_idle]
         with self._in_mesh():
             for done, thunk in enumerate(thunks):
                 on_progress(done, len(thunks))
@@ -151,6 +157,7 @@ class Engine:
             preemptions=self._preemptions,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            expert_tokens=() if self._routed is None else self._routed.counts(),
         )
 
     def step(self) -> list[Emitted]:
@@ -160,6 +167,8 @@ class Engine:
             self._admit()
             began, unread = time.monotonic(), self._unread()
             emitted = self._read_prompts() + self._decode()
+            if self._routed is not None:
+                self._routed.settle()
         self._measure(unread - self._unread(), time.monotonic() - began)
         return told + emitted
 
@@ -182,6 +191,8 @@ class Engine:
     def _admit(self) -> None:
         """Gives free rows to requests in their order; one whose beginning another is about to read
         lets others by until it has."""
+        if self._options.batching == "static" and self._running():
+            return
         for row, taken in enumerate(self._sequences):
             if taken is not None:
                 continue
@@ -222,13 +233,28 @@ class Engine:
         emitted: list[Emitted] = []
         reading = [s for s in self._running() if s.unread]
         for read in self._reader.read(reading, self._memory, self._preferences.arrays):
+            if self._routed is not None:
+                self._routed.note(read.chosen, read.spans)
             for sequence in read.finished:
                 self._go_on(sequence)
             begun = [s for s in read.finished if not s.text]
             if begun:
                 logits_RV = steps.logits_of(self._model, self._variables, read.hidden_RD)
                 emitted += self._take_chosen(logits_RV, begun, is_first=True)
+            self._look_ahead(read, begun)
         return emitted
+
+    def _look_ahead(self, read: Read, begun: list[TokenSequence]) -> None:
+        """Tells the module that drafts, if one does, what was read."""
+        if self._drafting is None or self._ahead is None:
+            return
+        if not self._drafting.rests:
+            assert read.hidden_TD is not None
+            self._ahead.read(read.hidden_TD, [s for s in read.spans if s.sequence.is_running])
+        begun = [s for s in begun if s.is_running]
+        if begun:
+            given = [(s, len(s.prompt) - 1, s.text[:1]) for s in begun]
+            self._ahead.note(read.hidden_RD, given)
 
     def _go_on(self, sequence: TokenSequence) -> None:
         """The prompt is read: what follows is the text, from its beginning or where it was."""
@@ -267,8 +293,10 @@ class Engine:
     ) -> tuple[list[Emitted], np.ndarray, np.ndarray | None]:
         """One token of each, and the layers it took."""
         memory, rows = self._memory, [s.row for s in live]
-        logits_RV, layers_R = self._run_decode(*self._inputs(live))
+        logits_RV, layers_R, chosen = self._run_decode(*self._inputs(live))
         layers_N = None if layers_R is None else np.asarray(layers_R)[rows]
+        if self._routed is not None:
+            self._routed.note(chosen, [Span(s, s.row, 0, s.read, 1) for s in live])
         for sequence in live:
             sequence.read += 1
             memory.advance(sequence)
@@ -304,17 +332,16 @@ class Engine:
 
     def _run_decode(
         self, token_R: np.ndarray, position_R: np.ndarray
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The logits after each row's newest token, [R, V], and the layers it took."""
+    ) -> tuple[jax.Array, jax.Array | None, ChosenExperts | None]:
+        """The logits after each row's newest token, [R, V], the layers it took, its experts."""
         model, memory, threshold = self._model, self._memory, self._options.exit_threshold
         inputs = (self._variables, token_R, position_R, memory.state)
         if threshold is not None:
             logits_RV, memory.state, layers_R = steps.decode_early(model, *inputs, threshold)
-            return logits_RV, layers_R
-        logits_RV, memory.state = steps.decode(
-            model, *inputs, memory.tables_RN, self._preferences.arrays
-        )
-        return logits_RV, None
+            return logits_RV, layers_R, None
+        options = (memory.tables_RN, self._preferences.arrays, self._routed is not None)
+        logits_RV, memory.state, chosen = steps.decode(model, *inputs, *options)
+        return logits_RV, None, chosen
 
     def _run_draft(self, token_R: np.ndarray, position_R: np.ndarray) -> Verified:
         assert isinstance(self._options.draft, Draft)
@@ -339,8 +366,11 @@ class Engine:
                 self._verifier.run([], {}, width, self._memory, self._preferences.arrays)
             if self._drafting.small is not None:
                 self._drafting.small.warm_up()
+            if self._ahead is not None:
+                self._ahead.warm_up(self._reader.widths)
         else:
-            self._run_decode(*idle)
+            logits_RV, *_ = self._run_decode(*idle)
+            self._sampler.warm_up(logits_RV)
 
     def _decode_draft(self, live: list[TokenSequence]) -> tuple[list[Emitted], np.ndarray, None]:
         made = self._run_draft(*self._inputs(live))
@@ -371,25 +401,20 @@ class Engine:
 
     def _take(self, sequence: TokenSequence, chosen: list[Chosen]) -> Emitted:
         """A sequence's new tokens up to its end, where its row and pages are free again."""
-        taken = take(sequence, chosen)
+        taken, experts_TNK = take(sequence, chosen), None
         self._generated_tokens += len(taken.tokens)
+        if taken.reason is not None and sequence.request.wants_experts:
+            assert self._routed is not None
+            is_read_whole = taken.reason in ("stop", "error")
+            experts_TNK = self._routed.told(sequence, is_read_whole=is_read_whole)
         if taken.reason is None:
             sequence.read = sequence.known - 1
             self._point(sequence)
         else:
             self._free(sequence, is_broken=taken.reason == "error")
-        return emitted_of(sequence, taken)
+        return emitted_of(sequence, taken, experts_TNK)
 
     # --- Devices ---------------------------------------------------------------------------------
 
     def _in_mesh(self) -> Any:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-
-
-def beside(variables: Variables, arrays: Any) -> Any:
-    """Arrays on the one device that the variables were put on: as a program gives them back, which
-    would otherwise be compiled twice."""
-    first = next(iter(jax.tree.leaves(variables)), None)
-    if isinstance(first, jax.Array) and first.committed and len(first.devices()) == 1:
-        return jax.device_put(arrays, first.sharding)
-    return arrays

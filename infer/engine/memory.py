@@ -123,7 +123,8 @@ class Memory(ABC):
         del owner, length
 
     def _looks_up(self, sequence: TokenSequence) -> bool:
-        return self.has_prefixes and not sequence.request.prompt_logprobs
+        request = sequence.request
+        return self.has_prefixes and not (request.prompt_logprobs or request.wants_experts)
 
     def _keys(self, sequence: TokenSequence) -> list[bytes]:
         """Of the prompt's whole pages; at least one token of what is known is left to be read."""

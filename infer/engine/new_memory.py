@@ -1,6 +1,7 @@
 """The memory that an engine's options ask for."""
 
 import os
+from typing import Any
 
 import jax
 
@@ -10,7 +11,7 @@ from infer.engine.options import EngineOptions
 from infer.engine.reading import widths_of
 from infer.engine.tiers import DiskTier, HostTier, Tiers
 from infer.steps import StateSize
-from model.transformer import Transformer
+from model.transformer import Transformer, Variables
 
 SLOTS = 256
 """Dense states have a whole multiple of them: each size is compiled for itself."""
@@ -69,3 +70,12 @@ def kept_details(options: EngineOptions, size: StateSize) -> tuple[object, ...]:
         detour,
         machine,
     )
+
+
+def beside(variables: Variables, arrays: Any) -> Any:
+    """Arrays on the one device that the variables were put on: as a program gives them back, which
+    would otherwise be compiled twice."""
+    first = next(iter(jax.tree.leaves(variables)), None)
+    if isinstance(first, jax.Array) and first.committed and len(first.devices()) == 1:
+        return jax.device_put(arrays, first.sharding)
+    return arrays

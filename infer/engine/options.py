@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from configs.architecture import ModelConfig
 from configs.checks import require, require_positive
 from infer.model_draft import ModelDraft
+from infer.mtp_draft import MtpDraft
 from infer.ngram_draft import NgramDraft
 from infer.self_speculative import Draft
 from model.model_state import unpageable_reason
@@ -22,6 +24,9 @@ class EngineOptions:
     """Tokens of a sequence at most, prompt and text."""
     max_prompt: int | None = None
     """Tokens of a prompt at most; None is what max_length leaves."""
+    batching: Literal["continuous", "static"] = "continuous"
+    """continuous: a row that is free takes the next request at once. static, to compare with: only
+    when all rows are free, as many as wait."""
     piece: int = 512
     """Tokens of prompts that a step reads at most."""
     target_seconds: float | None = None
@@ -48,17 +53,24 @@ class EngineOptions:
     """A folder for prefixes that outlive the process."""
     disk_cache_bytes: int = 10 << 30
     """Of its files at most."""
+    keeps_experts: bool = False
+    """Tells requests that ask the experts of each token, and counts the tokens of each expert."""
     exit_threshold: float | None = None
     """New tokens leave the model at the first exit this sure of the next one (infer/early_exit.py);
     prompts are read by all layers."""
-    draft: Draft | NgramDraft | ModelDraft | None = None
+    draft: Draft | NgramDraft | ModelDraft | MtpDraft | None = None
     """A Draft: the first layers draft, the others verify (infer/self_speculative.py): the same
-    greedy text in fewer steps. An NgramDraft: the text's own tokens do (infer/ngram_draft.py), or
-    with a ModelDraft a smaller model (infer/model_draft.py), as long as it pays: the same text,
-    sampled or not, but for ties in the last bit."""
+    greedy text in fewer steps. An NgramDraft: the text's own tokens do (infer/ngram_draft.py), with
+    a ModelDraft a smaller model (infer/model_draft.py), with an MtpDraft the model's own
+    multi-token module (infer/mtp_draft.py), as long as it pays: the same text, sampled or not, but
+    for ties in the last bit."""
 
     def __post_init__(self) -> None:
         require_positive(self, "max_rows", "max_length", "piece", "page_size")
+        require(
+            self.batching in ("continuous", "static"),
+            f"batching={self.batching} must be continuous or static",
+        )
         require(
             self.target_seconds is None or self.target_seconds > 0,
             f"target_seconds={self.target_seconds} must be greater than 0",
@@ -87,6 +99,10 @@ class EngineOptions:
         require(
             not self.has_detour or self.num_pages is None,
             f"{' and '.join(names)} and num_pages can't go together: leave one out",
+        )
+        require(
+            not self.has_detour or not self.keeps_experts,
+            f"{' and '.join(names)} and keeps_experts can't go together: leave one out",
         )
         require(
             self.exit_threshold is None or not math.isnan(self.exit_threshold),

@@ -19,10 +19,12 @@ from infer import steps
 from infer.choice import score_tokens
 from infer.engine.memory import Memory
 from infer.engine.options import EngineOptions
+from infer.engine.routed import Span
 from infer.engine.sequence import TokenSequence
 from infer.engine.types import TokenLogprobs
 from infer.steps import Pieces, StateSize
 from model.model_state import unmixable_reason
+from model.step import ChosenExperts
 from model.transformer import Transformer, Variables
 
 SHORT_WIDTHS = (16, 64)
@@ -30,6 +32,10 @@ SHORT_WIDTHS = (16, 64)
 CPU_BLOCK, BLOCK = 128, 512
 """Tokens of the others, where the options don't say."""
 NOT_REWOUND = np.iinfo(np.int32).max
+
+
+Ran = tuple[jax.Array, jax.Array, ChosenExperts | None]
+"""What a program gives: hidden states of all tokens and of each row's last, and their experts."""
 
 
 @dataclass
@@ -52,6 +58,12 @@ class Read:
     """Of each row's last token."""
     finished: list[TokenSequence] = field(default_factory=list)
     """Whose prompts are read to the end."""
+    chosen: ChosenExperts | None = None
+    """The experts of all its tokens, where the engine keeps them."""
+    spans: list[Span] = field(default_factory=list)
+    """Whose tokens they are."""
+    hidden_TD: jax.Array | None = None
+    """Of all its tokens."""
 
 
 class Reader:
@@ -62,7 +74,7 @@ class Reader:
     ) -> None:
         self._model, self._variables, self._size = model, variables, size
         self._rows, self._most = options.max_rows, options.piece
-        self._target = options.target_seconds
+        self._target, self._keeps_experts = options.target_seconds, options.keeps_experts
         self.seconds_per_token: float | None = None
         """That reading takes, with all else that a step does; as the engine measures it."""
         self.is_mixed = unmixable_reason(model.config) is None
@@ -153,8 +165,9 @@ class Reader:
 
     def _run(self, parts: list[_Part], width: int, memory: Memory, preference: Any) -> Read:
         run = self._run_mixed if self.is_mixed else self._run_rows
-        hidden, hidden_RD = run(parts, width, memory, preference)
-        made = Read(hidden_RD)
+        hidden, hidden_RD, chosen = run(parts, width, memory, preference)
+        spans = [Span(p.sequence, p.row, p.at, p.begin, p.end - p.begin) for p in parts]
+        made = Read(hidden_RD, chosen=chosen, spans=spans, hidden_TD=hidden)
         for part in parts:
             sequence = part.sequence
             sequence.read = part.end
@@ -165,22 +178,27 @@ class Reader:
             self._score(parts, hidden)
         return made
 
-    def programs(self, memory: Memory, preference: Any) -> list[Callable[[], None]]:
-        """All that it runs, with nothing to read."""
+    def programs(
+        self, memory: Memory, preference: Any, choose: Callable[[jax.Array], None]
+    ) -> list[Callable[[], None]]:
+        """All that it runs, with nothing to read.
+
+        Args:
+          choose: called with logits after a prompt, [R, V].
+        """
 
         def read(width: int) -> None:
             if self.is_mixed:
-                hidden_TD, hidden_RD = self.run_pieces(self.no_pieces(width), memory, preference)
+                made = self.run_pieces(self.no_pieces(width), memory, preference)
             else:
-                hidden_TD, hidden_RD = self.run_rows(self._no_rows(width), memory, preference)
+                made = self.run_rows(self._no_rows(width), memory, preference)
+            hidden_TD, hidden_RD, _ = made
             self.score(hidden_TD, np.zeros(len(hidden_TD), np.int32))
-            steps.logits_of(self._model, self._variables, hidden_RD)
+            choose(steps.logits_of(self._model, self._variables, hidden_RD))
 
         return [partial(read, width) for width in self.widths]
 
-    def _run_mixed(
-        self, parts: list[_Part], width: int, memory: Memory, preference: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    def _run_mixed(self, parts: list[_Part], width: int, memory: Memory, preference: Any) -> Ran:
         pieces = self.no_pieces(width)
         for part in parts:
             row, at = part.sequence.row, slice(part.at, part.at + part.end - part.begin)
@@ -200,17 +218,14 @@ class Reader:
             last_R=np.full(self._rows, -1, np.int32),
         )
 
-    def run_pieces(
-        self, pieces: Pieces, memory: Memory, preference: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        hidden_TD, hidden_RD, memory.state = steps.read_mixed(
-            self._model, self._variables, pieces, memory.state, memory.tables_RN, preference
+    def run_pieces(self, pieces: Pieces, memory: Memory, preference: Any) -> Ran:
+        arguments = (memory.state, memory.tables_RN, preference, self._keeps_experts)
+        hidden_TD, hidden_RD, memory.state, chosen = steps.read_mixed(
+            self._model, self._variables, pieces, *arguments
         )
-        return hidden_TD, hidden_RD
+        return hidden_TD, hidden_RD, chosen
 
-    def _run_rows(
-        self, parts: list[_Part], width: int, memory: Memory, preference: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    def _run_rows(self, parts: list[_Part], width: int, memory: Memory, preference: Any) -> Ran:
         tokens_BL, positions_BL, rows_B, is_first_B = arrays = self._no_rows(width)
         for part in parts:
             count = part.end - part.begin
@@ -226,13 +241,12 @@ class Reader:
         rows_B = np.full(num, self._rows, np.int32)
         return tokens_BL, np.full_like(tokens_BL, -1), rows_B, np.zeros(num, bool)
 
-    def run_rows(
-        self, arrays: tuple[Any, ...], memory: Memory, preference: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        hidden_TD, hidden_RD, memory.state = steps.read_rows(
-            self._model, self._size, self._variables, *arrays, memory.state, preference
+    def run_rows(self, arrays: tuple[Any, ...], memory: Memory, preference: Any) -> Ran:
+        arguments = (*arrays, memory.state, preference, self._keeps_experts)
+        hidden_TD, hidden_RD, memory.state, chosen = steps.read_rows(
+            self._model, self._size, self._variables, *arguments
         )
-        return hidden_TD, hidden_RD
+        return hidden_TD, hidden_RD, chosen
 
     def _score(self, parts: list[_Part], hidden_TD: jax.Array) -> None:
         """Log-probabilities of the prompts' tokens that these pieces predict."""

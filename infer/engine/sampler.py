@@ -3,7 +3,6 @@
 R rows (sequences), V vocab.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,19 +90,18 @@ class Sampler:
         token_R, is_broken_R, logprobs = jax.device_get((made.token_R, made.is_broken_R, logprobs))
         return Choice(token_R, is_broken_R, logprobs, self.counts)
 
-    def programs(self) -> list[Callable[[], None]]:
-        """All that it runs; the counts of row 0 begin anew."""
-        num_rows, vocab_size = self.all_allowed_RV.shape
+    def warm_up(self, logits_RV: jax.Array) -> None:
+        """Runs all its programs for nobody; the counts of row 0 begin anew.
 
-        def begin_and_choose() -> None:
-            sampling_rows([Sampling(seed=1)])
-            self.begin(TokenSequence(0, Request([0], 1), 1, b"", row=0))
-            logits_RV = jnp.zeros((num_rows, vocab_size), jnp.float32)
-            none_R = np.zeros(num_rows, bool)
-            for allowed_RV in (self.all_allowed_RV, np.ones((num_rows, vocab_size), bool)):
-                self.run(logits_RV, np.zeros(num_rows, np.int32), none_R, allowed_RV, True)
-
-        return [begin_and_choose]
+        Args:
+          logits_RV: of the program whose tokens are chosen later: where they lie is compiled in.
+        """
+        num_rows = len(logits_RV)
+        sampling_rows([Sampling(seed=1)])
+        self.begin(TokenSequence(0, Request([0], 1), 1, b"", row=0))
+        none_R = np.zeros(num_rows, bool)
+        for allowed_RV in (self.all_allowed_RV, np.ones(self.all_allowed_RV.shape, bool)):
+            self.run(logits_RV, np.zeros(num_rows, np.int32), none_R, allowed_RV, True)
 
     def _allowed(self, live: list[TokenSequence]) -> tuple[dict[TokenSequence, str], Any]:
         """Sequences whose constraints can't go on, and why; what the others' allow."""

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from infer.engine.keys import next_key
 from infer.engine.types import Request, TokenLogprobs
 
@@ -33,6 +35,8 @@ class TokenSequence:
     """Whether something of it was emitted."""
     scores: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     """Of the prompt's tokens, where asked."""
+    experts: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    """Where asked: the experts of tokens that were read, [T, N, K], and the place of the first."""
     served: int = 0
     """When a piece of its prompt was last read, in turns of all."""
     stops: set[int] = field(default_factory=set)

@@ -1,6 +1,6 @@
 """What an engine is asked, and what it answers.
 
-V vocab, E experts.
+V vocab, E experts, T tokens, N MoE layers, K experts per token.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,6 +66,9 @@ class Request:
     logits: before temperature, penalties, biases and constraints. 0: of the token alone."""
     prompt_logprobs: bool = False
     """Also of the prompt's tokens, after the first; its prefix is then read anew."""
+    wants_experts: bool = False
+    """The experts of each token that is read; the prompt's prefix is then read anew. Of an engine
+    that keeps them (EngineOptions.keeps_experts)."""
     cache_salt: str = ""
     """Prefixes are shared among requests of equal salt alone."""
     constraint: Constraint | None = None
@@ -99,6 +102,10 @@ class Emitted:
     first."""
     cached_tokens: int = 0
     """With a request's first tokens: how many of the prompt's came from the prefix cache."""
+    experts_TNK: np.ndarray | None = None
+    """With a request's last tokens, where asked: the experts of every token that was read, int32,
+    by MoE layer of the pattern in the order of their depth; -1 is none. The last token of a text
+    was not read, unless one that stops it came after it."""
     error: str | None = None
     """A sentence, with reason "error"."""
 
@@ -123,3 +130,6 @@ class EngineStats:
     prompt_tokens: int
     """Of the requests that were given a row."""
     generated_tokens: int
+    expert_tokens: tuple[np.ndarray, ...] = ()
+    """Tokens that each expert worked on, int64 [E] of each MoE layer; nothing where the engine does
+    not keep experts."""

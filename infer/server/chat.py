@@ -8,7 +8,16 @@ from typing import Any
 from infer.engine import TokenLogprobs
 from infer.server.chat_plan import ChatPlan, plan_chat
 from infer.server.schemas import ChatBody
-from infer.server.service import Answer, Call, Service, event, merged, new_id, usage_of
+from infer.server.service import (
+    Answer,
+    Call,
+    Service,
+    event,
+    merged,
+    new_id,
+    usage_of,
+    with_experts,
+)
 from infer.server.token_texts import TokenTexts
 from infer.server.tool_calls import ToolCall, ToolText
 
@@ -83,7 +92,7 @@ async def chat(service: Service, call: Call) -> Any:
         usage = usage_of(answers, sum(reply.reasoning_pieces for reply in replies))
     call.count(usage)
     choices = [
-        _choice(service, body, i, reply) | {"stop_reason": answer.stopped_by}
+        with_experts(_choice(service, body, i, reply), answer) | {"stop_reason": answer.stopped_by}
         for i, (reply, answer) in enumerate(zip(replies, answers, strict=True))
     ]
     return common | {"object": "chat.completion", "choices": choices, "usage": usage.openai()}
@@ -135,6 +144,7 @@ async def _events(
 
     def chunk(index: int, delta: dict[str, Any], finish: str | None = None, logprobs=None) -> str:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        choice = with_experts(choice, answers[index]) if finish is not None else choice
         return event(common | {"choices": [choice]})
 
     async with service.answers([plan.text], plan.requests) as answers:

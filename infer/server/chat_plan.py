@@ -54,6 +54,7 @@ async def plan_chat(model: ServedModel, body: ChatBody) -> ChatPlan:
         stands_alone=True,
         thinking="never" if wanted is not None or begun else _thinking(model, ids, variables),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        wants_experts=body.return_routed_experts,
     )
     requests = await make_requests(model, body, [text], wanted)
     names = tuple(tool["function"]["name"] for tool in tools or ())

@@ -10,7 +10,16 @@ from infer.server.errors import invalid
 from infer.server.plan import TextPlan, check_text, make_requests, room_for, stop_texts
 from infer.server.schemas import CompletionBody
 from infer.server.served_model import ServedModel
-from infer.server.service import Answer, Call, Service, event, merged, new_id, usage_of
+from infer.server.service import (
+    Answer,
+    Call,
+    Service,
+    event,
+    merged,
+    new_id,
+    usage_of,
+    with_experts,
+)
 from infer.server.structured import wanted_grammar
 from infer.server.token_texts import TokenTexts
 
@@ -73,6 +82,7 @@ def _plans(model: ServedModel, body: CompletionBody) -> list[TextPlan]:
                 stands_alone=body.suffix is not None,
                 num_logprobs=body.logprobs,
                 prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+                wants_experts=body.return_routed_experts,
             )
         )
     return plans
@@ -146,7 +156,8 @@ def _choice(
         shown = legacy_logprobs(model.texts, prompt, echoed, logprobs, echo=bool(body.echo))
     if body.echo:
         text = model.tokenizer.decode(prompt) + text
-    return _chunk(index, text, shown, finish) | {"stop_reason": answer.stopped_by}
+    chunk = _chunk(index, text, shown, finish) | {"stop_reason": answer.stopped_by}
+    return with_experts(chunk, answer)
 
 
 def legacy_logprobs(
@@ -214,7 +225,9 @@ async def _events(
                 )
             lengths[i] += len(piece.text)
             text = "" if body.max_tokens == 0 else piece.text
-            yield event(common | {"choices": [_chunk(i, text, shown, piece.finish)]})
+            chunk = _chunk(i, text, shown, piece.finish)
+            chunk = with_experts(chunk, answers[i]) if piece.finish else chunk
+            yield event(common | {"choices": [chunk]})
         usage = _usage(answers, body)
     call.count(usage)
     if options is not None and options.include_usage:

@@ -53,7 +53,8 @@ class Offload:
     def _fitted(self, request: Request) -> Request | None:
         """The request as the small engine has room for it; None: it is not for it."""
         asks_of_model = request.prompt_logprobs or request.num_logprobs is not None
-        if asks_of_model or request.preference is not None or len(request.prompt) < 2:
+        asks_of_model |= request.wants_experts or request.preference is not None
+        if asks_of_model or len(request.prompt) < 2:
             return None
         room = self.max_length - len(request.prompt)
         if request.max_new_tokens <= room:

@@ -29,6 +29,7 @@ class TextPlan:
     thinking: Thinking = "never"
     num_logprobs: int | None = None
     prompt_logprobs: bool = False
+    wants_experts: bool = False
 
     def reply_text(self, model: ServedModel) -> ReplyText:
         before = () if self.stands_alone else self.prompt
@@ -98,6 +99,7 @@ async def make_requests(
             prompt_logprobs=plan.prompt_logprobs,
             cache_salt=body.cache_salt or "",
             constraint=_copy(constraint),
+            wants_experts=plan.wants_experts,
         )
         for plan in plans
         for sampling in samplings

@@ -134,6 +134,7 @@ async def _get_ready(
     service: Service, prepare: Callable[[], None], on_ready: Callable[[], None]
 ) -> None:
     await service.engine.call(lambda engine: prepare())
+    service.engine.on_step(await service.engine.call(lambda engine: engine.stats()))
     service.is_ready = True
     on_ready()
 

@@ -162,6 +162,8 @@ class ChatBody(SamplingFields):
     thinking: Thinking | None = None
     reasoning_effort: str | None = Field(None, max_length=32)
     chat_template_kwargs: dict[str, Any] | None = None
+    return_routed_experts: bool = False
+    """The experts of each token, in the answer's `routed_experts`."""
 
 
 class CompletionBody(SamplingFields):
@@ -181,4 +183,6 @@ class CompletionBody(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     best_of: Literal[1] | None = None
+    return_routed_experts: bool = False
+    """The experts of each token, in the answer's `routed_experts`."""
     response_format: ResponseFormat | None = None

@@ -1,7 +1,9 @@
 """What the routes share: the model, its engine's thread, metrics, bounds."""
 
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import secrets
 import time
@@ -9,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from infer.engine import Engine, Request, TokenLogprobs
@@ -123,6 +126,8 @@ class Answer:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     stopped_by: str | None = None
     """The stop text that ended it, if one did."""
+    experts_TNK: np.ndarray | None = None
+    """Where asked, with the last piece: see Emitted."""
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """
@@ -136,6 +141,8 @@ class Answer:
             async for emitted in self.stream:
                 if emitted.prompt_logprobs is not None:
                     self.prompt_logprobs = emitted.prompt_logprobs
+                if emitted.experts_TNK is not None:
+                    self.experts_TNK = emitted.experts_TNK
                 self.cached_tokens += emitted.cached_tokens
                 self.num_tokens += len(emitted.tokens)
                 self.times.tokens(len(emitted.tokens))
@@ -212,6 +219,16 @@ def usage_of(answers: Sequence[Answer], reasoning_tokens: int = 0) -> Usage:
         sum(min(a.cached_tokens, len(a.plan.prompt)) for a in plans.values()),
         reasoning_tokens,
     )
+
+
+def with_experts(choice: dict[str, Any], answer: Answer) -> dict[str, Any]:
+    """The choice, with the experts of its tokens where they were asked for: `routed_experts`, an
+    .npy file of int32 [tokens, MoE layers, experts per token] in base64."""
+    if answer.experts_TNK is None:
+        return choice
+    file = io.BytesIO()
+    np.save(file, answer.experts_TNK)
+    return choice | {"routed_experts": base64.b64encode(file.getvalue()).decode()}
 
 
 def new_id(prefix: str) -> str:

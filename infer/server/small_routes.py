@@ -138,6 +138,8 @@ async def stats(service: Service, call: Call) -> Any:
     """What the page shows live."""
     latest = service.metrics.latest
     found = {} if latest is None else dict(vars(latest))
+    if latest is not None:
+        found["expert_tokens"] = [counts_E.tolist() for counts_E in latest.expert_tokens]
     return found | {
         "model": service.model.name,
         "max_rows": service.engine.max_rows,

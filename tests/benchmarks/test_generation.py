@@ -197,10 +197,10 @@ def test_rounds_must_be_some():
 
 
 def test_a_missing_peer_has_a_reason(tmp_path):
-    reason = programs._missing(sys.executable, os.environ, "json", "no_such_library")
+    reason = programs.missing(sys.executable, os.environ, "json", "no_such_library")
     assert reason == "ModuleNotFoundError: No module named 'no_such_library'"
-    assert programs._missing(sys.executable, os.environ, "json") == ""
-    assert "can't be run" in programs._missing(str(tmp_path / "python"), os.environ, "json")
+    assert programs.missing(sys.executable, os.environ, "json") == ""
+    assert "can't be run" in programs.missing(str(tmp_path / "python"), os.environ, "json")
 
 
 def test_the_machine_has_a_name_and_cores():

@@ -110,6 +110,23 @@ def test_requests_come_and_go():
         assert texts[number] == text
 
 
+def test_static_batches_wait_for_their_longest_text():
+    """A row that is free stays so until all are; the texts are the same."""
+    options = EngineOptions(max_rows=ROWS, max_length=64, piece=16, batching="static")
+    engine, texts, running = Engine(MODEL, VARIABLES, options), {}, []
+    for i, new in ((1, 2), (0, 6), (3, 6)):
+        engine.add(Request(PROMPTS[i], new))
+    while engine.has_work():
+        for emitted in engine.step():
+            texts.setdefault(emitted.request, []).extend(emitted.tokens)
+        running.append((engine.stats().running, engine.stats().waiting))
+    assert running == [(1, 1)] * 4 + [(0, 1)] + [(1, 0)] * 4 + [(0, 0)]
+    greedy = run([PROMPTS[i] for i in (1, 0, 3)], Sampling(), piece=16).tokens
+    assert [texts[i] for i in range(3)] == [greedy[0][:2], greedy[1][:6], greedy[2][:6]]
+    with pytest.raises(UserError, match="batching=eager must be continuous or static"):
+        EngineOptions(batching="eager")
+
+
 def test_a_long_prompt_leaves_others_their_turns():
     """A step reads `piece` tokens of prompts at most, and every other row gets its token."""
     engine = Engine(MODEL, VARIABLES, EngineOptions(max_rows=ROWS, max_length=64, piece=16))

@@ -15,6 +15,7 @@ import pytest
 from configs.checks import UserError
 from deepseek import BadRequest, V3_1Client
 from evals.expert_domains import label_experts
+from infer.model_draft import ModelDraft
 from infer.server.keys import read_keys
 from infer.server.process import ListenOptions, bind
 from infer.sources import open_source
@@ -92,12 +93,25 @@ def test_an_address_that_is_taken():
         (["--port", "70000"], "--port 70000 must lie between"),
         (["--max-rows", "0"], "max_rows=0 must be greater than 0"),
         (["--kv-pages", "1"], "num_pages=1 must be at least 2"),
+        (["--draft-length", "3"], "--draft-length 3 has no effect without --draft"),
+        (["--draft", "ngram", "--draft-length", "0"], "--draft-length 0 must be at least 1"),
+        (["--draft", "mtp"], "has no multi-token module to draft with"),
+        (["--draft", "nowhere"], "nowhere"),
+        (["--draft", "nowhere", "--mesh.expert", "2"], "--draft nowhere runs on one device"),
     ],
 )
 def test_bounds_that_can_not_be(folder, arguments, sentence):
     asked = parser().parse_args([str(folder), *arguments])
     with pytest.raises(UserError, match=sentence):
         served.engine_options(open_source(str(folder)), asked)
+
+
+def test_a_smaller_model_of_the_same_tokens_drafts(folder):
+    asked = parser().parse_args([str(folder), "--draft", str(folder), "--draft-length", "2"])
+    options = served.engine_options(open_source(str(folder)), asked)
+    assert isinstance(options.draft, ModelDraft)
+    assert options.draft.length == 2
+    assert options.draft.variables["params"]
 
 
 @pytest.mark.parametrize(

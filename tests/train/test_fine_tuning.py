@@ -149,7 +149,7 @@ def test_the_architecture_is_the_sources(tuned):
     assert shaped.model == resolved.model
     assert shaped.data == resolved.data
     assert shaped.init == InitConfig()
-    with pytest.raises(UserError, match="takes nothing from init.source but its architecture"):
+    with pytest.raises(UserError, match=r"takes nothing from init.source but its architecture"):
         InitConfig(source="first", weights="drawn")
     assert with_source_model(run) is run
 

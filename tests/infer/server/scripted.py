@@ -75,7 +75,9 @@ class ScriptedEngine:
 
     def stats(self) -> EngineStats:
         running = min(len(self.live), self.max_rows)
-        return EngineStats(running, len(self.live) - running, 8 - running, 8, 10, 4, 0, 7, 5)
+        waiting, read = len(self.live) - running, sum(map(len, self.said.values()))
+        load = (np.array([read, 3, 0]), np.array([1, 1, read]))
+        return EngineStats(running, waiting, 8 - running, 8, 10, 4, 0, 7, 5, load)
 
     def step(self) -> list[Emitted]:
         time.sleep(self.step_seconds)

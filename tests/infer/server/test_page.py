@@ -66,6 +66,19 @@ def test_completion_at_the_cursor(window):
     assert window.run("return document.getElementById('code').value") == f"x = 1{SAID}"
 
 
+def test_the_load_of_experts_is_live(window):
+    """A row of bars for each layer, the busiest one highest; of what came since the last look."""
+    window.run("document.getElementById('load').open = true")
+    window.wait_for("document.querySelectorAll('#layers .layer').length === 2")
+    window.type_into("#input", f"Hello{ENTER}")
+    bars = "[...x.children].map(i => i.style.height)"
+    heights = f"[...document.querySelectorAll('.layer')].map(x => {bars})"
+    window.wait_for(f"({heights})[0].join() === '100%,0%,0%'")
+    assert window.run(f"return {heights}")[1] == ["0%", "0%", "100%"]
+    title = window.run("return document.querySelector('.layer').title")
+    assert title == "MoE layer 1: the busiest expert has 3.0 times the mean"
+
+
 def test_errors_are_shown(window):
     window.run("document.getElementById('temperature').value = 9")
     window.type_into("#input", f"Hello{ENTER}")

@@ -1,0 +1,1 @@
+"""Servers under load: what scripts/bench_serving.py measures."""
