@@ -19,7 +19,17 @@ import numpy as np
 
 from checkpoint.families.base import Copy
 from checkpoint.rounded import RoundedParameter, StackedParameters
-from checkpoint.weight_map import NOT_EXPORTED, Entry, flatten, leaf_name
+from checkpoint.weight_map import (
+    NOT_EXPORTED,
+    Entry,
+    Place,
+    Span,
+    by_tensor,
+    flatten,
+    leaf_name,
+    place_index,
+    whole_tensor,
+)
 from configs.architecture import ModelConfig
 from configs.checks import UserError
 
@@ -116,27 +126,32 @@ class LazyParameter:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
-    def part(self, place: tuple[int | None, ...]) -> np.ndarray:
-        """What lies at an entry's place: see `Entry.place`.
+    def part(self, place: Place) -> np.ndarray:
+        """What lies at an entry's place.
 
         Raises:
           UserError: a tensor is damaged.
         """
-        sizes = zip(place, self.shape, strict=True)
-        window = tuple((0, size) if at is None else (at, at + 1) for at, size in sizes)
+        window = tuple(_range(at, size) for at, size in zip(place, self.shape, strict=True))
         part = _load_window(self.entries, self.tensors, window, self.dtype)
-        return part.reshape(
-            [size for at, size in zip(place, self.shape, strict=True) if at is None]
-        )
+        dims = zip(place, window, strict=True)
+        return part.reshape([stop - start for at, (start, stop) in dims if not isinstance(at, int)])
 
 
-def part_of(leaf: Any, place: tuple[int | None, ...]) -> np.ndarray:
+def _range(at: int | Span | None, size: int) -> tuple[int, int]:
+    """The places of a dim of this size that a part has."""
+    if at is None:
+        return 0, size
+    return (at, at + 1) if isinstance(at, int) else (at.start, at.stop)
+
+
+def part_of(leaf: Any, place: Place) -> np.ndarray:
     """The part of a parameter at an entry's place, whether it is an array, a `LazyParameter` or one
     in codes (checkpoint/rounded.py).
     """
     if isinstance(leaf, LazyParameter | RoundedParameter | StackedParameters):
         return leaf.part(place)
-    return np.asarray(leaf)[tuple(slice(None) if at is None else at for at in place)]
+    return np.asarray(leaf)[place_index(place)]
 
 
 def _load_leaf(
@@ -165,11 +180,14 @@ def _load_window(
     if not entries:  # state that public checkpoints don't hold (NOT_EXPORTED)
         out[...] = 0
     for entry in entries:
-        inside = zip(entry.place, window, strict=True)
-        if any(at is not None and not start <= at < stop for at, (start, stop) in inside):
+        ranges = [_range(at, stop) for at, (_, stop) in zip(entry.place, window, strict=True)]
+        pairs = zip(ranges, window, strict=True)
+        if any(first >= stop or last <= start for (first, last), (start, stop) in pairs):
             continue
         if not entry.is_sliceable:
-            _put(entry.to_parameter(tensors.read(entry.name)), entry, None, out, window)
+            tensor = tensors.read(entry.name)
+            tensor = tensor if entry.public_rows is None else tensor[entry.public_rows]
+            _put(entry.to_parameter(tensor), entry, None, out, window)
         else:
             for start, stop in pieces(entry.shape, *_rows_inside(entry, window)):
                 piece, dim = entry.rows(start, stop)
@@ -182,8 +200,10 @@ def _load_window(
 def _rows_inside(entry: Entry, window: Window) -> tuple[int, int]:
     """Which of the public tensor's rows lie in the window."""
     _, dim = entry.rows(0, entry.shape[0])
-    whole = [ranges for at, ranges in zip(entry.place, window, strict=True) if at is None]
-    return whole[dim]
+    dims = zip(entry.place, window, strict=True)
+    at, (start, stop) = [pair for pair in dims if not isinstance(pair[0], int)][dim]
+    first, last = _range(at, stop)
+    return max(start - first, 0), min(stop, last) - first
 
 
 def _put(
@@ -200,10 +220,11 @@ def _put(
     """
     source, target, dim = [], [], 0
     for at, (start, stop) in zip(entry.place, window, strict=True):
-        if at is not None:
+        if isinstance(at, int):
             target.append(at - start)
             continue
-        first = moved[1] if moved is not None and moved[0] == dim else 0
+        first = 0 if at is None else at.start
+        first += moved[1] if moved is not None and moved[0] == dim else 0
         last = first + part.shape[dim]
         low, high = max(first, start), min(last, stop)
         if low >= high:
@@ -248,7 +269,8 @@ def written_copies(
 def saved(
     entries: Sequence[Entry], variables: Any, is_done: Callable[[str], bool]
 ) -> Iterator[tuple[Entry, np.ndarray | None]]:
-    """Each entry and its tensor, in order; None for a tensor that is done.
+    """Each public tensor's entry (weight_map.whole_tensor) and the tensor, in order; None for a
+    tensor that is done.
 
     Raises:
       UserError: state that public checkpoints don't hold is not 0.
@@ -260,8 +282,20 @@ def saved(
                 f"{name} is not 0, and no public family has null experts: keep the model as a run "
                 "directory"
             )
-    for entry in entries:
-        if is_done(entry.name):
-            yield entry, None
+    for name, sharing in by_tensor(entries).items():
+        whole = whole_tensor(sharing)
+        if is_done(name):
+            yield whole, None
             continue
-        yield entry, entry.to_public(part_of(leaves[entry.leaf], entry.place))
+        parts = [entry.to_public(part_of(leaves[entry.leaf], entry.place)) for entry in sharing]
+        yield whole, parts[0] if len(parts) == 1 else _merged(sharing, parts, whole.shape)
+
+
+def _merged(
+    sharing: Sequence[Entry], parts: Sequence[np.ndarray], shape: tuple[int, ...]
+) -> np.ndarray:
+    """The tensor whose rows these parts are."""
+    out = np.empty(shape, parts[0].dtype)
+    for entry, part in zip(sharing, parts, strict=True):
+        out[entry.public_rows] = part
+    return out

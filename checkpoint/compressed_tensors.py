@@ -107,6 +107,11 @@ class CompressedStorage:
     def _scales_shape(self, entry: Entry, found: RoundedParameter) -> tuple[int, int]:
         each = 1 if found.format == "fp8" else 32 // BITS[found.format]
         require(
+            entry.public_rows is None,
+            f"{entry.name} holds several parameters, each rounded by itself: write a model folder "
+            "instead",
+        )
+        require(
             len(entry.shape) == 2
             and found.offsets_NS is None
             and entry.shape[1] % found.block == 0

@@ -16,11 +16,13 @@ from checkpoint.families.base import Family
 from checkpoint.families.weight_maps import FUSED_EXPERTS, with_fused_experts
 from checkpoint.logical_tensors import LogicalTensors
 from checkpoint.public import PublicCheckpoint, find_family, read_model, write_model
+from checkpoint.renamed_tensors import RenamedTensors
 from checkpoint.rounded_folder import has_rounded
-from checkpoint.weight_map import Row, expand, flatten
+from checkpoint.weight_map import Row, by_tensor, expand, flatten, whole_tensor
 from configs.architecture import ModelConfig
 from formats.safetensors.reader import open_tensors
 from formats.safetensors.writer import TensorWriter
+from formats.small_files import read_json_object
 
 
 def open_checkpoint(folder: Path) -> PublicCheckpoint:
@@ -32,13 +34,26 @@ def open_checkpoint(folder: Path) -> PublicCheckpoint:
     settings = Settings.read(folder / "config.json")
     family = find_family(settings)
     settings = settings.with_defaults(family.defaults)
-    quantization = settings.part("quantization_config")
-    tensors = LogicalTensors(open_tensors(folder), quantization and quantization.values)
+    tensors = LogicalTensors(open_tensors(folder), _quantization(folder, settings))
+    if family.renames:
+        tensors = RenamedTensors(tensors, family.renames)
     config = read_model(family, settings, tensors)
     return PublicCheckpoint(folder, family, settings, config, _rows(family, tensors), tensors)
 
 
-def _rows(family: Family, tensors: LogicalTensors) -> Sequence[Row]:
+def _quantization(folder: Path, settings: Settings) -> Mapping[str, Any] | None:
+    """quantization_config; of modelopt's older files hf_quant_config.json says that there is one.
+
+    Raises:
+      UserError: not an object.
+    """
+    part, beside = settings.part("quantization_config"), folder / "hf_quant_config.json"
+    if part is None and beside.exists():
+        return {"quant_method": "modelopt", **read_json_object(beside)}
+    return None if part is None else part.values
+
+
+def _rows(family: Family, tensors: assemble.Tensors) -> Sequence[Row]:
     """The family's table for the names that the files have: experts one by one, or fused."""
     fused = re.escape(FUSED_EXPERTS).replace(r"\*", r"\d+")
     if family.fuses_experts and any(re.fullmatch(fused, name) for name in tensors.shapes):
@@ -81,7 +96,8 @@ def export(
     if has_rounded(variables):
         storage = CompressedStorage(storage.dtype, leaves, entries)
     values = {**write_model(family, config), **storage.settings(), **extra}
-    plans = {entry.name: storage.plan(entry) for entry in entries}
+    sharing = by_tensor(entries)
+    plans = {name: storage.plan(whole_tensor(parts)) for name, parts in sharing.items()}
     plan = [planned for parts in plans.values() for planned in parts]
     with TensorWriter(folder, plan, max_shard_bytes=max_shard_bytes) as writer:
 

@@ -8,6 +8,7 @@ those presented here, or opening ends with its name. What `quantization_config` 
            are swapped, as transformers holds the weights that gpt-oss stores so
     compressed-tensors  NAME_packed, NAME_scale [N, S] and NAME_shape, or NAME (float8) and
            NAME_scale                              presented as NAME
+    modelopt, and NVFP4 of compressed-tensors      see checkpoint/scaled_pairs.py
 
 Decoding goes by rows read from the file: beside the result there are a few blocks of rows.
 """
@@ -21,8 +22,26 @@ from typing import Any, Literal, assert_never, get_args
 import ml_dtypes
 import numpy as np
 
+from checkpoint.scaled_pairs import (
+    ACTIVATIONS,
+    DIVISOR,
+    FACTOR,
+    U8,
+    ScaledPair,
+    float8_pair,
+    float_scales,
+    packed_pair,
+)
 from configs.checks import require
-from formats.block_floats import E8M0, FP8, GROUP, decode_fp8, decode_mxfp4, fp8_scales_shape
+from formats.block_floats import (
+    E8M0,
+    FP8,
+    GROUP,
+    decode_fp4,
+    decode_fp8,
+    decode_mxfp4,
+    fp8_scales_shape,
+)
 from formats.packed_ints import unpack_ints
 from formats.safetensors.header import TensorInfo, quote
 from formats.safetensors.reader import TensorFiles
@@ -34,7 +53,7 @@ _CHUNK = 2**22  # values at a time
 _PACKED_ONLY = (FP8, E8M0, np.dtype(ml_dtypes.float8_e5m2))
 _FP8_SCALES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), E8M0)
 Block = tuple[int, int]
-Method = Literal["fp8", "mxfp4", "compressed-tensors"]
+Method = Literal["fp8", "mxfp4", "compressed-tensors", "modelopt"]
 """A quant_method of config.json."""
 
 
@@ -46,6 +65,8 @@ class _Logical:
     method: Method | None
     values: TensorInfo
     scales: TensorInfo | None = None
+    pair: ScaledPair | None = None
+    """Of a weight in modelopt's form, or its like."""
 
 
 class LogicalTensors:
@@ -70,6 +91,8 @@ class LogicalTensors:
             self._tensors = _pair_mxfp4(files.tensors)
         elif method == "compressed-tensors":
             self._tensors = _pair_compressed(files)
+        elif method == "modelopt":
+            self._tensors = _pair_modelopt(files.tensors)
         elif method is None:
             self._tensors = {n: _plain(info, method) for n, info in files.tensors.items()}
         else:
@@ -79,7 +102,9 @@ class LogicalTensors:
     def sources(self, name: str) -> tuple[str, ...]:
         """The names in the files of what the tensor is read from."""
         tensor = self._tensors[name]
-        return tuple(info.name for info in (tensor.values, tensor.scales) if info is not None)
+        factor = None if tensor.pair is None else tensor.pair.factor
+        parts = (tensor.values, tensor.scales, factor)
+        return tuple(info.name for info in parts if info is not None)
 
     def file(self, name: str) -> Path:
         """The file that holds the tensor; its values, if the scales lie elsewhere."""
@@ -125,6 +150,8 @@ class LogicalTensors:
         values = self._files.read_rows(tensor.values.name, start, stop)
         if tensor.scales is None:
             return values
+        if tensor.pair is not None:
+            return self._scaled(tensor.pair, values, start, stop)
         if tensor.method == "compressed-tensors":
             scales = self._files.read_rows(tensor.scales.name, start, stop).astype(np.float32)
             if tensor.values.dtype != FP8:
@@ -137,6 +164,19 @@ class LogicalTensors:
         first, last = start // self._block[0], -(-stop // self._block[0])
         scales = self._files.read_rows(tensor.scales.name, first, last)
         return decode_fp8(values, scales, self._block, first_row=start - first * self._block[0])
+
+    def _scaled(self, pair: ScaledPair, values: np.ndarray, start: int, stop: int) -> np.ndarray:
+        is_one = pair.scales.shape in ((), (1,))
+        if is_one:
+            scales = self._files.read(pair.scales.name).reshape(1, 1)
+        else:
+            scales = self._files.read_rows(pair.scales.name, start, stop)
+        factor = None if pair.factor is None else self._files.read(pair.factor.name)
+        scales = float_scales(scales, factor, divides=pair.divides)
+        if pair.values.dtype != FP8:
+            return decode_fp4(values, scales)
+        block = pair.shape[1] // scales.shape[1]
+        return values.astype(np.float32) * np.repeat(scales, block, axis=1)
 
     def _fill_mxfp4(self, tensor: _Logical, start: int, rows_EKN: np.ndarray) -> None:
         assert tensor.scales is not None
@@ -173,8 +213,8 @@ def _method(quantization: Mapping[str, Any] | None) -> Method | None:
     require(
         method in get_args(Method),
         f"quantization_config is {quote(quantization)}; the quant_method that can be read is fp8 "
-        "(float8 blocks) or mxfp4 or compressed-tensors: get the checkpoint in one of them, or in "
-        "bfloat16",
+        "(float8 blocks) or mxfp4 or compressed-tensors or modelopt: get the checkpoint in one of "
+        "them, or in bfloat16",
     )
     return method
 
@@ -296,10 +336,20 @@ def _pair_compressed(files: TensorFiles) -> dict[str, _Logical]:
     """Packed integers and float8 with their scales, symmetric ones alone."""
     logical: dict[str, _Logical] = {}
     for name, info in files.tensors.items():
+        if name.endswith(ACTIVATIONS):
+            continue
         stem = name.removesuffix(PACKED) if name.endswith(PACKED) else name
-        is_rounded = name.endswith(PACKED) or info.dtype == FP8
+        if name.endswith(PACKED) and info.dtype == U8:
+            pair = packed_pair(info, stem, files.tensors, DIVISOR)
+            logical[stem] = _Logical(pair.shape, "compressed-tensors", info, pair.scales, pair)
+            continue
+        if info.dtype == FP8 and _has_block_powers(files.tensors.get(name + SCALE)):
+            pair = float8_pair(info, files.tensors)
+            logical[name] = _Logical(pair.shape, "compressed-tensors", info, pair.scales, pair)
+            continue
+        is_rounded = name.endswith(PACKED) or (info.dtype == FP8 and not _is_scale(name, files))
         if not is_rounded:
-            base = name.removesuffix(SCALE).removesuffix(SHAPE)
+            base = name.removesuffix(DIVISOR).removesuffix(SCALE).removesuffix(SHAPE)
             if base == name or not {base, base + PACKED} & set(files.tensors):
                 logical[name] = _plain(info, "compressed-tensors")
             continue
@@ -324,6 +374,33 @@ def _pair_compressed(files: TensorFiles) -> dict[str, _Logical]:
             "bits a weight: get the checkpoint in bfloat16",
         )
         logical[stem] = _Logical(shape, "compressed-tensors", info, scales)
+    return logical
+
+
+def _has_block_powers(scales: TensorInfo | None) -> bool:
+    return scales is not None and scales.dtype in (U8, E8M0)
+
+
+def _is_scale(name: str, files: TensorFiles) -> bool:
+    """Whether a float8 tensor is the scales of a packed one."""
+    return name.endswith(SCALE) and name.removesuffix(SCALE) + PACKED in files.tensors
+
+
+def _pair_modelopt(tensors: Mapping[str, TensorInfo]) -> dict[str, _Logical]:
+    """Weights of 4 or 8 bits with their scales; those of activations are passed over."""
+    logical: dict[str, _Logical] = {}
+    for name, info in tensors.items():
+        base = name.removesuffix(FACTOR).removesuffix(SCALE)
+        if name.endswith(ACTIVATIONS) or (base != name and base in tensors):
+            continue
+        if info.dtype == U8:
+            pair = packed_pair(info, name, tensors, FACTOR)
+        elif info.dtype == FP8:
+            pair = float8_pair(info, tensors)
+        else:
+            logical[name] = _plain(info, "modelopt")
+            continue
+        logical[name] = _Logical(pair.shape, "modelopt", info, pair.scales, pair)
     return logical
 
 

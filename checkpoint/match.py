@@ -8,7 +8,7 @@ import numpy as np
 
 from checkpoint.assemble import Tensors, pieces
 from checkpoint.families.base import Copy
-from checkpoint.weight_map import Entry
+from checkpoint.weight_map import Entry, by_tensor, whole_tensor
 from configs.checks import UserError
 
 
@@ -28,7 +28,7 @@ def check_names(
     Raises:
       UserError: tensors that are missing, unknown, or of another shape.
     """
-    expected = {entry.name: entry.shape for entry in entries}
+    expected = {name: whole_tensor(sharing).shape for name, sharing in by_tensor(entries).items()}
     allowed = expected.keys() | {name for name, _ in copies}
     missing = [name for name in expected if name not in tensors.shapes]
     unknown = [

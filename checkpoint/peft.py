@@ -227,6 +227,11 @@ def write_peft(
         path = entry.leaf.removeprefix("params.")
         if path not in adapters:
             continue
+        require(
+            not entry.is_partial,
+            f"{entry.name} and {path} are cut differently, and an adapter of one is none of the "
+            "other: merge it into the weights (--to huggingface)",
+        )
         a, b = (x.astype(np.float32) for x in adapters[path])
         lora_A, lora_B = public_factors(entry, forms[path], a, b)
         own = _Factors(entry, forms[path])
@@ -319,6 +324,11 @@ def read_peft(
         names = [f"{PREFIX}{module}.lora_{which}.weight" for which in "AB"]
         if not left.issuperset(names):
             continue
+        require(
+            not entry.is_partial,
+            f"{folder / TENSORS} has an adapter of {entry.name}, which is cut differently here: "
+            "merge it in PEFT",
+        )
         left -= set(names)
         lora_A, lora_B = (tensors.read(name) for name in names)
         rank = lora_A.shape[0]

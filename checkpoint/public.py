@@ -31,6 +31,18 @@ class PublicCheckpoint:
     rows: Sequence[Row]
     tensors: assemble.Tensors
 
+    def left_out(self) -> list[str]:
+        """Sentences about the tensors of other parts than the text model."""
+        sentences = []
+        for rule, part in self.family.unread:
+            count = sum(re.fullmatch(rule, name) is not None for name in self.tensors.shapes)
+            if count:
+                sentences.append(
+                    f"{self.path} holds {part} in {count} tensors, which are left out: the text "
+                    "model is read"
+                )
+        return sentences
+
     def load(
         self,
         abstract_variables: Any,
@@ -60,7 +72,9 @@ class PublicCheckpoint:
         copies = match.expanded_copies(
             self.family.copies, self.tensors.shapes, is_tied=self.config.tie_embeddings
         )
-        match.check_names(entries, self.tensors, copies, self.family.ignored, self.path)
+        unread = [rule for rule, _ in self.family.unread]
+        ignored = (*self.family.ignored, *unread)
+        match.check_names(entries, self.tensors, copies, ignored, self.path)
         match.check_copies(copies, self.tensors)
         return entries
 

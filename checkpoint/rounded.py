@@ -12,13 +12,11 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from checkpoint.weight_map import Place, place_index
 from kernels.quantize import MatrixDims
 
 RoundedFormat = Literal["int8", "int4", "fp8"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
-Place = tuple[int | None, ...]
-"""See checkpoint.weight_map.Entry.place."""
-
 BITS: dict[RoundedFormat, int] = {"int8": 8, "int4": 4, "fp8": 8}
 SCALE_DTYPES: dict[ScaleDtype, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
@@ -103,7 +101,7 @@ class RoundedParameter:
 
     def rounded(self, place: Place) -> RoundedPart:
         """As `part`, in codes."""
-        index = tuple(slice(None) if at is None else at for at in place)
+        index = place_index(place)
         spread = [self._spread(x)[index] if x is not None else None for x in self._steps()]
         assert spread[0] is not None
         return RoundedPart(self.format, self.block, self.codes[index], spread[0], spread[1])
@@ -136,27 +134,28 @@ class StackedParameters:
 
     def part(self, place: Place) -> np.ndarray:
         """What lies at an entry's place, float32."""
-        if place[0] is None:
-            return np.stack([_part(x, place[1:]) for x in self.parts])
+        if not isinstance(place[0], int):
+            chosen = self.parts[place_index(place)[0]]
+            return np.stack([_part(x, place[1:]) for x in chosen])
         return _part(self.parts[place[0]], place[1:])
 
 
 def _part(leaf: Any, place: Place) -> np.ndarray:
     if isinstance(leaf, RoundedParameter):
         return leaf.part(place)
-    return np.asarray(leaf)[tuple(slice(None) if at is None else at for at in place)]
+    return np.asarray(leaf)[place_index(place)]
 
 
 def rounded_at(leaf: Any, place: Place) -> RoundedPart | None:
     """The codes at a parameter's place; None where it was not rounded."""
-    if isinstance(leaf, StackedParameters) and place[0] is not None:
+    if isinstance(leaf, StackedParameters) and isinstance(place[0], int):
         return rounded_at(leaf.parts[place[0]], place[1:])
     return leaf.rounded(place) if isinstance(leaf, RoundedParameter) else None
 
 
 def rounded_leaf(leaf: Any, place: Place) -> RoundedParameter | None:
     """The rounded parameter at a place, or which it is a part of; None where there is none."""
-    if isinstance(leaf, StackedParameters) and place[0] is not None:
+    if isinstance(leaf, StackedParameters) and isinstance(place[0], int):
         return rounded_leaf(leaf.parts[place[0]], place[1:])
     return leaf if isinstance(leaf, RoundedParameter) else None
 

@@ -11,6 +11,9 @@ number stands for {letter} in the name; one that the right side lacks is a dim o
 layer's number in both names. Sizes come from the parameters' shapes, so a table holds for every
 size of its family, is read in both directions, and a
 row whose parameter a layer lacks (no experts, no bias) is passed over for it.
+
+A public tensor may hold several parameters (Row.rows says which of its rows are whose), and a
+parameter may lie in several tensors one after the other (Row.span).
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +32,22 @@ from configs.checks import UserError
 
 Order = Callable[[int, LayerSpec], np.ndarray]
 """(entries of the dim c, the layer) -> the public place of each of our entries, int [C]."""
+
+Rows = Callable[[LayerSpec], np.ndarray]
+"""The layer -> the rows of a public tensor that a parameter is made of, in the parameter's order,
+int [N]."""
+
+
+class Span(NamedTuple):
+    """The entries [start, stop) of a dim."""
+
+    start: int
+    stop: int
+
+
+Place = tuple[int | Span | None, ...]
+"""Of a part of a parameter: an index for dims that it has one place of, a span for those that it
+has some of, None for whole ones."""
 
 
 NOT_EXPORTED = ".null_logit"
@@ -48,19 +67,23 @@ class Row:
     """A parameter of the same layer that must be there for this row to hold."""
     unless: str | None = None
     """One that must not."""
+    rows: Rows | None = None
+    """Those of the tensor that are meant, where other rows of the table take the rest; the pattern
+    is about them alone."""
+    span: Callable[[LayerSpec], Span] | None = None
+    """The entries along n that the tensor fills, where other tensors fill the rest."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One public tensor and the part of a parameter that it fills."""
+    """One public tensor, or some of its rows, and the part of a parameter that it fills."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the public tensor."""
+    """Of the public tensor, or of the rows that are meant."""
     leaf: str
     """The parameter's path in the variables: "params.periods.layer_0.attention.kv"."""
-    place: tuple[int | None, ...]
-    """Of the part: an index for dims that it has one place of, None for whole ones."""
+    place: Place
     split: tuple[int, ...]
     """The public shape with its brackets resolved."""
     axes: tuple[int, ...]
@@ -68,6 +91,13 @@ class Entry:
     order: np.ndarray | None
     order_axis: int = 0
     """Whole dim that `order` is about."""
+    public_rows: np.ndarray | None = None
+    """Which of the public tensor's rows are meant, int [N]; None: all of them."""
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether tensor and part are not whole: see Row.rows and Row.span."""
+        return self.public_rows is not None or any(isinstance(at, Span) for at in self.place)
 
     @property
     def part_shape(self) -> tuple[int, ...]:
@@ -88,7 +118,8 @@ class Entry:
     @property
     def is_sliceable(self) -> bool:
         """Whether rows of the public tensor are slices of the part: `rows` may be asked for."""
-        return len(self.shape) > 1 and self.split[0] == self.shape[0] and not self._orders_rows
+        is_whole = self.public_rows is None and self.split[0] == self.shape[0]
+        return len(self.shape) > 1 and is_whole and not self._orders_rows
 
     @property
     def _orders_rows(self) -> bool:
@@ -133,6 +164,29 @@ def flatten(variables: Any) -> dict[str, Any]:
 def leaf_name(path: Any) -> str:
     """The path that jax gives a leaf, as one name."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def place_index(place: Place) -> tuple[int | slice, ...]:
+    """The index of a part in its parameter."""
+    return tuple(
+        slice(None) if at is None else slice(*at) if isinstance(at, Span) else at for at in place
+    )
+
+
+def by_tensor(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """The entries of each public tensor by its name: one, or those that share its rows."""
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.name, []).append(entry)
+    return found
+
+
+def whole_tensor(sharing: Sequence[Entry]) -> Entry:
+    """The first of the entries that share a public tensor, with the tensor's shape."""
+    if len(sharing) == 1:
+        return sharing[0]
+    rows = sum(entry.shape[0] for entry in sharing)
+    return dataclasses.replace(sharing[0], shape=(rows, *sharing[0].shape[1:]))
 
 
 def expand(rows: Sequence[Row], config: ModelConfig, shapes: dict[str, Any]) -> list[Entry]:
@@ -206,6 +260,12 @@ def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> I
     dims = shapes[leaf].shape[len(stack) :]
     assert len(dims) == len(ours), f"{row.pattern} is not the form of {leaf}, {dims}"
     sizes = dict(zip(ours, dims, strict=True))
+    public_rows, span = None, None
+    if layer is not None and row.rows is not None:
+        public_rows = row.rows(layer.spec)
+    if layer is not None and row.span is not None:
+        span = row.span(layer.spec)
+        sizes["n"] = span.stop - span.start
     counted = [letter for letter in ours if not letter.isdigit() and letter not in public]
     kept = [letter for letter in ours if letter in public]
     order = None
@@ -214,7 +274,9 @@ def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> I
         order = row.order(sizes["c"], layer.spec)
     for numbers in itertools.product(*(range(sizes[letter]) for letter in counted)):
         chosen = dict(zip(counted, numbers, strict=True))
-        place = (int(x) if x.isdigit() else chosen.get(x) for x in ours)
+        place = (
+            int(x) if x.isdigit() else span if x == "n" and span else chosen.get(x) for x in ours
+        )
         yield Entry(
             name=row.name.format(**chosen) if chosen else row.name,
             shape=tuple(math.prod(sizes.get(letter, 1) for letter in group) for group in groups),
@@ -224,6 +286,7 @@ def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> I
             axes=tuple(public.index(letter) for letter in kept),
             order=order,
             order_axis=kept.index("c") if order is not None else 0,
+            public_rows=public_rows,
         )
 
 

@@ -21,9 +21,10 @@ import numpy as np
 from checkpoint.families.config_sections import folded
 from checkpoint.rounded import stacked
 from configs.architecture import LayerSpec, ModelConfig
+from configs.attention import AttentionConfig
 from configs.base import ExecutionConfig
 from configs.checks import require
-from configs.feed_forward import DenseConfig
+from configs.feed_forward import DenseConfig, MoEConfig
 from model.block import Block
 from model.layers import SwiGLU
 from model.step import Step
@@ -93,7 +94,23 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
       UserError: kinds of layers that can't run one by one.
     """
     config = model.config
+    require(
+        not config.zero_centered_norms,
+        "norms that multiply by 1 + scale (zero_centered_norms) are not compressed yet: distil "
+        "such a model into another one",
+    )
     for spec in (*config.prefix, *config.pattern):
+        require(
+            not _is_beyond_known(spec),
+            "layers with GELU, normed values, values of the keys' projection, gates on inputs, "
+            "scales of experts or a dense layer beside them are not compressed yet: distil such a "
+            "model into another one",
+        )
+        require(
+            not isinstance(spec.attention, AttentionConfig) or not spec.attention.output_gate,
+            "attention with an output gate is not compressed yet: distil such a model into another "
+            "one",
+        )
         require(
             spec.depth is None and spec.attention.memory_tokens is None,
             "layers that tokens pass by (depth) or with memory of earlier segments (relative "
@@ -112,6 +129,18 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
             layers.append(Layer(spec, params, state))
     ends = {k: v for k, v in numbers.items() if not k.startswith("multi_token")}
     return LayeredModel(config, model.execution, ends, tuple(layers))
+
+
+def _is_beyond_known(spec: LayerSpec) -> bool:
+    """Whether the layer has what nothing here has learned of."""
+    attention, ffn = spec.attention, spec.ffn
+    is_own = isinstance(attention, AttentionConfig) and (
+        attention.value_norm or attention.values_from_keys
+    )
+    if isinstance(ffn, MoEConfig):
+        router = ffn.router
+        is_own |= router.gates_on == "inputs" or router.expert_scales or router.input_norm
+    return is_own or ffn.activation == "geglu" or spec.dense is not None or spec.output_scale
 
 
 Taps = dict[str, jax.Array]

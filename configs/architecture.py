@@ -62,15 +62,34 @@ class LayerSpec:
     norms: Literal["pre", "post", "sandwich"] = "pre"
     """Where attention and feed-forward are normed: what they read (pre), what they add to the
     residual stream (post: OLMo 2, 2025), or both (sandwich: Gemma 2, 2024)."""
+    dense: DenseConfig | None = None
+    """A dense layer beside the experts; both have norms of their own before and after, and what
+    they give is added up and normed (Gemma 4, 2026)."""
+    output_scale: bool = False
+    """Whether the layer's result is multiplied by a factor of the layer (Gemma 4)."""
 
     @property
     def num_norms(self) -> int:
         """Norms of width d_model in the layer."""
-        return 4 if self.norms == "sandwich" else 2
+        return (4 if self.norms == "sandwich" else 2) + (0 if self.dense is None else 3)
 
     def __post_init__(self) -> None:
         reason = self.attention.unskippable_reason
         require(self.depth is None or reason is None, f"{reason}")
+        require(
+            self.dense is None or (isinstance(self.ffn, MoEConfig) and self.norms == "sandwich"),
+            f"dense goes with experts and norms='sandwich', got ffn.kind={self.ffn.kind!r} and "
+            f"norms={self.norms!r}: leave it out",
+        )
+        require(
+            self.depth is None or (self.dense is None and not self.output_scale),
+            "a layer with depth has neither dense nor output_scale: leave them out",
+        )
+
+    def num_other_parameters(self, d_model: int) -> int:
+        """Weights beside attention and feed-forward: norms, the dense layer beside, the factor."""
+        dense = 0 if self.dense is None else self.dense.num_parameters(d_model)
+        return self.num_norms * d_model + dense + (1 if self.output_scale else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +129,17 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Whether the output layer is the transposed input embedding."""
     norm_eps: float = 1e-6
+    zero_centered_norms: bool = False
+    """Whether the norms around the layers multiply by 1 + scale, and their scales begin at 0
+    (Gemma, 2024; Qwen3-Next, 2025)."""
     embedding_scale: float = 1.0
     """Factor of what the embedding gives the first layer (Granite: 12)."""
     residual_scale: float = 1.0
     """Factor of what attention and feed-forward add to the residual stream (Granite: 0.22)."""
     logit_scale: float = 1.0
     """Factor of the logits (Granite: 1/8)."""
+    logit_cap: float | None = None
+    """Bound c of the logits, c * tanh(logit / c) (Gemma 2: 30)."""
     early_exit: EarlyExitConfig | None = None
     exit_spacing: int | None = None
     """Layers between two exits of a model made for decoding (model/unstacked.py); None, as in
@@ -147,6 +171,10 @@ class ModelConfig:
             self.multi_token is None or self.logit_scale == 1.0,
             f"logit_scale={self.logit_scale} is not built with multi_token, whose modules share "
             "the output layer: leave one of them out",
+        )
+        require(
+            self.logit_cap is None or self.logit_cap > 0,
+            f"logit_cap={self.logit_cap} must be greater than 0, or None for no bound",
         )
         self._check_early_exit()
         self._check_memory()
@@ -236,7 +264,8 @@ class ModelConfig:
             return 0
         layer, width = self.multi_token.layer, self.d_model
         own = layer.attention.num_parameters(width) + layer.ffn.num_parameters(width)
-        norms, projection = (3 + layer.num_norms) * width, 2 * width * width
+        own += layer.num_other_parameters(width)
+        norms, projection = 3 * width, 2 * width * width
         return self.multi_token.depth * (own + norms + projection)
 
     @property
@@ -254,7 +283,7 @@ class ModelConfig:
             weights = (
                 spec.attention.num_parameters(self.d_model)
                 + ffn_parameters(spec.ffn)
-                + spec.num_norms * self.d_model
+                + spec.num_other_parameters(self.d_model)
             )
             if spec.depth is None:
                 return weights

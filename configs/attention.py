@@ -9,7 +9,7 @@ from typing import Literal
 from configs.checks import require, require_positive
 from configs.rope import RopeScaling
 
-QKNorm = Literal["head", "all"]
+QKNorm = Literal["head", "all", "head_unscaled"]
 DeltaDecay = Literal["head", "channel"]
 
 
@@ -33,6 +33,21 @@ class AttentionTraits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryTemperatureConfig:
+    """Queries that grow with their position, so that attention over long texts stays sharp: times
+    1 + growth * log(1 + floor(position / length)) (Nakanishi 2025; Llama 4, Ministral 3)."""
+
+    growth: float
+    length: int
+    """Tokens of a step of the growth."""
+    counts_itself: bool = False
+    """Whether the position counts from 1 (Llama 4)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "growth", "length")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig(AttentionTraits):
     """Grouped-query attention (Ainslie et al. 2023) with RoPE, a sliding window and sink tokens."""
 
@@ -53,8 +68,19 @@ class AttentionConfig(AttentionTraits):
     rotary_dim: int | None = None
     """First entries of each head that RoPE turns (GLM-4.5: half of them); None turns all, 0 none:
     such a layer knows no positions (NoPE; every fourth of SmolLM3)."""
+    rotary_pairs: Literal["within", "across"] = "within"
+    """Which entries rotary_dim's pairs are, and their rates. within: the first rotary_dim, as a
+    head of that width. across: the first rotary_dim / 2 of each half of the head, at the rates that
+    they have in a head turned whole (Gemma 4, 2026)."""
+    chunk_size: int | None = None
+    """Tokens of a chunk; a query sees those of its own chunk, however near the others (Llama 4,
+    2025)."""
     score_scale: float | None = None
     """Factor of the scores (Granite, Gemma); None is head_dim^-0.5."""
+    score_cap: float | None = None
+    """Bound c of the scores, c * tanh(score / c) (Gemma 2: 50)."""
+    query_temperature: QueryTemperatureConfig | None = None
+    """Set for queries that grow with their position."""
     sink_logits: bool = False
     """Whether each query head has a learned logit that takes part in the softmax and has no value,
     so that a head may attend to nothing (gpt-oss, 2025)."""
@@ -64,11 +90,21 @@ class AttentionConfig(AttentionTraits):
     """Whether, with `bias`, the result has one too (not in Qwen2)."""
     qk_norm: QKNorm | None = None
     """RMSNorm of queries and keys before RoPE: of each head by itself, with one scale for all heads
-    (Qwen3, 2025), or of all heads together, with a scale each (OLMoE, 2024)."""
+    (Qwen3, 2025) or none (head_unscaled: Llama 4), or of all heads together, with a scale each
+    (OLMoE, 2024)."""
+    value_norm: bool = False
+    """Whether each head of values has an RMSNorm without a scale (Gemma 4)."""
+    values_from_keys: bool = False
+    """Whether values are the keys' projection, before norm and RoPE (Gemma 4's global layers)."""
+    zero_centered_qk_norm: bool = False
+    """Whether that norm multiplies by 1 + scale (Gemma 3, Qwen3-Next, 2025)."""
     qk_norm_after_rope: bool = False
     """Whether that norm comes after RoPE instead (Hunyuan, 2024)."""
     clip_qkv: float | None = None
     """Bound on the size of each entry of queries, keys and values, after the norm (OLMoE)."""
+    output_gate: bool = False
+    """Whether each entry of the heads' results is multiplied by the sigmoid of a projection of the
+    token, which has a bias where queries have one (Qwen3-Next, 2025)."""
 
     def __post_init__(self) -> None:
         _check_heads(self)
@@ -86,6 +122,15 @@ class AttentionConfig(AttentionTraits):
             "set a window_size or num_sink_tokens=0",
         )
         _check_rotary(self)
+        _check_chunk(self)
+        require(
+            self.score_cap is None or self.score_cap > 0,
+            f"score_cap={self.score_cap} must be greater than 0, or None for no bound",
+        )
+        require(
+            not (self.values_from_keys and self.bias),
+            "values_from_keys is not built with bias=True: leave one of them out",
+        )
         require(
             self.score_scale is None or self.score_scale > 0,
             f"score_scale={self.score_scale} must be greater than 0, or None for head_dim^-0.5",
@@ -94,6 +139,11 @@ class AttentionConfig(AttentionTraits):
             not self.qk_norm_after_rope or (self.qk_norm is not None and self.rotary_dim != 0),
             f"qk_norm_after_rope has no effect with qk_norm={self.qk_norm!r} and rotary_dim="
             f"{self.rotary_dim}: it needs a norm and RoPE",
+        )
+        require(
+            not self.zero_centered_qk_norm or self.qk_norm in ("head", "all"),
+            f"zero_centered_qk_norm=True has no effect with qk_norm={self.qk_norm!r}, which has no "
+            "scale: leave it out",
         )
         require(
             self.output_bias or self.bias,
@@ -114,10 +164,16 @@ class AttentionConfig(AttentionTraits):
         biases, norms.
         """
         heads, groups, width = self.num_heads, self.num_kv_heads, self.head_dim
-        matrices = 2 * d_model * width * (heads + groups)
+        matrices = d_model * width * (2 * heads + groups * (1 if self.values_from_keys else 2))
         biases = width * (heads + 2 * groups) if self.bias else 0
         biases += d_model if self.bias and self.output_bias else 0
-        norms = {None: 0, "head": 2 * width, "all": width * (heads + groups)}[self.qk_norm]
+        if self.qk_norm == "all":
+            norms = width * (heads + groups)
+        else:
+            norms = 2 * width if self.qk_norm == "head" else 0
+        if self.output_gate:
+            matrices += d_model * width * heads
+            biases += width * heads if self.bias else 0
         return matrices + (heads if self.sink_logits else 0) + biases + norms
 
 
@@ -194,11 +250,28 @@ def _check_rotary(config: AttentionConfig) -> None:
         f"rotary_dim={turned} must be even, at least 0 and below head_dim={config.head_dim}; None "
         "turns whole heads",
     )
+    require(
+        config.rotary_pairs == "within" or bool(turned),
+        f"rotary_pairs='across' has no effect with rotary_dim={turned}: leave it out",
+    )
     is_plain = config.rope_base == 10_000.0 and config.rope_scaling is None
     require(
         turned != 0 or is_plain,
         f"rope_base={config.rope_base} and rope_scaling={config.rope_scaling} have no effect with "
         "rotary_dim=0, which turns nothing: leave them out",
+    )
+
+
+def _check_chunk(config: AttentionConfig) -> None:
+    size = config.chunk_size
+    require(
+        size is None or size > 0,
+        f"chunk_size={size} must be at least 1 token, or None for no chunks",
+    )
+    require(
+        size is None or config.window_size is None,
+        f"chunk_size={size} and window_size={config.window_size} both say what a query sees: leave "
+        "one of them out",
     )
 
 
@@ -258,6 +331,9 @@ class LatentAttentionConfig(AttentionTraits):
     bias: bool = False
     """Whether the projections down and out have biases; those up have none (DeepSeek's
     attention_bias)."""
+    has_rope: bool = True
+    """Whether RoPE turns the part that is meant for it; where it does not, the layer knows no
+    positions (Kimi Linear, 2025)."""
 
     def __post_init__(self) -> None:
         widths = ("latent_rank", "nope_head_dim", "rope_head_dim", "value_head_dim")
@@ -269,6 +345,12 @@ class LatentAttentionConfig(AttentionTraits):
         require(
             self.rope_head_dim % 2 == 0,
             f"rope_head_dim={self.rope_head_dim} must be even: RoPE turns pairs",
+        )
+        is_plain = self.rope_base == 10_000.0 and self.rope_scaling is None
+        require(
+            self.has_rope or (is_plain and self.indexer is None),
+            f"rope_base={self.rope_base}, rope_scaling={self.rope_scaling} and indexer need RoPE, "
+            "and has_rope=False turns nothing: leave them out",
         )
         if self.indexer is not None:
             self._check_indexer(self.indexer)
@@ -364,12 +446,21 @@ class GatedDeltaConfig(AttentionTraits):
     (Kimi delta attention, 2025)."""
     output_gate: Literal["silu", "sigmoid"] | None = "silu"
     """What the result of each head, normed, is multiplied by: silu or sigmoid of a projection."""
+    doubled_beta: bool = False
+    """Whether beta, the share of a key's value that is replaced, lies in 0..2 instead of 0..1: what
+    the state has may turn its sign (Grazzi et al. 2024; OLMo Hybrid, 2026)."""
+    norm_eps: float | None = None
+    """Of the norm of each head's result; None is the model's (OLMo Hybrid: 1e-5)."""
     gate_rank: int | None = None
     """Width that the projections of output gate and channels' decays go through; None: the gate has
     one matrix."""
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "key_head_dim", "value_head_dim", "conv_width")
+        require(
+            self.norm_eps is None or self.norm_eps > 0,
+            f"norm_eps={self.norm_eps} must be greater than 0, or None for the model's",
+        )
         key_heads = self.num_key_heads
         require(
             key_heads is None or (key_heads > 0 and self.num_heads % key_heads == 0),
@@ -424,10 +515,52 @@ class GatedDeltaConfig(AttentionTraits):
         return d_model * width if rank is None else rank * (d_model + width)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShortConvConfig(AttentionTraits):
+    """Gated short convolution (LFM2, 2025): y = W_o (c * conv(b * x)), with b, c and x projections
+    of the token; the convolution is causal, each channel by itself."""
+
+    kind: Literal["short_conv"] = "short_conv"
+    channels: int
+    """Width of the projections (LFM2: d_model)."""
+    conv_width: int = 3
+    """Taps of the convolution, the token itself included."""
+    bias: bool = False
+    """Whether projections and convolution have biases."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "channels")
+        require(
+            self.conv_width >= 2,
+            f"conv_width={self.conv_width} must be at least 2: with one tap a token sees itself "
+            "alone",
+        )
+
+    @property
+    def unskippable_reason(self) -> str | None:
+        return "a layer with depth sees only the chosen tokens, and a convolution needs them all"
+
+    @property
+    def num_heads(self) -> int:
+        """Every channel is mixed by itself, and none with a score."""
+        return 1
+
+    @property
+    def out_width(self) -> int:
+        """Width of what the last projection reads."""
+        return self.channels
+
+    def num_parameters(self, d_model: int) -> int:
+        """Weights of the projections and the convolution, and their biases."""
+        biases = 4 * self.channels + d_model if self.bias else 0
+        return (4 * d_model + self.conv_width) * self.channels + biases
+
+
 Attention = (
     AttentionConfig
     | LatentAttentionConfig
     | LocalSparseAttentionConfig
     | RelativeAttentionConfig
     | GatedDeltaConfig
+    | ShortConvConfig
 )

@@ -3,7 +3,7 @@
 import dataclasses
 
 from configs.architecture import LayerSpec, ModelConfig
-from configs.attention import AttentionConfig
+from configs.attention import AttentionConfig, GatedDeltaConfig, LatentAttentionConfig
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 from configs.models import v31_nano
 
@@ -58,3 +58,57 @@ def nope_nano() -> ModelConfig:
     )
     pattern = (LayerSpec(attention=each, ffn=ffn, norms="post") for each in (local, everywhere))
     return dataclasses.replace(base, pattern=tuple(pattern), residual_scale=0.5)
+
+
+def qwen3_next_nano() -> ModelConfig:
+    """Qwen3-Next's and Qwen3.5's form in 4.7M parameters: three gated delta nets, half as many
+    heads of keys as of values, before each gated attention, of whose heads a quarter is turned;
+    norms centered on zero, a shared expert with a gate.
+    """
+    delta = GatedDeltaConfig(num_heads=4, num_key_heads=2, key_head_dim=32, value_head_dim=32)
+    gated = AttentionConfig(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        rotary_dim=8,
+        qk_norm="head",
+        zero_centered_qk_norm=True,
+        output_gate=True,
+    )
+    ffn = MoEConfig(
+        num_experts=16,
+        d_ff=128,
+        num_shared_experts=1,
+        shared_gate=True,
+        router=RouterConfig(top_k=2, load_balance_weight=1e-3, z_loss_weight=0.0),
+    )
+    pattern = tuple(LayerSpec(attention=each, ffn=ffn) for each in (delta, delta, delta, gated))
+    return dataclasses.replace(v31_nano(), pattern=pattern, zero_centered_norms=True)
+
+
+def kimi_linear_nano() -> ModelConfig:
+    """Kimi Linear's form in 4.9M parameters: three Kimi delta nets before each latent attention
+    without positions, a dense layer first, DeepSeek-V3's experts.
+    """
+    delta = GatedDeltaConfig(
+        num_heads=4,
+        key_head_dim=24,
+        value_head_dim=24,
+        decay="channel",
+        output_gate="sigmoid",
+        gate_rank=24,
+    )
+    latent = LatentAttentionConfig(
+        num_heads=4,
+        query_rank=None,
+        latent_rank=32,
+        nope_head_dim=32,
+        rope_head_dim=16,
+        value_head_dim=32,
+        has_rope=False,
+    )
+    model = glm4_nano()
+    ffn = model.pattern[0].ffn
+    pattern = tuple(LayerSpec(attention=each, ffn=ffn) for each in (delta, delta, latent, delta))
+    first = LayerSpec(attention=delta, ffn=DenseConfig(d_ff=512))
+    return dataclasses.replace(model, prefix=(first,), pattern=pattern, num_layers=5)

@@ -11,6 +11,7 @@ from configs.checks import require, require_positive
 
 Scores = Literal["softmax", "sigmoid", "sqrt_softplus"]
 GroupScore = Literal["best_two", "best"]
+DenseActivation = Literal["swiglu", "geglu"]
 GROUP_MEMBERS: dict[GroupScore, int] = {"best_two": 2, "best": 1}
 """Experts whose scores are summed for a group's."""
 
@@ -22,6 +23,8 @@ class DenseConfig:
     kind: Literal["dense"] = "dense"
     d_ff: int
     """Hidden width, F."""
+    activation: DenseActivation = "swiglu"
+    """Of the gate: silu, or GELU in its tanh form (geglu: Gemma, 2024)."""
     bias: bool = False
     """Whether the three matrices have biases (granite-8b-code)."""
 
@@ -106,6 +109,13 @@ class RouterConfig:
     """Whether the chosen gates are rescaled to sum to 1."""
     gate_scale: float = 1.0
     """Factor of all gates (DeepSeek-V3: 2.5)."""
+    gates_on: Literal["outputs", "inputs"] = "outputs"
+    """What the gates multiply: what experts give, or what they read (Llama 4, 2025)."""
+    expert_scales: bool = False
+    """Whether each expert has a learned factor of its gates (Gemma 4, 2026)."""
+    input_norm: bool = False
+    """Whether the router reads the residual stream before the layer's norm, through an RMSNorm of
+    its own and times d_model^-0.5 (Gemma 4)."""
     num_groups: int | None = None
     """Group-limited choice (DeepSeek-V3): experts lie in this many groups of neighbours ..."""
     top_groups: int | None = None
@@ -222,10 +232,10 @@ class MoEConfig:
     router: RouterConfig
     bias: bool = False
     """Whether the routed experts' matrices have biases (gpt-oss)."""
-    activation: Literal["swiglu", "clamped_swiglu"] = "swiglu"
+    activation: Literal["swiglu", "clamped_swiglu", "geglu"] = "swiglu"
     """Of the routed experts. swiglu: silu(gate) * up. clamped_swiglu (gpt-oss, 2025): gate is
     bounded above and up both ways by swiglu_limit, then (up + 1) * gate * sigmoid(swiglu_alpha *
-    gate)."""
+    gate). geglu: gelu(gate) * up, of the shared experts too (Gemma 4, 2026)."""
     swiglu_limit: float | None = None
     """clamped_swiglu only (gpt-oss: 7)."""
     swiglu_alpha: float | None = None
@@ -290,6 +300,8 @@ class MoEConfig:
             logits = context.num_parameters(d_model, self.num_experts)
         own = self.num_experts if self.router.bias else 0
         own += d_model if self.shared_gate else 0
+        own += self.num_experts if self.router.expert_scales else 0
+        own += d_model if self.router.input_norm else 0
         return ffns + biases + own + logits
 
     def num_parameters(self, d_model: int) -> int:

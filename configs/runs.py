@@ -110,7 +110,8 @@ def v31_nano() -> RunConfig:
 def delta_nano() -> RunConfig:
     """Gated delta nets and attention, three to one, with v31_nano's experts, data and steps.
 
-    python -m scripts.train delta_nano: made for two CPU cores, not yet measured beside v31_nano.
+    python -m scripts.train delta_nano: for two CPU cores; python -m scripts.ablations delta_net
+    measures it beside v31_nano.
     """
     return dataclasses.replace(v31_nano(), name="delta_nano", model=models.delta_nano())
 
@@ -191,6 +192,24 @@ def nope_nano() -> RunConfig:
     python -m scripts.train nope_nano: minutes on two CPU cores.
     """
     return dataclasses.replace(v31_nano(), name="nope_nano", model=family_models.nope_nano())
+
+
+def qwen3_next_nano() -> RunConfig:
+    """Gated delta nets and gated attention, three to one, as Qwen3-Next and Qwen3.5 have them.
+
+    python -m scripts.train qwen3_next_nano: minutes on two CPU cores.
+    """
+    model = family_models.qwen3_next_nano()
+    return dataclasses.replace(v31_nano(), name="qwen3_next_nano", model=model)
+
+
+def kimi_linear_nano() -> RunConfig:
+    """Kimi delta nets and latent attention without positions, three to one.
+
+    python -m scripts.train kimi_linear_nano: minutes on two CPU cores.
+    """
+    model = family_models.kimi_linear_nano()
+    return dataclasses.replace(v31_nano(), name="kimi_linear_nano", model=model)
 
 
 def v3_7b() -> RunConfig:

@@ -143,6 +143,18 @@ def decode_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return values_G.reshape(*scales.shape[:-1], scales.shape[-1] * GROUP)
 
 
+def decode_fp4(pairs: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Pairs of E2M1 times the scales of their blocks: float32 [N, K].
+
+    Args:
+      pairs: uint8 [N, K / 2], the first of two in the low half.
+      scales: float32 [N, blocks], of equal width.
+    """
+    values = _FP4_PAIRS[pairs].reshape(len(pairs), scales.shape[1], -1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (values * scales[:, :, None]).reshape(len(pairs), -1)
+
+
 def encode_mxfp4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The nearest packed values, under the smallest power of two that keeps them below 6.
 

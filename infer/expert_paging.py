@@ -368,7 +368,7 @@ def _router_of(layer: PagedLayer) -> dict[str, Any] | None:
         return None
     state = layer.variables.get("router_state", {}).get("moe", {}).get("state")
     return {
-        "scale": None if spec.norms == "post" else params["ffn_norm"]["scale"],
+        "scale": None if spec.norms == "post" else params.get("ffn_norm", {}).get("scale"),
         "router": moe["router"],
         "router_bias": moe.get("router_bias"),
         "state": state,

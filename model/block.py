@@ -14,7 +14,7 @@ from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig, MoEConfig
 from model.attention.kinds import attention_layer
 from model.depth import routed
-from model.layers import RMSNorm, SwiGLU, newest
+from model.layers import RMSNorm, SwiGLU, newest, one_weight
 from model.model_state import BlockState
 from model.moe import MoE
 from model.step import ChosenExperts, Preference, Step
@@ -49,6 +49,8 @@ class Block(nn.Module):
             x_BLD, step, state, preference_BE, chosen_BLK
         )
         x_BLD = constrain(x_BLD + update_BLD, "batch", "length", None)
+        if self.spec.output_scale:
+            x_BLD *= one_weight(self, "output_scale", (1,), (None,)).astype(x_BLD.dtype)[None, None]
         for name, value in (("hidden", x_BLD), ("attended", attended_BLD)):
             self.sow("activations", name, value, init_fn=lambda: None, reduce_fn=newest)
         return x_BLD, state
@@ -79,25 +81,40 @@ class Block(nn.Module):
         if isinstance(ffn, DenseConfig):
             update_BLD = SwiGLU(ffn, out_stddev, name="ffn")(h_BLD)
         elif isinstance(ffn, MoEConfig):
+            dense_BLD = None
+            if self.spec.dense is not None:
+                dense_BLD = self._dense_beside(self.spec.dense, h_BLD, depth_scale)
+                h_BLD = self._norm("moe_norm")(x_BLD)
             update_BLD, router_state = MoE(ffn, self.execution, eps, out_stddev, name="moe")(
-                h_BLD, step, router_state, preference_BE, chosen_BLK
+                h_BLD, step, router_state, preference_BE, chosen_BLK, x_BLD
             )
+            if dense_BLD is not None:
+                update_BLD = dense_BLD + self._norm("moe_norm_after")(update_BLD)
         else:
             assert_never(ffn)
         update_BLD = self._added(update_BLD, "ffn_norm_after")
         state = None if attention_state is None else BlockState(attention_state, router_state)
         return x_BLD, attended_BLD, update_BLD, state
 
+    def _dense_beside(self, config: DenseConfig, h_BLD: jax.Array, depth_scale: float) -> jax.Array:
+        """What the dense layer beside the experts adds to theirs."""
+        out_BLD = SwiGLU(config, depth_scale * config.d_ff**-0.5, name="ffn")(h_BLD)
+        return self._norm("dense_norm_after")(out_BLD)
+
     def _read(self, x_BLD: jax.Array, name: str) -> jax.Array:
         """What a branch reads of the residual stream."""
         if self.spec.norms == "post":
             return x_BLD
-        return RMSNorm(self.model.norm_eps, name=name)(x_BLD)
+        return self._norm(name)(x_BLD)
+
+    def _norm(self, name: str) -> RMSNorm:
+        model = self.model
+        return RMSNorm(model.norm_eps, is_zero_centered=model.zero_centered_norms, name=name)
 
     def _added(self, update_BLD: jax.Array, name: str) -> jax.Array:
         """What a branch's result adds to the residual stream."""
         if self.spec.norms != "pre":
-            update_BLD = RMSNorm(self.model.norm_eps, name=name)(update_BLD)
+            update_BLD = self._norm(name)(update_BLD)
         scale = self.model.residual_scale
         return update_BLD if scale == 1.0 else scale * update_BLD
 

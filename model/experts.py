@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from configs.feed_forward import MoEConfig
 from kernels.grouped_matmul import Implementation, grouped_matmul, grouped_swiglu
 from kernels.quantize import MatrixDims, QTensor
-from model.layers import AdaptedWeight, SplitWeight, weight, zero_weight
+from model.layers import AdaptedWeight, SplitWeight, gated, weight, zero_weight
 from parallel.expert import GroupedFn
 from parallel.mesh import TENSOR, axis_sizes
 from parallel.sharding import LogicalAxes
@@ -167,12 +167,12 @@ def _adapter_product(
 
 
 def activated(gate: jax.Array, up: jax.Array, config: MoEConfig) -> jax.Array:
-    """silu(gate) * up (Shazeer 2020), or with bounds l: (clip(up, -l, l) + 1) * g * sigmoid(a g)
-    where g = min(gate, l) (gpt-oss, 2025); float32.
+    """silu(gate) * up or gelu(gate) * up (Shazeer 2020), or with bounds l: (clip(up, -l, l) + 1) *
+    g * sigmoid(a g) where g = min(gate, l) (gpt-oss, 2025); float32.
     """
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-    if config.activation == "swiglu":
-        return jax.nn.silu(gate) * up
+    if config.activation == "swiglu" or config.activation == "geglu":
+        return gated(gate, up, config.activation)
     if config.activation == "clamped_swiglu":
         limit, alpha = config.swiglu_limit, config.swiglu_alpha
         assert limit is not None

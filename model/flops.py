@@ -43,6 +43,7 @@ def _multi_token_flops(model: ModelConfig, length: int) -> float:
         return 0.0
     layer, width = model.multi_token.layer, model.d_model
     weights = layer.attention.num_parameters(width) + layer.ffn.num_active_parameters(width)
+    weights += 0 if layer.dense is None else layer.dense.num_parameters(width)
     weights += 2 * width * width + width * model.vocab_size
     seen = _attention_flops(layer, np.arange(1, length + 1))
     return model.multi_token.depth * (2.0 * weights + seen)

@@ -139,6 +139,11 @@ def _grown_layer(
 def _check(ffn: MoEConfig, operator: Operator, factor: int) -> None:
     router, kind = ffn.router, OPERATORS[operator]
     require(
+        router.gates_on == "outputs" and not router.expert_scales,
+        "growth is not exact with gates on inputs (router.gates_on) or scales of experts "
+        "(router.expert_scales): it is for models without them",
+    )
+    require(
         router.num_groups is None,
         f"growth by {operator!r} is not exact with router.num_groups={router.num_groups}: a "
         "group's "

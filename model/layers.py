@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from configs.feed_forward import DenseConfig
+from configs.feed_forward import DenseActivation, DenseConfig
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
 from kernels.matmul import matmul, reads_as_stored, takes_rows
 from kernels.quantize import MatrixDims, QTensor
@@ -198,14 +198,34 @@ class OutputsFirst(NamedTuple):
     w_VD: jax.Array
 
 
-def unembed(hidden: jax.Array, w: jax.Array | QTensor | OutputsFirst) -> jax.Array:
+class CappedOutput(struct.PyTreeNode):
+    """An output layer whose logits are bounded (ModelConfig.logit_cap)."""
+
+    weight: Any
+    """As `output_weights` gives it without a bound."""
+    cap: float = struct.field(pytree_node=False)
+
+    def bounded(self, logits: jax.Array) -> jax.Array:
+        """cap * tanh(logits / cap), float32."""
+        return self.cap * jnp.tanh(logits / self.cap)
+
+
+def rows_for(hidden: jax.Array, w: Any) -> jax.Array:
+    """Hidden states in the output layer's dtype; as they are where that is of few bits."""
+    weight = w.weight if isinstance(w, CappedOutput) else w
+    return hidden if isinstance(weight, QTensor) else hidden.astype(weight.dtype)
+
+
+def unembed(hidden: jax.Array, w: jax.Array | QTensor | OutputsFirst | CappedOutput) -> jax.Array:
     """Logits of hidden states, float32 [..., V].
 
     Args:
       hidden: [..., D].
       w: what `output_weights` gives: [D, V], or a QTensor of it or of the embedding's [V, D], or
-        the embedding itself.
+        the embedding itself, or one of them with a bound.
     """
+    if isinstance(w, CappedOutput):
+        return w.bounded(unembed(hidden, w.weight))
     is_embedding = isinstance(w, OutputsFirst) or (isinstance(w, QTensor) and w.outputs_first)
     weight = w.w_VD if isinstance(w, OutputsFirst) else w
     if isinstance(weight, QTensor) or reads_as_stored(weight.dtype, hidden.dtype):
@@ -224,25 +244,45 @@ def zero_weight(
     return cast(jax.Array, module.param(name, init, shape, jnp.float32))
 
 
+def one_weight(
+    module: nn.Module, name: str, shape: tuple[int, ...], logical_axes: tuple[str | None, ...]
+) -> jax.Array:
+    """A float32 parameter that starts at one: a factor."""
+    init = nn.with_logical_partitioning(nn.initializers.ones, logical_axes)
+    return cast(jax.Array, module.param(name, init, shape, jnp.float32))
+
+
 def newest(_: Any, new: Any) -> Any:
     """For `sow`: keeps the value of the last call."""
     return new
 
 
+def unscaled_rms_norm(x: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last dim, in x's dtype; statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019); statistics in float32.
 
-    The mean is over the last dimensions, as many as `logical_axes` names; scale has their shape.
+    The mean is over the last dimensions, as many as `logical_axes` names; scale has their shape. A
+    zero-centered norm multiplies by 1 + scale.
     """
 
     eps: float
     logical_axes: tuple[str, ...] = ("embed",)
+    is_zero_centered: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         count = len(self.logical_axes)
-        init = nn.with_logical_partitioning(nn.initializers.ones, self.logical_axes)
+        start = nn.initializers.zeros if self.is_zero_centered else nn.initializers.ones
+        init = nn.with_logical_partitioning(start, self.logical_axes)
         scale = cast(jax.Array, self.param("scale", init, x.shape[-count:], jnp.float32))
+        if self.is_zero_centered:
+            scale = 1.0 + scale
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(x32 * x32, axis=tuple(range(-count, 0)), keepdims=True)
         scale = jnp.expand_dims(scale, tuple(range(x.ndim - count)))
@@ -303,7 +343,11 @@ def _yarn_ramp(width: int, base: float, yarn: YarnConfig) -> np.ndarray:
 
 
 def rope(
-    x_BLHC: jax.Array, positions_BL: jax.Array, base: float, scaling: RopeScaling | None = None
+    x_BLHC: jax.Array,
+    positions_BL: jax.Array,
+    base: float,
+    scaling: RopeScaling | None = None,
+    num_pairs: int | None = None,
 ) -> jax.Array:
     """Turns each pair (x[d], x[d + C/2]) by position * base^(-2d/C) (RoFormer, 2021; half-split),
     and scales it by YaRN's rotary_scale.
@@ -311,10 +355,14 @@ def rope(
     Args:
       x_BLHC: float [B, L, H, C], C even.
       positions_BL: int32 [B, L].
+      num_pairs: the first that are turned; None: all.
     Returns:
       [B, L, H, C] in x's dtype; angles and rotation in float32.
     """
-    frequency_C = jnp.asarray(rope_frequencies(x_BLHC.shape[-1], base, scaling))
+    frequency_C = rope_frequencies(x_BLHC.shape[-1], base, scaling)
+    if num_pairs is not None:
+        frequency_C[num_pairs:] = 0.0
+    frequency_C = jnp.asarray(frequency_C)
     angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]
     cos, sin = jnp.cos(angle_BL1C), jnp.sin(angle_BL1C)
     if isinstance(scaling, YarnConfig) and scaling.rotary_scale != 1.0:
@@ -324,9 +372,18 @@ def rope(
     return turned.astype(x_BLHC.dtype)
 
 
+def gated(gate: jax.Array, up: jax.Array, activation: DenseActivation) -> jax.Array:
+    """silu(gate) * up, or gelu(gate) * up (Shazeer 2020); GELU in its tanh form."""
+    if activation == "swiglu":
+        return jax.nn.silu(gate) * up
+    if activation == "geglu":
+        return jax.nn.gelu(gate, approximate=True) * up
+    assert_never(activation)
+
+
 class SwiGLU(nn.Module):
-    """W_down(silu(W_gate x) * W_up x) (Shazeer 2020): a dense layer, and the shared experts. With
-    config.bias each product has one added.
+    """W_down(silu(W_gate x) * W_up x) (Shazeer 2020), or with GELU: a dense layer, and the shared
+    experts. With config.bias each product has one added.
     """
 
     config: DenseConfig
@@ -350,7 +407,7 @@ class SwiGLU(nn.Module):
         if self.config.bias:
             bias_2F = zero_weight(self, "gate_up_bias", (2, d_ff), (None, "mlp"))
             h_BL2F += bias_2F.astype(dtype)[None, None]
-        h_BLF = jax.nn.silu(h_BL2F[:, :, 0]) * h_BL2F[:, :, 1]
+        h_BLF = gated(h_BL2F[:, :, 0], h_BL2F[:, :, 1], self.config.activation)
         out_BLD = project("BLF,FD->BLD", h_BLF, w_down_FD)
         if self.config.bias:
             bias_D = zero_weight(self, "down_bias", (d_model,), ("embed",))

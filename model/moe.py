@@ -15,7 +15,7 @@ from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
 from model.experts import expert_function, expert_weights, has_few_bits, weight_axes
 from model.layer_state import AnyKeyValueState
-from model.layers import SwiGLU, in_dtype, newest, weight, zero_weight
+from model.layers import RMSNorm, SwiGLU, in_dtype, newest, one_weight, weight, zero_weight
 from model.router import (
     changed_share,
     initial_state,
@@ -48,6 +48,7 @@ class MoE(nn.Module):
         context_state: AnyKeyValueState | None,
         preference_BE: jax.Array | None = None,
         chosen_BLK: jax.Array | None = None,
+        residual_BLD: jax.Array | None = None,
     ) -> tuple[jax.Array, AnyKeyValueState | None]:
         """The state is the context router's; other routers have none.
 
@@ -55,11 +56,13 @@ class MoE(nn.Module):
         the share of them that the router would have chosen otherwise, is sown, too.
         preference_BE: float32 [B, E] or [1, E], what a request adds to the choice, never to the
         gates, in standard deviations of the token's scores; [R, E] for a step with rows.
+        residual_BLD: what a router with a norm of its own reads (router.input_norm).
         """
         c, dtype = self.config, x_BLD.dtype
         batch, length, d_model = x_BLD.shape
+        read_BLD = self._router_input(x_BLD, residual_BLD)
         router_logits_BLE, context_state = self._router_logits(
-            x_BLD.astype(jnp.float32), step, context_state
+            read_BLD.astype(jnp.float32), step, context_state
         )
         slot_E, num_held = self._resident()
         weights = expert_weights(self, c, d_model, self.out_stddev, num_held)
@@ -83,10 +86,17 @@ class MoE(nn.Module):
             if step.is_replayed:
                 chosen_TK = chosen_BLK.reshape(batch * length, -1)
                 routing = with_chosen(routing, chosen_TK, c.router)
+        ids_TK, gates_TK = routing.expert_ids_TK, routing.gates_TK
+        if c.router.expert_scales:
+            scales_E = one_weight(self, "expert_scales", (c.num_experts,), (None,))
+            gates_TK *= scales_E[jnp.maximum(ids_TK, 0)]
+        is_on_inputs = c.router.gates_on == "inputs"
+        if is_on_inputs:
+            x_TD, ids_TK, gates_TK = _with_scaled_inputs(x_TD, ids_TK, gates_TK)
         out_TD, moved = apply_experts(
             x_TD,
-            routing.expert_ids_TK if slot_E is None else _slots(routing.expert_ids_TK, slot_E),
-            routing.gates_TK,
+            ids_TK if slot_E is None else _slots(ids_TK, slot_E),
+            gates_TK,
             {name: in_dtype(w, dtype) for name, w in weights.items()},
             grouped_fn=expert_function(
                 c,
@@ -100,6 +110,8 @@ class MoE(nn.Module):
             transport=self.execution.transport,
             capacity_factor=self.execution.capacity_factor,
         )
+        if is_on_inputs:
+            out_TD = out_TD.reshape(batch * length, -1, d_model).sum(axis=1)
         stats = router_stats(
             router_logits_TE,
             routing,
@@ -113,7 +125,8 @@ class MoE(nn.Module):
         self.sow("router", "stats", stats, init_fn=lambda: None, reduce_fn=newest)
         out_BLD = out_TD.reshape(batch, length, d_model)
         if c.num_shared_experts:
-            shared = DenseConfig(d_ff=c.num_shared_experts * c.d_ff)
+            activation = "geglu" if c.activation == "geglu" else "swiglu"
+            shared = DenseConfig(d_ff=c.num_shared_experts * c.d_ff, activation=activation)
             shared_BLD = SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
             out_BLD += self._gated(shared_BLD, x_BLD) if c.shared_gate else shared_BLD
         return out_BLD, context_state
@@ -126,6 +139,14 @@ class MoE(nn.Module):
             return None, self.config.num_experts
         num_slots = self.get_variable("params", "gate_up").shape[0]
         return self.get_variable("expert_slots", "slot_E"), num_slots
+
+    def _router_input(self, x_BLD: jax.Array, residual_BLD: jax.Array | None) -> jax.Array:
+        """What the router reads: as the experts, or the residual stream through its own norm."""
+        if not self.config.router.input_norm:
+            return x_BLD
+        assert residual_BLD is not None
+        normed_BLD = RMSNorm(self.norm_eps, name="router_norm")(residual_BLD)
+        return normed_BLD * residual_BLD.shape[-1] ** -0.5
 
     def _gated(self, shared_BLD: jax.Array, x_BLD: jax.Array) -> jax.Array:
         """The shared experts' result times the token's gate, computed in float32."""
@@ -172,6 +193,16 @@ class MoE(nn.Module):
 def _slots(expert_ids_TK: jax.Array, slot_E: jax.Array) -> jax.Array:
     """The slots of chosen experts; -1 stays -1."""
     return jnp.where(expert_ids_TK >= 0, slot_E[jnp.maximum(expert_ids_TK, 0)], -1)
+
+
+def _with_scaled_inputs(
+    x_TD: jax.Array, ids_TK: jax.Array, gates_TK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each choice as a token of its own, multiplied by its gate: rows [T K, D], their experts and
+    gates of 1, [T K, 1]."""
+    scaled_TKD = (gates_TK[:, :, None] * x_TD[:, None].astype(jnp.float32)).astype(x_TD.dtype)
+    ones_TK = jnp.ones_like(gates_TK)
+    return scaled_TKD.reshape(-1, x_TD.shape[-1]), ids_TK.reshape(-1, 1), ones_TK.reshape(-1, 1)
 
 
 def _bias(

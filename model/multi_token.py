@@ -30,6 +30,7 @@ class MultiTokenModule(nn.Module):
     layer: nn.Module
     """A Block of model/transformer.py."""
     norm_eps: float
+    has_zero_centered_norms: bool = False
 
     @nn.compact
     def __call__(
@@ -50,13 +51,16 @@ class MultiTokenModule(nn.Module):
         shape = (2 * d_model, d_model)
         axes = ("latent", "embed")
         w_CD = weight(self, "projection", shape, axes, shape[0] ** -0.5, MatrixDims(1, 1))
-        hidden_BLD = RMSNorm(self.norm_eps, name="hidden_norm")(hidden_BLD)
-        next_BLD = RMSNorm(self.norm_eps, name="token_norm")(next_BLD)
+        hidden_BLD = self._norm("hidden_norm")(hidden_BLD)
+        next_BLD = self._norm("token_norm")(next_BLD)
         both_BLC = jnp.concatenate([hidden_BLD, next_BLD], axis=-1)
         x_BLD = project("BLC,CD->BLD", both_BLC, w_CD)
         x_BLD = constrain(x_BLD, "batch", "length", None)
         x_BLD, state = self.layer(x_BLD, step, state)
-        return RMSNorm(self.norm_eps, name="norm")(x_BLD), state
+        return self._norm("norm")(x_BLD), state
+
+    def _norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self.norm_eps, is_zero_centered=self.has_zero_centered_norms, name=name)
 
 
 def ahead(x_BL: jax.Array, places: int) -> jax.Array:

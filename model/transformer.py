@@ -17,7 +17,7 @@ from configs.base import ExecutionConfig
 from kernels.quantize import MatrixDims, QTensor, take_outputs
 from model.block import SHAPES_ALONE, Block, Period
 from model.early_exit import dropout_rates
-from model.layers import Declared, OutputsFirst, RMSNorm, in_dtype, weight
+from model.layers import CappedOutput, Declared, OutputsFirst, RMSNorm, in_dtype, weight
 from model.model_state import ModelState
 from model.moe_layers import moe_layers
 from model.multi_token import MultiTokenModule, ahead
@@ -93,11 +93,13 @@ class Transformer(nn.Module):
             check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.execution)
-        self.final_norm = RMSNorm(c.norm_eps)
+        self.final_norm = RMSNorm(c.norm_eps, is_zero_centered=c.zero_centered_norms)
         if c.multi_token is not None:
             layer = c.multi_token.layer
             self.multi_token = [
-                MultiTokenModule(block(layer, c, self.execution, parent=None), c.norm_eps)
+                MultiTokenModule(
+                    block(layer, c, self.execution, parent=None), c.norm_eps, c.zero_centered_norms
+                )
                 for _ in range(c.multi_token.depth)
             ]
 
@@ -194,13 +196,20 @@ class Transformer(nn.Module):
         hidden_BLD, block_state = self.multi_token[0](hidden_BLD, next_BLD, step, block_state)
         return hidden_BLD, state.replace(periods=(block_state,))
 
-    def unembedding(self, *, as_stored: bool = False) -> jax.Array | QTensor | OutputsFirst:
-        """The output layer, [D, V] in the compute dtype; a QTensor as it is held.
+    def unembedding(
+        self, *, as_stored: bool = False
+    ) -> jax.Array | QTensor | OutputsFirst | CappedOutput:
+        """The output layer, [D, V] in the compute dtype; a QTensor as it is held; a CappedOutput of
+        either where the logits are bounded.
 
         Args:
           as_stored: for `model.layers.unembed`, which reads an embedding, or an array in bfloat16
             where kernels do, as it lies.
         """
+        w, cap = self._output_layer(as_stored), self.config.logit_cap
+        return w if cap is None else CappedOutput(w, cap)
+
+    def _output_layer(self, as_stored: bool) -> jax.Array | QTensor | OutputsFirst:
         is_tied, dtype = self.config.tie_embeddings, jnp.dtype(self.execution.compute_dtype)
         held = self.embedding_VD if is_tied else self.output_DV
         if isinstance(held, QTensor):
@@ -300,8 +309,8 @@ def training_pass(
 
 
 def output_weights(model: Transformer, variables: Variables, *, as_stored: bool = False) -> Any:
-    """The output layer with these variables: [D, V] in the compute dtype, or a QTensor, which
-    `model.layers.unembed` multiplies by.
+    """The output layer with these variables: [D, V] in the compute dtype, or a QTensor, or a
+    CappedOutput of either, which `model.layers.unembed` multiplies by.
 
     Args:
       as_stored: see Transformer.unembedding; for `unembed` alone.

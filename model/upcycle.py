@@ -132,6 +132,11 @@ def _check_exact(ffn: MoEConfig) -> None:
         f"and router.gate_scale=1.0, got {router.normalize_gates} and {router.gate_scale}",
     )
     require(
+        router.gates_on == "outputs" and not router.expert_scales,
+        "upcycling is not exact with gates on inputs or scales of experts: leave router.gates_on "
+        "and router.expert_scales out",
+    )
+    require(
         ffn.num_shared_experts == 0,
         f"upcycling fills routed experts only, got num_shared_experts={ffn.num_shared_experts}: a "
         "shared copy would count twice",

@@ -20,6 +20,7 @@ import jax
 from benchmarks.ablations import (
     balance,
     context_router,
+    delta_net,
     dynamic_depth,
     dynamic_experts,
     growth,
@@ -40,6 +41,7 @@ ABLATIONS: dict[str, Callable[[int], Report]] = {
     "context_router": context_router.run,
     "growth": growth.run,
     "long_context": long_context.run,
+    "delta_net": delta_net.run,
 }
 
 

@@ -20,7 +20,15 @@ MIN_PARAMETERS = 50_000_000
 
 @contextlib.contextmanager
 def reading(source: Source, title: str = "") -> Iterator[Progress]:
-    """What `Source.load` tells its progress to; the first process shows a bar once it is told."""
+    """What `Source.load` tells its progress to; the first process shows a bar once it is told, and
+    says what of the source is left out.
+
+    Args:
+      title: of another work than reading, about which nothing is said.
+    """
+    if source.public is not None and is_first() and not title:
+        for sentence in source.public.left_out():
+            print(f"note: {sentence}", file=sys.stderr, flush=True)
     if source.config.num_parameters < MIN_PARAMETERS or not is_first():
         yield lambda done, total: None
         return

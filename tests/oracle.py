@@ -14,6 +14,7 @@ from configs.attention import (
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
+    ShortConvConfig,
 )
 from configs.feed_forward import DenseConfig, MoEConfig
 
@@ -34,16 +35,24 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
         ]
     for spec, layer in layers:
         eps, scale = config.norm_eps, config.residual_scale
+        if config.zero_centered_norms:
+            layer = layer | {k: {"scale": 1 + v["scale"]} for k, v in layer.items() if "norm" in k}
         x = block(x, layer, spec, eps, positions, documents, wrong, scale)
-    x = rms_norm(x, params["final_norm"]["scale"], config.norm_eps) * config.logit_scale
+    last = params["final_norm"]["scale"] + (1 if config.zero_centered_norms else 0)
+    x = rms_norm(x, last, config.norm_eps) * config.logit_scale
     w = params["embedding"].T if config.tie_embeddings else params["output"]
-    return x, x @ w
+    return x, bounded(x @ w, config.logit_cap)
+
+
+def bounded(y, cap):
+    return y if cap is None else cap * np.tanh(y / cap)
 
 
 def block(x, layer, spec: LayerSpec, eps, positions, documents, wrong="", scale=1.0):
     """One layer, of the tokens that it chooses where it has a Mixture-of-Depths router."""
     if spec.depth is None:
-        return x + block_update(x, layer, spec, eps, positions, documents, wrong, scale)
+        x = x + block_update(x, layer, spec, eps, positions, documents, wrong, scale)
+        return x * layer["output_scale"] if spec.output_scale else x
     r = x @ layer["depth_router"]
     chosen = np.flatnonzero(r > 0)
     if spec.depth.selection == "top_capacity":
@@ -66,13 +75,24 @@ def block_update(x, layer, spec: LayerSpec, eps, positions, documents, wrong="",
     mistake = {"wrong": wrong} if wrong else {}
     first = attend(h, layer["attention"], spec.attention, positions, documents, **mistake)
     first = scale * normed(first, "attention_norm_after")
-    h = normed(x + first, "ffn_norm")
+    middle = x + first
+    h = normed(middle, "ffn_norm")
     if isinstance(spec.ffn, DenseConfig):
-        second = np.stack([swiglu(t, **layer["ffn"]) for t in h])
+        activation = spec.ffn.activation
+        second = np.stack([swiglu(t, **layer["ffn"], activation=activation) for t in h])
     else:
-        logits = router_logits(h, layer["moe"], spec.ffn, positions, documents)
+        beside = 0.0
+        if spec.dense is not None:
+            kind = spec.dense.activation
+            beside = np.stack([swiglu(t, **layer["ffn"], activation=kind) for t in h])
+            beside, h = normed(beside, "dense_norm_after"), normed(middle, "moe_norm")
+        read = h
+        if spec.ffn.router.input_norm:
+            read = rms_norm(middle, layer["moe"]["router_norm"]["scale"], eps) / np.sqrt(x.shape[1])
+        logits = router_logits(read, layer["moe"], spec.ffn, positions, documents)
         rows = zip(h, logits, strict=True)
         second = np.stack([moe(t, row, layer["moe"], spec.ffn, wrong) for t, row in rows])
+        second = beside + normed(second, "moe_norm_after")
     return first + scale * normed(second, "ffn_norm_after")
 
 
@@ -84,6 +104,14 @@ def turned(vector, position, w_norm, config: AttentionConfig, eps=1e-6):
     """A head of queries or keys with RoPE in its first entries, or in all, and the norm after it.
     w_norm: that norm's scale."""
     width = len(vector) if config.rotary_dim is None else config.rotary_dim
+    if config.rotary_pairs == "across":
+        half, out = len(vector) // 2, vector.copy()
+        for d in range(width // 2):
+            angle = position * config.rope_base ** (-2 * d / len(vector))
+            a, b = vector[d], vector[d + half]
+            out[d] = a * np.cos(angle) - b * np.sin(angle)
+            out[d + half] = b * np.cos(angle) + a * np.sin(angle)
+        return out
     first = rotate(vector[:width], position, config.rope_base)
     vector = np.concatenate([first, vector[width:]])
     return rms_norm(vector, w_norm, eps) if config.qk_norm_after_rope else vector
@@ -104,16 +132,19 @@ def rotate(vector, position, base):
 def projections(x, w, config: AttentionConfig, eps=1e-6, wrong=""):
     """Queries [L, H, C], keys and values [L, G, C], before RoPE. wrong: "clipped before the
     norm"."""
-    q, k, v = (np.einsum("ld,dhc->lhc", x, m) for m in (w["q"], w["kv"][:, 0], w["kv"][:, 1]))
+    both = (w["k"], w["k"]) if config.values_from_keys else (w["kv"][:, 0], w["kv"][:, 1])
+    q, k, v = (np.einsum("ld,dhc->lhc", x, m) for m in (w["q"], *both))
     if config.bias:
         q, k, v = q + w["q_bias"], k + w["kv_bias"][0], v + w["kv_bias"][1]
+    if config.value_norm:
+        v = rms_norm(v, 1.0, eps)
     bound = np.inf if config.clip_qkv is None else config.clip_qkv
     if wrong == "clipped before the norm":
         q, k = np.clip(q, -bound, bound), np.clip(k, -bound, bound)
     if config.qk_norm is not None and not config.qk_norm_after_rope:
-        axes = -1 if config.qk_norm == "head" else (-2, -1)
+        axes = (-2, -1) if config.qk_norm == "all" else -1
         q, k = (
-            y / np.sqrt((y**2).mean(axes, keepdims=True) + eps) * w[name]["scale"]
+            y / np.sqrt((y**2).mean(axes, keepdims=True) + eps) * qk_scale(w, name, config)
             for y, name in ((q, "q_norm"), (k, "k_norm"))
         )
     if wrong == "clipped before the norm":
@@ -121,14 +152,29 @@ def projections(x, w, config: AttentionConfig, eps=1e-6, wrong=""):
     return tuple(np.clip(y, -bound, bound) for y in (q, k, v))
 
 
+def qk_scale(w, name, config: AttentionConfig):
+    """What normed queries or keys are multiplied by; 1 without a norm."""
+    return w[name]["scale"] + (1 if config.zero_centered_qk_norm else 0) if name in w else 1.0
+
+
 def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
     """wrong: "sink of the group" takes the logit of the key/value head; "sink with a value" counts
-    the sink as one more token with the first one's value; or of `projections`."""
+    the sink as one more token with the first one's value; "gate without a sigmoid" multiplies by
+    the projection itself; or of `projections`."""
     length, (_, heads, width) = len(x), w["q"].shape
     out = np.zeros((length, w["o"].shape[-1]))
     queries, keys, all_values = projections(x, w, config, wrong=wrong)
-    q_scale, k_scale = (w[name]["scale"] if name in w else 1.0 for name in ("q_norm", "k_norm"))
+    q_scale, k_scale = (qk_scale(w, name, config) for name in ("q_norm", "k_norm"))
     score_scale = width**-0.5 if config.score_scale is None else config.score_scale
+    warm = config.query_temperature
+
+    def growth(i):
+        if warm is None:
+            return 1.0
+        return 1 + warm.growth * np.log(
+            1 + np.floor((positions[i] + warm.counts_itself) / warm.length)
+        )
+
     for i in range(length):
         for head in range(heads):
             group = head // (heads // config.num_kv_heads)
@@ -141,8 +187,11 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
                 is_far = config.window_size is not None and distance >= config.window_size
                 if is_far and positions[j] >= config.num_sink_tokens:
                     continue
+                size = config.chunk_size
+                if size is not None and positions[i] // size != positions[j] // size:
+                    continue
                 k = turned(keys[j, group], positions[j], k_scale, config)
-                scores.append(q @ k * score_scale)
+                scores.append(bounded(q @ k * score_scale * growth(i), config.score_cap))
                 values.append(all_values[j, group])
             weights = np.exp(np.array(scores) - max(scores))
             sink = 0.0
@@ -152,7 +201,11 @@ def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
             weights /= weights.sum() + sink
             if wrong == "sink with a value":
                 weights[0] += 1 - weights.sum()
-            out[i] += (weights[:, None] * np.array(values)).sum(0) @ w["o"][head]
+            mixed = (weights[:, None] * np.array(values)).sum(0)
+            if config.output_gate:
+                z = x[i] @ w["gate"][:, head] + (w["gate_bias"][head] if config.bias else 0)
+                mixed = mixed * z if wrong == "gate without a sigmoid" else mixed / (1 + np.exp(-z))
+            out[i] += mixed @ w["o"][head]
     return out + w["o_bias"] if config.bias and config.output_bias else out
 
 
@@ -236,14 +289,14 @@ def latent_attention(x, w, config: LatentAttentionConfig, positions, documents, 
         keys, values = [], []
         for j in range(len(x)):
             up = latent[j] @ w["kv_up"][:, head]
-            shared = rotate(down[j, rank:], positions[j], base)
+            shared = rotate(down[j, rank:], positions[j] * config.has_rope, base)
             own = rotate(up[:nope], positions[j], base) if turns_all else up[:nope]
             keys.append(np.concatenate([own, shared]))
             values.append(up[nope:])
         for i in range(len(x)):
             q = bottleneck[i] @ w["q"][:, head]
             own = rotate(q[:nope], positions[i], base) if turns_all else q[:nope]
-            q = np.concatenate([own, rotate(q[nope:], positions[i], base)])
+            q = np.concatenate([own, rotate(q[nope:], positions[i] * config.has_rope, base)])
             seen = [j for j in range(i + 1) if documents[j] == documents[i]]
             if config.indexer is not None:
                 seen = indexed(i, seen, x, bottleneck, w["indexer"], config, positions, wrong)
@@ -332,14 +385,14 @@ def gated_delta(x, w, config: GatedDeltaConfig, positions, documents, wrong=""):
         for h in range(c.num_heads):
             g = h % groups if wrong == "heads interleaved" else h // (c.num_heads // groups)
             q_h, k_h = (u / np.sqrt(u @ u + 1e-6) for u in (q[g], k[g]))
-            beta = 1 / (1 + np.exp(-token @ w["beta"][:, h]))
+            beta = (2 if c.doubled_beta else 1) / (1 + np.exp(-token @ w["beta"][:, h]))
             moved = _through(token, w, "decay", h, c) + w["decay_bias"][h]
             alpha = np.exp(-np.exp(w["log_rate"][h]) * np.log1p(np.exp(moved)))
             s = states[h] * alpha[None]
             erased = s @ k_h if wrong != "only adds" else 0.0
             states[h] = s + np.outer(beta * (v[h] - erased), k_h)
             o = states[h] @ q_h / np.sqrt(c.key_head_dim)
-            o = rms_norm(o, w["norm"]["scale"], 1e-6)
+            o = rms_norm(o, w["norm"]["scale"], c.norm_eps or 1e-6)
             if c.output_gate is not None:
                 z = _through(token, w, "gate", h, c)
                 o = o * (z if c.output_gate == "silu" else 1.0) / (1 + np.exp(-z))
@@ -354,7 +407,24 @@ def _through(token, w, name, head, config: GatedDeltaConfig):
     return token @ w[name][:, head]
 
 
+def short_conv(x, w, config: ShortConvConfig, positions, documents, wrong=""):
+    """Token by token, tap by tap. wrong: "taps turned round"."""
+    b, c, v = (x @ w["in"][:, i] for i in range(3))
+    if config.bias:
+        b, c, v = (y + w["in_bias"][i] for i, y in enumerate((b, c, v)))
+    mixed, taps = np.zeros_like(v), w["conv"]
+    for i in range(len(x)):
+        for back in range(min(i + 1, config.conv_width)):
+            if documents[i - back] == documents[i]:
+                at = back if wrong == "taps turned round" else -1 - back
+                mixed[i] += taps[at] * b[i - back] * v[i - back]
+    if config.bias:
+        mixed = mixed + w["conv_bias"]
+    return (c * mixed) @ w["o"] + (w["o_bias"] if config.bias else 0.0)
+
+
 ATTENTIONS = {
+    ShortConvConfig: short_conv,
     GatedDeltaConfig: gated_delta,
     AttentionConfig: attention,
     LatentAttentionConfig: latent_attention,
@@ -363,9 +433,16 @@ ATTENTIONS = {
 }
 
 
-def swiglu(x, gate_up, down, gate_up_bias=(0.0, 0.0), down_bias=0.0):
+def swiglu(x, gate_up, down, gate_up_bias=(0.0, 0.0), down_bias=0.0, activation="swiglu"):
     gate, up = x @ gate_up[:, 0] + gate_up_bias[0], x @ gate_up[:, 1] + gate_up_bias[1]
-    return (gate / (1 + np.exp(-gate)) * up) @ down + down_bias
+    return (silu_or_gelu(gate, activation) * up) @ down + down_bias
+
+
+def silu_or_gelu(x, activation):
+    """GELU in its tanh form for "geglu"."""
+    if activation == "geglu":
+        return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return x / (1 + np.exp(-x))
 
 
 def router_logits(x, w, config: MoEConfig, positions, documents):
@@ -390,8 +467,8 @@ def expert(x, w, e, config: MoEConfig, wrong=""):
     of = 0 if wrong == "one bias" else e
     if config.bias:
         gate, up = gate + w["gate_up_bias"][of][0], up + w["gate_up_bias"][of][1]
-    if config.activation == "swiglu":
-        h = gate / (1 + np.exp(-gate)) * up
+    if config.activation in ("swiglu", "geglu"):
+        h = silu_or_gelu(gate, config.activation) * up
     else:
         limit = config.swiglu_limit
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
@@ -404,14 +481,22 @@ def expert(x, w, e, config: MoEConfig, wrong=""):
 def moe(x, logits, w, config: MoEConfig, wrong=""):
     scores = np.exp(logits - logits.max())
     scores /= scores.sum()
+    if config.router.scores == "sigmoid":
+        scores = 1 / (1 + np.exp(-logits))
     chosen = np.argsort(-scores, kind="stable")[: config.router.top_k]
     gates = scores[chosen]
     if config.router.normalize_gates:
         gates = gates / gates.sum()
-    out = sum(g * expert(x, w, e, config, wrong) for g, e in zip(gates, chosen, strict=True))
+    if config.router.expert_scales:
+        gates = gates * w["expert_scales"][chosen]
+    if config.router.gates_on == "inputs":
+        pairs = zip(gates, chosen, strict=True)
+        out = sum(expert(g * x, w, e, config, wrong) for g, e in pairs)
+    else:
+        out = sum(g * expert(x, w, e, config, wrong) for g, e in zip(gates, chosen, strict=True))
     if config.num_shared_experts:
         gate = 1 / (1 + np.exp(-x @ w["shared_gate"])) if config.shared_gate else 1.0
-        out = out + gate * swiglu(x, **w["shared"])
+        out = out + gate * swiglu(x, **w["shared"], activation=config.activation)
     return out
 
 

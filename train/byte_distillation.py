@@ -22,7 +22,7 @@ from configs.base import RunConfig
 from configs.checks import require
 from configs.distill import DistillConfig
 from kernels.quantize import QTensor
-from model.layers import unembed
+from model.layers import rows_for, unembed
 from model.transformer import Transformer, Variables, hidden_states, output_weights
 from train.alignment import EXACT, MERGED, Alignment
 from train.divergences import EMPTY, Bins, divergence
@@ -83,9 +83,7 @@ def byte_loss(
 
 
 def _logits(hidden_BcD: jax.Array, w_DV: jax.Array | QTensor) -> jax.Array:
-    if not isinstance(w_DV, QTensor):
-        hidden_BcD = hidden_BcD.astype(w_DV.dtype)
-    return unembed(hidden_BcD, w_DV)
+    return unembed(rows_for(hidden_BcD, w_DV), w_DV)
 
 
 def _common_bins(log_p_BcV: jax.Array, log_q_BcV: jax.Array, shared: dict[str, Any]) -> Bins:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from configs.distill import MATCHING, DistillConfig
 from kernels.quantize import QTensor
-from model.layers import unembed
+from model.layers import rows_for, unembed
 from train.divergences import Bins, accepted, divergence, kept_and_tail
 from train.losses import ChunkLoss, cross_entropy
 
@@ -122,6 +122,4 @@ def mixed_log_probs(
 
 
 def _teacher_logits(hidden_BcD: jax.Array, w_DV: jax.Array | QTensor) -> jax.Array:
-    if not isinstance(w_DV, QTensor):
-        hidden_BcD = hidden_BcD.astype(w_DV.dtype)
-    return unembed(hidden_BcD, w_DV)
+    return unembed(rows_for(hidden_BcD, w_DV), w_DV)

@@ -20,6 +20,7 @@ from kernels.matmul import bfloat16
 from model.balance import RouterStats, load_balance_loss, token_expert_information
 from model.depth import DepthStats
 from model.early_exit import Supervised
+from model.layers import CappedOutput
 from model.moe_layers import moe_layers
 
 ChunkLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
@@ -29,7 +30,7 @@ ChunkLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array
 def chunked_loss(
     chunk_loss: ChunkLoss,
     hidden_BLD: jax.Array,
-    w_DV: jax.Array,
+    w_DV: jax.Array | CappedOutput,
     inputs: Any,
     shared: Any,
     num_chunks: int,
@@ -44,7 +45,14 @@ def chunked_loss(
     Returns:
       The loss and the other sums, float32; gradients flow through the loss only.
     """
+    if isinstance(w_DV, CappedOutput):
+        chunk_loss, w_DV = _of_bounded(chunk_loss, w_DV), w_DV.weight
     return cast(Any, _chunked)(chunk_loss, hidden_BLD, w_DV, inputs, shared, num_chunks)
+
+
+def _of_bounded(chunk_loss: ChunkLoss, w: CappedOutput) -> ChunkLoss:
+    """The loss of the logits as they are before their bound."""
+    return lambda logits_BcV, inputs, shared: chunk_loss(w.bounded(logits_BcV), inputs, shared)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 5))
@@ -98,8 +106,10 @@ def _gradients(hidden_BcD: jax.Array, w_DV: jax.Array, dlogits_BcV: jax.Array):
     return dhidden_BcD, dw_DV
 
 
-def logits_of(hidden_BcD: jax.Array, w_DV: jax.Array) -> jax.Array:
+def logits_of(hidden_BcD: jax.Array, w_DV: jax.Array | CappedOutput) -> jax.Array:
     """Of a chunk, float32 [B, c, V]."""
+    if isinstance(w_DV, CappedOutput):
+        return w_DV.bounded(logits_of(hidden_BcD, w_DV.weight))
     hidden_TD = hidden_BcD.reshape(-1, hidden_BcD.shape[-1])
     if bfloat16.is_native(hidden_TD.shape[0], hidden_TD.dtype):
         logits_TV = bfloat16.times_matrix(hidden_TD, w_DV, dtype=jnp.dtype(jnp.float32))

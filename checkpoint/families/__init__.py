@@ -32,6 +32,24 @@ from checkpoint.families.granite import GRANITE as GRANITE
 from checkpoint.families.granitemoe import GRANITEMOE as GRANITEMOE
 from checkpoint.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE as HUNYUAN_V1_DENSE
 from checkpoint.families.hunyuan_v1_moe import HUNYUAN_V1_MOE as HUNYUAN_V1_MOE
+from checkpoint.families.ministral3 import MINISTRAL3 as MINISTRAL3
+from checkpoint.families.gemma import GEMMA as GEMMA
+from checkpoint.families.gemma2 import GEMMA2 as GEMMA2
+from checkpoint.families.gemma3 import GEMMA3 as GEMMA3
+from checkpoint.families.gemma3 import GEMMA3_ENCODERS as GEMMA3_ENCODERS
+from checkpoint.families.llama4 import LLAMA4_TEXT as LLAMA4_TEXT
+from checkpoint.families.llama4 import LLAMA4 as LLAMA4
+from checkpoint.families.gemma4 import GEMMA4_TEXT as GEMMA4_TEXT
+from checkpoint.families.gemma4 import GEMMA4 as GEMMA4
+from checkpoint.families.qwen3_5 import QWEN3_5_TEXT as QWEN3_5_TEXT
+from checkpoint.families.qwen3_5 import QWEN3_5 as QWEN3_5
+from checkpoint.families.qwen3_5 import QWEN3_5_MOE_TEXT as QWEN3_5_MOE_TEXT
+from checkpoint.families.qwen3_5 import QWEN3_5_MOE as QWEN3_5_MOE
+from checkpoint.families.qwen3_next import QWEN3_NEXT as QWEN3_NEXT
+from checkpoint.families.kimi_linear import KIMI_LINEAR as KIMI_LINEAR
+from checkpoint.families.olmo_hybrid import OLMO_HYBRID as OLMO_HYBRID
+from checkpoint.families.lfm2 import LFM2 as LFM2
+from checkpoint.families.lfm2 import LFM2_MOE as LFM2_MOE
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))
 """In the order of the lines above, in which a model is matched to one for export."""

@@ -80,6 +80,12 @@ class Family:
     """The tensor that each multi-token module has one of; None where the family has no modules."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of tensors that follow from the config."""
+    unread: tuple[tuple[str, str], ...] = ()
+    """Regular expressions of tensors of other parts than the text model, and what the parts are:
+    they are left out, and the reader is told."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """(regular expression, replacement) for parts of names that files may have instead of the
+    released ones: read, never written."""
     fuses_experts: bool = False
     """Whether files may hold each layer's experts in two tensors, see weight_maps.FUSED_MOE: read,
     never written."""

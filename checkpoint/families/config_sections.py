@@ -8,21 +8,32 @@ from checkpoint.families import rope_section
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.checks import UserError
-from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+from configs.feed_forward import DenseActivation, DenseConfig, MoEConfig, RouterConfig
 
 MAX_LAYERS = 4096
 """More than any model has."""
 
 
+ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",)}
+"""hidden_act of the gates' activation."""
+
+
 def read_model(
-    settings: Settings, layers: Sequence[LayerSpec], *, norm_eps: float, **extra: Any
+    settings: Settings,
+    layers: Sequence[LayerSpec],
+    *,
+    norm_eps: float,
+    activation_key: str = "hidden_act",
+    norm_key: str = "rms_norm_eps",
+    **extra: Any,
 ) -> ModelConfig:
     """What every family has, around its layers.
 
     Args:
       norm_eps: the family's own, where the config doesn't say.
+      activation_key, norm_key: the family's names of them.
     """
-    settings.expect("hidden_act", "silu", "swish")
+    settings.expect(activation_key, *ACTIVATIONS[_dense_activation(layers)])
     settings.expect("mlp_bias", _has_dense_bias(layers))
     prefix, pattern = folded(layers)
     return ModelConfig(
@@ -33,7 +44,7 @@ def read_model(
         pattern=pattern,
         context_length=settings.integer("max_position_embeddings"),
         tie_embeddings=settings.flag("tie_word_embeddings", default=False),
-        norm_eps=settings.number("rms_norm_eps", default=norm_eps),
+        norm_eps=settings.number(norm_key, default=norm_eps),
         **extra,
     )
 
@@ -43,20 +54,32 @@ def read_num_layers(settings: Settings) -> int:
     return settings.integer("num_hidden_layers", most=MAX_LAYERS)
 
 
-def write_model(config: ModelConfig) -> dict[str, Any]:
+def write_model(
+    config: ModelConfig, activation_key: str = "hidden_act", norm_key: str = "rms_norm_eps"
+) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.num_layers,
         "max_position_embeddings": config.context_length,
         "tie_word_embeddings": config.tie_embeddings,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
+        norm_key: config.norm_eps,
+        activation_key: ACTIVATIONS[_dense_activation(unfolded(config))][0],
         "mlp_bias": _has_dense_bias(unfolded(config)),
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
     }
+
+
+def _dense_activation(layers: Sequence[LayerSpec]) -> DenseActivation:
+    """That of the gates in all layers: the experts' own variants go by "swiglu".
+
+    Raises:
+      UserError: layers differ.
+    """
+    kinds = ["geglu" if layer.ffn.activation == "geglu" else "swiglu" for layer in layers]
+    return the_one(kinds, "activation")
 
 
 def _has_dense_bias(layers: Sequence[LayerSpec]) -> bool:
@@ -65,13 +88,21 @@ def _has_dense_bias(layers: Sequence[LayerSpec]) -> bool:
 
 def folded(layers: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec, ...]]:
     """(prefix, pattern): dense layers before the first experts, then the shortest period of the
-    rest.
+    rest; or no prefix, where the shortest period of all layers is shorter than both.
     """
     moe = [i for i, layer in enumerate(layers) if isinstance(layer.ffn, MoEConfig)]
-    first = moe[0] if moe else 0
-    rest = tuple(layers[first:])
-    period = next(n for n in range(1, len(rest) + 1) if len(rest) % n == 0 and _repeats(rest, n))
-    return tuple(layers[:first]), rest[:period]
+    first, whole = (moe[0] if moe else 0), _period(layers)
+    rest = _period(layers[first:])
+    if first + len(rest) > len(whole):
+        return (), whole
+    return tuple(layers[:first]), rest
+
+
+def _period(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """The shortest beginning that all layers repeat."""
+    count = len(layers)
+    size = next(n for n in range(1, count + 1) if count % n == 0 and _repeats(layers, n))
+    return tuple(layers[:size])
 
 
 def _repeats(layers: Sequence[LayerSpec], period: int) -> bool:

@@ -48,11 +48,12 @@ def read_kinds(settings: Settings, default: list[str]) -> list[str]:
 
 
 def write_layers(config: ModelConfig) -> dict[str, Any]:
-    moe, dense = config_sections.the_moe(config), [layer.ffn for layer in config.prefix]
+    moe, ffns = config_sections.the_moe(config), [x.ffn for x in config_sections.unfolded(config)]
+    dense = [ffn for ffn in ffns if isinstance(ffn, DenseConfig)]
     width = config_sections.the_one(dense, "dense layer").d_ff if dense else moe.d_ff
     return {
         "intermediate_size": width,
-        "first_k_dense_replace": len(config.prefix),
+        "first_k_dense_replace": ffns.index(moe),
         "moe_layer_freq": 1,
         "n_routed_experts": moe.num_experts,
         "moe_intermediate_size": moe.d_ff,

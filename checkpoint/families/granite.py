@@ -39,7 +39,7 @@ def read_attention(settings: Settings) -> AttentionConfig:
     return config_sections.read_grouped_query(settings, score_scale=scale)
 
 
-def read_factors(settings: Settings) -> dict[str, float]:
+def read_factors(settings: Settings) -> dict[str, Any]:
     """
     Raises:
       UserError: logits_scaling is 0 or below.

@@ -33,17 +33,25 @@ def read_config(settings: Settings) -> ModelConfig:
     attention = config_sections.read_grouped_query(
         settings, bias=has_bias, output_bias=not has_bias
     )
-    normalize = settings.flag("norm_topk_prob", default=False)
+    moe = read_moe(settings, normalize=settings.flag("norm_topk_prob", default=False))
+    layers = qwen3_moe.read_layers(settings, attention, moe)
+    return config_sections.read_model(settings, layers, norm_eps=1e-6)
+
+
+def read_moe(settings: Settings, *, normalize: bool) -> MoEConfig:
+    """Experts with a shared one that has a gate.
+
+    Args:
+      normalize: whether the gates of the chosen ones sum to 1.
+    """
     width = settings.integer("moe_intermediate_size")
-    moe = MoEConfig(
+    return MoEConfig(
         num_experts=settings.integer("num_experts", "num_local_experts"),
         d_ff=width,
         num_shared_experts=_read_shared(settings, width),
         shared_gate=True,
         router=config_sections.read_softmax_router(settings, normalize=normalize, auxiliary=1e-3),
     )
-    layers = qwen3_moe.read_layers(settings, attention, moe)
-    return config_sections.read_model(settings, layers, norm_eps=1e-6)
 
 
 def _read_shared(settings: Settings, width: int) -> int:
@@ -70,6 +78,11 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 MLP = f"{weight_maps.LAYER}.mlp"
 
+SHARED = (
+    *weight_maps.swiglu("layers.*.moe.shared", f"{MLP}.shared_expert"),
+    Row("layers.*.moe.shared_gate", f"{MLP}.shared_expert_gate.weight", "u d -> d"),
+)
+
 QWEN2_MOE = Family(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
@@ -82,8 +95,7 @@ QWEN2_MOE = Family(
         *weight_maps.DENSE,
         weight_maps.ROUTER,
         *weight_maps.EXPERTS,
-        *weight_maps.swiglu("layers.*.moe.shared", f"{MLP}.shared_expert"),
-        Row("layers.*.moe.shared_gate", f"{MLP}.shared_expert_gate.weight", "u d -> d"),
+        *SHARED,
     ),
     fuses_experts=True,
     gguf=GGUF(

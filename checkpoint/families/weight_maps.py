@@ -30,6 +30,13 @@ POST_NORMS = (
 )
 """Of LayerSpec.norms="post", as OLMo names them."""
 
+SANDWICH_NORMS = (
+    NORMS[0],
+    Row("layers.*.ffn_norm.scale", f"{LAYER}.pre_feedforward_layernorm.weight", "d -> d"),
+    *POST_NORMS,
+)
+"""Of LayerSpec.norms="sandwich", as Gemma names them."""
+
 
 def grouped_query(order: Order | None = None) -> tuple[Row, ...]:
     """

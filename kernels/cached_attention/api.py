@@ -35,6 +35,8 @@ def cached_attention(
     sink_logits_H: jax.Array | None = None,
     scale: float | None = None,
     value_width: int | None = None,
+    score_cap: float | None = None,
+    chunk_size: int | None = None,
     one_per_row: bool = False,
     implementation: Implementation = "auto",
 ) -> jax.Array:
@@ -62,6 +64,9 @@ def cached_attention(
       sink_logits_H: float32 [H]; see `window_attention`.
       scale: of scores; None: 1 / sqrt(C).
       value_width: W where v is None.
+      score_cap: see `window_attention`.
+      chunk_size: positions of a chunk (Llama 4, 2025): a token sees those of its own chunk alone,
+        the positions j with j // chunk_size = i // chunk_size.
       one_per_row: the caller's word that T = R and rows are 0, 1, ..., R - 1 (one new token of
         each sequence), so that XLA and GPUs need not look for the tokens that share a row.
       implementation: "reference" copies a row's slots for each token; "xla" takes tiles of
@@ -92,6 +97,8 @@ def cached_attention(
         scale=q_THC.shape[-1] ** -0.5 if scale is None else scale,
         value_width=v_RSGW.shape[-1] if v_RSGW is not None else value_width or 0,
         one_per_row=one_per_row,
+        score_cap=score_cap,
+        chunk_size=chunk_size,
     )
     rows_T, positions_T = rows_T.astype(jnp.int32), positions_T.astype(jnp.int32)
     operands = (q_THC, rows_T, positions_T, state, sink_logits_H)
@@ -103,7 +110,7 @@ def _run(implementation: Implementation, options: Options, operands: tuple[Any, 
     by_xla = partial(xla.cached_attention, options=options)
     by_cpu = partial(cpu.cached_attention, options=options)
     by_triton = partial(pallas_triton.cached_attention, options=options, target=current_target())
-    reason = cpu.unsupported_reason(q_THC, state)
+    reason = options.unsupported_reason or cpu.unsupported_reason(q_THC, state)
     match implementation:
         case "reference":
             return reference.cached_attention(*operands, options=options)
@@ -115,9 +122,12 @@ def _run(implementation: Implementation, options: Options, operands: tuple[Any, 
             return by_cpu(*operands)
         case "triton":
             require_triton(current_target())
+            if options.unsupported_reason is not None:
+                raise NotImplementedError(options.unsupported_reason)
             return by_triton(*operands)
         case "auto":
             can_triton = pallas_triton.unsupported_reason(q_THC, state) is None
+            can_triton &= options.unsupported_reason is None
             if can_triton and auto_takes_triton(current_target()):
                 return by_triton(*operands)
             if reason is None and native.is_used_for(q_THC):

@@ -27,6 +27,8 @@ class Case:
     num_sink_tokens: int = 0
     has_sink_logits: bool = False
     scale: float | None = None
+    score_cap: float | None = None
+    chunk_size: int | None = None
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Of the state."""
     scale_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -35,6 +37,16 @@ class Case:
 DECODED = ((0, 0, 1), (1, 46, 1), (2, 299, 1), (3, 64, 1))
 MIXED = ((2, 299, 1), (-1, 0, 2), (1, 30, 17), (0, 0, 1), (-1, 0, 1), (3, 25, 40), (1, 3, 1))
 LENGTHS = (1, 47, 300, 65)
+
+XLA_CASES = {
+    "capped": Case(
+        lengths=LENGTHS, tokens=MIXED, slots=85, window_size=40, num_sink_tokens=5, score_cap=0.7
+    ),
+    "capped_pages": Case(lengths=LENGTHS, tokens=DECODED, page_size=16, score_cap=0.7),
+    "chunks": Case(lengths=LENGTHS, tokens=MIXED, slots=301, chunk_size=24),
+    "chunks_of_pages": Case(lengths=LENGTHS, tokens=MIXED, page_size=16, chunk_size=24),
+}
+"""What "reference" and "xla" alone can do."""
 
 CASES = {
     "decode": Case(lengths=LENGTHS, tokens=DECODED, slots=320),

@@ -42,11 +42,17 @@ def attend(
         slots.positions_S[None, :],
         window_size=options.window_size,
         num_sink_tokens=options.num_sink_tokens,
+        chunk_size=options.chunk_size,
     )
     v_SGW, sees_nan_M = _finite(slots.v_SGW, is_seen_MS)
     q_MHC = q_MHC * (options.scale * q_MHC.shape[-1] ** 0.5)  # masked_attention divides by the root
     out_1MHW = masked_attention(
-        q_MHC[None], slots.k_SGC[None], v_SGW[None], is_seen_MS[None], sink_logits_H
+        q_MHC[None],
+        slots.k_SGC[None],
+        v_SGW[None],
+        is_seen_MS[None],
+        sink_logits_H,
+        options.score_cap,
     )
     out_MHW = jnp.where(is_seen_MS.any(axis=1)[:, None, None], out_1MHW[0], 0)
     return jnp.where(sees_nan_M[:, None, None], jnp.nan, out_MHW)

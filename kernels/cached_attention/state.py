@@ -20,6 +20,17 @@ class Options:
     scale: float
     value_width: int
     one_per_row: bool
+    score_cap: float | None = None
+    chunk_size: int | None = None
+
+    @property
+    def unsupported_reason(self) -> str | None:
+        """Why only "reference" and "xla" can attend so, in a sentence; None: all can."""
+        for name in ("score_cap", "chunk_size"):
+            value = getattr(self, name)
+            if value is not None:
+                return f"only 'xla' and 'reference' know {name}={value}: ask for 'auto' or 'xla'"
+        return None
 
 
 class Row(NamedTuple):

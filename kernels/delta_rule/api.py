@@ -35,7 +35,7 @@ def delta_rule(
       q_BLHK, k_BLHK: float; k of length at most 1, q with the scale of scores in it.
       v_BLHV: float.
       log_decay_BLHK: g <= 0, float [B, L, H, K] or, of a whole head, [B, L, H, 1].
-      beta_BLH: float in [0, 1], how much of what k stands for is replaced.
+      beta_BLH: float in [0, 2], how much of what k stands for is replaced; more than once turns it.
       positions_BL: int32; a token at 0 begins a document, with an empty state; -1 is padding, which
         leaves the state as it is and whose result is unspecified but finite.
       state_BHKV: float32, what the tokens before the rows have left.

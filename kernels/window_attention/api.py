@@ -24,6 +24,7 @@ def window_attention(
     window_size: int | None,
     num_sink_tokens: int,
     sink_logits_H: jax.Array | None = None,
+    score_cap: float | None = None,
     gaps: bool = False,
     implementation: Implementation = "auto",
 ) -> jax.Array:
@@ -45,6 +46,8 @@ def window_attention(
       num_sink_tokens: first positions of a segment that stay visible; 0 without a window.
       sink_logits_H: float32 [H], a logit of each query head that joins its softmax and has no value
         (gpt-oss, 2025); None for none.
+      score_cap: what keeps scores within +-score_cap: score_cap * tanh(score / score_cap) (Gemma 2,
+        2024); None for none. "reference" and "xla" alone do it, and "auto" takes "xla" then.
       implementation: "reference" makes the whole [L, L] score matrix; "xla" skips blocks of keys
         that no query of a block can see; "cpu" is C++ that never writes scores out, in float32;
         "triton" is a GPU kernel; "mosaic" is one for Hopper alone (bfloat16, heads of 64 or 128
@@ -63,7 +66,14 @@ def window_attention(
         "sink_logits_H": sink_logits_H,
     }
     if implementation == "reference":  # goes by the values of positions alone
-        return reference.window_attention(*rows, **reach)
+        return reference.window_attention(*rows, **reach, score_cap=score_cap)
+    if score_cap is not None:
+        if implementation not in ("auto", "xla"):
+            raise NotImplementedError(
+                f"implementation={implementation!r} does not cap scores (score_cap={score_cap}): "
+                "ask for 'auto' or 'xla'"
+            )
+        return xla.window_attention(*rows, **reach, gaps=gaps, score_cap=score_cap)
     if implementation == "cpu" and q_BLHC.dtype not in native.FLOATS:
         raise NotImplementedError(
             f"the CPU kernels attend in float32 or bfloat16, q is {q_BLHC.dtype}: cast it"

@@ -16,9 +16,10 @@ def visible(
     *,
     window_size: int | None,
     num_sink_tokens: int,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """Whether a query at position i sees a key at position j: 0 <= i - j < w, or
-    j < num_sink_tokens <= i.
+    j < num_sink_tokens <= i; with a chunk size, only of its own chunk.
 
     The two arrays broadcast against each other; a key at a negative position is an empty slot.
     """
@@ -26,7 +27,14 @@ def visible(
     is_visible = (distance >= 0) & (k_positions >= 0)
     if window_size is not None:
         is_visible &= (distance < window_size) | (k_positions < num_sink_tokens)
+    if chunk_size is not None:
+        is_visible &= q_positions // chunk_size == k_positions // chunk_size
     return is_visible
+
+
+def capped(scores: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(scores / cap) (Gemma 2, 2024), float32; scores as they are without a cap."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def window_attention(
@@ -39,6 +47,7 @@ def window_attention(
     window_size: int | None,
     num_sink_tokens: int,
     sink_logits_H: jax.Array | None = None,
+    score_cap: float | None = None,
 ) -> jax.Array:
     """Returns softmax(q k^T / sqrt(C)) v over the visible keys of the segment, [B, L, H, W]."""
     mask_BLS = visible(
@@ -48,7 +57,7 @@ def window_attention(
         num_sink_tokens=num_sink_tokens,
     )
     mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
-    return masked_attention(q_BLHC, k_BLGC, v_BLGW, mask_BLS, sink_logits_H)
+    return masked_attention(q_BLHC, k_BLGC, v_BLGW, mask_BLS, sink_logits_H, score_cap)
 
 
 def masked_attention(
@@ -57,6 +66,7 @@ def masked_attention(
     v_BSGW: jax.Array,
     mask_BLS: jax.Array,
     sink_logits_H: jax.Array | None = None,
+    score_cap: float | None = None,
 ) -> jax.Array:
     """Attention under an explicit mask; scores and softmax in float32, the result in q's dtype."""
     batch, length, heads, width = q_BLHC.shape
@@ -65,7 +75,7 @@ def masked_attention(
     scores_BGRLS = jnp.einsum(
         "BLGRC,BSGC->BGRLS", q_BLGRC, k_BSGC, preferred_element_type=jnp.float32
     )
-    scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, MASKED)
+    scores_BGRLS = jnp.where(mask_BLS[:, None, None], capped(scores_BGRLS, score_cap), MASKED)
     weights_BGRLS = softmax(scores_BGRLS, sink_logits_H).astype(v_BSGW.dtype)
     out_BLGRW = jnp.einsum("BGRLS,BSGW->BLGRW", weights_BGRLS, v_BSGW)
     return out_BLGRW.reshape(batch, length, heads, v_BSGW.shape[-1])

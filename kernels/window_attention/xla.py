@@ -12,7 +12,7 @@ key/value head, C head_dim, W width of values.
 import jax
 import jax.numpy as jnp
 
-from kernels.window_attention.reference import MASKED, softmax, visible
+from kernels.window_attention.reference import MASKED, capped, softmax, visible
 
 MIN_BLOCK, MAX_BLOCKS = 64, 8
 
@@ -34,6 +34,7 @@ def window_attention(
     num_sink_tokens: int,
     sink_logits_H: jax.Array | None,
     gaps: bool,
+    score_cap: float | None = None,
 ) -> jax.Array:
     """Returns the attention of each row over the visible rows of its segment, [B, L, H, W]."""
     batch, length, heads, width = q_BLHC.shape
@@ -63,6 +64,7 @@ def window_attention(
                 preferred_element_type=jnp.float32,
             ),
             mask_BMS,
+            score_cap,
         )
         if num_sink_tokens and first_key > 0:
             if gaps:
@@ -80,6 +82,7 @@ def window_attention(
                 sink_rows_BMN,
                 mask_BMN,
                 sink_logits_H,
+                score_cap,
             )
         else:
             weights_BGRMS = softmax(scores_BGRMS, sink_logits_H).astype(v_BLGW.dtype)
@@ -89,8 +92,10 @@ def window_attention(
     return out_BGRLW.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, v_BGLW.shape[-1])
 
 
-def _masked_scores(scores_BGRMS: jax.Array, mask_BMS: jax.Array) -> jax.Array:
-    return jnp.where(mask_BMS[:, None, None], scores_BGRMS, MASKED)
+def _masked_scores(
+    scores_BGRMS: jax.Array, mask_BMS: jax.Array, score_cap: float | None
+) -> jax.Array:
+    return jnp.where(mask_BMS[:, None, None], capped(scores_BGRMS, score_cap), MASKED)
 
 
 def _sinks(
@@ -123,7 +128,15 @@ def _sinks_among(
 
 
 def _attend_with_sinks(
-    q_BGRMC, scores_BGRMS, v_BGSW, k_BGLC, v_BGLW, sink_rows_BMN, mask_BMN, sink_logits_H
+    q_BGRMC,
+    scores_BGRMS,
+    v_BGSW,
+    k_BGLC,
+    v_BGLW,
+    sink_rows_BMN,
+    mask_BMN,
+    sink_logits_H,
+    score_cap,
 ) -> jax.Array:
     """One softmax over the block's keys and each query's own sinks."""
 
@@ -135,6 +148,7 @@ def _attend_with_sinks(
             "BGRMC,BGMNC->BGRMN", q_BGRMC, gather(k_BGLC), preferred_element_type=jnp.float32
         ),
         mask_BMN,
+        score_cap,
     )
     scores = jnp.concatenate([scores_BGRMS, sink_scores_BGRMN], axis=-1)
     weights = softmax(scores, sink_logits_H).astype(v_BGSW.dtype)

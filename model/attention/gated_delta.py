@@ -3,10 +3,10 @@
     S_t = alpha_t S_(t-1) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
 
 alpha = exp(-exp(a) softplus(f(x) + b)) forgets, one number for a head or for each channel of its
-keys (Kimi delta attention, 2025); beta = sigmoid(x w) says how much of the value that k stands for
-is replaced. Queries, keys and values go through a causal convolution of a few taps and SiLU;
-queries and keys have length 1. A head's result is normed and gated. The state of a sequence has one
-size, however long it is.
+keys (Kimi delta attention, 2025); beta = sigmoid(x w), or twice that, says how much of the value
+that k stands for is replaced. Queries, keys and values go through a causal convolution of a few
+taps and SiLU; queries and keys have length 1. A head's result is normed and gated. The state of a
+sequence has one size, however long it is.
 
 B batch, L length, R rows of the state, D d_model, G heads of keys, H heads of values, K width of a
 key, V of a value, T taps, N channels of the convolution, M gate_rank.
@@ -23,6 +23,7 @@ from flax import struct
 from configs.attention import GatedDeltaConfig
 from kernels.delta_rule import delta_rule
 from kernels.quantize import MatrixDims
+from model.causal_convolution import causal_convolution
 from model.layer_state import RowsFirst, StateShape
 from model.layers import RMSNorm, project, weight
 from model.step import Step
@@ -97,6 +98,8 @@ class GatedDelta(nn.Module):
         q_BLHK, k_BLHK, v_BLHV, tail_RTN = self._mixed(x_BLD, step, begun.tail_RTN)
         w_beta_DH = weight(self, "beta", (d_model, c.num_heads), ("embed", "heads"), d_model**-0.5)
         x32_BLD = x_BLD.astype(jnp.float32)
+        beta_BLH = jax.nn.sigmoid(x32_BLD @ w_beta_DH)
+        beta_BLH = 2 * beta_BLH if c.doubled_beta else beta_BLH
         heads = ("batch", None, "heads")
         out_BLHV, s_RHKV = on_shards(
             delta_rule,
@@ -105,14 +108,15 @@ class GatedDelta(nn.Module):
                 _unit(k_BLHK),
                 v_BLHV,
                 self._log_decay(x32_BLD),
-                jax.nn.sigmoid(x32_BLD @ w_beta_DH),
+                beta_BLH,
                 step.positions_BL,
                 begun.s_RHKV,
             ],
             [(*heads, None)] * 4 + [heads, ("batch", None), ("batch", "heads", None, None)],
             [(*heads, None), ("batch", "heads", None, None)],
         )
-        out_BLHV = RMSNorm(self.norm_eps, ("head_dim",), name="norm")(out_BLHV)
+        eps = self.norm_eps if c.norm_eps is None else c.norm_eps
+        out_BLHV = RMSNorm(eps, ("head_dim",), name="norm")(out_BLHV)
         if c.output_gate is not None:
             gate = jax.nn.silu if c.output_gate == "silu" else jax.nn.sigmoid
             gate_BLHV = self._projected("gate", x_BLD, c.value_head_dim)
@@ -194,18 +198,9 @@ def _biases(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _convolve(
     x_BLN: jax.Array, tail_BTN: jax.Array, taps_TN: jax.Array, positions_BL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """SiLU of the causal convolution inside each document, and the last inputs that are no padding
-    (which fills the end of a row)."""
-    past, length = tail_BTN.shape[1], x_BLN.shape[1]
-    row = jnp.concatenate([tail_BTN, x_BLN], axis=1)
-    out = jnp.zeros_like(x_BLN)
-    for back in range(past + 1):
-        seen = row[:, past - back : past - back + length]
-        seen = jnp.where((positions_BL >= back)[..., None], seen, 0.0)
-        out += seen * taps_TN[past - back][None, None]
-    count_B = (positions_BL >= 0).sum(axis=1)
-    at_BT = count_B[:, None] + jnp.arange(past)[None]
-    return jax.nn.silu(out), jnp.take_along_axis(row, at_BT[..., None], axis=1)
+    """SiLU of the causal convolution, and the tail: see `causal_convolution`."""
+    out_BLN, tail_BTN = causal_convolution(x_BLN, tail_BTN, taps_TN, positions_BL)
+    return jax.nn.silu(out_BLN), tail_BTN
 
 
 def _unit(x: jax.Array) -> jax.Array:

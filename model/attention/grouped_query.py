@@ -1,5 +1,5 @@
 """Grouped-query attention with RoPE, a sliding window, sink tokens and learned sink logits; biases,
-normed and bounded queries and keys where public models have them.
+normed and bounded queries and keys, and a gate on the result where public models have them.
 
 B batch, L length, S keys, D d_model, H query heads, G key/value heads, C head_dim.
 """
@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.attention import AttentionConfig, QKNorm
+from configs.attention import AttentionConfig, QKNorm, QueryTemperatureConfig
 from configs.base import ExecutionConfig
 from kernels.quantize import MatrixDims
 from model.attention.sharded import sharded_cached_attention, sharded_window_attention
 from model.layer_state import AnyKeyValueState, StateShape, key_value_state
-from model.layers import RMSNorm, project, rope, weight, zero_weight
+from model.layers import RMSNorm, project, rope, unscaled_rms_norm, weight, zero_weight
 from model.step import Step
 
 QUERY_AXES, KEY_AXES = ("heads", "head_dim"), ("kv_heads", "head_dim")
-NORMED_DIMS: dict[QKNorm, int] = {"head": 1, "all": 2}
+NORMED_DIMS: dict[QKNorm, int] = {"head": 1, "all": 2, "head_unscaled": 0}
 """Last dimensions of queries and keys that have a norm's scale each."""
 
 
@@ -28,13 +28,15 @@ def init_state(config: AttentionConfig, shape: StateShape) -> AnyKeyValueState:
         shape,
         heads=config.num_kv_heads,
         widths=(config.head_dim, config.head_dim),
-        window_size=config.window_size,
+        window_size=config.chunk_size or config.window_size,
         num_sink_tokens=config.num_sink_tokens,
     )
 
 
 def visible_keys(config: AttentionConfig, places: np.ndarray) -> np.ndarray:
-    """Those of the window, and the sink tokens before it."""
+    """Those of the window, and the sink tokens before it; or of the chunk."""
+    if config.chunk_size is not None:
+        return (places - 1) % config.chunk_size + 1
     if config.window_size is None:
         return places
     near = np.minimum(places, config.window_size)
@@ -76,12 +78,16 @@ class GroupedQueryAttention(nn.Module):
         q_BLHC, k_BLGC, v_BLGC = self._normed_and_bounded(q_BLHC, k_BLGC, v_BLGC, step)
         if c.rope_scaling is not None:
             q_BLHC *= c.rope_scaling.logit_scale
+        if c.query_temperature is not None:
+            q_BLHC *= _growth(step.positions_BL, c.query_temperature).astype(q_BLHC.dtype)
         if c.score_scale is not None:  # kernels multiply scores by head_dim^-0.5
             q_BLHC *= c.score_scale * c.head_dim**0.5
         sink_logits_H = None
         if c.sink_logits:  # they start as if one more key had the score 0
             sink_logits_H = zero_weight(self, "sink_logits", (c.num_heads,), ("heads",))
         out_BLHC, state = self._attended(q_BLHC, k_BLGC, v_BLGC, step, state, sink_logits_H)
+        if c.output_gate:
+            out_BLHC *= self._gates(x_BLD)
         out_BLD = project("BLHC,HCD->BLD", out_BLHC, w_o_HCD, is_flat=state is not None)
         if c.bias and c.output_bias:
             o_bias_D = zero_weight(self, "o_bias", out_shape[2:], (out_axis,))
@@ -95,6 +101,11 @@ class GroupedQueryAttention(nn.Module):
         kv_axes = (None, *KEY_AXES)
         stddev, q_axes = d_model**-0.5, ("embed", *QUERY_AXES)
         w_q_DHC = weight(self, "q", (d_model, *q_shape), q_axes, stddev, MatrixDims(1, 2))
+        if c.values_from_keys:
+            shape, axes = (d_model, *kv_shape[1:]), ("embed", *KEY_AXES)
+            w_k_DGC = weight(self, "k", shape, axes, stddev, MatrixDims(1, 2))
+            k_BLGC = project("BLD,DGC->BLGC", x_BLD, w_k_DGC)
+            return project("BLD,DHC->BLHC", x_BLD, w_q_DHC), k_BLGC, k_BLGC
         w_kv_D2GC = weight(
             self, "kv", (d_model, *kv_shape), ("embed", *kv_axes), stddev, MatrixDims(1, 3)
         )
@@ -106,11 +117,25 @@ class GroupedQueryAttention(nn.Module):
             kv_BL2GC += bias_2GC[None, None]
         return q_BLHC, kv_BL2GC[:, :, 0], kv_BL2GC[:, :, 1]
 
+    def _gates(self, x_BLD: jax.Array) -> jax.Array:
+        """Factors of the heads' results, between 0 and 1: [B, L, H, C]."""
+        c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
+        shape = (c.num_heads, c.head_dim)
+        axes, dims = ("embed", *QUERY_AXES), MatrixDims(1, 2)
+        w_DHC = weight(self, "gate", (d_model, *shape), axes, d_model**-0.5, dims)
+        gates_BLHC = project("BLD,DHC->BLHC", x_BLD, w_DHC)
+        if c.bias:
+            bias_HC = zero_weight(self, "gate_bias", shape, QUERY_AXES)
+            gates_BLHC += bias_HC.astype(dtype)[None, None]
+        return jax.nn.sigmoid(gates_BLHC.astype(jnp.float32)).astype(dtype)
+
     def _normed_and_bounded(
         self, q_BLHC: jax.Array, k_BLGC: jax.Array, v_BLGC: jax.Array, step: Step
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The same three with norm, bound and RoPE."""
         c = self.config
+        if c.value_norm:
+            v_BLGC = unscaled_rms_norm(v_BLGC, self.norm_eps)
         if not c.qk_norm_after_rope:
             q_BLHC, k_BLGC = self._normed(q_BLHC, k_BLGC)
         if c.clip_qkv is not None:
@@ -126,9 +151,12 @@ class GroupedQueryAttention(nn.Module):
         qk_norm = self.config.qk_norm
         if qk_norm is None:
             return q_BLHC, k_BLGC
-        normed = NORMED_DIMS[qk_norm]
-        q_BLHC = RMSNorm(self.norm_eps, QUERY_AXES[-normed:], name="q_norm")(q_BLHC)
-        k_BLGC = RMSNorm(self.norm_eps, KEY_AXES[-normed:], name="k_norm")(k_BLGC)
+        normed, eps = NORMED_DIMS[qk_norm], self.norm_eps
+        if not normed:
+            return unscaled_rms_norm(q_BLHC, eps), unscaled_rms_norm(k_BLGC, eps)
+        is_zero_centered = self.config.zero_centered_qk_norm
+        q_BLHC = RMSNorm(eps, QUERY_AXES[-normed:], is_zero_centered, name="q_norm")(q_BLHC)
+        k_BLGC = RMSNorm(eps, KEY_AXES[-normed:], is_zero_centered, name="k_norm")(k_BLGC)
         return q_BLHC, k_BLGC
 
     def _attended(
@@ -142,26 +170,50 @@ class GroupedQueryAttention(nn.Module):
     ) -> tuple[jax.Array, AnyKeyValueState | None]:
         """Each head's sum of values, [B, L, H, C], and the state with the tokens."""
         c = self.config
-        reach = {"window_size": c.window_size, "num_sink_tokens": c.num_sink_tokens}
+        reach = {
+            "window_size": c.window_size,
+            "num_sink_tokens": c.num_sink_tokens,
+            "score_cap": c.score_cap,
+        }
         if state is not None:
             state = state.write(step, k_BLGC, v_BLGC)
             if not step.is_whole:
-                attended = sharded_cached_attention(
-                    q_BLHC, state, step, sink_logits_H=sink_logits_H, **reach
-                )
-                return attended, state
+                form = {"sink_logits_H": sink_logits_H, "chunk_size": c.chunk_size, **reach}
+                return sharded_cached_attention(q_BLHC, state, step, **form), state
+        positions_BL, segments_BL = step.positions_BL, step.segments_BL
+        if c.chunk_size is not None:
+            positions_BL, segments_BL = _in_chunks(positions_BL, segments_BL, c.chunk_size)
         out_BLHC = sharded_window_attention(
             q_BLHC,
             k_BLGC,
             v_BLGC,
-            step.positions_BL,
-            step.segments_BL,
+            positions_BL,
+            segments_BL,
             sink_logits_H=sink_logits_H,
             gaps=self.gaps,
             implementation=self.execution.window_attention,
             **reach,
         )
         return out_BLHC, state
+
+
+def _growth(positions_BL: jax.Array, config: QueryTemperatureConfig) -> jax.Array:
+    """What queries at these positions are multiplied by, float32 [B, L, 1, 1]."""
+    first = 1 if config.counts_itself else 0
+    steps_BL = jnp.maximum(positions_BL + first, 0) // config.length
+    growth_BL = 1.0 + config.growth * jnp.log1p(steps_BL.astype(jnp.float32))
+    return growth_BL[:, :, None, None]
+
+
+def _in_chunks(
+    positions_BL: jax.Array, segments_BL: jax.Array, chunk_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Positions within chunks, and each chunk of a segment as a segment of its own."""
+    chunks_BL = positions_BL // chunk_size
+    is_new_BL = segments_BL[:, 1:] != segments_BL[:, :-1]
+    is_new_BL |= chunks_BL[:, 1:] != chunks_BL[:, :-1]
+    own_BL = jnp.pad(jnp.cumsum(is_new_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    return jnp.where(positions_BL < 0, positions_BL, positions_BL % chunk_size), own_BL
 
 
 def _turned(x_BLHC: jax.Array, positions_BL: jax.Array, config: AttentionConfig) -> jax.Array:
@@ -171,5 +223,7 @@ def _turned(x_BLHC: jax.Array, positions_BL: jax.Array, config: AttentionConfig)
         return rope(x_BLHC, positions_BL, base, scaling)
     if turned == 0:
         return x_BLHC
+    if config.rotary_pairs == "across":
+        return rope(x_BLHC, positions_BL, base, scaling, num_pairs=turned // 2)
     first_BLHC = rope(x_BLHC[..., :turned], positions_BL, base, scaling)
     return jnp.concatenate([first_BLHC, x_BLHC[..., turned:]], axis=-1)

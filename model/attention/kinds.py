@@ -16,9 +16,10 @@ from configs.attention import (
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
+    ShortConvConfig,
 )
 from configs.base import ExecutionConfig
-from model.attention import gated_delta, grouped_query, latent, local_sparse, relative
+from model.attention import gated_delta, grouped_query, latent, local_sparse, relative, short_conv
 from model.layer_state import LayerState, StateShape
 
 
@@ -82,6 +83,14 @@ KINDS: dict[type, AttentionKind] = {
         gated_delta.init_state,
         gated_delta.visible_keys,
         gated_delta.mixing_flops,
+    ),
+    ShortConvConfig: AttentionKind(
+        lambda config, execution, norm_eps, out_stddev, gaps: short_conv.ShortConv(
+            config, out_stddev, name="attention"
+        ),
+        short_conv.init_state,
+        short_conv.visible_keys,
+        short_conv.mixing_flops,
     ),
 }
 

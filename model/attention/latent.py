@@ -181,7 +181,7 @@ class LatentAttention(nn.Module):
         if c.rope_scaling is not None:
             q_BLHC *= c.rope_scaling.logit_scale
         q_nope_BLHN, q_rope_BLHP = jnp.split(q_BLHC, [c.nope_head_dim], axis=-1)
-        return q_nope_BLHN, rope(q_rope_BLHP, positions_BL, c.rope_base, c.rope_scaling)
+        return q_nope_BLHN, self._turned(q_rope_BLHP, positions_BL)
 
     def _latent(self, x_BLD: jax.Array, positions_BL: jax.Array) -> Pair:
         """What is cached: the normed latent [B, L, R] and the turned rotary key [B, L, 1, P]."""
@@ -195,7 +195,11 @@ class LatentAttention(nn.Module):
             down_BLC += bias_C.astype(dtype)[None, None]
         latent_BLR = RMSNorm(LATENT_NORM_EPS, name="kv_norm")(down_BLC[..., : c.latent_rank])
         k_rope_BL1P = down_BLC[..., None, c.latent_rank :]
-        return latent_BLR, rope(k_rope_BL1P, positions_BL, c.rope_base, c.rope_scaling)
+        return latent_BLR, self._turned(k_rope_BL1P, positions_BL)
+
+    def _turned(self, x_BLHP: jax.Array, positions_BL: jax.Array) -> jax.Array:
+        c = self.config
+        return rope(x_BLHP, positions_BL, c.rope_base, c.rope_scaling) if c.has_rope else x_BLHP
 
 
 def _write(

@@ -29,6 +29,7 @@ def sharded_window_attention(
     window_size: int | None = None,
     num_sink_tokens: int = 0,
     sink_logits_H: jax.Array | None = None,
+    score_cap: float | None = None,
     gaps: bool = False,
     implementation: Implementation = "auto",
 ) -> jax.Array:
@@ -39,6 +40,7 @@ def sharded_window_attention(
         window_attention,
         window_size=window_size,
         num_sink_tokens=num_sink_tokens,
+        score_cap=score_cap,
         gaps=gaps,
         implementation=implementation,
     )
@@ -63,6 +65,8 @@ def sharded_cached_attention(
     sink_logits_H: jax.Array | None = None,
     scale: float | None = None,
     value_width: int | None = None,
+    score_cap: float | None = None,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """As kernels.cached_attention, [B, L, H, W], over the state of each token's row, which holds
     the step's tokens already.
@@ -110,6 +114,8 @@ def sharded_cached_attention(
             sink_logits_H=given.get("sink_logits"),
             scale=scale,
             value_width=value_width,
+            score_cap=score_cap,
+            chunk_size=chunk_size,
             one_per_row=length == 1 and "rows" not in given,
         )
         return out_THW.reshape(batch, length, heads, -1)

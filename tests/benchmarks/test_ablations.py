@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.ablations import context_router, dynamic_experts, growth, long_context, recurrence
+from benchmarks.ablations import (
+    context_router,
+    delta_net,
+    dynamic_experts,
+    growth,
+    long_context,
+    recurrence,
+)
 from benchmarks.ablations.base import Finding, Report, Target, append_report
 from benchmarks.ablations.training import HeldOut, Trained, small_run, train
 from benchmarks.flops import count_flops
@@ -163,3 +170,14 @@ def test_results_go_to_the_users_folder_unless_asked(tmp_path, monkeypatch):
         assert (tmp_path / log).read_text().startswith("\n## thing (")
     made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert made == {ours, "runs/ablations/balance.png", "mine/a.md"}
+
+
+def test_delta_net_compares_models_of_one_size():
+    delta, windows = (make() for make in delta_net.MODELS.values())
+    assert abs(delta.num_parameters / windows.num_parameters - 1) < 0.005
+    assert delta.num_layers == windows.num_layers
+    operations = [delta_net._kernel_flops(length) for length in (128, 256, 512)]
+    assert np.diff(np.log2(operations)) == pytest.approx([1, 1], abs=0.02)
+    line = delta_net._fit("cost", [float(n) ** 1.5 for n in delta_net.KERNEL_LENGTHS])
+    assert line.values[0] == pytest.approx(1.5)
+    assert "MISSED" in line.row()

@@ -143,6 +143,84 @@ def test_a_scale_that_is_nan_is_refused(tmp_path):
         logical(tmp_path / "fp8", arrays, FP8).read("l.weight")
 
 
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+
+
+def nvfp4_arrays(rows=5, columns=64, seed=0):
+    """Random codes and scales, and the weight that they stand for, entry by entry."""
+    random = np.random.RandomState(seed)
+    codes = random.randint(0, 16, (rows, columns))
+    scales = random.uniform(0.1, 400, (rows, columns // 16)).astype(ml_dtypes.float8_e4m3fn)
+    factor = np.float32(0.037)
+    weight = np.array(
+        [
+            [E2M1[codes[i, j]] * float(scales[i, j // 16]) * float(factor) for j in range(columns)]
+            for i in range(rows)
+        ]
+    )
+    packed = (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)
+    return packed, scales, factor, weight
+
+
+def modelopt_arrays(**changes):
+    packed, scales, factor, _ = nvfp4_arrays()
+    arrays = {
+        "l.weight": packed,
+        "l.weight_scale": scales,
+        "l.weight_scale_2": np.array(factor),
+        "l.input_scale": np.array(factor),
+        "l.k_proj.k_scale": np.array(factor),
+        "norm": normal(5),
+    } | {name.replace("__", "."): array for name, array in changes.items()}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def test_nvfp4_of_modelopt(tmp_path):
+    tensors = logical(tmp_path, modelopt_arrays(), MODELOPT)
+    weight = nvfp4_arrays()[-1]
+    assert tensors.shapes == {"l.weight": (5, 64), "norm": (5,)}
+    assert tensors.sources("l.weight") == ("l.weight", "l.weight_scale", "l.weight_scale_2")
+    np.testing.assert_allclose(tensors.read("l.weight"), weight, rtol=1e-6)
+    np.testing.assert_allclose(tensors.read_rows("l.weight", 2, 4), weight[2:4], rtol=1e-6)
+
+
+def test_nvfp4_of_compressed_tensors(tmp_path):
+    """Its factor divides; the scales of activations are passed over."""
+    packed, scales, factor, weight = nvfp4_arrays()
+    one = np.array([1 / factor], np.float32)
+    arrays = {
+        "l.weight_packed": packed,
+        "l.weight_scale": scales,
+        "l.weight_global_scale": one,
+        "l.input_global_scale": one,
+        "norm": normal(5),
+    }
+    tensors = logical(tmp_path, arrays, COMPRESSED)
+    assert tensors.shapes == {"l.weight": (5, 64), "norm": (5,)}
+    np.testing.assert_allclose(tensors.read("l.weight"), weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("quantization", [MODELOPT, COMPRESSED], ids=["modelopt", "compressed"])
+def test_mxfp8(tmp_path, quantization):
+    """float8 under a power of two of each 32 inputs, kept as its exponent plus 127."""
+    values = normal(3, 64).astype(ml_dtypes.float8_e4m3fn)
+    exponents = np.random.RandomState(1).randint(120, 134, (3, 2)).astype(np.uint8)
+    arrays = {"l.weight": values, "l.weight_scale": exponents}
+    tensors = logical(tmp_path, arrays, quantization)
+    assert tensors.shapes == {"l.weight": (3, 64)}
+    powers = np.repeat(2.0 ** (exponents.astype(int) - 127), 32, axis=1)
+    np.testing.assert_array_equal(tensors.read("l.weight"), values.astype(np.float32) * powers)
+
+
+def test_float8_of_modelopt_has_one_scale(tmp_path):
+    values = normal(3, 64).astype(ml_dtypes.float8_e4m3fn)
+    arrays = {"l.weight": values, "l.weight_scale": np.array(0.25, np.float32)}
+    found = logical(tmp_path, arrays, MODELOPT).read("l.weight")
+    np.testing.assert_array_equal(found, values.astype(np.float32) / 4)
+
+
 def fp8_with(**changes):
     arrays = fp8_arrays() | {name.replace("__", "."): array for name, array in changes.items()}
     return {name: array for name, array in arrays.items() if array is not None}
@@ -183,6 +261,22 @@ REFUSED = {
         fp8_with(norm=np.ones(5, ml_dtypes.float8_e4m3fn), norm_scale_inv=normal(1)),
         FP8,
         "two dims or more",
+    ),
+    "nvfp4 without scales": (
+        modelopt_arrays(l__weight_scale=None),
+        MODELOPT,
+        r"'l.weight' of 4 bits, \[5, 32\], needs 'l.weight_scale'",
+    ),
+    "nvfp4 without a factor": (modelopt_arrays(l__weight_scale_2=None), MODELOPT, "one number"),
+    "nvfp4 in other blocks": (
+        modelopt_arrays(l__weight_scale=normal(5, 3).astype(ml_dtypes.float8_e4m3fn)),
+        MODELOPT,
+        "of 4 bits",
+    ),
+    "float8 with scales of rows": (
+        {"l.weight": normal(3, 64).astype(ml_dtypes.float8_e4m3fn), "l.weight_scale": normal(3, 1)},
+        MODELOPT,
+        "one number, or a power of two of each 32 inputs",
     ),
     "blocks without scales": (mxfp4_with(gate_up_proj_scales=None), MXFP4, "has no scales"),
     "scales without blocks": (

@@ -48,7 +48,8 @@ def test_every_kind_of_matrix_moves_the_logits_and_merged_they_are_the_same(case
     adapted = variables | {"adapters": adapters}
     logits = full_logits(model, adapted, tokens)
     merged = full_logits(model, merge(model, adapted), tokens)
-    np.testing.assert_allclose(merged, logits, atol=TOLERANCE)
+    # Of the largest logit, as in test_families_fuzz.py: sums in another order.
+    np.testing.assert_allclose(merged, logits, atol=TOLERANCE * np.abs(logits).max())
     kinds = {target_of(tuple(name.split("."))) for name in drawn}
     has_experts = any("'moe'" in str(path) for path, _ in jax.tree.leaves_with_path(variables))
     assert ("experts" in kinds) == has_experts

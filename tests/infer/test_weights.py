@@ -15,6 +15,7 @@ from configs.attention import (
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
+    ShortConvConfig,
 )
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
@@ -54,6 +55,9 @@ CONTEXT = tiny.moe(
 )
 
 
+INPUTS = RouterConfig(top_k=2, scores="sigmoid", normalize_gates=False, gates_on="inputs")
+
+
 def of(*specs, **changes):
     changes = {"d_model": 64, "vocab_size": 320, "num_layers": 2 * len(specs)} | changes
     return tiny.model(pattern=specs, **changes)
@@ -90,12 +94,36 @@ CONFIGS = {
         residual_scale=0.5,
         logit_scale=1.5,
     ),
+    "gemma": of(
+        LayerSpec(
+            attention=dataclasses.replace(
+                GLOBAL, qk_norm="head", value_norm=True, values_from_keys=True, score_cap=2.0
+            ),
+            ffn=dataclasses.replace(
+                MOE,
+                activation="geglu",
+                router=RouterConfig(top_k=2, expert_scales=True, input_norm=True),
+            ),
+            norms="sandwich",
+            dense=DenseConfig(d_ff=96, activation="geglu"),
+            output_scale=True,
+        ),
+        LayerSpec(
+            attention=dataclasses.replace(GLOBAL, chunk_size=9),
+            ffn=dataclasses.replace(MOE, router=INPUTS),
+        ),
+        num_layers=2,
+        logit_cap=2.0,
+    ),
     "sparse": of(LayerSpec(attention=SPARSE, ffn=DenseConfig(d_ff=96))),
     "relative": of(LayerSpec(attention=RELATIVE, ffn=DenseConfig(d_ff=96))),
     "delta": of(
         LayerSpec(attention=DELTA, ffn=DenseConfig(d_ff=96)),
-        LayerSpec(attention=GLOBAL, ffn=DenseConfig(d_ff=96)),
-        num_layers=2,
+        LayerSpec(attention=ShortConvConfig(channels=64), ffn=DenseConfig(d_ff=96)),
+        LayerSpec(
+            attention=dataclasses.replace(GLOBAL, output_gate=True), ffn=DenseConfig(d_ff=96)
+        ),
+        num_layers=3,
     ),
 }
 TOKENS = np.random.RandomState(0).randint(0, 320, 24).tolist()

@@ -12,7 +12,7 @@ import pytest
 from kernels import native
 from kernels.backend import INTERPRET
 from kernels.cached_attention import cached_attention, pallas_triton
-from kernels.cached_attention.cases import CASES, Case
+from kernels.cached_attention.cases import CASES, XLA_CASES, Case
 from kernels.cached_attention.state import State
 from kernels.paged_attention import quantize_positions
 
@@ -65,6 +65,8 @@ def draw(case: Case, seed=3) -> Drawn:
         "window_size": case.window_size,
         "num_sink_tokens": case.num_sink_tokens,
         "scale": case.scale,
+        "score_cap": case.score_cap,
+        "chunk_size": case.chunk_size,
         "value_width": value_width if case.is_latent else None,
     }
     if case.has_sink_logits:
@@ -121,11 +123,15 @@ def oracle(case: Case, drawn: Drawn) -> np.ndarray:
     for t, (r, i) in enumerate(zip(rows, positions, strict=True)):
         window = case.window_size or i + 1
         seen = [j for j in range(i + 1) if i - j < window or j < case.num_sink_tokens]
+        if case.chunk_size is not None:
+            seen = [j for j in seen if j // case.chunk_size == i // case.chunk_size]
         if r < 0 or case.lengths[r] == 0:
             continue
         for h in range(case.num_heads):
             g = h * case.num_kv_heads // case.num_heads
             scores = drawn.k[r, seen, g] @ q[t, h].astype(np.float64) * scale
+            if case.score_cap is not None:
+                scores = case.score_cap * np.tanh(scores / case.score_cap)
             top = scores.max()
             exp = np.exp(scores - top)
             sink = 0.0 if sinks is None else np.exp(np.float64(sinks[h]) - top)
@@ -164,6 +170,20 @@ def gpu(monkeypatch):
 @pytest.mark.thinned(2)
 def test_equals_sums_over_positions(name, implementation):
     check(CASES[name], implementation)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "auto"])
+@pytest.mark.parametrize("name", XLA_CASES)
+def test_bounds_and_chunks_equal_sums_over_positions(name, implementation):
+    check(XLA_CASES[name], implementation)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("implementation", ["cpu", "triton"])
+@pytest.mark.parametrize("name", ["capped", "chunks"])
+def test_kernels_that_know_no_bounds_or_chunks_say_so(name, implementation):
+    with pytest.raises(NotImplementedError, match=r"only 'xla' and 'reference' know"):
+        attended(implementation, draw(XLA_CASES[name]))
 
 
 @needs_library

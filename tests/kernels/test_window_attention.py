@@ -120,6 +120,33 @@ def test_reference_is_a_loop_over_queries(name):
             np.testing.assert_allclose(out[0, i, head], expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["sinks_packed", "causal"])
+def test_scores_with_a_bound(name):
+    """Of a loop over queries; kernels that have none refuse."""
+    case, cap = CASES[name], 0.6
+    q, k, v, positions, segments, _ = (np.asarray(a) for a in draw(case))
+    form = {"window_size": case.window_size, "num_sink_tokens": case.num_sink_tokens}
+    bounded = functools.partial(window_attention, **form, score_cap=cap)
+    rows = (q, k, v, positions, segments)
+    out = np.asarray(jax.jit(functools.partial(bounded, implementation="auto"))(*rows))
+    theirs = jax.jit(functools.partial(bounded, implementation="reference"))(*rows)
+    is_token = (positions >= 0)[:, :, None, None]
+    np.testing.assert_allclose(np.where(is_token, out - theirs, 0.0), 0.0, atol=1e-5)
+    for i in range(0, case.length, 7):
+        before = np.arange(i + 1)
+        seen = before[segments[0, before] == segments[0, i]]
+        distance = positions[0, i] - positions[0, seen]
+        is_near = distance < (case.window_size or case.length)
+        seen = seen[is_near | (positions[0, seen] < case.num_sink_tokens)]
+        scores = k[0, seen, 0] @ q[0, i, 0] / case.head_dim**0.5
+        weights = np.exp(cap * np.tanh(scores / cap))
+        expected = (weights / weights.sum()) @ v[0, seen, 0]
+        np.testing.assert_allclose(out[0, i, 0], expected, **TOLERANCE)
+    for implementation in ("cpu", "triton", "mosaic"):
+        with pytest.raises(NotImplementedError, match=r"does not cap scores \(score_cap=0\.6\)"):
+            bounded(*rows, implementation=implementation)
+
+
 def test_a_window_beyond_the_length_is_no_window():
     case = CASES["window_beyond_length"]
     q, k, v, positions, segments, _ = draw(case)

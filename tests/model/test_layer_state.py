@@ -15,7 +15,9 @@ from configs.attention import (
     IndexerConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
+    QueryTemperatureConfig,
     RelativeAttentionConfig,
+    ShortConvConfig,
 )
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
@@ -71,6 +73,17 @@ KINDS = {
         )
     ),
     "no positions": of(tiny.attention(window_size=None, num_sink_tokens=0, rotary_dim=0)),
+    "chunks": of(
+        tiny.attention(
+            window_size=None,
+            num_sink_tokens=0,
+            chunk_size=7,
+            score_cap=0.6,
+            query_temperature=QueryTemperatureConfig(growth=0.5, length=5),
+            value_norm=True,
+            values_from_keys=True,
+        )
+    ),
     "latent": of(LatentAttentionConfig(**LATENT)),
     "indexed": of(
         LatentAttentionConfig(**LATENT, indexer=IndexerConfig(num_heads=2, head_dim=6, top_k=5))
@@ -99,12 +112,13 @@ KINDS = {
             gate_rank=4,
         )
     ),
+    "short convolution": of(ShortConvConfig(channels=24, conv_width=4, bias=True)),
     "mixture of depths": of(
         tiny.attention(window_size=6),
         depth=MixtureOfDepthsConfig(capacity=0.5, selection="threshold"),
     ),
 }
-DELTA = ("gated delta", "channel delta")
+DELTA = ("gated delta", "channel delta", "short convolution")
 UNPAGED = ("powers of two", "summaries", "relative", *DELTA, "mixture of depths")
 UNREWOUND = ("summaries", *DELTA)
 UNMIXED = ("powers of two", "summaries", "relative", *DELTA)

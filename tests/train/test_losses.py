@@ -9,6 +9,7 @@ from configs.architecture import LayerSpec
 from configs.base import DistillConfig
 from configs.feed_forward import RouterConfig
 from model.balance import RouterStats
+from model.layers import CappedOutput
 from tests import tiny
 from train.distill import make_chunk_loss
 from train.losses import auxiliary_loss, chunked_loss, cross_entropy
@@ -62,6 +63,23 @@ def test_chunked_gradients_are_those_of_the_whole(chunks):
     def chunked(hidden, w):
         return 0.37 * chunked_loss(cross_entropy, hidden, w, {"targets": TARGETS}, None, chunks)[0]
 
+    ours = jax.jit(jax.grad(chunked, argnums=(0, 1)))(HIDDEN, W)
+    theirs = jax.jit(jax.grad(whole, argnums=(0, 1)))(HIDDEN, W)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_with_a_bound_and_their_gradients():
+    cap = 1.3
+
+    def whole(hidden, w):
+        return cross_entropy(cap * jnp.tanh(hidden @ w / cap), {"targets": TARGETS})[0]
+
+    def chunked(hidden, w):
+        bounded = CappedOutput(w, cap)
+        return chunked_loss(cross_entropy, hidden, bounded, {"targets": TARGETS}, None, 4)[0]
+
+    assert float(chunked(HIDDEN, W)) == pytest.approx(nats(cap * np.tanh(HIDDEN @ W / cap)))
     ours = jax.jit(jax.grad(chunked, argnums=(0, 1)))(HIDDEN, W)
     theirs = jax.jit(jax.grad(whole, argnums=(0, 1)))(HIDDEN, W)
     for a, b in zip(ours, theirs, strict=True):

@@ -8,15 +8,17 @@ CASE.npz (tokens int32 [L], logits float32 [L, V]); weights follow from their na
 """
 
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parent))
 from weights import draw
@@ -85,6 +87,26 @@ GRANITE = {
     "residual_multiplier": 0.5,
     "attention_multiplier": 0.35,
     "logits_scaling": 1.5,
+}
+DELTA = {
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 16,
+}
+"""Of widths at which float32 and float64 agree to 5e-5 of deviation 1 in transformers itself: a
+query that is nearly at right angles to all keys lets what is rounded grow, in narrow heads more."""
+GEMMA4 = DENSE | {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_hidden_layers": 3,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 2.0,
 }
 CASES = {
     "llama": ("llama", {"intermediate_size": 96, "num_key_value_heads": 2}),
@@ -301,12 +323,153 @@ CASES = {
             "pad_token_id": 0,
         },
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        EXPERTS
+        | DELTA
+        | {
+            "num_experts": 8,
+            "shared_expert_intermediate_size": 32,
+            "attention_bias": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        DENSE | DELTA | {"linear_num_key_heads": 4, "tie_word_embeddings": True},
+    ),
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        {key: value for key, value in EXPERTS.items() if key != "intermediate_size"}
+        | DELTA
+        | {"num_experts": 8, "shared_expert_intermediate_size": 32},
+    ),
+    "kimi_linear": (
+        "kimi_linear",
+        LATENT
+        | {
+            "num_local_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "linear_head_dim": 24,
+            "linear_num_heads": 4,
+            "pad_token_id": 0,
+        },
+    ),
+    "olmo_hybrid": (
+        "olmo_hybrid",
+        DENSE
+        | {key: value for key, value in DELTA.items() if key != "head_dim"}
+        | {"pad_token_id": 0, "rope_theta": None},
+    ),
+    "olmo_hybrid_turned": (
+        "olmo_hybrid",
+        DENSE
+        | {"pad_token_id": 0, "num_hidden_layers": 3, "linear_allow_neg_eigval": False}
+        | {"attention_bias": True},
+    ),
     "granite": ("granite", DENSE | GRANITE),
     "granitemoe": (
         "granitemoe",
         DENSE | GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", DENSE | {"head_dim": 16}),
+    "ministral3": (
+        "ministral3",
+        DENSE
+        | {
+            "head_dim": 16,
+            "sliding_window": 16,
+            "rope_parameters": YARN
+            | {
+                "original_max_position_embeddings": 16,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.4,
+            },
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        EXPERTS
+        | {
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 12,
+            "floor_scale": 8,
+            "attn_scale": 0.5,
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        GEMMA4
+        | {
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        },
+    ),
+    "gemma4_dense": ("gemma4_text", GEMMA4 | {"final_logit_softcapping": None}),
+    "lfm2": (
+        "lfm2",
+        DENSE
+        | {
+            "block_multiple_of": 16,
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "conv", "full_attention"],
+        },
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        EXPERTS
+        | {
+            "num_experts": 8,
+            "num_dense_layers": 1,
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "conv", "full_attention", "conv"],
+            "conv_bias": True,
+            "conv_L_cache": 4,
+        },
+    ),
+    "gemma": ("gemma", DENSE | {"head_dim": 20}),
+    "gemma2": (
+        "gemma2",
+        DENSE
+        | {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 8,
+            "attn_logit_softcapping": 0.8,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        DENSE
+        | {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 8,
+            "final_logit_softcapping": 2.0,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+    ),
     "hunyuan_v1_moe": (
         "hunyuan_v1_moe",
         {
@@ -320,29 +483,76 @@ CASES = {
 }
 
 
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "intermediate_size": 24,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
+WITH_IMAGES = {
+    "qwen3_5": {
+        "text_config": CASES["qwen3_5_text"][1],
+        "vision_config": VISION,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_5_moe": {"text_config": CASES["qwen3_5_moe_text"][1], "vision_config": VISION},
+}
+"""Models with an encoder for images, of which the logits of text are recorded, in vision/."""
+
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Cases of families that transformers knows by another name alone."""
 
 
 def build(
-    model_type: str, settings: dict, tokens: np.ndarray
+    model_type: str,
+    settings: dict,
+    tokens: np.ndarray,
+    kind: type = AutoModelForCausalLM,
+    **options: Any,
 ) -> tuple[dict, dict[str, list[int]], np.ndarray]:
     """(config.json, tensor shapes by name, logits [L, V] of the tokens) of a model with drawn
-    weights."""
+    weights.
+
+    Args:
+      options: of from_pretrained.
+    """
     config = AutoConfig.for_model(model_type, **settings)
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        kind.from_config(config).save_pretrained(folder)
         path = Path(folder) / "model.safetensors"
-        shapes = read_shapes(path)
+        shapes = loadable(read_shapes(path))
         save_file({name: draw(name, tuple(shape)) for name, shape in shapes.items()}, path)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
-        )
+        options = {"attn_implementation": "eager", "dtype": torch.float32} | options
+        model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
         assert not any(report.values()), report
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(tokens[None].astype(np.int64))).logits[0]
         written = json.loads((Path(folder) / "config.json").read_text())
     return written, shapes, logits.numpy()
+
+
+SAVED_AS = (
+    (r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),
+    (r"\.attention_layer_norm\.", ".input_layernorm."),
+    (r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),
+)
+"""Names that transformers writes where it reads others as well: Kimi Linear's dense layers by the
+names of experts, OLMo Hybrid's norms after attention by those of the ones before feed-forward."""
+
+
+def loadable(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The tensors by names that mean one thing, and each convolution with its projection's
+    channels: transformers writes what it read as three in equal thirds."""
+    found = {}
+    for name, shape in shapes.items():
+        projection = shapes.get(name.replace("_conv1d.", "_proj."), shape)
+        whole = [projection[0], *shape[1:]] if "_conv1d." in name else shape
+        for pattern, replacement in SAVED_AS:
+            name = re.sub(pattern, replacement, name)
+        found[name] = whole
+    return found
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
@@ -357,9 +567,15 @@ def tokens() -> np.ndarray:
 
 
 def main(names: list[str]) -> None:
-    for name in names or CASES:
-        model_type, settings = CASES[name]
-        config, shapes, logits = build(model_type, BASE | settings, tokens())
+    for name in names or [*CASES, *WITH_IMAGES]:
+        if name in WITH_IMAGES:
+            settings, folder = WITH_IMAGES[name], HERE / "vision"
+            settings = settings | {"text_config": BASE | settings["text_config"]}
+            found = build(name, settings, tokens(), AutoModelForImageTextToText)
+        else:
+            model_type, settings = CASES[name]
+            found, folder = build(model_type, BASE | settings, tokens()), HERE
+        config, shapes, logits = found
         if name in KNOWN_AS:
             config["model_type"] = name
         case = {
@@ -367,8 +583,9 @@ def main(names: list[str]) -> None:
             "config": config,
             "tensors": shapes,
         }
-        (HERE / f"{name}.json").write_text(json.dumps(case, indent=1, sort_keys=True) + "\n")
-        np.savez_compressed(HERE / f"{name}.npz", tokens=tokens(), logits=logits)
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(case, indent=1, sort_keys=True) + "\n")
+        np.savez_compressed(folder / f"{name}.npz", tokens=tokens(), logits=logits)
         print(f"{name}: logits {logits.shape}, std {logits.std():.3f}")
 
 

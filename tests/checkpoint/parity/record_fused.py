@@ -1,6 +1,6 @@
 """Records how transformers writes experts as it holds them, fused: needs the `parity` extra.
 
-    python tests/checkpoint/parity/record_fused.py
+    python tests/checkpoint/parity/record_fused.py [CASE ...]
 
 Run it from another folder than the checkout's (transformers looks for a package named `kernels`).
 It gives configs/fused_experts.json: by case, for each tensor that the released form of the same
@@ -25,6 +25,7 @@ from weights import draw
 HERE = Path(__file__).parent
 CASES = ("mixtral", "qwen3_moe", "qwen3_moe_mixed", "olmoe", "deepseek_v2", "deepseek_v3")
 CASES += ("deepseek_v32", "qwen2_moe", "glm4_moe", "dots1", "flex_olmo")
+CASES += ("qwen3_next", "qwen3_5_moe_text")
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -58,5 +59,7 @@ def fused(name: str) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    found = {name: fused(name) for name in CASES}
-    (HERE / "configs" / "fused_experts.json").write_text(json.dumps(found, indent=1) + "\n")
+    path = HERE / "configs" / "fused_experts.json"
+    before = json.loads(path.read_text()) if sys.argv[1:] else {}
+    found = before | {name: fused(name) for name in sys.argv[1:] or CASES}
+    path.write_text(json.dumps(found, indent=1) + "\n")

@@ -9,10 +9,12 @@ import numpy as np
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Float32; norms near 1, biases, sinks and router biases far from their defaults of 0."""
+    """Float32; norms and factors near 1; biases, sinks and router biases far from their defaults of
+    0."""
     x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     if len(shape) == 1:
         is_scale = "norm" in name and name.endswith("weight")
+        is_scale |= name.endswith(("layer_scalar", "router.scale", "per_expert_scale"))
         return 1 + 0.2 * x if is_scale else 0.2 * x
     if name.endswith("_bias"):  # of stacked experts
         return 0.2 * x
