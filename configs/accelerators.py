@@ -6,6 +6,7 @@ figures are the makers' peaks.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,3 +152,96 @@ def accelerator_of(device_kind: str) -> Accelerator | None:
     if any(word in device_kind for word in ("PCIe", "NVL", "GH200", "40GB")):
         return None
     return next((x for x in (H100, H200, A100) if x.name.upper() in device_kind), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSheet:
+    """A device as choosing how to serve sees it (planning/inference.py): memory and peak rates."""
+
+    name: str
+    description: str
+    platform: Literal["cuda", "rocm", "cpu", "unknown"]
+    capability: int = 0
+    """CUDA's compute capability, times ten."""
+    memory: float
+    """Bytes."""
+    memory_bandwidth: float
+    flops_32: float
+    """FLOP/s of float32 products as XLA runs them by default."""
+    flops_16: float
+    """FLOP/s of products in bfloat16."""
+    sources: str
+
+
+def _sheet_of(accelerator: Accelerator) -> DataSheet:
+    return DataSheet(
+        name=accelerator.name,
+        description=accelerator.description,
+        platform="cuda",
+        capability=accelerator.capability,
+        memory=accelerator.memory,
+        memory_bandwidth=accelerator.memory_bandwidth,
+        flops_32=accelerator.flops_32,
+        flops_16=accelerator.flops_16,
+        sources=accelerator.sources,
+    )
+
+
+MI300X = DataSheet(
+    name="mi300x",
+    description="AMD Instinct MI300X",
+    platform="rocm",
+    memory=192e9,
+    memory_bandwidth=5.3e12,
+    flops_32=163.4e12,
+    flops_16=1307.4e12,
+    sources="AMD Instinct MI300X data sheet (dense; float32 by matrix cores)",
+)
+
+MI250X = DataSheet(
+    name="mi250x",
+    description="AMD Instinct MI250X",
+    platform="rocm",
+    memory=64e9,
+    memory_bandwidth=1.6384e12,
+    flops_32=47.85e12,
+    flops_16=191.5e12,
+    sources="AMD Instinct MI250X data sheet, halved: JAX sees each of its two dies as a device",
+)
+
+CPU = DataSheet(
+    name="cpu",
+    description="a host of four cores",
+    platform="cpu",
+    memory=16e9,
+    memory_bandwidth=51.2e9,
+    flops_32=384e9,
+    flops_16=384e9,
+    sources="two channels of DDR4-3200; four cores with AVX2 (two products of 8 float32 a cycle) "
+    "at 3 GHz",
+)
+
+UNKNOWN = DataSheet(
+    name="unknown",
+    description="a device that is not in the table",
+    platform="unknown",
+    memory=8e9,
+    memory_bandwidth=20e9,
+    flops_32=100e9,
+    flops_16=100e9,
+    sources="nobody: below every other row of the table",
+)
+
+DATA_SHEETS = {
+    sheet.name: sheet
+    for sheet in (*map(_sheet_of, (H200, H100, A100)), MI300X, MI250X, CPU, UNKNOWN)
+}
+"""Those that serving is planned for."""
+
+
+def data_sheet_of(device_kind: str) -> DataSheet:
+    """The data sheet of a device by the kind that jax says it is; UNKNOWN: it has none."""
+    accelerator = accelerator_of(device_kind)
+    if accelerator is not None:
+        return DATA_SHEETS[accelerator.name]
+    return next((x for x in (MI300X, MI250X) if x.name.upper() in device_kind), UNKNOWN)

@@ -33,7 +33,7 @@ from data.smollm2 import NAME, packaged_gguf
 from data.tokenizers.public_tokenizer import PublicTokenizer, read_public_tokenizer
 from data.tokenizers.tokenizer import end_of_text_id
 from infer.load import Dtype, abstract_on_mesh, inference_execution
-from infer.weights import WeightFormat, check_format, converted, converter
+from infer.weights import Convert, WeightFormat, check_format, converted, converter
 from model.adapters import abstract_adapters, merge, scaled
 from model.depth import with_threshold_selection
 from model.transformer import Transformer, Variables
@@ -91,6 +91,7 @@ class Source:
         weights: WeightFormat = "float32",
         progress: Progress = lambda done, total: None,
         for_decoding: bool = False,
+        with_convert: Callable[[Convert], Convert] = lambda convert: convert,
     ) -> tuple[Transformer, Variables]:
         """The model as it scores and generates, and its variables, straight onto their devices.
 
@@ -101,6 +102,8 @@ class Source:
           weights: the format of the weights in memory (infer/weights.py); each is brought into it
             as soon as it is read. Other than float32, layers lie apart.
           for_decoding: whether each layer's weights lie apart (model/unstacked.py).
+          with_convert: takes what brings each variable into its format, and gives what is called
+            in its place.
         Raises:
           UserError: what is there can't be read, the mesh does not divide it, or formats that
             can't go together.
@@ -120,10 +123,10 @@ class Source:
             )
             if is_apart:
                 model, variables = unstack(model, variables)
-            return model, converted(variables, converter(model, weights))
+            return model, converted(variables, with_convert(converter(model, weights)))
         checkpoint = dataclasses.replace(self.public, config=model.config)
         total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
-        convert = converter(model, weights)
+        convert = with_convert(converter(model, weights))
         return model, checkpoint.load(abstract, counted(progress, total), convert)
 
     def restore(self, abstract: Any) -> Variables:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.checks import require
-from kernels.backend import current_target
+from kernels.backend import Target, current_target
 from kernels.quantize import Format, MatrixDims, QTensor, dequantize
 from kernels.quantize.formats import (
     QUANTIZED,
@@ -50,14 +50,19 @@ def check_format(weights: str) -> WeightFormat:
     return cast(WeightFormat, weights)
 
 
-def formats_of(model: Transformer, weights: WeightFormat) -> dict[str, WeightFormat]:
+def formats_of(
+    model: Transformer, weights: WeightFormat, target: Target | None = None
+) -> dict[str, WeightFormat]:
     """The format of each parameter that does not stay in float32, by the parameter's path.
 
     What int4 would cost most is kept in int8: embedding and output layer, as in llama.cpp's files.
+
+    Args:
+      target: the device that multiplies; None is the default one.
     """
-    target = current_target()
+    target = target or current_target()
     chosen: dict[str, WeightFormat] = {}
-    for path, (shape, dims) in _matrices(model).items():
+    for path, (shape, dims) in matrices_of(model).items():
         format = "int8" if weights == "int4" and _is_vocabulary(path) else weights
         if weights == "float32" or math.prod(shape[-_num_dims(dims) :]) < SMALLEST:
             continue
@@ -71,7 +76,7 @@ def formats_of(model: Transformer, weights: WeightFormat) -> dict[str, WeightFor
 
 def converter(model: Transformer, weights: WeightFormat) -> Convert:
     """What brings each variable, one at a time, into its format."""
-    formats, matrices = formats_of(model, weights), _matrices(model)
+    formats, matrices = formats_of(model, weights), matrices_of(model)
 
     def convert(path: Any, x: jax.Array) -> Any:
         name = jax.tree_util.keystr(path[1:])
@@ -89,7 +94,7 @@ def sharding_for(
     stacks matrices (layers, experts), and along the axis "tensor" where that cuts through no block:
     see `_in_format`.
     """
-    formats, matrices = formats_of(model, weights), _matrices(model)
+    formats, matrices = formats_of(model, weights), matrices_of(model)
 
     def sharding(path: Any, given: NamedSharding) -> NamedSharding:
         name = jax.tree_util.keystr(path[1:])
@@ -141,7 +146,7 @@ def _num_dims(dims: MatrixDims) -> int:
     return dims.inputs + dims.outputs
 
 
-def _matrices(model: Transformer) -> dict[str, tuple[tuple[int, ...], MatrixDims]]:
+def matrices_of(model: Transformer) -> dict[str, tuple[tuple[int, ...], MatrixDims]]:
     """Shape and dims of each weight that may have few bits, by its path."""
     abstract, _ = abstract_variables(model)
     dims = jax.tree.leaves_with_path(

@@ -31,13 +31,20 @@ WEIGHT_AXES = {
 
 
 def expert_weights(
-    module: nn.Module, config: MoEConfig, d_model: int, out_stddev: float
+    module: nn.Module,
+    config: MoEConfig,
+    d_model: int,
+    out_stddev: float,
+    num_experts: int | None = None,
 ) -> dict[str, Any]:
     """The module's float32 parameters gate_up [E, D, 2, F] and down [E, F, D], with config.bias
     gate_up_bias [E, 2, F] and down_bias [E, D]; with adapters (model/adapters.py) of rank r also
     gate_up_a [E, D, 2, r], gate_up_b [E, 2, r, F], down_a [E, F, r] and down_b [E, r, D].
+
+    Args:
+      num_experts: E, where not all that the config has are held.
     """
-    experts, d_ff = config.num_experts, config.d_ff
+    experts, d_ff = num_experts or config.num_experts, config.d_ff
     shapes = {"gate_up": (experts, d_model, 2, d_ff), "down": (experts, d_ff, d_model)}
     stddevs = {"gate_up": d_model**-0.5, "down": out_stddev}
     dims = {"gate_up": MatrixDims(1, 2), "down": MatrixDims(1, 1)}
@@ -68,14 +75,32 @@ def weight_axes(weights: dict[str, Any]) -> dict[str, LogicalAxes]:
     return {name: axes(name, held) for name, held in weights.items()}
 
 
+def has_few_bits(weights: dict[str, Any]) -> bool:
+    """Whether they are held in less than float32."""
+    held = weights["gate_up"]
+    return isinstance(held, QTensor | SplitWeight) or held.dtype != jnp.float32
+
+
 def expert_function(
-    config: MoEConfig, implementation: Implementation, weights: dict[str, Any]
+    config: MoEConfig,
+    implementation: Implementation,
+    weights: dict[str, Any],
+    *,
+    fixed_order: bool = False,
 ) -> GroupedFn:
-    """What parallel.expert.apply_experts takes as grouped_fn, for weights as above."""
+    """What parallel.expert.apply_experts takes as grouped_fn, for weights as above.
+
+    Args:
+      fixed_order: whether a row's bits may not depend on the other rows of its expert.
+    """
     is_adapted = any(name.endswith("_a") for name in weights)
     if config.activation == "swiglu" and not config.bias and not is_adapted:
-        return functools.partial(_swiglu_experts, implementation=implementation)
-    return functools.partial(_other_experts, config=config, implementation=implementation)
+        return functools.partial(
+            _swiglu_experts, implementation=implementation, fixed_order=fixed_order
+        )
+    return functools.partial(
+        _other_experts, config=config, implementation=implementation, fixed_order=fixed_order
+    )
 
 
 def _swiglu_experts(
@@ -84,11 +109,13 @@ def _swiglu_experts(
     weights: dict[str, Any],
     *,
     implementation: Implementation,
+    fixed_order: bool,
 ) -> jax.Array:
     """W_down(silu(W_gate x) * W_up x) of each row with its own expert's matrices, [R, D]."""
     gate_up, down = _own(weights["gate_up"]), _own(weights["down"])
-    h_RF = grouped_swiglu(x_RD, gate_up, group_sizes_X, implementation=implementation)
-    return grouped_matmul(h_RF, down, group_sizes_X, implementation=implementation)
+    how: Any = {"implementation": implementation, "fixed_order": fixed_order}
+    h_RF = grouped_swiglu(x_RD, gate_up, group_sizes_X, **how)
+    return grouped_matmul(h_RF, down, group_sizes_X, **how)
 
 
 def _other_experts(
@@ -98,6 +125,7 @@ def _other_experts(
     *,
     config: MoEConfig,
     implementation: Implementation,
+    fixed_order: bool,
 ) -> jax.Array:
     """W_down activation(W_gate x + b_gate, W_up x + b_up) + b_down of each row with its own
     expert's matrices, adapters and biases, [R, D].
@@ -105,7 +133,8 @@ def _other_experts(
     Each shard of the tensor axis gives a part of the sum over F, so each adds its share of b_down.
     """
     w_gate_up_XDC = _gate_beside_up(_own(weights["gate_up"]))
-    h_RC = grouped_matmul(x_RD, w_gate_up_XDC, group_sizes_X, implementation=implementation)
+    how: Any = {"implementation": implementation, "fixed_order": fixed_order}
+    h_RC = grouped_matmul(x_RD, w_gate_up_XDC, group_sizes_X, **how)
     h_R2F = h_RC.reshape(x_RD.shape[0], 2, -1)
     if "gate_up_a" in weights:
         h_R2F += _adapter_product(x_RD, group_sizes_X, weights, "gate_up")
@@ -113,7 +142,7 @@ def _other_experts(
         h_R2F += _of_own_expert(weights["gate_up_bias"], group_sizes_X, x_RD.shape[0])
     h_RF = activated(h_R2F[:, 0], h_R2F[:, 1], config).astype(x_RD.dtype)
     down = _own(weights["down"])
-    y_RD = grouped_matmul(h_RF, down, group_sizes_X, implementation=implementation)
+    y_RD = grouped_matmul(h_RF, down, group_sizes_X, **how)
     if "down_a" in weights:
         y_RD += _adapter_product(h_RF, group_sizes_X, weights, "down")
     if config.bias:

@@ -13,7 +13,7 @@ from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
-from model.experts import expert_function, expert_weights, weight_axes
+from model.experts import expert_function, expert_weights, has_few_bits, weight_axes
 from model.layer_state import AnyKeyValueState
 from model.layers import RMSNorm, SwiGLU, in_dtype, newest, one_weight, weight, zero_weight
 from model.router import (
@@ -64,7 +64,8 @@ class MoE(nn.Module):
         router_logits_BLE, context_state = self._router_logits(
             read_BLD.astype(jnp.float32), step, context_state
         )
-        weights = expert_weights(self, c, d_model, self.out_stddev)
+        slot_E, num_held = self._resident()
+        weights = expert_weights(self, c, d_model, self.out_stddev, num_held)
         state = None
         if needs_state(c.router):
             state = self.variable("router_state", "state", initial_state, c.num_experts).value
@@ -94,11 +95,17 @@ class MoE(nn.Module):
             x_TD, ids_TK, gates_TK = _with_scaled_inputs(x_TD, ids_TK, gates_TK)
         out_TD, moved = apply_experts(
             x_TD,
-            ids_TK,
+            ids_TK if slot_E is None else _slots(ids_TK, slot_E),
             gates_TK,
             {name: in_dtype(w, dtype) for name, w in weights.items()},
-            grouped_fn=expert_function(c, self.execution.grouped_matmul, weights),
-            num_experts=c.num_experts,
+            grouped_fn=expert_function(
+                c,
+                self.execution.grouped_matmul,
+                weights,
+                # Pieces of a prompt may be cut anywhere; kernels of float32 need not be asked.
+                fixed_order=slot_E is not None and has_few_bits(weights),
+            ),
+            num_experts=num_held,
             weight_axes=weight_axes(weights),
             transport=self.execution.transport,
             capacity_factor=self.execution.capacity_factor,
@@ -123,6 +130,15 @@ class MoE(nn.Module):
             shared_BLD = SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
             out_BLD += self._gated(shared_BLD, x_BLD) if c.shared_gate else shared_BLD
         return out_BLD, context_state
+
+    def _resident(self) -> tuple[jax.Array | None, int]:
+        """Where only some experts lie in memory (infer/expert_paging.py): the slot of each expert,
+        int32 [E], -1 for those that are not there and add nothing; and how many are held.
+        """
+        if not self.has_variable("expert_slots", "slot_E"):
+            return None, self.config.num_experts
+        num_slots = self.get_variable("params", "gate_up").shape[0]
+        return self.get_variable("expert_slots", "slot_E"), num_slots
 
     def _router_input(self, x_BLD: jax.Array, residual_BLD: jax.Array | None) -> jax.Array:
         """What the router reads: as the experts, or the residual stream through its own norm."""
@@ -172,6 +188,11 @@ class MoE(nn.Module):
         shape, axes = (d_model, num_experts), ("embed", None)
         w_router_DE = weight(self, "router", shape, axes, d_model**-0.5)
         return jnp.einsum("BLD,DE->BLE", x_BLD, w_router_DE)
+
+
+def _slots(expert_ids_TK: jax.Array, slot_E: jax.Array) -> jax.Array:
+    """The slots of chosen experts; -1 stays -1."""
+    return jnp.where(expert_ids_TK >= 0, slot_E[jnp.maximum(expert_ids_TK, 0)], -1)
 
 
 def _with_scaled_inputs(

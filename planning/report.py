@@ -33,20 +33,20 @@ class Sheet:
 
 
 def print_plan(plan: Plan) -> None:
-    console = _console()
+    console = wide_console()
     console.print(f"[bold]{title_of(plan)}[/bold]", highlight=False, soft_wrap=True)
     for sheet in sheets(plan):
-        console.print(_terminal_table(sheet))
+        console.print(terminal_table(sheet))
     for sentence in sentences(plan):
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
 def print_found(found: list[Found]) -> None:
     """The candidates of a search, those that fit first, the faster before the slower."""
-    _console().print(_terminal_table(search_sheet(found)))
+    wide_console().print(terminal_table(search_sheet(found)))
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     """Wide enough for the tables also where nothing tells the width."""
     console = Console()
     console.width = max(console.width, LEAST_WIDTH)
@@ -225,11 +225,11 @@ def search_sheet(found: list[Found]) -> Sheet:
     return Sheet("Best by estimate", source, headers, tuple(rows))
 
 
-def _terminal_table(sheet: Sheet) -> Table:
+def terminal_table(sheet: Sheet) -> Table:
     table = Table(title=sheet.title, title_justify="left", caption=sheet.source)
     table.caption_justify = "left"
     for i, header in enumerate(sheet.headers):
-        is_text = i == 0 or header in ("source", "over", "remat", "fits")
+        is_text = i == 0 or header in ("source", "over", "remat", "fits", "because", "verdict")
         table.add_column(header, justify="left" if is_text else "right", no_wrap=i == 0)
     for row in sheet.rows:
         table.add_row(*row)

@@ -26,8 +26,9 @@ from infer.stop_texts import stops_at
 from model.step import Preference
 from model.transformer import Transformer
 from model.unstacked import unstack_preference
-from scripts import command
+from scripts import command, paged
 from scripts.arguments import finite, utf8
+from scripts.inference_plans import settle_auto
 from scripts.model_options import add_model_options, asked_mesh, chosen_source, load_model
 from scripts.reading import Printer, length_shown
 
@@ -37,8 +38,13 @@ def main(argv: list[str]) -> None:
     mesh = asked_mesh(arguments)
     sampling = _sampling(arguments)
     draft = _draft(arguments.draft_exit, arguments.draft_length, arguments.draft_ngram)
+    paged.check_options(arguments)
     command.keep_compiled()
     source = chosen_source(arguments.source, arguments)
+    if arguments.resident_experts is not None:
+        paged.run(source, arguments, sampling)
+        return
+    settle_auto(source, arguments)
     preference = _preference(source, arguments.expert_preference)
     tokenizer = source.tokenizer()
     model, variables = load_model(source, arguments, mesh, for_decoding=True)
@@ -125,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="append", type=utf8, metavar="TEXT", help="end where this text comes up"
     )
     parser.add_argument("--seed", type=int, default=0)
-    add_model_options(parser)
+    add_model_options(parser, has_auto=True)
+    paged.add_paging_options(parser)
     parser.add_argument(
         "--exit-threshold", type=finite, help="leave at the first exit this sure (above 1: never)"
     )

@@ -19,11 +19,18 @@ MOST_DEVICES = 64
 """Of a process: more, made of a CPU's threads, take minutes to begin with."""
 
 KV_FORMATS = ("float32", "bfloat16", "int8")
+AUTO = "auto"
+"""Formats as they are planned for this machine (scripts/inference_plans.py)."""
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, has_state: bool = True) -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, *, has_state: bool = True, has_auto: bool = False
+) -> None:
     """--adapter, --dtype, --weights, --mesh.AXIS; for verbs that generate --kv and --kv-pages,
     too.
+
+    Args:
+      has_auto: whether the verb settles --weights auto.
     """
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR", help="a LoRA adapter in PEFT's form, to be added"
@@ -31,9 +38,10 @@ def add_model_options(parser: argparse.ArgumentParser, *, has_state: bool = True
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation")
     parser.add_argument(
         "--weights",
-        choices=FORMATS,
+        choices=(*FORMATS, AUTO) if has_auto else FORMATS,
         default="float32",
-        help="format of the weights in memory (float32); fp8, int8 and int4 are rounded to nearest",
+        help="format of the weights in memory (float32); fp8, int8 and int4 are rounded to nearest"
+        + ("; auto: as moesaic plan-inference has it for this machine" if has_auto else ""),
     )
     for axis in AXES:
         parser.add_argument(
@@ -85,7 +93,14 @@ def asked_mesh(arguments: argparse.Namespace) -> Mesh | None:
     if count > 1:
         command.use_host_devices(count)
         mesh = make_mesh(**sizes)
-    check_format(arguments.weights)
+    if arguments.weights == AUTO:
+        require(
+            mesh is None and arguments.dtype is None,
+            "--weights auto plans for one device and the model's own dtype: name a format beside "
+            "--mesh.* or --dtype",
+        )
+    else:
+        check_format(arguments.weights)
     return mesh
 
 

@@ -12,6 +12,7 @@ import argparse
 from configs.checks import UserError
 from scripts import command
 from scripts.arguments import positive
+from scripts.inference_plans import settle_auto
 from scripts.model_options import add_model_options, asked_mesh, chosen_source
 
 INSTALL = "pip install -e '.[serve]' -c constraints.txt"
@@ -25,13 +26,15 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{error.name} is missing: {INSTALL}") from error
     mesh = asked_mesh(arguments)
     command.keep_compiled()
-    served.run(chosen_source(arguments.source, arguments), arguments, mesh)
+    source = chosen_source(arguments.source, arguments)
+    settle_auto(source, arguments)
+    served.run(source, arguments, mesh)
 
 
 def parser() -> argparse.ArgumentParser:
     made = command.parser(__doc__)
     made.add_argument("source", metavar="SRC", help="run, folder, GGUF file, or smollm2")
-    add_model_options(made)
+    add_model_options(made, has_auto=True)
     made.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     made.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
     made.add_argument("--served-name", action="append", metavar="NAME", help="of the model")
@@ -47,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no-prefix-cache", action="store_true", help="reads all prompts anew")
     made.add_argument("--cache-dir", metavar="DIR", help="keeps prefixes there, for later starts")
     made.add_argument("--host-cache-mib", type=int, default=0, help="of prefixes, in memory (0)")
+    made.add_argument("--small", metavar="SRC", help="answers what --router holds simple")
+    made.add_argument("--router", metavar="FILE", help="of moesaic calibrate-router")
     made.add_argument("--drain-seconds", type=positive, default=30.0, help="to finish in (30)")
     made.add_argument("--allow-updates", action="store_true", help="/pause, /update_weights")
     return made

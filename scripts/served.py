@@ -37,16 +37,16 @@ from model.model_state import unpageable_reason
 from model.step import Preference
 from model.transformer import Transformer
 from model.unstacked import unstack_preference
+from scripts.inference_plans import LENGTH
 from scripts.model_options import AXES, load_model
+from scripts.offloading import check_offload_options, open_offload
 from train.progress import ProgressBar
-
-LENGTH = 4096
-"""Tokens of a prompt and its text where nobody says, at most."""
 
 
 def run(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) -> None:
     """Loads the model and serves it until a signal comes."""
     options = engine_options(source, arguments)
+    check_offload_options(arguments)
     keys = read_keys(Path(arguments.api_key_file)) if arguments.api_key_file else ApiKeys([])
     listen = ListenOptions(arguments.host, arguments.port, arguments.drain_seconds)
     listening = bind(listen)  # before minutes of loading
@@ -61,7 +61,7 @@ def run(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) -> Non
 
     def prepare() -> None:
         began = time.perf_counter()
-        warm_up(service.engine.engine)
+        warm_up_all(service)
         seconds["programs"] = time.perf_counter() - began
 
     def on_ready() -> None:
@@ -78,7 +78,8 @@ def run(source: Source, arguments: argparse.Namespace, mesh: Mesh | None) -> Non
         on_ready,
     )
     asyncio.run(serving)
-    if service.engine.is_running:  # in a compilation, which would crash on the way out
+    # In a compilation, which would crash on the way out.
+    if any(engine.is_running for engine in service.engines):
         sys.stdout.flush()
         os._exit(0)
 
@@ -192,6 +193,7 @@ def make_service(
         return make
 
     service.update = update if arguments.allow_updates else None
+    service.offload = open_offload(source, arguments, options)
     return service
 
 
@@ -208,6 +210,14 @@ def preference_finder(source: Source) -> Callable[[Sequence[str]], Preference]:
         return unstack_preference(Transformer(read_run(source.path).model), total)
 
     return lambda names: find(tuple(names))
+
+
+def warm_up_all(service: Service) -> None:
+    """Compiles what the engines, and a look at a question, can meet."""
+    for thread in service.engines:
+        warm_up(thread.engine)
+    if service.offload is not None:
+        service.offload.features([0, 0])
 
 
 def warm_up(engine: Engine) -> None:

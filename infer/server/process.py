@@ -111,7 +111,8 @@ async def serve(
     with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(each, stop)
-    service.engine.start()
+    for engine in service.engines:
+        engine.start()
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     getting_ready = asyncio.create_task(_get_ready(service, prepare, on_ready))
     waiting = asyncio.create_task(stopping.wait())
@@ -125,7 +126,8 @@ async def serve(
     await serving
     if getting_ready.done() and not getting_ready.cancelled():
         getting_ready.result()
-    await service.engine.stop()
+    for engine in service.engines:
+        await engine.stop()
 
 
 async def _get_ready(
@@ -146,7 +148,8 @@ async def _drain(service: Service, seconds: float, serving: "asyncio.Task[None]"
         await asyncio.sleep(0.05)
     if service.num_calls:
         LOG.warning("%d requests are left after %g s: cancelled", service.num_calls, seconds)
-        service.engine.cancel_all("the server is stopping: send the request to another one")
+        for engine in service.engines:
+            engine.cancel_all("the server is stopping: send the request to another one")
 
 
 class _Server(uvicorn.Server):

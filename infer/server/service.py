@@ -18,6 +18,7 @@ from infer.engine import Engine, Request, TokenLogprobs
 from infer.server.engine_thread import EngineThread, Stream
 from infer.server.errors import ApiError
 from infer.server.metrics import Metrics, RequestTimes
+from infer.server.offload import Offload
 from infer.server.plan import TextPlan
 from infer.server.reply_text import Shown
 from infer.server.served_model import ServedModel
@@ -52,10 +53,17 @@ class Service:
     """None: /pause, /resume and /update_weights are not offered."""
     embed: Callable[[Sequence[int]], Any] | None = None
     """The vector of a text's tokens; called on the engine's thread."""
+    offload: Offload | None = None
+    """A small model that answers what is simple; None: there is none."""
     is_ready: bool = False
     is_draining: bool = False
     num_calls: int = 0
     """Requests over HTTP that are being answered, streams to their end."""
+
+    @property
+    def engines(self) -> tuple[EngineThread, ...]:
+        """All that answer."""
+        return (self.engine,) if self.offload is None else (self.engine, self.offload.small)
 
     def check_open(self) -> None:
         """
@@ -79,7 +87,10 @@ class Service:
         """
         self.check_open()
         began = time.monotonic()
-        streams = await self.engine.submit(requests)
+        engine = self.engine
+        if self.offload is not None:
+            engine, requests = await self.offload.choose(requests, engine)
+        streams = await engine.submit(requests)
         each = len(requests) // len(plans)
         try:
             yield [

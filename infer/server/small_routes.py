@@ -147,6 +147,7 @@ async def stats(service: Service, call: Call) -> Any:
         "can_chat": service.model.tokenizer.chat_template is not None,
         "can_infill": service.model.marks is not None,
         "is_paused": service.engine.is_paused,
+        **({} if service.offload is None else {"offload": service.offload.stats()}),
     }
 
 

@@ -1,0 +1,139 @@
+"""Plans of how to serve, for verbs: the device, the model by any of its names, what is settled."""
+
+import argparse
+import os
+from pathlib import Path
+
+from benchmarks.planned import Planned, Shape
+from configs.architecture import ModelConfig
+from configs.base import ExecutionConfig
+from configs.checks import UserError
+from configs.cli import known_runs, named_run
+from configs.experiment_file import parse_target
+from infer.engine import EngineOptions
+from infer.hardware import Hardware, from_sheet, this_machine
+from infer.sources import Source, open_source
+from planning.available import available_memory
+from planning.inference import InferencePlan, Wanted, make_inference_plan
+from planning.inference_cost import Costs
+from scripts.model_options import AUTO
+from scripts.named_runs import with_source_model
+from train.progress import ProgressBar
+
+HERE = "here"
+LENGTH = 4096
+"""Tokens of a prompt and its text where nobody says, at most."""
+
+
+def found_hardware(device: str) -> Hardware:
+    """The device by its data sheet, or this machine's own."""
+    if device != HERE:
+        return from_sheet(device)
+    bar: ProgressBar | None = None
+
+    def on_measure(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = ProgressBar("measuring this machine", total=total, unit="formats")
+            bar.__enter__()
+        bar.update(done)
+
+    try:
+        return this_machine(available_memory(), cache_file(), on_measure)
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+
+
+def cache_file() -> Path | None:
+    """What keeps measurements; None where the user has no folder for it."""
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(parent) / "moesaic" / "hardware.json" if os.path.isabs(parent) else None
+
+
+def model_of(name: str) -> tuple[ModelConfig, ExecutionConfig]:
+    """The model of a run's name, of FILE.py:NAME, or of any source; nothing is loaded.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    if name in known_runs() or parse_target(name) is not None:
+        run = with_source_model(named_run(name))
+        return run.model, run.execution
+    if not Path(name).exists() and name != "smollm2" and "@" not in name:
+        named_run(name)  # which says what there is
+    source = open_source(name)
+    return source.config, source.execution
+
+
+def plan_of(name: str, hardware: Hardware, arguments: argparse.Namespace) -> InferencePlan:
+    """
+    Args:
+      arguments: of scripts.plan_inference.
+    Raises:
+      UserError: a context that the model does not have, or settings that are impossible.
+    """
+    config, execution = model_of(name)
+    longest = config.context_length
+    context = min(LENGTH, longest) if arguments.context is None else arguments.context
+    if not 2 <= context <= longest:
+        raise UserError(
+            f"--context {context} must lie between 2 and the model's context_length={longest}"
+        )
+    latency = arguments.latency_ms
+    wanted = Wanted(
+        context=context,
+        clients=arguments.clients,
+        latency=None if latency is None else latency / 1e3,
+        budget=arguments.quality_budget,
+        weights=arguments.weights,
+        kv=arguments.kv,
+        rows=arguments.max_rows,
+    )
+    return make_inference_plan(Costs(config, execution, hardware, context), wanted)
+
+
+def settle_auto(source: Source, arguments: argparse.Namespace) -> None:
+    """Puts what is planned for this machine in the place of --weights auto, and in that of --kv and
+    of rows where they were left open; says so. Whatever else --weights is stays as it is.
+
+    Raises:
+      UserError: nothing fits.
+    """
+    if arguments.weights != AUTO:
+        return
+    longest, rows = source.config.context_length, getattr(arguments, "max_rows", 1)
+    context = getattr(arguments, "max_length", None) or min(LENGTH, longest)
+    wanted = Wanted(
+        context=context,
+        clients=rows,
+        latency=getattr(arguments, "step_seconds", None),
+        kv=arguments.kv,
+    )
+    costs = Costs(source.config, source.execution, found_hardware(HERE), context)
+    plan = make_inference_plan(costs, wanted)
+    chosen = plan.require_chosen()
+    arguments.weights, arguments.kv, arguments.max_rows = chosen.weights, chosen.kv, chosen.rows
+    print(
+        f"auto: weights {chosen.weights}, keys and values {chosen.kv}, "
+        f"{chosen.rows} row(s) (moesaic plan-inference {source.name} says why)",
+        flush=True,
+    )
+
+
+def planned_for(source: Source, hardware: Hardware, shape: Shape) -> Planned:
+    """
+    Raises:
+      UserError: nothing fits.
+    """
+    costs = Costs(source.config, source.execution, hardware, shape.length)
+    wanted = Wanted(context=shape.length, clients=shape.clients)
+    one = make_inference_plan(costs, wanted).require_chosen()
+    options = EngineOptions(
+        max_rows=one.rows,
+        max_length=shape.length,
+        kv_dtype=one.kv,
+        piece=one.piece,
+        page_size=one.page_size,
+    )
+    return Planned(one.weights, options)
