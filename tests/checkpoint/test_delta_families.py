@@ -141,6 +141,7 @@ def test_a_mesh_reads_the_parts_it_needs(case, sizes, tmp_path):
 @pytest.mark.parametrize(
     "case", ["qwen3_next", pytest.param("kimi_linear", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_int8_computes_what_its_weights_say(case):
     _, _, checkpoint, tokens, logits = loaded(case)
     model, held = open_source(str(checkpoint.path)).load(weights="int8")

@@ -217,7 +217,7 @@ def placed(variables: Any) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_written_and_read_back(case: str, tmp_path: Path):
     """The model's settings and every value come back, and each name is one that llama.cpp's own
     package has for the architecture."""

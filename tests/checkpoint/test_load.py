@@ -123,7 +123,7 @@ WRONG_CONFIGS = [
     ({"num_attention_heads": 3}, r"describes no model that can be built: .*divisible"),
     ({"rope_parameters": [1]}, r"rope_parameters=\[1\], expected an object"),
     ({"rope_parameters": {"rope_type": "longrope"}}, r"rope_type='longrope'"),
-    ({"model_type": "gemma3"}, r"model_type='gemma3'.*families that can be read are llama"),
+    ({"model_type": "mamba2"}, r"model_type='mamba2'.*families that can be read are llama"),
     ({"model_type": ["llama"]}, r"model_type=\['llama'\], expected a string"),
     ({"quantization_config": {"quant_method": "gptq"}}, r"gptq"),
     ({"rms_norm_eps": "tiny"}, r"rms_norm_eps='tiny', expected a number"),

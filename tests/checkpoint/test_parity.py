@@ -40,7 +40,7 @@ def loaded(case: str):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_logits_equal_those_of_transformers(case):
     model, variables, _, tokens, expected = loaded(case)
     assert expected.std() > 0.5
@@ -70,7 +70,7 @@ UNCACHED = (
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=pytest.mark.slow) if c in UNCACHED else c for c in CASES]
 )
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_token_by_token_through_the_cache_too(case):
     model, variables, _, tokens, expected = loaded(case)
     np.testing.assert_allclose(cached_logits(model, variables, tokens), expected, atol=TOLERANCE)
@@ -87,6 +87,7 @@ def test_a_table_with_gate_and_up_exchanged_would_fail():
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.thinned(3)
 def test_export_gives_the_same_tensors_back(case, tmp_path):
     _, variables, checkpoint, _, _ = loaded(case)
     export(checkpoint, variables, tmp_path)

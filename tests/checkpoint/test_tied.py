@@ -33,6 +33,7 @@ TIE = '"tie_word_embeddings": true'
 
 
 @pytest.mark.parametrize("case", ["smollm2", "mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.thinned(2)
 def test_an_equal_output_layer_is_passed_over(case: str, tmp_path: Path):
     tokens = write_tied(tmp_path / "without", case).tolist()
     write_tied(tmp_path / "with", case, head="equal")

@@ -153,6 +153,7 @@ def questions(random: np.random.RandomState, model, variables) -> list[Pair]:
     return [*pairs, Pair((), ())]
 
 
+@pytest.mark.thinned(2)
 def test_sums_are_those_of_each_text_alone(made):
     model, variables = made
     random = np.random.RandomState(0)

@@ -68,6 +68,7 @@ def test_the_loss_is_that_of_the_logits(trained):
     assert lines[-1]["validation_loss"] == pytest.approx(np.mean(nats), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_both_curves_are_drawn(trained):
     """Names and last values are in the picture: without them it is another."""
     lines = [{"step": step, "validation_loss": 8 - step / 50} for step in range(25, 251, 25)]

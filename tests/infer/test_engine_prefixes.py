@@ -94,6 +94,7 @@ QUICK = ("pages of a mixture with windows and latents", "recurrent")
 @pytest.mark.parametrize(
     "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
 )
+@pytest.mark.thinned(2)
 def test_a_text_is_the_same_whether_its_prefix_was_found_or_read(kind):
     """Found whole, in part where another one parted from it, or by two that came at once."""
     served = Served(*KINDS[kind])

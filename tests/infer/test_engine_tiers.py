@@ -32,6 +32,7 @@ def cold(served):
     return [served.texts(served.engine(prefix_cache=False), [p])[0][:2] for p in PROMPTS]
 
 
+@pytest.mark.thinned(2)
 def test_another_process_finds_what_this_one_wrote(served, cold, tmp_path):
     """As a new engine does: the first finds nothing, the second all but the end. Not so with other
     weights."""

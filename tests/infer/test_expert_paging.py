@@ -127,6 +127,7 @@ def wide():
 
 
 @pytest.mark.parametrize("format", ["int8", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_experts_of_few_bits_lie_in_files(wide, format, tmp_path):
     model, variables = wide
     held = converted(copied(variables), converter(model, format))

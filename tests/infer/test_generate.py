@@ -196,6 +196,7 @@ def test_generation_with_memory_is_repeated_argmax(remembering):
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
+@pytest.mark.slow
 def test_segments_with_memory_score_as_one_pass(remembering, batch_size):
     """Every token once with its full reach, whoever had the place in the batch before; documents
     that end with a segment and ones that leave padding.

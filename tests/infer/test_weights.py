@@ -185,7 +185,7 @@ def exact_rows(monkeypatch):
     ("name", "weights"),
     [*((name, weights) for name in CONFIGS for weights in ("int8", "int4")), ("experts", "fp8")],
 )
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_the_model_is_that_of_the_rounded_weights(name, weights, request):
     """Against the same program on the floats that the few bits stand for; and they were rounded."""
     if weights != "int8":
@@ -337,6 +337,7 @@ def test_int4_keeps_embedding_and_output_in_int8():
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
+@pytest.mark.thinned(2)
 def test_generation_reads_them(weights):
     """The engine's steps, of one token and of pieces, give the full pass's best tokens."""
     model, variables = in_format(CONFIGS["experts"], weights)

@@ -167,7 +167,7 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_equals_sums_over_positions(name, implementation):
     check(CASES[name], implementation)
 

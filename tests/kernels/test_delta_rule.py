@@ -61,7 +61,7 @@ def close(found, expected, is_token=None):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("channels", [1, KEYS])
 @pytest.mark.parametrize("length", [1, 7, 70, 128])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_it_is_what_the_equations_say(length, channels, implementation):
     operands = draw(length, channels=channels, decay=0.2)
     close(delta_rule(**operands, implementation=implementation), equations(operands))

@@ -64,7 +64,7 @@ def check_contractions(case: Case):
 
 
 @pytest.mark.parametrize("name", CASES | BLOCK_EDGES)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_contractions_are_loops_over_groups(name, isa):
     check_contractions((CASES | BLOCK_EDGES)[name])
 

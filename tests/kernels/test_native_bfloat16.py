@@ -49,7 +49,7 @@ def check(ours, left, right):
 
 @pytest.mark.parametrize("name", CASES | EDGES)
 @pytest.mark.parametrize("weights", ["bfloat16", "float32"])
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_contractions_are_loops_over_groups(name, weights, isa_or_tiles):
     case = (CASES | EDGES)[name]
     random = np.random.RandomState(0)

@@ -96,7 +96,7 @@ def test_native_rounded_product_is_within_half_a_step(name, format, isa_or_tiles
 @needs_native
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_what_is_fastest_errs_no_more_than_rounding(name, format, isa_or_tiles):
     """Within its bound, and where many rows are no more on average than in 8 bits."""
     x, weight, sizes = draw(CASES[name], format)

@@ -127,6 +127,7 @@ def test_nothing_sees_the_future(parity):
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1), (2, 1, 2), (1, 4, 1)])
+@pytest.mark.slow
 def test_devices_give_the_same(parity, shape):
     """Data, expert and tensor axes of the mesh."""
     model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)

@@ -91,7 +91,7 @@ def divergence(before, after) -> float:
         for case in CASES
     ],
 )
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_the_grown_model_is_the_same_function(name, operator, factor):
     config = config_of(ROUTERS[name])
     variables, grown = drawn(config), grown_config(config, operator, factor)

@@ -184,7 +184,7 @@ def states(kind):
         yield dirty, {"tables_RN": tables()}
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_a_prompt_and_then_token_by_token(kind):
     _, _, read, tokens, positions, expected = kind
     for state, given in states(kind):
@@ -195,7 +195,7 @@ def test_a_prompt_and_then_token_by_token(kind):
             close(out[:, 0], expected[:, i])
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_in_chunks_with_padding(kind):
     """Chunks of at most SPARE + 1 tokens, each row's of another length, filled up with padding."""
     _, _, read, tokens, _, expected = kind
@@ -216,6 +216,7 @@ def test_in_chunks_with_padding(kind):
             read_R += count_R
 
 
+@pytest.mark.thinned(2)
 def test_taken_back_and_read_again(kind):
     """Three tokens are replaced by wrong ones, which are then taken back."""
     name, config, read, tokens, positions, expected = kind
@@ -233,6 +234,7 @@ def test_taken_back_and_read_again(kind):
         close(out[:, :4], expected[:, PROMPT : PROMPT + 4])
 
 
+@pytest.mark.thinned(2)
 def test_a_snapshot_goes_on_from_where_it_was_taken(kind):
     """Two rows are kept, others read on over them; then they come back, in the other order."""
     _, config, read, tokens, positions, expected = kind
@@ -245,7 +247,7 @@ def test_a_snapshot_goes_on_from_where_it_was_taken(kind):
     close(out[:2, :2], expected[[2, 0], PROMPT : PROMPT + 2])
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_sequences_in_one_row(kind):
     """A prompt of one request between a token of two others: one row of a ragged step."""
     name, _, read, tokens, positions, expected = kind

@@ -130,7 +130,7 @@ def test_without_a_mesh_it_is_a_loop_over_tokens(routing):
     "mesh_name",
     [pytest.param(m, marks=pytest.mark.slow) if m in PARTS_OF_OTHERS else m for m in MESHES],
 )
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_any_mesh_equals_no_mesh(mesh_name, transport):
     """Forward, gradients and load, for every routing, with 16 tokens and with 13 that don't
     divide.

@@ -178,6 +178,7 @@ def test_a_run_learns_and_logs(trained):
     assert nats == pytest.approx(np.log(300), rel=0.3)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_chooses_token_by_token(trained):
     run, run_dir = trained
     model, _ = load_model(run, run_dir)

@@ -46,6 +46,7 @@ def source(teacher) -> TeacherSource:
 
 
 @pytest.mark.parametrize("replay", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_student_marked_on_what_it_wrote(teacher, replay, tmp_path):
     """Half of the rows; the run that was stopped writes and learns the same, bit for bit."""
     settings = OnPolicyConfig(share=0.5, prompt_length=20, replay=replay)

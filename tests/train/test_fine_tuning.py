@@ -69,6 +69,7 @@ def alone(model, variables, file, chat: int, seq_len: int) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.thinned(2)
 def test_the_loss_is_the_mean_over_the_assistants_tokens_of_each_chat_alone(tmp_path, accumulation):
     run = chat_run(tmp_path, accumulation=accumulation)
     batch, mesh = batch_of(run), mesh_of(run)

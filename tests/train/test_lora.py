@@ -70,6 +70,7 @@ def test_only_adapters_have_a_state_and_lie_in_the_checkpoints(base):
     assert {path[-1] for path in matrices} == {"gate_up", "down"}
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_is_a_source_and_resumes_bit_for_bit(base):
     run, tmp_path, _ = base
     lora = adapting(run, tmp_path)

@@ -77,6 +77,7 @@ def stream_of(run):
     )
 
 
+@pytest.mark.slow
 def test_the_memory_lies_where_the_rows_do(story):
     run, _ = story
     setup = make_train_setup(run, mesh_of(run))

@@ -164,6 +164,7 @@ def test_with_a_base_width_what_reads_the_width_moves_in_proportion_to_it():
         np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_base_width_keeps_the_move_of_the_logits_from_growing_with_the_width():
     """The same rate at eight times the width: the logits after two steps move about as far as the
     narrow model's, where without a base width they move several times as far (Yang et al. 2022)."""

@@ -81,6 +81,7 @@ def test_losses_of_each_source_add_up_to_the_whole(mixed):
     assert held_out[names[1]] < held_out[names[0]]
 
 
+@pytest.mark.slow
 def test_each_rows_source_is_where_its_tokens_lie(mixed):
     run, _, _ = mixed
     file = prepare_corpus(run.data, 300).training()
