@@ -5,32 +5,36 @@ Linux tells it in /proc/meminfo and /sys/fs/cgroup (kernel documentation, "The /
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from configs.architecture import ModelConfig
-from configs.base import RunConfig
+from configs.base import ExecutionConfig, RunConfig
 from configs.checks import UserError
+from infer.hardware import from_sheet
+from infer.weights import WeightFormat
 from planning.estimate import estimate_memory, weights_of
+from planning.inference_cost import Costs
 
 KIB, GB = 1024, 1e9
-WEIGHT_BYTES = 4
-"""Bytes of a parameter in float32."""
 
 
-def require_memory(run: RunConfig, *teachers: ModelConfig) -> None:
+def require_memory(
+    run: RunConfig, *teachers: ModelConfig, weights: WeightFormat = "float32"
+) -> None:
     """Compares what training needs, by formulas, with the memory there is; allocates nothing.
 
     Args:
       teachers: models whose weights lie beside, split over the same devices.
+      weights: the format of their weights.
     Raises:
       UserError: it is more.
     """
     needed = estimate_memory(run, weights_of(run))
-    for teacher in teachers:
-        weights = WEIGHT_BYTES * teacher.num_parameters / run.mesh.num_devices
-        needed = dataclasses.replace(needed, state=needed.state + weights)
+    beside = teacher_bytes(teachers, weights) + logits_bytes(run, teachers)
+    needed = dataclasses.replace(needed, state=needed.state + beside / run.mesh.num_devices)
     device = jax.local_devices()[0]
     on_host = device.platform == "cpu"
     have = available_memory() if on_host else (device.memory_stats() or {}).get("bytes_limit")
@@ -45,6 +49,33 @@ def require_memory(run: RunConfig, *teachers: ModelConfig) -> None:
         f"for a step's activations), and {where} {have / GB:,.1f} GB to give: choose a smaller "
         "run, batch_size or data.seq_len, or a larger machine (scripts.plan says what a run needs)"
     )
+
+
+def distillation_memory(
+    run: RunConfig, teachers: Sequence[ModelConfig], weights: WeightFormat
+) -> str:
+    """What a step of distillation takes on all devices together, by formulas, in a sentence."""
+    step = run.mesh.num_devices * estimate_memory(run, weights_of(run)).total
+    held, logits = teacher_bytes(teachers, weights), logits_bytes(run, teachers)
+    whose = "the teacher's" if len(teachers) == 1 else f"{len(teachers)} teachers'"
+    return (
+        f"memory of a step, about {(step + held + logits) / GB:,.2f} GB: {step / GB:,.2f} for the "
+        f"student's own, {held / GB:,.2f} for {whose} weights in {weights}, {logits / GB:,.2f} for "
+        "a chunk of their logits"
+    )
+
+
+def teacher_bytes(teachers: Sequence[ModelConfig], weights: WeightFormat) -> float:
+    """Of the teachers' weights in a format, scales included."""
+    hardware = from_sheet("cpu" if jax.default_backend() == "cpu" else "h100")
+    costs = [Costs(teacher, ExecutionConfig(), hardware, 1) for teacher in teachers]
+    return sum(cost.weights(weights).total for cost in costs)
+
+
+def logits_bytes(run: RunConfig, teachers: Sequence[ModelConfig]) -> float:
+    """Of a chunk of the teachers' logits in float32."""
+    tokens = run.tokens_per_step / run.accumulation / run.execution.logits_chunks
+    return sum(4 * tokens * teacher.vocab_size for teacher in teachers)
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

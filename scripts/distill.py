@@ -28,7 +28,7 @@ from configs.base import RunConfig
 from configs.checks import require
 from infer.weights import FORMATS
 from parallel.distributed import is_first
-from planning.available import require_memory
+from planning.available import distillation_memory, require_memory
 from scripts import command
 from scripts.named_runs import chosen_run, experiment_text
 from scripts.sources import initial_weights
@@ -60,11 +60,14 @@ def main(argv: list[str]) -> int:
     if any(is_server(name) for name in names):
         return _by_server(run, arguments, names)
     teachers = [teacher_of(name, arguments.teacher_weights) for name in names]
-    require_memory(run, *(teacher.config for teacher in teachers))
+    configs, weights = [teacher.config for teacher in teachers], arguments.teacher_weights
+    require_memory(run, *configs, weights=weights)
     if arguments.make_cache:
         cache_ahead(run, arguments.make_cache, teachers)
         return 0
     describe(run)
+    if is_first():
+        print(distillation_memory(run, configs, weights))
     (first, *others), options = teachers, _options(run, arguments)
     writer = make_writer(run)
     result = distill(run, arguments.run_dir, *first, *others, make_writer=writer, **options)

@@ -8,7 +8,13 @@ import pytest
 from configs.checks import UserError
 from configs.cli import load_run
 from planning import available
-from planning.available import available_memory, require_memory
+from planning.available import (
+    available_memory,
+    distillation_memory,
+    logits_bytes,
+    require_memory,
+    teacher_bytes,
+)
 from scripts import command, train
 
 MEMINFO = """MemTotal:       24000000 kB
@@ -111,3 +117,16 @@ def test_a_teachers_weights_count(monkeypatch):
     require_memory(student)
     with pytest.raises(UserError, match=r"about 56\.\d GB"):
         require_memory(student, load_run("v31").model)
+    require_memory(student, load_run("v31").model, weights="int8")
+
+
+def test_what_a_step_of_distillation_takes_adds_up():
+    """A teacher of 4.6M parameters: 18.4 MB in float32, a quarter and its scales in int8; a quarter
+    of a step's 4,096 tokens has logits over 4,096 words at once."""
+    student, teacher = load_run("v31_nano_student"), load_run("v31_nano").model
+    sentence = distillation_memory(student, [teacher], "float32")
+    total, *parts = (float(x) for x in re.findall(r"(\d+\.\d\d)", sentence))
+    assert total == pytest.approx(sum(parts), abs=0.02)
+    assert teacher_bytes([teacher], "float32") == 4 * teacher.num_parameters
+    assert 0.25 < teacher_bytes([teacher], "int8") / (4 * teacher.num_parameters) < 0.35
+    assert logits_bytes(student, [teacher]) == 4 * 1024 * 4096
