@@ -10,7 +10,7 @@ from gguf.constants import Keys
 
 from checkpoint import assemble
 from checkpoint.config_reader import Settings
-from checkpoint.families.base import Family
+from checkpoint.families.base import Family, no_gguf
 from checkpoint.gguf_config import ROPE_FREQS, config_from_gguf, config_to_gguf, llama3_frequencies
 from checkpoint.gguf_fused import SplitTensors
 from checkpoint.gguf_latent import JoinedTensors, split
@@ -84,7 +84,7 @@ def export(
       UserError: llama.cpp can't say what the model does, or a value does not fit.
     """
     if family.gguf is None:
-        raise UserError(f"llama.cpp does not know the family {family.model_type}")
+        raise UserError(no_gguf(family.model_type))
     config = dataclasses.replace(config, multi_token=None)
     leaves = {
         name: leaf

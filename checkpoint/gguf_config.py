@@ -12,7 +12,7 @@ from gguf.constants import ExpertGatingFuncType, Keys
 
 from checkpoint.config_reader import Settings
 from checkpoint.families import FAMILIES
-from checkpoint.families.base import GGUF, Family
+from checkpoint.families.base import GGUF, Family, no_gguf
 from configs.checks import UserError
 
 LLM, ATTENTION, ROPE = Keys.LLM, Keys.Attention, Keys.Rope
@@ -127,10 +127,7 @@ def llama3_frequencies(values: Mapping[str, Any]) -> np.ndarray | None:
 
 def _form(family: Family) -> GGUF:
     if family.gguf is None:
-        known = ", ".join(each.model_type for each in FAMILIES if each.gguf is not None)
-        raise UserError(
-            f"llama.cpp has no architecture for {family.model_type}: it has one for {known}"
-        )
+        raise UserError(no_gguf(family.model_type))
     return family.gguf
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, assert_never
 
 from checkpoint import gguf, huggingface
 from checkpoint.export_dtype import DTYPES, ExportDtype, choose_storage
-from checkpoint.families.base import Family
+from checkpoint.families.base import Family, no_gguf
 from checkpoint.model_folder import write_model_folder
 from checkpoint.public import export_family, find_family
 from configs.checks import require, require_positive
@@ -162,10 +162,7 @@ def export_family_of(source: Source, target: Path, conversion: Conversion) -> Fa
             f"{dtype} is a form of huggingface folders only, not of gguf: a GGUF has a "
             "quantization",
         )
-        require(
-            family.gguf is not None,
-            f"llama.cpp does not know the family {family.model_type}: use huggingface",
-        )
+        require(family.gguf is not None, no_gguf(family.model_type))
         return family
     assert to != "peft", "it has a way of its own"
     assert_never(to)

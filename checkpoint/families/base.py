@@ -92,3 +92,13 @@ class Family:
     packed: Packed | None = None
     """None where released files are in plain floats."""
     gguf: GGUF | None = None
+    """None where llama.cpp has no such family, or its table was not written here."""
+
+
+def no_gguf(model_type: str) -> str:
+    """The sentence for a family without a table of GGUF's tensors."""
+    return (
+        f"GGUF files of the family {model_type} are neither read nor written here: take a folder "
+        "in Hugging Face form (--to huggingface), which llama.cpp's own converter reads where it "
+        "knows the family"
+    )
