@@ -56,8 +56,9 @@ def main(argv: list[str]) -> int:
         verb("prune", name, pruned, *(wanted or ["--keep", options.keep]), *text)
     chain.measured("pruned", pruned)
     _learn(chain, "distilled", student, options, "distill", "pruned_recovery")
-    for arm, how in (ARMS if options.arms else {}).items():
-        _learn(chain, arm, folder / arm.replace(", ", "_").replace(" ", "_"), options, *how)
+    for arm in options.arms:
+        place = folder / arm.replace(", ", "_").replace(" ", "_")
+        _learn(chain, arm, place, options, *ARMS[arm])
     for weights, method in METHODS.items():
         target = folder / f"{weights}.gguf"
         if not target.exists():
@@ -82,7 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", type=finite, default=0.7, help="share of the layers (0.7)")
     parser.add_argument("--parameters", help="in the place of --keep: how many, as 35M")
     parser.add_argument("--steps", type=int, default=600, help="of distillation (600)")
-    parser.add_argument("--arms", action="store_true", help="train what it is compared with, too")
+    parser.add_argument(
+        "--arms",
+        type=_arms,
+        nargs="?",
+        const=tuple(ARMS),
+        default=(),
+        metavar="NAME;NAME",
+        help=f"train what it is compared with, too; all, or of {'; '.join(ARMS)}",
+    )
     parser.add_argument("--tasks", default=TASKS, help=f"of the evaluation, or none ({TASKS})")
     parser.add_argument("--limit", type=int, default=30, help="samples of each task (30)")
     parser.add_argument("--short", action="store_true", help="few steps: a check, not a result")
@@ -90,6 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", default="def mean(values):\n")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/large_to_small"))
     return parser
+
+
+def _arms(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(";"))
+    unknown = [name for name in names if name not in ARMS]
+    if unknown:
+        sentence = f"there is no arm {'; '.join(unknown)!r}: take of {'; '.join(ARMS)}"
+        raise argparse.ArgumentTypeError(sentence)
+    return names
 
 
 def _learn(

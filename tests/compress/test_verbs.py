@@ -20,7 +20,7 @@ from formats.packed_ints import pack_ints, unpack_ints
 from infer.logits import full_logits
 from infer.sources import open_source
 from infer.verify import has_transformers, transformers_logits
-from scripts import prune, quantize
+from scripts import large_to_small, prune, quantize
 from scripts.compression import parsed_budget
 from tests.compress import models
 
@@ -204,6 +204,11 @@ def test_what_cannot_be_is_told_in_a_sentence(verb, more, sentence, place, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_an_arm_that_is_none_is_told():
+    with pytest.raises(UserError, match="there is no arm 'nothing': take of drawn, alone"):
+        large_to_small.main(["smollm2", "--arms", "drawn, teacher;nothing"])
+
+
 def test_fp8_is_no_format_of_llama_cpp(place, tmp_path):
     with pytest.raises(UserError, match="no fp8"):
         quantize.main(arguments(place, tmp_path / "a.gguf", "--weights", "fp8"))
@@ -250,15 +255,15 @@ def test_bfloat16_is_half_in_every_form(form, place, tmp_path):
 def test_the_chain_goes_on_where_it_was(place, tmp_path):
     """From a model to its files by processes of their own, and at once when all is done."""
     run = [sys.executable, "-m", "scripts.large_to_small", str(place / "model"), "--short"]
-    run += ["--text", str(place / "text.txt"), "--run-dir", str(tmp_path / "chain"), "--arms"]
+    run += ["--text", str(place / "text.txt"), "--run-dir", str(tmp_path / "chain")]
+    run += ["--arms", "drawn, teacher"]
     run += ["--tasks", "line_completion", "--limit", "2"]
     for _ in range(2):
         done = subprocess.run(run, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     stages = json.loads((tmp_path / "chain" / "stages.json").read_text())
-    arms = ["drawn, alone", "drawn, teacher", "pruned, alone", "pruned, own texts"]
-    assert list(stages) == ["source", "pruned", "distilled", *arms, "int8", "int4"]
-    assert {stages[arm]["parameters"] for arm in arms} == {stages["pruned"]["parameters"]}
+    assert list(stages) == ["source", "pruned", "distilled", "drawn, teacher", "int8", "int4"]
+    assert stages["drawn, teacher"]["parameters"] == stages["pruned"]["parameters"]
     assert stages["pruned"]["parameters"] < stages["source"]["parameters"]
     assert (tmp_path / "chain" / "report.html").exists()
     assert "measuring" not in done.stdout
