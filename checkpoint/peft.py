@@ -235,13 +235,11 @@ def write_peft(
         a, b = (x.astype(np.float32) for x in adapters[path])
         lora_A, lora_B = public_factors(entry, forms[path], a, b)
         own = _Factors(entry, forms[path])
-        if own.is_stacked:
-            parameters.add(_target(entry.name))
-            own_rank = rank * math.prod(forms[path].shape[d] for d in own.whole_parts)
-            if own_rank != rank:
-                patterns[rf".*\.{re.escape(_target(entry.name))}"] = own_rank
-        else:
-            modules.add(_target(entry.name.removesuffix(".weight")))
+        target = _target(entry.name if own.is_stacked else entry.name.removesuffix(".weight"))
+        (parameters if own.is_stacked else modules).add(target)
+        own_rank = rank * math.prod(forms[path].shape[d] for d in own.whole_parts)
+        if own_rank != rank:
+            patterns[rf".*\.{re.escape(target)}"] = own_rank
         module = _module(entry.name, is_stacked=own.is_stacked)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = lora_A
         tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(lora_B)

@@ -70,8 +70,12 @@ def test_every_kind_of_matrix_moves_the_logits_and_merged_they_are_the_same(case
 def test_written_in_pefts_form_and_read_back_the_products_are_the_same(case, tmp_path):
     model, _, public, _, _ = loaded(case)
     drawn, forms = draw_adapters(model), model_forms(model.config)
-    write(case, tmp_path, drawn)
     entries = model_entries(model.config, public.family.rows)
+    if any(e.is_partial and e.leaf.removeprefix("params.") in drawn for e in entries):
+        with pytest.raises(UserError, match=r"are cut differently, .*: merge it into the weights"):
+            write(case, tmp_path, drawn)
+        return
+    write(case, tmp_path, drawn)
     back = read_peft(tmp_path, entries, forms)
     assert back.keys() == drawn.keys()
     for name, (a, b) in drawn.items():
