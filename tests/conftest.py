@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import subprocess
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -40,13 +41,35 @@ STRICT = ("tests/kernels/", "tests/model/", "tests/parallel/")
 """Code that calls optax can't be held to it."""
 
 
+EVERY = "MOESAIC_TEST_EVERY"
+SHARE = 3
+"""One in so many of the slow cases of large tables runs in CI; another third after each commit."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m says
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the cases of `thinned` tables that wait for the slow tests; all run in CI."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Cases of `thinned` tables that are not fast are slow; with -m slow such cases and those of
+    `sampled` tables are drawn anew by each commit, unless the environment asks for every one.
+    """
+    left_out, commit = [], _commit()
+    is_sample = config.option.markexpr == "slow" and EVERY not in os.environ
     for item in items:
-        mark = item.get_closest_marker("thinned")
-        if mark is not None and zlib.crc32(item.name.encode()) % mark.args[0]:
+        thinned, is_drawn = item.get_closest_marker("thinned"), False
+        if thinned is not None and zlib.crc32(item.name.encode()) % thinned.args[0]:
             item.add_marker(pytest.mark.slow)
+            is_drawn = True
+        is_drawn |= item.get_closest_marker("sampled") is not None
+        if is_sample and is_drawn and zlib.crc32(f"{commit} {item.nodeid}".encode()) % SHARE:
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _commit() -> str:
+    """What is checked out; the same for all workers of a session."""
+    made = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return made.stdout.strip()
 
 
 @pytest.fixture(autouse=True)

@@ -186,6 +186,7 @@ def test_what_can_not_be_measured(arguments, sentence):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["load", "prefix", "drafts", "start"])
+@pytest.mark.sampled
 def test_each_part_at_a_tiny_size(monkeypatch, tmp_path, folder, capsys, part):
     """Real servers in processes of their own, and llama.cpp's by a stand-in."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -65,6 +65,7 @@ def some_slow(*fast: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", some_slow("gpt_oss", "qwen3_moe_mixed"))
+@pytest.mark.sampled
 def test_what_stays_in_the_files_is_what_loading_gives(case: str, tmp_path: Path):
     write_case(case, tmp_path)
     source = open_source(str(tmp_path))
@@ -79,6 +80,7 @@ def test_what_stays_in_the_files_is_what_loading_gives(case: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("case", some_slow("olmoe", *THROUGH_GGUF))
+@pytest.mark.sampled
 def test_there_and_back_each_tensor_is_read_once(case: str, tmp_path: Path):
     write_case(case, tmp_path / "first")
     is_rounded = case in THROUGH_GGUF

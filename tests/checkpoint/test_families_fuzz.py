@@ -26,6 +26,7 @@ LEAST = 6
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sampled
 def test_agrees_with_transformers_or_is_refused(family: str, tmp_path: Path):
     with np.load(PARITY / "fuzz" / f"{family}.npz") as recorded:
         cases, logits = json.loads(recorded["cases"].tobytes()), recorded["logits"]

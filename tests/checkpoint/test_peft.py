@@ -41,6 +41,7 @@ def write(case: str, folder: Path, drawn=None) -> None:
 @pytest.mark.parametrize(
     "case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 )
+@pytest.mark.sampled
 def test_every_kind_of_matrix_moves_the_logits_and_merged_they_are_the_same(case):
     model, variables, _, tokens, plain = loaded(case)
     drawn = draw_adapters(model)
@@ -67,6 +68,7 @@ def test_every_kind_of_matrix_moves_the_logits_and_merged_they_are_the_same(case
     "case",
     [c if c in (*FAST, "granitemoe") else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
 )
+@pytest.mark.sampled
 def test_written_in_pefts_form_and_read_back_the_products_are_the_same(case, tmp_path):
     model, _, public, _, _ = loaded(case)
     drawn, forms = draw_adapters(model), model_forms(model.config)

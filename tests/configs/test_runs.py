@@ -33,6 +33,7 @@ SLOW = {"v31", "v31_small"}  # to trace 24 layers takes as long as all others
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in known_runs()]
 )
 @pytest.mark.thinned(4)
+@pytest.mark.sampled
 def test_a_run_builds_abstractly(name):
     run = known_runs()[name]()
     sizes = (run.mesh.data, run.mesh.expert, run.mesh.tensor)

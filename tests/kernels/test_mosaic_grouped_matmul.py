@@ -58,6 +58,7 @@ def reference(*operands):
     ],
 )
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_the_kernel_equals_the_reference_and_no_wrong_version(sizes, num_rows):
     x, w, sizes, _ = draw(sizes, num_rows)
     found = interpreted(x, w, sizes)

@@ -62,6 +62,7 @@ def reference(x, weight, sizes, gated=False):
     ],
 )
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_the_kernel_equals_the_reference_and_no_wrong_version(format, sizes, options):
     x, weight, sizes, _ = draw(format, sizes, **options)
     found = interpreted(x, weight, sizes)

@@ -69,6 +69,7 @@ def test_documents_windows_and_sinks_inside_of_blocks_with_gradients():
 @pytest.mark.parametrize(
     "name", ["one_row", "multi_query", "packed", "padded", "window_of_one", "sinks_exceed_window"]
 )
+@pytest.mark.sampled
 def test_the_kernel_equals_the_reference(name):
     case = dataclasses.replace(CASES[name], batch=1)
     *operands, _ = draw(case)

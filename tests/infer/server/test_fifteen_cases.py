@@ -435,6 +435,7 @@ def always(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "case"), [row(n, case) for n in KINDS for case in CASES])
+@pytest.mark.sampled
 def test_case(kinds, name, case):
     kind = kinds(name)
     case(kind)

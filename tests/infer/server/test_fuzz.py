@@ -30,6 +30,7 @@ def server():
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize("path", POSTED)
+@pytest.mark.sampled
 def test_no_body_makes_the_server_fail(server, path, mode):
     """Every answer is one of success or of the client's fault, in the documented shape."""
     api = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
