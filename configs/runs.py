@@ -367,8 +367,8 @@ def prefer() -> RunConfig:
 def pruned_alone() -> RunConfig:
     """A pruned model that trains on without a teacher: what pruned_recovery is compared with.
 
-    python -m scripts.train pruned_alone --init.source pruned --run-dir runs/alone: on two CPU
-    cores, of SmolLM2-135M, two seconds a step and more.
+    python -m scripts.train pruned_alone --init.source pruned --run-dir runs/alone: of
+    SmolLM2-135M, on two CPU cores, a few seconds a step.
     """
     return dataclasses.replace(pruned_recovery(), name="pruned_alone", distill=None)
 

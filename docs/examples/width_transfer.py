@@ -1,7 +1,7 @@
 """A learning rate found on a narrow model, and the wide one it is meant for (mu-P).
 
-    moesaic sweep docs/examples/width_transfer.py:one_rate      # the best rate falls with the width
-    moesaic sweep docs/examples/width_transfer.py:base_width    # one best rate for all widths
+    moesaic sweep docs/examples/width_transfer.py:one_rate      # the rate is every matrix's
+    moesaic sweep docs/examples/width_transfer.py:base_width    # it is the narrow model's
 
 Each sweep trains v31_nano's form, dense, at three widths and five rates; its report draws the last
 loss over the rate, a line for each width.
@@ -18,7 +18,7 @@ from configs.runs import v31_nano
 
 NARROW = 64
 WIDTHS = (NARROW, 128, 256)
-RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
+RATES = (0.008, 0.016, 0.032, 0.064, 0.128)
 STEPS = 60
 
 
