@@ -36,10 +36,11 @@ class RoutedExperts:
     def __init__(self, config: ModelConfig) -> None:
         layers = pattern_layers(config)
         self._names, self._periods = list(layers), config.num_periods
-        self._num_experts = [layer.config.num_experts for layer in layers.values()]
         self._most = max((y.config.router.top_k for y in layers.values()), default=0)
-        each = [np.zeros(count, np.int64) for count in self._num_experts]
-        self._counts = [x.copy() for _ in range(self._periods) for x in each]
+        self._counts_PE = {
+            name: np.zeros((self._periods, layer.config.num_experts), np.int64)
+            for name, layer in layers.items()
+        }
         self._pending: list[tuple[ChosenExperts, list[Span]]] = []
 
     def note(self, chosen: ChosenExperts | None, spans: Sequence[Span]) -> None:
@@ -52,13 +53,10 @@ class RoutedExperts:
         pending, self._pending = self._pending, []
         fetched: list[Any] = jax.device_get([chosen for chosen, _ in pending])
         for chosen, (_, spans) in zip(fetched, pending, strict=True):
+            self._count(chosen, spans)
             for span in spans:
-                ids_TNK = self._ids_of(chosen, span)
-                for layer, counts_E in enumerate(self._counts):
-                    ids = ids_TNK[:, layer]
-                    counts_E += np.bincount(ids[ids >= 0], minlength=len(counts_E))
                 if span.sequence.request.wants_experts:
-                    span.sequence.experts.append((span.begin, ids_TNK))
+                    span.sequence.experts.append((span.begin, self._ids_of(chosen, span)))
 
     def told(self, sequence: TokenSequence, *, is_read_whole: bool) -> np.ndarray:
         """The experts of all tokens that a sequence has read, int32 [T, N, K].
@@ -68,7 +66,8 @@ class RoutedExperts:
         """
         self.settle()
         size = sequence.known - (not is_read_whole)
-        found_TNK = np.full((size, len(self._counts), self._most), -1, np.int32)
+        num_layers = self._periods * len(self._names)
+        found_TNK = np.full((size, num_layers, self._most), -1, np.int32)
         for begin, ids_TNK in sequence.experts:  # of what was read twice, the later
             end = min(begin + len(ids_TNK), size)
             found_TNK[begin:end] = ids_TNK[: max(end - begin, 0)]
@@ -76,7 +75,20 @@ class RoutedExperts:
 
     def counts(self) -> tuple[np.ndarray, ...]:
         """Tokens of each expert so far, int64 [E] of each layer."""
-        return tuple(counts_E.copy() for counts_E in self._counts)
+        each = self._counts_PE.values()
+        return tuple(counts_PE[p].copy() for p in range(self._periods) for counts_PE in each)
+
+    def _count(self, chosen: ChosenExperts, spans: Sequence[Span]) -> None:
+        """All tokens of a program at once: it is done at every step."""
+        for name, counts_PE in self._counts_PE.items():
+            ids_PBLK = chosen[name]
+            is_read_BL = np.zeros(ids_PBLK.shape[1:3], bool)
+            for span in spans:
+                is_read_BL[span.row, span.at : span.at + span.count] = True
+            ids_PTK = ids_PBLK[:, is_read_BL]
+            places_PTK = ids_PTK + np.arange(self._periods)[:, None, None] * counts_PE.shape[1]
+            found = np.bincount(places_PTK[ids_PTK >= 0], minlength=counts_PE.size)
+            counts_PE += found.reshape(counts_PE.shape)
 
     def _ids_of(self, chosen: ChosenExperts, span: Span) -> np.ndarray:
         """[T, N, K]; layers with fewer experts per token have none in the last places."""
