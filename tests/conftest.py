@@ -51,24 +51,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Cases of `thinned` tables that are not fast are slow; with -m slow such cases and those of
     `sampled` tables are drawn anew by each commit, unless the environment asks for every one.
     """
-    left_out, commit = [], _commit()
     is_sample = config.option.markexpr == "slow" and EVERY not in os.environ
+    commit, left_out, kept = _commit() if is_sample else "", [], []
     for item in items:
         thinned, is_drawn = item.get_closest_marker("thinned"), False
         if thinned is not None and zlib.crc32(item.name.encode()) % thinned.args[0]:
             item.add_marker(pytest.mark.slow)
             is_drawn = True
         is_drawn |= item.get_closest_marker("sampled") is not None
-        if is_sample and is_drawn and zlib.crc32(f"{commit} {item.nodeid}".encode()) % SHARE:
-            left_out.append(item)
+        is_out = is_sample and is_drawn and zlib.crc32(f"{commit} {item.nodeid}".encode()) % SHARE
+        (left_out if is_out else kept).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        items[:] = kept
 
 
 def _commit() -> str:
-    """What is checked out; the same for all workers of a session."""
-    made = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    """What is checked out, the same for all workers of a session; nothing outside of git."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    made = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return made.stdout.strip()
 
 
