@@ -89,27 +89,15 @@ def make_optimizer(
     is_matrix = jax.tree.map(
         lambda axes: decays_all or _matrix_dims(axes) is not None, logical_axes, **is_axes
     )
-    if config.base_width is not None:
-        assert width is not None
-        ratio = config.base_width / width
-        factors = jax.tree.map(
-            lambda axes: ratio if _reads_width(axes) else 1.0, logical_axes, **is_axes
-        )
-        update = optax.chain(
-            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
-            _scaled_by(factors),
-            optax.add_decayed_weights(config.weight_decay, is_matrix),
-            optax.scale_by_learning_rate(schedule),
-        )
-    elif config.kind == "adamw":
-        update = optax.adamw(
-            schedule,
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=is_matrix,
-        )
+    if config.kind == "adamw":
+        scales = None
+        if config.base_width is not None:
+            assert width is not None
+            ratio = config.base_width / width
+            scales = jax.tree.map(
+                lambda axes: ratio if _reads_width(axes) else 1.0, logical_axes, **is_axes
+            )
+        update = _adamw(config, schedule, is_matrix, scales)
     elif config.kind == "muon":
         assert config.momentum is not None
         hidden = jax.tree.map(_hidden_matrix_dims, logical_axes, **is_axes)
@@ -132,17 +120,31 @@ def make_optimizer(
     return chained if is_trained is None else optax.masked(chained, is_trained)
 
 
+def _adamw(
+    config: OptimizerConfig, schedule: optax.Schedule, is_matrix: Any, scales: Any
+) -> optax.GradientTransformation:
+    """
+    Args:
+      scales: tree of each update's factor, which weight decay has not; None: no factors.
+    """
+    moments: dict[str, Any] = {"b1": config.beta1, "b2": config.beta2, "eps": config.eps}
+    if scales is None:
+        decay = config.weight_decay
+        return optax.adamw(schedule, **moments, weight_decay=decay, mask=is_matrix)
+    return optax.chain(
+        optax.scale_by_adam(**moments),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, scales)),
+        optax.add_decayed_weights(config.weight_decay, is_matrix),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
 def _reads_width(logical_axes: tuple[str | None, ...]) -> bool:
     """Whether a weight's sums or outputs grow with d_model: matrices and the router's rows; of the
     vocabulary's two the output layer, as an embedding is looked up.
     """
     sides = [axis for axis in logical_axes if axis not in ("layers", "expert")]
     return "embed" in sides and len(sides) > 1 and sides[0] != "vocab"
-
-
-def _scaled_by(factors: Any) -> optax.GradientTransformation:
-    """Each update times its own factor."""
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
 
 
 def _matrix_dims(logical_axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
