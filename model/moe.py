@@ -3,7 +3,7 @@
 B batch, L length, T tokens (B * L), D d_model, E experts, K experts per token.
 """
 
-from typing import assert_never
+from typing import Any, assert_never
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,7 @@ from model.router import (
 )
 from model.step import Step
 from model.warmup import initial_warmup, warmup_stats
-from parallel.expert import apply_experts
+from parallel.expert import ExpertStats, apply_experts
 
 
 class MoE(nn.Module):
@@ -58,8 +58,7 @@ class MoE(nn.Module):
         gates, in standard deviations of the token's scores; [R, E] for a step with rows.
         residual_BLD: what a router with a norm of its own reads (router.input_norm).
         """
-        c, dtype = self.config, x_BLD.dtype
-        batch, length, d_model = x_BLD.shape
+        c, (batch, length, d_model) = self.config, x_BLD.shape
         read_BLD = self._router_input(x_BLD, residual_BLD)
         router_logits_BLE, context_state = self._router_logits(
             read_BLD.astype(jnp.float32), step, context_state
@@ -90,6 +89,36 @@ class MoE(nn.Module):
         if c.router.expert_scales:
             scales_E = one_weight(self, "expert_scales", (c.num_experts,), (None,))
             gates_TK *= scales_E[jnp.maximum(ids_TK, 0)]
+        out_TD, moved = self._applied(x_TD, ids_TK, gates_TK, weights, slot_E, num_held)
+        stats = router_stats(
+            router_logits_TE,
+            routing,
+            is_token_BL,
+            c.router,
+            overflow_rows=moved.overflow_rows,
+            bytes_moved=moved.bytes_moved,
+        )
+        if c.router.warmup is not None:
+            stats = stats._replace(warmup=self._warmup_stats(routing, is_token_BL, state))
+        self.sow("router", "stats", stats, init_fn=lambda: None, reduce_fn=newest)
+        out_BLD = out_TD.reshape(batch, length, d_model)
+        return out_BLD + self._shared(x_BLD) if c.num_shared_experts else out_BLD, context_state
+
+    def _applied(
+        self,
+        x_TD: jax.Array,
+        ids_TK: jax.Array,
+        gates_TK: jax.Array,
+        weights: dict[str, Any],
+        slot_E: jax.Array | None,
+        num_held: int,
+    ) -> tuple[jax.Array, ExpertStats]:
+        """What the routed experts give, [T, D], and what it took to bring the tokens to them.
+
+        Args:
+          slot_E, num_held: see `_resident`.
+        """
+        c, (num_tokens, d_model) = self.config, x_TD.shape
         is_on_inputs = c.router.gates_on == "inputs"
         if is_on_inputs:
             x_TD, ids_TK, gates_TK = _with_scaled_inputs(x_TD, ids_TK, gates_TK)
@@ -97,7 +126,7 @@ class MoE(nn.Module):
             x_TD,
             ids_TK if slot_E is None else _slots(ids_TK, slot_E),
             gates_TK,
-            {name: in_dtype(w, dtype) for name, w in weights.items()},
+            {name: in_dtype(w, x_TD.dtype) for name, w in weights.items()},
             grouped_fn=expert_function(
                 c,
                 self.execution.grouped_matmul,
@@ -111,25 +140,16 @@ class MoE(nn.Module):
             capacity_factor=self.execution.capacity_factor,
         )
         if is_on_inputs:
-            out_TD = out_TD.reshape(batch * length, -1, d_model).sum(axis=1)
-        stats = router_stats(
-            router_logits_TE,
-            routing,
-            is_token_BL,
-            c.router,
-            overflow_rows=moved.overflow_rows,
-            bytes_moved=moved.bytes_moved,
-        )
-        if c.router.warmup is not None:
-            stats = stats._replace(warmup=self._warmup_stats(routing, is_token_BL, state))
-        self.sow("router", "stats", stats, init_fn=lambda: None, reduce_fn=newest)
-        out_BLD = out_TD.reshape(batch, length, d_model)
-        if c.num_shared_experts:
-            activation = "geglu" if c.activation == "geglu" else "swiglu"
-            shared = DenseConfig(d_ff=c.num_shared_experts * c.d_ff, activation=activation)
-            shared_BLD = SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
-            out_BLD += self._gated(shared_BLD, x_BLD) if c.shared_gate else shared_BLD
-        return out_BLD, context_state
+            out_TD = out_TD.reshape(num_tokens, -1, d_model).sum(axis=1)
+        return out_TD, moved
+
+    def _shared(self, x_BLD: jax.Array) -> jax.Array:
+        """What the experts give that all tokens go to."""
+        c = self.config
+        activation = "geglu" if c.activation == "geglu" else "swiglu"
+        shared = DenseConfig(d_ff=c.num_shared_experts * c.d_ff, activation=activation)
+        shared_BLD = SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
+        return self._gated(shared_BLD, x_BLD) if c.shared_gate else shared_BLD
 
     def _resident(self) -> tuple[jax.Array | None, int]:
         """Where only some experts lie in memory (infer/expert_paging.py): the slot of each expert,
