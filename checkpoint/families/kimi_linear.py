@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, deepseek_moe, delta_net, weight_maps
+from checkpoint.families import config_sections, deepseek_moe, delta_net, latent, weight_maps
 from checkpoint.families.base import Family
 from checkpoint.families.delta_net import FULL, LINEAR
 from checkpoint.families.weight_maps import ATTENTION, LAYER
@@ -61,18 +61,9 @@ def read_config(settings: Settings) -> ModelConfig:
     settings.expect("mla_use_nope", True)
     kinds = _read_kinds(settings)
     settings = _renamed(settings)
-    latent = LatentAttentionConfig(
-        num_heads=settings.integer("num_attention_heads"),
-        query_rank=settings.integer("q_lora_rank", default=None),
-        latent_rank=settings.integer("kv_lora_rank"),
-        nope_head_dim=settings.integer("qk_nope_head_dim"),
-        rope_head_dim=settings.integer("qk_rope_head_dim"),
-        value_head_dim=settings.integer("v_head_dim"),
-        has_rope=False,
-        bias=settings.flag("attention_bias", default=False),
-    )
+    attention = LatentAttentionConfig(**latent.read_sizes(settings), has_rope=False)
     router = deepseek_moe.biased_router(settings)
-    layers = deepseek_moe.read_layers(settings, latent, router, goes_by_list=True)
+    layers = deepseek_moe.read_layers(settings, attention, router, goes_by_list=True)
     layers = delta_net.with_attentions(layers, kinds, _read_delta(settings))
     return config_sections.read_model(settings, layers, norm_eps=1e-5)
 
@@ -133,11 +124,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
             "this family has attention.kind='gated_delta' and 'latent', the model has "
             f"{', '.join(kinds)}"
         )
-    latent = config_sections.the_one(latents, "latent attention")
+    attention = config_sections.the_one(latents, "latent attention")
     values = {
         **config_sections.write_model(config),
         **deepseek_moe.write_layers(config),
-        **_write_latent(latent),
+        **latent.write_sizes(attention),
+        "mla_use_nope": True,
         **_write_deltas(config_sections.the_one(deltas, "delta net"), attentions),
         "mlp_layer_types": _dense_places(config_sections.unfolded(config)),
         "num_local_experts": config_sections.the_moe(config).num_experts,
@@ -145,22 +137,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "pad_token_id": None,
     }
     return values | {own: values[ours] for own, ours in NAMES.items()}
-
-
-def _write_latent(latent: LatentAttentionConfig) -> dict[str, Any]:
-    return {
-        "num_attention_heads": latent.num_heads,
-        "num_key_value_heads": latent.num_heads,
-        "q_lora_rank": latent.query_rank,
-        "kv_lora_rank": latent.latent_rank,
-        "qk_nope_head_dim": latent.nope_head_dim,
-        "qk_rope_head_dim": latent.rope_head_dim,
-        "qk_head_dim": latent.query_head_dim,
-        "head_dim": latent.rope_head_dim,
-        "v_head_dim": latent.value_head_dim,
-        "attention_bias": latent.bias,
-        "mla_use_nope": True,
-    }
 
 
 def _write_deltas(delta: GatedDeltaConfig, attentions: Sequence[Any]) -> dict[str, Any]:

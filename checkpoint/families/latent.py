@@ -21,18 +21,21 @@ def read_model(
 
 def _read_attention(settings: Settings, indexer: IndexerConfig | None) -> LatentAttentionConfig:
     base, scaling = rope_section.read_rope(settings, 10_000.0)
-    return LatentAttentionConfig(
-        num_heads=settings.integer("num_attention_heads"),
-        query_rank=settings.integer("q_lora_rank", default=None),
-        latent_rank=settings.integer("kv_lora_rank"),
-        nope_head_dim=settings.integer("qk_nope_head_dim"),
-        rope_head_dim=settings.integer("qk_rope_head_dim"),
-        value_head_dim=settings.integer("v_head_dim"),
-        rope_base=base,
-        rope_scaling=scaling,
-        indexer=indexer,
-        bias=settings.flag("attention_bias", default=False),
-    )
+    sizes = read_sizes(settings)
+    return LatentAttentionConfig(**sizes, rope_base=base, rope_scaling=scaling, indexer=indexer)
+
+
+def read_sizes(settings: Settings) -> dict[str, Any]:
+    """What latent attention is beside its RoPE: heads, ranks, widths, biases."""
+    return {
+        "num_heads": settings.integer("num_attention_heads"),
+        "query_rank": settings.integer("q_lora_rank", default=None),
+        "latent_rank": settings.integer("kv_lora_rank"),
+        "nope_head_dim": settings.integer("qk_nope_head_dim"),
+        "rope_head_dim": settings.integer("qk_rope_head_dim"),
+        "value_head_dim": settings.integer("v_head_dim"),
+        "bias": settings.flag("attention_bias", default=False),
+    }
 
 
 def write_model(config: ModelConfig) -> dict[str, Any]:
@@ -49,6 +52,15 @@ def write_model(config: ModelConfig) -> dict[str, Any]:
 
 def _write_attention(attention: LatentAttentionConfig) -> dict[str, Any]:
     return {
+        **write_sizes(attention),
+        "rope_interleave": True,
+        **rope_section.write_rope(attention.rope_base, attention.rope_scaling, is_on_sines=True),
+    }
+
+
+def write_sizes(attention: LatentAttentionConfig) -> dict[str, Any]:
+    """As `read_sizes` reads them."""
+    return {
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_heads,
         "q_lora_rank": attention.query_rank,
@@ -59,6 +71,4 @@ def _write_attention(attention: LatentAttentionConfig) -> dict[str, Any]:
         "head_dim": attention.rope_head_dim,
         "v_head_dim": attention.value_head_dim,
         "attention_bias": attention.bias,
-        "rope_interleave": True,
-        **rope_section.write_rope(attention.rope_base, attention.rope_scaling, is_on_sines=True),
     }
