@@ -12,6 +12,8 @@ from jax.tree_util import DictKey
 from configs.architecture import ModelConfig
 from model.model_state import init_state
 from model.transformer import Transformer, Variables, abstract_variables, hidden_states
+from parallel.mesh import make_mesh
+from parallel.sharding import tree_shardings
 from tests import oracle
 
 
@@ -106,3 +108,22 @@ def check_decode(config: ModelConfig, variables: Variables, length: int, prefill
         )
         hidden.append(part)
     np.testing.assert_allclose(np.concatenate(hidden, axis=1), expected, atol=1e-4)
+
+
+def check_devices(
+    config: ModelConfig,
+    variables: Variables,
+    length: int,
+    shape: tuple[int, int, int],
+    *,
+    tolerance: float,
+) -> None:
+    """A mesh of (data, expert, tensor) gives the hidden states of one device."""
+    model, (tokens, positions) = Transformer(config), inputs(config, length)
+    rows = [np.repeat(x, 4, axis=0) for x in (tokens, positions)]
+    forward = jax.jit(lambda v: hidden_states(model, v, *rows)[0])
+    expected, mesh = forward(variables), make_mesh(*shape)
+    abstract, axes = abstract_variables(model)
+    placed = jax.device_put(variables, tree_shardings(mesh, axes, abstract))
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(forward(placed), expected, atol=tolerance)

@@ -14,11 +14,9 @@ from configs.attention import QueryTemperatureConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig, RouterConfig
 from infer.logits import full_logits
-from model.transformer import Transformer, abstract_variables, hidden_states
-from parallel.mesh import make_mesh
-from parallel.sharding import tree_shardings
+from model.transformer import Transformer, abstract_variables
 from tests import oracle, tiny
-from tests.probes import Parity, check_causality, check_decode, inputs
+from tests.probes import Parity, check_causality, check_decode, check_devices, inputs
 
 LOCAL = tiny.attention(
     num_sink_tokens=1,
@@ -129,15 +127,8 @@ def test_nothing_sees_the_future(parity):
 @pytest.mark.parametrize("shape", [(1, 2, 1), (2, 1, 2), (1, 4, 1)])
 @pytest.mark.slow
 def test_devices_give_the_same(parity, shape):
-    """Data, expert and tensor axes of the mesh."""
-    model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
-    rows = [np.repeat(x, 4, axis=0) for x in (tokens, positions)]
-    read = jax.jit(lambda v: hidden_states(model, v, *rows)[0])
-    expected, mesh = read(parity.variables), make_mesh(*shape)
-    abstract, axes = abstract_variables(model)
-    placed = jax.device_put(parity.variables, tree_shardings(mesh, axes, abstract))
-    with jax.set_mesh(mesh):
-        np.testing.assert_allclose(read(placed), expected, atol=1e-4)
+    """Data, expert and tensor axes of the mesh; measured 1.8e-5, of hidden states up to 9."""
+    check_devices(CONFIG, parity.variables, LENGTH, shape, tolerance=5e-5)
 
 
 def test_weights_are_counted():

@@ -10,11 +10,9 @@ import pytest
 
 from configs.architecture import LayerSpec
 from configs.feed_forward import DenseConfig
-from model.transformer import Transformer, abstract_variables, hidden_states, init_variables
-from parallel.mesh import make_mesh
-from parallel.sharding import tree_shardings
+from model.transformer import Transformer, abstract_variables, init_variables
 from tests import tiny
-from tests.probes import Parity, check_decode, inputs
+from tests.probes import Parity, check_decode, check_devices
 
 EVERYWHERE = tiny.attention(window_size=None, num_sink_tokens=0)
 OLMOE = dataclasses.replace(EVERYWHERE, qk_norm="all", clip_qkv=0.4)
@@ -75,14 +73,7 @@ def test_decode_equals_full_forward(variables):
 @pytest.mark.slow
 def test_heads_over_two_devices_give_the_same(variables):
     """The norm of all heads together reads what both devices hold; biases count once."""
-    model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
-    rows = [np.repeat(x, 2, axis=0) for x in (tokens, positions)]
-    read = jax.jit(lambda v: hidden_states(model, v, *rows)[0])
-    expected, mesh = read(variables), make_mesh(2, 1, 2)
-    abstract, axes = abstract_variables(model)
-    placed = jax.device_put(variables, tree_shardings(mesh, axes, abstract))
-    with jax.set_mesh(mesh):
-        np.testing.assert_allclose(read(placed), expected, atol=2e-5)
+    check_devices(CONFIG, variables, LENGTH, (2, 1, 2), tolerance=2e-5)
 
 
 def test_shapes_starts_and_counts():

@@ -1,18 +1,15 @@
 """The gated short convolution against numpy, on a mesh, and counted."""
 
 import jax
-import numpy as np
 import pytest
 
 from configs.architecture import LayerSpec
 from configs.attention import ShortConvConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
-from model.transformer import Transformer, abstract_variables, hidden_states
-from parallel.mesh import make_mesh
-from parallel.sharding import tree_shardings
+from model.transformer import Transformer, abstract_variables
 from tests import tiny
-from tests.probes import Parity, inputs
+from tests.probes import Parity, check_devices
 
 CONFIG = tiny.model(
     num_layers=2,
@@ -38,14 +35,7 @@ def test_taps_turned_round_are_told_apart(parity):
 
 
 def test_devices_give_the_same(parity):
-    model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
-    rows = [np.repeat(x, 4, axis=0) for x in (tokens, positions)]
-    read = jax.jit(lambda v: hidden_states(model, v, *rows)[0])
-    expected, mesh = read(parity.variables), make_mesh(1, 2, 2)
-    abstract, axes = abstract_variables(model)
-    placed = jax.device_put(parity.variables, tree_shardings(mesh, axes, abstract))
-    with jax.set_mesh(mesh):
-        np.testing.assert_allclose(read(placed), expected, atol=2e-5)
+    check_devices(CONFIG, parity.variables, LENGTH, (1, 2, 2), tolerance=2e-5)
 
 
 def test_weights_are_counted():

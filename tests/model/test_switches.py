@@ -5,17 +5,14 @@ factors, a gate on the shared experts; against numpy, through the cache, and on 
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
 
 from configs.architecture import LayerSpec, MultiTokenConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
-from model.transformer import Transformer, abstract_variables, hidden_states
-from parallel.mesh import make_mesh
-from parallel.sharding import tree_shardings
+from model.transformer import Transformer, abstract_variables
 from tests import tiny
-from tests.probes import Parity, check_causality, check_decode, inputs
+from tests.probes import Parity, check_causality, check_decode, check_devices
 
 EVERYWHERE = tiny.attention(window_size=None, num_sink_tokens=0)
 GLM = dataclasses.replace(EVERYWHERE, rotary_dim=4, bias=True, output_bias=False)
@@ -85,14 +82,7 @@ def test_nothing_sees_the_future(parity):
 @pytest.mark.thinned(3)
 def test_devices_give_the_same(parity, shape):
     """Data, expert and tensor axes of the mesh."""
-    model, (tokens, positions) = Transformer(CONFIG), inputs(CONFIG, LENGTH)
-    rows = [np.repeat(x, 4, axis=0) for x in (tokens, positions)]
-    read = jax.jit(lambda v: hidden_states(model, v, *rows)[0])
-    expected, mesh = read(parity.variables), make_mesh(*shape)
-    abstract, axes = abstract_variables(model)
-    placed = jax.device_put(parity.variables, tree_shardings(mesh, axes, abstract))
-    with jax.set_mesh(mesh):
-        np.testing.assert_allclose(read(placed), expected, atol=2e-5)
+    check_devices(CONFIG, parity.variables, LENGTH, shape, tolerance=2e-5)
 
 
 def test_weights_are_counted():
