@@ -3,9 +3,10 @@
 import dataclasses
 
 from configs.architecture import LayerSpec, ModelConfig
-from configs.attention import AttentionConfig, GatedDeltaConfig, LatentAttentionConfig
+from configs.attention import AttentionConfig, LatentAttentionConfig
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 from configs.models import v31_nano
+from configs.recurrent_attention import GatedDeltaConfig
 
 
 def glm4_nano() -> ModelConfig:

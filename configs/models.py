@@ -11,12 +11,12 @@ from configs.architecture import (
 )
 from configs.attention import (
     AttentionConfig,
-    GatedDeltaConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
 )
 from configs.feed_forward import ContextConfig, DenseConfig, MoEConfig, RouterConfig
+from configs.recurrent_attention import GatedDeltaConfig
 from configs.rope import YarnConfig
 
 

@@ -5,6 +5,7 @@ Linux tells it in /proc/meminfo and /sys/fs/cgroup (kernel documentation, "The /
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from configs.base import ExecutionConfig, RunConfig
 from configs.checks import UserError
 from infer.hardware import from_sheet
 from infer.weights import WeightFormat
-from planning.estimate import estimate_memory, weights_of
+from planning.estimate import MemoryEstimate, estimate_memory, weights_of
 from planning.inference_cost import Costs
 
 KIB, GB = 1024, 1e9
@@ -32,7 +33,7 @@ def require_memory(
     Raises:
       UserError: it is more.
     """
-    needed = estimate_memory(run, weights_of(run))
+    needed = _of_step(run)
     beside = teacher_bytes(teachers, weights) + logits_bytes(run, teachers)
     needed = dataclasses.replace(needed, state=needed.state + beside / run.mesh.num_devices)
     device = jax.local_devices()[0]
@@ -55,7 +56,7 @@ def distillation_memory(
     run: RunConfig, teachers: Sequence[ModelConfig], weights: WeightFormat
 ) -> str:
     """What a step of distillation takes on all devices together, by formulas, in a sentence."""
-    step = run.mesh.num_devices * estimate_memory(run, weights_of(run)).total
+    step = run.mesh.num_devices * _of_step(run).total
     held, logits = teacher_bytes(teachers, weights), logits_bytes(run, teachers)
     whose = "the teacher's" if len(teachers) == 1 else f"{len(teachers)} teachers'"
     return (
@@ -63,6 +64,11 @@ def distillation_memory(
         f"student's own, {held / GB:,.2f} for {whose} weights in {weights}, {logits / GB:,.2f} for "
         "a chunk of their logits"
     )
+
+
+@functools.lru_cache(maxsize=1)  # both are asked about one run, whose model is traced for it
+def _of_step(run: RunConfig) -> MemoryEstimate:
+    return estimate_memory(run, weights_of(run))
 
 
 def teacher_bytes(teachers: Sequence[ModelConfig], weights: WeightFormat) -> float:

@@ -32,7 +32,8 @@ NATS: dict[str, float] = {
 weights costs": the larger of prose and code). Of another model it is an estimate."""
 KV_NATS: dict[str, float] = {"float32": 0.0, "bfloat16": 0.0004, "int8": 0.0010}
 """The same of keys and values: 2,555 tokens each of docs/experiments.md and of the engine's code in
-windows of 511, by the engine's log-probabilities of prompts; the larger of the two, in size."""
+windows of 511, by the engine's log-probabilities of prompts (a script that was not kept); the
+larger of the two, in size."""
 BUDGET = 0.01
 """Nats that rounding may cost, where nobody says."""
 PAGES = (64, 32, 16)

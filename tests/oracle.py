@@ -10,13 +10,12 @@ import numpy as np
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import (
     AttentionConfig,
-    GatedDeltaConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
-    ShortConvConfig,
 )
 from configs.feed_forward import DenseConfig, MoEConfig
+from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
 
 
 def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.ndarray, wrong=""):

@@ -15,8 +15,9 @@ from checkpoint.families import config_sections
 from checkpoint.families.weight_maps import ATTENTION, LAYER
 from checkpoint.weight_map import Row, Span
 from configs.architecture import LayerSpec, ModelConfig
-from configs.attention import Attention, AttentionConfig, GatedDeltaConfig
+from configs.attention import Attention, AttentionConfig
 from configs.checks import UserError
+from configs.recurrent_attention import GatedDeltaConfig
 
 LINEAR, FULL = "linear_attention", "full_attention"
 EVERY = 4

@@ -14,8 +14,9 @@ from checkpoint.families.delta_net import FULL, LINEAR
 from checkpoint.families.weight_maps import ATTENTION, LAYER
 from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
-from configs.attention import GatedDeltaConfig, LatentAttentionConfig
+from configs.attention import LatentAttentionConfig
 from configs.checks import UserError
+from configs.recurrent_attention import GatedDeltaConfig
 
 DEFAULTS = {
     "vocab_size": 163_840,

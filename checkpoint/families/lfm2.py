@@ -9,9 +9,10 @@ from checkpoint.families import config_sections, weight_maps
 from checkpoint.families.base import Family
 from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
-from configs.attention import Attention, AttentionConfig, ShortConvConfig
+from configs.attention import Attention, AttentionConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+from configs.recurrent_attention import ShortConvConfig
 
 COMMON_DEFAULTS = {
     "vocab_size": 65_536,

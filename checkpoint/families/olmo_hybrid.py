@@ -11,8 +11,9 @@ from checkpoint.families.base import Family
 from checkpoint.families.delta_net import FULL, IN_DELTA, LINEAR, NET
 from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
-from configs.attention import AttentionConfig, GatedDeltaConfig
+from configs.attention import AttentionConfig
 from configs.feed_forward import DenseConfig
+from configs.recurrent_attention import GatedDeltaConfig
 
 DEFAULTS = {
     "vocab_size": 100_352,

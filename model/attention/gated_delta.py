@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from configs.attention import GatedDeltaConfig
+from configs.recurrent_attention import GatedDeltaConfig
 from kernels.delta_rule import delta_rule
 from kernels.quantize import MatrixDims
 from model.causal_convolution import causal_convolution

@@ -12,13 +12,12 @@ import numpy as np
 from configs.attention import (
     Attention,
     AttentionConfig,
-    GatedDeltaConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
-    ShortConvConfig,
 )
 from configs.base import ExecutionConfig
+from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
 from model.attention import gated_delta, grouped_query, latent, local_sparse, relative, short_conv
 from model.layer_state import LayerState, StateShape
 

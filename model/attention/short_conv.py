@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from configs.attention import ShortConvConfig
+from configs.recurrent_attention import ShortConvConfig
 from kernels.quantize import MatrixDims
 from model.causal_convolution import causal_convolution
 from model.layer_state import RowsFirst, StateShape

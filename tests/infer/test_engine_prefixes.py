@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs.architecture import LayerSpec
-from configs.attention import GatedDeltaConfig, LocalSparseAttentionConfig
+from configs.attention import LocalSparseAttentionConfig
 from configs.feed_forward import DenseConfig
+from configs.recurrent_attention import GatedDeltaConfig
 from infer.engine import Engine, EngineOptions, Request
 from infer.sampling import Sampling
 from model.transformer import Transformer

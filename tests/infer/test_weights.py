@@ -10,15 +10,14 @@ import pytest
 
 from configs.architecture import LayerSpec
 from configs.attention import (
-    GatedDeltaConfig,
     IndexerConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
-    ShortConvConfig,
 )
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
+from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
 from infer import logits
 from infer.generate import generate
 from infer.load import abstract_on_mesh

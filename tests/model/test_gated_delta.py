@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from configs.architecture import LayerSpec
-from configs.attention import GatedDeltaConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
+from configs.recurrent_attention import GatedDeltaConfig
 from model.model_state import init_state
 from model.transformer import Transformer, hidden_states
 from parallel.mesh import make_mesh

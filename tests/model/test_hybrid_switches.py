@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from configs.architecture import LayerSpec
-from configs.attention import GatedDeltaConfig, LatentAttentionConfig
+from configs.attention import LatentAttentionConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
+from configs.recurrent_attention import GatedDeltaConfig
 from model.transformer import Transformer, abstract_variables
 from tests import tiny
 from tests.probes import Parity, check_decode

@@ -11,16 +11,15 @@ import pytest
 
 from configs.architecture import LayerSpec, MixtureOfDepthsConfig
 from configs.attention import (
-    GatedDeltaConfig,
     IndexerConfig,
     LatentAttentionConfig,
     LocalSparseAttentionConfig,
     QueryTemperatureConfig,
     RelativeAttentionConfig,
-    ShortConvConfig,
 )
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
+from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
 from model.attention import kinds
 from model.model_state import (
     copy_page,

@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from configs.architecture import LayerSpec
-from configs.attention import ShortConvConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
+from configs.recurrent_attention import ShortConvConfig
 from model.transformer import Transformer, abstract_variables
 from tests import tiny
 from tests.probes import Parity, check_devices

@@ -12,8 +12,9 @@ import numpy as np
 import openai
 
 from configs.architecture import LayerSpec, ModelConfig, MultiTokenConfig
-from configs.attention import GatedDeltaConfig, LatentAttentionConfig
+from configs.attention import LatentAttentionConfig
 from configs.feed_forward import DenseConfig
+from configs.recurrent_attention import GatedDeltaConfig
 from data.tokenizers.public_tokenizer import PublicTokenizer
 from infer.engine import Emitted, Engine, EngineOptions, Request
 from infer.sampling import Sampling
