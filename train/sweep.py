@@ -45,6 +45,9 @@ def draw_sweep(runs: Sequence[ComparedRun]) -> list[Picture]:
         ends[label] = (over[-1], heights[-1], color)
     if min(found.values) > 0 and max(found.values) / min(found.values) >= WIDE_RANGE:
         axes.set_xscale("log")
+        ticks = sorted(set(found.values))
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])  # the decades' own overlap
+        axes.minorticks_off()
     axes.set_xlabel(no_formula(found.setting))
     axes.set_ylabel(unit)
     if len(ends) > 1:
