@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.serving.load import Answer
+from train.report import BLUE, ORANGE, new_panels, to_picture
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,18 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 COLUMNS = {
     "tokens_per_second": ("tokens/s", 1.0, ".1f"),
-    "first_token_p50": ("first token P50, ms", 1e3, ".0f"),
+    "first_token_p50": ("first, ms", 1e3, ".0f"),
     "first_token_p99": ("P99", 1e3, ".0f"),
-    "between_p50": ("between tokens P50, ms", 1e3, ".1f"),
+    "between_p50": ("next, ms", 1e3, ".1f"),
     "between_p99": ("P99", 1e3, ".1f"),
 }
-"""Title, factor and form by figure."""
+"""Title, factor and form by figure; medians, and 99th percentiles beside them. Short titles, for a
+terminal of 80 columns."""
+PANELS = {
+    "tokens per second": ("tokens_per_second",),
+    "to the first token, ms": ("first_token_p50", "first_token_p99"),
+    "between two tokens, ms": ("between_p50", "between_p99"),
+}
 
 
 def middle(turns: Sequence[Measured], name: str) -> float:
@@ -80,7 +86,10 @@ def ratios(
 def print_turns(found: Mapping[str, Sequence[Measured]], title: str) -> None:
     """A row for each server: medians over the rounds, and its throughput beside the first's."""
     columns = [column[0] for column in COLUMNS.values()]
-    table = Table("", *columns, "failed", "throughput", title=title, title_justify="left")
+    title += "; ratio: of tokens/s, to the first row's"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, pad_edge=False)
+    for column in ("", *columns, "failed", "ratio"):
+        table.add_column(column, no_wrap=True)
     base = next(iter(found.values()))
     for name, turns in found.items():
         shown = [format(middle(turns, c) * f, form) for c, (_, f, form) in COLUMNS.items()]
@@ -106,20 +115,19 @@ def as_json(found: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
 
 def draw(found: Mapping[str, Sequence[Measured]], path: Path) -> None:
     """Throughput, time to the first token and between tokens of each server, as bars (PNG)."""
-    figure = Figure(figsize=(10, 1.2 + 0.55 * len(found)), layout="constrained")
-    axes: Sequence[Axes] = figure.subplots(1, 3, sharey=True)
-    panels = (("tokens_per_second",), ("first_token_p50", "first_token_p99"))
-    panels += (("between_p50", "between_p99"),)
+    figure, axes = new_panels(10, 1.2 + 0.55 * len(found), len(PANELS))
     names = list(found)
-    for axis, columns in zip(axes, panels, strict=True):
+    for axis, (title, columns) in zip(axes, PANELS.items(), strict=True):
         for i, column in enumerate(columns):
-            values = [middle(found[name], column) * COLUMNS[column][1] for name in names]
+            _, factor, form = COLUMNS[column]
+            values = [middle(found[name], column) * factor for name in names]
             height = 0.8 / len(columns)
             places = [place + (i - (len(columns) - 1) / 2) * height for place in range(len(names))]
-            axis.barh(places, values, height=height, color=f"C{i}", label=COLUMNS[column][0])
-        axis.set_title(COLUMNS[columns[0]][0].replace(" P50", ""))
-        axis.set_yticks(range(len(names)), names)
-        if len(columns) > 1:
-            axis.legend(["P50", "P99"])
-    axes[0].invert_yaxis()
-    figure.savefig(path, dpi=120)
+            bars = axis.barh(places, values, height=height, color=(BLUE, ORANGE)[i])
+            percentile_shown = f" P{column[-2:]}" if len(columns) > 1 else ""
+            axis.bar_label(bars, [f"{v:{form}}{percentile_shown}" for v in values], padding=3)
+        axis.set_xlabel(title)
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [""] * len(names))
+        axis.margins(x=0.3)
+        axis.invert_yaxis()
+    path.write_bytes(to_picture(figure, "serving", "").png)
