@@ -1,10 +1,10 @@
 """Parts of the model that instructions belong to, by the name XLA keeps for each.
 
 Names are the paths of Flax's modules and JAX's transformations, such as
-"jit(step)/transpose(jvp(Transformer))/while/body/.../periods/layer_0/moe/shared/dot_general". A
-fused kernel has the name of the last operation in it. What the compiler made itself, such as a
-reduce-scatter of gradients, has none: it goes to the part whose result it reads, or else to the one
-that reads its own.
+"jit(step)/transpose(jvp(Transformer))/while/body/.../periods/layer_0/moe/shared/dot_general"; a
+method of a module is a step of its own ("moe/moe._shared/shared"). A fused kernel has the name of
+the last operation in it. What the compiler made itself, such as a reduce-scatter of gradients, has
+none: it goes to the part whose result it reads, or else to the one that reads its own.
 """
 
 import re
@@ -16,7 +16,7 @@ MOST_STEPS, MOST_NEIGHBOURS = 4, 8
 """How far the search for a name goes."""
 
 RULES = (
-    (r"/moe/shared/", "shared experts"),
+    (r"/moe/(moe\._\w+/)?shared/", "shared experts"),
     (r"/moe/.*(shard_map|while|convert_element_type|grouped_)", "routed experts"),
     (r"/moe/", "router"),
     (r"/attention/|attention_norm", "attention"),
