@@ -14,8 +14,10 @@ from configs.attention import (
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
 )
+from configs.compressed_attention import CompressedAttentionConfig
 from configs.feed_forward import DenseConfig, MoEConfig
 from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
+from tests.oracle_compressed import compressed_attention
 
 
 def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.ndarray, wrong=""):
@@ -490,6 +492,7 @@ def short_conv(x, w, config: ShortConvConfig, positions, documents, wrong=""):
 
 
 ATTENTIONS = {
+    CompressedAttentionConfig: compressed_attention,
     ShortConvConfig: short_conv,
     GatedDeltaConfig: gated_delta,
     AttentionConfig: attention,
