@@ -21,6 +21,7 @@ from checkpoint.weight_map import Entry
 from configs.checks import UserError, require
 from formats.block_floats import FP8, GROUP, encode_fp8, encode_mxfp4, fp8_scales_shape
 from formats.safetensors.writer import Planned
+from model.router import TOKEN_EXPERTS
 
 PlainDtype = Literal["float32", "bfloat16", "float16"]
 ExportDtype = Literal[PlainDtype, PackedDtype]
@@ -115,7 +116,10 @@ class Storage:
         return self.packed.dtype
 
     def _plain(self, entry: Entry) -> np.dtype[Any]:
-        """State that steers the choice of experts stays float32, as DeepSeek ships it."""
+        """State that steers the choice of experts stays float32, as DeepSeek ships it, and a table
+        of experts integers."""
+        if entry.leaf.endswith(TOKEN_EXPERTS):
+            return np.dtype(np.int64)
         return DTYPES["float32" if entry.leaf.startswith("router_state.") else self.dtype]
 
 

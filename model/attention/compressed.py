@@ -111,7 +111,7 @@ class Queries(NamedTuple):
     q_BLHC: jax.Array
     positions_BL: jax.Array
     segments_BL: jax.Array
-    index: tuple[jax.Array, jax.Array] | None
+    asked: tuple[jax.Array, jax.Array] | None
     """Queries of the indexer's heads [B, L, I, C] and what each head counts [B, L, I]."""
 
 
@@ -145,7 +145,7 @@ class CompressedAttention(nn.Module):
             if c.compression.indexer is not None:
                 told = jax.lax.stop_gradient((x_BLD, bottleneck_BLQ))
                 asked, index, kept = EntryIndexer(c, eps, name="indexer")(*told, step, state)
-                queries = queries._replace(index=asked)
+                queries = queries._replace(asked=asked)
                 state = None if state is None else state.replace(index=kept)
             state = None if state is None else state.replace(entries=own)
         if state is not None:
@@ -174,14 +174,16 @@ class CompressedAttention(nn.Module):
         shape, axes = (c.query_rank, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
         w_QHC = self._matrix("q", shape, axes, MatrixDims(1, 2))
         q_BLHC = unscaled_rms_norm(project("BLQ,QHC->BLHC", h_BLQ, w_QHC), self.norm_eps)
+        if c.rope_scaling is not None:
+            q_BLHC *= c.rope_scaling.logit_scale
         return turned(q_BLHC, positions_BL, c), h_BLQ
 
     def _sow_loss(self, queries: Queries, entries: Entries, index_BEC: jax.Array) -> None:
         """How far the indexer's scores are from the attention's weights over the entries."""
-        assert queries.index is not None
+        assert queries.asked is not None
         if not index_BEC.shape[1]:  # a row without a whole block
             return
-        asked = Index(queries.index[0], index_BEC, queries.index[1])
+        asked = Index(queries.asked[0], index_BEC, queries.asked[1])
         mask_BLE = _chosen(queries, entries, index_BEC, self.config)
         heads = (*entries.k_BEC.shape[:2], self.config.num_heads, self.config.head_dim)
         k_BEHC = jnp.broadcast_to(entries.k_BEC[:, :, None], heads)
@@ -267,8 +269,8 @@ def _seen_of(state: CompressedState, queries: Queries, config: CompressedAttenti
     is_one = queries.positions_BL.shape[1] == 1
     if c.indexer is None or index is None or not is_one or index.shape[1] <= c.indexer.top_k:
         return _Seen(tokens, entries, index, is_along=False)
-    assert queries.index is not None
-    asked = Index(queries.index[0], index.astype(queries.q_BLHC.dtype), queries.index[1])
+    assert queries.asked is not None
+    asked = Index(queries.asked[0], index.astype(queries.q_BLHC.dtype), queries.asked[1])
     is_seen_BN = _is_past(queries, entries)[:, 0]
     scores_BN = jnp.where(is_seen_BN, key_scores(asked, asked.k_BLC)[:, 0], -jnp.inf)
     best_BK, at_BK = jax.lax.top_k(scores_BN, c.indexer.top_k)
@@ -296,11 +298,11 @@ def _chosen(
 ) -> jax.Array:
     """The entries that a query sees, bool [B, L, E]."""
     mask_BLE, c = _is_past(queries, entries), config.compression
-    if index_BEC is None or queries.index is None:
+    if index_BEC is None or queries.asked is None:
         return mask_BLE
     assert c is not None
     assert c.indexer is not None
-    asked = Index(queries.index[0], index_BEC.astype(queries.q_BLHC.dtype), queries.index[1])
+    asked = Index(queries.asked[0], index_BEC.astype(queries.q_BLHC.dtype), queries.asked[1])
     return chosen_keys(asked, asked.k_BLC, mask_BLE, c.indexer.top_k)
 
 
@@ -320,7 +322,7 @@ def _attend(
         fitted(queries.q_BLHC, 0, 0),
         fitted(queries.positions_BL, 0, -1),
         fitted(queries.segments_BL, 0, -1),
-        jax.tree.map(lambda x: fitted(x, 0, 0), queries.index),
+        jax.tree.map(lambda x: fitted(x, 0, 0), queries.asked),
     )
     if seen.is_along:
         k_BSC, ends_BS, segments_BS = seen.tokens
