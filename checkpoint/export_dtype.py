@@ -17,11 +17,10 @@ import numpy as np
 from checkpoint.families import FAMILIES
 from checkpoint.families.base import Family, Packed, PackedDtype
 from checkpoint.logical_tensors import BLOCKS, SCALE_INV, SCALES, fp8_block
-from checkpoint.weight_map import Entry
+from checkpoint.weight_map import TOKEN_EXPERTS, Entry
 from configs.checks import UserError, require
 from formats.block_floats import FP8, GROUP, encode_fp8, encode_mxfp4, fp8_scales_shape
 from formats.safetensors.writer import Planned
-from model.router import TOKEN_EXPERTS
 
 PlainDtype = Literal["float32", "bfloat16", "float16"]
 ExportDtype = Literal[PlainDtype, PackedDtype]
