@@ -14,7 +14,7 @@ def made():
 
 
 def test_bytes_are_those_of_the_parts(made):
-    """In bfloat16; a position is an int32, a token's values and gates for the next entry float32."""
+    """In bfloat16; a position is an int32, values and gates for the next entry are float32."""
     multi_head = 43 * TOKENS * (2 * 64 * 128 * 2 + 4)
     latent = 43 * TOKENS * ((512 + 64) * 2 + 4)
     windows = 43 * 128 * (512 * 2 + 4)
