@@ -11,22 +11,7 @@ from data.pipeline import Corpus
 from data.tokenizers.tokenizer import train_tokenizer
 from scripts import bench_data
 
-WORDS = [
-    "in",
-    "the",
-    "beginning",
-    "there",
-    "was",
-    "a",
-    "small",
-    "model",
-    "that",
-    "read",
-    "what",
-    "it",
-    "was",
-    "given",
-]
+WORDS = [f"word{i}" for i in range(20)]
 
 
 @pytest.fixture(scope="module")
