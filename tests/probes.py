@@ -5,7 +5,6 @@ equals reading at once.
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
@@ -30,9 +29,9 @@ def drawn(config: ModelConfig, seed: int = 1) -> Variables:
 
     def draw(x):
         fan_in = np.prod(x.shape[-1:])
-        return jnp.asarray(random.randn(*x.shape) * fan_in**-0.5, jnp.float32)
+        return (random.randn(*x.shape) * fan_in**-0.5).astype(np.float32)
 
-    return jax.tree.map(draw, abstract)
+    return jax.device_put(jax.tree.map(draw, abstract))
 
 
 def inputs(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
