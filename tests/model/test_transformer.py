@@ -283,7 +283,7 @@ def test_logits_of_bfloat16_are_not_rounded_to_it(tied):
 
 def test_a_seed_draws_what_it_always_drew():
     """Sums of sizes of seed 3's weights, recorded: runs, papers and bisections rest on them."""
-    drawn_now = init_variables(Transformer(tiny.model()), 3)["params"]
+    drawn_now = jax.jit(lambda: init_variables(MODEL, 3))()["params"]
     periods = drawn_now["periods"]
     found = {
         "embedding": drawn_now["embedding"],
