@@ -85,7 +85,7 @@ def check(case: Case, operands, *, gaps=False, has_sinks=False):
 
 
 @pytest.mark.parametrize("name", CASES | NATIVE_CASES)
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 def test_equals_the_definition_with_gradients(name, isa):
     case = (CASES | NATIVE_CASES)[name]
     check(case, draw(case))
