@@ -78,7 +78,7 @@ def _begun(setup: TrainSetup) -> tuple[Any, ...]:
     """What the state is drawn for: the same model's on another mesh has the same numbers, which the
     tests of model/ prove, unless more than weights and what is zero is in it."""
     state = setup.abstract_state
-    if any(x is not None for x in (state.adapters, state.projections, state.scale)):
+    if any(x is not None for x in (state.adapters, state.projections)):
         return (id(setup),)
     leaves, tree = jax.tree.flatten(state)
     return setup.model, tree, *((x.shape, x.dtype) for x in leaves)
