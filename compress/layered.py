@@ -99,12 +99,17 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
         "norms that multiply by 1 + scale (zero_centered_norms) are not compressed yet: distil "
         "such a model into another one",
     )
+    require(
+        config.hyper_connections is None,
+        "models with several residual streams (hyper_connections) are not compressed yet: distil "
+        "such a model into another one",
+    )
     for spec in (*config.prefix, *config.pattern):
         require(
             not _is_beyond_known(spec),
-            "layers with GELU, normed values, values of the keys' projection, gates on inputs, "
-            "scales of experts or a dense layer beside them are not compressed yet: distil such a "
-            "model into another one",
+            "layers with GELU or bounded SwiGLU, normed values, values of the keys' projection, "
+            "gates on inputs, scales of experts, experts by token or a dense layer beside them are "
+            "not compressed yet: distil such a model into another one",
         )
         require(
             not isinstance(spec.attention, AttentionConfig) or not spec.attention.output_gate,
@@ -140,7 +145,9 @@ def _is_beyond_known(spec: LayerSpec) -> bool:
     if isinstance(ffn, MoEConfig):
         router = ffn.router
         is_own |= router.gates_on == "inputs" or router.expert_scales or router.input_norm
-    return is_own or ffn.activation == "geglu" or spec.dense is not None or spec.output_scale
+        is_own |= router.choice == "token"
+    is_own |= ffn.activation in ("geglu", "bounded_swiglu")
+    return is_own or spec.dense is not None or spec.output_scale
 
 
 Taps = dict[str, jax.Array]

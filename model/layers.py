@@ -372,10 +372,19 @@ def rope(
     return turned.astype(x_BLHC.dtype)
 
 
-def gated(gate: jax.Array, up: jax.Array, activation: DenseActivation) -> jax.Array:
-    """silu(gate) * up, or gelu(gate) * up (Shazeer 2020); GELU in its tanh form."""
+def gated(
+    gate: jax.Array, up: jax.Array, activation: DenseActivation, limit: float | None = None
+) -> jax.Array:
+    """silu(gate) * up, or gelu(gate) * up (Shazeer 2020); GELU in its tanh form.
+
+    Args:
+      limit: bounded_swiglu's: of the gate above, of up both ways.
+    """
     if activation == "swiglu":
         return jax.nn.silu(gate) * up
+    if activation == "bounded_swiglu":
+        assert limit is not None
+        return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
     if activation == "geglu":
         return jax.nn.gelu(gate, approximate=True) * up
     assert_never(activation)
@@ -407,7 +416,8 @@ class SwiGLU(nn.Module):
         if self.config.bias:
             bias_2F = zero_weight(self, "gate_up_bias", (2, d_ff), (None, "mlp"))
             h_BL2F += bias_2F.astype(dtype)[None, None]
-        h_BLF = gated(h_BL2F[:, :, 0], h_BL2F[:, :, 1], self.config.activation)
+        c = self.config
+        h_BLF = gated(h_BL2F[:, :, 0], h_BL2F[:, :, 1], c.activation, c.swiglu_limit)
         out_BLD = project("BLF,FD->BLD", h_BLF, w_down_FD)
         if self.config.bias:
             bias_D = zero_weight(self, "down_bias", (d_model,), ("embed",))

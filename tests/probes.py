@@ -31,6 +31,8 @@ def drawn(config: ModelConfig, seed: int = 1) -> Variables:
     abstract, _ = abstract_variables(Transformer(config))
 
     def draw(x):
+        if jnp.issubdtype(x.dtype, jnp.integer):  # a table of experts, of which there are two
+            return jnp.asarray(random.randint(0, 2, x.shape), x.dtype)
         fan_in = np.prod(x.shape[-1:])
         return (random.randn(*x.shape) * fan_in**-0.5).astype(np.float32)
 
@@ -72,8 +74,18 @@ class Parity:
         assert np.abs(self.ours_LD - other_LD).max() > 100 * self.tolerance
 
     def _oracle(self, config: ModelConfig, wrong: str = "") -> np.ndarray:
-        params = jax.device_get(self.variables["params"])
+        params = _with_tables(jax.device_get(self.variables), self.row[0])
         return oracle.transformer(params, config, *self.row, wrong)[0]
+
+
+def _with_tables(variables, tokens_L: np.ndarray):
+    """The parameters, with the experts of each token [periods, L, K] where a table names them."""
+    params = variables["params"]
+    for name, state in variables["router_state"].get("periods", {}).items():
+        table_PVK = state["moe"].get("token_experts")
+        if table_PVK is not None:
+            params["periods"][name]["moe"]["token_experts"] = table_PVK[:, tokens_L]
+    return params
 
 
 def _with_loud_norms(path, x):

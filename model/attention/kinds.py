@@ -17,8 +17,17 @@ from configs.attention import (
     RelativeAttentionConfig,
 )
 from configs.base import ExecutionConfig
+from configs.compressed_attention import CompressedAttentionConfig
 from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
-from model.attention import gated_delta, grouped_query, latent, local_sparse, relative, short_conv
+from model.attention import (
+    compressed,
+    gated_delta,
+    grouped_query,
+    latent,
+    local_sparse,
+    relative,
+    short_conv,
+)
 from model.layer_state import LayerState, StateShape
 
 
@@ -74,6 +83,14 @@ KINDS: dict[type, AttentionKind] = {
         relative.visible_keys,
         relative.mixing_flops,
         relative.init_memory,
+    ),
+    CompressedAttentionConfig: AttentionKind(
+        lambda config, execution, norm_eps, out_stddev, gaps: compressed.CompressedAttention(
+            config, norm_eps, out_stddev, name="attention"
+        ),
+        compressed.init_state,
+        compressed.visible_keys,
+        compressed.mixing_flops,
     ),
     GatedDeltaConfig: AttentionKind(
         lambda config, execution, norm_eps, out_stddev, gaps: gated_delta.GatedDelta(
