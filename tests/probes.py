@@ -31,8 +31,8 @@ def drawn(config: ModelConfig, seed: int = 1) -> Variables:
     abstract, _ = abstract_variables(Transformer(config))
 
     def draw(x):
-        if jnp.issubdtype(x.dtype, jnp.integer):  # a table of experts, of which there are two
-            return jnp.asarray(random.randint(0, 2, x.shape), x.dtype)
+        if np.issubdtype(x.dtype, np.integer):  # a table of experts, of which there are two
+            return random.randint(0, 2, x.shape).astype(x.dtype)
         fan_in = np.prod(x.shape[-1:])
         return (random.randn(*x.shape) * fan_in**-0.5).astype(np.float32)
 
