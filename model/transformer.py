@@ -91,7 +91,7 @@ class Transformer(nn.Module):
             unroll=1 if is_scanned(c) else c.num_periods,
             # Traces all layers once more, to look for broadcasts that none makes. Where weights are
             # drawn that moves the keys, and a seed is to draw what it always drew.
-            check_constancy_invariants=self.is_initializing(),
+            check_constancy_invariants=self.is_initializing() and not self.has_rng(SHAPES_ALONE),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.execution)
         self.final_norm = RMSNorm(c.norm_eps, is_zero_centered=c.zero_centered_norms)

@@ -5,7 +5,6 @@ equals reading at once.
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
@@ -15,6 +14,9 @@ from model.transformer import Transformer, Variables, abstract_variables, hidden
 from parallel.mesh import make_mesh
 from parallel.sharding import tree_shardings
 from tests import oracle
+
+empty_state = jax.jit(init_state, static_argnums=range(4))
+"""A program to a config instead of one to a shape."""
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="is_whole")
@@ -29,12 +31,12 @@ def drawn(config: ModelConfig, seed: int = 1) -> Variables:
     abstract, _ = abstract_variables(Transformer(config))
 
     def draw(x):
-        if jnp.issubdtype(x.dtype, jnp.integer):  # a table of experts, of which there are two
-            return jnp.asarray(random.randint(0, 2, x.shape), x.dtype)
+        if np.issubdtype(x.dtype, np.integer):  # a table of experts, of which there are two
+            return random.randint(0, 2, x.shape).astype(x.dtype)
         fan_in = np.prod(x.shape[-1:])
-        return jnp.asarray(random.randn(*x.shape) * fan_in**-0.5, jnp.float32)
+        return (random.randn(*x.shape) * fan_in**-0.5).astype(np.float32)
 
-    return jax.tree.map(draw, abstract)
+    return jax.device_put(jax.tree.map(draw, abstract))
 
 
 def inputs(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +112,7 @@ def check_decode(config: ModelConfig, variables: Variables, length: int, prefill
     """Prefill and then token by token gives the hidden states of one forward pass, to 1e-4."""
     model, (tokens, positions) = Transformer(config), inputs(config, length)
     expected, _ = read(model, variables, tokens, positions)
-    state = init_state(config, 1, length, "float32")
+    state = empty_state(config, 1, length, "float32")
     pieces = [slice(0, prefill), *(slice(i, i + 1) for i in range(prefill, length))]
     hidden = []
     for piece in pieces:

@@ -245,7 +245,7 @@ def test_in_chunks_with_padding(kind):
             read_R += count_R
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_taken_back_and_read_again(kind):
     """Three tokens are replaced by wrong ones, which are then taken back."""
     name, config, read, tokens, positions, expected = kind
@@ -263,7 +263,7 @@ def test_taken_back_and_read_again(kind):
         close(out[:, :4], expected[:, PROMPT : PROMPT + 4])
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_a_snapshot_goes_on_from_where_it_was_taken(kind):
     """Two rows are kept, others read on over them; then they come back, in the other order."""
     _, config, read, tokens, positions, expected = kind
