@@ -9,7 +9,12 @@ from typing import Literal
 
 from configs.attention_traits import AttentionTraits
 from configs.checks import require, require_positive
-from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
+from configs.recurrent_attention import (
+    GatedDeltaConfig,
+    Mamba2Config,
+    NoAttentionConfig,
+    ShortConvConfig,
+)
 from configs.rope import RopeScaling
 
 QKNorm = Literal["head", "all", "head_unscaled"]
@@ -417,4 +422,6 @@ Attention = (
     | RelativeAttentionConfig
     | GatedDeltaConfig
     | ShortConvConfig
+    | Mamba2Config
+    | NoAttentionConfig
 )

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from configs.architecture import LayerSpec, ModelConfig
 from configs.base import ExecutionConfig
-from configs.feed_forward import DenseConfig, MoEConfig
+from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig
 from model.attention.kinds import attention_layer
 from model.depth import routed
+from model.layer_state import LayerState
 from model.layers import RMSNorm, SwiGLU, newest, one_weight
 from model.model_state import BlockState
 from model.moe import MoE
@@ -22,8 +23,8 @@ from parallel.sharding import constrain
 
 
 class Block(nn.Module):
-    """Residual block: x + attention(norm(x)), then x + ffn(norm(x)); see LayerSpec.norms for other
-    places of the norms.
+    """Residual block: x + attention(norm(x)), then x + ffn(norm(x)), or one of them alone; see
+    LayerSpec.norms for other places of the norms.
 
     With spec.depth, of the chosen tokens only (model/depth.py); what they are goes into the
     collection "router" as "depth" (DepthStats). Sows its result and what its attention adds into
@@ -64,18 +65,16 @@ class Block(nn.Module):
         chosen_BLK: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, BlockState | None]:
         """x after attention, attention's update, the feed-forward's update, and the state."""
-        attention, ffn, eps = self.spec.attention, self.spec.ffn, self.model.norm_eps
-        # Outputs of 2 * num_layers branches add up on the residual stream (GPT-2's scaling).
-        depth_scale = (2 * self.model.num_layers) ** -0.5
+        ffn, eps = self.spec.ffn, self.model.norm_eps
         attention_state, router_state = (state.attention, state.router) if state else (None, None)
-        out_stddev = depth_scale * attention.out_width**-0.5
-        attend = attention_layer(
-            attention, self.execution, eps, out_stddev, gaps=self.spec.depth is not None
-        )
-        h_BLD = self._read(x_BLD, "attention_norm")
-        attended_BLD, attention_state = attend(h_BLD, step, attention_state)
-        attended_BLD = self._added(attended_BLD, "attention_norm_after")
-        x_BLD = constrain(x_BLD + attended_BLD, "batch", "length", None)
+        attended_BLD = jnp.zeros_like(x_BLD)
+        if self.spec.has_attention:
+            attended_BLD, attention_state = self._attended(x_BLD, step, attention_state)
+            x_BLD = constrain(x_BLD + attended_BLD, "batch", "length", None)
+        if isinstance(ffn, NoFeedForwardConfig):
+            state = None if attention_state is None else BlockState(attention_state, None)
+            return x_BLD, attended_BLD, jnp.zeros_like(x_BLD), state
+        depth_scale = self._depth_scale()
         h_BLD = self._read(x_BLD, "ffn_norm")
         out_stddev = depth_scale * ffn.d_ff**-0.5
         if isinstance(ffn, DenseConfig):
@@ -95,6 +94,25 @@ class Block(nn.Module):
         update_BLD = self._added(update_BLD, "ffn_norm_after")
         state = None if attention_state is None else BlockState(attention_state, router_state)
         return x_BLD, attended_BLD, update_BLD, state
+
+    def _attended(
+        self, x_BLD: jax.Array, step: Step, state: LayerState | None
+    ) -> tuple[jax.Array, LayerState | None]:
+        """Attention's update, and its state."""
+        attention = self.spec.attention
+        attend = attention_layer(
+            attention,
+            self.execution,
+            self.model.norm_eps,
+            self._depth_scale() * attention.out_width**-0.5,
+            gaps=self.spec.depth is not None,
+        )
+        attended_BLD, state = attend(self._read(x_BLD, "attention_norm"), step, state)
+        return self._added(attended_BLD, "attention_norm_after"), state
+
+    def _depth_scale(self) -> float:
+        """Outputs of 2 * num_layers branches add up on the residual stream (GPT-2's scaling)."""
+        return (2 * self.model.num_layers) ** -0.5
 
     def _dense_beside(self, config: DenseConfig, h_BLD: jax.Array, depth_scale: float) -> jax.Array:
         """What the dense layer beside the experts adds to theirs."""

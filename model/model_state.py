@@ -14,6 +14,7 @@ from configs.architecture import LayerSpec, ModelConfig
 from configs.checks import UserError
 from configs.feed_forward import MoEConfig
 from model.attention.kinds import init_attention_memory, init_attention_state
+from model.attention.none import EmptyState
 from model.layer_state import AnyKeyValueState, LayerState, PagedKeyValueState, StateShape
 
 
@@ -162,6 +163,8 @@ def copy_page(state: ModelState, source: jax.Array, target: jax.Array) -> ModelS
     """One page of every layer copied onto another, int32 []."""
 
     def copied(layer: LayerState) -> LayerState:
+        if isinstance(layer, EmptyState):
+            return layer
         assert isinstance(layer, PagedKeyValueState)
         return layer.copy_page(source, target)
 
@@ -172,7 +175,7 @@ def take_pages(state: ModelState, pages_N: jax.Array) -> tuple[jax.Array, ...]:
     """What lies in these pages, int32 [N], of each array of the state; N is dim 0 of each."""
 
     def taken(layer: LayerState) -> LayerState:
-        assert isinstance(layer, PagedKeyValueState)
+        assert isinstance(layer, PagedKeyValueState | EmptyState)
         return jax.tree.map(lambda pages: pages[pages_N], layer)
 
     made = _each(taken, state)

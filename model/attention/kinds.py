@@ -17,8 +17,22 @@ from configs.attention import (
     RelativeAttentionConfig,
 )
 from configs.base import ExecutionConfig
-from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
-from model.attention import gated_delta, grouped_query, latent, local_sparse, relative, short_conv
+from configs.recurrent_attention import (
+    GatedDeltaConfig,
+    Mamba2Config,
+    NoAttentionConfig,
+    ShortConvConfig,
+)
+from model.attention import (
+    gated_delta,
+    grouped_query,
+    latent,
+    local_sparse,
+    mamba2,
+    none,
+    relative,
+    short_conv,
+)
 from model.layer_state import LayerState, StateShape
 
 
@@ -90,6 +104,17 @@ KINDS: dict[type, AttentionKind] = {
         short_conv.init_state,
         short_conv.visible_keys,
         short_conv.mixing_flops,
+    ),
+    Mamba2Config: AttentionKind(
+        lambda config, execution, norm_eps, out_stddev, gaps: mamba2.Mamba2(
+            config, norm_eps, out_stddev, name="attention"
+        ),
+        mamba2.init_state,
+        mamba2.visible_keys,
+        mamba2.mixing_flops,
+    ),
+    NoAttentionConfig: AttentionKind(
+        none.absent, none.init_state, none.visible_keys, none.mixing_flops
     ),
 }
 

@@ -99,6 +99,14 @@ DELTA = {
 }
 """Of widths at which float32 and float64 agree to 5e-5 of deviation 1 in transformers itself: a
 query that is nearly at right angles to all keys lets what is rounded grow, in narrow heads more."""
+MAMBA2 = {
+    "head_dim": 16,
+    "ssm_state_size": 12,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "chunk_size": 16,
+}
 GEMMA4 = DENSE | {
     "head_dim": 16,
     "global_head_dim": 32,
@@ -439,6 +447,34 @@ CASES = {
             "layer_types": ["conv", "conv", "full_attention", "conv"],
             "conv_bias": True,
             "conv_L_cache": 4,
+        },
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        EXPERTS
+        | MAMBA2
+        | {
+            "hybrid_override_pattern": "MEM*-ME",
+            "n_routed_experts": 8,
+            "moe_shared_expert_intermediate_size": 40,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+    "nemotron_h_latent": (
+        "nemotron_h",
+        EXPERTS
+        | MAMBA2
+        | {
+            "layers_block_type": ["mamba", "moe", "attention", "moe"],
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 64,
+            "moe_shared_expert_intermediate_size": 96,
+            "moe_latent_size": 64,
+            "n_group": 4,
+            "topk_group": 2,
+            "use_bias": True,
+            "use_conv_bias": False,
+            "time_step_min": 0.6,
         },
     ),
     "gemma": ("gemma", DENSE | {"head_dim": 20}),

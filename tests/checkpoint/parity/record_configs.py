@@ -63,6 +63,7 @@ FAMILIES = (
     "qwen3_5_moe",
     "kimi_linear",
     "olmo_hybrid",
+    "nemotron_h",
 )
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Families that transformers knows by another name alone."""

@@ -103,6 +103,16 @@ LFM2 = {key: GROUPED[key] for key in GROUPED if key not in ("rms_norm_eps", "hid
     "conv_L_cache": [2, 3, 4],
     "conv_bias": [False, True],
 }
+MAMBA2 = {
+    "mamba_num_heads": [4, 8],
+    "mamba_head_dim": [8, 12],
+    "ssm_state_size": [6, 8],
+    "n_groups": [1, 2],
+    "use_conv_bias": [False, True],
+    "use_bias": [False, True],
+    "conv_kernel": [2, 4],
+    "chunk_size": [8],
+}
 ALPHA = [*ROPE, {"rope_type": "dynamic", "rope_theta": 10_000.0, "alpha": 50.0, "factor": 1.0}]
 SETTINGS: dict[str, dict[str, list[Any]]] = {
     "qwen2": DENSE | {"use_sliding_window": [False] * 5 + [True], "max_window_layers": [1]},
@@ -328,6 +338,31 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         "routed_scaling_factor": [1.0, 2.5],
         "num_hidden_layers": [2, 3, 4],
     },
+    "nemotron_h": MAMBA2
+    | {
+        "hidden_size": [16, 32, 48],
+        "layers_block_type": ["some"],
+        "num_hidden_layers": [1, 2, 3, 4, 5],
+        "layer_norm_epsilon": [1e-6, 1e-5, 1e-3],
+        "num_attention_heads": [2, 4],
+        "num_key_value_heads": [1, 2],
+        "head_dim": [8, 16],
+        "intermediate_size": [24, 40],
+        "mlp_hidden_act": ["relu2"] * 9 + ["silu"],
+        "mlp_bias": [False, False, True],
+        "time_step_min": [0.001, 0.001, 0.7],
+        "n_routed_experts": [4, 8],
+        "num_experts_per_tok": [1, 2, 3],
+        "n_shared_experts": [1, 2],
+        "moe_intermediate_size": [8, 16],
+        "moe_shared_expert_intermediate_size": [16, 24],
+        "moe_latent_size": [None, 12],
+        "norm_topk_prob": [False, True],
+        "routed_scaling_factor": [1.0, 2.5],
+        "n_group": [1, 2],
+        "topk_group": [1],
+        "tie_word_embeddings": [False] * 9 + [True],
+    },
     "gemma": GEMMA | {"hidden_act": ["gelu_pytorch_tanh"] * 7 + ["gelu", "silu"]},
     "gemma2": GEMMA
     | WINDOWS
@@ -356,8 +391,15 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     },
 }
 """By family; "some" in a list of layers stands for a random one."""
-LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear", "olmo_hybrid")
-"""Families whose layers have delta nets instead of windows."""
+LINEAR = (
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "kimi_linear",
+    "olmo_hybrid",
+    "nemotron_h",
+)
+"""Families whose layers have recurrent states instead of windows."""
 CHOICES = {
     "layer_types": ["sliding_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse"],
@@ -371,7 +413,8 @@ def draw_settings(family: str, chance: random.Random) -> dict[str, Any]:
     linear = {"layer_types": ["linear_attention", "full_attention"]} if family in LINEAR else {}
     if family in ("lfm2", "lfm2_moe"):
         linear = {"layer_types": ["conv", "full_attention"]}
-    for key, choices in (CHOICES | linear).items():
+    mixers = {"layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"]}
+    for key, choices in (CHOICES | linear | mixers).items():
         if drawn.get(key) == "some":
             drawn[key] = [chance.choice(choices) for _ in range(drawn["num_hidden_layers"])]
     drawn = {key: value for key, value in drawn.items() if value is not None or key in NULL}
