@@ -142,7 +142,7 @@ def same_keys(found: dict, wanted: dict) -> dict:
     }
 
 
-WITHOUT_ROPE = ("kimi_linear", "olmo_hybrid", "nemotron_h", "nemotron_h_latent")
+WITHOUT_ROPE = ("kimi_linear", "olmo_hybrid", "nemotron_h", "nemotron_h_latent", "granitemoehybrid")
 OLD_KEYS = {"num_local_experts": "num_experts", "dtype": "torch_dtype"}
 
 

@@ -107,6 +107,14 @@ MAMBA2 = {
     "n_groups": 2,
     "chunk_size": 16,
 }
+GRANITE_MAMBA2 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "num_key_value_heads": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 12,
+    "mamba_chunk_size": 16,
+}
 GEMMA4 = DENSE | {
     "head_dim": 16,
     "global_head_dim": 32,
@@ -475,6 +483,33 @@ CASES = {
             "use_bias": True,
             "use_conv_bias": False,
             "time_step_min": 0.6,
+        },
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        GRANITE
+        | GRANITE_MAMBA2
+        | {
+            "intermediate_size": 64,
+            "shared_intermediate_size": 96,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "time_step_limit": [0.6, float("inf")],
+        },
+    ),
+    "granitemoehybrid_dense": (
+        "granitemoehybrid",
+        GRANITE
+        | GRANITE_MAMBA2
+        | {
+            "shared_intermediate_size": 96,
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+            "mamba_n_groups": 2,
+            "mamba_conv_bias": False,
+            "mamba_proj_bias": True,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
         },
     ),
     "gemma": ("gemma", DENSE | {"head_dim": 20}),

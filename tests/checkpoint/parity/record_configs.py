@@ -64,6 +64,7 @@ FAMILIES = (
     "kimi_linear",
     "olmo_hybrid",
     "nemotron_h",
+    "granitemoehybrid",
 )
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Families that transformers knows by another name alone."""

@@ -363,6 +363,28 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         "topk_group": [1],
         "tie_word_embeddings": [False] * 9 + [True],
     },
+    "granitemoehybrid": FACTORS
+    | {key: COMMON[key] for key in ("hidden_size", "num_hidden_layers", "rms_norm_eps")}
+    | {key: COMMON[key] for key in ("hidden_act", "tie_word_embeddings", "rope_parameters")}
+    | {
+        "layer_types": ["some"],
+        "num_attention_heads": [2, 4],
+        "num_key_value_heads": [1, 2],
+        "attention_bias": [False, True],
+        "position_embedding_type": [None, "rope", "nope"],
+        "intermediate_size": [8, 16],
+        "shared_intermediate_size": [16, 24],
+        "num_local_experts": [0, 4, 8],
+        "num_experts_per_tok": [1, 2, 3],
+        "mamba_n_heads": [4, 8],
+        "mamba_n_groups": [1, 2],
+        "mamba_d_state": [6, 8],
+        "mamba_d_conv": [2, 4],
+        "mamba_expand": [1, 2],
+        "mamba_conv_bias": [False, True],
+        "mamba_proj_bias": [False, True],
+        "mamba_chunk_size": [8],
+    },
     "gemma": GEMMA | {"hidden_act": ["gelu_pytorch_tanh"] * 7 + ["gelu", "silu"]},
     "gemma2": GEMMA
     | WINDOWS
@@ -398,6 +420,7 @@ LINEAR = (
     "kimi_linear",
     "olmo_hybrid",
     "nemotron_h",
+    "granitemoehybrid",
 )
 """Families whose layers have recurrent states instead of windows."""
 CHOICES = {
