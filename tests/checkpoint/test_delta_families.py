@@ -1,4 +1,4 @@
-"""Families on delta nets beyond their logits: files that hold an encoder for images, names that
+"""Families on recurrent states, and GLM-5, beyond their logits: files that hold an encoder for images, names that
 transformers writes, projections that several parameters share, on a mesh and in few bits.
 """
 
@@ -164,6 +164,7 @@ def test_what_nemotron_has_beyond_is_refused_by_name(change, sentence, tmp_path)
         ("nemotron_h_latent", (1, 2, 2)),
         pytest.param("granitemoehybrid", (1, 4, 2), marks=pytest.mark.slow),
         pytest.param("nemotron_h", (1, 4, 1), marks=pytest.mark.slow),
+        pytest.param("glm_moe_dsa", (1, 4, 2), marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe_text", (1, 4, 1), marks=pytest.mark.slow),
         pytest.param("kimi_linear", (1, 4, 2), marks=pytest.mark.slow),
     ],
@@ -177,8 +178,7 @@ def test_a_mesh_reads_the_parts_it_needs(case, sizes, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     with jax.set_mesh(mesh):
         made = full_logits(model, found, tokens)
-        ("nemotron_h_latent",)
-        ("granitemoehybrid",)
+    np.testing.assert_allclose(made, logits, atol=TOLERANCE)
     config, lazy = source.load_or_leave(dtype="float32")
     folder = tmp_path / "out"
     folder.mkdir()
@@ -195,6 +195,8 @@ def test_a_mesh_reads_the_parts_it_needs(case, sizes, tmp_path):
         "qwen3_next",
         "nemotron_h",
         "nemotron_h_latent",
+        "granitemoehybrid",
+        "glm_moe_dsa",
         pytest.param("kimi_linear", marks=pytest.mark.slow),
     ],
 )

@@ -233,6 +233,18 @@ CASES = {
             "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
         },
     ),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        V3
+        | {
+            "index_topk": 8,
+            "index_head_dim": 16,
+            "index_n_heads": 16,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "qwen2": ("qwen2", DENSE | {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", DENSE | {"head_dim": 20, "attention_bias": True}),
     "mistral": ("mistral", DENSE | {"head_dim": 20, "sliding_window": 16}),

@@ -65,6 +65,7 @@ FAMILIES = (
     "olmo_hybrid",
     "nemotron_h",
     "granitemoehybrid",
+    "glm_moe_dsa",
 )
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Families that transformers knows by another name alone."""
