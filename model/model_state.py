@@ -218,7 +218,11 @@ def _each(fn: Callable[..., LayerState], *states: ModelState) -> ModelState:
     """fn of each layer's state, of all layers, one after the other or stacked."""
     prefixes = zip(*(s.prefix for s in states), strict=True)
     periods = zip(*(s.periods for s in states), strict=True)
-    over_periods = jax.vmap(fn) if states[0].is_stacked else fn
+
+    def over_periods(*layers: LayerState) -> LayerState:
+        is_stacked = states[0].is_stacked and bool(jax.tree.leaves(layers[0]))
+        return jax.vmap(fn)(*layers) if is_stacked else fn(*layers)
+
     return states[0].replace(
         prefix=tuple(_map_block(fn, *blocks) for blocks in prefixes),
         periods=tuple(_map_block(over_periods, *blocks) for blocks in periods),

@@ -1,5 +1,6 @@
-"""Families on recurrent states, and GLM-5, beyond their logits: files that hold an encoder for images, names that
-transformers writes, projections that several parameters share, on a mesh and in few bits.
+"""Families on recurrent states, and GLM-5, beyond their logits: files that hold an encoder for
+images, names that transformers writes, projections that several parameters share, on a mesh and in
+few bits.
 """
 
 import json

@@ -1,6 +1,8 @@
 """Mamba-2, layers of one branch, ReLU^2 and latent MoE: the equations, causality, a mesh."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs.architecture import LayerSpec, MixtureOfDepthsConfig
@@ -8,7 +10,15 @@ from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig, RouterConfig
 from configs.recurrent_attention import Mamba2Config, NoAttentionConfig
 from model.growth import grown_config
-from model.model_state import init_state
+from model.model_state import (
+    copy_page,
+    init_state,
+    put_pages,
+    put_rows,
+    rewind,
+    take_pages,
+    take_rows,
+)
 from model.transformer import Transformer, abstract_variables
 from tests import tiny
 from tests.probes import Parity, check_causality, check_devices, drawn
@@ -92,6 +102,22 @@ def test_a_layer_has_the_norms_of_its_branches_alone():
     params = drawn(NEMOTRON)["params"]["periods"]
     norms = [sorted(name for name in params[f"layer_{i}"] if "norm" in name) for i in range(4)]
     assert norms == [["attention_norm"], ["ffn_norm"], ["attention_norm"], ["ffn_norm"]]
+
+
+def test_layers_that_keep_nothing_lie_beside_those_that_do():
+    """Stacked over periods: rows taken and put back, pages copied, tokens taken back."""
+    state = init_state(NEMOTRON, 3, 8, "float32")
+    filled = jax.tree.map(lambda x: jnp.arange(x.size).reshape(x.shape).astype(x.dtype), state)
+    taken = take_rows(filled, jnp.array([2]))
+    again = put_rows(state, jnp.array([2]), taken)
+    for old, new in zip(jax.tree.leaves(filled), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(old[:, 2], new[:, 2])
+    paged = tiny.model(num_layers=4, pattern=NEMOTRON.pattern[2:])
+    pages = init_state(paged, 1, 8, "float32", num_pages=3, page_size=4)
+    copied = copy_page(pages, jnp.int32(1), jnp.int32(2))
+    assert jax.tree.structure(copied) == jax.tree.structure(pages)
+    back = put_pages(pages, jnp.array([1]), take_pages(pages, jnp.array([2])))
+    assert jax.tree.structure(rewind(back, jnp.zeros(1, jnp.int32))) == jax.tree.structure(pages)
 
 
 def test_the_state_does_not_grow():
