@@ -31,16 +31,20 @@ class Turn:
     """Peak memory of the process so far."""
 
 
-def serve(step: Callable[[], None]) -> None:
-    """Takes turns: reads a number of steps from stdin, answers on stdout, until stdin ends."""
+def serve(step: Callable[[], None], warm_steps: int = WARM_STEPS) -> None:
+    """Takes turns: reads a number of steps from stdin, answers on stdout, until stdin ends.
+
+    Args:
+      warm_steps: before those of a turn; none where a step takes many seconds.
+    """
     for line in sys.stdin:
         times = []
-        for _ in range(WARM_STEPS + int(line)):
+        for _ in range(warm_steps + int(line)):
             began = time.perf_counter()
             step()
             times.append(time.perf_counter() - began)
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        turn = [times[0], statistics.mean(times[WARM_STEPS:]), peak_mb]
+        turn = [times[0], statistics.mean(times[warm_steps:]), peak_mb]
         print("TURN " + json.dumps(turn), flush=True)
 
 

@@ -21,7 +21,7 @@ from configs.data import DataConfig, MixturePart
 from data.corpora import LeftOut, name_hash
 from data.encoding import ahead, in_batches
 from data.infilling import OWN_MARKS, infilled, is_drawn
-from data.item_encoding import Encode, encoder_of
+from data.item_encoding import Encode, Encoded, encoder_of
 from data.near_duplicates import HeldOutIndex
 from data.sources import Item, OpenedSource, Unit, open_part
 from data.token_file import token_dtype
@@ -308,9 +308,9 @@ class _Work:
         self.done = done
         if not done.position:
             self._at_unit = self._signed(done)
-        items = place.unit.items(done.position)
-        for batch in ahead(in_batches(items, lambda item: item.size)):
-            self._write(place, batch, encode)
+        batches = in_batches(place.unit.items(done.position), lambda item: item.size)
+        for batch, documents in ahead((x, encode(place.unit, x)) for x in batches):
+            self._write(place, batch, documents)
             if time.monotonic() - self._last_note >= SECONDS_BETWEEN_NOTES:
                 self.note()
         self.done = replace(
@@ -320,9 +320,9 @@ class _Work:
             num_files=self.done.num_files + len(place.unit.files),
         )
 
-    def _write(self, place: _Place, batch: list[Item], encode: Encode) -> None:
+    def _write(self, place: _Place, batch: list[Item], documents: list[Encoded | None]) -> None:
         empty = 0
-        for item, document in zip(batch, encode(place.unit, batch), strict=True):
+        for item, document in zip(batch, documents, strict=True):
             if document is None:
                 empty += 1
                 continue

@@ -259,7 +259,7 @@ def test_the_chain_goes_on_where_it_was(place, tmp_path):
     run += ["--arms", "drawn, teacher"]
     run += ["--tasks", "line_completion", "--limit", "2"]
     for _ in range(2):
-        done = subprocess.run(run, capture_output=True, text=True)
+        done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     stages = json.loads((tmp_path / "chain" / "stages.json").read_text())
     assert list(stages) == ["source", "pruned", "distilled", "drawn, teacher", "int8", "int4"]

@@ -315,10 +315,11 @@ def test_overrides():
     [
         ("v31_nanoo", [], "unknown run 'v31_nanoo': did you mean 'v31_nano'"),
         ("zzz", [], "unknown run 'zzz': There are"),
-        ("v31_nano", ["--steps", "many"], "--steps.*'many'"),
+        ("v31_nano", ["--steps", "many"], "^--steps.*'many'"),
         ("v31_nano", ["--stepps", "3"], "--stepps.*did you mean --steps"),
         ("v31_nano", ["--mesh.expert", "4.5"], "--mesh.expert.*'4.5'"),
         ("v31_nano", ["--steps", "0"], "^steps=0 must be greater than 0"),
+        ("v31_nano", ["--optimizer.beta2", "2"], "^optimizer.beta2=2.0 must lie in"),
         ("v31_nano", ["--optimizer.kind", "sgd"], "'sgd'.*'adamw', 'muon'"),
         ("v31_nano", ["--mesh.expert", "3"], "must be divisible by"),
     ],
