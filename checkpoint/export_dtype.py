@@ -17,7 +17,7 @@ import numpy as np
 from checkpoint.families import FAMILIES
 from checkpoint.families.base import Family, Packed, PackedDtype
 from checkpoint.logical_tensors import BLOCKS, SCALE_INV, SCALES, fp8_block
-from checkpoint.weight_map import Entry
+from checkpoint.weight_map import TOKEN_EXPERTS, Entry
 from configs.checks import UserError, require
 from formats.block_floats import FP8, GROUP, encode_fp8, encode_mxfp4, fp8_scales_shape
 from formats.safetensors.writer import Planned
@@ -115,7 +115,10 @@ class Storage:
         return self.packed.dtype
 
     def _plain(self, entry: Entry) -> np.dtype[Any]:
-        """State that steers the choice of experts stays float32, as DeepSeek ships it."""
+        """State that steers the choice of experts stays float32, as DeepSeek ships it, and a table
+        of experts integers."""
+        if entry.leaf.endswith(TOKEN_EXPERTS):
+            return np.dtype(np.int64)
         return DTYPES["float32" if entry.leaf.startswith("router_state.") else self.dtype]
 
 

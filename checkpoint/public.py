@@ -229,7 +229,9 @@ def _function(config: ModelConfig) -> ModelConfig:
             return ffn
         router, defaults = ffn.router, RouterConfig(top_k=1)
         names = ("load_balance_weight", "sequence_weight", "entropy_weight", "z_loss_weight")
-        weights = {name: getattr(defaults, name) for name in names}
+        weights: dict[str, Any] = {name: getattr(defaults, name) for name in names}
+        if router.choice == "token":  # no loss goes with it
+            weights = dict.fromkeys(names, 0.0)
         if router.balance != "none":
             weights |= {"balance": "loss_free", "bias_rate": 1e-3}
         return dataclasses.replace(ffn, router=dataclasses.replace(router, **weights, warmup=None))

@@ -50,6 +50,8 @@ Place = tuple[int | Span | None, ...]
 has some of, None for whole ones."""
 
 
+TOKEN_EXPERTS = ".token_experts"
+"""State that public checkpoints hold as integers: the table of a router that goes by token."""
 NOT_EXPORTED = ".null_logit"
 """State that public checkpoints don't hold: 0 where a model has no null experts."""
 

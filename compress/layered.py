@@ -99,13 +99,18 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
         "norms that multiply by 1 + scale (zero_centered_norms) are not compressed yet: distil "
         "such a model into another one",
     )
+    require(
+        config.hyper_connections is None,
+        "models with several residual streams (hyper_connections) are not compressed yet: distil "
+        "such a model into another one",
+    )
     for spec in (*config.prefix, *config.pattern):
         require(
             not _is_beyond_known(spec),
-            "layers with GELU or ReLU^2, normed values, values of the keys' projection, gates on "
-            "inputs, scales of experts, a dense layer or latent vectors beside them, shared "
-            "experts of a width of their own, or one branch alone are not compressed yet: distil "
-            "such a model into another one",
+            "layers with GELU, ReLU^2 or bounded SwiGLU, normed values, values of the keys' "
+            "projection, gates on inputs, scales of experts, experts by token, a dense layer or "
+            "latent vectors beside them, shared experts of a width of their own, or one branch "
+            "alone are not compressed yet: distil such a model into another one",
         )
         require(
             not isinstance(spec.attention, AttentionConfig) or not spec.attention.output_gate,
@@ -142,7 +147,9 @@ def _is_beyond_known(spec: LayerSpec) -> bool:
         router = ffn.router
         is_own |= router.gates_on == "inputs" or router.expert_scales or router.input_norm
         is_own |= ffn.latent_width is not None or ffn.shared_d_ff is not None
-    is_own |= isinstance(ffn, NoFeedForwardConfig) or ffn.activation in ("geglu", "relu2")
+        is_own |= router.choice == "token"
+    beyond = ("geglu", "bounded_swiglu", "relu2")
+    is_own |= isinstance(ffn, NoFeedForwardConfig) or ffn.activation in beyond
     is_own |= not spec.has_attention
     return is_own or spec.dense is not None or spec.output_scale
 

@@ -136,6 +136,36 @@ class MultiTokenConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HyperConnectionConfig:
+    """Several residual streams, read and shared out by weights that the token itself gives
+    (manifold-constrained hyper-connections; DeepSeek-V4, 2026). See model/hyper_connections.py."""
+
+    num_streams: int = 4
+    """N."""
+    sinkhorn_steps: int = 20
+    """Times that the sharing's columns are scaled to sum to 1."""
+    eps: float = 1e-6
+    """Least weight of a stream, and of what a sum is divided by."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "sinkhorn_steps", "eps")
+        require(
+            self.num_streams >= 2,
+            f"hyper_connections.num_streams={self.num_streams} must be at least 2: one stream is "
+            "the ordinary residual, leave hyper_connections out",
+        )
+
+    def num_parameters(self, d_model: int) -> int:
+        """Of a layer: attention's mixing and the feed-forward's."""
+        n = self.num_streams
+        return 2 * (((2 + n) * n) * (n * d_model + 1) + 3)
+
+    def num_end_parameters(self, d_model: int) -> int:
+        """Of the sum that the last norm reads."""
+        return self.num_streams * (self.num_streams * d_model + 1) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only model: `prefix`, then `pattern` repeated up to `num_layers` layers in all."""
 
@@ -162,6 +192,8 @@ class ModelConfig:
     """Factor of the logits (Granite: 1/8)."""
     logit_cap: float | None = None
     """Bound c of the logits, c * tanh(logit / c) (Gemma 2: 30)."""
+    hyper_connections: HyperConnectionConfig | None = None
+    """Set for several residual streams."""
     early_exit: EarlyExitConfig | None = None
     exit_spacing: int | None = None
     """Layers between two exits of a model made for decoding (model/unstacked.py); None, as in
@@ -200,6 +232,7 @@ class ModelConfig:
         )
         self._check_early_exit()
         self._check_memory()
+        self._check_streams()
 
     def _check_early_exit(self) -> None:
         periodic, spacing = self.num_layers - len(self.prefix), self.exit_spacing
@@ -254,6 +287,29 @@ class ModelConfig:
             "attention needs: leave depth out",
         )
 
+    def _check_streams(self) -> None:
+        if self.hyper_connections is None:
+            return
+        require(
+            all(s.has_attention and s.has_feed_forward for s in (*self.prefix, *self.pattern)),
+            "hyper_connections is not built with layers that are an attention or a feed-forward "
+            "alone: give each layer both",
+        )
+        require(
+            self.early_exit is None and self.multi_token is None and self.residual_scale == 1.0,
+            "hyper_connections is not built with early_exit, multi_token or a residual_scale: "
+            "leave them out",
+        )
+        require(
+            all(s.norms == "pre" and s.depth is None for s in (*self.prefix, *self.pattern)),
+            "hyper_connections is not built with layers of norms='post' or 'sandwich' or with "
+            "depth: leave them out",
+        )
+        require(
+            not any(s.output_scale for s in (*self.prefix, *self.pattern)),
+            "hyper_connections is not built with output_scale: leave it out",
+        )
+
     @property
     def memory_length(self) -> int | None:
         """Tokens that each layer keeps from one segment to the next; None without memory."""
@@ -301,11 +357,14 @@ class ModelConfig:
         ffn_parameters: typing.Callable[[FeedForward], int],
         is_active: bool = False,
     ) -> int:
+        streams = self.hyper_connections
+
         def layer(spec: LayerSpec) -> int:
             weights = (
                 spec.attention.num_parameters(self.d_model)
                 + ffn_parameters(spec.ffn)
                 + spec.num_other_parameters(self.d_model)
+                + (0 if streams is None else streams.num_parameters(self.d_model))
             )
             if spec.depth is None:
                 return weights
@@ -317,4 +376,6 @@ class ModelConfig:
 
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         layers = count(self.prefix) + self.num_periods * count(self.pattern)
-        return layers + embeddings + self.d_model
+        end = self.d_model
+        end += 0 if streams is None else streams.num_end_parameters(self.d_model)
+        return layers + embeddings + end

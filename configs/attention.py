@@ -9,6 +9,7 @@ from typing import Literal
 
 from configs.attention_traits import AttentionTraits
 from configs.checks import require, require_positive
+from configs.compressed_attention import CompressedAttentionConfig
 from configs.recurrent_attention import (
     GatedDeltaConfig,
     Mamba2Config,
@@ -420,6 +421,7 @@ Attention = (
     | LatentAttentionConfig
     | LocalSparseAttentionConfig
     | RelativeAttentionConfig
+    | CompressedAttentionConfig
     | GatedDeltaConfig
     | ShortConvConfig
     | Mamba2Config

@@ -199,5 +199,6 @@ def _sentence(box: str) -> str:
     texts = [" ".join(part) for part in parts if part]
     if "╭" not in box:  # without Unicode the frame's title stands on a line of its own
         texts = texts[1:]
-    message = re.sub(r"^Error parsing ([A-Za-z][\w. ]*: )?", "", texts[0] if texts else "bad arguments")
+    told = texts[0] if texts else "bad arguments"
+    message = re.sub(r"^Error parsing ([A-Za-z][\w. ]*: )?", "", told)
     return f"{message} (--help lists every setting)"

@@ -2,11 +2,17 @@
 
 import dataclasses
 
-from configs.architecture import LayerSpec, ModelConfig
+from configs.architecture import HyperConnectionConfig, LayerSpec, ModelConfig
 from configs.attention import AttentionConfig, LatentAttentionConfig
+from configs.compressed_attention import (
+    CompressedAttentionConfig,
+    CompressionConfig,
+    EntryIndexerConfig,
+)
 from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig, RouterConfig
 from configs.models import v31_nano
 from configs.recurrent_attention import GatedDeltaConfig, Mamba2Config, NoAttentionConfig
+from configs.rope import YarnConfig
 
 
 def glm4_nano() -> ModelConfig:
@@ -135,3 +141,116 @@ def nemotron_h_nano() -> ModelConfig:
         for letter in "MEM*EME"
     )
     return dataclasses.replace(model, prefix=(), pattern=pattern, num_layers=7)
+
+
+def deepseek_v4_nano() -> ModelConfig:
+    """DeepSeek-V4's form in 4.9M parameters: four residual streams, a layer with a window whose
+    experts go by token, then sparse, heavy and sparse compression of what lies before the window.
+    """
+    window = CompressedAttentionConfig(
+        num_heads=4,
+        query_rank=64,
+        head_dim=64,
+        rotary_dim=16,
+        window_size=32,
+        num_output_groups=2,
+        output_rank=64,
+    )
+    indexer = EntryIndexerConfig(num_heads=4, head_dim=32, top_k=16)
+    return _deepseek_v4(
+        v31_nano(),
+        window,
+        (CompressionConfig(rate=4, overlaps=True, indexer=indexer), CompressionConfig(rate=16)),
+        MoEConfig(
+            num_experts=16,
+            d_ff=128,
+            num_shared_experts=1,
+            router=_by_score(top_k=3),
+            activation="bounded_swiglu",
+            swiglu_limit=10.0,
+        ),
+        num_windows=1,
+        num_hashed=1,
+    )
+
+
+def deepseek_v4_flash() -> ModelConfig:
+    """DeepSeek-V4-Flash (2026), 284B parameters: its published sizes, two layers with windows alone
+    and then sparse and heavy compression in turn, the experts of the first three by token; without
+    the module that predicts further.
+    """
+    window = CompressedAttentionConfig(
+        num_heads=64,
+        query_rank=1024,
+        head_dim=512,
+        rotary_dim=64,
+        window_size=128,
+        num_output_groups=8,
+        output_rank=1024,
+    )
+    indexer = EntryIndexerConfig(num_heads=64, head_dim=128, top_k=512)
+    base = ModelConfig(
+        vocab_size=129_280,
+        d_model=4096,
+        num_layers=43,
+        pattern=v31_nano().pattern[:1],
+        context_length=1_048_576,
+    )
+    return _deepseek_v4(
+        base,
+        window,
+        (CompressionConfig(rate=4, overlaps=True, indexer=indexer), CompressionConfig(rate=128)),
+        MoEConfig(
+            num_experts=256,
+            d_ff=2048,
+            num_shared_experts=1,
+            router=_by_score(top_k=6),
+            activation="bounded_swiglu",
+            swiglu_limit=10.0,
+        ),
+        num_windows=2,
+        num_hashed=3,
+        yarn=YarnConfig(factor=16.0, original_length=65_536, mscale=0.0),
+    )
+
+
+def _by_score(top_k: int) -> RouterConfig:
+    return RouterConfig(
+        top_k=top_k,
+        scores="sqrt_softplus",
+        gate_scale=1.5,
+        balance="loss_free",
+        bias_rate=1e-3,
+        load_balance_weight=0.0,
+        sequence_weight=1e-4,
+        z_loss_weight=0.0,
+    )
+
+
+def _deepseek_v4(
+    base: ModelConfig,
+    window: CompressedAttentionConfig,
+    compressions: tuple[CompressionConfig, ...],
+    ffn: MoEConfig,
+    *,
+    num_windows: int,
+    num_hashed: int,
+    yarn: YarnConfig | None = None,
+) -> ModelConfig:
+    """`base` with these layers in turn, the first with windows alone or with experts by token."""
+    by_token = dataclasses.replace(
+        ffn.router, choice="token", balance="none", bias_rate=None, sequence_weight=0.0
+    )
+    hashed = dataclasses.replace(ffn, router=by_token)
+    layers = []
+    for i in range(base.num_layers):
+        attention = window
+        if i >= num_windows:
+            compression = compressions[(i - num_windows) % len(compressions)]
+            attention = dataclasses.replace(
+                window, compression=compression, rope_base=160_000.0, rope_scaling=yarn
+            )
+        layers.append(LayerSpec(attention=attention, ffn=hashed if i < num_hashed else ffn))
+    return dataclasses.replace(
+        base, prefix=(), pattern=tuple(layers), hyper_connections=HyperConnectionConfig()
+    )

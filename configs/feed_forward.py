@@ -11,7 +11,7 @@ from configs.checks import require, require_positive
 
 Scores = Literal["softmax", "sigmoid", "sqrt_softplus"]
 GroupScore = Literal["best_two", "best"]
-DenseActivation = Literal["swiglu", "geglu", "relu2"]
+DenseActivation = Literal["swiglu", "geglu", "bounded_swiglu", "relu2"]
 GROUP_MEMBERS: dict[GroupScore, int] = {"best_two": 2, "best": 1}
 """Experts whose scores are summed for a group's."""
 
@@ -48,13 +48,17 @@ class DenseConfig:
     d_ff: int
     """Hidden width, F."""
     activation: DenseActivation = "swiglu"
-    """Of the gate: silu, or GELU in its tanh form (geglu: Gemma, 2024). relu2: there is no gate,
-    the layer is W_down relu(W_up x)^2 (So et al. 2021; Nemotron-H, 2025)."""
+    """Of the gate: silu, or GELU in its tanh form (geglu: Gemma, 2024). bounded_swiglu: silu of the
+    gate, which is bounded above by swiglu_limit, and up both ways (DeepSeek-V4, 2026). relu2: there
+    is no gate, the layer is W_down relu(W_up x)^2 (So et al. 2021; Nemotron-H, 2025)."""
     bias: bool = False
     """Whether the matrices have biases (granite-8b-code)."""
+    swiglu_limit: float | None = None
+    """bounded_swiglu only (DeepSeek-V4: 10)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "d_ff")
+        _check_limit(self, ("bounded_swiglu",))
 
     def num_parameters(self, d_model: int) -> int:
         parts = num_parts(self.activation)
@@ -63,6 +67,17 @@ class DenseConfig:
 
     def num_active_parameters(self, d_model: int) -> int:
         return self.num_parameters(d_model)
+
+
+def _check_limit(config: "DenseConfig | MoEConfig", names: tuple[str, ...]) -> None:
+    """swiglu_limit goes with these activations and only with them."""
+    limit, activation = config.swiglu_limit, config.activation
+    require(
+        (limit is not None) == (activation in names),
+        f"swiglu_limit={limit} goes with activation={' or '.join(map(repr, names))} and only with "
+        f"it, got activation={activation!r}",
+    )
+    require(limit is None or limit > 0, f"swiglu_limit={limit} must be greater than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +146,9 @@ class RouterConfig:
     """Choices per token, K; with null experts, the most experts a token can have."""
     scores: Scores = "softmax"
     """Of the logits: Mixtral's, DeepSeek-V3's, DeepSeek-V4's (model/router_scores.py)."""
+    choice: Literal["scores", "token"] = "scores"
+    """What decides: the best scores, or the token's own id by a table that no training changes,
+    gates still the scores of what it names (Roller et al. 2021; DeepSeek-V4's first layers)."""
     normalize_gates: bool = True
     """Whether the chosen gates are rescaled to sum to 1."""
     gate_scale: float = 1.0
@@ -181,6 +199,7 @@ class RouterConfig:
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         self._check_groups()
         self._check_nulls()
+        self._check_choice()
         require(
             (self.bias_rate is not None) == (self.balance != "none"),
             f"router.bias_rate={self.bias_rate} goes with balance='loss_free' or 'quantile', got "
@@ -193,6 +212,21 @@ class RouterConfig:
         require(
             self.warmup is None or self.balance != "none",
             "router.warmup moves a router's bias: set router.balance and router.bias_rate",
+        )
+
+    def _check_choice(self) -> None:
+        is_free = self.num_groups is None and self.balance == "none" and self.context is None
+        is_free &= self.num_null_experts == 0
+        require(
+            self.choice == "scores" or is_free,
+            "router.choice='token' names the experts by a table: leave num_groups, balance, "
+            "num_null_experts and context out",
+        )
+        weights = (self.load_balance_weight, self.sequence_weight, self.entropy_weight)
+        require(
+            self.choice == "scores" or not any(weights),
+            "router.choice='token' has a load that no loss can change: set load_balance_weight, "
+            "sequence_weight and entropy_weight to 0",
         )
 
     def _check_groups(self) -> None:
@@ -265,13 +299,14 @@ class MoEConfig:
     """Width that tokens are projected to before the routed experts, and from after them: latent MoE
     (Nemotron 3, 2025). None: experts read and give d_model. Router and shared experts read the
     token itself."""
-    activation: Literal["swiglu", "clamped_swiglu", "geglu", "relu2"] = "swiglu"
+    activation: Literal["swiglu", "clamped_swiglu", "geglu", "bounded_swiglu", "relu2"] = "swiglu"
     """Of the routed experts. swiglu: silu(gate) * up. clamped_swiglu (gpt-oss, 2025): gate is
     bounded above and up both ways by swiglu_limit, then (up + 1) * gate * sigmoid(swiglu_alpha *
-    gate). geglu: gelu(gate) * up, of the shared experts too (Gemma 4, 2026). relu2: relu(up)^2
-    without a gate, of the shared experts too (Nemotron 3)."""
+    gate). geglu: gelu(gate) * up, of the shared experts too (Gemma 4, 2026). bounded_swiglu: that
+    of DenseConfig, of the shared experts too (DeepSeek-V4, 2026). relu2: relu(up)^2 without a gate,
+    of the shared experts too (Nemotron 3)."""
     swiglu_limit: float | None = None
-    """clamped_swiglu only (gpt-oss: 7)."""
+    """clamped_swiglu and bounded_swiglu only (gpt-oss: 7, DeepSeek-V4: 10)."""
     swiglu_alpha: float | None = None
     """clamped_swiglu only (gpt-oss: 1.702)."""
 
@@ -322,15 +357,14 @@ class MoEConfig:
         )
 
     def _check_activation(self) -> None:
-        is_clamped = self.activation == "clamped_swiglu"
-        for name in ("swiglu_limit", "swiglu_alpha"):
-            value = getattr(self, name)
-            require(
-                (value is not None) == is_clamped,
-                f"{name}={value} goes with activation='clamped_swiglu' and only with it, got "
-                f"activation={self.activation!r}",
-            )
-            require(value is None or value > 0, f"{name}={value} must be greater than 0")
+        _check_limit(self, ("clamped_swiglu", "bounded_swiglu"))
+        alpha = self.swiglu_alpha
+        require(
+            (alpha is not None) == (self.activation == "clamped_swiglu"),
+            f"swiglu_alpha={alpha} goes with activation='clamped_swiglu' and only with it, got "
+            f"activation={self.activation!r}",
+        )
+        require(alpha is None or alpha > 0, f"swiglu_alpha={alpha} must be greater than 0")
 
     @property
     def shared_width(self) -> int:

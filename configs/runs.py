@@ -221,6 +221,15 @@ def kimi_linear_nano() -> RunConfig:
     return dataclasses.replace(v31_nano(), name="kimi_linear_nano", model=model)
 
 
+def deepseek_v4_nano() -> RunConfig:
+    """Compressed attention, four residual streams, experts by token, as DeepSeek-V4 has them.
+
+    python -m scripts.train deepseek_v4_nano: minutes on two CPU cores.
+    """
+    model = family_models.deepseek_v4_nano()
+    return dataclasses.replace(v31_nano(), name="deepseek_v4_nano", model=model)
+
+
 def v3_7b() -> RunConfig:
     """V3 at full size, on 64 devices.
 

@@ -147,9 +147,9 @@ def _run_block(
     """The layer's result, its state, and the experts int32 [1, L, K]; None without experts."""
     outputs: Any = block.apply(variables, x_BLD, step, state, mutable=["experts"])
     (new_BLD, state), sown = outputs
-    is_read_BL1 = (step.positions_BL >= 0)[:, :, None]
+    is_read = (step.positions_BL >= 0).reshape(*x_BLD.shape[:2], *[1] * (x_BLD.ndim - 2))
     ids = sown["experts"]["moe"]["ids"] if "experts" in sown else None
-    return jnp.where(is_read_BL1, new_BLD, x_BLD), state, ids
+    return jnp.where(is_read, new_BLD, x_BLD), state, ids
 
 
 @partial(jax.jit, static_argnums=0)
@@ -361,10 +361,11 @@ def _ranges(ids_LK: np.ndarray, num_slots: int) -> list[tuple[int, int, tuple[in
 
 
 def _router_of(layer: PagedLayer) -> dict[str, Any] | None:
-    """What forecasting takes of a layer's variables; None: its router sees more than one token."""
+    """What forecasting takes of a layer's variables; None: its router sees more than one token, or
+    what it reads is not what the layer before gives."""
     params, spec = layer.variables["params"], layer.block.spec
     moe = params["moe"]
-    if "router" not in moe:
+    if "router" not in moe or layer.block.model.hyper_connections is not None:
         return None
     state = layer.variables.get("router_state", {}).get("moe", {}).get("state")
     return {

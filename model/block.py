@@ -14,7 +14,8 @@ from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig
 from model.attention.kinds import attention_layer
 from model.depth import routed
-from model.layer_state import LayerState
+from model.hyper_connections import StreamMixer, read, written
+from model.layer_state import AnyKeyValueState, LayerState
 from model.layers import RMSNorm, SwiGLU, newest, one_weight
 from model.model_state import BlockState
 from model.moe import MoE
@@ -46,6 +47,8 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, BlockState | None]:
         if self.spec.depth is not None:
             return routed(self, self.spec.depth, x_BLD, step, state, preference_BE)
+        if self.model.hyper_connections is not None:
+            return self._over_streams(x_BLD, step, state, preference_BE, chosen_BLK)
         x_BLD, attended_BLD, update_BLD, state = self.branches(
             x_BLD, step, state, preference_BE, chosen_BLK
         )
@@ -65,16 +68,75 @@ class Block(nn.Module):
         chosen_BLK: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, BlockState | None]:
         """x after attention, attention's update, the feed-forward's update, and the state."""
-        ffn, eps = self.spec.ffn, self.model.norm_eps
         attention_state, router_state = (state.attention, state.router) if state else (None, None)
-        attended_BLD = jnp.zeros_like(x_BLD)
+        attended_BLD = update_BLD = jnp.zeros_like(x_BLD)
         if self.spec.has_attention:
             attended_BLD, attention_state = self._attended(x_BLD, step, attention_state)
             x_BLD = constrain(x_BLD + attended_BLD, "batch", "length", None)
-        if isinstance(ffn, NoFeedForwardConfig):
-            state = None if attention_state is None else BlockState(attention_state, None)
-            return x_BLD, attended_BLD, jnp.zeros_like(x_BLD), state
-        depth_scale = self._depth_scale()
+        if self.spec.has_feed_forward:
+            update_BLD, router_state = self._fed(
+                x_BLD, step, router_state, preference_BE, chosen_BLK
+            )
+        state = None if attention_state is None else BlockState(attention_state, router_state)
+        return x_BLD, attended_BLD, update_BLD, state
+
+    def _over_streams(
+        self,
+        x_BLND: jax.Array,
+        step: Step,
+        state: BlockState | None,
+        preference_BE: jax.Array | None,
+        chosen_BLK: jax.Array | None,
+    ) -> tuple[jax.Array, BlockState | None]:
+        """The layer on several residual streams (model/hyper_connections.py). Sows the mean of its
+        streams as "hidden"."""
+        config, eps = self.model.hyper_connections, self.model.norm_eps
+        assert config is not None
+        attention_state, router_state = (state.attention, state.router) if state else (None, None)
+        mixing = StreamMixer(config, eps, name="attention_streams")(x_BLND)
+        x_BLD = read(x_BLND, mixing.read_BLN)
+        attended_BLD, attention_state = self._attended(x_BLD, step, attention_state)
+        x_BLND = constrain(written(x_BLND, attended_BLD, mixing), "batch", "length", None, None)
+        mixing = StreamMixer(config, eps, name="ffn_streams")(x_BLND)
+        x_BLD = read(x_BLND, mixing.read_BLN)
+        update_BLD, router_state = self._fed(x_BLD, step, router_state, preference_BE, chosen_BLK)
+        x_BLND = constrain(written(x_BLND, update_BLD, mixing), "batch", "length", None, None)
+        for name, value in (("hidden", x_BLND.mean(axis=2)), ("attended", attended_BLD)):
+            self.sow("activations", name, value, init_fn=lambda: None, reduce_fn=newest)
+        state = None if attention_state is None else BlockState(attention_state, router_state)
+        return x_BLND, state
+
+    @property
+    def _depth_scale(self) -> float:
+        """Outputs of 2 * num_layers branches add up on the residual stream (GPT-2's scaling)."""
+        return (2 * self.model.num_layers) ** -0.5
+
+    def _attended(
+        self, x_BLD: jax.Array, step: Step, state: LayerState | None
+    ) -> tuple[jax.Array, LayerState | None]:
+        """What attention adds to the residual stream, and its state."""
+        attention = self.spec.attention
+        attend = attention_layer(
+            attention,
+            self.execution,
+            self.model.norm_eps,
+            self._depth_scale * attention.out_width**-0.5,
+            gaps=self.spec.depth is not None,
+        )
+        attended_BLD, state = attend(self._read(x_BLD, "attention_norm"), step, state)
+        return self._added(attended_BLD, "attention_norm_after"), state
+
+    def _fed(
+        self,
+        x_BLD: jax.Array,
+        step: Step,
+        router_state: AnyKeyValueState | None,
+        preference_BE: jax.Array | None,
+        chosen_BLK: jax.Array | None,
+    ) -> tuple[jax.Array, AnyKeyValueState | None]:
+        """What the feed-forward adds to the residual stream, and its router's state."""
+        ffn, eps, depth_scale = self.spec.ffn, self.model.norm_eps, self._depth_scale
+        assert not isinstance(ffn, NoFeedForwardConfig)
         h_BLD = self._read(x_BLD, "ffn_norm")
         out_stddev = depth_scale * ffn.d_ff**-0.5
         if isinstance(ffn, DenseConfig):
@@ -84,35 +146,15 @@ class Block(nn.Module):
             if self.spec.dense is not None:
                 dense_BLD = self._dense_beside(self.spec.dense, h_BLD, depth_scale)
                 h_BLD = self._norm("moe_norm")(x_BLD)
-            update_BLD, router_state = MoE(ffn, self.execution, eps, out_stddev, name="moe")(
+            moe = MoE(ffn, self.execution, eps, out_stddev, self.model.vocab_size, name="moe")
+            update_BLD, router_state = moe(
                 h_BLD, step, router_state, preference_BE, chosen_BLK, x_BLD
             )
             if dense_BLD is not None:
                 update_BLD = dense_BLD + self._norm("moe_norm_after")(update_BLD)
         else:
             assert_never(ffn)
-        update_BLD = self._added(update_BLD, "ffn_norm_after")
-        state = None if attention_state is None else BlockState(attention_state, router_state)
-        return x_BLD, attended_BLD, update_BLD, state
-
-    def _attended(
-        self, x_BLD: jax.Array, step: Step, state: LayerState | None
-    ) -> tuple[jax.Array, LayerState | None]:
-        """Attention's update, and its state."""
-        attention = self.spec.attention
-        attend = attention_layer(
-            attention,
-            self.execution,
-            self.model.norm_eps,
-            self._depth_scale() * attention.out_width**-0.5,
-            gaps=self.spec.depth is not None,
-        )
-        attended_BLD, state = attend(self._read(x_BLD, "attention_norm"), step, state)
-        return self._added(attended_BLD, "attention_norm_after"), state
-
-    def _depth_scale(self) -> float:
-        """Outputs of 2 * num_layers branches add up on the residual stream (GPT-2's scaling)."""
-        return (2 * self.model.num_layers) ** -0.5
+        return self._added(update_BLD, "ffn_norm_after"), router_state
 
     def _dense_beside(self, config: DenseConfig, h_BLD: jax.Array, depth_scale: float) -> jax.Array:
         """What the dense layer beside the experts adds to theirs."""
@@ -202,4 +244,5 @@ class Period(nn.Module):
 def _keep_exited(step: Step, old_BLD: jax.Array, new_BLD: jax.Array) -> jax.Array:
     if step.is_exited_BL is None:
         return new_BLD
-    return jnp.where(step.is_exited_BL[:, :, None], old_BLD, new_BLD)
+    is_exited = step.is_exited_BL.reshape(*old_BLD.shape[:2], *[1] * (old_BLD.ndim - 2))
+    return jnp.where(is_exited, old_BLD, new_BLD)

@@ -170,17 +170,17 @@ def _adapter_product(
 
 
 def activated(gate: jax.Array, up: jax.Array, config: MoEConfig) -> jax.Array:
-    """silu(gate) * up, gelu(gate) * up (Shazeer 2020) or relu(up)^2, or with bounds l:
-    (clip(up, -l, l) + 1) * g * sigmoid(a g) where g = min(gate, l) (gpt-oss, 2025); float32.
+    """What `gated` has, silu(gate) * up and its like, or with bounds l: (clip(up, -l, l) + 1) * g *
+    sigmoid(a g) where g = min(gate, l) (gpt-oss, 2025); float32.
     """
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-    if config.activation == "clamped_swiglu":
-        limit, alpha = config.swiglu_limit, config.swiglu_alpha
-        assert limit is not None
-        assert alpha is not None
-        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-        return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
-    return gated(gate, up, config.activation)
+    if config.activation != "clamped_swiglu":
+        return gated(gate, up, config.activation, config.swiglu_limit)
+    limit, alpha = config.swiglu_limit, config.swiglu_alpha
+    assert limit is not None
+    assert alpha is not None
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
 
 
 def _own(w: jax.Array | QTensor | SplitWeight) -> jax.Array | QTensor:

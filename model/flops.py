@@ -29,12 +29,21 @@ def decode_flops_per_token(model: ModelConfig, length: int) -> float:
     return _forward(model, np.array([length]))
 
 
+def attention_flops_per_token(model: ModelConfig, length: int) -> float:
+    """Of that token, the scores and values of all layers alone."""
+    return _mixing(model, np.array([length]))
+
+
 def _forward(model: ModelConfig, places: np.ndarray) -> float:
     looked_up = 0 if model.tie_embeddings else model.vocab_size * model.d_model
     weights = model.num_active_parameters - looked_up
+    return 2.0 * weights + _mixing(model, places)
+
+
+def _mixing(model: ModelConfig, places: np.ndarray) -> float:
     prefix = sum(_attention_flops(spec, places) for spec in model.prefix)
     period = sum(_attention_flops(spec, places) for spec in model.pattern)
-    return 2.0 * weights + prefix + model.num_periods * period
+    return prefix + model.num_periods * period
 
 
 def _multi_token_flops(model: ModelConfig, length: int) -> float:

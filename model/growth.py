@@ -149,6 +149,11 @@ def _check(ffn: MoEConfig, operator: Operator, factor: int) -> None:
         "(latent_width) or beside shared ones of a width of their own (shared_d_ff)",
     )
     require(
+        router.choice == "scores",
+        "growth has no rows for router.choice='token', whose table names experts by number: it is "
+        "for models whose routers choose",
+    )
+    require(
         router.num_groups is None,
         f"growth by {operator!r} is not exact with router.num_groups={router.num_groups}: a "
         "group's "

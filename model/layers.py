@@ -372,14 +372,22 @@ def rope(
     return turned.astype(x_BLHC.dtype)
 
 
-def gated(gate: jax.Array, up: jax.Array, activation: DenseActivation) -> jax.Array:
+def gated(
+    gate: jax.Array, up: jax.Array, activation: DenseActivation, limit: float | None = None
+) -> jax.Array:
     """silu(gate) * up, or gelu(gate) * up (Shazeer 2020); GELU in its tanh form. relu2: relu(up)^2
     (So et al. 2021), whatever the gate.
+
+    Args:
+      limit: bounded_swiglu's: of the gate above, of up both ways.
     """
     if activation == "relu2":
         return jnp.square(jax.nn.relu(up))
     if activation == "swiglu":
         return jax.nn.silu(gate) * up
+    if activation == "bounded_swiglu":
+        assert limit is not None
+        return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
     if activation == "geglu":
         return jax.nn.gelu(gate, approximate=True) * up
     assert_never(activation)
@@ -414,7 +422,8 @@ class SwiGLU(nn.Module):
         if self.config.bias:
             bias_IF = zero_weight(self, "gate_up_bias", (parts, d_ff), (None, "mlp"))
             h_BLIF += bias_IF.astype(dtype)[None, None]
-        h_BLF = gated(h_BLIF[:, :, 0], h_BLIF[:, :, -1], self.config.activation)
+        c = self.config
+        h_BLF = gated(h_BLIF[:, :, 0], h_BLIF[:, :, -1], c.activation, c.swiglu_limit)
         out_BLD = project("BLF,FD->BLD", h_BLF, w_down_FD)
         if self.config.bias:
             bias_D = zero_weight(self, "down_bias", (d_model,), ("embed",))

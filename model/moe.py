@@ -27,11 +27,13 @@ from model.layers import (
     zero_weight,
 )
 from model.router import (
+    TOKEN_EXPERTS,
     changed_share,
     initial_state,
     needs_state,
     route,
     score_deviation,
+    token_experts,
     with_chosen,
 )
 from model.step import Step
@@ -49,6 +51,8 @@ class MoE(nn.Module):
     execution: ExecutionConfig
     norm_eps: float
     out_stddev: float
+    vocab_size: int = 0
+    """Rows of the table of a router that goes by token."""
 
     @nn.compact
     def __call__(
@@ -88,6 +92,8 @@ class MoE(nn.Module):
             is_token_T=is_token_BL.reshape(-1),
             preference_E=_bias(preference_BE, step, router_logits_TE, c.router),
         )
+        if c.router.choice == "token":
+            routing = with_chosen(routing, self._of_tokens(step), c.router)
         ids_BLK = routing.expert_ids_TK.reshape(batch, length, -1)
         self.sow("experts", "ids", ids_BLK, init_fn=lambda: None, reduce_fn=newest)
         if chosen_BLK is not None:
@@ -163,10 +169,22 @@ class MoE(nn.Module):
         w = weight(self, name, shape, axes, shape[0] ** -0.5, MatrixDims(1, 1))
         return project("TI,IO->TO", x_TD, w)
 
+    def _of_tokens(self, step: Step) -> jax.Array:
+        """The experts that the table names for each token, int32 [T, K]; -1 for padding."""
+        sizes = (self.vocab_size, self.config.num_experts, self.config.router.top_k)
+        table_VK = self.variable("router_state", TOKEN_EXPERTS, token_experts, *sizes).value
+        ids_BLK = jnp.where(step.positions_BL[:, :, None] >= 0, table_VK[step.tokens_BL], -1)
+        return ids_BLK.reshape(-1, sizes[-1])
+
     def _shared(self, x_BLD: jax.Array) -> jax.Array:
         """What the experts give that all tokens go to."""
         c = self.config
-        shared = DenseConfig(d_ff=c.shared_width, activation=c.shared_activation)
+        is_bounded = c.shared_activation == "bounded_swiglu"
+        shared = DenseConfig(
+            d_ff=c.shared_width,
+            activation=c.shared_activation,
+            swiglu_limit=c.swiglu_limit if is_bounded else None,
+        )
         shared_BLD = SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
         return self._gated(shared_BLD, x_BLD) if c.shared_gate else shared_BLD
 

@@ -41,6 +41,20 @@ class Routing(NamedTuple):
     lose; [T, 0] without null experts. What the rest of the program does not read costs nothing."""
 
 
+TOKEN_EXPERTS = "token_experts"
+"""The table of a router that goes by token, int32 [V, K], in the collection router_state."""
+
+
+def token_experts(vocab_size: int, num_experts: int, top_k: int) -> jax.Array:
+    """The table that such a router begins with, int32 [V, K]: for each token K different experts,
+    drawn by hashing its id (Knuth's multiplicative hash)."""
+    hash_V = jnp.arange(vocab_size, dtype=jnp.uint32) * jnp.uint32(2_654_435_761)
+    first_V = (hash_V >> 16) % num_experts
+    stride_V = 1 + (hash_V >> 7) % max(num_experts // top_k, 1)  # K strides stay below E
+    ids_VK = first_V[:, None] + stride_V[:, None] * jnp.arange(top_k, dtype=jnp.uint32)[None]
+    return (ids_VK % num_experts).astype(jnp.int32)
+
+
 def initial_state(num_experts: int) -> RouterState:
     return RouterState(jnp.zeros(num_experts, jnp.float32), jnp.zeros((), jnp.float32))
 

@@ -17,6 +17,7 @@ from configs.base import ExecutionConfig
 from kernels.quantize import MatrixDims, QTensor, take_outputs
 from model.block import SHAPES_ALONE, Block, Period
 from model.early_exit import dropout_rates
+from model.hyper_connections import StreamReader, spread
 from model.layers import CappedOutput, Declared, OutputsFirst, RMSNorm, in_dtype, weight
 from model.model_state import ModelState
 from model.moe_layers import moe_layers
@@ -90,10 +91,12 @@ class Transformer(nn.Module):
             unroll=1 if is_scanned(c) else c.num_periods,
             # Traces all layers once more, to look for broadcasts that none makes. Where weights are
             # drawn that moves the keys, and a seed is to draw what it always drew.
-            check_constancy_invariants=self.is_initializing(),
+            check_constancy_invariants=self.is_initializing() and not self.has_rng(SHAPES_ALONE),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.execution)
         self.final_norm = RMSNorm(c.norm_eps, is_zero_centered=c.zero_centered_norms)
+        if c.hyper_connections is not None:
+            self.final_streams = StreamReader(c.hyper_connections, c.norm_eps)
         if c.multi_token is not None:
             layer = c.multi_token.layer
             self.multi_token = [
@@ -114,8 +117,11 @@ class Transformer(nn.Module):
         return hidden_BLD, state
 
     def begin(self, step: Step, state: ModelState | None) -> tuple[jax.Array, ModelState | None]:
-        """What the first period reads, x_BLD, and the state with the prefix's tokens."""
+        """What the first period reads, x_BLD (with hyper_connections [B, L, N, D], here and until
+        `finish`), and the state with the prefix's tokens."""
         x_BLD, blocks = self._embedded(step.tokens_BL), []
+        if self.config.hyper_connections is not None:
+            x_BLD = spread(x_BLD, self.config.hyper_connections)
         for i, block in enumerate(self.prefix):
             x_BLD, block_state = block(x_BLD, step, None if state is None else state.prefix[i])
             blocks.append(block_state)
@@ -161,6 +167,8 @@ class Transformer(nn.Module):
         """The final norm, of the last layer or of an exit: what the output layer reads, the logits'
         factor in it.
         """
+        if self.config.hyper_connections is not None:
+            x_BLD = self.final_streams(x_BLD)
         hidden_BLD, scale = self.final_norm(x_BLD), self.config.logit_scale
         return hidden_BLD if scale == 1.0 else scale * hidden_BLD
 

@@ -1,7 +1,9 @@
 """Tests run on eight simulated CPU devices; our own layers under JAX's strictest rules."""
 
 import atexit
+import functools
 import gc
+import itertools
 import os
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 os.environ.setdefault("NPROC", "16")  # threads for the collectives of eight devices on few cores
 # Tiny programs run once: most of a test's time would be spent on making them fast. LLVM optimises
@@ -25,8 +28,9 @@ FLAGS = (
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 jax.config.update("jax_num_cpu_devices", 8)
 # Tracing makes objects by the million and keeps most: looking for garbage among them every 700
-# (Python's default) takes a tenth of all time.
+# (Python's default) takes a tenth of all time. What is imported stays: nobody looks through it.
 gc.set_threshold(50_000, 10, 10)
+gc.disable()
 # Many tests compile the same tiny programs: the workers of a session, which begin after this, share
 # what they compiled. Who names a folder keeps it for the next session.
 PROGRAMS = "MOESAIC_TEST_PROGRAMS"
@@ -36,6 +40,12 @@ if PROGRAMS not in os.environ:
 jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+# A fifth of a tiny program's time is spent on the context in which it is written down, where each
+# has its own: a hundred share one, which keeps their constants, and then there is another.
+if hasattr(mlir, "make_ir_context"):
+    programs, made = itertools.count(), mlir.make_ir_context
+    shared = functools.lru_cache(maxsize=1)(lambda _: made())
+    mlir.make_ir_context = lambda: shared(next(programs) // 100)
 
 STRICT = ("tests/kernels/", "tests/model/", "tests/parallel/")
 """Code that calls optax can't be held to it."""
@@ -64,6 +74,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    """All modules are there."""
+    gc.freeze()
+    gc.enable()
 
 
 def _commit() -> str:

@@ -14,8 +14,10 @@ from configs.attention import (
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
 )
+from configs.compressed_attention import CompressedAttentionConfig
 from configs.feed_forward import DenseConfig, MoEConfig
 from configs.recurrent_attention import GatedDeltaConfig, Mamba2Config, ShortConvConfig
+from tests.oracle_compressed import compressed_attention
 
 
 def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.ndarray, wrong=""):
@@ -26,6 +28,8 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
     params = _float64(params)
     documents = np.cumsum(np.concatenate([[0], positions[1:] != positions[:-1] + 1]))
     x = params["embedding"][tokens] * config.embedding_scale
+    if config.hyper_connections is not None:
+        x = np.stack([x] * config.hyper_connections.num_streams, axis=1)
     layers = [(spec, params[f"prefix_{i}"]) for i, spec in enumerate(config.prefix)]
     for period in range(config.num_periods):
         layers += [
@@ -36,7 +40,12 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
         eps, scale = config.norm_eps, config.residual_scale
         if config.zero_centered_norms:
             layer = layer | {k: {"scale": 1 + v["scale"]} for k, v in layer.items() if "norm" in k}
+        if config.hyper_connections is not None:
+            x = over_streams(x, layer, spec, config, positions, documents, wrong)
+            continue
         x = block(x, layer, spec, eps, positions, documents, wrong, scale)
+    if config.hyper_connections is not None:
+        x = last_streams(x, params["final_streams"], config, wrong)
     last = params["final_norm"]["scale"] + (1 if config.zero_centered_norms else 0)
     x = rms_norm(x, last, config.norm_eps) * config.logit_scale
     w = params["embedding"].T if config.tie_embeddings else params["output"]
@@ -63,26 +72,84 @@ def block(x, layer, spec: LayerSpec, eps, positions, documents, wrong="", scale=
     return x
 
 
+def over_streams(x, layer, spec: LayerSpec, config: ModelConfig, positions, documents, wrong=""):
+    """One layer on the streams x [L, N, D]."""
+    eps, rest = config.norm_eps, (positions, documents, wrong)
+    branches = (
+        ("attention_streams", lambda y: attention_update(y, layer, spec, eps, *rest)),
+        ("ffn_streams", lambda y: ffn_update(y, layer, spec, eps, *rest)),
+    )
+    for name, branch in branches:
+        mixed = [mixing(token, layer[name], config, wrong) for token in x]
+        read = np.stack([pre @ token for (pre, _, _), token in zip(mixed, x, strict=True)])
+        pairs = zip(mixed, branch(read), x, strict=True)
+        x = np.stack([np.outer(post, y) + share.T @ token for (_, post, share), y, token in pairs])
+    return x
+
+
+def mixing(token, w, config: ModelConfig, wrong=""):
+    """Weights of reading [N] and writing [N], and the sharing [N, N], of one token's streams
+    [N, D]. wrong: "shared the other way"; "rows first" of Sinkhorn's scaling; "normed apart" each
+    stream by itself."""
+    c = config.hyper_connections
+    n, eps = c.num_streams, c.eps
+    axis = -1 if wrong == "normed apart" else None
+    flat = token / np.sqrt((token**2).mean(axis, keepdims=True) + config.norm_eps)
+    logits = np.einsum("nd,ndk->k", flat, w["mix"]) * np.repeat(w["scale"], [n, n, n * n])
+    logits = logits + w["bias"]
+    pre, post = (1 / (1 + np.exp(-part)) for part in (logits[:n], logits[n : 2 * n]))
+    share = np.exp(logits[2 * n :].reshape(n, n))
+    share = share / share.sum(1, keepdims=True) + eps
+    for step in range(2 * c.sinkhorn_steps - 1):
+        axis = (step + (wrong == "rows first")) % 2
+        share = share / (share.sum(axis, keepdims=True) + eps)
+    return pre + eps, 2 * post, share.T if wrong == "shared the other way" else share
+
+
+def last_streams(x, w, config: ModelConfig, wrong=""):
+    """The sum of each token's streams. wrong: "mean of streams"."""
+    if wrong == "mean of streams":
+        return x.mean(1)
+    out = []
+    for token in x:
+        flat = token / np.sqrt((token**2).mean() + config.norm_eps)
+        logits = np.einsum("nd,ndk->k", flat, w["mix"]) * w["scale"] + w["bias"]
+        out.append((1 / (1 + np.exp(-logits)) + config.hyper_connections.eps) @ token)
+    return np.stack(out)
+
+
 def block_update(x, layer, spec: LayerSpec, eps, positions, documents, wrong="", scale=1.0):
     """attention(norm(x)) + ffn(norm(x + attention(norm(x)))), or with the norms around or after."""
+    first = 0.0
+    if spec.has_attention:
+        first = scale * attention_update(x, layer, spec, eps, positions, documents, wrong)
+    if not spec.has_feed_forward:
+        return first
+    middle = x + first
+    return first + scale * ffn_update(middle, layer, spec, eps, positions, documents, wrong)
+
+
+def attention_update(x, layer, spec: LayerSpec, eps, positions, documents, wrong=""):
+    def normed(y, name):
+        return rms_norm(y, layer[name]["scale"], eps) if name in layer else y
+
+    h = normed(x, "attention_norm")
+    attend = ATTENTIONS[type(spec.attention)]
+    mistake = {"wrong": wrong} if wrong else {}
+    first = attend(h, layer["attention"], spec.attention, positions, documents, **mistake)
+    return normed(first, "attention_norm_after")
+
+
+def ffn_update(middle, layer, spec: LayerSpec, eps, positions, documents, wrong=""):
+    """Of what attention left. With "token_experts" [L, K] among the layer's weights, those."""
 
     def normed(y, name):
         return rms_norm(y, layer[name]["scale"], eps) if name in layer else y
 
-    first = 0.0
-    if spec.has_attention:
-        h = normed(x, "attention_norm")
-        attend = ATTENTIONS[type(spec.attention)]
-        mistake = {"wrong": wrong} if wrong else {}
-        first = attend(h, layer["attention"], spec.attention, positions, documents, **mistake)
-        first = scale * normed(first, "attention_norm_after")
-    if not spec.has_feed_forward:
-        return first
-    middle = x + first
     h = normed(middle, "ffn_norm")
     if isinstance(spec.ffn, DenseConfig):
-        activation = spec.ffn.activation
-        second = np.stack([swiglu(t, **layer["ffn"], activation=activation) for t in h])
+        kind = {"activation": spec.ffn.activation, "limit": spec.ffn.swiglu_limit}
+        second = np.stack([swiglu(t, **layer["ffn"], **kind) for t in h])
     else:
         beside = 0.0
         if spec.dense is not None:
@@ -91,12 +158,14 @@ def block_update(x, layer, spec: LayerSpec, eps, positions, documents, wrong="",
             beside, h = normed(beside, "dense_norm_after"), normed(middle, "moe_norm")
         read = h
         if spec.ffn.router.input_norm:
-            read = rms_norm(middle, layer["moe"]["router_norm"]["scale"], eps) / np.sqrt(x.shape[1])
+            read = rms_norm(middle, layer["moe"]["router_norm"]["scale"], eps)
+            read = read / np.sqrt(middle.shape[1])
         logits = router_logits(read, layer["moe"], spec.ffn, positions, documents)
-        rows = zip(h, logits, strict=True)
-        second = np.stack([moe(t, row, layer["moe"], spec.ffn, wrong) for t, row in rows])
+        given = layer["moe"].get("token_experts", [None] * len(h))
+        rows = zip(h, logits, given, strict=True)
+        second = np.stack([moe(t, row, layer["moe"], spec.ffn, wrong, g) for t, row, g in rows])
         second = beside + normed(second, "moe_norm_after")
-    return first + scale * normed(second, "ffn_norm_after")
+    return normed(second, "ffn_norm_after")
 
 
 def rms_norm(x, scale, eps):
@@ -463,6 +532,7 @@ def short_conv(x, w, config: ShortConvConfig, positions, documents, wrong=""):
 
 
 ATTENTIONS = {
+    CompressedAttentionConfig: compressed_attention,
     ShortConvConfig: short_conv,
     Mamba2Config: mamba2,
     GatedDeltaConfig: gated_delta,
@@ -473,10 +543,14 @@ ATTENTIONS = {
 }
 
 
-def swiglu(x, gate_up, down, gate_up_bias=(0.0, 0.0), down_bias=0.0, activation="swiglu"):
+def swiglu(
+    x, gate_up, down, gate_up_bias=(0.0, 0.0), down_bias=0.0, activation="swiglu", limit=None
+):
     if activation == "relu2":
         return np.maximum(x @ gate_up[:, 0] + gate_up_bias[0], 0) ** 2 @ down + down_bias
     gate, up = x @ gate_up[:, 0] + gate_up_bias[0], x @ gate_up[:, 1] + gate_up_bias[1]
+    if limit is not None:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     return (silu_or_gelu(gate, activation) * up) @ down + down_bias
 
 
@@ -504,7 +578,8 @@ def router_logits(x, w, config: MoEConfig, positions, documents):
 
 
 def expert(x, w, e, config: MoEConfig, wrong=""):
-    """wrong: "up without 1"; "gate bounded below" too; "one bias" is the first expert's for all."""
+    """wrong: "up without 1"; "gate bounded below" too; "no bounds"; "one bias" is the first
+    expert's for all."""
     if config.activation == "relu2":
         bias = (w["gate_up_bias"][e], w["down_bias"][e]) if config.bias else ((0.0,), 0.0)
         return swiglu(x, w["gate_up"][e], w["down"][e], *bias, activation="relu2")
@@ -512,7 +587,11 @@ def expert(x, w, e, config: MoEConfig, wrong=""):
     of = 0 if wrong == "one bias" else e
     if config.bias:
         gate, up = gate + w["gate_up_bias"][of][0], up + w["gate_up_bias"][of][1]
-    if config.activation in ("swiglu", "geglu"):
+    if config.activation == "bounded_swiglu" and wrong != "no bounds":
+        low = -config.swiglu_limit if wrong == "gate bounded below" else -np.inf
+        gate = np.clip(gate, low, config.swiglu_limit)
+        up = np.clip(up, -config.swiglu_limit, config.swiglu_limit)
+    if config.activation != "clamped_swiglu":
         h = silu_or_gelu(gate, config.activation) * up
     else:
         limit = config.swiglu_limit
@@ -523,15 +602,22 @@ def expert(x, w, e, config: MoEConfig, wrong=""):
     return h @ w["down"][e] + (w["down_bias"][of] if config.bias else 0.0)
 
 
-def moe(x, logits, w, config: MoEConfig, wrong=""):
+def moe(x, logits, w, config: MoEConfig, wrong="", given=None):
+    """given: the experts, where a table names them. wrong: "chosen by scores" all the same, or of
+    `expert`."""
     scores = np.exp(logits - logits.max())
     scores /= scores.sum()
     if config.router.scores == "sigmoid":
         scores = 1 / (1 + np.exp(-logits))
+    if config.router.scores == "sqrt_softplus":
+        scores = np.sqrt(np.log1p(np.exp(logits)))
     chosen = np.argsort(-scores, kind="stable")[: config.router.top_k]
+    if given is not None and wrong != "chosen by scores":
+        chosen = given.astype(int)
     gates = scores[chosen]
     if config.router.normalize_gates:
         gates = gates / gates.sum()
+    gates = gates * config.router.gate_scale
     if config.router.expert_scales:
         gates = gates * w["expert_scales"][chosen]
     read = x if config.latent_width is None else x @ w["latent_in"]
@@ -545,7 +631,9 @@ def moe(x, logits, w, config: MoEConfig, wrong=""):
         out = out @ w["latent_out"]
     if config.num_shared_experts:
         gate = 1 / (1 + np.exp(-x @ w["shared_gate"])) if config.shared_gate else 1.0
-        out = out + gate * swiglu(x, **w["shared"], activation=config.activation)
+        limit = config.swiglu_limit if config.activation == "bounded_swiglu" else None
+        own = {"activation": config.activation, "limit": limit}
+        out = out + gate * swiglu(x, **w["shared"], **own)
     return out
 
 

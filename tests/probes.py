@@ -5,7 +5,6 @@ equals reading at once.
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
@@ -15,6 +14,9 @@ from model.transformer import Transformer, Variables, abstract_variables, hidden
 from parallel.mesh import make_mesh
 from parallel.sharding import tree_shardings
 from tests import oracle
+
+empty_state = jax.jit(init_state, static_argnums=range(4))
+"""A program to a config instead of one to a shape."""
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="is_whole")
@@ -29,10 +31,12 @@ def drawn(config: ModelConfig, seed: int = 1) -> Variables:
     abstract, _ = abstract_variables(Transformer(config))
 
     def draw(x):
+        if np.issubdtype(x.dtype, np.integer):  # a table of experts, of which there are two
+            return random.randint(0, 2, x.shape).astype(x.dtype)
         fan_in = np.prod(x.shape[-1:])
-        return jnp.asarray(random.randn(*x.shape) * fan_in**-0.5, jnp.float32)
+        return (random.randn(*x.shape) * fan_in**-0.5).astype(np.float32)
 
-    return jax.tree.map(draw, abstract)
+    return jax.device_put(jax.tree.map(draw, abstract))
 
 
 def inputs(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -70,8 +74,18 @@ class Parity:
         assert np.abs(self.ours_LD - other_LD).max() > 100 * self.tolerance
 
     def _oracle(self, config: ModelConfig, wrong: str = "") -> np.ndarray:
-        params = jax.device_get(self.variables["params"])
+        params = _with_tables(jax.device_get(self.variables), self.row[0])
         return oracle.transformer(params, config, *self.row, wrong)[0]
+
+
+def _with_tables(variables, tokens_L: np.ndarray):
+    """The parameters, with the experts of each token [periods, L, K] where a table names them."""
+    params = variables["params"]
+    for name, state in variables["router_state"].get("periods", {}).items():
+        table_PVK = state["moe"].get("token_experts")
+        if table_PVK is not None:
+            params["periods"][name]["moe"]["token_experts"] = table_PVK[:, tokens_L]
+    return params
 
 
 def _with_loud_norms(path, x):
@@ -98,7 +112,7 @@ def check_decode(config: ModelConfig, variables: Variables, length: int, prefill
     """Prefill and then token by token gives the hidden states of one forward pass, to 1e-4."""
     model, (tokens, positions) = Transformer(config), inputs(config, length)
     expected, _ = read(model, variables, tokens, positions)
-    state = init_state(config, 1, length, "float32")
+    state = empty_state(config, 1, length, "float32")
     pieces = [slice(0, prefill), *(slice(i, i + 1) for i in range(prefill, length))]
     hidden = []
     for piece in pieces:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from configs.architecture import ModelConfig
-from configs.attention import LatentAttentionConfig
+from configs.attention import Attention, IndexerConfig, LatentAttentionConfig
+from configs.compressed_attention import CompressedAttentionConfig, EntryIndexerConfig
 from kernels.matmul import bfloat16
 from model.balance import RouterStats, load_balance_loss, token_expert_information
 from model.depth import DepthStats
@@ -216,7 +217,7 @@ def collect_depth_stats(sown: dict[str, Any], config: ModelConfig) -> dict[str, 
 
 
 def collect_indexer_losses(sown: dict[str, Any]) -> dict[str, jax.Array] | None:
-    """What latent attentions' indexers have still to learn, by layer: nats, the mean of stacked
+    """What attentions' indexers have still to learn, by layer: nats, the mean of stacked
     layers; None without any (model/attention/indexer.py: imitation_loss)."""
     found = {
         jax.tree_util.keystr(path): loss.mean()
@@ -228,12 +229,15 @@ def collect_indexer_losses(sown: dict[str, Any]) -> dict[str, jax.Array] | None:
 
 def weighted_indexer_loss(losses: dict[str, jax.Array], config: ModelConfig) -> jax.Array:
     """The mean over layers, times the indexers' weight; no gradient of it leaves them."""
-    weights = {
-        spec.attention.indexer.loss_weight
-        for spec in config.layer_kinds
-        if isinstance(spec.attention, LatentAttentionConfig) and spec.attention.indexer is not None
-    }
+    indexers = (_indexer(spec.attention) for spec in config.layer_kinds)
+    weights = {indexer.loss_weight for indexer in indexers if indexer is not None}
     return max(weights) * jnp.stack(list(losses.values())).mean()
+
+
+def _indexer(attention: Attention) -> IndexerConfig | EntryIndexerConfig | None:
+    if isinstance(attention, CompressedAttentionConfig):
+        return attention.compression and attention.compression.indexer
+    return attention.indexer if isinstance(attention, LatentAttentionConfig) else None
 
 
 def depth_loss(stats: dict[str, DepthStats], config: ModelConfig) -> jax.Array:

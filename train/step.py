@@ -354,6 +354,8 @@ def _updated_routers(run: RunConfig, router_state: Any, stats: LayerStats) -> An
     """Each layer's router after this step, in the tree of the collection router_state."""
 
     def update_layer(name: str, layer: MoELayer, part: Any) -> Any:
+        if "state" not in part:  # a table that goes by token
+            return part
         router, part = layer.config.router, layer.stacked(part)
         if router.warmup is None:
             update = jax.vmap(partial(updated_state, config=router))

@@ -13,6 +13,7 @@ from checkpoint.families.gpt_oss import GPT_OSS as GPT_OSS
 from checkpoint.families.deepseek_v2 import DEEPSEEK_V2 as DEEPSEEK_V2
 from checkpoint.families.deepseek_v3 import DEEPSEEK_V3 as DEEPSEEK_V3
 from checkpoint.families.deepseek_v32 import DEEPSEEK_V32 as DEEPSEEK_V32
+from checkpoint.families.deepseek_v4 import DEEPSEEK_V4 as DEEPSEEK_V4
 from checkpoint.families.qwen2 import QWEN2 as QWEN2
 from checkpoint.families.qwen3 import QWEN3 as QWEN3
 from checkpoint.families.mistral import MISTRAL as MISTRAL

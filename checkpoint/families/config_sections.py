@@ -89,7 +89,7 @@ def _dense_activation(layers: Sequence[LayerSpec]) -> DenseActivation | None:
       UserError: layers differ.
     """
     ffns = [layer.ffn for layer in layers if not isinstance(layer.ffn, NoFeedForwardConfig)]
-    kinds = ["swiglu" if x.activation == "clamped_swiglu" else x.activation for x in ffns]
+    kinds = [x.activation if x.activation in ("geglu", "relu2") else "swiglu" for x in ffns]
     return the_one(kinds, "activation") if kinds else None
 
 

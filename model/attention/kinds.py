@@ -17,6 +17,7 @@ from configs.attention import (
     RelativeAttentionConfig,
 )
 from configs.base import ExecutionConfig
+from configs.compressed_attention import CompressedAttentionConfig
 from configs.recurrent_attention import (
     GatedDeltaConfig,
     Mamba2Config,
@@ -24,6 +25,7 @@ from configs.recurrent_attention import (
     ShortConvConfig,
 )
 from model.attention import (
+    compressed,
     gated_delta,
     grouped_query,
     latent,
@@ -88,6 +90,14 @@ KINDS: dict[type, AttentionKind] = {
         relative.visible_keys,
         relative.mixing_flops,
         relative.init_memory,
+    ),
+    CompressedAttentionConfig: AttentionKind(
+        lambda config, execution, norm_eps, out_stddev, gaps: compressed.CompressedAttention(
+            config, norm_eps, out_stddev, name="attention"
+        ),
+        compressed.init_state,
+        compressed.visible_keys,
+        compressed.mixing_flops,
     ),
     GatedDeltaConfig: AttentionKind(
         lambda config, execution, norm_eps, out_stddev, gaps: gated_delta.GatedDelta(

@@ -202,7 +202,7 @@ def built(case: str) -> tuple[Family, ModelConfig, Any]:
         values = random.standard_normal(leaf.shape) * (0.4 if "router" in name else 0.15)
         values += 1.0 if name.endswith("scale") else 0.0
         values *= 0.0 if name.endswith("null_logit") else 1.0
-        return jnp.asarray(values.astype(np.float16).astype(np.float32))
+        return jax.device_put(values.astype(np.float16).astype(np.float32))
 
     return family, config, jax.tree_util.tree_map_with_path(draw, shapes)
 

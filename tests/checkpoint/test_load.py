@@ -54,7 +54,7 @@ def test_loading_in_bfloat16_rounds_parameters_and_leaves_router_state(tmp_path)
     _, rounded = source.load(dtype="bfloat16")
     for path, x in jax.tree_util.tree_leaves_with_path(rounded["params"]):
         wanted = flatten(exact["params"])[jax.tree_util.keystr(path, simple=True, separator=".")]
-        np.testing.assert_array_equal(x, wanted.astype(jax.numpy.bfloat16))
+        np.testing.assert_array_equal(x, np.asarray(wanted).astype(jax.numpy.bfloat16))
     state = rounded["router_state"]["periods"]["layer_0"]["moe"]["state"]
     assert state.bias_E.dtype == np.float32
 

@@ -129,7 +129,8 @@ def test_an_exported_config_has_what_transformers_wrote(case):
     if case not in WITHOUT_ROPE:
         wanted = config["rope_parameters"]
         assert same_keys(ours["rope_parameters"], wanted) == wanted
-        assert ours.get("rope_theta") == wanted.get("rope_theta")
+        if case != "deepseek_v4":  # whose class has a base beside them, too
+            assert ours.get("rope_theta") == wanted.get("rope_theta")
     if config["model_type"].startswith("deepseek_v3"):
         assert (ours["topk_method"], ours["scoring_func"]) == ("noaux_tc", "sigmoid")
 
@@ -146,7 +147,7 @@ WITHOUT_ROPE = ("kimi_linear", "olmo_hybrid", "nemotron_h", "nemotron_h_latent",
 OLD_KEYS = {"num_local_experts": "num_experts", "dtype": "torch_dtype"}
 
 
-NESTED = ("olmo3", "gemma3", "gemma4", "gemma4_dense")
+NESTED = ("olmo3", "gemma3", "gemma4", "gemma4_dense", "deepseek_v4")
 """RoPE by kind of layer."""
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ def local():
         byte_level(), bos_id=None, eos_ids=frozenset({0}), add_bos=False, chat_template=TEMPLATE
     )
     model = Transformer(tiny.model(), ExecutionConfig(transport="gather", capacity_factor=None))
-    variables = init_variables(model, 0)
+    variables = jax.jit(lambda: init_variables(model, 0))()
     return LocalModel(model, variables, lambda: tokenizer, max_rows=4, window=32)
 
 

@@ -12,9 +12,10 @@ from data.tokenizers.public_tokenizer import PublicTokenizer
 from evals import likelihood
 from evals.likelihood import Pair, bucket, encode_pair, first_id, score_pairs
 from infer.logits import full_logits
-from model.transformer import Transformer, init_variables
+from model.transformer import Transformer
 from tests import tiny
 from tests.checkpoint.tiny_folder import byte_level
+from tests.probes import drawn
 
 CAPITAL = "The capital of France is"
 
@@ -137,7 +138,7 @@ def oracle(model, variables, pair: Pair) -> tuple[float, bool]:
 def made(request):
     config = tiny.model() if request.param != "memory" else tiny.memory_model()
     model = Transformer(config, ExecutionConfig(transport="gather", capacity_factor=None))
-    return model, init_variables(model, 0)
+    return model, drawn(config)
 
 
 def questions(random: np.random.RandomState, model, variables) -> list[Pair]:

@@ -17,9 +17,10 @@ from data.tokenizers.public_tokenizer import PublicTokenizer
 from data.tokenizers.tokenizer import end_of_text_id
 from evals import lm_eval_model
 from evals.lm_eval_model import HarnessModel, prompt, spelled_specials
-from model.transformer import Transformer, hidden_states, init_variables, output_weights
+from model.transformer import Transformer, hidden_states, output_weights
 from scripts import lm_eval as verb
 from tests import tiny
+from tests.probes import drawn
 
 LONGEST = 40
 TEMPLATE = (
@@ -45,7 +46,7 @@ def tokenizer(tmp_path_factory) -> PublicTokenizer:
 @pytest.fixture(scope="module")
 def loaded(tokenizer):
     model = Transformer(tiny.model(vocab_size=300), ExecutionConfig(compute_dtype="float32"))
-    return model, jax.jit(lambda: init_variables(model, 0))()
+    return model, drawn(model.config)
 
 
 @pytest.fixture

@@ -69,13 +69,19 @@ def test_the_order_of_requests_changes_nothing(together):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_pages": 9}, {"num_pages": 3, "piece": 16}, {"piece": 512}]
+    "options",
+    [
+        pytest.param({"num_pages": 9}, marks=pytest.mark.slow),
+        {"num_pages": 3, "piece": 16},
+        pytest.param({"piece": 512}, marks=pytest.mark.slow),
+    ],
 )
 def test_pages_and_pieces_give_the_same_text(options):
     greedy = run(PROMPTS, Sampling(), piece=16).tokens
     assert run(PROMPTS, Sampling(), **options).tokens == greedy
 
 
+@pytest.mark.slow  # what a step reads of them is held to a bound in tests/model/test_layer_state.py
 def test_int8_keys_stay_near(together):
     """Greedy texts of random models part soon; the first tokens agree."""
     exact = run(PROMPTS, Sampling(), piece=16).tokens

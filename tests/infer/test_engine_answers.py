@@ -62,6 +62,13 @@ def served(engine, requests, on_step=lambda *_: None):
     return list(answers.values())
 
 
+def whole_nats(tokens) -> np.ndarray:
+    """Log-probabilities after each token, of one pass; all have one length, and none sees what
+    follows it."""
+    padded = [*tokens, *[0] * (OPTIONS.max_length - len(tokens))]
+    return np.asarray(jax.nn.log_softmax(full_logits(MODEL, VARIABLES, padded)))[: len(tokens)]
+
+
 @pytest.fixture(scope="module")
 def engine():
     return new_engine()
@@ -90,8 +97,7 @@ def test_log_probabilities_are_those_of_the_whole_model(engine):
     hot = Sampling(2.0, seed=5, logit_bias=NEVER | {7: 3.0})
     requests = [Request(p, 12, sampling=hot, num_logprobs=4) for p in PROMPTS]
     for prompt, answer in zip(PROMPTS, served(engine, requests), strict=True):
-        logits_LV = full_logits(MODEL, VARIABLES, [*prompt, *answer.tokens])[len(prompt) - 1 :]
-        nats_LV = np.asarray(jax.nn.log_softmax(logits_LV))
+        nats_LV = whole_nats([*prompt, *answer.tokens])[len(prompt) - 1 :]
         assert [x.token for x in answer.logprobs] == answer.tokens
         for given, nats_V in zip(answer.logprobs, nats_LV[:-1], strict=True):
             assert given.logprob == pytest.approx(nats_V[given.token], abs=1e-4)
@@ -106,7 +112,7 @@ def test_prompts_are_scored_in_pieces_as_in_one(engine):
     together = served(engine, requests)
     for prompt, request, answer in zip(PROMPTS, requests, together, strict=True):
         first, *scores = answer.prompt_logprobs
-        nats_LV = np.asarray(jax.nn.log_softmax(full_logits(MODEL, VARIABLES, prompt)))
+        nats_LV = whole_nats(prompt)
         assert first is None
         assert [x.token for x in scores] == list(prompt[1:])
         for given, nats_V in zip(scores, nats_LV[:-1], strict=True):
@@ -164,9 +170,9 @@ def test_constraints_choose_among_what_they_allow(engine, plain):
     bound, free = served(engine, requests)
     assert bound.tokens == constraint.accepted
     assert free.tokens == plain[1].tokens
-    logits_LV = full_logits(MODEL, VARIABLES, [*PROMPTS[0], *bound.tokens])
-    for token, logits_V in zip(bound.tokens, logits_LV[len(PROMPTS[0]) - 1 :], strict=False):
-        assert token == 7 * logits_V[::7].argmax()
+    nats_LV = whole_nats([*PROMPTS[0], *bound.tokens])
+    for token, nats_V in zip(bound.tokens, nats_LV[len(PROMPTS[0]) - 1 :], strict=False):
+        assert token == 7 * nats_V[::7].argmax()
 
 
 @pytest.mark.parametrize(

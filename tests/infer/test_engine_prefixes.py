@@ -7,6 +7,11 @@ import pytest
 
 from configs.architecture import LayerSpec
 from configs.attention import LocalSparseAttentionConfig
+from configs.compressed_attention import (
+    CompressedAttentionConfig,
+    CompressionConfig,
+    EntryIndexerConfig,
+)
 from configs.feed_forward import DenseConfig
 from configs.recurrent_attention import GatedDeltaConfig
 from infer.engine import Engine, EngineOptions, Request
@@ -53,6 +58,25 @@ KINDS = {
                 far="summaries",
                 block_size=4,
                 num_sink_tokens=0,
+            )
+        ),
+        OPTIONS,
+    ),
+    "compressed": (
+        one_layer(
+            CompressedAttentionConfig(
+                num_heads=4,
+                query_rank=12,
+                head_dim=8,
+                rotary_dim=4,
+                window_size=8,
+                compression=CompressionConfig(
+                    rate=3,
+                    overlaps=True,
+                    indexer=EntryIndexerConfig(num_heads=4, head_dim=6, top_k=4),
+                ),
+                num_output_groups=2,
+                output_rank=6,
             )
         ),
         OPTIONS,

@@ -16,8 +16,9 @@ from infer.generate import generate
 from infer.sampling import Sampling
 from infer.score import num_rows, score_documents
 from model.model_state import init_state
-from model.transformer import Transformer, hidden_states, init_variables, output_weights
+from model.transformer import Transformer, hidden_states, output_weights
 from tests import tiny
+from tests.probes import drawn
 
 MODEL = Transformer(tiny.model())
 LATENT = Transformer(
@@ -42,12 +43,12 @@ WITH_MEMORY = Transformer(tiny.memory_model(memory_length=20))
 
 @pytest.fixture(scope="module")
 def variables():
-    return jax.jit(lambda: init_variables(MODEL, 0))()
+    return drawn(MODEL.config)
 
 
 @pytest.fixture(scope="module")
 def remembering():
-    return jax.jit(lambda: init_variables(WITH_MEMORY, 0))()
+    return drawn(WITH_MEMORY.config)
 
 
 @partial(jax.jit, static_argnums=3)
@@ -98,7 +99,7 @@ def test_no_scores_are_made_over_all_slots(variables, is_whole):
 
 @pytest.mark.parametrize("model", [MODEL, LATENT], ids=["gqa", "latent"])
 def test_a_prompt_leaves_the_same_state_either_way(model):
-    variables = jax.jit(lambda: init_variables(model, 0))()
+    variables = drawn(model.config)
     tokens = np.array([[0, 5, 17, 200, 9, 3], [0, 3, 8, 0, 0, 0]], np.int32)
     positions = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, -1, -1, -1]], np.int32)
 

@@ -41,14 +41,8 @@ def variables():
     return made
 
 
-@pytest.mark.parametrize(
-    "draft",
-    [
-        pytest.param(Draft(), marks=pytest.mark.slow),
-        pytest.param(Draft(exit=2, length=3), marks=pytest.mark.slow),
-        Draft(length=1),
-    ],
-)
+@pytest.mark.slow  # the fast one is below: a text of drafts that a stop token ends
+@pytest.mark.parametrize("draft", [Draft(), Draft(exit=2, length=3), Draft(length=1)])
 def test_the_text_is_the_whole_models(variables, draft):
     """Windows of 5 with drafts of 4: slots of a ring are written and taken back all the time."""
     expected = generate(MODEL, variables, PROMPTS, max_new_tokens=40)

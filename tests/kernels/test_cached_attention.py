@@ -194,7 +194,7 @@ def test_native_equals_sums_over_positions(name, isa):
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_INTERPRETED])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_triton_equals_sums_over_positions(name):
     case = CASES[name]
     check(replace(case, page_size=32) if name == "odd_pages" else case, "triton")

@@ -283,7 +283,7 @@ CPU = Target("cpu")
 @pytest.mark.parametrize("target", [CPU, A100, H100, Target("rocm")], ids=str)
 @pytest.mark.parametrize("format", QUANTIZED.values())
 @pytest.mark.parametrize("num_inputs", [576, 1536, 128, 48, 100])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_what_is_called_quantizable_can_be_multiplied(format, num_inputs, target):
     """By the kernels' own judgment; SmolLM2-135M's width, 576, has blocks of 64 at most."""
     reason = quantizable_reason((num_inputs, 64), format, target)
@@ -330,7 +330,7 @@ def test_blocks_are_as_large_as_they_may_be(target, num_inputs, block_sizes):
         ((2, 128, 2, 24), MatrixDims(1, 2), 128),
     ],
 )
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_native_rounding_is_as_good_in_every_block(
     shape, dims, block_size, format, scale_dtype, isa
 ):

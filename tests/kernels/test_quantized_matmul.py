@@ -71,7 +71,7 @@ def rounding_bound(x, weight, group_sizes):
 @needs_native
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_native_float_product_is_the_definition_s(name, format, isa_or_tiles):
     x, weight, sizes = draw(CASES[name], format)
     y = grouped_matmul(x, weight, sizes, activations="float", implementation="cpu")
@@ -96,7 +96,7 @@ def test_native_rounded_product_is_within_half_a_step(name, format, isa_or_tiles
 @needs_native
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(12)
 def test_what_is_fastest_errs_no_more_than_rounding(name, format, isa_or_tiles):
     """Within its bound, and where many rows are no more on average than in 8 bits."""
     x, weight, sizes = draw(CASES[name], format)
@@ -114,7 +114,7 @@ def test_what_is_fastest_errs_no_more_than_rounding(name, format, isa_or_tiles):
 @needs_native
 @pytest.mark.parametrize("activations", ["float", "int8", "auto"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_swiglu_gates_the_halves_of_one_product(name, activations, isa_or_tiles):
     """A version that took up's columns for the gate's, or every other one, would differ."""
     x, weight, sizes = draw(CASES[name], "int4", halves=2)
@@ -350,7 +350,7 @@ def test_plain_xla_promises_no_order():
 @pytest.mark.parametrize("equation", ["TK,KN->TN", "TK,NK->TN"])
 @pytest.mark.parametrize("shape", [(37, 50), (600, 96), (1, 16), (31, 1)], ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 40])
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_weights_in_bfloat16_are_read_as_stored(rows, shape, equation, isa_or_tiles):
     random = np.random.RandomState(0)
     x = random.standard_normal((rows, shape[0])).astype(np.float32)

@@ -87,7 +87,7 @@ def check_equal(ours, theirs):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 def test_blocks_equal_reference_with_gradients(name, kind):
     case = CASES[name]
     *operands, positions, segments, dout = draw(case)

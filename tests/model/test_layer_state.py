@@ -18,6 +18,11 @@ from configs.attention import (
     RelativeAttentionConfig,
 )
 from configs.checks import UserError
+from configs.compressed_attention import (
+    CompressedAttentionConfig,
+    CompressionConfig,
+    EntryIndexerConfig,
+)
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
 from configs.recurrent_attention import (
     GatedDeltaConfig,
@@ -52,6 +57,14 @@ LATENT = {
     "nope_head_dim": 8,
     "rope_head_dim": 4,
     "value_head_dim": 6,
+}
+COMPRESSED = {
+    "num_heads": 4,
+    "query_rank": 12,
+    "head_dim": 8,
+    "rotary_dim": 4,
+    "num_output_groups": 2,
+    "output_rank": 6,
 }
 SPARSE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 
@@ -103,6 +116,22 @@ KINDS = {
         )
     ),
     "relative": of(RelativeAttentionConfig(num_heads=2, head_dim=8, memory_length=7)),
+    "all entries": of(
+        CompressedAttentionConfig(
+            **COMPRESSED, window_size=4, compression=CompressionConfig(rate=5)
+        )
+    ),
+    "chosen entries": of(
+        CompressedAttentionConfig(
+            **COMPRESSED,
+            window_size=4,
+            compression=CompressionConfig(
+                rate=3,
+                overlaps=True,
+                indexer=EntryIndexerConfig(num_heads=3, head_dim=6, top_k=2),
+            ),
+        )
+    ),
     "gated delta": of(
         GatedDeltaConfig(num_heads=4, num_key_heads=2, key_head_dim=6, value_head_dim=8)
     ),
@@ -125,9 +154,10 @@ KINDS = {
     ),
 }
 DELTA = ("gated delta", "channel delta", "short convolution", "mamba 2")
-UNPAGED = ("powers of two", "summaries", "relative", *DELTA, "mixture of depths")
+ENTRIES = ("all entries", "chosen entries")
+UNPAGED = ("powers of two", "summaries", "relative", *ENTRIES, *DELTA, "mixture of depths")
 UNREWOUND = ("summaries", *DELTA)
-UNMIXED = ("powers of two", "summaries", "relative", *DELTA)
+UNMIXED = ("powers of two", "summaries", "relative", *ENTRIES, *DELTA)
 PAGED = [name for name in KINDS if name not in UNPAGED]
 SPARE = 5
 made = jax.jit(
@@ -222,7 +252,7 @@ def test_in_chunks_with_padding(kind):
             read_R += count_R
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_taken_back_and_read_again(kind):
     """Three tokens are replaced by wrong ones, which are then taken back."""
     name, config, read, tokens, positions, expected = kind
@@ -240,7 +270,7 @@ def test_taken_back_and_read_again(kind):
         close(out[:, :4], expected[:, PROMPT : PROMPT + 4])
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_a_snapshot_goes_on_from_where_it_was_taken(kind):
     """Two rows are kept, others read on over them; then they come back, in the other order."""
     _, config, read, tokens, positions, expected = kind

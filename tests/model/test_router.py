@@ -1,6 +1,7 @@
 """The router and the load metrics against double loops and closed forms."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.feed_forward import RouterConfig
+from model import router
 from model.balance import (
     load_balance_loss,
     load_metrics,
@@ -18,10 +20,16 @@ from model.balance import (
     token_expert_information,
     updated_state,
 )
-from model.router import RouterState, initial_state, route
+from model.router import RouterState, initial_state
 from model.router_scores import SCORES
 
 T, E = 50, 6
+traced = jax.jit(router.route, static_argnums=1)
+
+
+def route(logits, config: RouterConfig, state: RouterState | None = None, **masks):
+    """A program to a config, and arrays of numpy: each operation alone would be a program, too."""
+    return jax.device_get(traced(logits, config, state, **masks))
 
 
 def logits(seed: int = 0) -> np.ndarray:
@@ -32,7 +40,7 @@ def logits(seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("top_k", [1, 2, E])
 def test_route_equals_a_loop(top_k, normalize):
     x = logits()
-    routing = route(jnp.asarray(x), RouterConfig(top_k=top_k, normalize_gates=normalize))
+    routing = route(x, RouterConfig(top_k=top_k, normalize_gates=normalize))
     for t in range(T):
         scores = np.exp(x[t]) / np.exp(x[t]).sum()
         best = sorted(range(E), key=lambda e, s=scores: -s[e])[:top_k]
@@ -46,7 +54,7 @@ def test_route_equals_a_loop(top_k, normalize):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000))
 def test_each_token_meets_distinct_experts_and_whole_gates(seed):
-    routing = route(jnp.asarray(logits(seed)), RouterConfig(top_k=3))
+    routing = route(logits(seed), RouterConfig(top_k=3))
     ids = np.asarray(routing.expert_ids_TK)
     assert all(len(set(row)) == 3 for row in ids.tolist())
     np.testing.assert_allclose(routing.gates_TK.sum(axis=1), 1.0, rtol=1e-6)
@@ -55,29 +63,29 @@ def test_each_token_meets_distinct_experts_and_whole_gates(seed):
 
 def test_permuting_experts_permutes_the_routing():
     x, order = logits(), np.random.RandomState(1).permutation(E)
-    base = route(jnp.asarray(x), RouterConfig(top_k=2))
-    moved = route(jnp.asarray(x[:, order]), RouterConfig(top_k=2))
+    base = route(x, RouterConfig(top_k=2))
+    moved = route(x[:, order], RouterConfig(top_k=2))
     np.testing.assert_array_equal(order[np.asarray(moved.expert_ids_TK)], base.expert_ids_TK)
 
 
 def test_padding_goes_nowhere():
     is_token = np.arange(T) < 30
-    routing = route(jnp.asarray(logits()), RouterConfig(top_k=2), is_token_T=jnp.asarray(is_token))
+    routing = route(logits(), RouterConfig(top_k=2), is_token_T=is_token)
     assert (np.asarray(routing.expert_ids_TK)[30:] == -1).all()
     assert (np.asarray(routing.gates_TK)[30:] == 0).all()
     assert routing.counts_E.sum() == 60
 
 
 def test_gates_that_are_not_renormalised_are_told_apart():
-    plain = route(jnp.asarray(logits()), RouterConfig(top_k=2, normalize_gates=False))
+    plain = route(logits(), RouterConfig(top_k=2, normalize_gates=False))
     assert np.abs(np.asarray(plain.gates_TK.sum(axis=1)) - 1).max() > 0.1
 
 
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="float32"):
-        route(jnp.asarray(logits()).astype(jnp.bfloat16), RouterConfig(top_k=2))
+        route(logits().astype(jnp.bfloat16), RouterConfig(top_k=2))
     with pytest.raises(ValueError, match="top_k=9 must not exceed the 6"):
-        route(jnp.asarray(logits()), RouterConfig(top_k=9))
+        route(logits(), RouterConfig(top_k=9))
 
 
 def test_load_balance_closed_forms():
@@ -96,16 +104,21 @@ def test_load_balance_equals_a_double_loop_and_pushes_scores_only():
     np.testing.assert_allclose(gradient, E * counts / counts.sum(), rtol=1e-6)
 
 
+@partial(jax.jit, static_argnums=3)
+def stats_of_rows(x, routing, is_token_BL, config):
+    moved = {"overflow_rows": jnp.int32(0), "bytes_moved": jnp.float32(0)}
+    return router_stats(x, routing, is_token_BL, config, **moved)
+
+
 def stats_of(x, routing, is_token, config):
     """Of one row that holds all tokens."""
-    moved = {"overflow_rows": jnp.int32(0), "bytes_moved": jnp.float32(0)}
-    return router_stats(jnp.asarray(x), routing, jnp.asarray(is_token)[None], config, **moved)
+    return stats_of_rows(x, routing, is_token[None], config)
 
 
 def test_router_stats_equal_a_loop_over_real_tokens():
     x, is_token = logits(), np.arange(T) % 3 != 0
     config = RouterConfig(top_k=2)
-    routing = route(jnp.asarray(x), config, is_token_T=jnp.asarray(is_token))
+    routing = route(x, config, is_token_T=is_token)
     stats = stats_of(x, routing, is_token, config)
     rows = x[is_token].astype(np.float64)
     scores = np.exp(rows) / np.exp(rows).sum(1, keepdims=True)
@@ -203,13 +216,13 @@ BIAS = 0.3 * np.random.RandomState(6).randn(8).astype(np.float32)
 
 def state_of(config: RouterConfig, bias=BIAS, null_logit=0.4):
     biased = bias if config.balance != "none" else np.zeros(8, np.float32)
-    return RouterState(jnp.asarray(biased), jnp.float32(null_logit))
+    return RouterState(biased, np.float32(null_logit))
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_every_variant_equals_the_oracle(config):
     state = state_of(config)
-    routing = route(jnp.asarray(WIDE), config, state)
+    routing = route(WIDE, config, state)
     for t, x in enumerate(WIDE):
         ids, gates = route_one(x, config, np.asarray(state.bias_E), float(state.null_logit))
         assert routing.expert_ids_TK[t].tolist() == ids
@@ -225,8 +238,8 @@ def test_a_bias_in_the_gates_is_rejected_by_the_oracle():
 
 def test_a_constant_added_to_all_biases_changes_nothing():
     config = VARIANTS["DeepSeek-V3"]
-    base = route(jnp.asarray(WIDE), config, state_of(config))
-    moved = route(jnp.asarray(WIDE), config, state_of(config, BIAS + 0.25))
+    base = route(WIDE, config, state_of(config))
+    moved = route(WIDE, config, state_of(config, BIAS + 0.25))
     np.testing.assert_array_equal(base.expert_ids_TK, moved.expert_ids_TK)
     np.testing.assert_array_equal(base.gates_TK, moved.gates_TK)
 
@@ -236,28 +249,28 @@ def test_no_gradient_reaches_the_bias():
 
     def gates(bias_E):
         state = RouterState(bias_E, jnp.float32(0))
-        return jnp.square(route(jnp.asarray(WIDE), config, state).gates_TK).sum()
+        return jnp.square(traced(WIDE, config, state).gates_TK).sum()
 
-    np.testing.assert_array_equal(jax.grad(gates)(jnp.asarray(BIAS)), 0)
+    np.testing.assert_array_equal(jax.jit(jax.grad(gates))(BIAS), 0)
 
 
 def test_tokens_stay_in_their_best_groups():
     config = VARIANTS["DeepSeek-V3"]
-    ids = np.asarray(route(jnp.asarray(WIDE), config, state_of(config)).expert_ids_TK)
+    ids = np.asarray(route(WIDE, config, state_of(config)).expert_ids_TK)
     assert max(len(set(row // 2)) for row in ids) <= 2
 
 
 def test_judging_groups_by_two_experts_is_told_apart_from_the_best_one():
     config = VARIANTS["DeepSeek-V2"]
     other = dataclasses.replace(config, group_score="best_two")
-    chosen = [route(jnp.asarray(WIDE), c).expert_ids_TK for c in (config, other)]
+    chosen = [route(WIDE, c).expert_ids_TK for c in (config, other)]
     assert (chosen[0] != chosen[1]).any(axis=1).mean() > 0.1
 
 
 @pytest.mark.parametrize("null_logit", [-9.0, 0.0, 0.7, 9.0])
 def test_null_experts_leave_one_to_three(null_logit):
     config = VARIANTS["one to three"]
-    routing = route(jnp.asarray(WIDE), config, state_of(config, null_logit=null_logit))
+    routing = route(WIDE, config, state_of(config, null_logit=null_logit))
     k_T = (np.asarray(routing.expert_ids_TK) >= 0).sum(axis=1)
     assert k_T.min() >= 1
     assert k_T.max() <= 3
@@ -270,27 +283,29 @@ def test_null_experts_leave_one_to_three(null_logit):
 def test_raising_an_experts_logit_never_takes_experts_away():
     config = VARIANTS["one to three"]
     state = state_of(config)
-    before = np.asarray(route(jnp.asarray(WIDE), config, state).expert_ids_TK >= 0).sum(axis=1)
+    before = np.asarray(route(WIDE, config, state).expert_ids_TK >= 0).sum(axis=1)
     for expert in range(8):
-        raised = jnp.asarray(WIDE).at[:, expert].add(0.8)
+        raised = WIDE.copy()
+        raised[:, expert] += np.float32(0.8)
         after = np.asarray(route(raised, config, state).expert_ids_TK >= 0).sum(axis=1)
         assert (after >= before).all()
 
 
 def test_a_router_without_the_state_it_needs_is_refused():
     with pytest.raises(ValueError, match="router_state"):
-        route(jnp.asarray(WIDE), VARIANTS["one to three"])
+        route(WIDE, VARIANTS["one to three"])
 
 
 def test_preference_raises_the_load_of_the_preferred():
     config = RouterConfig(top_k=2)
     loads = []
     for beta in (0.0, 0.1, 0.2, 0.4):
-        preference = jnp.zeros(8).at[jnp.asarray([1, 6])].set(beta)
-        routing = route(jnp.asarray(WIDE), config, preference_E=preference)
-        loads.append(int(routing.counts_E[jnp.asarray([1, 6])].sum()))
-    plain = route(jnp.asarray(WIDE), config)
-    assert loads[0] == int(plain.counts_E[jnp.asarray([1, 6])].sum())
+        preference = np.zeros(8, np.float32)
+        preference[[1, 6]] = beta
+        routing = route(WIDE, config, preference_E=preference)
+        loads.append(int(routing.counts_E[[1, 6]].sum()))
+    plain = route(WIDE, config)
+    assert loads[0] == int(plain.counts_E[[1, 6]].sum())
     assert loads == sorted(loads)
     assert loads[-1] > 1.5 * loads[0]
 
@@ -304,13 +319,13 @@ def settle(config: RouterConfig, draw, steps: int, state=None) -> tuple[list, Ro
 
     @jax.jit
     def step(x, state):
-        routing = route(x, config, state)
+        routing = traced(x, config, state)
         stats = stats_of(x, routing, np.ones(len(x), bool), config)
         metrics = load_metrics(stats.counts_E, stats.num_tokens)
         return metrics.load_cv, metrics.mean_k, updated_state(state, stats, config)
 
     for i in range(steps):
-        cv, mean_k, state = step(jnp.asarray(draw(i)), state)
+        cv, mean_k, state = step(draw(i), state)
         history.append((float(cv), float(mean_k)))
     return history, state
 
@@ -343,7 +358,7 @@ def test_the_loss_free_bias_evens_the_load_step_by_step():
 
 def test_a_single_loss_free_step_is_the_sign_of_the_load_error():
     config = RouterConfig(top_k=2, balance="loss_free", bias_rate=1e-3)
-    routing = route(jnp.asarray(WIDE), config, initial_state(8))
+    routing = route(WIDE, config, initial_state(8))
     stats = stats_of(WIDE, routing, np.ones(200, bool), config)
     counts = np.bincount(np.asarray(routing.expert_ids_TK).reshape(-1), minlength=8)
     expected = 1e-3 * np.sign(counts.mean() - counts)
@@ -367,11 +382,11 @@ def test_the_mean_number_of_experts_is_held_under_a_shift():
 def test_the_matching_null_logit_gives_the_wanted_mean(scores):
     """One look at a batch finds the logit, whatever the router's scale and padding."""
     config = RouterConfig(top_k=3, num_null_experts=2, target_k=1.7, scores=scores)
-    is_token = jnp.arange(200) < 150
+    is_token = np.arange(200) < 150
     for scale in (0.1, 5.0):
-        logits = jnp.asarray(scale * WIDE)
+        logits = np.float32(scale) * WIDE
         routing = route(logits, config, initial_state(8), is_token_T=is_token)
-        found = matching_null(routing, is_token, config)
+        found = jax.jit(matching_null, static_argnums=2)(routing, is_token, config)
         state = initial_state(8).replace(null_logit=found)
         again = route(logits, config, state, is_token_T=is_token)
         # An expert that draws with the null at the border wins.
@@ -394,7 +409,7 @@ def test_the_mean_is_held_while_logits_grow():
 
 def test_the_quantile_bias_equals_a_loop():
     config = RouterConfig(top_k=2, balance="quantile", bias_rate=1.0)
-    routing = route(jnp.asarray(WIDE), config, state_of(config))
+    routing = route(WIDE, config, state_of(config))
     scores = np.stack([scored(x.astype(np.float64), "softmax") for x in WIDE])
     thresholds = [sorted(row + BIAS)[-3] for row in scores]
     share = 200 * 2 // 8
@@ -410,9 +425,8 @@ def test_sequence_balance_equals_a_loop_over_rows():
     config = RouterConfig(top_k=2, scores="sigmoid", sequence_weight=1.0)
     is_token = np.ones((4, 50), bool)
     is_token[1, 30:] = False
-    routing = route(jnp.asarray(WIDE), config, is_token_T=jnp.asarray(is_token.reshape(-1)))
-    moved = {"overflow_rows": jnp.int32(0), "bytes_moved": jnp.float32(0)}
-    stats = router_stats(jnp.asarray(WIDE), routing, jnp.asarray(is_token), config, **moved)
+    routing = route(WIDE, config, is_token_T=is_token.reshape(-1))
+    stats = stats_of_rows(WIDE, routing, is_token, config)
     expected = []
     for row in range(4):
         x = WIDE[row * 50 : (row + 1) * 50][is_token[row]]

@@ -22,10 +22,11 @@ from data.pipeline import prepare_corpus
 from data.tokenizers.public_tokenizer import PublicTokenizer
 from infer.convert import Conversion, convert
 from infer.sources import open_source
-from model.transformer import Transformer, init_variables, output_weights, training_pass
+from model.transformer import Transformer, output_weights, training_pass
 from scripts.named_runs import with_source_model
 from tests import tiny
 from tests.data.test_chats import CHATML, chat_data
+from tests.probes import drawn
 from tests.train import record_sft
 from train.fine_tuning import answer_loss, fine_tune
 from train.loop import fit, mesh_of, to_devices
@@ -74,7 +75,7 @@ def test_the_loss_is_the_mean_over_the_assistants_tokens_of_each_chat_alone(tmp_
     run = chat_run(tmp_path, accumulation=accumulation)
     batch, mesh = batch_of(run), mesh_of(run)
     model = Transformer(run.model, run.execution)
-    variables = init_variables(model, 0)
+    variables = drawn(run.model)
     file = prepare_corpus(run.data, 330).training()
     rows = PackedChats(file, run.data.seq_len).rows[-run.batch_size :]
     counts = [(batch["targets"][i : i + 2] >= 0).sum() for i in range(0, 8, 2)]

@@ -50,7 +50,8 @@ def teacher_top(k: int, temperature: float):
 @pytest.mark.parametrize("chunks", [1, 2, 8])
 def test_chunked_cross_entropy_is_the_loop(chunks):
     inputs = {"targets": TARGETS}
-    loss, sums = chunked_loss(cross_entropy, HIDDEN, W, inputs, None, chunks)
+    whole = jax.jit(chunked_loss, static_argnums=(0, 5))
+    loss, sums = whole(cross_entropy, HIDDEN, W, inputs, None, chunks)
     assert float(loss) == pytest.approx(nats(HIDDEN @ W), rel=1e-6)
     assert sums["cross_entropy"] == loss
 
@@ -79,7 +80,9 @@ def test_logits_with_a_bound_and_their_gradients():
         bounded = CappedOutput(w, cap)
         return chunked_loss(cross_entropy, hidden, bounded, {"targets": TARGETS}, None, 4)[0]
 
-    assert float(chunked(HIDDEN, W)) == pytest.approx(nats(cap * np.tanh(HIDDEN @ W / cap)))
+    assert float(jax.jit(chunked)(HIDDEN, W)) == pytest.approx(
+        nats(cap * np.tanh(HIDDEN @ W / cap))
+    )
     ours = jax.jit(jax.grad(chunked, argnums=(0, 1)))(HIDDEN, W)
     theirs = jax.jit(jax.grad(whole, argnums=(0, 1)))(HIDDEN, W)
     for a, b in zip(ours, theirs, strict=True):
@@ -103,8 +106,8 @@ def test_no_logits_array_of_the_whole_batch_is_made():
 def full(**settings):
     """The loss over the whole vocabulary, and its sums."""
     inputs = {"targets": TARGETS, "teacher_hidden": (TEACHER_HIDDEN,)}
-    shared = {"teacher_output": (jnp.asarray(W_TEACHER),)}
-    return make_chunk_loss(DistillConfig(**settings))(jnp.asarray(HIDDEN @ W), inputs, shared)
+    shared = {"teacher_output": (W_TEACHER,)}
+    return jax.jit(make_chunk_loss(DistillConfig(**settings)))(HIDDEN @ W, inputs, shared)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -122,7 +125,7 @@ def top_k_kl(k: int, temperature: float = 1.0, logits=HIDDEN @ W):
     ids, log_probs = teacher_top(k, temperature)
     inputs = {"targets": TARGETS, "teacher_ids": ids, "teacher_log_probs": log_probs}
     loss = make_chunk_loss(DistillConfig(temperature=temperature, kl_weight=1.0, top_k=k))
-    return loss(jnp.asarray(logits), inputs, None)[0]
+    return jax.jit(loss)(logits, inputs, None)[0]
 
 
 def test_top_k_with_a_tail_is_the_loop_over_bins():
@@ -162,15 +165,14 @@ def test_renormalising_the_top_k_instead_of_a_tail_is_told_apart():
 def test_distillation_gradients_are_finite_differences():
     ids, log_probs = teacher_top(4, 2.0)
     inputs = {"targets": TARGETS, "teacher_ids": ids, "teacher_log_probs": log_probs}
-    loss = make_chunk_loss(DistillConfig(temperature=2.0, kl_weight=0.6, top_k=4))
+    loss = jax.jit(make_chunk_loss(DistillConfig(temperature=2.0, kl_weight=0.6, top_k=4)))
 
     def value(logits):
         return loss(logits, inputs, None)[0]
 
-    logits = jnp.asarray(HIDDEN @ W)
-    direction = jnp.asarray(random.randn(B, L, V).astype(np.float32))
+    logits, direction = HIDDEN @ W, random.randn(B, L, V).astype(np.float32)
     slope = (value(logits + 1e-2 * direction) - value(logits - 1e-2 * direction)) / 2e-2
-    exact = (jax.grad(value)(logits) * direction).sum()
+    exact = (np.asarray(jax.grad(value)(logits)) * direction).sum()
     assert slope == pytest.approx(float(exact), rel=1e-2)  # float32 differences
 
 
@@ -222,20 +224,21 @@ def test_auxiliary_loss_adds_the_losses_a_router_asks_for():
 def test_a_loss_in_bfloat16_and_its_gradients_are_those_of_rounded_operands():
     """By whatever kernels this machine has: products are rounded, sums are not."""
     rng = np.random.RandomState(4)
-    hidden = jnp.asarray(rng.standard_normal((2, 64, 48)), jnp.bfloat16)
-    w = jnp.asarray(0.2 * rng.standard_normal((48, 70)), jnp.bfloat16)
-    targets = jnp.asarray(rng.randint(0, 70, (2, 64)), jnp.int32)
+    hidden = rng.standard_normal((2, 64, 48)).astype(jnp.bfloat16)
+    w = (0.2 * rng.standard_normal((48, 70))).astype(jnp.bfloat16)
+    targets = rng.randint(0, 70, (2, 64)).astype(np.int32)
 
     def loss(hidden, w):
         return chunked_loss(cross_entropy, hidden, w, {"targets": targets}, None, 2)[0]
 
-    value, (d_hidden, d_w) = jax.value_and_grad(loss, argnums=(0, 1))(hidden, w)
-    floats = (hidden.astype(jnp.float32), w.astype(jnp.float32))
-    exact, exact_gradients = jax.value_and_grad(loss, argnums=(0, 1))(*floats)
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    value, (d_hidden, d_w) = both(hidden, w)
+    floats = (hidden.astype(np.float32), w.astype(np.float32))
+    exact, exact_gradients = both(*floats)
     np.testing.assert_allclose(value, exact, rtol=1e-6)
     for ours, theirs in zip((d_hidden, d_w), exact_gradients, strict=True):
         assert ours.dtype == jnp.bfloat16
         # Gradients of logits are rounded before they are multiplied, products behind it.
         np.testing.assert_allclose(
-            ours.astype(jnp.float32), theirs, rtol=2**-8, atol=2**-8 * np.abs(theirs).max()
+            np.asarray(ours, np.float32), theirs, rtol=2**-8, atol=2**-8 * np.abs(theirs).max()
         )

@@ -32,11 +32,17 @@ STEPS, STOP = 24, 10  # an epoch of the tiny corpus is 20 steps
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory):
-    """An unbroken run on two devices, over an epoch's end, and the same run stopped before."""
+def begun(tmp_path_factory):
+    """A run on two devices, and its sources."""
     tmp_path = tmp_path_factory.mktemp("memory")
     tiny.write_sources(tmp_path)
-    run = tiny.memory_run(tmp_path, steps=STEPS, mesh=MeshConfig(expert=2))
+    return tiny.memory_run(tmp_path, steps=STEPS, mesh=MeshConfig(expert=2)), tmp_path
+
+
+@pytest.fixture(scope="module")
+def story(begun):
+    """That run unbroken, over an epoch's end, and the same one stopped before."""
+    run, tmp_path = begun
     fit(run, tmp_path / "unbroken")
     fit(run, tmp_path / "stopped", make_transform=stop_after(STOP, signal.SIGTERM))
     return run, tmp_path
@@ -78,18 +84,18 @@ def stream_of(run):
 
 
 @pytest.mark.slow
-def test_the_memory_lies_where_the_rows_do(story):
-    run, _ = story
+def test_the_memory_lies_where_the_rows_do(begun):
+    run, _ = begun
     setup = make_train_setup(run, mesh_of(run))
     specs = {tuple(s.spec) for s in jax.tree.leaves(setup.shardings.memory)}
     assert specs == {(None, BATCH_AXES, None, None), (None, BATCH_AXES, None)}
 
 
-def test_steps_train_on_what_one_long_pass_predicts(story, tmp_path):
+def test_steps_train_on_what_one_long_pass_predicts(begun, tmp_path):
     """Three steps at a rate too small to change a weight: their losses are those of rows three
     times as long, read at once. Rows read on their own, the wrong version, have others.
     """
-    run, _ = story
+    run, _ = begun
     still = OptimizerConfig(learning_rate=1e-30, warmup_steps=0, weight_decay=0.0)
     run = dataclasses.replace(run, steps=3, optimizer=still)
     fit(run, tmp_path / "still")
@@ -114,8 +120,8 @@ def test_steps_train_on_what_one_long_pass_predicts(story, tmp_path):
     assert np.abs(alone[1:] - np.array(found)[1:]).min() > 1e-4
 
 
-def test_a_teacher_with_memory_is_refused(story, tmp_path):
-    run, sources = story
+def test_a_teacher_with_memory_is_refused(begun, tmp_path):
+    run, sources = begun
     student = tiny.run(sources, distill=DistillConfig())
 
     def load(_mesh) -> Teacher:
@@ -135,9 +141,9 @@ class Before(struct.PyTreeNode):
     opt_state: Any
 
 
-def test_checkpoints_without_memory_keep_their_form(story, tmp_path):
+def test_checkpoints_without_memory_keep_their_form(begun, tmp_path):
     """What the versions before wrote is read, and nothing else is written."""
-    _, sources = story
+    _, sources = begun
     run = tiny.run(sources, steps=3)
     parts = make_train_setup(run, mesh_of(run)).abstract_state.to_dict()
     assert set(parts) == {field.name for field in dataclasses.fields(Before)}

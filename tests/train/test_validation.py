@@ -30,7 +30,7 @@ def measured(tmp_path_factory):
     """Two runs, of which one is measured."""
     tmp_path = tmp_path_factory.mktemp("validation")
     tiny.write_sources(tmp_path)
-    plain = tiny.run(tmp_path, mesh=MeshConfig(expert=2))
+    plain = tiny.run(tmp_path, steps=8, mesh=MeshConfig(expert=4))  # as test_loop's
     run = dataclasses.replace(plain, validation=ValidationConfig(every=EVERY, max_rows=10))
     fit(plain, tmp_path / "plain")
     fit(run, tmp_path / "run")

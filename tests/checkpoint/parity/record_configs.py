@@ -26,6 +26,7 @@ FAMILIES = (
     "deepseek_v2",
     "deepseek_v3",
     "deepseek_v32",
+    "deepseek_v4",
     "qwen2",
     "qwen3",
     "mistral",

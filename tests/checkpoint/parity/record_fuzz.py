@@ -125,6 +125,47 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     "mistral": DENSE | {"sliding_window": [None, 1, 7, 4096]},
     "ministral": DENSE | WINDOWS,
     "kimi_k2": LATENT | DEEPSEEK | GROUPS | {"attention_bias": [False, False, True]},
+    "deepseek_v4": COMMON
+    | {
+        "num_hidden_layers": [1, 2, 3, 4],
+        "num_attention_heads": [2, 4],
+        "num_key_value_heads": [1],
+        "head_dim": [8, 16],
+        "partial_rotary_factor": [0.5, 0.25, 1.0],
+        "q_lora_rank": [8, 12],
+        "o_groups": [1, 2],
+        "o_lora_rank": [8, 12],
+        "sliding_window": [3, 8, 100],
+        "layer_types": ["some", "some", None],
+        "mlp_layer_types": ["some", None],
+        "compress_rates": [
+            {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+            {"compressed_sparse_attention": 3, "heavily_compressed_attention": 5},
+        ],
+        "index_n_heads": [8, 16],
+        "index_head_dim": [16],
+        "index_topk": [1, 3, 512],
+        "moe_intermediate_size": [8, 16],
+        "n_routed_experts": [4, 8],
+        "num_experts_per_tok": [1, 2, 3],
+        "routed_scaling_factor": [1.0, 1.5],
+        "scoring_func": ["sqrtsoftplus", "sqrtsoftplus", "sigmoid"],
+        "swiglu_limit": [0.5, 10.0],
+        "hc_mult": [2, 4],
+        "hc_sinkhorn_iters": [1, 5],
+        "hc_eps": [1e-6, 1e-2],
+        "rope_parameters": [
+            None,
+            ROPE[3],
+            *(
+                {
+                    "main": ROPE[0] | {"partial_rotary_factor": share},
+                    "compress": rope | {"partial_rotary_factor": share},
+                }
+                for rope, share in ((ROPE[1], 0.5), (ROPE[2], 0.25), (ROPE[3], 0.5))
+            ),
+        ],
+    },
     "dots1": GROUPED
     | DEEPSEEK
     | GROUPS
@@ -447,6 +488,9 @@ def draw_settings(family: str, chance: random.Random) -> dict[str, Any]:
     linear = {"layer_types": ["linear_attention", "full_attention"]} if family in LINEAR else {}
     if family in ("lfm2", "lfm2_moe"):
         linear = {"layer_types": ["conv", "full_attention"]}
+    if family == "deepseek_v4":
+        linear = {"layer_types": CASES[family][1]["layer_types"][:3]}
+        linear["mlp_layer_types"] = ["hash_moe", "moe"]
     mixers = {"layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"]}
     for key, choices in (CHOICES | linear | mixers).items():
         if drawn.get(key) == "some":

@@ -10,7 +10,10 @@ import numpy as np
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Float32; norms and factors near 1; biases, sinks and router biases far from their defaults of
-    0."""
+    0; a table of tokens' experts int64, of the first four."""
+    if name.endswith("tid2eid"):
+        order = np.random.RandomState(zlib.crc32(name.encode())).random_sample((shape[0], 4))
+        return np.argsort(order)[:, : shape[1]].astype(np.int64)
     x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     if len(shape) == 1:
         is_scale = "norm" in name and name.endswith("weight")

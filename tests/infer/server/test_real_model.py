@@ -4,7 +4,6 @@ import concurrent.futures
 import json
 
 import httpx
-import jax
 import numpy as np
 import openai
 import pytest
@@ -20,12 +19,13 @@ from infer.logits import full_logits
 from infer.sampling import Sampling
 from infer.server.embeddings import Embedder
 from infer.server.token_texts import TokenTexts
-from model.transformer import Transformer, hidden_states, init_variables
+from model.transformer import Transformer, hidden_states
 from scripts import evaluate
 from scripts.evaluated_model import open_named
 from tests import tiny
 from tests.infer.server.conftest import user
 from tests.infer.server.scripted import byte_tokenizer, served
+from tests.probes import drawn
 
 ROWS, LENGTH, NEW = 2, 64, 8
 TOKENIZER = byte_tokenizer()
@@ -35,7 +35,7 @@ TEXTS = ["The capital", "of France", "is Paris, said", "x", "def f(x):", "return
 @pytest.fixture(scope="module")
 def model():
     made = Transformer(tiny.model(), ExecutionConfig(transport="gather", capacity_factor=None))
-    return made, jax.jit(lambda: init_variables(made, 3))()
+    return made, drawn(made.config, seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,142 @@
+"""DeepSeek-V4 beyond its logits: on a mesh, in few bits, released names, what is not built."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from checkpoint import huggingface
+from configs.architecture import ModelConfig
+from configs.checks import UserError
+from configs.family_models import deepseek_v4_nano
+from infer.logits import full_logits
+from infer.sources import open_source
+from infer.weights import converted, converter
+from kernels.quantize import QTensor, dequantize
+from model.transformer import Transformer
+from parallel.mesh import make_mesh
+from tests.checkpoint.cases import read_case, write_case
+from tests.checkpoint.test_parity import TOLERANCE, loaded
+from tests.probes import drawn, inputs
+
+CASE = "deepseek_v4"
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+def test_a_mesh_reads_the_parts_it_needs(sizes, tmp_path):
+    """Experts over 2 and 4 devices; and what is exported from there is the files again."""
+    model, expected, checkpoint, tokens, logits = loaded(CASE)
+    source, mesh = open_source(str(checkpoint.path)), make_mesh(*sizes)
+    _, found = source.load(mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    with jax.set_mesh(mesh):
+        made = full_logits(model, found, tokens)
+    np.testing.assert_allclose(made, logits, atol=TOLERANCE)
+    config, lazy = source.load_or_leave(dtype="float32")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    huggingface.export(folder, checkpoint.family, config, lazy, dtype="float32", extra={})
+    written, tensors = (load_file(f / "model.safetensors") for f in (folder, checkpoint.path))
+    assert set(written) == set(tensors)
+    for name, x in tensors.items():
+        assert written[name].dtype == x.dtype, name
+        np.testing.assert_array_equal(written[name], x, err_msg=name)
+
+
+def wide() -> ModelConfig:
+    """One layer of widths that kernels of few bits have blocks for."""
+    nano = deepseek_v4_nano()
+    sparse = dataclasses.replace(nano.pattern[1].attention, output_rank=128)
+    layer = dataclasses.replace(nano.pattern[1], attention=sparse)
+    return dataclasses.replace(nano, pattern=(layer,), num_layers=1, vocab_size=256)
+
+
+@pytest.mark.slow
+def test_int8_computes_what_its_weights_say():
+    model, variables = Transformer(wide()), drawn(wide())
+    given = jax.tree.map(lambda x: x, variables)  # emptied as it is converted
+    held = converted(given, converter(model, "int8"))
+
+    def is_rounded(x):
+        return isinstance(x, QTensor)
+
+    leaves = jax.tree.leaves_with_path(held, is_leaf=is_rounded)
+    rounded = {path[-1].key for path, x in leaves if is_rounded(x)}
+    assert {"q_down", "q", "kv", "o_down", "o_up", "gate_up", "down"} <= rounded
+    floats = jax.tree.map(lambda x: dequantize(x) if is_rounded(x) else x, held, is_leaf=is_rounded)
+    tokens = inputs(wide(), 40)[0][0].tolist()
+    found, expected, exact = (full_logits(model, v, tokens) for v in (held, floats, variables))
+    # Kernels hold x to 2^-23 of its block's largest; int8 itself changes a hundred times as much.
+    np.testing.assert_allclose(found, expected, atol=1e-3 * expected.std())
+    assert np.abs(expected - exact).max() > 0.01 * exact.std()
+
+
+def test_released_names_are_read(tmp_path):
+    """Without "model." before them, and with modules that predict further, which are left out."""
+    write_case(CASE, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    released = {
+        name.removeprefix("model.")
+        .replace("embed_tokens.", "embed.")
+        .replace("hc_head.hc_", "hc_head_"): x
+        for name, x in tensors.items()
+    }
+    released["mtp.0.e_proj.weight"] = np.ones((2, 2), np.float32)
+    save_file(released, tmp_path / "model.safetensors")
+    source = open_source(str(tmp_path))
+    _, variables = source.load()
+    jax.tree.map(np.testing.assert_array_equal, variables, loaded(CASE)[1])
+    assert source.public is not None
+    assert "multi-token modules in 1 tensors" in " ".join(source.public.left_out())
+
+
+def test_a_config_with_the_older_keys_means_the_same(tmp_path):
+    """As its released files have them: ratios of layers, one RoPE for all that compress."""
+    config, _, _, _ = read_case(CASE)
+    rates = {"sliding_attention": 0, **config.pop("compress_rates")}
+    kinds = config.pop("layer_types")
+    rope = config.pop("rope_parameters")["compress"]
+    theta, _ = rope.pop("rope_theta"), rope.pop("partial_rotary_factor")
+    hashed = config.pop("mlp_layer_types").count("hash_moe")
+    del config["partial_rotary_factor"]
+    older = {
+        "compress_ratios": [{0: 0, 4: 4, 8: 128}[rates[kind]] for kind in kinds],
+        "compress_rate_hca": 8,
+        "rope_scaling": {**rope, "type": rope.pop("rope_type")},
+        "compress_rope_theta": theta,
+        "num_hash_layers": hashed,
+    }
+    write_case(CASE, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | older))
+    found = huggingface.open_checkpoint(tmp_path).config.pattern
+    expected = loaded(CASE)[2].config.pattern
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.ffn == theirs.ffn
+        assert mine.attention.compression == theirs.attention.compression
+        assert mine.attention.rotary_dim == theirs.attention.rotary_dim
+    # The older form has no factor on sines; the newer one has YaRN's, where it doesn't say.
+    assert found[1].attention.rope_scaling.rotary_scale == 1.0
+    assert expected[1].attention.rope_scaling.rotary_scale > 1.1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"layer_types": ["sliding_attention"]}, "layer_types="),
+        ({"n_shared_experts": 2}, "n_shared_experts=2"),
+        ({"hc_mult": 1}, "num_streams=1 must be at least 2"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"layer_types": None, "compress_ratios": [4, 4, 7, 4]}, "'7'"),
+    ],
+)
+def test_what_is_not_built_is_refused(change, sentence, tmp_path):
+    config, _, _, _ = read_case(CASE)
+    write_case(CASE, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=sentence):
+        huggingface.open_checkpoint(tmp_path)
