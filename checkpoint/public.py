@@ -15,7 +15,7 @@ from checkpoint.families.base import Family
 from checkpoint.weight_map import Entry, Row, expand, flatten
 from configs.architecture import ModelConfig, MultiTokenConfig
 from configs.checks import UserError
-from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+from configs.feed_forward import FeedForward, MoEConfig, RouterConfig
 from configs.serialization import differences
 
 
@@ -224,8 +224,8 @@ def lost_settings(config: ModelConfig, again: ModelConfig) -> list[str]:
 def _function(config: ModelConfig) -> ModelConfig:
     """The config without what only training reads, and with each layer by itself."""
 
-    def bare(ffn: DenseConfig | MoEConfig) -> DenseConfig | MoEConfig:
-        if isinstance(ffn, DenseConfig):
+    def bare(ffn: FeedForward) -> FeedForward:
+        if not isinstance(ffn, MoEConfig):
             return ffn
         router, defaults = ffn.router, RouterConfig(top_k=1)
         names = ("load_balance_weight", "sequence_weight", "entropy_weight", "z_loss_weight")

@@ -152,6 +152,17 @@ def interleaved(width: str) -> Order:
     return order
 
 
+def interleaved_first(width: str) -> Order:
+    """As `interleaved`, of the first entries of c."""
+
+    def order(size: int, layer: LayerSpec) -> np.ndarray:
+        count = getattr(layer.attention, width)
+        pairs, kept = np.arange(count).reshape(-1, 2), np.arange(count, size)
+        return np.concatenate([pairs[:, 0], pairs[:, 1], kept])
+
+    return order
+
+
 def swapped_halves(size: int, layer: LayerSpec) -> np.ndarray:
     """The second half of c first."""
     del layer

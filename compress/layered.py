@@ -24,7 +24,7 @@ from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.base import ExecutionConfig
 from configs.checks import require
-from configs.feed_forward import DenseConfig, MoEConfig
+from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig
 from model.block import Block
 from model.layers import SwiGLU
 from model.step import Step
@@ -107,9 +107,10 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
     for spec in (*config.prefix, *config.pattern):
         require(
             not _is_beyond_known(spec),
-            "layers with GELU or bounded SwiGLU, normed values, values of the keys' projection, "
-            "gates on inputs, scales of experts, experts by token or a dense layer beside them are "
-            "not compressed yet: distil such a model into another one",
+            "layers with GELU, ReLU^2 or bounded SwiGLU, normed values, values of the keys' "
+            "projection, gates on inputs, scales of experts, experts by token, a dense layer or "
+            "latent vectors beside them, shared experts of a width of their own, or one branch "
+            "alone are not compressed yet: distil such a model into another one",
         )
         require(
             not isinstance(spec.attention, AttentionConfig) or not spec.attention.output_gate,
@@ -145,8 +146,11 @@ def _is_beyond_known(spec: LayerSpec) -> bool:
     if isinstance(ffn, MoEConfig):
         router = ffn.router
         is_own |= router.gates_on == "inputs" or router.expert_scales or router.input_norm
+        is_own |= ffn.latent_width is not None or ffn.shared_d_ff is not None
         is_own |= router.choice == "token"
-    is_own |= ffn.activation in ("geglu", "bounded_swiglu")
+    beyond = ("geglu", "bounded_swiglu", "relu2")
+    is_own |= isinstance(ffn, NoFeedForwardConfig) or ffn.activation in beyond
+    is_own |= not spec.has_attention
     return is_own or spec.dense is not None or spec.output_scale
 
 

@@ -105,6 +105,7 @@ def kept_units(layer: Layer, spec: LayerSpec, sums: Sums, by: ExpertScore) -> Ke
     if isinstance(ffn, DenseConfig):
         return kept | {"F": _best(sums["channels"], ffn.d_ff)}
     assert isinstance(layer.spec.ffn, MoEConfig)
+    assert isinstance(ffn, MoEConfig)
     experts = _kept_experts(expert_scores(sums, by), layer.spec.ffn, ffn)
     units_EF = np.stack([_best(units_F, ffn.d_ff) for units_F in sums["units"][experts]])
     kept |= {"E": experts, "F": units_EF}

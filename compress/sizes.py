@@ -11,7 +11,7 @@ from typing import Literal
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.checks import UserError, require
-from configs.feed_forward import GROUP_MEMBERS, MoEConfig
+from configs.feed_forward import GROUP_MEMBERS, MoEConfig, NoFeedForwardConfig
 
 Axis = Literal["heads", "ffn", "width", "experts"]
 AXES: tuple[Axis, ...] = ("heads", "ffn", "width", "experts")
@@ -121,6 +121,11 @@ def require_axes(config: ModelConfig, axes: Iterable[Axis]) -> None:
       UserError: an axis that can't be pruned in this model.
     """
     kinds = config.layer_kinds
+    require(
+        all(s.has_attention and s.has_feed_forward for s in kinds),
+        "layers that are an attention or a feed-forward alone are not pruned yet: distil such a "
+        "model into another one",
+    )
     for axis in axes:
         if axis in ("heads", "width"):
             other = [
@@ -173,7 +178,7 @@ def shrunk_spec(spec: LayerSpec, shares: dict[Axis, float]) -> LayerSpec:
         assert isinstance(attention, AttentionConfig)
         groups, each = fewer_heads(attention, shares["heads"])
         attention = dataclasses.replace(attention, num_heads=groups * each, num_kv_heads=groups)
-    if "ffn" in shares:
+    if "ffn" in shares and not isinstance(ffn, NoFeedForwardConfig):
         ffn = dataclasses.replace(ffn, d_ff=counted(ffn.d_ff, shares["ffn"]))
     if "experts" in shares and isinstance(ffn, MoEConfig):
         ffn = with_experts(ffn, fewer_experts(ffn, shares["experts"]))

@@ -9,7 +9,8 @@ from typing import Literal
 
 from configs.attention import Attention
 from configs.checks import require, require_choices, require_finite, require_positive
-from configs.feed_forward import DenseConfig, MoEConfig
+from configs.feed_forward import DenseConfig, FeedForward, MoEConfig, NoFeedForwardConfig
+from configs.recurrent_attention import NoAttentionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,11 @@ class EarlyExitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One layer: which attention, which feed-forward, and whether tokens may pass it by."""
+    """One layer: which attention, which feed-forward, and whether tokens may pass it by; of a layer
+    that is one of them alone, the other has kind="none"."""
 
     attention: Attention
-    ffn: DenseConfig | MoEConfig
+    ffn: FeedForward
     depth: MixtureOfDepthsConfig | None = None
     norms: Literal["pre", "post", "sandwich"] = "pre"
     """Where attention and feed-forward are normed: what they read (pre), what they add to the
@@ -71,9 +73,29 @@ class LayerSpec:
     @property
     def num_norms(self) -> int:
         """Norms of width d_model in the layer."""
-        return (4 if self.norms == "sandwich" else 2) + (0 if self.dense is None else 3)
+        branches = int(self.has_attention) + int(self.has_feed_forward)
+        each = 2 if self.norms == "sandwich" else 1
+        return each * branches + (0 if self.dense is None else 3)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the layer mixes tokens."""
+        return not isinstance(self.attention, NoAttentionConfig)
+
+    @property
+    def has_feed_forward(self) -> bool:
+        """Whether the layer has one, dense or of experts."""
+        return not isinstance(self.ffn, NoFeedForwardConfig)
 
     def __post_init__(self) -> None:
+        require(
+            self.has_attention or self.has_feed_forward,
+            "a layer with attention.kind='none' and ffn.kind='none' does nothing: leave it out",
+        )
+        require(
+            self.depth is None or self.has_feed_forward,
+            "a layer with depth needs a feed-forward, got ffn.kind='none'",
+        )
         reason = self.attention.unskippable_reason
         require(self.depth is None or reason is None, f"{reason}")
         require(
@@ -192,7 +214,7 @@ class ModelConfig:
             f"multiple of the pattern's {len(self.pattern)} layers",
         )
         require(
-            all(isinstance(spec.ffn, DenseConfig) for spec in self.prefix),
+            all(not isinstance(spec.ffn, MoEConfig) for spec in self.prefix),
             "prefix has an MoE layer: layers before the pattern must be dense",
         )
         require(
@@ -269,6 +291,11 @@ class ModelConfig:
         if self.hyper_connections is None:
             return
         require(
+            all(s.has_attention and s.has_feed_forward for s in (*self.prefix, *self.pattern)),
+            "hyper_connections is not built with layers that are an attention or a feed-forward "
+            "alone: give each layer both",
+        )
+        require(
             self.early_exit is None and self.multi_token is None and self.residual_scale == 1.0,
             "hyper_connections is not built with early_exit, multi_token or a residual_scale: "
             "leave them out",
@@ -327,7 +354,7 @@ class ModelConfig:
 
     def _count(
         self,
-        ffn_parameters: typing.Callable[[DenseConfig | MoEConfig], int],
+        ffn_parameters: typing.Callable[[FeedForward], int],
         is_active: bool = False,
     ) -> int:
         streams = self.hyper_connections

@@ -10,7 +10,12 @@ from typing import Literal
 from configs.attention_traits import AttentionTraits
 from configs.checks import require, require_positive
 from configs.compressed_attention import CompressedAttentionConfig
-from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
+from configs.recurrent_attention import (
+    GatedDeltaConfig,
+    Mamba2Config,
+    NoAttentionConfig,
+    ShortConvConfig,
+)
 from configs.rope import RopeScaling
 
 QKNorm = Literal["head", "all", "head_unscaled"]
@@ -419,4 +424,6 @@ Attention = (
     | CompressedAttentionConfig
     | GatedDeltaConfig
     | ShortConvConfig
+    | Mamba2Config
+    | NoAttentionConfig
 )

@@ -9,9 +9,9 @@ from configs.compressed_attention import (
     CompressionConfig,
     EntryIndexerConfig,
 )
-from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig, RouterConfig
 from configs.models import v31_nano
-from configs.recurrent_attention import GatedDeltaConfig
+from configs.recurrent_attention import GatedDeltaConfig, Mamba2Config, NoAttentionConfig
 from configs.rope import YarnConfig
 
 
@@ -119,6 +119,28 @@ def kimi_linear_nano() -> ModelConfig:
     pattern = tuple(LayerSpec(attention=each, ffn=ffn) for each in (delta, delta, latent, delta))
     first = LayerSpec(attention=delta, ffn=DenseConfig(d_ff=512))
     return dataclasses.replace(model, prefix=(first,), pattern=pattern, num_layers=5)
+
+
+def nemotron_h_nano() -> ModelConfig:
+    """Nemotron 3's form in 3.0M parameters: Mamba-2, experts on latent vectors without gates, and
+    one attention without positions in seven layers, each a branch alone.
+    """
+    mamba = Mamba2Config(num_heads=8, head_dim=32, state_dim=32, num_groups=2, norm_by_group=True)
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, rotary_dim=0)
+    model = glm4_nano()
+    glm = model.pattern[0].ffn
+    assert isinstance(glm, MoEConfig)
+    experts = dataclasses.replace(
+        glm, d_ff=192, shared_d_ff=384, latent_width=64, activation="relu2"
+    )
+    mixers, nothing = {"M": mamba, "*": attention}, NoAttentionConfig()
+    pattern = tuple(
+        LayerSpec(attention=nothing, ffn=experts)
+        if letter == "E"
+        else LayerSpec(attention=mixers[letter], ffn=NoFeedForwardConfig())
+        for letter in "MEM*EME"
+    )
+    return dataclasses.replace(model, prefix=(), pattern=pattern, num_layers=7)
 
 
 def deepseek_v4_nano() -> ModelConfig:

@@ -11,9 +11,33 @@ from configs.checks import require, require_positive
 
 Scores = Literal["softmax", "sigmoid", "sqrt_softplus"]
 GroupScore = Literal["best_two", "best"]
-DenseActivation = Literal["swiglu", "geglu", "bounded_swiglu"]
+DenseActivation = Literal["swiglu", "geglu", "bounded_swiglu", "relu2"]
 GROUP_MEMBERS: dict[GroupScore, int] = {"best_two": 2, "best": 1}
 """Experts whose scores are summed for a group's."""
+
+
+def num_parts(activation: str) -> int:
+    """Matrices of hidden units: the gate's and the up's, or one where nothing is gated."""
+    return 1 if activation == "relu2" else 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoFeedForwardConfig:
+    """No feed-forward: a layer that is an attention alone (Nemotron-H, 2025)."""
+
+    kind: Literal["none"] = "none"
+
+    @property
+    def d_ff(self) -> int:
+        """No hidden units."""
+        return 0
+
+    def num_parameters(self, d_model: int) -> int:
+        del d_model
+        return 0
+
+    def num_active_parameters(self, d_model: int) -> int:
+        return self.num_parameters(d_model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +49,10 @@ class DenseConfig:
     """Hidden width, F."""
     activation: DenseActivation = "swiglu"
     """Of the gate: silu, or GELU in its tanh form (geglu: Gemma, 2024). bounded_swiglu: silu of the
-    gate, which is bounded above by swiglu_limit, and up both ways (DeepSeek-V4, 2026)."""
+    gate, which is bounded above by swiglu_limit, and up both ways (DeepSeek-V4, 2026). relu2: there
+    is no gate, the layer is W_down relu(W_up x)^2 (So et al. 2021; Nemotron-H, 2025)."""
     bias: bool = False
-    """Whether the three matrices have biases (granite-8b-code)."""
+    """Whether the matrices have biases (granite-8b-code)."""
     swiglu_limit: float | None = None
     """bounded_swiglu only (DeepSeek-V4: 10)."""
 
@@ -36,8 +61,9 @@ class DenseConfig:
         _check_limit(self, ("bounded_swiglu",))
 
     def num_parameters(self, d_model: int) -> int:
-        biases = 2 * self.d_ff + d_model if self.bias else 0
-        return 3 * d_model * self.d_ff + biases
+        parts = num_parts(self.activation)
+        biases = parts * self.d_ff + d_model if self.bias else 0
+        return (parts + 1) * d_model * self.d_ff + biases
 
     def num_active_parameters(self, d_model: int) -> int:
         return self.num_parameters(d_model)
@@ -260,17 +286,25 @@ class MoEConfig:
     """Hidden width of one expert, F."""
     num_shared_experts: int = 0
     """Experts that are always on, held as one dense layer of num_shared_experts * d_ff."""
+    shared_d_ff: int | None = None
+    """Hidden width of that layer; None: num_shared_experts * d_ff (Nemotron 3 and Granite 4, 2025:
+    one shared expert of a width of its own)."""
     shared_gate: bool = False
     """Whether the shared experts' result is multiplied by the sigmoid of a projection of the token
     (Qwen2-MoE, 2024)."""
     router: RouterConfig
     bias: bool = False
     """Whether the routed experts' matrices have biases (gpt-oss)."""
-    activation: Literal["swiglu", "clamped_swiglu", "geglu", "bounded_swiglu"] = "swiglu"
+    latent_width: int | None = None
+    """Width that tokens are projected to before the routed experts, and from after them: latent MoE
+    (Nemotron 3, 2025). None: experts read and give d_model. Router and shared experts read the
+    token itself."""
+    activation: Literal["swiglu", "clamped_swiglu", "geglu", "bounded_swiglu", "relu2"] = "swiglu"
     """Of the routed experts. swiglu: silu(gate) * up. clamped_swiglu (gpt-oss, 2025): gate is
     bounded above and up both ways by swiglu_limit, then (up + 1) * gate * sigmoid(swiglu_alpha *
     gate). geglu: gelu(gate) * up, of the shared experts too (Gemma 4, 2026). bounded_swiglu: that
-    of DenseConfig, of the shared experts too (DeepSeek-V4, 2026)."""
+    of DenseConfig, of the shared experts too (DeepSeek-V4, 2026). relu2: relu(up)^2 without a gate,
+    of the shared experts too (Nemotron 3)."""
     swiglu_limit: float | None = None
     """clamped_swiglu and bounded_swiglu only (gpt-oss: 7, DeepSeek-V4: 10)."""
     swiglu_alpha: float | None = None
@@ -285,6 +319,13 @@ class MoEConfig:
         require(
             self.num_shared_experts > 0 or not self.shared_gate,
             "shared_gate=True has no effect with num_shared_experts=0: leave it out",
+        )
+        for name in ("shared_d_ff", "latent_width"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}={value} must be at least 1, or None")
+        require(
+            self.num_shared_experts > 0 or self.shared_d_ff is None,
+            f"shared_d_ff={self.shared_d_ff} has no effect with num_shared_experts=0: leave it out",
         )
         require(
             self.router.top_k <= self.num_experts,
@@ -325,9 +366,23 @@ class MoEConfig:
         )
         require(alpha is None or alpha > 0, f"swiglu_alpha={alpha} must be greater than 0")
 
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of the shared experts together."""
+        return self.shared_d_ff or self.num_shared_experts * self.d_ff
+
+    @property
+    def shared_activation(self) -> DenseActivation:
+        """Of the shared experts."""
+        return "swiglu" if self.activation == "clamped_swiglu" else self.activation
+
     def _num_parameters(self, d_model: int, experts: float) -> int:
-        ffns = round(3 * d_model * self.d_ff * (experts + self.num_shared_experts))
-        biases = round((2 * self.d_ff + d_model) * experts) if self.bias else 0
+        parts, width = num_parts(self.activation), self.latent_width or d_model
+        shared = num_parts(self.shared_activation) + 1
+        ffns = round((parts + 1) * width * self.d_ff * experts)
+        ffns += shared * d_model * self.shared_width
+        ffns += 0 if self.latent_width is None else 2 * d_model * self.latent_width
+        biases = round((parts * self.d_ff + width) * experts) if self.bias else 0
         context = self.router.context
         logits = d_model * self.num_experts
         if context is not None:
@@ -343,3 +398,6 @@ class MoEConfig:
 
     def num_active_parameters(self, d_model: int) -> int:
         return self._num_parameters(d_model, self.router.mean_k)
+
+
+FeedForward = DenseConfig | MoEConfig | NoFeedForwardConfig

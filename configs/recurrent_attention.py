@@ -1,4 +1,5 @@
-"""The kinds of attention whose state has one size, however long the text: delta nets, convolutions.
+"""The kinds of attention whose state has one size, however long the text: delta nets, Mamba-2,
+convolutions, and none at all.
 
 Frozen and made of plain values, like all configs: see configs/base.py.
 """
@@ -139,3 +140,87 @@ class ShortConvConfig(AttentionTraits):
         """Weights of the projections and the convolution, and their biases."""
         biases = 4 * self.channels + d_model if self.bias else 0
         return (4 * d_model + self.conv_width) * self.channels + biases
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config(AttentionTraits):
+    """Mamba-2 (Dao & Gu 2024): linear attention over a state of one size that forgets at a rate of
+    each head, and whose keys and queries groups of heads share.
+
+    y = W_o norm((C S + skip * x) * silu(gate)),   S = exp(-rate * step) S + step * B x^T
+    """
+
+    kind: Literal["mamba2"] = "mamba2"
+    num_heads: int
+    """Heads of values, and of the state, H."""
+    head_dim: int
+    """Width of a head's values, V."""
+    state_dim: int
+    """Width of keys (B) and queries (C), K."""
+    num_groups: int = 1
+    """Groups of heads that share keys and queries, G."""
+    conv_width: int = 4
+    """Taps of the causal convolution over values, keys and queries, the token itself included."""
+    conv_bias: bool = True
+    """Whether the convolution has a bias."""
+    bias: bool = False
+    """Whether the projections have biases."""
+    norm_by_group: bool = False
+    """Whether the result is normed over each group's values (Nemotron-H, 2025) or over all."""
+    least_step: float = 0.0
+    """Bound of each token's step from below (transformers' time_step_min)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_heads", "head_dim", "state_dim", "num_groups", "conv_width")
+        require(
+            self.num_heads % self.num_groups == 0,
+            f"num_heads={self.num_heads} must be a multiple of num_groups={self.num_groups}",
+        )
+        require(self.least_step >= 0, f"least_step={self.least_step} must not be negative")
+
+    @property
+    def unskippable_reason(self) -> str | None:
+        return "a layer with depth sees only the chosen tokens, and a recurrence needs them all"
+
+    @property
+    def conv_channels(self) -> int:
+        """Entries of a token's values, keys and queries."""
+        return self.out_width + 2 * self.num_groups * self.state_dim
+
+    @property
+    def out_width(self) -> int:
+        """Width of all heads' results together."""
+        return self.num_heads * self.head_dim
+
+    def num_parameters(self, d_model: int) -> int:
+        """Weights of the projections, convolution, steps, rates, skips, norm, and their biases."""
+        entering = self.conv_channels + self.out_width + self.num_heads
+        conv = (self.conv_width + (1 if self.conv_bias else 0)) * self.conv_channels
+        own = 3 * self.num_heads + self.out_width
+        biases = entering + d_model if self.bias else 0
+        return d_model * (entering + self.out_width) + conv + own + biases
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoAttentionConfig(AttentionTraits):
+    """No attention: a layer that is a feed-forward alone (Nemotron-H, 2025)."""
+
+    kind: Literal["none"] = "none"
+
+    @property
+    def unskippable_reason(self) -> str | None:
+        return "a layer with depth needs an attention"
+
+    @property
+    def num_heads(self) -> int:
+        """Nothing is mixed."""
+        return 1
+
+    @property
+    def out_width(self) -> int:
+        """Of nothing."""
+        return 1
+
+    def num_parameters(self, d_model: int) -> int:
+        del d_model
+        return 0

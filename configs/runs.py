@@ -194,6 +194,15 @@ def nope_nano() -> RunConfig:
     return dataclasses.replace(v31_nano(), name="nope_nano", model=family_models.nope_nano())
 
 
+def nemotron_h_nano() -> RunConfig:
+    """v31_nano's run with Nemotron 3's layers: Mamba-2, attention or experts, each alone.
+
+    python -m scripts.train nemotron_h_nano: minutes on two CPU cores.
+    """
+    model = family_models.nemotron_h_nano()
+    return dataclasses.replace(v31_nano(), name="nemotron_h_nano", model=model)
+
+
 def qwen3_next_nano() -> RunConfig:
     """Gated delta nets and gated attention, three to one, as Qwen3-Next and Qwen3.5 have them.
 

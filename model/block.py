@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from configs.architecture import LayerSpec, ModelConfig
 from configs.base import ExecutionConfig
-from configs.feed_forward import DenseConfig, MoEConfig
+from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig
 from model.attention.kinds import attention_layer
 from model.depth import routed
 from model.hyper_connections import StreamMixer, read, written
@@ -24,8 +24,8 @@ from parallel.sharding import constrain
 
 
 class Block(nn.Module):
-    """Residual block: x + attention(norm(x)), then x + ffn(norm(x)); see LayerSpec.norms for other
-    places of the norms.
+    """Residual block: x + attention(norm(x)), then x + ffn(norm(x)), or one of them alone; see
+    LayerSpec.norms for other places of the norms.
 
     With spec.depth, of the chosen tokens only (model/depth.py); what they are goes into the
     collection "router" as "depth" (DepthStats). Sows its result and what its attention adds into
@@ -69,9 +69,14 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array, BlockState | None]:
         """x after attention, attention's update, the feed-forward's update, and the state."""
         attention_state, router_state = (state.attention, state.router) if state else (None, None)
-        attended_BLD, attention_state = self._attended(x_BLD, step, attention_state)
-        x_BLD = constrain(x_BLD + attended_BLD, "batch", "length", None)
-        update_BLD, router_state = self._fed(x_BLD, step, router_state, preference_BE, chosen_BLK)
+        attended_BLD = update_BLD = jnp.zeros_like(x_BLD)
+        if self.spec.has_attention:
+            attended_BLD, attention_state = self._attended(x_BLD, step, attention_state)
+            x_BLD = constrain(x_BLD + attended_BLD, "batch", "length", None)
+        if self.spec.has_feed_forward:
+            update_BLD, router_state = self._fed(
+                x_BLD, step, router_state, preference_BE, chosen_BLK
+            )
         state = None if attention_state is None else BlockState(attention_state, router_state)
         return x_BLD, attended_BLD, update_BLD, state
 
@@ -131,6 +136,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, AnyKeyValueState | None]:
         """What the feed-forward adds to the residual stream, and its router's state."""
         ffn, eps, depth_scale = self.spec.ffn, self.model.norm_eps, self._depth_scale
+        assert not isinstance(ffn, NoFeedForwardConfig)
         h_BLD = self._read(x_BLD, "ffn_norm")
         out_stddev = depth_scale * ffn.d_ff**-0.5
         if isinstance(ffn, DenseConfig):

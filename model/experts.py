@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from configs.feed_forward import MoEConfig
+from configs.feed_forward import MoEConfig, num_parts
 from kernels.grouped_matmul import Implementation, grouped_matmul, grouped_swiglu
 from kernels.quantize import MatrixDims, QTensor
 from model.layers import AdaptedWeight, SplitWeight, gated, weight, zero_weight
@@ -37,15 +37,18 @@ def expert_weights(
     out_stddev: float,
     num_experts: int | None = None,
 ) -> dict[str, Any]:
-    """The module's float32 parameters gate_up [E, D, 2, F] and down [E, F, D], with config.bias
-    gate_up_bias [E, 2, F] and down_bias [E, D]; with adapters (model/adapters.py) of rank r also
-    gate_up_a [E, D, 2, r], gate_up_b [E, 2, r, F], down_a [E, F, r] and down_b [E, r, D].
+    """The module's float32 parameters gate_up [E, D, I, F] and down [E, F, D], with config.bias
+    gate_up_bias [E, I, F] and down_bias [E, D], where I is 2, gate and up, or 1; with adapters
+    (model/adapters.py) of rank r also gate_up_a [E, D, I, r], gate_up_b [E, I, r, F], down_a
+    [E, F, r] and down_b [E, r, D].
 
     Args:
+      d_model: D, of what experts read and give.
       num_experts: E, where not all that the config has are held.
     """
     experts, d_ff = num_experts or config.num_experts, config.d_ff
-    shapes = {"gate_up": (experts, d_model, 2, d_ff), "down": (experts, d_ff, d_model)}
+    parts = num_parts(config.activation)
+    shapes = {"gate_up": (experts, d_model, parts, d_ff), "down": (experts, d_ff, d_model)}
     stddevs = {"gate_up": d_model**-0.5, "down": out_stddev}
     dims = {"gate_up": MatrixDims(1, 2), "down": MatrixDims(1, 1)}
     weights = {
@@ -56,7 +59,7 @@ def expert_weights(
         if isinstance(held, AdaptedWeight):
             weights |= {name: held.weight, f"{name}_a": held.a, f"{name}_b": held.b}
     if config.bias:
-        biases = {"gate_up_bias": (experts, 2, d_ff), "down_bias": (experts, d_model)}
+        biases = {"gate_up_bias": (experts, parts, d_ff), "down_bias": (experts, d_model)}
         for name, shape in biases.items():
             weights[name] = zero_weight(module, name, shape, WEIGHT_AXES[name])
     return weights
@@ -135,12 +138,12 @@ def _other_experts(
     w_gate_up_XDC = _gate_beside_up(_own(weights["gate_up"]))
     how: Any = {"implementation": implementation, "fixed_order": fixed_order}
     h_RC = grouped_matmul(x_RD, w_gate_up_XDC, group_sizes_X, **how)
-    h_R2F = h_RC.reshape(x_RD.shape[0], 2, -1)
+    h_RIF = h_RC.reshape(x_RD.shape[0], num_parts(config.activation), -1)
     if "gate_up_a" in weights:
-        h_R2F += _adapter_product(x_RD, group_sizes_X, weights, "gate_up")
+        h_RIF += _adapter_product(x_RD, group_sizes_X, weights, "gate_up")
     if config.bias:
-        h_R2F += _of_own_expert(weights["gate_up_bias"], group_sizes_X, x_RD.shape[0])
-    h_RF = activated(h_R2F[:, 0], h_R2F[:, 1], config).astype(x_RD.dtype)
+        h_RIF += _of_own_expert(weights["gate_up_bias"], group_sizes_X, x_RD.shape[0])
+    h_RF = activated(h_RIF[:, 0], h_RIF[:, -1], config).astype(x_RD.dtype)
     down = _own(weights["down"])
     y_RD = grouped_matmul(h_RF, down, group_sizes_X, **how)
     if "down_a" in weights:
@@ -185,11 +188,10 @@ def _own(w: jax.Array | QTensor | SplitWeight) -> jax.Array | QTensor:
     return w.own() if isinstance(w, SplitWeight) else w
 
 
-def _gate_beside_up(w_gate_up_XD2F: jax.Array | QTensor) -> jax.Array | QTensor:
-    if isinstance(w_gate_up_XD2F, QTensor):
-        return w_gate_up_XD2F
-    num_local, d_model, _, d_ff = w_gate_up_XD2F.shape
-    return w_gate_up_XD2F.reshape(num_local, d_model, 2 * d_ff)
+def _gate_beside_up(w_gate_up_XDIF: jax.Array | QTensor) -> jax.Array | QTensor:
+    if isinstance(w_gate_up_XDIF, QTensor):
+        return w_gate_up_XDIF
+    return w_gate_up_XDIF.reshape(*w_gate_up_XDIF.shape[:2], -1)
 
 
 def _of_own_expert(bias: jax.Array, group_sizes_X: jax.Array, rows: int) -> jax.Array:

@@ -144,6 +144,11 @@ def _check(ffn: MoEConfig, operator: Operator, factor: int) -> None:
         "(router.expert_scales): it is for models without them",
     )
     require(
+        ffn.activation != "relu2" and ffn.latent_width is None and ffn.shared_d_ff is None,
+        "growth is not built for experts without gates (activation='relu2'), on latent vectors "
+        "(latent_width) or beside shared ones of a width of their own (shared_d_ff)",
+    )
+    require(
         router.choice == "scores",
         "growth has no rows for router.choice='token', whose table names experts by number: it is "
         "for models whose routers choose",

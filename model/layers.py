@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from configs.feed_forward import DenseActivation, DenseConfig
+from configs.feed_forward import DenseActivation, DenseConfig, num_parts
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
 from kernels.matmul import matmul, reads_as_stored, takes_rows
 from kernels.quantize import MatrixDims, QTensor
@@ -375,11 +375,14 @@ def rope(
 def gated(
     gate: jax.Array, up: jax.Array, activation: DenseActivation, limit: float | None = None
 ) -> jax.Array:
-    """silu(gate) * up, or gelu(gate) * up (Shazeer 2020); GELU in its tanh form.
+    """silu(gate) * up, or gelu(gate) * up (Shazeer 2020); GELU in its tanh form. relu2: relu(up)^2
+    (So et al. 2021), whatever the gate.
 
     Args:
       limit: bounded_swiglu's: of the gate above, of up both ways.
     """
+    if activation == "relu2":
+        return jnp.square(jax.nn.relu(up))
     if activation == "swiglu":
         return jax.nn.silu(gate) * up
     if activation == "bounded_swiglu":
@@ -391,8 +394,10 @@ def gated(
 
 
 class SwiGLU(nn.Module):
-    """W_down(silu(W_gate x) * W_up x) (Shazeer 2020), or with GELU: a dense layer, and the shared
-    experts. With config.bias each product has one added.
+    """W_down(silu(W_gate x) * W_up x) (Shazeer 2020), or with GELU, or W_down relu(W_up x)^2: a
+    dense layer, and the shared experts. With config.bias each product has one added.
+
+    I parts of gate_up: gate and up, or up alone.
     """
 
     config: DenseConfig
@@ -401,10 +406,11 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         d_model, d_ff, dtype = x_BLD.shape[-1], self.config.d_ff, x_BLD.dtype
-        w_gate_up_D2F = weight(
+        parts = num_parts(self.config.activation)
+        w_gate_up_DIF = weight(
             self,
             "gate_up",
-            (d_model, 2, d_ff),
+            (d_model, parts, d_ff),
             ("embed", None, "mlp"),
             d_model**-0.5,
             MatrixDims(1, 2),
@@ -412,12 +418,12 @@ class SwiGLU(nn.Module):
         w_down_FD = weight(
             self, "down", (d_ff, d_model), ("mlp", "embed"), self.out_stddev, MatrixDims(1, 1)
         )
-        h_BL2F = project("BLD,DiF->BLiF", x_BLD, w_gate_up_D2F)
+        h_BLIF = project("BLD,DIF->BLIF", x_BLD, w_gate_up_DIF)
         if self.config.bias:
-            bias_2F = zero_weight(self, "gate_up_bias", (2, d_ff), (None, "mlp"))
-            h_BL2F += bias_2F.astype(dtype)[None, None]
+            bias_IF = zero_weight(self, "gate_up_bias", (parts, d_ff), (None, "mlp"))
+            h_BLIF += bias_IF.astype(dtype)[None, None]
         c = self.config
-        h_BLF = gated(h_BL2F[:, :, 0], h_BL2F[:, :, 1], c.activation, c.swiglu_limit)
+        h_BLF = gated(h_BLIF[:, :, 0], h_BLIF[:, :, -1], c.activation, c.swiglu_limit)
         out_BLD = project("BLF,FD->BLD", h_BLF, w_down_FD)
         if self.config.bias:
             bias_D = zero_weight(self, "down_bias", (d_model,), ("embed",))

@@ -14,6 +14,7 @@ from configs.architecture import LayerSpec, ModelConfig
 from configs.checks import UserError
 from configs.feed_forward import MoEConfig
 from model.attention.kinds import init_attention_memory, init_attention_state
+from model.attention.none import EmptyState
 from model.layer_state import AnyKeyValueState, LayerState, PagedKeyValueState, StateShape
 
 
@@ -162,6 +163,8 @@ def copy_page(state: ModelState, source: jax.Array, target: jax.Array) -> ModelS
     """One page of every layer copied onto another, int32 []."""
 
     def copied(layer: LayerState) -> LayerState:
+        if isinstance(layer, EmptyState):
+            return layer
         assert isinstance(layer, PagedKeyValueState)
         return layer.copy_page(source, target)
 
@@ -172,7 +175,7 @@ def take_pages(state: ModelState, pages_N: jax.Array) -> tuple[jax.Array, ...]:
     """What lies in these pages, int32 [N], of each array of the state; N is dim 0 of each."""
 
     def taken(layer: LayerState) -> LayerState:
-        assert isinstance(layer, PagedKeyValueState)
+        assert isinstance(layer, PagedKeyValueState | EmptyState)
         return jax.tree.map(lambda pages: pages[pages_N], layer)
 
     made = _each(taken, state)
@@ -215,7 +218,11 @@ def _each(fn: Callable[..., LayerState], *states: ModelState) -> ModelState:
     """fn of each layer's state, of all layers, one after the other or stacked."""
     prefixes = zip(*(s.prefix for s in states), strict=True)
     periods = zip(*(s.periods for s in states), strict=True)
-    over_periods = jax.vmap(fn) if states[0].is_stacked else fn
+
+    def over_periods(*layers: LayerState) -> LayerState:
+        is_stacked = states[0].is_stacked and bool(jax.tree.leaves(layers[0]))
+        return jax.vmap(fn)(*layers) if is_stacked else fn(*layers)
+
     return states[0].replace(
         prefix=tuple(_map_block(fn, *blocks) for blocks in prefixes),
         periods=tuple(_map_block(over_periods, *blocks) for blocks in periods),

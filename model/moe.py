@@ -11,11 +11,21 @@ import jax.numpy as jnp
 
 from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+from kernels.quantize import MatrixDims
 from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
 from model.experts import expert_function, expert_weights, has_few_bits, weight_axes
 from model.layer_state import AnyKeyValueState
-from model.layers import RMSNorm, SwiGLU, in_dtype, newest, one_weight, weight, zero_weight
+from model.layers import (
+    RMSNorm,
+    SwiGLU,
+    in_dtype,
+    newest,
+    one_weight,
+    project,
+    weight,
+    zero_weight,
+)
 from model.router import (
     TOKEN_EXPERTS,
     changed_share,
@@ -68,7 +78,8 @@ class MoE(nn.Module):
             read_BLD.astype(jnp.float32), step, context_state
         )
         slot_E, num_held = self._resident()
-        weights = expert_weights(self, c, d_model, self.out_stddev, num_held)
+        width = c.latent_width or d_model
+        weights = expert_weights(self, c, width, self.out_stddev, num_held)
         state = None
         if needs_state(c.router):
             state = self.variable("router_state", "state", initial_state, c.num_experts).value
@@ -95,7 +106,9 @@ class MoE(nn.Module):
         if c.router.expert_scales:
             scales_E = one_weight(self, "expert_scales", (c.num_experts,), (None,))
             gates_TK *= scales_E[jnp.maximum(ids_TK, 0)]
+        x_TD = x_TD if c.latent_width is None else self._latent("latent_in", x_TD, width)
         out_TD, moved = self._applied(x_TD, ids_TK, gates_TK, weights, slot_E, num_held)
+        out_TD = out_TD if c.latent_width is None else self._latent("latent_out", out_TD, d_model)
         stats = router_stats(
             router_logits_TE,
             routing,
@@ -149,6 +162,13 @@ class MoE(nn.Module):
             out_TD = out_TD.reshape(num_tokens, -1, d_model).sum(axis=1)
         return out_TD, moved
 
+    def _latent(self, name: str, x_TD: jax.Array, width: int) -> jax.Array:
+        """[T, width]: tokens to what experts read, or from what they give."""
+        shape = (x_TD.shape[-1], width)
+        axes = ("embed", None) if name == "latent_in" else (None, "embed")
+        w = weight(self, name, shape, axes, shape[0] ** -0.5, MatrixDims(1, 1))
+        return project("TI,IO->TO", x_TD, w)
+
     def _of_tokens(self, step: Step) -> jax.Array:
         """The experts that the table names for each token, int32 [T, K]; -1 for padding."""
         sizes = (self.vocab_size, self.config.num_experts, self.config.router.top_k)
@@ -159,11 +179,12 @@ class MoE(nn.Module):
     def _shared(self, x_BLD: jax.Array) -> jax.Array:
         """What the experts give that all tokens go to."""
         c = self.config
-        width = c.num_shared_experts * c.d_ff
-        shared = DenseConfig(d_ff=width)
-        if c.activation != "clamped_swiglu":
-            limit = c.swiglu_limit
-            shared = DenseConfig(d_ff=width, activation=c.activation, swiglu_limit=limit)
+        is_bounded = c.shared_activation == "bounded_swiglu"
+        shared = DenseConfig(
+            d_ff=c.shared_width,
+            activation=c.shared_activation,
+            swiglu_limit=c.swiglu_limit if is_bounded else None,
+        )
         shared_BLD = SwiGLU(shared, self.out_stddev, name="shared")(x_BLD)
         return self._gated(shared_BLD, x_BLD) if c.shared_gate else shared_BLD
 

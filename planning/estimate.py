@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 from configs.accelerators import Accelerator
 from configs.architecture import LayerSpec
 from configs.base import RunConfig
-from configs.feed_forward import MoEConfig
+from configs.feed_forward import DenseConfig, MoEConfig, num_parts
 from model.flops import training_flops_per_token, visible_keys
 from model.transformer import Transformer, abstract_variables
 from parallel.expert import rows_per_peer
@@ -161,9 +161,13 @@ def _layer_bytes(run: RunConfig, spec: LayerSpec) -> float:
         scores = 0.0  # they stay in the kernel
     heads = 4 * tokens * attention.out_width / tensor * width
     if isinstance(spec.ffn, MoEConfig):
-        ffn = _expert_rows(run, spec.ffn) * (2 * d_model + 3 * spec.ffn.d_ff / tensor) * width
+        hidden = (num_parts(spec.ffn.activation) + 1) * spec.ffn.d_ff / tensor
+        moved = 2 * (spec.ffn.latent_width or d_model)
+        ffn = _expert_rows(run, spec.ffn) * (moved + hidden) * width
+    elif isinstance(spec.ffn, DenseConfig):
+        ffn = (num_parts(spec.ffn.activation) + 1) * tokens * spec.ffn.d_ff / tensor * width
     else:
-        ffn = 3 * tokens * spec.ffn.d_ff / tensor * width
+        ffn = 0.0
     return scores + heads + ffn + 4 * tokens * d_model * width
 
 
@@ -199,23 +203,23 @@ def _traffic(
         if EXPERT not in axes:
             yield from collect("all-reduce", EXPERT, 4 * size, run.accumulation)
     passes = (3 if run.execution.remat == "full" else 2) * run.accumulation * run.model.num_periods
-    tokens, row = _local_tokens(run), run.model.d_model * _width(run)
+    tokens, d_model = _local_tokens(run), run.model.d_model
     for spec in run.model.pattern:
-        yield from collect("all-reduce", TENSOR, tokens * row, 2 * passes)
+        branches = int(spec.has_attention) + int(spec.has_feed_forward)
+        yield from collect("all-reduce", TENSOR, tokens * d_model * _width(run), branches * passes)
         if isinstance(spec.ffn, MoEConfig):
+            row = spec.ffn.latent_width or d_model
             yield from _dispatch(run, spec.ffn, collect, tokens, row, passes)
 
 
 def _dispatch(run, ffn, collect, tokens, row, passes) -> Iterator[Collective]:
-    """Tokens to experts and back, for each pass through the layer."""
+    """Tokens of width `row` to experts and back, for each pass through the layer."""
     execution, shards, top_k = run.execution, run.mesh.expert, ffn.router.top_k
     if execution.transport == "all_to_all":
         rows = rows_per_peer(int(tokens), top_k, execution.capacity_factor, shards) * shards
-        yield from collect("all-to-all", EXPERT, rows * row, 2 * passes)
+        yield from collect("all-to-all", EXPERT, rows * row * _width(run), 2 * passes)
     elif execution.transport == "gather":
-        yield from collect("all-gather", EXPERT, tokens * row, passes)
-        yield from collect(
-            "reduce-scatter", EXPERT, tokens * shards * run.model.d_model * 4, passes
-        )
+        yield from collect("all-gather", EXPERT, tokens * row * _width(run), passes)
+        yield from collect("reduce-scatter", EXPERT, tokens * shards * row * 4, passes)
     else:
         assert_never(execution.transport)

@@ -16,7 +16,7 @@ from configs.attention import (
 )
 from configs.compressed_attention import CompressedAttentionConfig
 from configs.feed_forward import DenseConfig, MoEConfig
-from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
+from configs.recurrent_attention import GatedDeltaConfig, Mamba2Config, ShortConvConfig
 from tests.oracle_compressed import compressed_attention
 
 
@@ -120,7 +120,11 @@ def last_streams(x, w, config: ModelConfig, wrong=""):
 
 def block_update(x, layer, spec: LayerSpec, eps, positions, documents, wrong="", scale=1.0):
     """attention(norm(x)) + ffn(norm(x + attention(norm(x)))), or with the norms around or after."""
-    first = scale * attention_update(x, layer, spec, eps, positions, documents, wrong)
+    first = 0.0
+    if spec.has_attention:
+        first = scale * attention_update(x, layer, spec, eps, positions, documents, wrong)
+    if not spec.has_feed_forward:
+        return first
     middle = x + first
     return first + scale * ffn_update(middle, layer, spec, eps, positions, documents, wrong)
 
@@ -475,6 +479,42 @@ def _through(token, w, name, head, config: GatedDeltaConfig):
     return token @ w[name][:, head]
 
 
+def mamba2(x, w, config: Mamba2Config, positions, documents, wrong=""):
+    """Each head's matrix, token by token."""
+    c, taps = config, w["conv"]
+    entering = x @ w["in"] + (w["in_bias"] if c.bias else 0.0)
+    steps = x @ w["step"] + w["step_bias"] + (w["step_in_bias"] if c.bias else 0.0)
+    steps = np.maximum(np.log1p(np.exp(steps)), c.least_step)
+    gates = np.einsum("ld,dhv->lhv", x, w["gate"]) + (w["gate_bias"] if c.bias else 0.0)
+    states, out = np.zeros((c.num_heads, c.head_dim, c.state_dim)), np.zeros_like(x)
+    for i in range(len(x)):
+        if i > 0 and documents[i] != documents[i - 1] and wrong != "document goes on":
+            states = 0 * states
+        mixed = w["conv_bias"] if c.conv_bias else np.zeros(entering.shape[1])
+        for back in range(c.conv_width):
+            if back <= i and (documents[i - back] == documents[i] or wrong == "taps see before"):
+                mixed = mixed + taps[-1 - back] * entering[i - back]
+        mixed = mixed / (1 + np.exp(-mixed))
+        v, keys, queries = np.split(mixed, [c.out_width, c.out_width + c.num_groups * c.state_dim])
+        v, y = v.reshape(c.num_heads, -1), np.zeros((c.num_heads, c.head_dim))
+        for h in range(c.num_heads):
+            g = h * c.num_groups // c.num_heads
+            g = h % c.num_groups if wrong == "heads interleaved" else g
+            at = slice(g * c.state_dim, (g + 1) * c.state_dim)
+            forgotten = np.exp(-np.exp(w["log_rate"][h]) * steps[i, h])
+            written = v[h] * (1.0 if wrong == "writes all" else steps[i, h])
+            states[h] = forgotten * states[h] + np.outer(written, keys[at])
+            y[h] = states[h] @ queries[at] + w["skip"][h] * v[h]
+        if wrong != "norm before gate":
+            y = y * gates[i] / (1 + np.exp(-gates[i]))
+        parts = y.reshape(c.num_groups if c.norm_by_group else 1, -1)
+        y = np.stack([rms_norm(part, 1.0, 1e-6) for part in parts]).reshape(y.shape)
+        if wrong == "norm before gate":
+            y = y * gates[i] / (1 + np.exp(-gates[i]))
+        out[i] = np.einsum("hv,hvd->d", y * w["norm_scale"], w["o"])
+    return out + (w["o_bias"] if c.bias else 0.0)
+
+
 def short_conv(x, w, config: ShortConvConfig, positions, documents, wrong=""):
     """Token by token, tap by tap. wrong: "taps turned round"."""
     b, c, v = (x @ w["in"][:, i] for i in range(3))
@@ -494,6 +534,7 @@ def short_conv(x, w, config: ShortConvConfig, positions, documents, wrong=""):
 ATTENTIONS = {
     CompressedAttentionConfig: compressed_attention,
     ShortConvConfig: short_conv,
+    Mamba2Config: mamba2,
     GatedDeltaConfig: gated_delta,
     AttentionConfig: attention,
     LatentAttentionConfig: latent_attention,
@@ -505,6 +546,8 @@ ATTENTIONS = {
 def swiglu(
     x, gate_up, down, gate_up_bias=(0.0, 0.0), down_bias=0.0, activation="swiglu", limit=None
 ):
+    if activation == "relu2":
+        return np.maximum(x @ gate_up[:, 0] + gate_up_bias[0], 0) ** 2 @ down + down_bias
     gate, up = x @ gate_up[:, 0] + gate_up_bias[0], x @ gate_up[:, 1] + gate_up_bias[1]
     if limit is not None:
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
@@ -537,6 +580,9 @@ def router_logits(x, w, config: MoEConfig, positions, documents):
 def expert(x, w, e, config: MoEConfig, wrong=""):
     """wrong: "up without 1"; "gate bounded below" too; "no bounds"; "one bias" is the first
     expert's for all."""
+    if config.activation == "relu2":
+        bias = (w["gate_up_bias"][e], w["down_bias"][e]) if config.bias else ((0.0,), 0.0)
+        return swiglu(x, w["gate_up"][e], w["down"][e], *bias, activation="relu2")
     gate, up = x @ w["gate_up"][e][:, 0], x @ w["gate_up"][e][:, 1]
     of = 0 if wrong == "one bias" else e
     if config.bias:
@@ -574,11 +620,15 @@ def moe(x, logits, w, config: MoEConfig, wrong="", given=None):
     gates = gates * config.router.gate_scale
     if config.router.expert_scales:
         gates = gates * w["expert_scales"][chosen]
+    read = x if config.latent_width is None else x @ w["latent_in"]
     if config.router.gates_on == "inputs":
         pairs = zip(gates, chosen, strict=True)
-        out = sum(expert(g * x, w, e, config, wrong) for g, e in pairs)
+        out = sum(expert(g * read, w, e, config, wrong) for g, e in pairs)
     else:
-        out = sum(g * expert(x, w, e, config, wrong) for g, e in zip(gates, chosen, strict=True))
+        pairs = zip(gates, chosen, strict=True)
+        out = sum(g * expert(read, w, e, config, wrong) for g, e in pairs)
+    if config.latent_width is not None:
+        out = out @ w["latent_out"]
     if config.num_shared_experts:
         gate = 1 / (1 + np.exp(-x @ w["shared_gate"])) if config.shared_gate else 1.0
         limit = config.swiglu_limit if config.activation == "bounded_swiglu" else None

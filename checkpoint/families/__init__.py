@@ -51,6 +51,9 @@ from checkpoint.families.kimi_linear import KIMI_LINEAR as KIMI_LINEAR
 from checkpoint.families.olmo_hybrid import OLMO_HYBRID as OLMO_HYBRID
 from checkpoint.families.lfm2 import LFM2 as LFM2
 from checkpoint.families.lfm2 import LFM2_MOE as LFM2_MOE
+from checkpoint.families.nemotron_h import NEMOTRON_H as NEMOTRON_H
+from checkpoint.families.glm_moe_dsa import GLM_MOE_DSA as GLM_MOE_DSA
+from checkpoint.families.granitemoehybrid import GRANITEMOEHYBRID as GRANITEMOEHYBRID
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))
 """In the order of the lines above, in which a model is matched to one for export."""

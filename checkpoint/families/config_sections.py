@@ -8,14 +8,20 @@ from checkpoint.families import rope_section
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.checks import UserError
-from configs.feed_forward import DenseActivation, DenseConfig, MoEConfig, RouterConfig
+from configs.feed_forward import (
+    DenseActivation,
+    DenseConfig,
+    MoEConfig,
+    NoFeedForwardConfig,
+    RouterConfig,
+)
 
 MAX_LAYERS = 4096
 """More than any model has."""
 
 
-ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",)}
-"""hidden_act of the gates' activation."""
+ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",), "relu2": ("relu2",)}
+"""hidden_act of the gates' activation, or of the hidden units' where there are no gates."""
 
 
 def read_model(
@@ -33,7 +39,9 @@ def read_model(
       norm_eps: the family's own, where the config doesn't say.
       activation_key, norm_key: the family's names of them.
     """
-    settings.expect(activation_key, *ACTIVATIONS[_dense_activation(layers)])
+    activation = _dense_activation(layers)
+    if activation is not None:
+        settings.expect(activation_key, *ACTIVATIONS[activation])
     settings.expect("mlp_bias", _has_dense_bias(layers))
     prefix, pattern = folded(layers)
     return ModelConfig(
@@ -57,6 +65,7 @@ def read_num_layers(settings: Settings) -> int:
 def write_model(
     config: ModelConfig, activation_key: str = "hidden_act", norm_key: str = "rms_norm_eps"
 ) -> dict[str, Any]:
+    activation = _dense_activation(unfolded(config))
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -64,7 +73,7 @@ def write_model(
         "max_position_embeddings": config.context_length,
         "tie_word_embeddings": config.tie_embeddings,
         norm_key: config.norm_eps,
-        activation_key: ACTIVATIONS[_dense_activation(unfolded(config))][0],
+        **({} if activation is None else {activation_key: ACTIVATIONS[activation][0]}),
         "mlp_bias": _has_dense_bias(unfolded(config)),
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -72,14 +81,16 @@ def write_model(
     }
 
 
-def _dense_activation(layers: Sequence[LayerSpec]) -> DenseActivation:
-    """That of the gates in all layers: the experts' own variants go by "swiglu".
+def _dense_activation(layers: Sequence[LayerSpec]) -> DenseActivation | None:
+    """That of the gates in all layers, None where there are none: the experts' own variants go by
+    "swiglu".
 
     Raises:
       UserError: layers differ.
     """
-    kinds = ["geglu" if layer.ffn.activation == "geglu" else "swiglu" for layer in layers]
-    return the_one(kinds, "activation")
+    ffns = [layer.ffn for layer in layers if not isinstance(layer.ffn, NoFeedForwardConfig)]
+    kinds = [x.activation if x.activation in ("geglu", "relu2") else "swiglu" for x in ffns]
+    return the_one(kinds, "activation") if kinds else None
 
 
 def _has_dense_bias(layers: Sequence[LayerSpec]) -> bool:

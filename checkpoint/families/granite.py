@@ -55,15 +55,26 @@ def read_factors(settings: Settings) -> dict[str, Any]:
 
 
 def write_factors(config: ModelConfig) -> dict[str, Any]:
-    """Those of attention too."""
-    attention = config_sections.grouped_query(config)
+    """Those of the one attention too, and the attention itself."""
+    return attention_factors(config, config_sections.grouped_query(config))
+
+
+def attention_factors(config: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
+    """See `write_factors`."""
     scale = attention.score_scale
     return {
         **config_sections.write_grouped_query(attention),
+        **model_factors(config),
+        "attention_multiplier": attention.head_dim**-0.5 if scale is None else scale,
+    }
+
+
+def model_factors(config: ModelConfig) -> dict[str, Any]:
+    """Of embedding, residual stream and logits."""
+    return {
         "embedding_multiplier": config.embedding_scale,
         "residual_multiplier": config.residual_scale,
         "logits_scaling": round(1 / config.logit_scale, PLACES),
-        "attention_multiplier": attention.head_dim**-0.5 if scale is None else scale,
     }
 
 

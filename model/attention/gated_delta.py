@@ -12,57 +12,35 @@ B batch, L length, R rows of the state, D d_model, G heads of keys, H heads of v
 key, V of a value, T taps, N channels of the convolution, M gate_rank.
 """
 
-from typing import Any, ClassVar
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from configs.recurrent_attention import GatedDeltaConfig
 from kernels.delta_rule import delta_rule
 from kernels.quantize import MatrixDims
+from model.attention.recurrent import (
+    RecurrentState,
+    boxed,
+    empty_state,
+    log_rates,
+    step_biases,
+)
 from model.causal_convolution import causal_convolution
-from model.layer_state import RowsFirst, StateShape
+from model.layer_state import StateShape
 from model.layers import RMSNorm, project, weight
 from model.step import Step
 from parallel.sharding import on_shards
 
 NORM_EPS = 1e-6
 """Of the length of queries and keys, as the authors' code has it."""
-SLOWEST, FASTEST = 0.001, 0.1
-"""Bounds of softplus(b) at the start, and the rates exp(a) are in 1..16: as in Mamba-2 (2024)."""
-
-
-class RecurrentState(RowsFirst, struct.PyTreeNode):
-    """What a sequence's tokens have left: one matrix a head, and the convolution's last inputs."""
-
-    unrewindable_reason: ClassVar[str | None] = (
-        "a recurrent state is the sum of all tokens, none of which can be taken out again"
-    )
-    unpageable_reason: ClassVar[str | None] = "a recurrent state has no positions to lay in pages"
-    unmixable_reason: ClassVar[str | None] = "a recurrence reads a row of tokens in order"
-
-    s_RHKV: jax.Array
-    tail_RTN: jax.Array
-    """Inputs of the last taps - 1 tokens, the newest last."""
-
-    def rewind(self, length_R: jax.Array) -> "RecurrentState":
-        raise NotImplementedError(self.unrewindable_reason)
-
-    def logical_axes(self) -> Any:
-        return self.replace(s_RHKV=("batch", "heads", None, None), tail_RTN=("batch", None, None))
 
 
 def init_state(config: GatedDeltaConfig, shape: StateShape) -> RecurrentState:
     """An empty state, in float32 whatever the shape says of keys."""
-    dims = (*shape.stack, shape.num_rows)
     matrix = (config.num_heads, config.key_head_dim, config.value_head_dim)
-    return RecurrentState(
-        jnp.zeros((*dims, *matrix), jnp.float32),
-        jnp.zeros((*dims, config.conv_width - 1, config.conv_channels), jnp.float32),
-    )
+    return empty_state(shape, matrix, (config.conv_width - 1, config.conv_channels))
 
 
 def visible_keys(config: GatedDeltaConfig, places: np.ndarray) -> np.ndarray:
@@ -161,9 +139,9 @@ class GatedDelta(nn.Module):
         """[B, L, H, 1], or [B, L, H, K] of channels; float32."""
         c = self.config
         width = 1 if c.decay == "head" else c.key_head_dim
-        rate_H = self.param("log_rate", _boxed(_log_rates, "heads"), (c.num_heads,))
+        rate_H = self.param("log_rate", boxed(log_rates, "heads"), (c.num_heads,))
         axes = ("heads", None)
-        bias_HK = self.param("decay_bias", _boxed(_biases, *axes), (c.num_heads, width))
+        bias_HK = self.param("decay_bias", boxed(step_biases, *axes), (c.num_heads, width))
         moved_BLHK = self._projected("decay", x32_BLD, width) + bias_HK[None, None]
         return -jnp.exp(rate_H)[None, None, :, None] * jax.nn.softplus(moved_BLHK)
 
@@ -178,21 +156,6 @@ class GatedDelta(nn.Module):
         shape = (d_model, c.num_heads, width)
         dims = MatrixDims(1, 2) if width > 1 else None
         return project("BLD,DHK->BLHK", x_BLD, weight(self, name, shape, axes, d_model**-0.5, dims))
-
-
-def _boxed(draw: Any, *axes: str | None) -> Any:
-    return nn.with_logical_partitioning(draw, axes)
-
-
-def _log_rates(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))
-
-
-def _biases(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """softplus of them is drawn evenly by its logarithm."""
-    least, most = np.log(SLOWEST), np.log(FASTEST)
-    softplus = jnp.exp(jax.random.uniform(key, shape, jnp.float32, least, most))
-    return jnp.log(jnp.expm1(softplus))
 
 
 def _convolve(

@@ -18,13 +18,20 @@ from configs.attention import (
 )
 from configs.base import ExecutionConfig
 from configs.compressed_attention import CompressedAttentionConfig
-from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
+from configs.recurrent_attention import (
+    GatedDeltaConfig,
+    Mamba2Config,
+    NoAttentionConfig,
+    ShortConvConfig,
+)
 from model.attention import (
     compressed,
     gated_delta,
     grouped_query,
     latent,
     local_sparse,
+    mamba2,
+    none,
     relative,
     short_conv,
 )
@@ -107,6 +114,17 @@ KINDS: dict[type, AttentionKind] = {
         short_conv.init_state,
         short_conv.visible_keys,
         short_conv.mixing_flops,
+    ),
+    Mamba2Config: AttentionKind(
+        lambda config, execution, norm_eps, out_stddev, gaps: mamba2.Mamba2(
+            config, norm_eps, out_stddev, name="attention"
+        ),
+        mamba2.init_state,
+        mamba2.visible_keys,
+        mamba2.mixing_flops,
+    ),
+    NoAttentionConfig: AttentionKind(
+        none.absent, none.init_state, none.visible_keys, none.mixing_flops
     ),
 }
 

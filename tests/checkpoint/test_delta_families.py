@@ -1,5 +1,6 @@
-"""Families on delta nets beyond their logits: files that hold an encoder for images, names that
-transformers writes, projections that several parameters share, on a mesh and in few bits.
+"""Families on recurrent states, and GLM-5, beyond their logits: files that hold an encoder for
+images, names that transformers writes, projections that several parameters share, on a mesh and in
+few bits.
 """
 
 import json
@@ -75,6 +76,7 @@ def test_positions_of_images_leave_those_of_text_alone(tmp_path):
 OTHER_NAMES = {
     "qwen3_5_text": ("model.layers.", "model.language_model.layers."),
     "kimi_linear": (".0.mlp.", ".0.block_sparse_moe."),
+    "nemotron_h": ("backbone.", "model."),
     "olmo_hybrid": (".input_layernorm.", ".attention_layer_norm."),
 }
 
@@ -111,9 +113,59 @@ def test_lists_of_layers_count_from_one(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "layers",
+    [
+        {"hybrid_override_pattern": "MEM*-ME", "num_hidden_layers": 7},
+        {"layers_block_type": ["mamba", "moe", "mamba", "attention", "mlp", "mamba", "moe"]},
+    ],
+)
+def test_layers_by_letters_or_older_names(layers, tmp_path):
+    """As Nemotron-H was released."""
+    config, shapes, _, _ = read_case("nemotron_h")
+    del config["layers_block_type"]
+    found = open_source(write(tmp_path, config | layers, shapes)).config
+    assert found == loaded("nemotron_h")[0].config
+
+
+def test_granite_with_older_names_and_a_bound_that_ends(tmp_path):
+    """layer_types as released; a bound of steps from above is not built."""
+    config, shapes, _, _ = read_case("granitemoehybrid")
+    older = {"layer_types": ["mamba", "attention", "mamba"], "mamba_d_head": "auto"}
+    older |= {"time_step_limit": [0.6, float("inf")], "position_embedding_type": "nope"}
+    found = open_source(write(tmp_path, config | older, shapes)).config
+    assert found == loaded("granitemoehybrid")[0].config
+    for change, sentence in (
+        ({"time_step_limit": [0.0, 0.1]}, r"time_step_limit=\[0.0, 0.1\], expected a number and"),
+        ({"mamba_d_head": 12}, "mamba_n_heads=8 of width 12, expected mamba_expand x hidden_size"),
+        ({"layer_types": ["mamba", "x", "mamba"]}, "'x'.* expected 'linear_attention' or"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            open_source(write(tmp_path, config | change, shapes))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"hybrid_override_pattern": "MX", "layers_block_type": None}, r"has layers \['X'\] in"),
+        ({"mlp_bias": True}, "mlp_bias=True beside experts"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True, expected False"),
+        ({"sliding_window": 8}, "sliding_window=8, expected None"),
+    ],
+)
+def test_what_nemotron_has_beyond_is_refused_by_name(change, sentence, tmp_path):
+    config, shapes, _, _ = read_case("nemotron_h")
+    with pytest.raises(UserError, match=sentence):
+        open_source(write(tmp_path, config | change, shapes))
+
+
+@pytest.mark.parametrize(
     ("case", "sizes"),
     [
         ("qwen3_next", (1, 2, 2)),
+        ("nemotron_h_latent", (1, 2, 2)),
+        pytest.param("granitemoehybrid", (1, 4, 2), marks=pytest.mark.slow),
+        pytest.param("nemotron_h", (1, 4, 1), marks=pytest.mark.slow),
+        pytest.param("glm_moe_dsa", (1, 4, 2), marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe_text", (1, 4, 1), marks=pytest.mark.slow),
         pytest.param("kimi_linear", (1, 4, 2), marks=pytest.mark.slow),
     ],
@@ -139,7 +191,15 @@ def test_a_mesh_reads_the_parts_it_needs(case, sizes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["qwen3_next", pytest.param("kimi_linear", marks=pytest.mark.slow)]
+    "case",
+    [
+        "qwen3_next",
+        "nemotron_h",
+        "nemotron_h_latent",
+        "granitemoehybrid",
+        "glm_moe_dsa",
+        pytest.param("kimi_linear", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.slow
 def test_int8_computes_what_its_weights_say(case):

@@ -143,7 +143,7 @@ def same_keys(found: dict, wanted: dict) -> dict:
     }
 
 
-WITHOUT_ROPE = ("kimi_linear", "olmo_hybrid")
+WITHOUT_ROPE = ("kimi_linear", "olmo_hybrid", "nemotron_h", "nemotron_h_latent", "granitemoehybrid")
 OLD_KEYS = {"num_local_experts": "num_experts", "dtype": "torch_dtype"}
 
 
@@ -283,6 +283,22 @@ def test_gemma4_with_heads_told_for_all_whole_layers_means_the_same(tmp_path):
     told = {"global_head_dim": 32, "num_global_key_value_heads": 1}
     (tmp_path / "config.json").write_text(json.dumps(config | told))
     assert huggingface.open_checkpoint(tmp_path).config == loaded("gemma4")[2].config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"indexer_types": ["full", "shared"]},
+        {"indexer_types": None, "index_topk_pattern": "FS"},
+        {"indexer_types": None, "index_topk_freq": 2, "index_skip_topk_offset": 1},
+    ],
+)
+def test_an_indexer_that_layers_share_is_refused_by_name(change, tmp_path):
+    config, _, _, _ = read_case("glm_moe_dsa")
+    write_case("glm_moe_dsa", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match="1 of 2 layers that take the choice of keys from"):
+        open_source(str(tmp_path))
 
 
 SCRIPT = Path(__file__).parent / "parity" / "compare.py"

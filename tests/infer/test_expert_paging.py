@@ -208,7 +208,13 @@ def test_policies_are_compared_on_what_was_recorded(made):
         "mixtral",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("deepseek_v3", "gpt_oss", "glm4_moe_biased", "deepseek_v32")
+            for name in (
+                "deepseek_v3",
+                "gpt_oss",
+                "glm4_moe_biased",
+                "deepseek_v32",
+                "nemotron_h_latent",
+            )
         ),
     ],
 )

@@ -24,7 +24,12 @@ from configs.compressed_attention import (
     EntryIndexerConfig,
 )
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
-from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
+from configs.recurrent_attention import (
+    GatedDeltaConfig,
+    Mamba2Config,
+    NoAttentionConfig,
+    ShortConvConfig,
+)
 from model.attention import kinds
 from model.model_state import (
     copy_page,
@@ -141,12 +146,14 @@ KINDS = {
         )
     ),
     "short convolution": of(ShortConvConfig(channels=24, conv_width=4, bias=True)),
+    "mamba 2": of(Mamba2Config(num_heads=4, head_dim=6, state_dim=5, num_groups=2, bias=True)),
+    "none": of(NoAttentionConfig()),
     "mixture of depths": of(
         tiny.attention(window_size=6),
         depth=MixtureOfDepthsConfig(capacity=0.5, selection="threshold"),
     ),
 }
-DELTA = ("gated delta", "channel delta", "short convolution")
+DELTA = ("gated delta", "channel delta", "short convolution", "mamba 2")
 ENTRIES = ("all entries", "chosen entries")
 UNPAGED = ("powers of two", "summaries", "relative", *ENTRIES, *DELTA, "mixture of depths")
 UNREWOUND = ("summaries", *DELTA)

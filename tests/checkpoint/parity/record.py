@@ -129,6 +129,22 @@ DELTA = {
 }
 """Of widths at which float32 and float64 agree to 5e-5 of deviation 1 in transformers itself: a
 query that is nearly at right angles to all keys lets what is rounded grow, in narrow heads more."""
+MAMBA2 = {
+    "head_dim": 16,
+    "ssm_state_size": 12,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "chunk_size": 16,
+}
+GRANITE_MAMBA2 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "num_key_value_heads": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 12,
+    "mamba_chunk_size": 16,
+}
 GEMMA4 = DENSE | {
     "head_dim": 16,
     "global_head_dim": 32,
@@ -245,6 +261,18 @@ CASES = {
             "attention_bias": True,
             "rms_norm_eps": 1e-2,
             "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+        },
+    ),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        V3
+        | {
+            "index_topk": 8,
+            "index_head_dim": 16,
+            "index_n_heads": 16,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
         },
     ),
     "deepseek_v4": ("deepseek_v4", V4),
@@ -470,6 +498,61 @@ CASES = {
             "layer_types": ["conv", "conv", "full_attention", "conv"],
             "conv_bias": True,
             "conv_L_cache": 4,
+        },
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        EXPERTS
+        | MAMBA2
+        | {
+            "hybrid_override_pattern": "MEM*-ME",
+            "n_routed_experts": 8,
+            "moe_shared_expert_intermediate_size": 40,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+    "nemotron_h_latent": (
+        "nemotron_h",
+        EXPERTS
+        | MAMBA2
+        | {
+            "layers_block_type": ["mamba", "moe", "attention", "moe"],
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 64,
+            "moe_shared_expert_intermediate_size": 96,
+            "moe_latent_size": 64,
+            "n_group": 4,
+            "topk_group": 2,
+            "use_bias": True,
+            "use_conv_bias": False,
+            "time_step_min": 0.6,
+        },
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        GRANITE
+        | GRANITE_MAMBA2
+        | {
+            "intermediate_size": 64,
+            "shared_intermediate_size": 96,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "time_step_limit": [0.6, float("inf")],
+        },
+    ),
+    "granitemoehybrid_dense": (
+        "granitemoehybrid",
+        GRANITE
+        | GRANITE_MAMBA2
+        | {
+            "shared_intermediate_size": 96,
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+            "mamba_n_groups": 2,
+            "mamba_conv_bias": False,
+            "mamba_proj_bias": True,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
         },
     ),
     "gemma": ("gemma", DENSE | {"head_dim": 20}),

@@ -64,6 +64,9 @@ FAMILIES = (
     "qwen3_5_moe",
     "kimi_linear",
     "olmo_hybrid",
+    "nemotron_h",
+    "granitemoehybrid",
+    "glm_moe_dsa",
 )
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Families that transformers knows by another name alone."""

@@ -103,6 +103,16 @@ LFM2 = {key: GROUPED[key] for key in GROUPED if key not in ("rms_norm_eps", "hid
     "conv_L_cache": [2, 3, 4],
     "conv_bias": [False, True],
 }
+MAMBA2 = {
+    "mamba_num_heads": [4, 8],
+    "mamba_head_dim": [8, 12],
+    "ssm_state_size": [6, 8],
+    "n_groups": [1, 2],
+    "use_conv_bias": [False, True],
+    "use_bias": [False, True],
+    "conv_kernel": [2, 4],
+    "chunk_size": [8],
+}
 ALPHA = [*ROPE, {"rope_type": "dynamic", "rope_theta": 10_000.0, "alpha": 50.0, "factor": 1.0}]
 SETTINGS: dict[str, dict[str, list[Any]]] = {
     "qwen2": DENSE | {"use_sliding_window": [False] * 5 + [True], "max_window_layers": [1]},
@@ -369,6 +379,64 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         "routed_scaling_factor": [1.0, 2.5],
         "num_hidden_layers": [2, 3, 4],
     },
+    "nemotron_h": MAMBA2
+    | {
+        "hidden_size": [16, 32, 48],
+        "layers_block_type": ["some"],
+        "num_hidden_layers": [1, 2, 3, 4, 5],
+        "layer_norm_epsilon": [1e-6, 1e-5, 1e-3],
+        "num_attention_heads": [2, 4],
+        "num_key_value_heads": [1, 2],
+        "head_dim": [8, 16],
+        "intermediate_size": [24, 40],
+        "mlp_hidden_act": ["relu2"] * 9 + ["silu"],
+        "mlp_bias": [False, False, True],
+        "time_step_min": [0.001, 0.001, 0.7],
+        "n_routed_experts": [4, 8],
+        "num_experts_per_tok": [1, 2, 3],
+        "n_shared_experts": [1, 2],
+        "moe_intermediate_size": [8, 16],
+        "moe_shared_expert_intermediate_size": [16, 24],
+        "moe_latent_size": [None, 12],
+        "norm_topk_prob": [False, True],
+        "routed_scaling_factor": [1.0, 2.5],
+        "n_group": [1, 2],
+        "topk_group": [1],
+        "tie_word_embeddings": [False] * 9 + [True],
+    },
+    "granitemoehybrid": FACTORS
+    | {key: COMMON[key] for key in ("hidden_size", "num_hidden_layers", "rms_norm_eps")}
+    | {key: COMMON[key] for key in ("hidden_act", "tie_word_embeddings", "rope_parameters")}
+    | {
+        "layer_types": ["some"],
+        "num_attention_heads": [2, 4],
+        "num_key_value_heads": [1, 2],
+        "attention_bias": [False, True],
+        "position_embedding_type": [None, "rope", "nope"],
+        "intermediate_size": [8, 16],
+        "shared_intermediate_size": [16, 24],
+        "num_local_experts": [0, 4, 8],
+        "num_experts_per_tok": [1, 2, 3],
+        "mamba_n_heads": [4, 8],
+        "mamba_n_groups": [1, 2],
+        "mamba_d_state": [6, 8],
+        "mamba_d_conv": [2, 4],
+        "mamba_expand": [1, 2],
+        "mamba_conv_bias": [False, True],
+        "mamba_proj_bias": [False, True],
+        "mamba_chunk_size": [8],
+    },
+    "glm_moe_dsa": LATENT
+    | DEEPSEEK
+    | GROUPS
+    | {
+        "q_lora_rank": [12, 24],
+        "index_topk": [4, 8, 30],
+        "index_head_dim": [8, 12],
+        "index_n_heads": [16, 32],  # few have scores of 0 for several keys: which is chosen is open
+        "attention_bias": [False, True],
+        "index_topk_freq": [1] * 9 + [2],
+    },
     "gemma": GEMMA | {"hidden_act": ["gelu_pytorch_tanh"] * 7 + ["gelu", "silu"]},
     "gemma2": GEMMA
     | WINDOWS
@@ -397,8 +465,16 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     },
 }
 """By family; "some" in a list of layers stands for a random one."""
-LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear", "olmo_hybrid")
-"""Families whose layers have delta nets instead of windows."""
+LINEAR = (
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "kimi_linear",
+    "olmo_hybrid",
+    "nemotron_h",
+    "granitemoehybrid",
+)
+"""Families whose layers have recurrent states instead of windows."""
 CHOICES = {
     "layer_types": ["sliding_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse"],
@@ -415,7 +491,8 @@ def draw_settings(family: str, chance: random.Random) -> dict[str, Any]:
     if family == "deepseek_v4":
         linear = {"layer_types": CASES[family][1]["layer_types"][:3]}
         linear["mlp_layer_types"] = ["hash_moe", "moe"]
-    for key, choices in (CHOICES | linear).items():
+    mixers = {"layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"]}
+    for key, choices in (CHOICES | linear | mixers).items():
         if drawn.get(key) == "some":
             drawn[key] = [chance.choice(choices) for _ in range(drawn["num_hidden_layers"])]
     drawn = {key: value for key, value in drawn.items() if value is not None or key in NULL}
@@ -456,7 +533,7 @@ def record(family: str) -> None:
             refused += 1
             print(f"{family}: transformers refuses: {type(error).__name__}: {str(error)[:200]}")
             continue
-        if family in LINEAR and not is_stable(model_type, settings, found):
+        if family in (*LINEAR, "glm_moe_dsa") and not is_stable(model_type, settings, found):
             refused += 1
             print(f"{family}: rounding changes these logits by too much to tell anything")
             continue
