@@ -5,6 +5,7 @@ its command line. model_args are source, weights, dtype, batch_tokens and max_ge
 """
 
 import hashlib
+import importlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -261,6 +262,8 @@ def register(mesh: Mesh | None = None) -> None:
       UserError: the harness is not installed.
     """
     made = model_class(mesh)
+    # Its own models register themselves when they are asked for and the list is empty: now.
+    importlib.import_module("lm_eval.models")
     from lm_eval.api.registry import model_registry  # type: ignore[import-not-found]
 
     if NAME not in model_registry:

@@ -179,6 +179,15 @@ def test_options_of_the_mesh_are_ours():
 
 
 @needs_harness
+def test_the_harness_own_models_stay_known():
+    from lm_eval.api.registry import get_model, model_registry
+
+    lm_eval_model.register()
+    assert issubclass(get_model(lm_eval_model.NAME), HarnessModel)
+    assert "hf" in model_registry.keys()  # noqa: SIM118
+
+
+@needs_harness
 def test_a_task_of_the_harness_runs_on_a_local_data_set(
     source, loaded, tokenizer, tmp_path, monkeypatch
 ):
