@@ -77,14 +77,14 @@ def beginning(path: Path, megabytes: float, folder: Path) -> Path:
     return copy
 
 
-def _ours(path: Path, tokenizer: str, field: str, folder: Path) -> None:
+def read_ours(path: Path, tokenizer: str, field: str, folder: Path) -> None:
     data = DataConfig(
         source=str(path), tokenizer=tokenizer, text_field=field, directory=str(folder)
     )
     prepare_corpus(data, MOST_TOKENS)
 
 
-def _peer(path: Path, tokenizer: str, field: str, folder: Path) -> None:
+def read_peer(path: Path, tokenizer: str, field: str, folder: Path) -> None:
     encoder = load_public_tokenizer(tokenizer)
     dtype = np.uint16 if num_ids(encoder) <= 2**16 else np.uint32
     folder.mkdir()
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--field", required=True)
     asked = parser.parse_args(argv)
-    read: Callable[..., None] = _ours if asked.name == "ours" else _peer
+    read: Callable[..., None] = read_ours if asked.name == "ours" else read_peer
     folders = _folders()
     serve(lambda: read(asked.path, asked.tokenizer, asked.field, next(folders)), warm_steps=0)
 

@@ -8,8 +8,10 @@ import numpy as np
 
 from checkpoint.assemble import Tensors, pieces
 from checkpoint.families.base import Copy
-from checkpoint.weight_map import Entry, by_tensor, whole_tensor
+from checkpoint.weight_map import TOKEN_EXPERTS, Entry, by_tensor, whole_tensor
+from configs.architecture import ModelConfig
 from configs.checks import UserError
+from configs.feed_forward import MoEConfig
 
 
 def check_names(
@@ -98,6 +100,23 @@ def check_copies(copies: Sequence[tuple[str, str]], tensors: Tensors) -> None:
             same = same and np.array_equal(mine, other)
         if not same:
             raise UserError(f"{tensors.file(name)}: {name} {_unlike(name, of)}")
+
+
+def check_tables(entries: Sequence[Entry], tensors: Tensors, config: ModelConfig) -> None:
+    """
+    Raises:
+      UserError: a table of each token's experts that names one which the model has not.
+    """
+    ffns = [spec.ffn for spec in config.layer_kinds if isinstance(spec.ffn, MoEConfig)]
+    count = min((x.num_experts for x in ffns if x.router.choice == "token"), default=0)
+    for name in {entry.name for entry in entries if entry.leaf.endswith(TOKEN_EXPERTS)}:
+        table = tensors.read(name)
+        wrong = table[(table < 0) | (table >= count) | (table % 1 != 0)]
+        if wrong.size:
+            raise UserError(
+                f"{tensors.file(name)}: {name} names the expert {wrong[0]:g}, the model has 0 to "
+                f"{count - 1}: config and tensors are of two models, or the file is damaged"
+            )
 
 
 def _unlike(name: str, of: str) -> str:

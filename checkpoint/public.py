@@ -76,6 +76,7 @@ class PublicCheckpoint:
         ignored = (*self.family.ignored, *unread)
         match.check_names(entries, self.tensors, copies, ignored, self.path)
         match.check_copies(copies, self.tensors)
+        match.check_tables(entries, self.tensors, self.config)
         return entries
 
 

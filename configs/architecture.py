@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.attention import Attention
+from configs.attention_traits import NoAttentionConfig
 from configs.checks import require, require_choices, require_finite, require_positive
 from configs.feed_forward import DenseConfig, FeedForward, MoEConfig, NoFeedForwardConfig
-from configs.recurrent_attention import NoAttentionConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,15 +7,10 @@ Frozen and made of plain values, like all configs: see configs/base.py.
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.attention_traits import AttentionTraits
+from configs.attention_traits import AttentionTraits, NoAttentionConfig
 from configs.checks import require, require_positive
 from configs.compressed_attention import CompressedAttentionConfig
-from configs.recurrent_attention import (
-    GatedDeltaConfig,
-    Mamba2Config,
-    NoAttentionConfig,
-    ShortConvConfig,
-)
+from configs.recurrent_attention import GatedDeltaConfig, Mamba2Config, ShortConvConfig
 from configs.rope import RopeScaling
 
 QKNorm = Literal["head", "all", "head_unscaled"]

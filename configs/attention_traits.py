@@ -1,4 +1,7 @@
-"""What every kind of attention says of itself."""
+"""What every kind of attention says of itself, and the kind that is none."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 
 class AttentionTraits:
@@ -18,3 +21,28 @@ class AttentionTraits:
         """Why tokens can't pass such a layer by (Mixture-of-Depths), in a sentence; None: they
         can."""
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoAttentionConfig(AttentionTraits):
+    """No attention: a layer that is a feed-forward alone (Nemotron-H, 2025)."""
+
+    kind: Literal["none"] = "none"
+
+    @property
+    def unskippable_reason(self) -> str | None:
+        return "a layer with depth needs an attention"
+
+    @property
+    def num_heads(self) -> int:
+        """Nothing is mixed."""
+        return 1
+
+    @property
+    def out_width(self) -> int:
+        """Of nothing."""
+        return 1
+
+    def num_parameters(self, d_model: int) -> int:
+        del d_model
+        return 0

@@ -4,6 +4,7 @@ import dataclasses
 
 from configs.architecture import HyperConnectionConfig, LayerSpec, ModelConfig
 from configs.attention import AttentionConfig, LatentAttentionConfig
+from configs.attention_traits import NoAttentionConfig
 from configs.compressed_attention import (
     CompressedAttentionConfig,
     CompressionConfig,
@@ -11,7 +12,7 @@ from configs.compressed_attention import (
 )
 from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig, RouterConfig
 from configs.models import v31_nano
-from configs.recurrent_attention import GatedDeltaConfig, Mamba2Config, NoAttentionConfig
+from configs.recurrent_attention import GatedDeltaConfig, Mamba2Config
 from configs.rope import YarnConfig
 
 

@@ -1,5 +1,5 @@
-"""The kinds of attention whose state has one size, however long the text: delta nets, Mamba-2,
-convolutions, and none at all.
+"""The kinds of attention whose state has one size, however long the text: delta nets, Mamba-2 and
+convolutions.
 
 Frozen and made of plain values, like all configs: see configs/base.py.
 """
@@ -199,28 +199,3 @@ class Mamba2Config(AttentionTraits):
         own = 3 * self.num_heads + self.out_width
         biases = entering + d_model if self.bias else 0
         return d_model * (entering + self.out_width) + conv + own + biases
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoAttentionConfig(AttentionTraits):
-    """No attention: a layer that is a feed-forward alone (Nemotron-H, 2025)."""
-
-    kind: Literal["none"] = "none"
-
-    @property
-    def unskippable_reason(self) -> str | None:
-        return "a layer with depth needs an attention"
-
-    @property
-    def num_heads(self) -> int:
-        """Nothing is mixed."""
-        return 1
-
-    @property
-    def out_width(self) -> int:
-        """Of nothing."""
-        return 1
-
-    def num_parameters(self, d_model: int) -> int:
-        del d_model
-        return 0

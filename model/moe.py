@@ -28,6 +28,8 @@ from model.layers import (
 )
 from model.router import (
     TOKEN_EXPERTS,
+    RouterState,
+    Routing,
     changed_share,
     initial_state,
     needs_state,
@@ -85,23 +87,9 @@ class MoE(nn.Module):
             state = self.variable("router_state", "state", initial_state, c.num_experts).value
         x_TD, is_token_BL = x_BLD.reshape(batch * length, d_model), step.positions_BL >= 0
         router_logits_TE = router_logits_BLE.reshape(batch * length, c.num_experts)
-        routing = route(
-            router_logits_TE,
-            c.router,
-            state,
-            is_token_T=is_token_BL.reshape(-1),
-            preference_E=_bias(preference_BE, step, router_logits_TE, c.router),
+        routing = self._routing(
+            router_logits_TE, is_token_BL, step, state, preference_BE, chosen_BLK
         )
-        if c.router.choice == "token":
-            routing = with_chosen(routing, self._of_tokens(step), c.router)
-        ids_BLK = routing.expert_ids_TK.reshape(batch, length, -1)
-        self.sow("experts", "ids", ids_BLK, init_fn=lambda: None, reduce_fn=newest)
-        if chosen_BLK is not None:
-            changed = changed_share(ids_BLK, chosen_BLK)
-            self.sow("router", "changed", changed, init_fn=lambda: None, reduce_fn=newest)
-            if step.is_replayed:
-                chosen_TK = chosen_BLK.reshape(batch * length, -1)
-                routing = with_chosen(routing, chosen_TK, c.router)
         ids_TK, gates_TK = routing.expert_ids_TK, routing.gates_TK
         if c.router.expert_scales:
             scales_E = one_weight(self, "expert_scales", (c.num_experts,), (None,))
@@ -122,6 +110,36 @@ class MoE(nn.Module):
         self.sow("router", "stats", stats, init_fn=lambda: None, reduce_fn=newest)
         out_BLD = out_TD.reshape(batch, length, d_model)
         return out_BLD + self._shared(x_BLD) if c.num_shared_experts else out_BLD, context_state
+
+    def _routing(
+        self,
+        router_logits_TE: jax.Array,
+        is_token_BL: jax.Array,
+        step: Step,
+        state: RouterState | None,
+        preference_BE: jax.Array | None,
+        chosen_BLK: jax.Array | None,
+    ) -> Routing:
+        """Each token's experts and gates: by the router's scores, by its table, or as given."""
+        router, (batch, length) = self.config.router, is_token_BL.shape
+        routing = route(
+            router_logits_TE,
+            router,
+            state,
+            is_token_T=is_token_BL.reshape(-1),
+            preference_E=_bias(preference_BE, step, router_logits_TE, router),
+        )
+        if router.choice == "token":
+            routing = with_chosen(routing, self._of_tokens(step), router)
+        ids_BLK = routing.expert_ids_TK.reshape(batch, length, -1)
+        self.sow("experts", "ids", ids_BLK, init_fn=lambda: None, reduce_fn=newest)
+        if chosen_BLK is not None:
+            changed = changed_share(ids_BLK, chosen_BLK)
+            self.sow("router", "changed", changed, init_fn=lambda: None, reduce_fn=newest)
+            if step.is_replayed:
+                chosen_TK = chosen_BLK.reshape(batch * length, -1)
+                routing = with_chosen(routing, chosen_TK, router)
+        return routing
 
     def _applied(
         self,

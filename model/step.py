@@ -101,6 +101,16 @@ def make_step(
     )
 
 
+def require_own_rows(step: Step, reason: str | None) -> None:
+    """
+    Raises:
+      NotImplementedError: a row of tokens is of several sequences, and the layer can't read it so,
+        for this reason.
+    """
+    if step.rows_BL is not None:
+        raise NotImplementedError(f"{reason}: give each sequence a row of tokens")
+
+
 def document_segments(positions_BL: jax.Array, rows_BL: jax.Array | None = None) -> jax.Array:
     """Numbers the documents of each row, int32 [B, L]: one ends where positions stop rising by
     one, and where the row of the state changes.

@@ -99,18 +99,8 @@ def make_optimizer(
             )
         update = _adamw(config, schedule, is_matrix, scales)
     elif config.kind == "muon":
-        assert config.momentum is not None
         hidden = jax.tree.map(_hidden_matrix_dims, logical_axes, **is_axes)
-        update = muon(
-            schedule,
-            beta=config.momentum,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            muon_weight_dimension_numbers=lambda _: hidden,
-            consistent_rms=MUON_RMS,
-        )
+        update = _muon(config, schedule, hidden)
     else:
         assert_never(config.kind)
     clip = optax.identity()
@@ -136,6 +126,26 @@ def _adamw(
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, scales)),
         optax.add_decayed_weights(config.weight_decay, is_matrix),
         optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _muon(
+    config: OptimizerConfig, schedule: optax.Schedule, hidden: Any
+) -> optax.GradientTransformation:
+    """
+    Args:
+      hidden: tree of the hidden matrices' dimension numbers; None: AdamW's.
+    """
+    assert config.momentum is not None
+    return muon(
+        schedule,
+        beta=config.momentum,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        muon_weight_dimension_numbers=lambda _: hidden,
+        consistent_rms=MUON_RMS,
     )
 
 

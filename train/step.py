@@ -3,7 +3,7 @@
 B rows of a micro-batch, A micro-batches, L length, D d_model, V vocab, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -143,7 +143,6 @@ def _gradients(
     else:
         num_targets = num_pairs(batch["targets"])
     num_ahead = count_ahead(batch["targets"], batch["positions"], run.model.multi_token)
-    chunks = run.execution.logits_chunks
     if "source" in rows:
         rows["source"] = jnp.broadcast_to(rows["source"][:, None], rows["targets"].shape)
         chunk_loss = with_source_sums(chunk_loss, len(run.data.mixture))
@@ -178,18 +177,11 @@ def _gradients(
         sums = jax.tree.map(lambda x: x / num_targets, sums | {"loss": objective})
         sums |= {"auxiliary": auxiliary, "depth": _depth_metrics(run, depth)}
         total = objective / num_targets + auxiliary
-        imitation = collect_indexer_losses(sown)
-        if imitation is not None:
-            weighted = weighted_indexer_loss(imitation, run.model)
-            total += weighted / run.accumulation
-            sums["indexer"] = jnp.stack(list(imitation.values())).mean()
-        if run.model.multi_token is not None:
-            modules, places = sown["multi_token"], micro["positions"]
-            ahead = multi_token_loss(
-                chunk_loss, modules, w_DV, inputs, places, shared, chunks, num_ahead
-            )
-            total += run.model.multi_token.loss_weight * ahead
-            sums["multi_token"] = ahead
+        for name, value, weighted in _losses_beside(
+            run, chunk_loss, read, micro, inputs, shared, num_ahead
+        ):
+            total += weighted
+            sums[name] = value
         return total, (sums, stats, memory)
 
     grad: Callable[..., Any] = jax.grad(loss, has_aux=True)
@@ -248,6 +240,30 @@ def _objective(
             supervised_exits(run.model, state.step),
         )
     return objective, sums
+
+
+def _losses_beside(
+    run: RunConfig,
+    chunk_loss: ChunkLoss,
+    read: _Read,
+    micro: Batch,
+    inputs: Batch,
+    shared: Any,
+    num_ahead: Any,
+) -> Iterator[tuple[str, jax.Array, jax.Array]]:
+    """What indexers and multi-token modules learn from beside the objective: name, loss, and what
+    it adds to the total."""
+    imitation = collect_indexer_losses(read.sown)
+    if imitation is not None:
+        weighted = weighted_indexer_loss(imitation, run.model)
+        yield "indexer", jnp.stack(list(imitation.values())).mean(), weighted / run.accumulation
+    if run.model.multi_token is not None:
+        modules, places = read.sown["multi_token"], micro["positions"]
+        chunks = run.execution.logits_chunks
+        ahead = multi_token_loss(
+            chunk_loss, modules, read.w_DV, inputs, places, shared, chunks, num_ahead
+        )
+        yield "multi_token", ahead, run.model.multi_token.loss_weight * ahead
 
 
 def _by_period(chosen: Any) -> Any:

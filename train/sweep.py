@@ -25,18 +25,22 @@ def draw_sweep(runs: Sequence[ComparedRun]) -> list[Picture]:
     """The final loss over the one number in which runs differ, a line for each choice of what else
     they differ in; or a bar for each run.
 
-    It is the loss on held-out text where all were measured, else the training loss. None of a
-    single run.
+    It is the loss on held-out text where all were measured, else the training loss. Runs that have
+    not come to their last step are named and left out. None of a single run.
     """
+    unfinished = [run.name for run in runs if run.lines[-1]["step"] < run.config.steps]
+    runs = [run for run in runs if run.name not in unfinished]
     if len(runs) < 2:
         return []
+    left_out = f" Not drawn, as they have steps to go: {', '.join(unfinished)}."
+    left_out = left_out if unfinished else ""
     is_measured = all(run.validated for run in runs)
     losses = [_measured(run) if is_measured else last_loss(run) for run in runs]
     unit = f"{'validation' if is_measured else 'training'} loss, nats per token"
     found = _lines(config_differences(runs))
     if found is None:
         bars = {run.name: loss for run, loss in zip(runs, losses, strict=True)}
-        return [draw_bars("sweep", "The last loss of each run.", bars, {}, unit)]
+        return [draw_bars("sweep", f"The last loss of each run.{left_out}", bars, {}, unit)]
     figure, axes = new_figure(7.5, 3.6)
     ends: dict[str, tuple[float, float, str]] = {}
     for (label, line), color in zip(found.runs_of.items(), COLORS, strict=False):
@@ -53,7 +57,7 @@ def draw_sweep(runs: Sequence[ComparedRun]) -> list[Picture]:
     if len(ends) > 1:
         label_ends(axes, ends)
     best = runs[min(range(len(runs)), key=losses.__getitem__)].name
-    caption = f"The last loss over {found.setting}; the least is {best}'s."
+    caption = f"The last loss over {found.setting}; the least is {best}'s.{left_out}"
     return [to_picture(figure, "sweep", caption)]
 
 

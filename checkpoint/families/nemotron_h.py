@@ -10,9 +10,10 @@ from checkpoint.families.base import Family
 from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
+from configs.attention_traits import NoAttentionConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig
-from configs.recurrent_attention import Mamba2Config, NoAttentionConfig
+from configs.recurrent_attention import Mamba2Config
 
 DEFAULTS = {
     "vocab_size": 131_072,

@@ -14,6 +14,7 @@ document. Letters as in api.py; R rows of one head (B * H), C tokens of a chunk.
 import jax
 import jax.numpy as jnp
 
+from kernels.chunks import chunk_size, chunks, documents_of
 from kernels.delta_rule import reference
 
 CHUNK, CHUNK_OF_CHANNELS = 64, 16
@@ -36,35 +37,25 @@ def delta_rule(
     tokens = (q_BLHK, k_BLHK, v_BLHV, log_decay_BLHK, beta_BLH)
     if length == 1:
         return reference.delta_rule(*tokens, is_start_BL, state_BHKV)
-    chunk = CHUNK if log_decay_BLHK.shape[-1] == 1 else CHUNK_OF_CHANNELS
-    while chunk // 2 >= length:
-        chunk //= 2
+    most = CHUNK if log_decay_BLHK.shape[-1] == 1 else CHUNK_OF_CHANNELS
+    chunk = chunk_size(length, most)
     by_head = [jnp.moveaxis(x, 2, 1).reshape(batch * heads, length, *x.shape[3:]) for x in tokens]
     by_head.append(jnp.repeat(is_start_BL, heads, axis=0))
     # A chunk's residuals are made again in the backward pass: only states are kept.
     state_RKV, out_NRCV = jax.lax.scan(
         jax.checkpoint(_read_chunk),
         state_BHKV.reshape(batch * heads, *state_BHKV.shape[2:]),
-        tuple(_chunks(x, chunk) for x in by_head),
+        tuple(chunks(x, chunk) for x in by_head),
     )
     out_RLV = jnp.moveaxis(out_NRCV, 0, 1).reshape(batch * heads, -1, v_BLHV.shape[-1])
     out_BHLV = out_RLV[:, :length].reshape(batch, heads, length, -1)
     return jnp.moveaxis(out_BHLV, 1, 2), state_RKV.reshape(state_BHKV.shape)
 
 
-def _chunks(x_RL: jax.Array, chunk: int) -> jax.Array:
-    """[N, R, C, ...]; what fills the last chunk is zero, which changes no state."""
-    missing = -x_RL.shape[1] % chunk
-    x_RL = jnp.pad(x_RL, ((0, 0), (0, missing), *[(0, 0)] * (x_RL.ndim - 2)))
-    return jnp.moveaxis(x_RL.reshape(len(x_RL), -1, chunk, *x_RL.shape[2:]), 1, 0)
-
-
 def _read_chunk(state_RKV: jax.Array, tokens: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     q_RCK, k_RCK, v_RCV, log_decay_RCK, beta_RC, is_start_RC = tokens
-    document_RC = jnp.cumsum(is_start_RC, axis=1)  # 0 is the one that the state is of
+    document_RC, sees_RCC = documents_of(is_start_RC)
     total_RCK = jnp.cumsum(log_decay_RCK, axis=1)
-    sees_RCC = document_RC[:, :, None] == document_RC[:, None]
-    sees_RCC &= jnp.tri(document_RC.shape[1], dtype=bool)[None]
     since_RCK = jnp.where((document_RC == 0)[..., None], jnp.exp(total_RCK), 0.0)
 
     with_keys, with_queries = (

@@ -10,6 +10,7 @@ Letters as in api.py; R rows of one group (B * G), J heads of a group, C tokens 
 import jax
 import jax.numpy as jnp
 
+from kernels.chunks import chunk_size, chunks, documents_of
 from kernels.state_space import reference
 
 CHUNK = 64
@@ -29,9 +30,7 @@ def state_space(
     tokens = (q_BLGK, k_BLGK, v_BLHV, log_decay_BLH)
     if length == 1:
         return reference.state_space(*tokens, is_start_BL, state_BHKV)
-    chunk = CHUNK
-    while chunk // 2 >= length:
-        chunk //= 2
+    chunk = chunk_size(length, CHUNK)
     rows, heads = batch * groups, v_BLHV.shape[2]
     v_BLGJV, log_decay_BLGJ = (
         x.reshape(batch, length, groups, heads // groups, *x.shape[3:])
@@ -46,28 +45,19 @@ def state_space(
     state_RJKV, out_NRCJV = jax.lax.scan(
         jax.checkpoint(_read_chunk),
         state_BHKV.reshape(rows, heads // groups, *state_BHKV.shape[2:]),
-        tuple(_chunks(x, chunk) for x in by_group),
+        tuple(chunks(x, chunk) for x in by_group),
     )
     out_RLJV = jnp.moveaxis(out_NRCJV, 0, 1).reshape(rows, -1, *out_NRCJV.shape[3:])[:, :length]
     out_BGLJV = out_RLJV.reshape(batch, groups, *out_RLJV.shape[1:])
     return jnp.moveaxis(out_BGLJV, 1, 2).reshape(v_BLHV.shape), state_RJKV.reshape(state_BHKV.shape)
 
 
-def _chunks(x_RL: jax.Array, chunk: int) -> jax.Array:
-    """[N, R, C, ...]; what fills the last chunk is zero, which changes no state."""
-    missing = -x_RL.shape[1] % chunk
-    x_RL = jnp.pad(x_RL, ((0, 0), (0, missing), *[(0, 0)] * (x_RL.ndim - 2)))
-    return jnp.moveaxis(x_RL.reshape(len(x_RL), -1, chunk, *x_RL.shape[2:]), 1, 0)
-
-
 def _read_chunk(
     state_RJKV: jax.Array, tokens: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     q_RCK, k_RCK, v_RCJV, log_decay_RCJ, is_start_RC = tokens
-    document_RC = jnp.cumsum(is_start_RC, axis=1)  # 0 is the one that the state is of
+    document_RC, sees_RCC = documents_of(is_start_RC)
     total_RCJ = jnp.cumsum(log_decay_RCJ, axis=1)
-    sees_RCC = document_RC[:, :, None] == document_RC[:, None]
-    sees_RCC &= jnp.tri(document_RC.shape[1], dtype=bool)[None]
     gap_RCCJ = total_RCJ[:, :, None] - total_RCJ[:, None]
     # Where j comes after i the gap is positive, and its exponential may be no float32.
     left_RCCJ = jnp.exp(jnp.where(sees_RCC[..., None], gap_RCCJ, -jnp.inf))

@@ -34,9 +34,8 @@ from model.attention.compression import (
 from model.attention.indexer import Index, chosen_keys, imitation_loss, key_scores
 from model.layer_state import KeyValueState, RowsFirst, StateShape, key_value_state
 from model.layers import RMSNorm, newest, project, unscaled_rms_norm, weight, zero_weight
-from model.step import Step
+from model.step import Step, require_own_rows
 
-IN_ORDER = "compression reads a row of tokens in order"
 QUERIES = 128
 """Queries whose scores are made together."""
 
@@ -46,7 +45,7 @@ class CompressedState(RowsFirst, struct.PyTreeNode):
 
     unrewindable_reason: ClassVar[str | None] = None
     unpageable_reason: ClassVar[str | None] = "compressed entries have no positions to lay in pages"
-    unmixable_reason: ClassVar[str | None] = IN_ORDER
+    unmixable_reason: ClassVar[str | None] = "compression reads a row of tokens in order"
 
     window: KeyValueState
     entries: EntryState | None
@@ -126,8 +125,7 @@ class CompressedAttention(nn.Module):
     def __call__(
         self, x_BLD: jax.Array, step: Step, state: CompressedState | None
     ) -> tuple[jax.Array, CompressedState | None]:
-        if step.rows_BL is not None:
-            raise NotImplementedError(f"{IN_ORDER}: give each sequence a row of tokens")
+        require_own_rows(step, CompressedState.unmixable_reason)
         c, eps, d_model = self.config, self.norm_eps, x_BLD.shape[-1]
         positions_BL, segments_BL = step.positions_BL, step.segments_BL
         if state is not None:  # a row is one sequence, and its padding has no position
@@ -230,7 +228,8 @@ class EntryIndexer(nn.Module):
         c, dtype = self.attention.compression, x_BLD.dtype
         assert c is not None
         assert c.indexer is not None
-        heads, width, rank, d_model = c.indexer.num_heads, c.indexer.head_dim, *_ends(h_BLQ, x_BLD)
+        heads, width = c.indexer.num_heads, c.indexer.head_dim
+        rank, d_model = h_BLQ.shape[-1], x_BLD.shape[-1]
         axes = ("embed", "heads", "head_dim")
         w_QIC = weight(self, "q", (rank, heads, width), axes, rank**-0.5).astype(dtype)
         w_DI = weight(self, "weights", (d_model, heads), axes[:2], d_model**-0.5).astype(dtype)
@@ -241,10 +240,6 @@ class EntryIndexer(nn.Module):
         compressor = Compressor(self.attention, width, self.norm_eps, name="compressor")
         entries, kept = compressor(x_BLD, step, None if state is None else state.index)
         return (q_BLIC, counts_BLI * (heads * width) ** -0.5), entries.k_BEC, kept
-
-
-def _ends(*arrays: jax.Array) -> tuple[int, ...]:
-    return tuple(array.shape[-1] for array in arrays)
 
 
 class _Seen(NamedTuple):

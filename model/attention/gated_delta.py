@@ -24,13 +24,14 @@ from model.attention.recurrent import (
     RecurrentState,
     boxed,
     empty_state,
+    heads_out,
     log_rates,
     step_biases,
 )
 from model.causal_convolution import causal_convolution
 from model.layer_state import StateShape
 from model.layers import RMSNorm, project, weight
-from model.step import Step
+from model.step import Step, require_own_rows
 from parallel.sharding import on_shards
 
 NORM_EPS = 1e-6
@@ -41,12 +42,6 @@ def init_state(config: GatedDeltaConfig, shape: StateShape) -> RecurrentState:
     """An empty state, in float32 whatever the shape says of keys."""
     matrix = (config.num_heads, config.key_head_dim, config.value_head_dim)
     return empty_state(shape, matrix, (config.conv_width - 1, config.conv_channels))
-
-
-def visible_keys(config: GatedDeltaConfig, places: np.ndarray) -> np.ndarray:
-    """One state stands for all of them."""
-    del config
-    return np.ones_like(places)
 
 
 def mixing_flops(config: GatedDeltaConfig, places: np.ndarray) -> float:
@@ -67,10 +62,7 @@ class GatedDelta(nn.Module):
     def __call__(
         self, x_BLD: jax.Array, step: Step, state: RecurrentState | None
     ) -> tuple[jax.Array, RecurrentState | None]:
-        if step.rows_BL is not None:
-            raise NotImplementedError(
-                f"{RecurrentState.unmixable_reason}: give each sequence a row of tokens"
-            )
+        require_own_rows(step, RecurrentState.unmixable_reason)
         c, d_model = self.config, x_BLD.shape[-1]
         begun = state or init_state(c, StateShape(x_BLD.shape[0], 0, "float32"))
         q_BLHK, k_BLHK, v_BLHV, tail_RTN = self._mixed(x_BLD, step, begun.tail_RTN)
@@ -99,17 +91,7 @@ class GatedDelta(nn.Module):
             gate = jax.nn.silu if c.output_gate == "silu" else jax.nn.sigmoid
             gate_BLHV = self._projected("gate", x_BLD, c.value_head_dim)
             out_BLHV *= gate(gate_BLHV.astype(jnp.float32))
-        w_o_HVD = weight(
-            self,
-            "o",
-            (c.num_heads, c.value_head_dim, d_model),
-            ("heads", "head_dim", "embed"),
-            self.out_stddev,
-            MatrixDims(2, 1),
-        )
-        out_BLD = project(
-            "BLHV,HVD->BLD", out_BLHV.astype(x_BLD.dtype), w_o_HVD, is_flat=state is not None
-        )
+        out_BLD = heads_out(self, out_BLHV.astype(x_BLD.dtype), d_model, self.out_stddev, state)
         return out_BLD, None if state is None else RecurrentState(s_RHKV, tail_RTN)
 
     def _mixed(

@@ -16,14 +16,10 @@ from configs.attention import (
     LocalSparseAttentionConfig,
     RelativeAttentionConfig,
 )
+from configs.attention_traits import NoAttentionConfig
 from configs.base import ExecutionConfig
 from configs.compressed_attention import CompressedAttentionConfig
-from configs.recurrent_attention import (
-    GatedDeltaConfig,
-    Mamba2Config,
-    NoAttentionConfig,
-    ShortConvConfig,
-)
+from configs.recurrent_attention import GatedDeltaConfig, Mamba2Config, ShortConvConfig
 from model.attention import (
     compressed,
     gated_delta,
@@ -32,6 +28,7 @@ from model.attention import (
     local_sparse,
     mamba2,
     none,
+    recurrent,
     relative,
     short_conv,
 )
@@ -55,6 +52,13 @@ class AttentionKind:
     init_memory: Callable[[Any, tuple[int, ...], int, str], LayerState] | None = None
     """(config, dims, d_model, dtype) to an empty memory, of kinds that read a stream segment by
     segment (config.memory_tokens)."""
+
+
+def _by_config(layer: Callable[..., Any]) -> Callable[..., Callable[..., tuple[Any, Any]]]:
+    """Of a layer that is the same however it is executed."""
+    return lambda config, execution, norm_eps, out_stddev, gaps: layer(
+        config, norm_eps, out_stddev, name="attention"
+    )
 
 
 KINDS: dict[type, AttentionKind] = {
@@ -92,19 +96,15 @@ KINDS: dict[type, AttentionKind] = {
         relative.init_memory,
     ),
     CompressedAttentionConfig: AttentionKind(
-        lambda config, execution, norm_eps, out_stddev, gaps: compressed.CompressedAttention(
-            config, norm_eps, out_stddev, name="attention"
-        ),
+        _by_config(compressed.CompressedAttention),
         compressed.init_state,
         compressed.visible_keys,
         compressed.mixing_flops,
     ),
     GatedDeltaConfig: AttentionKind(
-        lambda config, execution, norm_eps, out_stddev, gaps: gated_delta.GatedDelta(
-            config, norm_eps, out_stddev, name="attention"
-        ),
+        _by_config(gated_delta.GatedDelta),
         gated_delta.init_state,
-        gated_delta.visible_keys,
+        recurrent.visible_keys,
         gated_delta.mixing_flops,
     ),
     ShortConvConfig: AttentionKind(
@@ -116,11 +116,9 @@ KINDS: dict[type, AttentionKind] = {
         short_conv.mixing_flops,
     ),
     Mamba2Config: AttentionKind(
-        lambda config, execution, norm_eps, out_stddev, gaps: mamba2.Mamba2(
-            config, norm_eps, out_stddev, name="attention"
-        ),
+        _by_config(mamba2.Mamba2),
         mamba2.init_state,
-        mamba2.visible_keys,
+        recurrent.visible_keys,
         mamba2.mixing_flops,
     ),
     NoAttentionConfig: AttentionKind(

@@ -22,13 +22,14 @@ from model.attention.recurrent import (
     RecurrentState,
     boxed,
     empty_state,
+    heads_out,
     log_rates,
     step_biases,
 )
 from model.causal_convolution import causal_convolution
 from model.layer_state import StateShape
 from model.layers import one_weight, project, unscaled_rms_norm, weight, zero_weight
-from model.step import Step
+from model.step import Step, require_own_rows
 from parallel.sharding import on_shards
 
 
@@ -36,12 +37,6 @@ def init_state(config: Mamba2Config, shape: StateShape) -> RecurrentState:
     """An empty state, in float32 whatever the shape says of keys."""
     matrix = (config.num_heads, config.state_dim, config.head_dim)
     return empty_state(shape, matrix, (config.conv_width - 1, config.conv_channels))
-
-
-def visible_keys(config: Mamba2Config, places: np.ndarray) -> np.ndarray:
-    """One state stands for all of them."""
-    del config
-    return np.ones_like(places)
 
 
 def mixing_flops(config: Mamba2Config, places: np.ndarray) -> float:
@@ -62,10 +57,7 @@ class Mamba2(nn.Module):
     def __call__(
         self, x_BLD: jax.Array, step: Step, state: RecurrentState | None
     ) -> tuple[jax.Array, RecurrentState | None]:
-        if step.rows_BL is not None:
-            raise NotImplementedError(
-                f"{RecurrentState.unmixable_reason}: give each sequence a row of tokens"
-            )
+        require_own_rows(step, RecurrentState.unmixable_reason)
         c, d_model = self.config, x_BLD.shape[-1]
         begun = state or init_state(c, StateShape(x_BLD.shape[0], 0, "float32"))
         v_BLHV, k_BLGK, q_BLGK, tail_RTN = self._mixed(x_BLD, step, begun.tail_RTN)
@@ -88,17 +80,7 @@ class Mamba2(nn.Module):
         skip_H = one_weight(self, "skip", (c.num_heads,), ("heads",))
         out_BLHV += skip_H[None, None, :, None] * v_BLHV
         out_BLHV = self._normed(out_BLHV * jax.nn.silu(self._gate(x_BLD)))
-        w_o_HVD = weight(
-            self,
-            "o",
-            (c.num_heads, c.head_dim, d_model),
-            ("heads", "head_dim", "embed"),
-            self.out_stddev,
-            MatrixDims(2, 1),
-        )
-        out_BLD = project(
-            "BLHV,HVD->BLD", out_BLHV.astype(x_BLD.dtype), w_o_HVD, is_flat=state is not None
-        )
+        out_BLD = heads_out(self, out_BLHV.astype(x_BLD.dtype), d_model, self.out_stddev, state)
         if c.bias:
             bias_D = zero_weight(self, "o_bias", (d_model,), ("embed",))
             out_BLD += bias_D.astype(x_BLD.dtype)[None, None]

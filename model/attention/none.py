@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import struct
 
-from configs.recurrent_attention import NoAttentionConfig
+from configs.attention_traits import NoAttentionConfig
 from model.layer_state import RowsFirst, StateShape
 
 

@@ -1,7 +1,8 @@
-"""Parts that layers with a recurrent state share: the state, and how rates and steps begin.
+"""Parts that layers with a recurrent state share: the state, what leaves the heads, and how rates
+and steps begin.
 
-R rows of the state, H heads of values, K width of a key, V of a value, T taps, N channels of the
-convolution.
+B batch, L length, R rows of the state, D d_model, H heads of values, K width of a key, V of a
+value, T taps, N channels of the convolution.
 """
 
 from typing import Any, ClassVar
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from kernels.quantize import MatrixDims
 from model.layer_state import RowsFirst, StateShape
+from model.layers import project, weight
 
 SLOWEST, FASTEST = 0.001, 0.1
 """Bounds of softplus(b) at the start, and the rates exp(a) are in 1..16: as in Mamba-2 (2024)."""
@@ -49,6 +52,25 @@ def empty_state(shape: StateShape, matrix: tuple[int, int, int], tail: tuple[int
     return RecurrentState(
         jnp.zeros((*dims, *matrix), jnp.float32), jnp.zeros((*dims, *tail), jnp.float32)
     )
+
+
+def visible_keys(config: Any, places: np.ndarray) -> np.ndarray:
+    """One state stands for all of them."""
+    del config
+    return np.ones_like(places)
+
+
+def heads_out(
+    module: nn.Module,
+    out_BLHV: jax.Array,
+    d_model: int,
+    stddev: float,
+    state: RecurrentState | None,
+) -> jax.Array:
+    """All heads' results through the parameter "o", [B, L, D]."""
+    shape, axes = (*out_BLHV.shape[2:], d_model), ("heads", "head_dim", "embed")
+    w_HVD = weight(module, "o", shape, axes, stddev, MatrixDims(2, 1))
+    return project("BLHV,HVD->BLD", out_BLHV, w_HVD, is_flat=state is not None)
 
 
 def boxed(draw: Any, *axes: str | None) -> Any:

@@ -18,7 +18,7 @@ from kernels.quantize import MatrixDims
 from model.causal_convolution import causal_convolution
 from model.layer_state import RowsFirst, StateShape
 from model.layers import project, weight, zero_weight
-from model.step import Step
+from model.step import Step, require_own_rows
 
 
 class TailState(RowsFirst, struct.PyTreeNode):
@@ -67,10 +67,7 @@ class ShortConv(nn.Module):
     def __call__(
         self, x_BLD: jax.Array, step: Step, state: TailState | None
     ) -> tuple[jax.Array, TailState | None]:
-        if step.rows_BL is not None:
-            raise NotImplementedError(
-                f"{TailState.unmixable_reason}: give each sequence a row of tokens"
-            )
+        require_own_rows(step, TailState.unmixable_reason)
         c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
         in_shape, in_axes = (3, c.channels), (None, "heads")
         stddev, dims = d_model**-0.5, MatrixDims(1, 2)

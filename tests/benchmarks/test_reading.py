@@ -31,8 +31,8 @@ def asked(texts, tmp_path_factory):
 
 def test_both_make_the_same_tokens(asked, texts, tmp_path):
     """Ours begins each document with a token that says so."""
-    reading._ours(*asked, tmp_path / "ours")
-    reading._peer(*asked, tmp_path / "peer")
+    reading.read_ours(*asked, tmp_path / "ours")
+    reading.read_peer(*asked, tmp_path / "peer")
     corpus = Corpus(tmp_path / "ours")
     ours = [*corpus.training().tokens, *corpus.held_out().tokens]
     peer = np.fromfile(tmp_path / "peer" / "tokens.bin", np.uint16)

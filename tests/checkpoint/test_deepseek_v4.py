@@ -1,4 +1,7 @@
-"""DeepSeek-V4 beyond its logits: on a mesh, in few bits, released names, what is not built."""
+"""DeepSeek-V4 beyond its logits: in few bits, released names, damaged tables, what is not built.
+
+On a mesh it is read in tests/checkpoint/test_latest_families.py.
+"""
 
 import dataclasses
 import json
@@ -17,34 +20,11 @@ from infer.sources import open_source
 from infer.weights import converted, converter
 from kernels.quantize import QTensor, dequantize
 from model.transformer import Transformer
-from parallel.mesh import make_mesh
 from tests.checkpoint.cases import read_case, write_case
-from tests.checkpoint.test_parity import TOLERANCE, loaded
+from tests.checkpoint.test_parity import loaded
 from tests.probes import drawn, inputs
 
 CASE = "deepseek_v4"
-
-
-@pytest.mark.parametrize("sizes", [(1, 2, 1), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
-@pytest.mark.slow
-def test_a_mesh_reads_the_parts_it_needs(sizes, tmp_path):
-    """Experts over 2 and 4 devices; and what is exported from there is the files again."""
-    model, expected, checkpoint, tokens, logits = loaded(CASE)
-    source, mesh = open_source(str(checkpoint.path)), make_mesh(*sizes)
-    _, found = source.load(mesh=mesh)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    with jax.set_mesh(mesh):
-        made = full_logits(model, found, tokens)
-    np.testing.assert_allclose(made, logits, atol=TOLERANCE)
-    config, lazy = source.load_or_leave(dtype="float32")
-    folder = tmp_path / "out"
-    folder.mkdir()
-    huggingface.export(folder, checkpoint.family, config, lazy, dtype="float32", extra={})
-    written, tensors = (load_file(f / "model.safetensors") for f in (folder, checkpoint.path))
-    assert set(written) == set(tensors)
-    for name, x in tensors.items():
-        assert written[name].dtype == x.dtype, name
-        np.testing.assert_array_equal(written[name], x, err_msg=name)
 
 
 def wide() -> ModelConfig:
@@ -121,6 +101,17 @@ def test_a_config_with_the_older_keys_means_the_same(tmp_path):
     # The older form has no factor on sines; the newer one has YaRN's, where it doesn't say.
     assert found[1].attention.rope_scaling.rotary_scale == 1.0
     assert expected[1].attention.rope_scaling.rotary_scale > 1.1
+
+
+@pytest.mark.parametrize("wrong", [-1, 999])
+def test_a_table_with_experts_that_are_not_there_is_refused(wrong, tmp_path):
+    write_case(CASE, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("tid2eid"))
+    tensors[name][3, 1] = wrong
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"tid2eid names the expert {wrong:g}, the model has 0 to"):
+        open_source(str(tmp_path)).load()
 
 
 @pytest.mark.parametrize(

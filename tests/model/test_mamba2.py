@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from configs.architecture import LayerSpec, MixtureOfDepthsConfig
+from configs.attention_traits import NoAttentionConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig, RouterConfig
-from configs.recurrent_attention import Mamba2Config, NoAttentionConfig
+from configs.recurrent_attention import Mamba2Config
 from model.growth import grown_config
 from model.model_state import (
     copy_page,

@@ -29,7 +29,8 @@ def write_run(folder: Path, rate: float = 0.01, *, load=True, validated=True, **
     folder.mkdir(parents=True)
     base = runs.v31_nano()
     optimizer = dataclasses.replace(base.optimizer, learning_rate=rate)
-    run = dataclasses.replace(base, name=folder.name, optimizer=optimizer, **changes)
+    settings = {"name": folder.name, "optimizer": optimizer, "steps": 40} | changes
+    run = dataclasses.replace(base, **settings)
     (folder / "config.json").write_text(to_json(run))
     lines = []
     for step in range(1, 41):
@@ -125,6 +126,14 @@ def test_a_sweep_over_a_number_and_something_else_has_a_line_for_each(tmp_path, 
     (drawn,) = draw_sweep(read_runs(folders))
     assert "over optimizer.learning-rate" in drawn.caption
     assert labels == [["seed 7", "seed 8"]]
+
+
+def test_a_run_with_steps_to_go_is_left_out_of_the_picture_and_named(tmp_path):
+    folders = [write_run(tmp_path / f"r{i}", 0.01 * (i + 1)) for i in range(3)]
+    folders.append(write_run(tmp_path / "stopped", 0.001, steps=50))
+    (drawn,) = draw_sweep(read_runs(folders))
+    assert "the least is r0's. Not drawn, as they have steps to go: stopped." in drawn.caption
+    assert draw_sweep(read_runs(folders[2:])) == []
 
 
 def test_what_a_sweep_may_return():

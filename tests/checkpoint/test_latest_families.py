@@ -1,6 +1,5 @@
-"""Families on recurrent states, and GLM-5, beyond their logits: files that hold an encoder for
-images, names that transformers writes, projections that several parameters share, on a mesh and in
-few bits.
+"""Families of 2025 and 2026 beyond their logits: files that hold an encoder for images, names that
+transformers writes, projections that several parameters share, on a mesh and in few bits.
 """
 
 import json
@@ -168,6 +167,8 @@ def test_what_nemotron_has_beyond_is_refused_by_name(change, sentence, tmp_path)
         pytest.param("glm_moe_dsa", (1, 4, 2), marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe_text", (1, 4, 1), marks=pytest.mark.slow),
         pytest.param("kimi_linear", (1, 4, 2), marks=pytest.mark.slow),
+        pytest.param("deepseek_v4", (1, 2, 1), marks=pytest.mark.slow),
+        pytest.param("deepseek_v4", (1, 4, 2), marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_reads_the_parts_it_needs(case, sizes, tmp_path):
@@ -187,9 +188,11 @@ def test_a_mesh_reads_the_parts_it_needs(case, sizes, tmp_path):
     written, tensors = (load_file(f / "model.safetensors") for f in (folder, checkpoint.path))
     assert set(written) == set(tensors)
     for name, x in tensors.items():
+        assert written[name].dtype == x.dtype, name
         np.testing.assert_array_equal(written[name], x, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -198,10 +201,9 @@ def test_a_mesh_reads_the_parts_it_needs(case, sizes, tmp_path):
         "nemotron_h_latent",
         "granitemoehybrid",
         "glm_moe_dsa",
-        pytest.param("kimi_linear", marks=pytest.mark.slow),
+        "kimi_linear",
     ],
 )
-@pytest.mark.slow
 def test_int8_computes_what_its_weights_say(case):
     _, _, checkpoint, tokens, logits = loaded(case)
     model, held = open_source(str(checkpoint.path)).load(weights="int8")
