@@ -17,6 +17,7 @@ from configs.attention import (
     QueryTemperatureConfig,
     RelativeAttentionConfig,
 )
+from configs.attention_traits import NoAttentionConfig
 from configs.checks import UserError
 from configs.compressed_attention import (
     CompressedAttentionConfig,
@@ -24,12 +25,7 @@ from configs.compressed_attention import (
     EntryIndexerConfig,
 )
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
-from configs.recurrent_attention import (
-    GatedDeltaConfig,
-    Mamba2Config,
-    NoAttentionConfig,
-    ShortConvConfig,
-)
+from configs.recurrent_attention import GatedDeltaConfig, Mamba2Config, ShortConvConfig
 from model.attention import kinds
 from model.model_state import (
     copy_page,
