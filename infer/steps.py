@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from infer.early_exit import exit_step
 from infer.self_speculative import Draft, Verified, draft_and_verify
 from model.layers import unembed
-from model.model_state import ModelState, init_state, put_rows, rewind, state_axes, take_rows
+from model.model_state import (
+    ModelState,
+    init_state,
+    put_rows,
+    rewind,
+    state_axes,
+    take_rows,
+    with_pages_of,
+)
 from model.step import ChosenExperts, Preference, Step, make_step
 from model.transformer import (
     Transformer,
@@ -116,7 +124,7 @@ def read_mixed(
     return hidden_TD, hidden_RD, laid_out(state), chosen
 
 
-@partial(jax.jit, static_argnums=(0, 1, 9), donate_argnums=7)
+@partial(jax.jit, static_argnums=(0, 1, 10), donate_argnums=7)
 def read_rows(
     model: Transformer,
     size: StateSize,
@@ -126,6 +134,7 @@ def read_rows(
     rows_B: jax.Array,
     is_first_B: jax.Array,
     state: ModelState,
+    tables_RN: jax.Array | None,
     preference: Preference | None,
     with_experts: bool = False,
 ) -> tuple[jax.Array, jax.Array, ModelState, ChosenExperts | None]:
@@ -143,9 +152,10 @@ def read_rows(
     own = put_rows(own, jnp.where(is_first_B, jnp.arange(num), num), empty)
     if preference is not None:
         preference = {name: x[:, at_B] for name, x in preference.items()}
-    step = make_step(tokens_BL, positions_BL, preference=preference)
+    tables_BN = None if tables_RN is None else tables_RN[at_B]
+    step = make_step(tokens_BL, positions_BL, tables_RN=tables_BN, preference=preference)
     hidden_BLD, own, chosen = run(model, variables, step, own, with_experts)
-    state = put_rows(state, rows_B, own)
+    state = with_pages_of(put_rows(state, rows_B, own), own)
     last_B1 = jnp.argmax(positions_BL, axis=1, keepdims=True)
     hidden_BD = jnp.take_along_axis(hidden_BLD, last_B1[:, :, None], axis=1)[:, 0]
     hidden_RD = jnp.zeros((size.num_rows, hidden_BD.shape[1]), hidden_BD.dtype)

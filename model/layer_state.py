@@ -25,7 +25,8 @@ class LayerState(Protocol):
     unrewindable_reason: ClassVar[str | None]
     """Why tokens can't be taken back, in a sentence; None: they can, as many as are spare."""
     unpageable_reason: ClassVar[str | None]
-    """Why it can't lie in pages that sequences share, in a sentence; None: it can."""
+    """Why a model with it can't have pages that sequences share, in a sentence; None: it lies in
+    them, or in rows of its own beside the pages of other layers."""
     unmixable_reason: ClassVar[str | None]
     """Why a row of tokens must belong to one sequence, in a sentence; None: it may be of several
     (Step.rows_BL)."""

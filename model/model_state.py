@@ -65,11 +65,9 @@ def init_state(
             router = init_attention_state(context.attention(), shape._replace(dtype="float32"))
         return BlockState(init_attention_state(spec.attention, shape), router)
 
-    if num_pages is not None:
-        for spec in (*config.prefix, *config.pattern):
-            reason = unpageable_reason(spec)
-            if reason is not None:
-                raise UserError(f"this model's state can't lie in pages: {reason}")
+    reason = None if num_pages is None else unpageable_reason(config)
+    if reason is not None:
+        raise UserError(f"this model's state can't lie in pages: {reason}")
     return _of_layers(config, init_block, is_stacked=config.num_periods > 1)
 
 
@@ -81,12 +79,22 @@ def ahead_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(alone, prefix=(), pattern=pattern, num_layers=1)
 
 
-def unpageable_reason(spec: LayerSpec) -> str | None:
-    """Why a layer's state can't lie in pages, in a sentence; None: it can."""
-    if spec.depth is not None:
+def unpageable_reason(config: ModelConfig) -> str | None:
+    """Why the model's state can't lie in pages, in a sentence; None: it can, but for layers that
+    keep as much of a short sequence as of a long one, and do so in rows."""
+    specs = (*config.prefix, *config.pattern)
+    if any(spec.depth is not None for spec in specs):
         return "a Mixture-of-Depths layer skips tokens, and pages hold every position"
-    shape = StateShape(1, 1, "float32")
-    return jax.eval_shape(lambda: init_attention_state(spec.attention, shape)).unpageable_reason
+    reasons = (state.unpageable_reason for state in _abstract_states(config))
+    reason = next(filter(None, reasons), None)
+    if reason is None and not any(map(_is_paged, _abstract_states(config, num_pages=2))):
+        return "none of its layers keeps keys, and what they keep does not grow with a sequence"
+    return reason
+
+
+def has_rows(state: ModelState) -> bool:
+    """Whether some layer keeps its state in rows, all of them or beside the pages of others."""
+    return bool(jax.tree.leaves(without_pages(state)))
 
 
 def unrewindable_reason(config: ModelConfig) -> str | None:
@@ -101,9 +109,9 @@ def unmixable_reason(config: ModelConfig) -> str | None:
     return next(filter(None, reasons), None)
 
 
-def _abstract_states(config: ModelConfig) -> Iterator[LayerState]:
+def _abstract_states(config: ModelConfig, num_pages: int | None = None) -> Iterator[LayerState]:
     """Of each layer's attention."""
-    shape = StateShape(1, 2, "float32")
+    shape = StateShape(1, 2, "float32", num_pages=num_pages)
     for spec in (*config.prefix, *config.pattern):
         yield jax.eval_shape(lambda spec=spec: init_attention_state(spec.attention, shape))
 
@@ -155,18 +163,26 @@ def take_rows(state: ModelState, rows_N: jax.Array) -> ModelState:
 
 
 def put_rows(state: ModelState, rows_N: jax.Array, taken: ModelState) -> ModelState:
-    """The state with these sequences' replaced by what `take_rows` gave."""
+    """The state with what `take_rows` gave for these sequences' rows; pages stay as they are."""
     return _each(lambda layer, new: layer.put(rows_N, new), state, taken)
 
 
+def without_pages(state: ModelState) -> ModelState:
+    """What lies in rows, alone."""
+    return _each(lambda layer: EmptyState() if _is_paged(layer) else layer, state)
+
+
+def with_pages_of(state: ModelState, other: ModelState) -> ModelState:
+    """The state with the other's pages for its own; rows are as they were."""
+    return _each(lambda layer, new: new if _is_paged(layer) else layer, state, other)
+
+
 def copy_page(state: ModelState, source: jax.Array, target: jax.Array) -> ModelState:
-    """One page of every layer copied onto another, int32 []."""
+    """One page of every layer that has them copied onto another, int32 []."""
 
     def copied(layer: LayerState) -> LayerState:
-        if isinstance(layer, EmptyState):
-            return layer
-        assert isinstance(layer, PagedKeyValueState)
-        return layer.copy_page(source, target)
+        is_paged = isinstance(layer, PagedKeyValueState)
+        return layer.copy_page(source, target) if is_paged else layer
 
     return _each(copied, state)
 
@@ -175,10 +191,9 @@ def take_pages(state: ModelState, pages_N: jax.Array) -> tuple[jax.Array, ...]:
     """What lies in these pages, int32 [N], of each array of the state; N is dim 0 of each."""
 
     def taken(layer: LayerState) -> LayerState:
-        assert isinstance(layer, PagedKeyValueState | EmptyState)
         return jax.tree.map(lambda pages: pages[pages_N], layer)
 
-    made = _each(taken, state)
+    made = _each(taken, _without_rows(state))
     if state.is_stacked:
         made = made.replace(periods=jax.tree.map(lambda x: x.swapaxes(0, 1), made.periods))
     return tuple(jax.tree.leaves(made))
@@ -186,14 +201,25 @@ def take_pages(state: ModelState, pages_N: jax.Array) -> tuple[jax.Array, ...]:
 
 def put_pages(state: ModelState, pages_N: jax.Array, arrays: tuple[jax.Array, ...]) -> ModelState:
     """The state with what `take_pages` gave in these pages."""
-    given = jax.tree.unflatten(jax.tree.structure(state), arrays)
+    given = jax.tree.unflatten(jax.tree.structure(_without_rows(state)), arrays)
     if state.is_stacked:
         given = given.replace(periods=jax.tree.map(lambda x: x.swapaxes(0, 1), given.periods))
 
     def put(layer: LayerState, new: LayerState) -> LayerState:
+        if not _is_paged(layer):
+            return layer
         return jax.tree.map(lambda pages, x: pages.at[pages_N].set(x), layer, new)
 
     return _each(put, state, given)
+
+
+def _without_rows(state: ModelState) -> ModelState:
+    """What lies in pages, alone."""
+    return _each(lambda layer: layer if _is_paged(layer) else EmptyState(), state)
+
+
+def _is_paged(layer: LayerState) -> bool:
+    return isinstance(layer, PagedKeyValueState)
 
 
 def state_axes(state: ModelState) -> ModelState:

@@ -79,8 +79,7 @@ class Costs:
         self._weights: dict[WeightFormat, Weights] = {}
         self._decode_flops = decode_flops_per_token(config, context)
         self._prompt_flops = forward_flops_per_token(config, context)
-        specs = (*config.prefix, *config.pattern)
-        self.unpageable = next(filter(None, map(unpageable_reason, specs)), None)
+        self.unpageable = unpageable_reason(config)
 
     def weights(self, format: WeightFormat) -> Weights:
         if format not in self._weights:

@@ -77,8 +77,7 @@ def open_offload(
         keeps_experts=False,
         draft=options.draft if has_draft else None,
     )
-    specs = (*model.config.prefix, *model.config.pattern)
-    if any(map(unpageable_reason, specs)):
+    if unpageable_reason(model.config) is not None:
         options = replace(options, num_pages=None, host_cache_bytes=0)
     elif options.num_pages is None:
         pages = 1 + options.max_rows * -(-length // options.page_size)

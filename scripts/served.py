@@ -114,10 +114,7 @@ def engine_options(source: Source, arguments: argparse.Namespace) -> EngineOptio
         keeps_experts=unroutable_reason(source.config) is None,
         cache_dir=arguments.cache_dir and os.path.expanduser(arguments.cache_dir),
     )
-    config = source.config
-    if options.num_pages is None and all(
-        unpageable_reason(spec) is None for spec in (*config.prefix, *config.pattern)
-    ):
+    if options.num_pages is None and unpageable_reason(source.config) is None:
         num_pages = 1 + options.max_rows * -(-length // options.page_size)
         options = dataclasses.replace(options, num_pages=num_pages)
     return options

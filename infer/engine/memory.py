@@ -5,23 +5,21 @@ R rows (sequences), N pages of a row.
 
 import time
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from infer import steps
+from infer.engine.kept_states import KeptStates
 from infer.engine.pages import PagePool
 from infer.engine.sequence import TokenSequence
 from infer.engine.tiers import Tiers
-from infer.engine.units import Pages, Rows, put_row, take_row
+from infer.engine.units import Pages, put_row, take_row
 from infer.steps import StateSize
-from model.model_state import ModelState
+from model.model_state import ModelState, has_rows
 from model.transformer import Transformer
-
-SEEN_KEYS = 1 << 16
-"""Prefixes that are remembered, so that one which comes again is kept."""
 
 
 class Memory(ABC):
@@ -41,6 +39,8 @@ class Memory(ABC):
         whether a prefix is copied or read anew."""
         self._under_way: dict[bytes, TokenSequence] = {}
         """Prefixes that some sequence is about to have read."""
+        self._states: KeptStates | None = None
+        """After prefixes, where layers keep something in rows."""
 
     @property
     def tables_RN(self) -> np.ndarray | None:
@@ -103,7 +103,12 @@ class Memory(ABC):
 
     def programs(self) -> list[Callable[[], None]]:
         """All that it runs, on a row that nobody has."""
-        return []
+
+        def take_and_put() -> None:
+            row_1 = np.zeros(1, np.int32)
+            self.state = put_row(self.state, row_1, take_row(self.state, row_1))
+
+        return [] if self._states is None else [take_and_put]
 
     @abstractmethod
     def grow(self, sequence: TokenSequence, length: int) -> bool:
@@ -120,7 +125,24 @@ class Memory(ABC):
 
     def _is_wanted(self, owner: TokenSequence, length: int) -> None:
         """Another sequence waits for the first tokens of this one."""
-        del owner, length
+        if self._states is not None:
+            owner.stops.add(self._states.on_grid(length))
+
+    def _stop_for_states(self, sequence: TokenSequence) -> None:
+        """Has a prompt pause where its state is to be kept."""
+        if self._states is not None:
+            sequence.stops = self._states.note(self._keys(sequence))
+
+    def _keep_state(self, sequence: TokenSequence) -> None:
+        """Keeps what rows hold of a sequence, if it pauses for that."""
+        keys = self._keys(sequence)[: sequence.read // self.grid]
+        if self._states is not None and keys and sequence.read in sequence.stops:
+            self._states.keep(keys[-1], self.state, sequence.row)
+
+    def _drop_states(self, sequence: TokenSequence) -> None:
+        """Nothing that rows held of a sequence is to be found again."""
+        if self._states is not None:
+            self._states.drop(self._keys(sequence))
 
     def _looks_up(self, sequence: TokenSequence) -> bool:
         request = sequence.request
@@ -133,7 +155,12 @@ class Memory(ABC):
 
 
 class PagedMemory(Memory):
-    """Pages that sequences share."""
+    """Pages that sequences share, and rows of what layers keep beside them: a prefix is found
+    where both its pages and the state after it are there.
+
+    Args:
+      state_bytes: of kept states at most, where layers keep something in rows.
+    """
 
     def __init__(
         self,
@@ -142,11 +169,14 @@ class PagedMemory(Memory):
         has_prefixes: bool,
         row_length: int,
         tiers: Tiers | None = None,
+        state_bytes: int = 0,
     ) -> None:
         super().__init__(model, size, size.page_size, has_prefixes)
         assert size.num_pages is not None
         self.pool = PagePool(size.num_pages, self._keep_in_host)
         self._tiers, self._pages = tiers or Tiers(None, None), Pages(self.state)
+        if has_prefixes and has_rows(self.state):
+            self._states = KeptStates(self.state, state_bytes, self._tiers, self.grid)
         self._copy_seconds: float | None = None
         self._tables_RN = np.zeros((size.num_rows, -(-row_length // self.grid)), np.int32)
 
@@ -155,47 +185,68 @@ class PagedMemory(Memory):
         return self._tables_RN.copy()  # programs may still read it while it changes
 
     def _place(self, sequence: TokenSequence, row: int, num_running: int) -> bool:
-        found = []
+        keys: list[bytes] = []
         if self._looks_up(sequence):
             keys = sequence.page_keys((sequence.known - 1) // self.grid, self.grid)
-            found = self.pool.find(keys)
-        needed = -(-max(len(sequence.prompt), 1) // self.grid) - len(found)
-        left = self.pool.num_free - self.pool.num_kept(found) - max(needed, 0)
-        if left < num_running:  # each may want a page soon
+        pages = self.pool.find(keys)
+        if not self._has_room(sequence, pages, num_running):
             return False
-        self.pool.hold(found)
-        found = [*found, *self._copied_in(sequence, len(found))]
-        sequence.pages, sequence.num_shared = list(found), len(found)
-        sequence.num_kept, sequence.read = len(found), len(found) * self.grid
+        found = self._found(sequence, keys, pages)
+        if len(found.pages) < len(pages) and not self._has_room(sequence, found.pages, num_running):
+            return False
+        self.pool.hold(found.pages)
+        copied = self._copied_in(keys[len(found.pages) :], found.units)
+        sequence.pages = [*found.pages, *copied]
+        sequence.num_shared = sequence.num_kept = len(sequence.pages)
+        sequence.read = len(sequence.pages) * self.grid
         self._tables_RN[row] = 0
-        self._tables_RN[row, : len(found)] = found
+        self._tables_RN[row, : len(sequence.pages)] = sequence.pages
         sequence.row = row
+        if found.state is not None:
+            self.state = put_row(self.state, np.array([row], np.int32), found.state)
+        self._stop_for_states(sequence)
         has_room = self.grow(sequence, len(sequence.prompt))
         assert has_room
         return True
 
-    def _copied_in(self, sequence: TokenSequence, begin: int) -> list[int]:
-        """Pages of the prompt from the host or the disk, the first of them at `begin`."""
-        if not self._looks_up(sequence) or not self._pays_to_copy():
-            return []
+    def _has_room(self, sequence: TokenSequence, found: list[int], num_running: int) -> bool:
+        """Whether a prompt's other pages are free, and one that each which runs may want soon."""
+        needed = -(-max(len(sequence.prompt), 1) // self.grid) - len(found)
+        left = self.pool.num_free - self.pool.num_kept(found) - max(needed, 0)
+        return left >= num_running
+
+    def _found(self, sequence: TokenSequence, keys: list[bytes], pages: list[int]) -> "_Found":
+        """The longest prefix whose pages are here or in a tier, and whose state is kept if it needs
+        one.
+
+        Args:
+          pages: those that are here.
+        """
         units: list[bytes] = []
-        began = time.monotonic()
-        for key in self._keys(sequence)[begin:]:
-            unit = self._tiers.get(key)
-            if unit is None:
-                break
-            units.append(unit)
-        pages: list[int] = []
-        for key in self._keys(sequence)[begin : begin + len(units)]:
+        if self._pays_to_copy():
+            for key in self._keys(sequence)[len(pages) :] if keys else []:
+                unit = self._tiers.get(key)
+                if unit is None:
+                    break
+                units.append(unit)
+        if self._states is None:
+            return _Found(pages, units, None)
+        end, state = self._states.longest(keys[: len(pages) + len(units)])
+        return _Found(pages[:end], units[: max(end - len(pages), 0)], state)
+
+    def _copied_in(self, keys: list[bytes], units: list[bytes]) -> list[int]:
+        """Pages with the contents that the host or the disk had under these keys."""
+        if not units:
+            return []
+        began, pages = time.monotonic(), []
+        for key in keys[: len(units)]:
             page = self.pool.take()
             assert page is not None  # the prompt has room
             self.pool.name(page, key)
             pages.append(page)
-        if units:
-            self.state = self._pages.copy_in(self.state, pages, units)
-            jax.block_until_ready(self.state)
-            seconds = (time.monotonic() - began) / len(units)
-            self._copy_seconds = mean_of(self._copy_seconds, seconds)
+        self.state = self._pages.copy_in(self.state, pages, units)
+        jax.block_until_ready(self.state)
+        self._copy_seconds = mean_of(self._copy_seconds, (time.monotonic() - began) / len(units))
         return pages
 
     def _pays_to_copy(self) -> bool:
@@ -211,7 +262,8 @@ class PagedMemory(Memory):
         def copy_out_and_in() -> None:
             self.state = self._pages.copy_in(self.state, [0], self._pages.copy_out(self.state, [0]))
 
-        return [copy_out_and_in] if self._tiers.has_host() or self._tiers.has_disk() else []
+        has_tiers = self._tiers.has_host() or self._tiers.has_disk()
+        return [*super().programs(), *([copy_out_and_in] if has_tiers else [])]
 
     def grow(self, sequence: TokenSequence, length: int) -> bool:
         while len(sequence.pages) * self.grid < length:
@@ -235,9 +287,11 @@ class PagedMemory(Memory):
             for i, unit in zip(named, units, strict=True):
                 self._tiers.keep_on_disk(keys[i], unit)
         sequence.num_kept = max(sequence.num_kept, len(keys))
+        self._keep_state(sequence)
 
     def _free(self, sequence: TokenSequence, is_broken: bool) -> None:
         if is_broken:
+            self._drop_states(sequence)
             for page in sequence.pages[sequence.num_shared :]:
                 self.pool.forget(page)
         self.pool.release(sequence.pages)
@@ -246,11 +300,7 @@ class PagedMemory(Memory):
 
 
 class RowMemory(Memory):
-    """Slots of each row's own; the whole state after a prefix is kept, as each layer has it.
-
-    States are kept where a prompt ends, and where another began alike: on a grid of tokens, which
-    recurrent layers read in whole blocks.
-    """
+    """Slots of each row's own; the whole state after a prefix is kept, as each layer has it."""
 
     def __init__(
         self,
@@ -262,10 +312,9 @@ class RowMemory(Memory):
         tiers: Tiers | None = None,
     ) -> None:
         super().__init__(model, size, grid, has_prefixes)
-        self._tiers, self._rows = tiers or Tiers(None, None), Rows(self.state)
-        self._most_bytes, self._bytes = most_bytes, 0
-        self._states: OrderedDict[bytes, tuple[ModelState, int]] = OrderedDict()
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._tiers = tiers or Tiers(None, None)
+        if has_prefixes:
+            self._states = KeptStates(self.state, most_bytes, self._tiers, grid)
 
     def grow(self, sequence: TokenSequence, length: int) -> bool:
         del sequence, length
@@ -274,72 +323,30 @@ class RowMemory(Memory):
     def _place(self, sequence: TokenSequence, row: int, num_running: int) -> bool:
         del num_running
         sequence.read = 0
-        if not self.has_prefixes:
-            return True
-        keys = self._keys(sequence)
-        if self._looks_up(sequence):
-            for end in range(len(keys), 0, -1):
-                kept = self._kept_state(keys[end - 1])
-                if kept is not None:
-                    self.state = put_row(self.state, np.array([row], np.int32), kept)
-                    sequence.read = end * self.grid
-                    break
-        known = next((i for i in range(len(keys), 0, -1) if keys[i - 1] in self._seen), 0)
-        sequence.stops = {end * self.grid for end in (known, len(keys))} - {0}
-        for key in keys:
-            self._seen[key] = None
-            self._seen.move_to_end(key)
-        while len(self._seen) > SEEN_KEYS:
-            self._seen.popitem(last=False)
+        if self._states is not None and self._looks_up(sequence):
+            end, kept = self._states.longest(self._keys(sequence))
+            if kept is not None:
+                self.state = put_row(self.state, np.array([row], np.int32), kept)
+                sequence.read = end * self.grid
+        self._stop_for_states(sequence)
         return True
 
-    def _kept_state(self, key: bytes) -> ModelState | None:
-        if key in self._states:
-            self._states.move_to_end(key)
-            return self._states[key][0]
-        unit = self._tiers.get(key)
-        if unit is None:
-            return None
-        kept = self._rows.from_bytes(unit)
-        self._hold(key, kept)
-        return kept
-
-    def _hold(self, key: bytes, kept: ModelState) -> None:
-        size = sum(x.nbytes for x in jax.tree.leaves(kept))
-        self._states[key], self._bytes = (kept, size), self._bytes + size
-        while self._bytes > self._most_bytes:
-            _, (_, size) = self._states.popitem(last=False)
-            self._bytes -= size
-
-    def programs(self) -> list[Callable[[], None]]:
-        row_1 = np.zeros(1, np.int32)
-
-        def take_and_put() -> None:
-            kept = take_row(self.state, row_1)
-            self.state = put_row(self.state, row_1, kept)
-
-        return [take_and_put] if self.has_prefixes else []
-
-    def _is_wanted(self, owner: TokenSequence, length: int) -> None:
-        owner.stops.add(length)
-
     def _keep(self, sequence: TokenSequence) -> None:
-        length, keys = sequence.read, self._keys(sequence)
-        if length not in sequence.stops or length // self.grid > len(keys):
-            return
-        key = keys[length // self.grid - 1]
-        if key in self._states:
-            return
-        kept = take_row(self.state, np.array([sequence.row], np.int32))
-        self._hold(key, kept)
-        if self._tiers.has_disk():
-            self._tiers.keep_on_disk(key, self._rows.to_bytes(kept))
+        self._keep_state(sequence)
 
     def _free(self, sequence: TokenSequence, is_broken: bool) -> None:
         if is_broken:
-            for key in self._keys(sequence):
-                kept = self._states.pop(key, None)
-                self._bytes -= 0 if kept is None else kept[1]
+            self._drop_states(sequence)
+
+
+class _Found(NamedTuple):
+    """What is there of a prompt's beginning."""
+
+    pages: list[int]
+    units: list[bytes]
+    """Contents of the pages after those, from the host or the disk."""
+    state: ModelState | None
+    """After all of them, of layers that keep it in rows."""
 
 
 def mean_of(mean: float | None, new: float) -> float:

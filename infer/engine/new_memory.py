@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from configs.checks import require
+from infer.engine.kept_states import STATE_GRID
 from infer.engine.memory import Memory, PagedMemory, RowMemory
 from infer.engine.options import EngineOptions
 from infer.engine.reading import widths_of
@@ -15,8 +16,6 @@ from model.transformer import Transformer, Variables
 
 SLOTS = 256
 """Dense states have a whole multiple of them: each size is compiled for itself."""
-STATE_GRID = 64
-"""States after prefixes are kept at multiples of it: recurrent layers read blocks of so many."""
 
 
 def state_size(model: Transformer, options: EngineOptions) -> StateSize:
@@ -43,7 +42,9 @@ def new_memory(model: Transformer, options: EngineOptions, size: StateSize) -> M
     disk = DiskTier(options.cache_dir, options.disk_cache_bytes) if options.cache_dir else None
     tiers = Tiers(host, disk)
     if options.num_pages is not None:
-        return PagedMemory(model, size, options.prefix_cache, size.max_length, tiers)
+        return PagedMemory(
+            model, size, options.prefix_cache, size.max_length, tiers, options.state_bytes
+        )
     require(
         host is None,
         "host_cache_bytes is for pages, which this engine has none of: set num_pages, or "

@@ -44,9 +44,9 @@ class EngineOptions:
     """Positions of a page, and the grid on which prefixes are kept."""
     prefix_cache: bool = False
     """Prompts that begin alike are read once: whole pages of a prefix are kept until the room is
-    needed. Where the model's state can't lie in pages, so is the state after a prefix."""
+    needed. Where layers keep something in rows, so is that as it was after a prefix."""
     state_bytes: int = 1 << 30
-    """Of kept states at most, for models whose state can't lie in pages."""
+    """Of kept states at most, for models whose layers keep something in rows."""
     host_cache_bytes: int = 0
     """Of pages that gave way on the device, in the host's memory."""
     cache_dir: str | None = None
@@ -119,8 +119,7 @@ class EngineOptions:
 def with_pages(options: EngineOptions, config: ModelConfig) -> EngineOptions:
     """The options with pages for all rows and half as many again, which keep prefixes; unchanged
     for a model whose state can't lie in pages, or that leaves or drafts early."""
-    reasons = (unpageable_reason(spec) for spec in (*config.prefix, *config.pattern))
-    if options.has_detour or any(reasons):
+    if options.has_detour or unpageable_reason(config) is not None:
         return options
     per_row = -(-options.max_length // options.page_size)
     kept = max(per_row * options.max_rows // 2, per_row)

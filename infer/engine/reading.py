@@ -242,7 +242,7 @@ class Reader:
         return tokens_BL, np.full_like(tokens_BL, -1), rows_B, np.zeros(num, bool)
 
     def run_rows(self, arrays: tuple[Any, ...], memory: Memory, preference: Any) -> Ran:
-        arguments = (*arrays, memory.state, preference, self._keeps_experts)
+        arguments = (*arrays, memory.state, memory.tables_RN, preference, self._keeps_experts)
         hidden_TD, hidden_RD, memory.state, chosen = steps.read_rows(
             self._model, self._size, self._variables, *arguments
         )

@@ -11,7 +11,14 @@ import jax
 import numpy as np
 
 from infer import steps
-from model.model_state import ModelState, put_pages, put_rows, take_pages, take_rows
+from model.model_state import (
+    ModelState,
+    put_pages,
+    put_rows,
+    take_pages,
+    take_rows,
+    without_pages,
+)
 
 COPIED_PAGES = 4
 """Pages that a program copies at a time, N; places that are not needed are of page 0."""
@@ -46,10 +53,10 @@ class Pages:
 
 
 class Rows:
-    """The whole state of one sequence."""
+    """What rows hold of one sequence."""
 
     def __init__(self, state: ModelState) -> None:
-        kept = jax.eval_shape(take_rows, state, np.zeros(1, np.int32))
+        kept = jax.eval_shape(take_row, state, np.zeros(1, np.int32))
         leaves, self._tree = jax.tree.flatten(kept)
         self._shapes = [(x.shape, np.dtype(x.dtype)) for x in leaves]
 
@@ -60,7 +67,12 @@ class Rows:
         return jax.tree.unflatten(self._tree, _arrays(unit, self._shapes))
 
 
-take_row = jax.jit(take_rows)
+@jax.jit
+def take_row(state: ModelState, row_1: jax.Array) -> ModelState:
+    """What one row holds, without pages."""
+    return take_rows(without_pages(state), row_1)
+
+
 _take_pages = jax.jit(take_pages)
 
 

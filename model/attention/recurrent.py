@@ -27,7 +27,7 @@ class RecurrentState(RowsFirst, struct.PyTreeNode):
     unrewindable_reason: ClassVar[str | None] = (
         "a recurrent state is the sum of all tokens, none of which can be taken out again"
     )
-    unpageable_reason: ClassVar[str | None] = "a recurrent state has no positions to lay in pages"
+    unpageable_reason: ClassVar[str | None] = None
     unmixable_reason: ClassVar[str | None] = "a recurrence reads a row of tokens in order"
 
     s_RHKV: jax.Array

@@ -27,7 +27,7 @@ class TailState(RowsFirst, struct.PyTreeNode):
     unrewindable_reason: ClassVar[str | None] = (
         "a convolution keeps its last inputs alone, and those before them are gone"
     )
-    unpageable_reason: ClassVar[str | None] = "a convolution's last inputs are too few for pages"
+    unpageable_reason: ClassVar[str | None] = None
     unmixable_reason: ClassVar[str | None] = "a convolution reads a row of tokens in order"
 
     tail_RTN: jax.Array

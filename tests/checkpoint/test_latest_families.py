@@ -16,7 +16,6 @@ from configs.checks import UserError
 from infer.logits import full_logits
 from infer.sources import open_source
 from kernels.quantize import QTensor, dequantize
-from model.model_state import init_state
 from parallel.mesh import make_mesh
 from tests.checkpoint.cases import PARITY, read_case, write_case
 from tests.checkpoint.parity.weights import draw
@@ -220,9 +219,3 @@ def test_int8_computes_what_its_weights_say(case):
     # hundreds of times that.
     np.testing.assert_allclose(found, expected, atol=1e-3)
     assert np.abs(expected - logits).max() > 0.2
-
-
-def test_pages_are_refused_in_a_sentence():
-    config = loaded("qwen3_next")[0].config
-    with pytest.raises(UserError, match="a recurrent state has no positions to lay in pages"):
-        init_state(config, 1, 64, "float32", num_pages=4)

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -23,10 +24,15 @@ from configs.checks import UserError
 from formats.safetensors.reader import open_tensors
 from infer.logits import cached_logits, full_logits
 from infer.sources import open_source
+from infer.steps import logits_of
+from model.model_state import init_state
+from model.step import make_step
+from model.transformer import forward
 from tests.checkpoint.cases import CASES, read_case, write_case
 from tests.checkpoint.parity.weights import draw
 
 TOLERANCE = 1e-4
+PAGE = 4
 
 
 @functools.cache
@@ -74,6 +80,40 @@ UNCACHED = (
 def test_token_by_token_through_the_cache_too(case):
     model, variables, _, tokens, expected = loaded(case)
     np.testing.assert_allclose(cached_logits(model, variables, tokens), expected, atol=TOLERANCE)
+
+
+COMPRESSED = [case for case in CASES if case.startswith("deepseek_v4")]
+
+
+@pytest.mark.slow
+@pytest.mark.sampled
+@pytest.mark.parametrize("case", [case for case in CASES if case not in COMPRESSED])
+def test_in_pieces_through_pages_too(case):
+    model, variables, _, tokens, expected = loaded(case)
+    np.testing.assert_allclose(paged_logits(model, variables, tokens), expected, atol=TOLERANCE)
+
+
+def paged_logits(model, variables, tokens) -> np.ndarray:
+    """Pieces of 7 tokens and of 1 in turn, from pages in another order than the text's."""
+    num_pages = -(-len(tokens) // PAGE)
+    tables = 1 + np.random.RandomState(0).permutation(num_pages)[None].astype(np.int32)
+    sizes = {"num_pages": num_pages + 1, "page_size": PAGE}
+    state = init_state(model.config, 1, len(tokens), "float32", **sizes)
+
+    @jax.jit
+    def read(piece, places, state):
+        step = make_step(piece, places, tables_RN=jnp.asarray(tables))
+        hidden_BLD, state = forward(model, variables, step, state)
+        return logits_of(model, variables, hidden_BLD[0]), state
+
+    made: list[np.ndarray] = []
+    while len(made) < len(tokens):
+        count = min(1 if len(made) % 8 == 7 else 7, len(tokens) - len(made))
+        places = np.where(np.arange(7) < count, len(made) + np.arange(7), -1)[None]
+        piece = np.asarray(tokens, np.int32)[places.clip(0)]
+        logits, state = read(piece, places.astype(np.int32), state)
+        made += list(np.asarray(logits)[:count])
+    return np.stack(made)
 
 
 def test_a_table_with_gate_and_up_exchanged_would_fail():

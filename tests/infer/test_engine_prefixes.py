@@ -48,6 +48,7 @@ KINDS = {
     "pages of a mixture with windows and latents": (MIXED, PAGED),
     "rows of it": (MIXED, OPTIONS),
     "recurrent": (RECURRENT, OPTIONS),
+    "recurrent beside pages": (RECURRENT, PAGED),
     "summaries": (
         one_layer(
             LocalSparseAttentionConfig(
@@ -91,8 +92,9 @@ KINDS = {
 class Served:
     """Engines of one model, and texts with the log-probabilities that show every bit."""
 
-    def __init__(self, model, options, seed=3):
-        self.model, self.options, self.variables = model, options, drawn(model.config, seed)
+    def __init__(self, model, options, seed=3, name=""):
+        self.model, self.options, self.name = model, options, name
+        self.variables = drawn(model.config, seed)
 
     def engine(self, **changes):
         return Engine(self.model, self.variables, dataclasses.replace(self.options, **changes))
@@ -113,7 +115,7 @@ class Served:
         return [found[n] for n in numbers]
 
 
-QUICK = ("pages of a mixture with windows and latents", "recurrent")
+QUICK = ("pages of a mixture with windows and latents", "recurrent beside pages")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from configs.checks import UserError
 from infer.engine import EngineOptions
 from infer.engine.tiers import MAGIC, DiskTier, HostTier
-from tests.infer.test_engine_prefixes import KINDS, Served, prompt
+from tests.infer.test_engine_prefixes import KINDS, QUICK, Served, prompt
 
 PROMPTS = [prompt(150, seed=1), prompt(150, seed=2)]
 
@@ -22,9 +22,15 @@ def whole(key: int) -> bytes:
     return bytes([key]) * 32
 
 
-@pytest.fixture(scope="module", params=["pages of a mixture with windows and latents", "recurrent"])
+PAGES, ROWS, BOTH = QUICK[0], "recurrent", QUICK[1]
+CACHED = {PAGES: (160, 144), ROWS: (128, 128), BOTH: (128, 128)}
+"""Tokens that each of PROMPTS finds: whole pages, or a state every 64 tokens where the prompt ended
+or another one parted from it."""
+
+
+@pytest.fixture(scope="module", params=CACHED)
 def served(request):
-    return Served(*KINDS[request.param])
+    return Served(*KINDS[request.param], name=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +49,7 @@ def test_another_process_finds_what_this_one_wrote(served, cold, tmp_path):
     assert first[:2] == cold[0]
     assert [x[:2] for x in second] == cold
     assert first[2] == 0
-    assert second[0][2] == (160 if served.options.num_pages else 128)
-    assert second[1][2] >= (144 if served.options.num_pages else 0)
+    assert tuple(x[2] for x in second) == CACHED[served.name]
     other = Served(served.model, served.options, seed=4)
     assert other.texts(other.engine(cache_dir=str(tmp_path)), PROMPTS[:1])[0][2] == 0
 
@@ -69,7 +74,7 @@ def test_broken_and_foreign_files_are_ignored_with_one_warning(served, cold, tmp
 
 def test_pages_that_gave_way_come_back_from_the_host():
     """After two prompts that need all there are."""
-    served = Served(*KINDS["pages of a mixture with windows and latents"])
+    served = Served(*KINDS[PAGES])
     for host_bytes, cached in ((0, 0), (1 << 24, 160)):
         engine = served.engine(host_cache_bytes=host_bytes)
         first = served.texts(engine, PROMPTS[:1])[0]
@@ -150,7 +155,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_wrong(tmp_path)
 def test_what_would_be_ignored_is_refused(tmp_path):
     with pytest.raises(UserError, match="no effect without prefix_cache=True"):
         EngineOptions(cache_dir=str(tmp_path))
-    served = Served(*KINDS["recurrent"])
+    served = Served(*KINDS[ROWS])
     with pytest.raises(UserError, match="is for pages, which this engine has none of"):
         served.engine(host_cache_bytes=10)
     (tmp_path / "file").write_text("")

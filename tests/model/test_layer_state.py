@@ -35,6 +35,7 @@ from model.model_state import (
     state_axes,
     take_rows,
     unrewindable_reason,
+    with_pages_of,
 )
 from model.step import make_step
 from model.transformer import Transformer, forward
@@ -141,6 +142,15 @@ KINDS = {
             gate_rank=4,
         )
     ),
+    "delta beside keys": tiny.model(
+        pattern=(
+            LayerSpec(
+                attention=GatedDeltaConfig(num_heads=2, key_head_dim=6, value_head_dim=8), ffn=DENSE
+            ),
+            LayerSpec(attention=tiny.attention(window_size=6), ffn=DENSE),
+        ),
+        num_layers=4,
+    ),
     "short convolution": of(ShortConvConfig(channels=24, conv_width=4, bias=True)),
     "mamba 2": of(Mamba2Config(num_heads=4, head_dim=6, state_dim=5, num_groups=2, bias=True)),
     "none": of(NoAttentionConfig()),
@@ -151,9 +161,10 @@ KINDS = {
 }
 DELTA = ("gated delta", "channel delta", "short convolution", "mamba 2")
 ENTRIES = ("all entries", "chosen entries")
-UNPAGED = ("powers of two", "summaries", "relative", *ENTRIES, *DELTA, "mixture of depths")
-UNREWOUND = ("summaries", *DELTA)
-UNMIXED = ("powers of two", "summaries", "relative", *ENTRIES, *DELTA)
+ALONE = (*DELTA, "none")
+UNPAGED = ("powers of two", "summaries", "relative", *ENTRIES, *ALONE, "mixture of depths")
+UNREWOUND = ("summaries", "delta beside keys", *DELTA)
+UNMIXED = ("powers of two", "summaries", "relative", "delta beside keys", *ENTRIES, *DELTA)
 PAGED = [name for name in KINDS if name not in UNPAGED]
 SPARE = 5
 made = jax.jit(
@@ -213,7 +224,7 @@ def states(kind):
         dirty = jax.tree.map(
             lambda x: np.full_like(x, np.nan) if x.dtype == jnp.float32 else x, state
         )
-        yield dirty, {"tables_RN": tables()}
+        yield with_pages_of(state, dirty), {"tables_RN": tables()}
 
 
 @pytest.mark.thinned(4)

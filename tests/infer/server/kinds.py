@@ -147,9 +147,7 @@ def kind_of(name: str, **changes) -> Kind:
         tokenizer = dataclasses.replace(open_source(name).tokenizer(), chat_template=TEMPLATE)
         dense = dataclasses.replace(options, keeps_experts=False)
         return Kind(name, dense, is_tiny=False, tokenizer=tokenizer)
-    if name == "recurrent":
-        return Kind(name, dataclasses.replace(options, num_pages=None), has_drafts=False)
-    return Kind(name, options)
+    return Kind(name, options, has_drafts=name != "recurrent")
 
 
 class ServedKind:
