@@ -4,6 +4,8 @@ A quantised weight is stored as two tensors; each tensor of the files belongs to
 those presented here, or opening ends with its name. What `quantization_config` may say:
 
     fp8    NAME (float8) and NAME_scale_inv        presented as NAME
+           X.weight (float8, or pairs of E2M1 in int8) and X.scale (DeepSeek-V4)
+                                                   presented as X.weight
     mxfp4  NAME_blocks and NAME_scales [E, N, ..]  presented as NAME [E, K, N]: the last two dims
            are swapped, as transformers holds the weights that gpt-oss stores so
     compressed-tensors  NAME_packed, NAME_scale [N, S] and NAME_shape, or NAME (float8) and
@@ -26,6 +28,7 @@ from checkpoint.scaled_pairs import (
     ACTIVATIONS,
     DIVISOR,
     FACTOR,
+    I8,
     U8,
     ScaledPair,
     float8_pair,
@@ -47,6 +50,7 @@ from formats.safetensors.header import TensorInfo, quote
 from formats.safetensors.reader import TensorFiles
 
 SCALE_INV, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"
+V4_SCALE, WEIGHT = ".scale", ".weight"
 PACKED, SCALE, SHAPE, ZERO_POINT = "_packed", "_scale", "_shape", "_zero_point"
 
 _CHUNK = 2**22  # values at a time
@@ -174,7 +178,7 @@ class LogicalTensors:
         factor = None if pair.factor is None else self._files.read(pair.factor.name)
         scales = float_scales(scales, factor, divides=pair.divides)
         if pair.values.dtype != FP8:
-            return decode_fp4(values, scales)
+            return decode_fp4(values.view(np.uint8), scales)
         block = pair.shape[1] // scales.shape[1]
         return values.astype(np.float32) * np.repeat(scales, block, axis=1)
 
@@ -256,19 +260,32 @@ def _plain(info: TensorInfo, method: str | None) -> _Logical:
 def _pair_fp8(tensors: Mapping[str, TensorInfo], block: Block) -> dict[str, _Logical]:
     logical = {}
     for name, info in tensors.items():
-        if name.endswith(SCALE_INV):
-            weight = tensors.get(name.removesuffix(SCALE_INV))
+        weight_name, v4_scale = _scaled_weight(name, tensors), name.removesuffix(WEIGHT) + V4_SCALE
+        if weight_name is not None:
+            weight = tensors.get(weight_name)
             require(
-                weight is not None and weight.dtype == FP8,
+                weight is not None and weight.dtype in (FP8, I8),
                 f"{info.file}: {quote(name)} is the scale of a float8 weight, and "
-                f"{quote(name.removesuffix(SCALE_INV))} is "
-                f"{weight.dtype if weight else 'missing'}: get the files again",
+                f"{quote(weight_name)} is {weight.dtype if weight else 'missing'}: get the files "
+                "again",
             )
         elif info.dtype == FP8:
-            logical[name] = _fp8_pair(info, tensors.get(name + SCALE_INV), block)
+            scales = tensors.get(name + SCALE_INV, tensors.get(v4_scale))
+            logical[name] = _fp8_pair(info, scales, block)
+        elif info.dtype == I8 and name.endswith(WEIGHT):
+            pair = packed_pair(info, name, tensors, FACTOR, v4_scale)
+            logical[name] = _Logical(pair.shape, "fp8", info, pair.scales, pair)
         else:
             logical[name] = _plain(info, "fp8")
     return logical
+
+
+def _scaled_weight(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The weight that this tensor is the scale of; None: it is no scale."""
+    if name.endswith(SCALE_INV):
+        return name.removesuffix(SCALE_INV)
+    weight = name.removesuffix(V4_SCALE) + WEIGHT
+    return weight if name.endswith(V4_SCALE) and weight in tensors else None
 
 
 def _fp8_pair(weight: TensorInfo, scales: TensorInfo | None, block: Block) -> _Logical:

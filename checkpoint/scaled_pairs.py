@@ -20,7 +20,7 @@ from formats.safetensors.header import TensorInfo, quote
 PACKED, SCALE, FACTOR, DIVISOR = "_packed", "_scale", "_scale_2", "_global_scale"
 ACTIVATIONS = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale", ".q_scale")
 """Ends of what only engines read that round activations, keys and values too."""
-U8 = np.dtype(np.uint8)
+U8, I8 = np.dtype(np.uint8), np.dtype(np.int8)
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
 
@@ -30,7 +30,7 @@ class ScaledPair(NamedTuple):
     shape: tuple[int, ...]
     """Of the weight, [N, K]."""
     values: TensorInfo
-    """float8 [N, K], or pairs of E2M1 in uint8 [N, K/2], the first in the low half."""
+    """float8 [N, K], or pairs of E2M1 in uint8 or int8 [N, K/2], the first in the low half."""
     scales: TensorInfo
     """[N, blocks], or one number."""
     factor: TensorInfo | None
@@ -42,17 +42,23 @@ class ScaledPair(NamedTuple):
 
 
 def packed_pair(
-    info: TensorInfo, stem: str, tensors: Mapping[str, TensorInfo], factor: str
+    info: TensorInfo,
+    stem: str,
+    tensors: Mapping[str, TensorInfo],
+    factor: str,
+    scale: str | None = None,
 ) -> ScaledPair:
     """The parts of a weight of 4 bits.
 
     Args:
       stem: the weight's own name.
       factor: what its factor's name ends with.
+      scale: the name of its scales, where it is not the usual one.
     Raises:
       UserError: scales that are missing, or of other blocks.
     """
-    scales, one = tensors.get(stem + SCALE), tensors.get(stem + factor)
+    scale = scale or stem + SCALE
+    scales, one = tensors.get(scale), tensors.get(stem + factor)
     shape = tuple(size * part for size, part in zip(info.shape, (1, 2), strict=False))
     is_right = (
         scales is not None
@@ -66,7 +72,7 @@ def packed_pair(
     require(
         is_right,
         f"{info.file}: {quote(info.name)} of 4 bits, {list(info.shape)}, needs "
-        f"{quote(stem + SCALE)} [rows, blocks] in F8_E4M3 with one number {quote(stem + factor)}, "
+        f"{quote(scale)} [rows, blocks] in F8_E4M3 with one number {quote(stem + factor)}, "
         "or in powers of two: get the files again, or the checkpoint in bfloat16",
     )
     assert scales is not None

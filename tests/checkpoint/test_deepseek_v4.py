@@ -7,6 +7,7 @@ import dataclasses
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -72,6 +73,73 @@ def test_released_names_are_read(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, variables, loaded(CASE)[1])
     assert source.public is not None
     assert "multi-token modules in 1 tensors" in " ".join(source.public.left_out())
+
+
+def released(tensors: dict[str, np.ndarray]) -> tuple[dict, dict]:
+    """Tensors as released, experts in pairs of 4 bits and attention's projections in float8, each
+    with powers of two; and what they stand for."""
+    stored, meant = {}, dict(tensors)
+    random = np.random.RandomState(0)
+    for name, x in tensors.items():
+        stem = name.removesuffix(".weight")
+        if ".experts." in name:
+            codes = random.randint(0, 16, x.shape).astype(np.uint8)
+            powers = random.randint(-4, 1, (x.shape[0], x.shape[1] // 32))
+            floats = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+            stored[name] = (codes[:, ::2] | codes[:, 1::2] << 4).view(np.int8)
+            scales = 2.0**powers
+        elif ".attn.w" in name and x.ndim == 2:
+            stored[name] = x.astype(ml_dtypes.float8_e4m3fn)
+            floats, scales = stored[name].astype(np.float32), np.full((1, 1), 0.5)
+        else:
+            stored[name] = x
+            continue
+        stored[f"{stem}.scale"] = scales.astype(ml_dtypes.float8_e8m0fnu)
+        wide = np.repeat(scales, x.shape[1] // scales.shape[1], axis=1)
+        meant[name] = floats * wide.astype(np.float32)
+    return stored, meant
+
+
+QUANTIZATION = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "scale_fmt": "ue8m0",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+
+
+def test_released_weights_of_4_and_8_bits_are_read(tmp_path):
+    """The first of a pair is in the low half, 32 inputs share a power of two."""
+    folders = tmp_path / "released", tmp_path / "floats"
+    for folder in folders:
+        write_case(CASE, folder)
+    stored, meant = released(load_file(folders[0] / "model.safetensors"))
+    assert {x.dtype.name for x in stored.values()} >= {"int8", "float8_e4m3fn", "float8_e8m0fnu"}
+    for folder, tensors in zip(folders, (stored, meant), strict=True):
+        save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folders[0] / "config.json").read_text())
+    config |= {"quantization_config": QUANTIZATION, "expert_dtype": "fp4"}
+    (folders[0] / "config.json").write_text(json.dumps(config))
+    found, expected = (open_source(str(folder)).load()[1] for folder in folders)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda scale: None, lambda scale: scale[:-1], lambda scale: scale.astype(np.float32)]
+)
+def test_pairs_without_scales_of_their_form_are_refused(change, tmp_path):
+    write_case(CASE, tmp_path)
+    tensors, _ = released(load_file(tmp_path / "model.safetensors"))
+    name = next(name for name in tensors if name.endswith("experts.0.w1.scale"))
+    changed = change(tensors.pop(name))
+    tensors |= {} if changed is None else {name: changed}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"quantization_config": QUANTIZATION}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"w1.weight' of 4 bits, .* needs \S+w1.scale"):
+        open_source(str(tmp_path)).load()
 
 
 def test_a_config_with_the_older_keys_means_the_same(tmp_path):
