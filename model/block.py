@@ -15,7 +15,7 @@ from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig
 from model.attention.kinds import attention_layer
 from model.depth import routed
 from model.hyper_connections import StreamMixer, read, written
-from model.layer_state import AnyKeyValueState, LayerState
+from model.layer_state import AnyKeyValueState, LayerState, StateParts
 from model.layers import RMSNorm, SwiGLU, newest, one_weight
 from model.model_state import BlockState
 from model.moe import MoE
@@ -112,8 +112,8 @@ class Block(nn.Module):
         return (2 * self.model.num_layers) ** -0.5
 
     def _attended(
-        self, x_BLD: jax.Array, step: Step, state: LayerState | None
-    ) -> tuple[jax.Array, LayerState | None]:
+        self, x_BLD: jax.Array, step: Step, state: LayerState | StateParts | None
+    ) -> tuple[jax.Array, LayerState | StateParts | None]:
         """What attention adds to the residual stream, and its state."""
         attention = self.spec.attention
         attend = attention_layer(

@@ -9,6 +9,8 @@ B rows of tokens, L new tokens, R rows of the state (sequences), S slots, P page
 M tokens of memory, G key/value heads, C head_dim, W width of values, D d_model, N rows taken.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
@@ -76,6 +78,57 @@ class RowsFirst:
 
     def put(self, rows_N: jax.Array, taken: Self) -> Self:
         return jax.tree.map(lambda x, new: x.at[rows_N].set(new), self, taken)
+
+
+class PagesFirst:
+    """A state all of whose arrays have pages in dim 0, which sequences share; a step's table says
+    whose page is which, so that what a sequence has is said by its table. Page 0 belongs to nobody,
+    and takes what is not kept. What a page holds beyond a sequence's length is never seen, so that
+    to rewind is to forget.
+    """
+
+    unrewindable_reason: ClassVar[str | None] = None
+    unpageable_reason: ClassVar[str | None] = None
+    unmixable_reason: ClassVar[str | None] = None
+
+    def rewind(self, length_R: jax.Array) -> Self:
+        """Unchanged: see the class."""
+        del length_R
+        return self
+
+    def take(self, rows_N: jax.Array) -> Self:
+        """Unchanged: a sequence's table is what to keep."""
+        del rows_N
+        return self
+
+    def put(self, rows_N: jax.Array, taken: Self) -> Self:
+        """Unchanged: see `take`."""
+        del rows_N, taken
+        return self
+
+    def copy_page(self, source: jax.Array, target: jax.Array) -> Self:
+        """One page copied onto another, int32 []: what two sequences shared and one will change."""
+        return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), self)
+
+
+class StateParts(struct.PyTreeNode):
+    """A state whose fields are states, or None: what is done to it is done to each of them; what
+    it can't do is said for all of them (see LayerState)."""
+
+    unrewindable_reason: ClassVar[str | None] = None
+    unpageable_reason: ClassVar[str | None] = None
+    unmixable_reason: ClassVar[str | None] = None
+
+    def map(self, fn: Callable[..., Any], *others: Any) -> Self:
+        """With fn of each part, and of the others' same parts."""
+        made = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            part = getattr(self, field.name)
+            if part is not None:
+                rest = [getattr(other, field.name) for other in others]
+                is_inner = isinstance(part, StateParts)
+                made[field.name] = part.map(fn, *rest) if is_inner else fn(part, *rest)
+        return self.replace(**made)
 
 
 class KeyValueState(RowsFirst, struct.PyTreeNode):
@@ -177,17 +230,8 @@ class KeyValueState(RowsFirst, struct.PyTreeNode):
         )
 
 
-class PagedKeyValueState(struct.PyTreeNode):
-    """Keys and values in pages that all sequences share; a step's table says whose page is which.
-
-    Position p of row r lies in page step.tables[r, p // Z], at p % Z; page 0 belongs to nobody, and
-    takes what is not kept. What a page holds beyond a sequence's length is never seen, so that to
-    rewind is to forget.
-    """
-
-    unrewindable_reason: ClassVar[str | None] = None
-    unpageable_reason: ClassVar[str | None] = None
-    unmixable_reason: ClassVar[str | None] = None
+class PagedKeyValueState(PagesFirst, struct.PyTreeNode):
+    """Keys and values in pages: position p of row r is in page step.tables[r, p // Z], at p % Z."""
 
     k_PZGC: jax.Array
     v_PZGW: jax.Array
@@ -223,25 +267,6 @@ class PagedKeyValueState(struct.PyTreeNode):
             v_scales_PZG=_written(self.v_scales_PZG, at, v_scales),
             index_k_PZC=_written(self.index_k_PZC, at, index_k_BLC),
         )
-
-    def rewind(self, length_R: jax.Array) -> "PagedKeyValueState":
-        """Unchanged: see the class."""
-        del length_R
-        return self
-
-    def take(self, rows_N: jax.Array) -> "PagedKeyValueState":
-        """Unchanged: what a sequence has is said by its table, which is what to keep."""
-        del rows_N
-        return self
-
-    def put(self, rows_N: jax.Array, taken: "PagedKeyValueState") -> "PagedKeyValueState":
-        """Unchanged: see `take`."""
-        del rows_N, taken
-        return self
-
-    def copy_page(self, source: jax.Array, target: jax.Array) -> "PagedKeyValueState":
-        """One page copied onto another, int32 []: what two sequences shared and one will change."""
-        return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), self)
 
     def logical_axes(self) -> "PagedKeyValueState":
         positions = (None, None)

@@ -15,13 +15,19 @@ from configs.checks import UserError
 from configs.feed_forward import MoEConfig
 from model.attention.kinds import init_attention_memory, init_attention_state
 from model.attention.none import EmptyState
-from model.layer_state import AnyKeyValueState, LayerState, PagedKeyValueState, StateShape
+from model.layer_state import (
+    AnyKeyValueState,
+    LayerState,
+    PagesFirst,
+    StateParts,
+    StateShape,
+)
 
 
-class BlockState(struct.PyTreeNode):
+class BlockState(StateParts):
     """What one layer of the pattern keeps."""
 
-    attention: LayerState
+    attention: LayerState | StateParts
     router: AnyKeyValueState | None
     """Of a context router."""
 
@@ -65,7 +71,7 @@ def init_state(
             router = init_attention_state(context.attention(), shape._replace(dtype="float32"))
         return BlockState(init_attention_state(spec.attention, shape), router)
 
-    reason = None if num_pages is None else unpageable_reason(config)
+    reason = None if num_pages is None else unpageable_reason(config, page_size)
     if reason is not None:
         raise UserError(f"this model's state can't lie in pages: {reason}")
     return _of_layers(config, init_block, is_stacked=config.num_periods > 1)
@@ -79,7 +85,7 @@ def ahead_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(alone, prefix=(), pattern=pattern, num_layers=1)
 
 
-def unpageable_reason(config: ModelConfig) -> str | None:
+def unpageable_reason(config: ModelConfig, page_size: int = 64) -> str | None:
     """Why the model's state can't lie in pages, in a sentence; None: it can, but for layers that
     keep as much of a short sequence as of a long one, and do so in rows."""
     specs = (*config.prefix, *config.pattern)
@@ -87,9 +93,14 @@ def unpageable_reason(config: ModelConfig) -> str | None:
         return "a Mixture-of-Depths layer skips tokens, and pages hold every position"
     reasons = (state.unpageable_reason for state in _abstract_states(config))
     reason = next(filter(None, reasons), None)
-    if reason is None and not any(map(_is_paged, _abstract_states(config, num_pages=2))):
-        return "none of its layers keeps keys, and what they keep does not grow with a sequence"
-    return reason
+    if reason is not None:
+        return reason
+    parts: list[LayerState] = []
+    for state in _abstract_states(config, page_size):
+        BlockState(state, None).map(parts.append)
+    if any(map(_is_paged, parts)):
+        return None
+    return f"no layer keeps keys, or entries of blocks that fill pages of {page_size} positions"
 
 
 def has_rows(state: ModelState) -> bool:
@@ -109,9 +120,13 @@ def unmixable_reason(config: ModelConfig) -> str | None:
     return next(filter(None, reasons), None)
 
 
-def _abstract_states(config: ModelConfig, num_pages: int | None = None) -> Iterator[LayerState]:
-    """Of each layer's attention."""
-    shape = StateShape(1, 2, "float32", num_pages=num_pages)
+def _abstract_states(
+    config: ModelConfig, page_size: int | None = None
+) -> Iterator[LayerState | StateParts]:
+    """Of each layer's attention; in pages, if their size is said."""
+    shape = StateShape(1, 2, "float32")
+    if page_size is not None:
+        shape = shape._replace(num_pages=2, page_size=page_size)
     for spec in (*config.prefix, *config.pattern):
         yield jax.eval_shape(lambda spec=spec: init_attention_state(spec.attention, shape))
 
@@ -181,8 +196,7 @@ def copy_page(state: ModelState, source: jax.Array, target: jax.Array) -> ModelS
     """One page of every layer that has them copied onto another, int32 []."""
 
     def copied(layer: LayerState) -> LayerState:
-        is_paged = isinstance(layer, PagedKeyValueState)
-        return layer.copy_page(source, target) if is_paged else layer
+        return layer.copy_page(source, target) if isinstance(layer, PagesFirst) else layer
 
     return _each(copied, state)
 
@@ -219,7 +233,7 @@ def _without_rows(state: ModelState) -> ModelState:
 
 
 def _is_paged(layer: LayerState) -> bool:
-    return isinstance(layer, PagedKeyValueState)
+    return isinstance(layer, PagesFirst)
 
 
 def state_axes(state: ModelState) -> ModelState:
@@ -231,8 +245,8 @@ def state_axes(state: ModelState) -> ModelState:
 
     stack = ("layers",) if state.is_stacked else ()
     return state.replace(
-        prefix=tuple(_map_block(lambda x: named(x, ()), block) for block in state.prefix),
-        periods=tuple(_map_block(lambda x: named(x, stack), block) for block in state.periods),
+        prefix=tuple(block.map(lambda x: named(x, ())) for block in state.prefix),
+        periods=tuple(block.map(lambda x: named(x, stack)) for block in state.periods),
     )
 
 
@@ -250,12 +264,6 @@ def _each(fn: Callable[..., LayerState], *states: ModelState) -> ModelState:
         return jax.vmap(fn)(*layers) if is_stacked else fn(*layers)
 
     return states[0].replace(
-        prefix=tuple(_map_block(fn, *blocks) for blocks in prefixes),
-        periods=tuple(_map_block(over_periods, *blocks) for blocks in periods),
+        prefix=tuple(first.map(fn, *rest) for first, *rest in prefixes),
+        periods=tuple(first.map(over_periods, *rest) for first, *rest in periods),
     )
-
-
-def _map_block(fn: Callable[..., Any], *blocks: BlockState) -> BlockState:
-    routers = [block.router for block in blocks]
-    router = None if routers[0] is None else fn(*routers)
-    return BlockState(fn(*(block.attention for block in blocks)), router)

@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from configs.checks import UserError
 from configs.compressed_attention import CompressedAttentionConfig
@@ -32,7 +31,7 @@ from model.attention.compression import (
     turned,
 )
 from model.attention.indexer import Index, chosen_keys, imitation_loss, key_scores
-from model.layer_state import KeyValueState, RowsFirst, StateShape, key_value_state
+from model.layer_state import KeyValueState, StateParts, StateShape, key_value_state
 from model.layers import RMSNorm, newest, project, unscaled_rms_norm, weight, zero_weight
 from model.step import Step, require_own_rows
 
@@ -40,28 +39,15 @@ QUERIES = 128
 """Queries whose scores are made together."""
 
 
-class CompressedState(RowsFirst, struct.PyTreeNode):
+class CompressedState(StateParts):
     """The tokens of the window, and the entries of what lies before."""
 
-    unrewindable_reason: ClassVar[str | None] = None
-    unpageable_reason: ClassVar[str | None] = "compressed entries have no positions to lay in pages"
     unmixable_reason: ClassVar[str | None] = "compression reads a row of tokens in order"
 
     window: KeyValueState
     entries: EntryState | None
     index: EntryState | None
     """The indexer's own entries."""
-
-    def rewind(self, length_R: jax.Array) -> "CompressedState":
-        """Entries stay, and are seen again when their last tokens are read again."""
-        return self.replace(window=self.window.rewind(length_R))
-
-    def logical_axes(self) -> Any:
-        return self.replace(
-            window=self.window.logical_axes(),
-            entries=self.entries and self.entries.logical_axes(),
-            index=self.index and self.index.logical_axes(),
-        )
 
 
 def init_state(config: CompressedAttentionConfig, shape: StateShape) -> CompressedState:
@@ -154,7 +140,7 @@ class CompressedAttention(nn.Module):
                 self._sow_loss(queries, entries, index)
             seen = _Seen(tokens, entries, index, is_along=True)
         else:
-            seen = _seen_of(state, queries, c)
+            seen = _seen_of(state, step, queries, c)
         out_BLHC = _attend(queries, seen, sinks_H, c)
         out_BLHC = turned(out_BLHC, -positions_BL, c)
         return self._mixed(out_BLHC, d_model), state
@@ -253,14 +239,17 @@ class _Seen(NamedTuple):
     """Whether the tokens lie in the queries' own columns."""
 
 
-def _seen_of(state: CompressedState, queries: Queries, config: CompressedAttentionConfig) -> _Seen:
+def _seen_of(
+    state: CompressedState, step: Step, queries: Queries, config: CompressedAttentionConfig
+) -> _Seen:
     """All of a state; for one query of each sequence the entries that it chooses alone."""
     window, c = state.window, config.compression
     k_BSC, positions_BS = window.k_RSGC[:, :, 0], window.positions_RS
     tokens = Entries(k_BSC, positions_BS, jnp.zeros_like(positions_BS))
     if c is None or state.entries is None:
         return _Seen(tokens, None, None, is_along=False)
-    entries, index = entries_of(state.entries, c), state.index and state.index.k_BNC
+    entries = entries_of(state.entries, step, c)
+    index = None if state.index is None else entries_of(state.index, step, c).k_BEC
     is_one = queries.positions_BL.shape[1] == 1
     if c.indexer is None or index is None or not is_one or index.shape[1] <= c.indexer.top_k:
         return _Seen(tokens, entries, index, is_along=False)

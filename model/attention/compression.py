@@ -16,7 +16,7 @@ B batch (rows of the state), L length, E entries of a row, N entries of a sequen
 M tokens of an entry, D d_model, S series, C width.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from configs.compressed_attention import CompressedAttentionConfig, CompressionConfig
-from model.layer_state import StateShape
+from model.layer_state import PagesFirst, RowsFirst, StateParts, StateShape
 from model.layers import RMSNorm, rope, weight
 from model.step import Step, document_segments
 
@@ -39,25 +39,104 @@ class Entries(NamedTuple):
     """int32, the document's number."""
 
 
-class EntryState(struct.PyTreeNode):
-    """The entries of each sequence, and what the next are made of. The sequences are dim 0."""
+class EntryRows(RowsFirst, struct.PyTreeNode):
+    """The entries of each sequence, in places of its own."""
 
-    k_BNC: jax.Array
-    tail_BT2SC: jax.Array
-    """Values and gates of the last tokens, float32: position p in place p mod T."""
+    unrewindable_reason: ClassVar[str | None] = None
 
-    def logical_axes(self) -> "EntryState":
-        return EntryState(("batch", None, None), ("batch", None, None, None, None))  # type: ignore[arg-type]
+    k_RNC: jax.Array
+
+    def rewind(self, length_R: jax.Array) -> "EntryRows":
+        """Entries stay, and are seen again when their last tokens are read again."""
+        del length_R
+        return self
+
+    def written(self, step: Step, number_BE: jax.Array, k_BEC: jax.Array) -> "EntryRows":
+        """With these entries in their sequences' places; those of a negative number are dropped."""
+        place_BE = jnp.where(number_BE < 0, self.k_RNC.shape[1], number_BE)
+        at = (_rows_of(step), place_BE)
+        return EntryRows(self.k_RNC.at[at].set(k_BEC.astype(self.k_RNC.dtype), mode="drop"))
+
+    def of_sequences(self, step: Step) -> jax.Array:
+        """All places of each of the step's sequences, [B, N, C]."""
+        del step
+        return self.k_RNC
+
+    def logical_axes(self) -> Any:
+        return EntryRows(("batch", None, None))  # type: ignore[arg-type]
+
+
+class EntryPages(PagesFirst, struct.PyTreeNode):
+    """The entries of a page's positions, in pages: of Z positions Y = Z / rate."""
+
+    k_PYC: jax.Array
+
+    def written(self, step: Step, number_BE: jax.Array, k_BEC: jax.Array) -> "EntryPages":
+        """
+        Raises:
+          ValueError: a step without tables.
+        """
+        num_pages, count, _ = self.k_PYC.shape
+        number = jnp.maximum(number_BE, 0)
+        page_BE = _tables(step)[_rows_of(step), number // count]
+        at = (jnp.where(number_BE < 0, num_pages, page_BE), number % count)
+        return EntryPages(self.k_PYC.at[at].set(k_BEC.astype(self.k_PYC.dtype), mode="drop"))
+
+    def of_sequences(self, step: Step) -> jax.Array:
+        """As EntryRows has it, as many as the table has pages for."""
+        tables_BX = _tables(step)
+        k_BXYC = self.k_PYC.at[tables_BX].get(mode="clip")
+        return k_BXYC.reshape(len(tables_BX), -1, k_BXYC.shape[-1])
+
+    def logical_axes(self) -> Any:
+        return EntryPages((None, None, None))  # type: ignore[arg-type]
+
+
+class Tail(RowsFirst, struct.PyTreeNode):
+    """Values and gates of a sequence's last tokens, of which the next entries are made."""
+
+    unrewindable_reason: ClassVar[str | None] = None
+
+    tail_RT2SC: jax.Array
+    """float32: position p in place p mod T."""
+
+    def rewind(self, length_R: jax.Array) -> "Tail":
+        """Unchanged: what was taken back is written over before it is read."""
+        del length_R
+        return self
+
+    def logical_axes(self) -> Any:
+        return Tail(("batch", None, None, None, None))  # type: ignore[arg-type]
+
+
+class EntryState(StateParts):
+    """The entries of each sequence, and what the next are made of."""
+
+    entries: EntryRows | EntryPages
+    tail: Tail
+
+
+def _rows_of(step: Step) -> jax.Array:
+    """The row of the state of each row of tokens, int32 [B, 1]."""
+    return jnp.arange(len(step.positions_BL), dtype=jnp.int32)[:, None]
+
+
+def _tables(step: Step) -> jax.Array:
+    if step.tables_RN is None:
+        raise ValueError("a state in pages needs a step with tables: make_step(tables_RN=...)")
+    return step.tables_RN
 
 
 def init_entries(config: CompressionConfig, width: int, shape: StateShape) -> EntryState:
-    """No entries yet."""
-    kept = num_before(config) + shape.spare + 1
-    dims = (*shape.stack, shape.num_rows)
-    return EntryState(
-        jnp.zeros((*dims, max(shape.max_length // config.rate, 1), width), shape.dtype),
-        jnp.zeros((*dims, kept, 2, config.num_series, width), jnp.float32),
-    )
+    """No entries yet. They lie in pages where these hold whole blocks, else in rows: few stand for
+    many tokens then."""
+    kept, stack = num_before(config) + shape.spare + 1, shape.stack
+    tail = Tail(jnp.zeros((*stack, shape.num_rows, kept, 2, config.num_series, width), jnp.float32))
+    if shape.num_pages is not None and shape.page_size % config.rate == 0:
+        dims = (*stack, shape.num_pages, shape.page_size // config.rate)
+        return EntryState(EntryPages(jnp.zeros((*dims, width), shape.dtype)), tail)
+    dims = (*stack, shape.num_rows, max(shape.max_length // config.rate, 1))
+    return EntryState(EntryRows(jnp.zeros((*dims, width), shape.dtype)), tail)
 
 
 def num_before(config: CompressionConfig) -> int:
@@ -65,12 +144,16 @@ def num_before(config: CompressionConfig) -> int:
     return config.num_series * config.rate - 1
 
 
-def entries_of(state: EntryState, config: CompressionConfig) -> Entries:
-    """All places for entries of a sequence, as of one document; ends say from when each counts."""
-    batch, count, _ = state.k_BNC.shape
+def entries_of(state: EntryState, step: Step, config: CompressionConfig) -> Entries:
+    """All places for entries of each sequence, as of one document; ends say from when each counts.
+    Places whose blocks the step's tokens don't end may hold anything, and read as 0."""
+    k_BNC = state.entries.of_sequences(step)
+    batch, count, _ = k_BNC.shape
     ends_N = (jnp.arange(count, dtype=jnp.int32) + 1) * config.rate - 1
     ends_BN = jnp.broadcast_to(ends_N[None], (batch, count))
-    return Entries(state.k_BNC, ends_BN, jnp.zeros_like(ends_BN))
+    is_made_BN = ends_BN <= step.positions_BL.max(axis=1, keepdims=True)
+    k_BNC = jnp.where(is_made_BN[..., None], k_BNC, 0)
+    return Entries(k_BNC, ends_BN, jnp.zeros_like(ends_BN))
 
 
 class Compressor(nn.Module):
@@ -107,7 +190,7 @@ class Compressor(nn.Module):
             segments_BL = document_segments(positions_BL)  # padding has its own
         entries = self._entries(row, positions_BL, segments_BL)
         if state is not None:
-            state = _written(state, row, positions_BL, step.positions_BL, entries, c)
+            state = _written(state, step, row, entries, c)
             entries = entries._replace(segments_BE=jnp.zeros_like(entries.segments_BE))
         return entries, state
 
@@ -188,37 +271,29 @@ def _with_tail(
     # A row's tokens come first, padding after them: causal_convolution has it so, too.
     first_B1 = jnp.maximum(positions_BL[:, :1], 0)
     before_BT = first_B1 + jnp.arange(-count, 0, dtype=jnp.int32)[None]
-    place_BT = before_BT % state.tail_BT2SC.shape[1]
-    kept = jax.vmap(lambda tail, at: tail[at])(state.tail_BT2SC, place_BT)
+    tail_RT2SC = state.tail.tail_RT2SC
+    place_BT = before_BT % tail_RT2SC.shape[1]
+    kept = jax.vmap(lambda tail, at: tail[at])(tail_RT2SC, place_BT)
     before_BT = jnp.where((before_BT >= 0) & (positions_BL[:, :1] >= 0), before_BT, -1)
     row = jnp.concatenate([kept, row_BL2SC], axis=1)
     return row, jnp.concatenate([before_BT, positions_BL], axis=1)
 
 
 def _written(
-    state: EntryState,
-    row: jax.Array,
-    positions_BL: jax.Array,
-    own_BL: jax.Array,
-    entries: Entries,
-    config: CompressionConfig,
+    state: EntryState, step: Step, row: jax.Array, entries: Entries, config: CompressionConfig
 ) -> EntryState:
     """The state with the entries that end in the step's tokens, and its newest tokens kept.
 
     Args:
-      row, positions_BL: with what was kept before.
-      own_BL: positions of the step's own tokens.
+      row: with what was kept before.
     """
-    batch_B1 = jnp.arange(len(own_BL), dtype=jnp.int32)[:, None]
-    count, kept = state.k_BNC.shape[1], state.tail_BT2SC.shape[1]
+    own_BL, tail_RT2SC = step.positions_BL, state.tail.tail_RT2SC
     # Of an entry that ended before, the block before its own may not be in the row.
     is_new_BE = entries.ends_BE >= jnp.maximum(own_BL[:, :1], 0)
-    number_BE = jnp.where(is_new_BE, entries.ends_BE // config.rate, count)
-    k_BNC = state.k_BNC.at[batch_B1, number_BE].set(
-        entries.k_BEC.astype(state.k_BNC.dtype), mode="drop"
-    )
-    own = row[:, positions_BL.shape[1] - own_BL.shape[1] :]
+    number_BE = jnp.where(is_new_BE, entries.ends_BE // config.rate, -1)
+    kept = tail_RT2SC.shape[1]
+    own = row[:, row.shape[1] - own_BL.shape[1] :]
     is_kept_BL = (own_BL >= 0) & (own_BL > own_BL.max(axis=1, keepdims=True) - kept)
     place_BL = jnp.where(is_kept_BL, own_BL % kept, kept)
-    tail = state.tail_BT2SC.at[batch_B1, place_BL].set(own, mode="drop")
-    return EntryState(k_BNC, tail)
+    tail = tail_RT2SC.at[_rows_of(step), place_BL].set(own, mode="drop")
+    return EntryState(state.entries.written(step, number_BE, entries.k_BEC), Tail(tail))

@@ -32,7 +32,7 @@ from model.attention import (
     relative,
     short_conv,
 )
-from model.layer_state import LayerState, StateShape
+from model.layer_state import LayerState, StateParts, StateShape
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AttentionKind:
     layer: Callable[..., Callable[..., tuple[Any, Any]]]
     """(config, execution, norm_eps, out_stddev, gaps) to the layer, which takes (x_BLD, step,
     state) and gives the same shape and the state with the step's tokens."""
-    init_state: Callable[[Any, StateShape], LayerState]
+    init_state: Callable[[Any, StateShape], LayerState | StateParts]
     """An empty state."""
     visible_keys: Callable[[Any, np.ndarray], np.ndarray]
     """Keys that a query at each place (from 1) has a score with, itself included."""

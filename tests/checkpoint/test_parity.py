@@ -82,12 +82,9 @@ def test_token_by_token_through_the_cache_too(case):
     np.testing.assert_allclose(cached_logits(model, variables, tokens), expected, atol=TOLERANCE)
 
 
-COMPRESSED = [case for case in CASES if case.startswith("deepseek_v4")]
-
-
 @pytest.mark.slow
 @pytest.mark.sampled
-@pytest.mark.parametrize("case", [case for case in CASES if case not in COMPRESSED])
+@pytest.mark.parametrize("case", CASES)
 def test_in_pieces_through_pages_too(case):
     model, variables, _, tokens, expected = loaded(case)
     np.testing.assert_allclose(paged_logits(model, variables, tokens), expected, atol=TOLERANCE)
@@ -97,7 +94,7 @@ def paged_logits(model, variables, tokens) -> np.ndarray:
     """Pieces of 7 tokens and of 1 in turn, from pages in another order than the text's."""
     num_pages = -(-len(tokens) // PAGE)
     tables = 1 + np.random.RandomState(0).permutation(num_pages)[None].astype(np.int32)
-    sizes = {"num_pages": num_pages + 1, "page_size": PAGE}
+    sizes = {"spare": 6, "num_pages": num_pages + 1, "page_size": PAGE}
     state = init_state(model.config, 1, len(tokens), "float32", **sizes)
 
     @jax.jit

@@ -44,6 +44,22 @@ def one_layer(attention) -> Transformer:
 
 MIXED = Transformer(dataclasses.replace(test_engine.CONFIG, context_length=256))
 RECURRENT = one_layer(GatedDeltaConfig(num_heads=2, key_head_dim=8, value_head_dim=8))
+COMPRESSED = one_layer(
+    CompressedAttentionConfig(
+        num_heads=4,
+        query_rank=12,
+        head_dim=8,
+        rotary_dim=4,
+        window_size=8,
+        compression=CompressionConfig(
+            rate=4,
+            overlaps=True,
+            indexer=EntryIndexerConfig(num_heads=4, head_dim=6, top_k=4),
+        ),
+        num_output_groups=2,
+        output_rank=6,
+    )
+)
 KINDS = {
     "pages of a mixture with windows and latents": (MIXED, PAGED),
     "rows of it": (MIXED, OPTIONS),
@@ -63,25 +79,8 @@ KINDS = {
         ),
         OPTIONS,
     ),
-    "compressed": (
-        one_layer(
-            CompressedAttentionConfig(
-                num_heads=4,
-                query_rank=12,
-                head_dim=8,
-                rotary_dim=4,
-                window_size=8,
-                compression=CompressionConfig(
-                    rate=3,
-                    overlaps=True,
-                    indexer=EntryIndexerConfig(num_heads=4, head_dim=6, top_k=4),
-                ),
-                num_output_groups=2,
-                output_rank=6,
-            )
-        ),
-        OPTIONS,
-    ),
+    "compressed": (COMPRESSED, OPTIONS),
+    "compressed in pages": (COMPRESSED, PAGED),
     "relative": (
         Transformer(tiny.memory_model(context_length=256)),
         OPTIONS,

@@ -44,7 +44,7 @@ from tests import tiny
 from tests.probes import drawn
 from tests.probes import read as read_rows
 
-LENGTH, ROWS, PAGE = 24, 3, 4
+LENGTH, ROWS, PAGE = 24, 3, 8
 PROMPT = 12
 DENSE = DenseConfig(d_ff=16)
 LATENT = {
@@ -123,7 +123,7 @@ KINDS = {
             **COMPRESSED,
             window_size=4,
             compression=CompressionConfig(
-                rate=3,
+                rate=4,
                 overlaps=True,
                 indexer=EntryIndexerConfig(num_heads=3, head_dim=6, top_k=2),
             ),
@@ -162,7 +162,7 @@ KINDS = {
 DELTA = ("gated delta", "channel delta", "short convolution", "mamba 2")
 ENTRIES = ("all entries", "chosen entries")
 ALONE = (*DELTA, "none")
-UNPAGED = ("powers of two", "summaries", "relative", *ENTRIES, *ALONE, "mixture of depths")
+UNPAGED = ("powers of two", "summaries", "relative", "all entries", *ALONE, "mixture of depths")
 UNREWOUND = ("summaries", "delta beside keys", *DELTA)
 UNMIXED = ("powers of two", "summaries", "relative", "delta beside keys", *ENTRIES, *DELTA)
 PAGED = [name for name in KINDS if name not in UNPAGED]
@@ -219,7 +219,7 @@ def states(kind):
     yield made(config, ROWS, LENGTH, "float32", SPARE), {}
     if name in PAGED:
         pages = 1 + ROWS * LENGTH // PAGE
-        state = made(config, ROWS, LENGTH, "float32", num_pages=pages, page_size=PAGE)
+        state = made(config, ROWS, LENGTH, "float32", SPARE, num_pages=pages, page_size=PAGE)
         # What a page holds before it is written may be anything.
         dirty = jax.tree.map(
             lambda x: np.full_like(x, np.nan) if x.dtype == jnp.float32 else x, state
@@ -336,7 +336,7 @@ def test_a_shared_page_is_copied_before_it_is_written(name):
     tokens = np.random.RandomState(5).randint(0, 300, (1, 10)).astype(np.int32)
     positions = np.arange(10, dtype=np.int32)[None]
     read = jax.jit(lambda t, p, s, n: forward(model, variables, make_step(t, p, tables_RN=n), s))
-    state = init_state(config, 1, 12, "float32", num_pages=6, page_size=PAGE)
+    state = init_state(config, 1, 12, "float32", num_pages=6, page_size=4)
     _, state = read(tokens, positions, state, np.array([[1, 2, 3]], np.int32))
     state = copy_page(state, jnp.int32(3), jnp.int32(5))
     other = (tokens[:, :1] + 3) % 300
