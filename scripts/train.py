@@ -82,7 +82,8 @@ def describe(run: RunConfig) -> None:
         f"{run.steps} steps of {run.tokens_per_step:,} tokens"
     )
     if not Path(run.data.directory).exists():
-        print(f"making the corpus {run.data.directory} from {run.data.source} first", flush=True)
+        sources = ", ".join(part.source for part in run.data.parts)
+        print(f"making the corpus {run.data.directory} from {sources} first", flush=True)
 
 
 def finish(run: RunConfig, run_dir: Path, result: FitResult) -> int:

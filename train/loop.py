@@ -330,7 +330,7 @@ def _batches(run: RunConfig, corpus: Corpus, mesh: Mesh, rows_before: int) -> An
         batch_size=run.batch_size,
         seed=run.seed,
         order=run.data.order,
-        weights=[part.weight for part in run.data.mixture],
+        phases=run.data.phases,
         rows_before=rows_before,
         process_index=block,
         process_count=num_blocks,

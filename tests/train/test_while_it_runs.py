@@ -66,7 +66,7 @@ def test_losses_of_each_source_add_up_to_the_whole(mixed):
     run, _, folder = mixed
     file = prepare_corpus(run.data, 300).training()
     rows = MixtureRows(run.data, file)
-    read = batches(file, seq_len=32, batch_size=8, seed=0, weights=[0.5, 0.5])
+    read = batches(file, seq_len=32, batch_size=8, seed=0, phases=run.data.phases)
     names = [part.source for part in run.data.mixture]
     for line in read_lines(folder / "metrics.jsonl", ("loss", "cross_entropy", "skipped")):
         source_B = rows.of(next(read)["row"])
