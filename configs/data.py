@@ -60,8 +60,8 @@ class MixturePart:
         weights = [self.weight, *(each.weight for each in self.later)]
         require(
             min(weights) >= 0 and max(weights) > 0,
-            f"the weight {min(weights)} of {self.source} in data.mixture must be greater than 0, at "
-            "least in some steps: leave the source out",
+            f"the weight {min(weights)} of {self.source} in data.mixture must be greater than 0, "
+            "at least in some steps: leave the source out",
         )
         steps = [each.step for each in self.later]
         require(
@@ -92,6 +92,8 @@ class DataConfig:
     text_field: str | None = None
     """Of records: the field with the text ("text" if None), or of chats with the list of messages
     ("messages")."""
+    answers: Literal["each", "last"] = "each"
+    """Of chats: the assistant's turns that the loss counts, each of them or the last one alone."""
     mixture: tuple[MixturePart, ...] = ()
     """Several sources, of which each has its share of the rows; empty: source alone."""
     held_out: str | None = None
@@ -133,6 +135,10 @@ class DataConfig:
             self.form == "text" or not self.infill_rate,
             f"data.infill_rate={self.infill_rate} is for text, data.form is {self.form!r}: leave "
             "it out",
+        )
+        require(
+            self.form == "chat" or self.answers == "each",
+            f"data.answers={self.answers!r} is for chats, data.form is {self.form!r}: leave it out",
         )
         require(
             self.max_similarity is None or 0 < self.max_similarity < 1,

@@ -24,8 +24,8 @@ def rows_of_sources(file: TokenFile, seq_len: int) -> Sequence[Any]:
     empty = [part.name for part in file.sidecar.parts if not part.num_tokens]
     require(
         not empty,
-        f"{', '.join(empty)} of data.mixture has no document in {file.path.name}, all are held out: "
-        "add documents, or leave the source out",
+        f"{', '.join(empty)} of data.mixture has no document in {file.path.name}, all are held "
+        "out: add documents, or leave the source out",
     )
     return packed_rows(file, seq_len).parts()
 
