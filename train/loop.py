@@ -112,6 +112,11 @@ def fit(
     """
     _refuse_fewer_steps(run, run_dir)
     require(
+        run.objective is None or chunk_loss is not cross_entropy,
+        f"objective={run.objective!r} is in a file of its own, which scripts.train alone executes: "
+        "train the run there",
+    )
+    require(
         run.samples.every is None or sample is not None,
         f"samples.every={run.samples.every} needs what writes them (scripts/samples.py): leave it "
         "out, or train by scripts.train",
