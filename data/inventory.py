@@ -49,6 +49,10 @@ def inventory(corpus: Corpus, run: RunConfig) -> Iterator[str]:
     )
     if isinstance(chats, PackedChats | PreferencePairs):
         yield f"  {chats.describe()}"
+    if run.data.order == "streams":
+        unread = len(packed_rows(file, run.data.seq_len)) % run.batch_size
+        if unread:
+            yield f"  the last {unread:,} rows are not read: they do not divide into the streams"
     yield from _shares(file, run)
     name = "one of its sources" if run.data.is_mixed else run.data.source
     try:
