@@ -190,6 +190,9 @@ class RunConfig:
     """Set to train adapters beside the weights of init.source, which stay as they are."""
     preference: PreferenceConfig | None = None
     """Set to learn from pairs of answers, of which one is preferred (data.form="preference")."""
+    objective: str | None = None
+    """Of a run in a file of one's own: what is minimised, by its name in that file, a ChunkLoss
+    (train/losses.py). None: what goes with the form of the data."""
     trained: Literal["all", "experts"] = "all"
     """experts: the routed experts' weights alone; all others stay what they are."""
     further: FurtherConfig = FurtherConfig()
@@ -356,6 +359,11 @@ class RunConfig:
             (self.preference is not None) == (self.data.form == "preference"),
             f"data.form={self.data.form!r} goes with preference settings and only with them "
             f"(--preference.beta), got preference={self.preference}",
+        )
+        require(
+            self.objective is None or (self.preference is None and self.distill is None),
+            f"objective={self.objective!r} is of the next token or of chats, and this run has "
+            "preference or distill settings, which state another: leave one out",
         )
         if self.preference is None:
             return

@@ -2,11 +2,42 @@
 
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from configs.checks import require, require_positive
 
 Form = Literal["text", "chat", "preference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterWeight:
+    """What a source's weight becomes."""
+
+    step: int
+    """Steps before it counts."""
+    weight: float
+    """0: the source is read no more."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.step > 0,
+            f"data.mixture has a later weight from step={self.step}: it must be at least 1, the "
+            "weight to begin with is `weight`",
+        )
+
+
+class MixturePhase(NamedTuple):
+    """Steps of a run in which the weights of its mixture stay what they are."""
+
+    first_step: int
+    """Steps before it."""
+    weights: tuple[float, ...]
+    """Of each source."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the rows, for each source."""
+        return tuple(weight / sum(self.weights) for weight in self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +47,9 @@ class MixturePart:
     source: str
     """As data.source."""
     weight: float
-    """Its share of the rows is this over the sum of all weights."""
+    """Its share of the rows is this over the sum of all weights; 0 of a source that comes later."""
+    later: tuple[LaterWeight, ...] = ()
+    """Weights that take the place of `weight` after so many steps, and of each other."""
     suffix: str = ".py"
     """As data.suffix."""
     text_field: str | None = None
@@ -24,11 +57,23 @@ class MixturePart:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source", str(PurePath(self.source)))
+        weights = [self.weight, *(each.weight for each in self.later)]
         require(
-            self.weight > 0,
-            f"the weight {self.weight} of {self.source} in data.mixture must be greater than 0: "
-            "leave the source out",
+            min(weights) >= 0 and max(weights) > 0,
+            f"the weight {min(weights)} of {self.source} in data.mixture must be greater than 0, "
+            "at least in some steps: leave the source out",
         )
+        steps = [each.step for each in self.later]
+        require(
+            steps == sorted(set(steps)),
+            f"the later weights of {self.source} in data.mixture are from the steps {steps} on: "
+            "name each step once, in their order",
+        )
+
+    def weight_at(self, step: int) -> float:
+        """The weight in step `step`, from 0."""
+        begun = [each.weight for each in self.later if each.step <= step]
+        return begun[-1] if begun else self.weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +92,8 @@ class DataConfig:
     text_field: str | None = None
     """Of records: the field with the text ("text" if None), or of chats with the list of messages
     ("messages")."""
+    answers: Literal["each", "last"] = "each"
+    """Of chats: the assistant's turns that the loss counts, each of them or the last one alone."""
     mixture: tuple[MixturePart, ...] = ()
     """Several sources, of which each has its share of the rows; empty: source alone."""
     held_out: str | None = None
@@ -90,6 +137,10 @@ class DataConfig:
             "it out",
         )
         require(
+            self.form == "chat" or self.answers == "each",
+            f"data.answers={self.answers!r} is for chats, data.form is {self.form!r}: leave it out",
+        )
+        require(
             self.max_similarity is None or 0 < self.max_similarity < 1,
             f"data.max_similarity={self.max_similarity} must lie between 0 and 1, or None to look "
             "for no duplicates",
@@ -123,6 +174,18 @@ class DataConfig:
             self.order == "shuffled",
             f"data.order={self.order!r} goes with one source: a mixture's rows are shuffled",
         )
+        for phase in self.phases:
+            require(
+                sum(phase.weights) > 0,
+                f"all weights of data.mixture are 0 from step {phase.first_step} on: leave one",
+            )
+
+    @property
+    def phases(self) -> tuple[MixturePhase, ...]:
+        """The weights of the mixture from step to step; none where there is no mixture."""
+        steps = sorted({0, *(later.step for part in self.mixture for later in part.later)})
+        weights = [tuple(part.weight_at(step) for part in self.mixture) for step in steps]
+        return tuple(map(MixturePhase, steps, weights)) if self.mixture else ()
 
     @property
     def is_mixed(self) -> bool:

@@ -100,6 +100,21 @@ def call_target(target: Target) -> Any:
         return function()
 
 
+def object_of(target: Target) -> Any:
+    """What has the name in the file; the file is executed.
+
+    Raises:
+      ExperimentError: the file raised.
+      UserError: no such file or name.
+    """
+    module = _executed(target)
+    require(
+        hasattr(module, target.name or ""),
+        f"{target.path} has no {target.name!r}: define or import it there",
+    )
+    return getattr(module, target.name or "")
+
+
 def describe_file(target: Target) -> str:
     """A line for each function of the file: its name and what its docstring begins with.
 

@@ -25,6 +25,7 @@ class CorpusSettings:
     tokenizer: str | None = None
     form: str = "text"
     text_field: str | None = None
+    answers: str = "each"
     held_out: str | None = None
     mixture: list[list[str | None]] = field(default_factory=list)
     """Source, suffix and text field of each part; weights are the run's."""
@@ -45,6 +46,7 @@ MADE_WITH = (
     "tokenizer",
     "form",
     "text_field",
+    "answers",
     "held_out",
     "mixture",
     "infill_rate",

@@ -1,12 +1,16 @@
 """Inventory of a corpus: files read and left out, tokens, changes of its source since."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from configs.base import DataConfig, RunConfig
 from configs.checks import UserError
 from data.corpora import BEGINNING, END, document_name, shown_reasons, source_path, source_sizes
+from data.mixture_rows import rows_of_sources
 from data.packed_chats import PackedChats
 from data.packing import packed_rows
 from data.pipeline import Corpus
@@ -45,6 +49,10 @@ def inventory(corpus: Corpus, run: RunConfig) -> Iterator[str]:
     )
     if isinstance(chats, PackedChats | PreferencePairs):
         yield f"  {chats.describe()}"
+    if run.data.order == "streams":
+        unread = len(packed_rows(file, run.data.seq_len)) % run.batch_size
+        if unread:
+            yield f"  the last {unread:,} rows are not read: they do not divide into the streams"
     yield from _shares(file, run)
     name = "one of its sources" if run.data.is_mixed else run.data.source
     try:
@@ -65,14 +73,18 @@ def _shares(file: TokenFile, run: RunConfig) -> Iterator[str]:
     """Of a mixture, each source's share of the rows, and how often its own are read."""
     if not run.data.mixture:
         return
-    total = sum(part.weight for part in run.data.mixture)
-    rows = run.steps * run.batch_size // (2 if file.sidecar.has_pairs else 1)
-    parts = packed_rows(file, run.data.seq_len).parts()
-    pairs = zip(run.data.mixture, parts, strict=True)
-    for part, own in pairs:
-        share = part.weight / total
-        epochs = _epochs_shown(rows * share / len(own))
-        yield f"  {share:.1%} {part.source}: {len(own):,} rows, {epochs} epochs"
+    phases, unit = run.data.phases, 2 if file.sidecar.has_pairs else 1
+    begins = [min(phase.first_step, run.steps) for phase in phases]
+    steps = np.diff([*begins, run.steps])
+    rows_P = steps @ [phase.shares for phase in phases] * run.batch_size / unit
+    parts = rows_of_sources(file, run.data.seq_len)
+    for i, (part, own) in enumerate(zip(run.data.mixture, parts, strict=True)):
+        shares = [f"{phases[0].shares[i]:.1%}"]
+        for before, phase in itertools.pairwise(phases):
+            if phase.shares[i] != before.shares[i]:
+                shares.append(f"{phase.shares[i]:.1%} after {phase.first_step:,} steps")
+        epochs = _epochs_shown(rows_P[i] / len(own))
+        yield f"  {', '.join(shares)} {part.source}: {len(own):,} rows, {epochs} epochs"
 
 
 def _epochs_shown(epochs: float) -> str:

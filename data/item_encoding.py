@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -42,7 +42,7 @@ def encoder_of(
     if data.form != "text":
         assert public is not None, "the config demands one"
         if data.form == "chat":
-            return partial(_encode_chats, public)
+            return partial(_encode_chats, public, data.answers)
         return partial(_encode_pairs, public)
 
     def encode(unit: Unit, items: list[Item]) -> list[Encoded | None]:
@@ -86,18 +86,22 @@ def _encode_pairs(
     made: list[Encoded | None] = []
     for item in items:
         where = f"{unit.where} {item.number}"
-        ids, mask, num_bytes = encode_pair(item.messages, tokenizer, where)
+        ids, mask, num_bytes = encode_pair(item.messages, tokenizer, where, item.tools)
         made.append(Encoded(ids, num_bytes, mask))
     return made
 
 
 def _encode_chats(
-    tokenizer: PublicTokenizer, unit: Unit, items: list[Item]
+    tokenizer: PublicTokenizer, answers: Literal["each", "last"], unit: Unit, items: list[Item]
 ) -> list[Encoded | None]:
-    chats = [render_chat(item.messages, tokenizer, f"{unit.where} {item.number}") for item in items]
+    chats = []
+    for item in items:
+        where = f"{unit.where} {item.number}"
+        made = render_chat(item.messages, tokenizer, where, tools=item.tools, answers=answers)
+        chats.append(made)
     encodings = tokenizer.encode_rendered([chat.text for chat in chats])
-    made: list[Encoded | None] = []
+    encoded: list[Encoded | None] = []
     for chat, encoding in zip(chats, encodings, strict=True):
         mask = loss_mask(encoding.ids, encoding.offsets, chat.spans, tokenizer.eos_ids)
-        made.append(Encoded(encoding.ids, len(chat.text.encode()), mask))
-    return made
+        encoded.append(Encoded(encoding.ids, len(chat.text.encode()), mask))
+    return encoded

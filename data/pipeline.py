@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from configs.base import DataConfig
 from configs.checks import UserError, require
+from configs.data import MixturePhase
 from data.corpora import (
     Document,
     LeftOut,
@@ -29,6 +30,7 @@ from data.corpus_settings import (
     write_settings,
 )
 from data.locks import wait_for_lock
+from data.mixture_rows import MAX_EPOCHS, mixed_rows, rows_of_sources
 from data.packing import StreamRows, packed_rows
 from data.preferences import rows_of_pairs
 from data.sources import is_streamed, sizes_of
@@ -45,8 +47,6 @@ from data.tokenizers.tokenizer_export import write_tokenizer_config
 from data.tokenizers.tokenizer_sources import load_public_tokenizer, open_public_tokenizer
 
 Batch = dict[str, np.ndarray]
-
-MAX_EPOCHS = 1_000_000  # an endless repeat overflows the length of Grain's prefetch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,7 @@ def batches(
     batch_size: int,
     seed: int,
     order: Literal["shuffled", "streams"] = "shuffled",
-    weights: Sequence[float] = (),
+    phases: Sequence[MixturePhase] = (),
     rows_before: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -242,8 +242,9 @@ def batches(
     Args:
       batch_size: rows of the global batch.
       seed: of the shuffled order; streams have only one.
-      weights: of a mixture, for each part of the file: of any n rows in a row each part has its
-        share to within a row or two, and its own rows are shuffled anew each time they are through.
+      phases: of a mixture, whose sources are the parts of the file: of any n rows of a phase in a
+        row each part has its share to within a row or two, and its own rows are shuffled anew each
+        time they are through. The first of phases begins with the order.
       rows_before: rows of that order that are left out at its beginning; of streams, whole batches.
       process_index: of the block; processes with the same rows have the same one.
       process_count: blocks that a batch is cut into.
@@ -269,7 +270,12 @@ def batches(
         rows = grain.MapDataset.source(streams).repeat(MAX_EPOCHS)
         blocks = rows[rows_before // process_count :].batch(own_rows)
     elif order == "shuffled":
-        rows = _mixed(file, seq_len, seed, weights) if weights else _shuffled(file, seq_len, seed)
+        per_step = batch_size // unit
+        rows = (
+            mixed_rows(rows_of_sources(file, seq_len), seed, phases, per_step)
+            if phases
+            else _shuffled(file, seq_len, seed)
+        )
         blocks = rows[rows_before // unit :].batch(own_rows // unit)
         blocks = blocks[process_index::process_count]
         if has_pairs:
@@ -282,12 +288,3 @@ def batches(
 def _shuffled(file: TokenFile, seq_len: int, seed: int) -> grain.MapDataset:
     rows = grain.MapDataset.source(packed_rows(file, seq_len))
     return rows.seed(seed).shuffle().repeat(MAX_EPOCHS)
-
-
-def _mixed(file: TokenFile, seq_len: int, seed: int, weights: Sequence[float]) -> grain.MapDataset:
-    rows = packed_rows(file, seq_len)
-    parts = [
-        grain.MapDataset.source(part).seed((seed + i) % 2**63).shuffle().repeat(MAX_EPOCHS)
-        for i, part in enumerate(rows.parts())
-    ]
-    return grain.MapDataset.mix(parts, weights)

@@ -22,7 +22,7 @@ SIDES = ("chosen", "rejected")
 
 
 def encode_pair(
-    record: dict[str, Any], tokenizer: PublicTokenizer, where: str
+    record: dict[str, Any], tokenizer: PublicTokenizer, where: str, tools: Any = None
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Tokens and mask of a pair, and the bytes of its text.
 
@@ -31,6 +31,7 @@ def encode_pair(
         a name of its own, where data.text_field gives one, what both go on from: messages, or the
         text of one of the user. Without it both conversations begin with that.
       where: the file and the line, for an error's sentence.
+      tools: as data.chats.render_chat's.
     Raises:
       UserError: as data.chats.render_chat; conversations that do not differ, or differ before an
         answer.
@@ -50,7 +51,7 @@ def encode_pair(
         "--data.text-field",
     )
     answered = sum(_role(message) == ASSISTANT for message in both[0][:shared])
-    chats = [render_chat(messages, tokenizer, where) for messages in both]
+    chats = [render_chat(messages, tokenizer, where, tools=tools) for messages in both]
     encodings = tokenizer.encode_rendered([chat.text for chat in chats])
     ids, masks = [], []
     for chat, encoding, side in zip(chats, encodings, (0, REJECTED), strict=True):

@@ -18,6 +18,8 @@ from configs.checks import UserError, require
 Record = dict[str, Any]
 Records = Iterator[tuple[int, Record]]
 """Numbers and records."""
+TOOLS = "tools"
+"""A chat's functions: read where a record has any, whatever else is asked for."""
 ROWS_AT_ONCE = 256
 PACKED_AT_ONCE = 1 << 14
 INSTALL = "pip install 'moesaic[data]' or pip install {}"
@@ -123,14 +125,14 @@ def read_parquet(path: Path, fields: tuple[str, ...], skip: int = 0) -> Records:
     """
     parquet = optional_package("pyarrow.parquet", path)
     with _arrow_errors(path), parquet.ParquetFile(path, memory_map=True) as file:
-        _require_columns(path, fields, file.schema_arrow.names)
+        columns = _columns(path, fields, file.schema_arrow.names)
         number = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if number + rows <= skip:
                 number += rows
                 continue
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=list(fields)):
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
                 yield from _rows(batch, number, skip)
                 number += batch.num_rows
 
@@ -151,10 +153,10 @@ def read_arrow(path: Path, fields: tuple[str, ...], skip: int = 0) -> Records:
             file = ipc.open_file(mapped)
             batches = (file.get_batch(i) for i in range(file.num_record_batches))
             names = file.schema.names
-        _require_columns(path, fields, names)
+        columns = _columns(path, fields, names)
         number = 0
         for batch in batches:
-            wanted = batch.select(list(fields))
+            wanted = batch.select(columns)
             for begin in range(0, batch.num_rows, ROWS_AT_ONCE):
                 yield from _rows(wanted.slice(begin, ROWS_AT_ONCE), number + begin, skip)
             number += batch.num_rows
@@ -168,13 +170,19 @@ def _rows(batch: Any, before: int, skip: int) -> Records:
             yield number, record
 
 
-def _require_columns(path: Path, fields: tuple[str, ...], names: list[str]) -> None:
+def _columns(path: Path, fields: tuple[str, ...], names: list[str]) -> list[str]:
+    """The columns to read.
+
+    Raises:
+      UserError: a missing one.
+    """
     for name in fields:
         require(
             name in names,
             f"{path} has no column {name!r}, it has {', '.join(names)}: name the right one with "
             "--data.text-field",
         )
+    return [name for name in names if name in (*fields, TOOLS)]
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from data.corpora import (
     split_lines,
 )
 from data.preferences import SIDES
-from data.records import ReadRecords, reader_of
+from data.records import TOOLS, ReadRecords, reader_of
 from data.tokenized import is_tokenized, read_tokenized
 from formats.small_files import read_json_object
 
@@ -49,6 +49,8 @@ class Item(NamedTuple):
     ids: np.ndarray | None = None
     messages: Any = None
     """Of a chat; of preferences the record."""
+    tools: Any = None
+    """Functions that the assistant may call."""
     is_held_out: bool | None = None
     """None: a hash of the name decides."""
 
@@ -192,7 +194,7 @@ def _record_items(
             value = record[field]
             if form != "text":
                 messages = value if form == "chat" else {name: record[name] for name in fields}
-                yield Item(number, 0, number, messages=messages)
+                yield Item(number, 0, number, messages=messages, tools=record.get(TOOLS))
                 continue
             require(
                 value is None or isinstance(value, str),

@@ -105,7 +105,7 @@ class StreamedBuild:
         """Held-out documents that are left out, and how like a training document they are."""
         own = asdict(data) | {"vocab_size": vocab_size, "directory": "", "seq_len": 0}
         for part in own["mixture"]:
-            part.pop("weight")
+            del part["weight"], part["later"]
         self.settings = json.dumps(own, sort_keys=True)
 
     @property

@@ -31,6 +31,7 @@ from parallel.distributed import is_first
 from planning.available import distillation_memory, require_memory
 from scripts import command
 from scripts.named_runs import chosen_run, experiment_text
+from scripts.samples import sampler
 from scripts.sources import initial_weights
 from scripts.teachers import (
     cache_ahead,
@@ -114,7 +115,12 @@ def _parser() -> argparse.ArgumentParser:
 def _options(run: RunConfig, arguments: argparse.Namespace) -> dict:
     begin = initial_weights(run, arguments.run_dir)
     experiment = experiment_text(arguments)
-    return {"variables": begin.take(), "initial": begin.origin, "experiment": experiment}
+    return {
+        "variables": begin.take(),
+        "initial": begin.origin,
+        "experiment": experiment,
+        "sample": sampler(run, arguments.run_dir),
+    }
 
 
 def _known_teachers(run_dir: Path) -> list[str]:

@@ -27,6 +27,7 @@ from infer.run_weights import load_model
 from model.transformer import Transformer, Variables, init_variables
 from planning.available import require_memory
 from scripts import command
+from scripts.named_runs import own_loss
 from scripts.sources import initial_variables
 from scripts.sweep import runs_of
 from scripts.train import describe, train_run
@@ -56,7 +57,8 @@ def main(argv: list[str]) -> int:
     for i, run in enumerate(runs):
         folder = directory / run.name
         describe(run)
-        code = train_run(run, folder, read_source(target))
+        loss = own_loss(run, target.path, folder)
+        code = train_run(run, folder, read_source(target), loss=loss)
         if code:
             return code
         if i >= len(known["scores"]):

@@ -24,6 +24,7 @@ from model.growth import Operator, grow, grown_config
 from planning.available import require_memory
 from scripts import command
 from scripts.arguments import finite
+from scripts.samples import sampler
 from scripts.sources import describe_initial, parent_origin, require_same_tokenizer
 from scripts.train import describe, finish
 from train.growth import load_grown_optimizer_state
@@ -74,7 +75,14 @@ def main(argv: list[str]) -> int:
     opt_state = None
     if arguments.optimizer == "grown":
         opt_state = load_grown_optimizer_state(parent, arguments.parent, *how)
-    result = fit(run, run_dir, variables=variables, opt_state=opt_state, initial=origin)
+    result = fit(
+        run,
+        run_dir,
+        variables=variables,
+        opt_state=opt_state,
+        initial=origin,
+        sample=sampler(run, run_dir),
+    )
     return finish(run, run_dir, result)
 
 

@@ -5,14 +5,15 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint.run_directory import read_run
+from checkpoint.run_directory import EXPERIMENT, read_run
 from configs.base import InitConfig, RunConfig
 from configs.checks import require
 from configs.cli import load_run, with_overrides
-from configs.experiment_file import parse_target, read_source
+from configs.experiment_file import Target, object_of, parse_target, read_source
 from configs.models import of_source
 from infer.sources import open_source
 from scripts import command
+from train.losses import ChunkLoss, reporting_cross_entropy
 
 
 def chosen_run(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
@@ -58,6 +59,30 @@ def with_source_model(run: RunConfig) -> RunConfig:
     else:
         init = dataclasses.replace(run.init, architecture="run")
     return dataclasses.replace(run, model=source.config, data=data, init=init)
+
+
+def own_loss(run: RunConfig, path: Path | None, folder: Path) -> ChunkLoss | None:
+    """What the run's `objective` names in the user's own file; None where it names nothing.
+
+    Args:
+      path: of the file, where one was named.
+      folder: of the run.
+    Raises:
+      UserError: no file was named, or there is nothing in it that can be called.
+    """
+    if run.objective is None:
+        return None
+    kept = folder / EXPERIMENT
+    advice = f", such as --experiment {kept}, which it was started from" if kept.exists() else ""
+    require(
+        path is not None,
+        f"{run.name} minimises {run.objective}, a function of a file of its own, and none is "
+        f"executed unless it is named: train FILE.py:NAME, or give --experiment FILE.py{advice}",
+    )
+    assert path is not None
+    found = object_of(Target(path, run.objective))
+    require(callable(found), f"{path}: objective={run.objective!r} is {found!r:.60}, no function")
+    return reporting_cross_entropy(found)
 
 
 def experiment_text(arguments: argparse.Namespace) -> str | None:

@@ -25,10 +25,11 @@ FILE = "samples.jsonl"
 
 
 def sampler(run: RunConfig, run_dir: Path) -> Sample | None:
-    """What train.loop.fit calls; None where the run asks for no samples.
+    """What train.loop.fit calls; None where the run asks for no samples. The corpus, whose
+    tokenizer is needed, is made if it is not there.
 
     Raises:
-      UserError: samples of several processes.
+      UserError: samples of several processes, or longer than the model's context.
     """
     config = run.samples
     if config.every is None:
@@ -38,13 +39,20 @@ def sampler(run: RunConfig, run_dir: Path) -> Sample | None:
         "samples.every is for runs on one device: leave it out, and generate from a checkpoint",
     )
     model, path = inference_model(run), run_dir / FILE
+    tokenizer = _tokenizer(run)
+    prompts = [_prompt_ids(run, tokenizer, prompt) for prompt in config.prompts]
+    longest = max(map(len, prompts))
+    require(
+        longest + config.max_new_tokens <= run.model.context_length,
+        f"samples.prompts of up to {longest} tokens and samples.max_new_tokens="
+        f"{config.max_new_tokens} exceed model.context_length={run.model.context_length}: shorten "
+        "the prompt or ask for fewer",
+    )
 
     def sample(step: int, variables: Variables) -> None:
-        tokenizer = _tokenizer(run)
         if "adapters" in variables:
             variables = jax.jit(lambda held: merge(model, held))(variables)
         apart, own = unstack(model, variables)
-        prompts = [_prompt_ids(run, tokenizer, prompt) for prompt in config.prompts]
         made = generate(
             apart,
             own,

@@ -9,20 +9,23 @@ from its seed. The run's folder receives config.json, metrics.jsonl, checkpoints
 report.html.
 """
 
+import argparse
 import shlex
 from pathlib import Path
 
 from configs.base import RunConfig
 from configs.checks import require
+from configs.experiment_file import parse_target
 from evals.results import write_run_report
 from parallel.distributed import is_first
 from planning.available import require_memory
 from scripts import command
-from scripts.named_runs import chosen_run, experiment_text
+from scripts.named_runs import chosen_run, experiment_text, own_loss
 from scripts.samples import sampler
 from scripts.sources import consolidated_state, initial_weights
 from train.fine_tuning import fine_tune, fine_tune_on_preferences
 from train.loop import FitResult, fit
+from train.losses import ChunkLoss
 from train.profile import Profile, parse_profile
 
 TRAIN = {"text": fit, "chat": fine_tune, "preference": fine_tune_on_preferences}
@@ -33,6 +36,9 @@ def main(argv: list[str]) -> int:
     parser = command.add_process_options(command.parser(__doc__, run=True))
     parser.add_argument(
         "--profile", metavar="FIRST:LAST", help="trace these steps and print what took longest"
+    )
+    parser.add_argument(
+        "--experiment", type=Path, metavar="FILE.py", help="has the objective of a run's folder"
     )
     arguments, overrides = command.split_run_arguments(parser, argv)
     run = chosen_run(arguments, overrides)
@@ -45,13 +51,32 @@ def main(argv: list[str]) -> int:
     require_memory(run)
     describe(run)
     experiment = experiment_text(arguments)
-    return train_run(run, arguments.run_dir, experiment, parse_profile(arguments.profile))
+    loss, profile = _own_loss(arguments, run), parse_profile(arguments.profile)
+    return train_run(run, arguments.run_dir, experiment, profile, loss)
+
+
+def _own_loss(arguments: argparse.Namespace, run: RunConfig) -> ChunkLoss | None:
+    target, file = parse_target(arguments.run), arguments.experiment
+    require(
+        file is None or (target is None and run.objective is not None),
+        f"--experiment {file} is for the folder of a run with an objective of its own, and "
+        f"{arguments.run} is none: leave it out",
+    )
+    return own_loss(run, file if target is None else target.path, arguments.run_dir)
 
 
 def train_run(
-    run: RunConfig, run_dir: Path, experiment: str | None, profile: Profile | None = None
+    run: RunConfig,
+    run_dir: Path,
+    experiment: str | None,
+    profile: Profile | None = None,
+    loss: ChunkLoss | None = None,
 ) -> int:
-    """Trains a run, with the weights that it begins with; its exit code."""
+    """Trains a run, with the weights that it begins with; its exit code.
+
+    Args:
+      loss: of the run's `objective`.
+    """
     begin = initial_weights(run, run_dir)
     opt_state = None
     if run.further.consolidation and begin.variables is not None:
@@ -65,6 +90,7 @@ def train_run(
         experiment=experiment,
         sample=sampler(run, run_dir),
         profile=profile,
+        **({} if loss is None else {"chunk_loss": loss}),
     )
     return finish(run, run_dir, result)
 
@@ -82,7 +108,8 @@ def describe(run: RunConfig) -> None:
         f"{run.steps} steps of {run.tokens_per_step:,} tokens"
     )
     if not Path(run.data.directory).exists():
-        print(f"making the corpus {run.data.directory} from {run.data.source} first", flush=True)
+        sources = ", ".join(part.source for part in run.data.parts)
+        print(f"making the corpus {run.data.directory} from {sources} first", flush=True)
 
 
 def finish(run: RunConfig, run_dir: Path, result: FitResult) -> int:

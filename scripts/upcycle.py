@@ -18,6 +18,7 @@ from planning.available import require_memory
 from scripts import command
 from scripts.arguments import finite
 from scripts.named_runs import chosen_run, experiment_text
+from scripts.samples import sampler
 from scripts.sources import initial_weights
 from scripts.train import describe, finish
 from train.loop import fit
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> int:
         variables=begin.take(),
         initial=begin.origin,
         experiment=experiment_text(arguments),
+        sample=sampler(run, run_dir),
     )
     return finish(run, run_dir, result)
 

@@ -40,7 +40,7 @@ def fine_tune(run: RunConfig, run_dir: Path, **options: Any) -> FitResult:
     """Trains on chats as train.loop.fit does.
 
     Args:
-      options: as fit's, the objective excepted.
+      options: as fit's; without chunk_loss, `answer_loss` is minimised.
     Raises:
       UserError: a run whose data is no chats; and as fit.
     """
@@ -49,7 +49,8 @@ def fine_tune(run: RunConfig, run_dir: Path, **options: Any) -> FitResult:
         f"{run.name} has data.form={run.data.form!r}, fine-tuning needs chats: set "
         "data.form='chat', or train it by train.loop.fit",
     )
-    return fit(run, run_dir, chunk_loss=answer_loss, objective="fine_tuning", **options)
+    loss = cross_entropy if run.objective is not None else answer_loss  # fit refuses the former
+    return fit(run, run_dir, **{"chunk_loss": loss, "objective": "fine_tuning", **options})
 
 
 def answer_loss(

@@ -68,7 +68,9 @@ def _same_order(parent_dir: Path, run: RunConfig, corpus: Corpus) -> bool:
     return same_tokens and own[0] == own[1]
 
 
-def _order_setting(run: RunConfig) -> tuple[float, ...]:
+def _order_setting(run: RunConfig) -> tuple[object, ...]:
     """Beside the order's name, the settings that decide it."""
-    weights = [part.weight for part in run.data.mixture]
-    return (run.batch_size if run.data.order == "streams" else run.seed, *weights)
+    phases = run.data.phases
+    is_by_step = run.data.order == "streams" or len(phases) > 1
+    seed = None if run.data.order == "streams" else run.seed
+    return (seed, run.batch_size if is_by_step else None, phases)

@@ -111,6 +111,16 @@ def fit(
       TrainingAlarm: the run stopped itself; checkpoints are those from before the fault.
     """
     _refuse_fewer_steps(run, run_dir)
+    require(
+        run.objective is None or chunk_loss is not cross_entropy,
+        f"objective={run.objective!r} is in a file of its own, which scripts.train alone executes: "
+        "train the run there",
+    )
+    require(
+        run.samples.every is None or sample is not None,
+        f"samples.every={run.samples.every} needs what writes them (scripts/samples.py): leave it "
+        "out, or train by scripts.train",
+    )
     mesh = mesh_of(run)
     connect(mesh)
     setup = make_train_setup(run, mesh, matching)
@@ -130,7 +140,7 @@ def fit(
             validation = Validation(run, corpus, mesh)
             with (
                 _loggers(run, run_dir) as loggers,
-                Recorder(run, run_dir, store, [*hooks, *loggers]) as recorder,
+                Recorder(run, run_dir, store, mesh, [*hooks, *loggers]) as recorder,
                 BestCheckpoint(run_dir, metadata, is_kept=run.checkpoint.best) as best,
             ):
                 loop = _Loop(
@@ -185,10 +195,13 @@ class _Loop:
         pending = PendingMetrics(every, self.mesh.devices.flat[0].platform)
         while done < self.run.steps and not self.stop.is_asked():
             self.profile.before(done + 1, self.run_dir)
-            batch = self.transform(to_devices(self._next_batch(), self.mesh), state, done)
+            asked = time.monotonic()
+            rows = self._next_batch()
+            waited = time.monotonic() - asked
+            batch = self.transform(to_devices(rows, self.mesh), state, done)
             state, metrics = self.step(state, batch)
             done += 1
-            pending.add(done, metrics)
+            pending.add(done, metrics, waited)
             self.profile.after(done, state, self.run_dir)
             if self.validation.is_due(done):
                 pending.settle()
@@ -330,7 +343,7 @@ def _batches(run: RunConfig, corpus: Corpus, mesh: Mesh, rows_before: int) -> An
         batch_size=run.batch_size,
         seed=run.seed,
         order=run.data.order,
-        weights=[part.weight for part in run.data.mixture],
+        phases=run.data.phases,
         rows_before=rows_before,
         process_index=block,
         process_count=num_blocks,

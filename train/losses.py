@@ -142,6 +142,19 @@ def cross_entropy(
     return loss, {"cross_entropy": loss}
 
 
+def reporting_cross_entropy(chunk_loss: ChunkLoss) -> ChunkLoss:
+    """An objective that also reports the cross-entropy of the targets, by which runs are compared,
+    where it does not by itself.
+    """
+
+    def loss(logits_BcV: jax.Array, inputs: dict[str, jax.Array], shared: Any = None) -> Any:
+        total, sums = chunk_loss(logits_BcV, inputs, shared)
+        nats, _ = cross_entropy(jax.lax.stop_gradient(logits_BcV), inputs)
+        return total, {"cross_entropy": nats} | sums
+
+    return loss
+
+
 def with_source_sums(chunk_loss: ChunkLoss, num_sources: int) -> ChunkLoss:
     """The objective, and the cross-entropy's sum and count over each source of a mixture, "source"
     [2, sources].

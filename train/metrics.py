@@ -1,10 +1,11 @@
 """The log of a run (metrics.jsonl) and the alarms that read it.
 
 A line per step: "step" (steps done, from 1), "loss", "tokens_per_second", "learning_rate",
-"grad_norm", "seconds", the objective's own terms, and per MoE layer, in the order of the layers and
-multi-token modules last, lists under "load_cv", "load_cv_floor", "max_violation", "dead_experts",
-"peak_load", "router_entropy", "z_loss" (unweighted), "mean_k", "overflow_rows", "bytes_moved"; on
-some steps
+"grad_norm", "seconds", what the step took of the devices (train/step_cost.py: "model_tflops",
+"mfu", "data_wait", "peak_memory"), the objective's own terms, and per MoE layer, in the order of
+the layers and multi-token modules last, lists under "load_cv", "load_cv_floor", "max_violation",
+"dead_experts", "peak_load", "router_entropy", "z_loss" (unweighted), "mean_k", "overflow_rows",
+"bytes_moved"; on some steps
 "expert_load", a list per layer of each expert's load over the mean. Layers that choose their tokens
 list "chosen_fraction" and "predictor_accuracy"; with early exit, "exit_cross_entropy" has the exits
 that the step supervised, by the number of layers before them. With optimizer.skip_above, "skipped"

@@ -26,6 +26,7 @@ from checkpoint.provenance import ModelOrigin
 from configs.base import RunConfig
 from configs.checks import UserError, require
 from configs.serialization import to_json
+from data.mixture_rows import rows_of_sources
 from data.packing import packed_rows
 from data.pipeline import Corpus, batches
 from data.tokenizers.tokenizer import fingerprint
@@ -80,7 +81,7 @@ def rows_in_order(run: RunConfig, corpus: Corpus) -> np.ndarray:
         batch_size=run.batch_size,
         seed=run.seed,
         order=run.data.order,
-        weights=[part.weight for part in run.data.mixture],
+        phases=run.data.phases,
     )
     seen: dict[int, None] = {}
     for _ in range(run.steps):
@@ -91,10 +92,9 @@ def rows_in_order(run: RunConfig, corpus: Corpus) -> np.ndarray:
 
 
 def _row_count(run: RunConfig, corpus: Corpus) -> int:
-    rows = packed_rows(corpus.training(), run.data.seq_len)
     if not run.data.mixture:
-        return len(rows)
-    return sum(len(part) for part in rows.parts())
+        return len(packed_rows(corpus.training(), run.data.seq_len))
+    return sum(len(part) for part in rows_of_sources(corpus.training(), run.data.seq_len))
 
 
 def plan_cache(run: RunConfig, corpus: Corpus, teacher: ModelOrigin) -> tuple[CacheSettings, Any]:
@@ -190,7 +190,7 @@ def _row_finder(run: RunConfig, corpus: Corpus) -> Any:
     rows: Any = packed_rows(corpus.training(), run.data.seq_len)
     if not run.data.mixture or run.data.form == "text":
         return lambda number: rows[number]
-    parts = rows.parts()  # of chats, each packed for itself
+    parts = rows_of_sources(corpus.training(), run.data.seq_len)  # each packed for itself
     firsts = np.array([part.first for part in parts])
 
     def find(number: int) -> Any:

@@ -18,12 +18,15 @@ class Measured(NamedTuple):
     """See train/step.py; on the host."""
     seconds: float
     """Wall time, the wait for its batch included; the mean of steps that ended together."""
+    waited: float = 0.0
+    """Seconds of the host's wait for its batch."""
 
 
 @dataclass
 class _Waiting:
     step: int
     metrics: dict[str, Any]
+    waited: float
     seconds: float | None = None
 
 
@@ -46,9 +49,11 @@ class PendingMetrics:
         self._steps: list[_Waiting] = []
         self._since = time.monotonic()
 
-    def add(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes what a step that was dispatched will report."""
-        self._steps.append(_Waiting(step, metrics))
+    def add(self, step: int, metrics: dict[str, Any], waited: float = 0.0) -> None:
+        """Takes what a step that was dispatched will report, and how long its batch was waited
+        for.
+        """
+        self._steps.append(_Waiting(step, metrics, waited))
         if self._waits:
             self.settle()
 
@@ -78,7 +83,9 @@ class PendingMetrics:
         metrics = jax.device_get([waiting.metrics for waiting in taken])
         self._end(taken)
         pairs = zip(taken, metrics, strict=True)
-        return [Measured(done.step, found, done.seconds or 0.0) for done, found in pairs]
+        return [
+            Measured(done.step, found, done.seconds or 0.0, done.waited) for done, found in pairs
+        ]
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step ended out of the next one's, if none is at work."""

@@ -7,12 +7,15 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from checkpoint.orbax_store import CheckpointStore
 from configs.base import RunConfig
 from parallel.distributed import is_first
 from train.metrics import Alarms, Line, MetricsLog, TrainingAlarm, logged_num_experts, make_line
 from train.pending import Measured
 from train.progress import ProgressBar
+from train.step_cost import StepCost
 
 Hook = Callable[[int, Line], None]
 """Called with a step and its line of metrics.jsonl, on the first process; for what a user logs
@@ -23,7 +26,12 @@ class Recorder:
     """Keeps the record of a run; a context manager, which closes it."""
 
     def __init__(
-        self, run: RunConfig, run_dir: Path, store: CheckpointStore, hooks: Sequence[Hook]
+        self,
+        run: RunConfig,
+        run_dir: Path,
+        store: CheckpointStore,
+        mesh: Mesh,
+        hooks: Sequence[Hook],
     ) -> None:
         """Opens the log, less the lines after the newest checkpoint.
 
@@ -31,6 +39,7 @@ class Recorder:
           store: the run's checkpoints, for what an alarm says of them.
         """
         self.run, self.store, self.hooks = run, store, hooks
+        self._cost = StepCost(run, mesh.devices)
         self._alarms = Alarms(run.alarms, logged_num_experts(run.model))
         self._validation = ""
         self._open = contextlib.ExitStack()
@@ -54,12 +63,13 @@ class Recorder:
           TrainingAlarm: of the first of these steps that gives one; it and those before it are in
             the log.
         """
-        for step, metrics, seconds in measured:
+        for step, metrics, seconds, waited in measured:
             tokens = self.run.tokens_per_step
             sources = [part.source for part in self.run.data.mixture]
             line = make_line(
                 step, metrics, seconds, self.run.steps, tokens, self.run.model, sources
             )
+            line |= self._cost.line(seconds, waited)
             if self._is_first:
                 self._log.append(line)
             self._check(line)

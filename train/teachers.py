@@ -20,7 +20,7 @@ from configs.architecture import ModelConfig
 from configs.base import RunConfig
 from configs.checks import require
 from configs.distill import DistillConfig, TeacherShare
-from data.packing import packed_rows
+from data.mixture_rows import rows_of_sources
 from data.token_file import TokenFile
 from model.layers import unembed
 from model.transformer import Transformer, Variables, hidden_states, output_weights
@@ -101,11 +101,7 @@ def teacher_shares(
     table_PN = _share_table(shares, sources)
     if len(table_PN) == 1:
         return lambda row_B: jnp.broadcast_to(table_PN, (len(row_B), num_teachers))
-    parts: Sequence[Any] = packed_rows(file, run.data.seq_len).parts()
-    names = [part.name for part in file.sidecar.parts if part.num_tokens]
-    require(len(parts) == len(names), "a source of data.mixture has no rows: leave it out")
-    first_P = np.array([part.first for part in parts])
-    table_PN = table_PN[[sources.index(name) for name in names]]
+    first_P = np.array([part.first for part in rows_of_sources(file, run.data.seq_len)])
 
     def of_rows(row_B: jax.Array) -> jax.Array:
         part_B = jnp.searchsorted(jnp.asarray(first_P), row_B, side="right") - 1

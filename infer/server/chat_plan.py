@@ -1,12 +1,17 @@
 """A conversation as the engine's prompt, and what it says of an answer's form."""
 
 import asyncio
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from configs.checks import UserError
+from data.tokenizers.tool_declarations import (
+    OPEN,
+    as_template_takes,
+    knows_tools,
+    parsed_arguments,
+)
 from infer.chat import chat_ids
 from infer.engine import Request
 from infer.server.errors import invalid
@@ -15,7 +20,6 @@ from infer.server.reply_text import END_THINK, THINK, Thinking
 from infer.server.schemas import ChatBody, ContentPart, Message, ToolChoice
 from infer.server.served_model import ServedModel
 from infer.server.structured import Wanted, tool_grammar, wanted_grammar
-from infer.server.tool_calls import OPEN, knows_tools, with_declarations
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -150,7 +154,7 @@ def _message(message: Message, param: str) -> dict[str, Any]:
                 "type": "function",
                 "function": {
                     "name": call.function.name,
-                    "arguments": _arguments(call.function.arguments),
+                    "arguments": parsed_arguments(call.function.arguments),
                 },
             }
             for call in message.tool_calls
@@ -159,17 +163,6 @@ def _message(message: Message, param: str) -> dict[str, Any]:
     if reasoning:
         made |= {"reasoning": reasoning, "reasoning_content": reasoning}
     return made
-
-
-def _arguments(arguments: str | dict[str, Any]) -> Any:
-    """Templates write objects; text that is none stays what it is."""
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        value = json.loads(arguments, parse_constant=str)
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) else arguments
 
 
 def _content(content: str | list[ContentPart] | None, param: str) -> str:
@@ -194,8 +187,7 @@ def _ids(
     tools: list[dict[str, Any]] | None,
     variables: dict[str, Any],
 ) -> list[int]:
-    if not _knows(model) and (tools or any("tool_calls" in m for m in messages)):
-        messages, tools = with_declarations(messages, tools or []), None
+    messages, tools = as_template_takes(messages, tools, model.tokenizer.chat_template)
     try:
         return chat_ids(model.tokenizer, messages, tools, variables)
     except UserError as error:

@@ -1,15 +1,14 @@
-"""Calls of functions in an answer, and how models are told of functions."""
+"""Calls of functions in an answer."""
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from data.tokenizers.tool_declarations import CLOSE, OPEN
 from infer.function_calls import read_calls
 from infer.server.reply_text import overlap
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 BARE = ("{", "[", "```")
 """Beginnings of an answer that may be calls without tags."""
 
@@ -90,35 +89,3 @@ class ToolText:
             return []
         self.num_calls += len(calls)
         return [ToolCall(f"call_{secrets.token_hex(12)}", *each) for each in written]
-
-
-def knows_tools(template: str | None) -> bool:
-    """Whether a chat template writes declarations of functions itself."""
-    return template is not None and "tools" in template
-
-
-def with_declarations(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """The conversation for a template that does not know functions: they are declared to the
-    system, calls are the assistant's text, and what they gave is the user's."""
-    declared = "\n".join(json.dumps(tool["function"]) for tool in tools)
-    told = (
-        "You may call functions. To call one, answer with nothing but\n"
-        f'{OPEN}\n{{"name": NAME, "arguments": {{...}}}}\n{CLOSE}\n'
-        f"The functions, as JSON schemas:\n{declared}"
-    )
-    plain = [_plain(message) for message in messages]
-    if plain and plain[0]["role"] == "system":
-        first = {"role": "system", "content": f"{plain[0]['content']}\n\n{told}"}
-        return [first, *plain[1:]]
-    return [{"role": "system", "content": told}, *plain]
-
-
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    content = message.get("content") or ""
-    if message["role"] == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
-    for call in message.get("tool_calls") or ():
-        content += f"\n{OPEN}\n{json.dumps(call['function'])}\n{CLOSE}"
-    return {"role": message["role"], "content": content.lstrip("\n")}

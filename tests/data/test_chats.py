@@ -1,7 +1,9 @@
 """Chats as tokens, their loss masks against a reading token by token, and their rows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,6 +26,15 @@ INSTRUCT = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+CALLING = (
+    "{% if tools %}<|im_start|>system\nFunctions:{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.tool_calls is defined %}{% for c in m.tool_calls %}<call>{{ c.function.name }}"
+    "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}</call>{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A template that writes functions, calls and what they gave."""
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -88,6 +99,64 @@ def test_the_mask_is_that_of_a_reading_token_by_token(number):
     assert sum(expected) > 0
 
 
+ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+DECLARED = {"type": "function", "function": ADD}
+
+
+def calls(arguments: object) -> list[dict[str, object]]:
+    """A chat in which a function is called, as Parquet's columns give it."""
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    nothing = {"tool_calls": None, "tool_call_id": None}
+    return [
+        {"role": "user", "content": "2 + 3?", **nothing},
+        {"role": "assistant", "content": None, "tool_calls": [call], "tool_call_id": None},
+        {"role": "tool", "content": "5", "tool_calls": None, "tool_call_id": "1"},
+        {"role": "assistant", "content": "It is 5.", **nothing},
+    ]
+
+
+@pytest.mark.parametrize(
+    "tools", [[ADD], [{"type": "function", "function": ADD}], json.dumps([ADD])]
+)
+@pytest.mark.parametrize("arguments", [{"a": 2, "b": 3}, '{"a": 2, "b": 3}'])
+@pytest.mark.parametrize("answers", ["each", "last"])
+def test_calls_of_functions_are_answers_in_the_words_of_the_template(tools, arguments, answers):
+    tokenizer = make_tokenizer(CALLING)
+    text, spans = render_chat(calls(arguments), tokenizer, "here", tools=tools, answers=answers)
+    told = json.dumps(DECLARED)
+    assert text.startswith(f"<|im_start|>system\nFunctions:{told}<|im_end|>\n")
+    said = ["<call>add a=2 b=3</call><|im_end|>\n", "It is 5.<|im_end|>\n"]
+    assert [text[a:b] for a, b in spans] == (said if answers == "each" else said[1:])
+    (encoding,) = tokenizer.encode_rendered([text])
+    mask = loss_mask(encoding.ids, encoding.offsets, spans, tokenizer.eos_ids)
+    expected = np.array(reference_mask(encoding.ids, tokenizer))
+    if answers == "last":  # the first answer's tokens go, up to the tool's turn
+        expected[: np.flatnonzero(np.array(encoding.ids) == 1)[-1]] = 0
+    assert mask.tolist() == expected.tolist()
+    assert sum(expected) > 0
+
+
+def test_a_template_without_functions_gets_them_as_a_server_tells_them():
+    text, spans = render_chat(calls('{"a": 2}'), make_tokenizer(), "here", tools=[ADD])
+    assert text.startswith("<|im_start|>system\nYou may call functions.")
+    assert json.dumps(ADD) in text
+    assert "<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>" in text
+    first, last = [text[a:b] for a, b in spans]
+    call = json.dumps({"name": "add", "arguments": {"a": 2}})
+    assert first == f"<tool_call>\n{call}\n</tool_call><|im_end|>\n"
+    assert last == "It is 5.<|im_end|>\n"
+
+
+def test_the_last_answer_alone_is_learnt_where_earlier_turns_are_written_otherwise():
+    messages = chat("a", "b", "c", "d")
+    shortened = LAST_ONLY.replace("if loop.last", "if loop.last or m.role == 'user'")
+    with pytest.raises(UserError, match="writes turn 2 otherwise"):
+        render_chat(messages, make_tokenizer(shortened), "here")
+    for template in (CHATML, shortened):
+        text, spans = render_chat(messages, make_tokenizer(template), "here", answers="last")
+        assert [text[a:b] for a, b in spans] == ["d<|im_end|>\n"]
+
+
 def test_answers_without_a_prompt_before_them_are_found_where_the_template_is_of_that_kind():
     tokenizer = make_tokenizer(INSTRUCT.replace("eos_token", "'<|im_end|>'"))
     text, spans = render_chat(chat("2 + 2", "4", "and 3?", "7"), tokenizer, "here")
@@ -111,12 +180,73 @@ LAST_ONLY = CHATML.replace(
         (CHATML, chat("a"), "f line 3 has no turn of the assistant to learn from"),
         (CHATML, [], r"f line 3 has \[\], expected a list of messages"),
         (CHATML, "a", "f line 3 has 'a', expected a list of messages"),
+        (
+            CHATML,
+            [{"role": "assistant", "content": None}],
+            r"message 1 is \{.*expected a role and a",
+        ),
+        (CHATML, [{"role": "assistant", "tool_calls": [3]}], "message 1 has the tool call 3, exp"),
+        (CHATML, [{"role": "assistant", "tool_calls": "f"}], "has tool_calls 'f', not a list"),
+        (NO_PROMPT + "{# tools #}", calls("{}"), "the chat template has no generation prompt"),
+        (CHATML + "{# tools #}", calls("{}"), "does not write the call of add in turn 2"),
         (CHATML, [{"role": "user"}], r"message 1 is \{'role': 'user'\}, expected a role and a"),
     ],
 )
 def test_chats_that_nothing_can_be_learnt_from_are_named(template, messages, sentence):
     with pytest.raises(UserError, match=sentence):
         render_chat(messages, make_tokenizer(template), "f line 3")
+
+
+@pytest.mark.parametrize("tools", ["add", [3], {"name": "add"}, [{"function": {}}]])
+def test_tools_that_are_none_are_refused(tools):
+    with pytest.raises(UserError, match=r"f line 3 has the tools .*, expected a list of functions"):
+        render_chat(CHATS[0], make_tokenizer(CALLING), "f line 3", tools=tools)
+
+
+def test_functions_and_answers_come_from_the_records_of_every_form(tmp_path):
+    """Parquet's columns are read as jsonl's objects, and a corpus keeps which answers count."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "model").mkdir()
+    write_public_tokenizer(tmp_path / "model", make_tokenizer(CALLING))
+    records = [{"tools": json.dumps([ADD]), "messages": calls(f'{{"a": {i}}}')} for i in range(40)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "a.jsonl").write_text(lines)
+    parquet.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+
+    def data(name: str, answers: Literal["each", "last"]) -> DataConfig:
+        return DataConfig(
+            source=str(tmp_path / name),
+            form="chat",
+            answers=answers,
+            tokenizer=str(tmp_path / "model"),
+            directory=str(tmp_path / f"{name}_{answers}"),
+            holdout_fraction=0.2,
+        )
+
+    def corpus(name: str, answers: Literal["each", "last"]) -> Corpus:
+        return prepare_corpus(data(name, answers), 330)
+
+    for answers in ("each", "last"):
+        made = [corpus(name, answers).training() for name in ("a.jsonl", "a.parquet")]
+        documents = [
+            {
+                name.split(":")[1]: file.tokens[slice(*file.bounds(i))].tolist()
+                for i, name in enumerate(file.sidecar.names)
+            }
+            for file in made
+        ]
+        shared = documents[0].keys() & documents[1].keys()
+        assert len(shared) > 10
+        assert all(documents[0][name] == documents[1][name] for name in shared)
+    masks = [corpus("a.jsonl", answers).training().loss_mask for answers in ("each", "last")]
+    assert masks[0] is not None
+    assert masks[1] is not None
+    assert 0 < masks[1].sum() < masks[0].sum()
+    assert not (masks[1] > masks[0]).any()
+    made = tmp_path / "a.jsonl_each"
+    with pytest.raises(UserError, match="made with answers='each', this run asks for 'last'"):
+        prepare_corpus(replace(data("a.jsonl", "last"), directory=str(made)), 330)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Folders and files as users have them: all of the text read, the rest counted with its reason."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -77,6 +78,18 @@ def test_the_inventory_counts_files_tokens_and_epochs(tmp_path):
     tokens = (corpus.directory / "train.bin").stat().st_size // 2
     assert "12 files, 2 left out (2 no UTF-8: latin.py, ...), " in sentence
     assert f" {tokens:,} tokens to train on, {20 * 8 * 32 / tokens:.1f} epochs" in sentence
+
+
+def test_rows_that_streams_leave_out_are_counted(tmp_path):
+    tiny.write_sources(tmp_path, files=30)
+    run = tiny.memory_run(tmp_path)
+    corpus = prepare_corpus(run.data, 300)
+    rows = (corpus.training().sidecar.num_tokens - 1) // run.data.seq_len
+    for batch_size in (8, 16, rows):
+        _, *others = inventory(corpus, dataclasses.replace(run, batch_size=batch_size))
+        unread = rows - batch_size * (rows // batch_size)
+        expected = [f"  the last {unread} rows are not read: they do not divide into the streams"]
+        assert others == (expected if unread else [])
 
 
 def test_files_that_come_go_or_grow_later_are_told(tmp_path):

@@ -2,6 +2,7 @@
 nothing lost where a line is broken.
 """
 
+import functools
 import gzip
 import json
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 
 from configs.base import DataConfig
 from configs.checks import UserError
-from configs.data import MixturePart
+from configs.data import LaterWeight, MixturePart, MixturePhase
 from data import encoding, records, streamed
 from data.inventory import inventory
 from data.packing import PackedRows
@@ -252,9 +253,9 @@ def mixture(tmp_path_factory):
     return data, prepare_corpus(data, 400)
 
 
-def mixed(corpus: Corpus, batch_size=8, **options):
-    weights = options.pop("weights", WEIGHTS)
-    own = {"seq_len": 32, "batch_size": batch_size, "seed": 3, "weights": weights}
+def mixed_batches(corpus: Corpus, batch_size=8, **options):
+    phases = options.pop("phases", (MixturePhase(0, WEIGHTS),))
+    own = {"seq_len": 32, "batch_size": batch_size, "seed": 3, "phases": phases}
     return batches(corpus.training(), **own, **options)
 
 
@@ -268,7 +269,7 @@ def part_of_rows(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
 
 def test_shares_are_the_weights_over_ten_thousand_rows_and_over_any_part_of_them(mixture):
     _, corpus = mixture
-    iterator = mixed(corpus, batch_size=500)
+    iterator = mixed_batches(corpus, batch_size=500)
     rows = np.concatenate([next(iterator)["row"] for _ in range(20)])
     parts = part_of_rows(corpus, rows)
     shares = np.bincount(parts, minlength=3) / len(rows)
@@ -280,7 +281,7 @@ def test_shares_are_the_weights_over_ten_thousand_rows_and_over_any_part_of_them
 
 def test_each_source_is_read_whole_before_any_row_comes_again(mixture):
     _, corpus = mixture
-    iterator = mixed(corpus, batch_size=100)
+    iterator = mixed_batches(corpus, batch_size=100)
     rows = np.concatenate([next(iterator)["row"] for _ in range(60)])
     parts = part_of_rows(corpus, rows)
     for i, part in enumerate(PackedRows(corpus.training(), 32).parts()):
@@ -291,8 +292,44 @@ def test_each_source_is_read_whole_before_any_row_comes_again(mixture):
         assert not len(second) or not np.array_equal(second, own[: len(second)])
 
 
-def test_a_mixture_resumes_with_the_same_batches_on_any_number_of_processes(mixture):
-    _, corpus = mixture
+def later(*weights: tuple[int, float]) -> tuple[LaterWeight, ...]:
+    return tuple(LaterWeight(step=step, weight=weight) for step, weight in weights)
+
+
+def with_later_weights(data: DataConfig) -> DataConfig:
+    """The first source fades, the second comes after 20 steps, the last one ends after 40."""
+    changes = [
+        {"later": later((40, 0.1))},
+        {"weight": 0.0, "later": later((20, 0.3))},
+        {"later": later((40, 0.0))},
+    ]
+    parts = [replace(part, **own) for part, own in zip(data.mixture, changes, strict=True)]
+    return replace(data, mixture=tuple(parts))
+
+
+def test_weights_that_change_are_the_shares_of_the_rows_after_their_step(mixture):
+    data, corpus = mixture
+    phases = with_later_weights(data).phases
+    assert [phase.first_step for phase in phases] == [0, 20, 40]
+    iterator = mixed_batches(corpus, batch_size=100, phases=phases)
+    rows = np.concatenate([next(iterator)["row"] for _ in range(60)])
+    parts = part_of_rows(corpus, rows)
+    for first, weights in {0: (0.62, 0, 0.07), 20: (0.62, 0.3, 0.07), 40: (0.1, 0.3, 0)}.items():
+        counts = np.bincount(parts[100 * first : 100 * first + 2000], minlength=3)
+        np.testing.assert_allclose(counts, 2000 * np.array(weights) / sum(weights), atol=6)
+    for i, part in enumerate(PackedRows(corpus.training(), 32).parts()):
+        own = rows[parts == i]
+        assert len(own) > len(part)
+        for begin in range(0, len(own), len(part)):  # no epoch has a row twice
+            epoch = own[begin : begin + len(part)]
+            assert len(set(epoch)) == len(epoch)
+
+
+@pytest.mark.parametrize("is_changing", [False, True])
+def test_a_mixture_resumes_with_the_same_batches_on_any_number_of_processes(mixture, is_changing):
+    data, corpus = mixture
+    phases = (with_later_weights(data) if is_changing else data).phases
+    mixed = functools.partial(mixed_batches, phases=phases)
     one = mixed(corpus)
     before = [next(one) for _ in range(25)]
     halves = [mixed(corpus, process_index=i, process_count=2) for i in range(2)]
@@ -322,11 +359,43 @@ def test_weights_are_no_part_of_the_corpus_and_are_told(mixture):
     rows = len(PackedRows(corpus.training(), 32).parts()[0])
     assert shares[0].endswith(f"{rows:,} rows, {80 / rows:.2g} epochs")
 
+    changing = with_later_weights(data)
+    assert prepare_corpus(changing, 400) == corpus
+    run = replace(run, data=changing)
+    _, *shares = inventory(corpus, run)
+    assert shares[0].startswith("  89.9%, 62.6% after 20 steps, 25.0% after 40 steps /")
+    assert shares[1].startswith("  0.0%, 30.3% after 20 steps, 75.0% after 40 steps /")
+    of_b = 8 * (20 * 0.07 / 0.69 + 10 * 0.07 / 0.99)  # of 30 steps
+    rows = len(PackedRows(corpus.training(), 32).parts()[2])
+    assert shares[2].endswith(f" {rows:,} rows, {of_b / rows:.2g} epochs")
+
+
+def test_a_source_of_a_mixture_that_is_all_held_out_is_named(tmp_path):
+    names = {"a.jsonl": TEXTS, "one.jsonl": TEXTS[:1]}
+    sources = [write(tmp_path / name, texts) for name, texts in names.items()]
+    data = DataConfig(
+        mixture=tuple(MixturePart(source=str(path), weight=1.0) for path in sources),
+        directory=str(tmp_path / "corpus"),
+        seq_len=32,
+        holdout_fraction=0.8,
+    )
+    corpus = prepare_corpus(data, 400)
+    assert corpus.training().sidecar.parts[1].num_tokens == 0
+    with pytest.raises(UserError, match=r"one.jsonl of data.mixture has no document in train.bin"):
+        batches(corpus.training(), seq_len=32, batch_size=8, seed=0, phases=data.phases)
+
 
 def test_settings_of_a_mixture_that_contradict_each_other():
     part = MixturePart(source="a.jsonl", weight=1)
-    with pytest.raises(UserError, match="must be greater than 0"):
-        MixturePart(source="a.jsonl", weight=0)
+    for weight, following in ((0, ()), (1, later((3, -1)))):
+        with pytest.raises(UserError, match="must be greater than 0"):
+            MixturePart(source="a.jsonl", weight=weight, later=following)
+    with pytest.raises(UserError, match=r"from the steps \[9, 3\] on: name each step once"):
+        replace(part, later=later((9, 1), (3, 2)))
+    with pytest.raises(UserError, match="must be at least 1, the weight to begin with"):
+        later((0, 1))
+    with pytest.raises(UserError, match=r"all weights of data.mixture are 0 from step 7 on"):
+        DataConfig(mixture=(replace(part, later=later((7, 0))),))
     with pytest.raises(UserError, match=r"data.source='x' has no effect beside data.mixture"):
         DataConfig(source="x", mixture=(part,))
     with pytest.raises(UserError, match=r"data.mixture names a.jsonl more than once"):

@@ -1,14 +1,22 @@
 """A run of a user's own file, from its first step to the command that goes on with its folder."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from checkpoint import run_directory
 from checkpoint.run_directory import EXPERIMENT, read_run
+from configs.base import DistillConfig
+from configs.checks import UserError
+from configs.cli import named_run
+from scripts.named_runs import own_loss
 from tests import tiny
 from tests.scripts.test_scripts import run, settings
+from train.loop import fit
 
 FILE = """
 import dataclasses
@@ -47,6 +55,77 @@ def test_a_run_of_ones_own_goes_on_by_its_folder(tmp_path: Path):
     _, err = run(tmp_path, "train", f"{file}:mine", code=2)
     assert err.startswith("Traceback (most recent call last):\n")
     assert err.splitlines()[-1] == f"error: {file} line 1 raised RuntimeError: mine: mend the file"
+
+
+LOSS = """
+import dataclasses
+from pathlib import Path
+
+from tests import tiny
+from train.losses import cross_entropy
+
+
+def doubled(logits, inputs, shared=None):
+    loss, _ = cross_entropy(logits, inputs)
+    return 2 * loss, {{"doubled": 2 * loss}}
+
+
+nothing = 3
+
+
+def mine():
+    base = tiny.run(Path({folder!r}), steps=3)
+    return dataclasses.replace(base, name="mine", objective="doubled")
+
+
+def many():
+    return {{"one": mine()}}
+"""
+
+
+@pytest.mark.slow
+def test_an_objective_of_ones_own_is_minimised_and_its_file_executed_only_by_name(tmp_path: Path):
+    tiny.write_sources(tmp_path)
+    file, run_dir = tmp_path / "mine.py", tmp_path / "run"
+    file.write_text(LOSS.format(folder=str(tmp_path)))
+    run(tmp_path, "train", f"{file}:mine", "--run-dir", str(run_dir))
+    _, err = run(tmp_path, "train", str(run_dir), "--steps", "5", code=2)
+    assert f"such as --experiment {run_dir}/experiment.py" in err
+    kept = str(run_dir / EXPERIMENT)
+    run(tmp_path, "train", str(run_dir), "--steps", "5", "--experiment", kept)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+    for line in lines:
+        assert line["loss"] == line["doubled"] == pytest.approx(2 * line["cross_entropy"])
+    run(tmp_path, "sweep", f"{file}:many", "--dir", str(tmp_path / "many"))
+    swept = (tmp_path / "many" / "one" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["loss"] for x in swept] == [line["loss"] for line in lines[:3]]
+
+
+def test_the_function_that_a_run_names_is_found_in_the_file_that_the_user_names(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text(LOSS.format(folder=str(tmp_path)))
+    mine = named_run(f"{file}:mine")
+    assert own_loss(dataclasses.replace(mine, objective=None), file, tmp_path) is None
+    loss = own_loss(mine, file, tmp_path)
+    assert loss is not None
+    logits_BcV = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    targets_Bc = np.array([[0, 4, -1], [2, -1, 1]])
+    total, sums = loss(jnp.asarray(logits_BcV), {"targets": jnp.asarray(targets_Bc)}, None)
+    log_p = logits_BcV - np.log(np.exp(logits_BcV).sum(axis=-1, keepdims=True))
+    picked = np.take_along_axis(log_p, np.maximum(targets_Bc, 0)[..., None], axis=-1)[..., 0]
+    expected = -picked[targets_Bc >= 0].sum()
+    assert float(total) == float(sums["doubled"]) == pytest.approx(2 * expected, rel=1e-6)
+    assert float(sums["cross_entropy"]) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(UserError, match="none is executed unless it is named"):
+        own_loss(mine, None, tmp_path)
+    for name, sentence in (("gone", "has no 'gone'"), ("nothing", "is 3, no function")):
+        with pytest.raises(UserError, match=sentence):
+            own_loss(dataclasses.replace(mine, objective=name), file, tmp_path)
+    with pytest.raises(UserError, match=r"which scripts\.train alone executes"):
+        fit(mine, tmp_path / "run")
+    with pytest.raises(UserError, match="this run has preference or distill settings"):
+        dataclasses.replace(mine, distill=DistillConfig())
 
 
 def test_a_changed_file_replaces_the_one_before_only_where_no_step_was_done(tmp_path, monkeypatch):

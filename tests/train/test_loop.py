@@ -93,6 +93,8 @@ def test_it_learns_and_logs(story):
     assert lines[0]["cross_entropy"] == pytest.approx(np.log(300), rel=0.3)
     for line in lines:
         assert line["tokens_per_second"] > 0
+        assert 0 <= line["data_wait"] <= line["seconds"]
+        assert "mfu" not in line  # of a CPU there is no data sheet
         assert len(line["load_cv"]) == len(line["router_entropy"]) == 1  # one MoE layer of two
         assert line["mean_k"] == [2.0]
         assert np.asarray(line["expert_load"]).shape == (1, 8)

@@ -66,7 +66,7 @@ def test_losses_of_each_source_add_up_to_the_whole(mixed):
     run, _, folder = mixed
     file = prepare_corpus(run.data, 300).training()
     rows = MixtureRows(run.data, file)
-    read = batches(file, seq_len=32, batch_size=8, seed=0, weights=[0.5, 0.5])
+    read = batches(file, seq_len=32, batch_size=8, seed=0, phases=run.data.phases)
     names = [part.source for part in run.data.mixture]
     for line in read_lines(folder / "metrics.jsonl", ("loss", "cross_entropy", "skipped")):
         source_B = rows.of(next(read)["row"])
@@ -131,6 +131,11 @@ def test_samples_are_written_and_a_trace_is_read(mixed):
     with pytest.raises(UserError, match=r"go with samples\.every and only with it"):
         SamplesConfig(every=3)
     assert sampler(dataclasses.replace(run, samples=SamplesConfig()), folder) is None
+    long = dataclasses.replace(run.samples, max_new_tokens=64)
+    with pytest.raises(UserError, match=r"max_new_tokens=64 exceed model\.context_length=64"):
+        sampler(dataclasses.replace(run, samples=long), folder)  # not at the first sample
+    with pytest.raises(UserError, match=r"samples\.every=4 needs what writes them"):
+        fit(run, folder)
 
 
 def test_spikes_change_nothing_and_are_counted_out_of_the_means():
