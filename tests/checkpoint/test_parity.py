@@ -147,7 +147,10 @@ WITHOUT_ROPE = ("kimi_linear", "olmo_hybrid", "nemotron_h", "nemotron_h_latent",
 OLD_KEYS = {"num_local_experts": "num_experts", "dtype": "torch_dtype"}
 
 
-NESTED = ("olmo3", "gemma3", "gemma4", "gemma4_dense", "deepseek_v4")
+NESTED = (
+    *("olmo3", "gemma3", "gemma4", "gemma4_dense", "gemma4_e2b", "gemma4_e4b"),
+    "deepseek_v4",
+)
 """RoPE by kind of layer."""
 
 

@@ -339,6 +339,27 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         ]
         + [None],
     },
+    "gemma4_e2b": {key: value for key, value in GEMMA.items() if key != "attention_bias"}
+    | {
+        "num_hidden_layers": [5],
+        "layer_types": [
+            ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+            ["full_attention", "sliding_attention", "sliding_attention"] + ["full_attention"] * 2,
+        ],
+        "sliding_window": [5, 9],
+        "global_head_dim": [16, 32],
+        "num_global_key_value_heads": [1, 2],
+        "attention_k_eq_v": [True, False],
+        "final_logit_softcapping": [None, 5.0],
+        "hidden_size_per_layer_input": [0, 8, 12],
+        "vocab_size_per_layer_input": [40] * 7 + [48],
+        "num_kv_shared_layers": [0, 1, 2, 3],
+        "use_double_wide_mlp": [True, False],
+        "enable_moe_block": [True, False, False],
+        "num_experts": [4],
+        "top_k_experts": [2],
+        "moe_intermediate_size": [16],
+    },
     "lfm2": LFM2
     | {
         "intermediate_size": [24, 40],
