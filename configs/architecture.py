@@ -324,7 +324,6 @@ class ModelConfig:
     def _check_shared_keys(self) -> None:
         if not self.has_shared_keys:
             return
-        _ = self.key_sources  # each has one
         require(
             all(spec.depth is None for spec in (*self.prefix, *self.pattern)),
             "attention.shares_keys is not built in a model with depth, whose layers leave tokens "
@@ -335,6 +334,7 @@ class ModelConfig:
             "attention.shares_keys is not built with hyper_connections or early_exit: leave them "
             "out",
         )
+        _ = self.key_sources  # each layer has one, or is refused
 
     def _check_per_layer_embeddings(self) -> None:
         if self.per_layer_embeddings is None:

@@ -246,7 +246,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "final_logit_softcapping": config.logit_cap,
         "intermediate_size": dense.d_ff,
         "hidden_size_per_layer_input": 0 if added is None else added.width,
-        "vocab_size_per_layer_input": config.vocab_size,
+        **({} if added is None else {"vocab_size_per_layer_input": config.vocab_size}),
         "num_kv_shared_layers": sum(is_sharing),
         "use_double_wide_mlp": is_double,
     }

@@ -58,6 +58,17 @@ GEMMA = {key: value for key, value in DENSE.items() if key != "hidden_act"} | {
     "attention_bias": [False, True],
     "pad_token_id": [0],
 }
+GEMMA4_ROPE: list[Any] = [
+    {
+        "sliding_attention": ROPE[0],
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": share,
+        },
+    }
+    for share in (0.25, 0.5)
+] + [None]
 DELTA = {
     "head_dim": [16, 32],
     "layer_types": ["some", "some", None],
@@ -326,18 +337,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         "final_logit_softcapping": [None, 5.0],
         "hidden_size_per_layer_input": [0] * 7 + [8],
         "vocab_size_per_layer_input": [40],
-        "rope_parameters": [
-            {
-                "sliding_attention": ROPE[0],
-                "full_attention": {
-                    "rope_type": "proportional",
-                    "rope_theta": 1e6,
-                    "partial_rotary_factor": share,
-                },
-            }
-            for share in (0.25, 0.5)
-        ]
-        + [None],
+        "rope_parameters": GEMMA4_ROPE,
     },
     "gemma4_e2b": {key: value for key, value in GEMMA.items() if key != "attention_bias"}
     | {
@@ -352,6 +352,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         "attention_k_eq_v": [True, False],
         "final_logit_softcapping": [None, 5.0],
         "hidden_size_per_layer_input": [0, 8, 12],
+        "rope_parameters": GEMMA4_ROPE,
         "vocab_size_per_layer_input": [40] * 7 + [48],
         "num_kv_shared_layers": [0, 1, 2, 3],
         "use_double_wide_mlp": [True, False],
