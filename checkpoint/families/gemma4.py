@@ -1,6 +1,7 @@
-"""Gemma 4 (2026), text, dense (31B, E2B, E4B) and with experts (26B-A4B): values normed, whole layers
-with heads of their own and values of the keys' projection, a dense layer beside the experts; in the
-E models embeddings for each layer, and keys and values that the last layers take from earlier ones.
+"""Gemma 4 (2026), text, dense (31B, E2B, E4B) and with experts (26B-A4B): values normed, whole
+layers with heads of their own and values of the keys' projection, a dense layer beside the experts;
+in the E models embeddings for each layer, and keys and values that the last layers take from
+earlier ones.
 """
 
 import dataclasses

@@ -68,7 +68,7 @@ SPARSE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 
 
 def sharing(attention):
-    """A layer, and two after it that read its keys, the last as another period would."""
+    """A layer, and two repetitions of one that reads its keys."""
     own, reading = (
         LayerSpec(attention=dataclasses.replace(attention, shares_keys=x), ffn=DENSE)
         for x in (False, True)
