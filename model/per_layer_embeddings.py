@@ -42,7 +42,7 @@ class PerLayerInputs(nn.Module):
         table_VX = weight(self, "table", table_shape, axes, width**-0.5, dims)
         # The factor D^-0.5 stands in the product, and only the norm's eps sees it.
         w_DX = weight(
-            self, "projection", (d_model, columns), ("embed", None), 1.0, MatrixDims(1, 1)
+            self, "projection", (d_model, columns), ("embed", "latent"), 1.0, MatrixDims(1, 1)
         )
         own_BLNW = self._by_layer(look_up(table_VX, tokens_BL, x_BLD.dtype)) * width**0.5
         seen_BLNW = self._by_layer(project("BLD,DX->BLX", x_BLD, w_DX) * d_model**-0.5)
