@@ -17,6 +17,7 @@ from configs.architecture import ModelConfig, MultiTokenConfig
 from configs.checks import UserError
 from configs.feed_forward import FeedForward, MoEConfig, RouterConfig
 from configs.serialization import differences
+from configs.shared_keys import shares_keys
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class PublicCheckpoint:
             self.family.copies, self.tensors.shapes, is_tied=self.config.tie_embeddings
         )
         unread = [rule for rule, _ in self.family.unread]
-        ignored = (*self.family.ignored, *unread)
+        ignored = (*self.family.ignored, *self.family.unused(self.config), *unread)
         match.check_names(entries, self.tensors, copies, ignored, self.path)
         match.check_copies(copies, self.tensors)
         match.check_tables(entries, self.tensors, self.config)
@@ -196,6 +197,8 @@ def _layer_losses(family: Family, config: ModelConfig) -> tuple[int, list[str]]:
     lost: dict[str, None] = {}
     unknown = 0
     for layer in dict.fromkeys((*config.prefix, *config.pattern)):
+        if shares_keys(layer.attention):
+            continue  # it is nothing by itself
         alone = dataclasses.replace(config, prefix=(), pattern=(layer,), multi_token=None)
         try:
             written = family.write_config(alone)

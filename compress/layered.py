@@ -104,6 +104,11 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
         "models with several residual streams (hyper_connections) are not compressed yet: distil "
         "such a model into another one",
     )
+    require(
+        config.per_layer_embeddings is None and not config.has_shared_keys,
+        "models with embeddings for each layer (per_layer_embeddings) or layers that read the keys "
+        "of others (shares_keys) are not compressed yet: distil such a model into another one",
+    )
     for spec in (*config.prefix, *config.pattern):
         require(
             not _is_beyond_known(spec),
@@ -190,7 +195,7 @@ def _run(
         outputs: Any = Block(spec, config, execution).apply(
             {"params": params, "router_state": router_state}, x_BLD, step, None, mutable=["router"]
         )
-    (out_BLD, _), _ = outputs
+    (out_BLD, *_), _ = outputs
     return out_BLD, taps
 
 
@@ -200,7 +205,7 @@ def _tap(taps: Taps, method: Callable[..., Any], args: Any, kwargs: Any, context
     if isinstance(module, Block) and name == "_read":
         taps[args[1].removesuffix("_norm")] = result
     elif name == "_attended" and module.name == "attention":
-        taps["heads"] = result[0]
+        taps["heads"] = result
     elif name == "_router_logits":
         taps["router_logits"] = result[0]
     elif isinstance(module, SwiGLU) and name == "__call__":

@@ -11,6 +11,8 @@ from configs.attention import Attention
 from configs.attention_traits import NoAttentionConfig
 from configs.checks import require, require_choices, require_finite, require_positive
 from configs.feed_forward import DenseConfig, FeedForward, MoEConfig, NoFeedForwardConfig
+from configs.per_layer_embeddings import PerLayerEmbeddingConfig
+from configs.shared_keys import key_sources, shares_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,11 @@ class MultiTokenConfig:
             f"multi_token.loss_weight={self.loss_weight} must be greater than 0: leave multi_token "
             "out to train without it",
         )
+        require(
+            not shares_keys(self.layer.attention),
+            "multi_token.layer has attention.shares_keys, and a module has no layer before it: "
+            "leave it out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +201,8 @@ class ModelConfig:
     """Bound c of the logits, c * tanh(logit / c) (Gemma 2: 30)."""
     hyper_connections: HyperConnectionConfig | None = None
     """Set for several residual streams."""
+    per_layer_embeddings: PerLayerEmbeddingConfig | None = None
+    """Set for a table of the vocabulary with a vector for each layer."""
     early_exit: EarlyExitConfig | None = None
     exit_spacing: int | None = None
     """Layers between two exits of a model made for decoding (model/unstacked.py); None, as in
@@ -233,6 +242,8 @@ class ModelConfig:
         self._check_early_exit()
         self._check_memory()
         self._check_streams()
+        self._check_shared_keys()
+        self._check_per_layer_embeddings()
 
     def _check_early_exit(self) -> None:
         periodic, spacing = self.num_layers - len(self.prefix), self.exit_spacing
@@ -310,10 +321,65 @@ class ModelConfig:
             "hyper_connections is not built with output_scale: leave it out",
         )
 
+    def _check_shared_keys(self) -> None:
+        if not self.has_shared_keys:
+            return
+        require(
+            all(spec.depth is None for spec in (*self.prefix, *self.pattern)),
+            "attention.shares_keys is not built in a model with depth, whose layers leave tokens "
+            "out: leave one of them out",
+        )
+        require(
+            self.hyper_connections is None and self.early_exit is None,
+            "attention.shares_keys is not built with hyper_connections or early_exit: leave them "
+            "out",
+        )
+        _ = self.key_sources  # each layer has one, or is refused
+
+    def _check_per_layer_embeddings(self) -> None:
+        if self.per_layer_embeddings is None:
+            return
+        require(
+            all(spec.depth is None for spec in (*self.prefix, *self.pattern)),
+            "per_layer_embeddings is not built in a model with depth, whose layers leave tokens "
+            "out: leave one of them out",
+        )
+        require(
+            self.hyper_connections is None
+            and self.early_exit is None
+            and self.multi_token is None
+            and self.residual_scale == 1.0,
+            "per_layer_embeddings is not built with hyper_connections, early_exit, multi_token or "
+            "a residual_scale: leave them out",
+        )
+
     @property
     def memory_length(self) -> int | None:
         """Tokens that each layer keeps from one segment to the next; None without memory."""
         return self.pattern[0].attention.memory_tokens
+
+    @property
+    def has_shared_keys(self) -> bool:
+        """Whether a layer reads the keys and values of another one."""
+        return any(shares_keys(spec.attention) for spec in (*self.prefix, *self.pattern))
+
+    @property
+    def key_sources(self) -> tuple[int | None, ...]:
+        """Of each layer of the prefix and the pattern, the one whose keys it reads: see
+        configs/shared_keys.py."""
+        prefix, pattern = (
+            [spec.attention for spec in specs] for specs in (self.prefix, self.pattern)
+        )
+        return key_sources(prefix, pattern, self.num_periods)
+
+    @property
+    def num_looked_up_parameters(self) -> int:
+        """Weights of which a token meets a row and multiplies by none: the embedding, where it is
+        not the output layer too, and the table of per-layer embeddings."""
+        widths = 0 if self.tie_embeddings else self.d_model
+        if self.per_layer_embeddings is not None:
+            widths += self.per_layer_embeddings.table_width(self.num_layers)
+        return self.vocab_size * widths
 
     @property
     def num_periods(self) -> int:
@@ -357,7 +423,7 @@ class ModelConfig:
         ffn_parameters: typing.Callable[[FeedForward], int],
         is_active: bool = False,
     ) -> int:
-        streams = self.hyper_connections
+        streams, added = self.hyper_connections, self.per_layer_embeddings
 
         def layer(spec: LayerSpec) -> int:
             weights = (
@@ -365,6 +431,7 @@ class ModelConfig:
                 + ffn_parameters(spec.ffn)
                 + spec.num_other_parameters(self.d_model)
                 + (0 if streams is None else streams.num_parameters(self.d_model))
+                + (0 if added is None else added.num_layer_parameters(self.d_model))
             )
             if spec.depth is None:
                 return weights
@@ -378,4 +445,7 @@ class ModelConfig:
         layers = count(self.prefix) + self.num_periods * count(self.pattern)
         end = self.d_model
         end += 0 if streams is None else streams.num_end_parameters(self.d_model)
+        if added is not None:
+            end += self.vocab_size * added.table_width(self.num_layers)
+            end += added.num_shared_parameters(self.d_model, self.num_layers)
         return layers + embeddings + end

@@ -80,6 +80,9 @@ class AttentionConfig(AttentionTraits):
     """Whether each head of values has an RMSNorm without a scale (Gemma 4)."""
     values_from_keys: bool = False
     """Whether values are the keys' projection, before norm and RoPE (Gemma 4's global layers)."""
+    shares_keys: bool = False
+    """Whether the layer makes queries alone and reads the keys and values of the last layer before
+    it whose attention is the same but for this (Gemma 4's E models); it keeps no state then."""
     zero_centered_qk_norm: bool = False
     """Whether that norm multiplies by 1 + scale (Gemma 3, Qwen3-Next, 2025)."""
     qk_norm_after_rope: bool = False
@@ -148,13 +151,14 @@ class AttentionConfig(AttentionTraits):
         biases, norms.
         """
         heads, groups, width = self.num_heads, self.num_kv_heads, self.head_dim
+        groups = 0 if self.shares_keys else groups
         matrices = d_model * width * (2 * heads + groups * (1 if self.values_from_keys else 2))
         biases = width * (heads + 2 * groups) if self.bias else 0
         biases += d_model if self.bias and self.output_bias else 0
         if self.qk_norm == "all":
             norms = width * (heads + groups)
         else:
-            norms = 2 * width if self.qk_norm == "head" else 0
+            norms = (2 if groups else 1) * width if self.qk_norm == "head" else 0
         if self.output_gate:
             matrices += d_model * width * heads
             biases += width * heads if self.bias else 0

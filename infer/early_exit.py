@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from configs.architecture import ModelConfig
 from configs.checks import require
 from configs.feed_forward import MoEConfig
 from model.early_exit import exit_layers
@@ -42,6 +43,8 @@ def check_exits(model: Transformer) -> None:
       UserError: the model has no exit before its end, or layers that can't be skipped.
     """
     config = model.config
+    reason = unexitable_reason(config)
+    require(reason is None, f"{reason}")
     require(
         config.num_exits >= 2,
         "exit_threshold has no effect on a model of one period: exits lie between periods",
@@ -58,6 +61,17 @@ def check_exits(model: Transformer) -> None:
             "early exit needs depth.selection='threshold': use the config that "
             "model.depth.with_threshold_selection gives",
         )
+
+
+def unexitable_reason(config: ModelConfig) -> str | None:
+    """Why a model's layers can't run a few at a time, in a sentence; None: they can."""
+    if config.has_shared_keys or config.per_layer_embeddings is not None:
+        return (
+            "early exits and drafts by a model's own first layers are not built for layers that "
+            "read the keys of others (shares_keys) or vectors of their own "
+            "(per_layer_embeddings): generate without them"
+        )
+    return None
 
 
 def exit_step(
@@ -156,8 +170,9 @@ def exit_ranges(model: Transformer) -> list[tuple[int, int]]:
 def begin(
     model: Transformer, variables: Variables, step: Step, state: ModelState | None
 ) -> tuple[jax.Array, Any]:
-    """See Transformer.begin."""
-    return cast(Any, model.apply(variables, step, state, method="begin"))
+    """See Transformer.begin; of a model whose layers get nothing beside."""
+    x_BLD, state, _ = cast(Any, model.apply(variables, step, state, method="begin"))
+    return x_BLD, state
 
 
 def run_layers(

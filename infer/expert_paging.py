@@ -146,7 +146,7 @@ def _run_block(
 ) -> tuple[jax.Array, BlockState, Any]:
     """The layer's result, its state, and the experts int32 [1, L, K]; None without experts."""
     outputs: Any = block.apply(variables, x_BLD, step, state, mutable=["experts"])
-    (new_BLD, state), sown = outputs
+    (new_BLD, state, _), sown = outputs
     is_read = (step.positions_BL >= 0).reshape(*x_BLD.shape[:2], *[1] * (x_BLD.ndim - 2))
     ids = sown["experts"]["moe"]["ids"] if "experts" in sown else None
     return jnp.where(is_read, new_BLD, x_BLD), state, ids
@@ -154,7 +154,8 @@ def _run_block(
 
 @partial(jax.jit, static_argnums=0)
 def _begin(model: Transformer, variables: Variables, step: Step, state: ModelState) -> Any:
-    return model.apply(variables, step, state, method="begin")
+    x_BLD, state, _ = cast(Any, model.apply(variables, step, state, method="begin"))
+    return x_BLD, state
 
 
 @partial(jax.jit, static_argnums=0)

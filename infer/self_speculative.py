@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from configs.checks import require, require_positive
-from infer.early_exit import begin, exit_logits, exit_ranges, run_layers
+from infer.early_exit import begin, exit_logits, exit_ranges, run_layers, unexitable_reason
 from model.model_state import ModelState, rewind, unrewindable_reason
 from model.step import make_step
 from model.transformer import Transformer, Variables, output_weights
@@ -49,6 +49,8 @@ def check_draft(model: Transformer, draft: Draft) -> None:
       UserError: no such exit before the model's end, or a cache from which nothing can be taken.
     """
     config = model.config
+    reason = unexitable_reason(config)
+    require(reason is None, f"{reason}")
     require(
         draft.exit < config.num_exits,
         f"draft.exit={draft.exit} is no exit before the model's end: it has "

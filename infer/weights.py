@@ -26,7 +26,7 @@ from kernels.quantize.formats import (
     rounds_in_place,
     to_format,
 )
-from model.transformer import Transformer, abstract_variables, weight_dims
+from model.transformer import VOCABULARY, Transformer, abstract_variables, weight_dims
 from parallel.mesh import TENSOR
 
 FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
@@ -55,7 +55,7 @@ def formats_of(
 ) -> dict[str, WeightFormat]:
     """The format of each parameter that does not stay in float32, by the parameter's path.
 
-    What int4 would cost most is kept in int8: embedding and output layer, as in llama.cpp's files.
+    What int4 would cost most is kept in int8: embeddings and output layer, as in llama.cpp's files.
 
     Args:
       target: the device that multiplies; None is the default one.
@@ -133,8 +133,8 @@ def _tensor_dim(spec: PartitionSpec, num_stack: int) -> int | None:
 
 
 def _is_vocabulary(name: str) -> bool:
-    """Whether it is the embedding or the output layer."""
-    return name.endswith(("'embedding']", "'output']")) and name.count("[") == 1
+    """Whether it has a row for each token of the vocabulary."""
+    return name[2:-2].replace("']['", ".") in VOCABULARY
 
 
 def num_bytes(variables: Any) -> int:

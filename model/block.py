@@ -8,10 +8,12 @@ from typing import Any, assert_never
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from configs.architecture import LayerSpec, ModelConfig
 from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig
+from model.attention.grouped_query import ReadKeys
 from model.attention.kinds import attention_layer
 from model.depth import routed
 from model.hyper_connections import StreamMixer, read, written
@@ -19,8 +21,38 @@ from model.layer_state import AnyKeyValueState, LayerState, StateParts
 from model.layers import RMSNorm, SwiGLU, newest, one_weight
 from model.model_state import BlockState
 from model.moe import MoE
+from model.per_layer_embeddings import PerLayerUpdate
 from model.step import ChosenExperts, Preference, Step
 from parallel.sharding import constrain
+
+
+class GivenToBlock(struct.PyTreeNode):
+    """What a layer gets beside the residual stream, each where the model has it."""
+
+    vectors_BLW: jax.Array | None = None
+    """Its vectors of the tokens (model/per_layer_embeddings.py)."""
+    keys: ReadKeys | None = None
+    """What the layer's queries read that it shares keys with."""
+
+    @classmethod
+    def of(
+        cls, vectors_BLW: jax.Array | None, source: int | None, read: dict[int, ReadKeys]
+    ) -> "GivenToBlock":
+        """
+        Args:
+          source: the number of that layer (ModelConfig.key_sources).
+          read: what the sources before have read, by number.
+        """
+        return cls(vectors_BLW, None if source is None else read[source])
+
+
+class GivenToPeriods(struct.PyTreeNode):
+    """The same of the pattern's layers, as the prefix leaves it."""
+
+    vectors_PBLNW: jax.Array | None = None
+    """Of each period's layers."""
+    read: dict[int, ReadKeys] = struct.field(default_factory=dict)
+    """What sources in the prefix have read, by number."""
 
 
 class Block(nn.Module):
@@ -35,6 +67,8 @@ class Block(nn.Module):
     spec: LayerSpec
     model: ModelConfig
     execution: ExecutionConfig
+    is_source: bool = False
+    """Whether a later layer reads what this one's queries read (ModelConfig.key_sources)."""
 
     @nn.compact
     def __call__(
@@ -44,20 +78,27 @@ class Block(nn.Module):
         state: BlockState | None,
         preference_BE: jax.Array | None = None,
         chosen_BLK: jax.Array | None = None,
-    ) -> tuple[jax.Array, BlockState | None]:
+        given: GivenToBlock = GivenToBlock(),
+    ) -> tuple[jax.Array, BlockState | None, ReadKeys | None]:
+        """The layer's result, its state, and of a source what its queries read."""
         if self.spec.depth is not None:
-            return routed(self, self.spec.depth, x_BLD, step, state, preference_BE)
+            return *routed(self, self.spec.depth, x_BLD, step, state, preference_BE), None
         if self.model.hyper_connections is not None:
-            return self._over_streams(x_BLD, step, state, preference_BE, chosen_BLK)
-        x_BLD, attended_BLD, update_BLD, state = self.branches(
-            x_BLD, step, state, preference_BE, chosen_BLK
+            return *self._over_streams(x_BLD, step, state, preference_BE, chosen_BLK), None
+        x_BLD, attended_BLD, update_BLD, state, read = self.branches(
+            x_BLD, step, state, preference_BE, chosen_BLK, given.keys
         )
         x_BLD = constrain(x_BLD + update_BLD, "batch", "length", None)
+        if self.model.per_layer_embeddings is not None:
+            assert given.vectors_BLW is not None
+            add = PerLayerUpdate(self.model.per_layer_embeddings, name="per_layer")
+            added_BLD = self._norm("per_layer_norm")(add(x_BLD, given.vectors_BLW))
+            x_BLD = constrain(x_BLD + added_BLD, "batch", "length", None)
         if self.spec.output_scale:
             x_BLD *= one_weight(self, "output_scale", (1,), (None,)).astype(x_BLD.dtype)[None, None]
         for name, value in (("hidden", x_BLD), ("attended", attended_BLD)):
             self.sow("activations", name, value, init_fn=lambda: None, reduce_fn=newest)
-        return x_BLD, state
+        return x_BLD, state, read if self.is_source else None
 
     def branches(
         self,
@@ -66,19 +107,26 @@ class Block(nn.Module):
         state: BlockState | None,
         preference_BE: jax.Array | None,
         chosen_BLK: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, BlockState | None]:
-        """x after attention, attention's update, the feed-forward's update, and the state."""
+        keys: ReadKeys | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, BlockState | None, ReadKeys | None]:
+        """x after attention, attention's update, the feed-forward's update, the state, and what the
+        queries read.
+
+        Args:
+          keys: what those of the layer read that this one shares keys with.
+        """
         attention_state, router_state = (state.attention, state.router) if state else (None, None)
-        attended_BLD = update_BLD = jnp.zeros_like(x_BLD)
+        attended_BLD, read = jnp.zeros_like(x_BLD), None
+        update_BLD = attended_BLD
         if self.spec.has_attention:
-            attended_BLD, attention_state = self._attended(x_BLD, step, attention_state)
+            attended_BLD, attention_state, read = self._attended(x_BLD, step, attention_state, keys)
             x_BLD = constrain(x_BLD + attended_BLD, "batch", "length", None)
         if self.spec.has_feed_forward:
             update_BLD, router_state = self._fed(
                 x_BLD, step, router_state, preference_BE, chosen_BLK
             )
         state = None if attention_state is None else BlockState(attention_state, router_state)
-        return x_BLD, attended_BLD, update_BLD, state
+        return x_BLD, attended_BLD, update_BLD, state, read
 
     def _over_streams(
         self,
@@ -95,7 +143,7 @@ class Block(nn.Module):
         attention_state, router_state = (state.attention, state.router) if state else (None, None)
         mixing = StreamMixer(config, eps, name="attention_streams")(x_BLND)
         x_BLD = read(x_BLND, mixing.read_BLN)
-        attended_BLD, attention_state = self._attended(x_BLD, step, attention_state)
+        attended_BLD, attention_state, _ = self._attended(x_BLD, step, attention_state)
         x_BLND = constrain(written(x_BLND, attended_BLD, mixing), "batch", "length", None, None)
         mixing = StreamMixer(config, eps, name="ffn_streams")(x_BLND)
         x_BLD = read(x_BLND, mixing.read_BLN)
@@ -112,9 +160,13 @@ class Block(nn.Module):
         return (2 * self.model.num_layers) ** -0.5
 
     def _attended(
-        self, x_BLD: jax.Array, step: Step, state: LayerState | StateParts | None
-    ) -> tuple[jax.Array, LayerState | StateParts | None]:
-        """What attention adds to the residual stream, and its state."""
+        self,
+        x_BLD: jax.Array,
+        step: Step,
+        state: LayerState | StateParts | None,
+        keys: ReadKeys | None = None,
+    ) -> tuple[jax.Array, LayerState | StateParts | None, ReadKeys | None]:
+        """What attention adds to the residual stream, its state, and what its queries read."""
         attention = self.spec.attention
         attend = attention_layer(
             attention,
@@ -123,8 +175,9 @@ class Block(nn.Module):
             self._depth_scale * attention.out_width**-0.5,
             gaps=self.spec.depth is not None,
         )
-        attended_BLD, state = attend(self._read(x_BLD, "attention_norm"), step, state)
-        return self._added(attended_BLD, "attention_norm_after"), state
+        h_BLD = self._read(x_BLD, "attention_norm")
+        attended_BLD, state, read = attend(h_BLD, step, state, keys)
+        return self._added(attended_BLD, "attention_norm_after"), state, read
 
     def _fed(
         self,
@@ -205,12 +258,16 @@ class Period(nn.Module):
         is_dropped_B: jax.Array | None = None,
         preference: Preference | None = None,
         chosen: ChosenExperts | None = None,
+        vectors_BLNW: jax.Array | None = None,
+        read: dict[int, ReadKeys] | None = None,
     ) -> tuple[tuple[jax.Array, Any], Any]:
         """Rows with is_dropped are given back as they came.
 
         Args:
           carry: x_BLD, and the layers' states where they are not stacked (ModelState.is_stacked).
           stacked: the states of this period, where they are.
+          vectors_BLNW: of this period's layers (model/per_layer_embeddings.py).
+          read: what sources in the prefix have read, by number.
         """
         x_BLD, own = carry
         states = stacked if own is None else own
@@ -223,13 +280,22 @@ class Period(nn.Module):
         has_equals = len(set(self.model.pattern)) < len(self.model.pattern)
         kind = _TracedOnce if has_equals and not is_drawing else Block
         first, last = step.layers or (0, len(self.model.pattern))
+        sources, num_prefix, read = self.model.key_sources, len(self.model.prefix), dict(read or {})
         for i, spec in enumerate(self.model.pattern):
             layer_state = None if states is None else states[i]
             if first <= i < last:
-                block = kind(spec, self.model, self.execution, name=f"layer_{i}")
+                number = num_prefix + i
+                is_source = number in sources
+                block = kind(spec, self.model, self.execution, is_source, name=f"layer_{i}")
                 wanted_BE = None if preference is None else preference.get(f"layer_{i}")
                 chosen_BLK = None if chosen is None else chosen.get(f"layer_{i}")
-                new_BLD, layer_state = block(x_BLD, step, layer_state, wanted_BE, chosen_BLK)
+                vectors_BLW = None if vectors_BLNW is None else vectors_BLNW[:, :, i]
+                given = GivenToBlock.of(vectors_BLW, sources[number], read)
+                new_BLD, layer_state, made = block(
+                    x_BLD, step, layer_state, wanted_BE, chosen_BLK, given
+                )
+                if made is not None:
+                    read[number] = made
                 x_BLD = _keep_exited(step, x_BLD, new_BLD)
             after.append(layer_state)
         if is_dropped_B is not None:

@@ -109,7 +109,7 @@ def routed(
 
 def _update_of(block: Any, state: BlockState | None, preference_BE: jax.Array | None) -> Update:
     def update(x_BCD, step):
-        _, first_BCD, second_BCD, new = block.branches(x_BCD, step, state, preference_BE)
+        _, first_BCD, second_BCD, new, _ = block.branches(x_BCD, step, state, preference_BE)
         return first_BCD + second_BCD, new
 
     return update

@@ -35,8 +35,7 @@ def attention_flops_per_token(model: ModelConfig, length: int) -> float:
 
 
 def _forward(model: ModelConfig, places: np.ndarray) -> float:
-    looked_up = 0 if model.tie_embeddings else model.vocab_size * model.d_model
-    weights = model.num_active_parameters - looked_up
+    weights = model.num_active_parameters - model.num_looked_up_parameters
     return 2.0 * weights + _mixing(model, places)
 
 

@@ -14,8 +14,8 @@ from flax import struct
 from configs.feed_forward import DenseActivation, DenseConfig, num_parts
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
 from kernels.matmul import matmul, reads_as_stored, takes_rows
-from kernels.quantize import MatrixDims, QTensor
-from parallel.sharding import on_parts
+from kernels.quantize import MatrixDims, QTensor, take_outputs
+from parallel.sharding import constrain, on_parts
 
 
 class Declared(nn.LogicallyPartitioned):
@@ -190,6 +190,14 @@ def in_dtype(w: Weight, dtype: jnp.dtype) -> Weight:
     if isinstance(w, QTensor | SplitWeight | AdaptedWeight) or reads_as_stored(w.dtype, dtype):
         return w
     return w.astype(dtype)
+
+
+def look_up(table_VD: jax.Array | QTensor, tokens_BL: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The table's rows of these tokens, [B, L, D] in this dtype."""
+    if isinstance(table_VD, QTensor):
+        return take_outputs(table_VD, tokens_BL, dtype.name)
+    table_VD = constrain(table_VD.astype(dtype), "vocab", None)  # whole rows to look up
+    return constrain(table_VD[tokens_BL], "batch", "length", None)
 
 
 class OutputsFirst(NamedTuple):

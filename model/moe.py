@@ -248,7 +248,7 @@ class MoE(nn.Module):
             attention = GroupedQueryAttention(
                 context.attention(), self.execution, self.norm_eps, 0.0, num_experts, name="context"
             )
-            update_BLE, context_state = attention(x_BLD, step, context_state)
+            update_BLE, context_state, _ = attention(x_BLD, step, context_state)
             logits_BLE += update_BLE
         else:
             assert_never(context.kind)

@@ -56,7 +56,7 @@ class MultiTokenModule(nn.Module):
         both_BLC = jnp.concatenate([hidden_BLD, next_BLD], axis=-1)
         x_BLD = project("BLC,CD->BLD", both_BLC, w_CD)
         x_BLD = constrain(x_BLD, "batch", "length", None)
-        x_BLD, state = self.layer(x_BLD, step, state)
+        x_BLD, state, _ = self.layer(x_BLD, step, state)
         return self._norm("norm")(x_BLD), state
 
     def _norm(self, name: str) -> RMSNorm:

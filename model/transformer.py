@@ -14,14 +14,16 @@ import numpy as np
 
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig
-from kernels.quantize import MatrixDims, QTensor, take_outputs
-from model.block import SHAPES_ALONE, Block, Period
+from kernels.quantize import MatrixDims, QTensor
+from model.attention.grouped_query import ReadKeys
+from model.block import SHAPES_ALONE, Block, GivenToBlock, GivenToPeriods, Period
 from model.early_exit import dropout_rates
 from model.hyper_connections import StreamReader, spread
-from model.layers import CappedOutput, Declared, OutputsFirst, RMSNorm, in_dtype, weight
+from model.layers import CappedOutput, Declared, OutputsFirst, RMSNorm, in_dtype, look_up, weight
 from model.model_state import ModelState
 from model.moe_layers import moe_layers
 from model.multi_token import MultiTokenModule, ahead
+from model.per_layer_embeddings import PerLayerInputs, split_by_layer
 from model.seeds import seed_key
 from model.step import ChosenExperts, Preference, Step, make_step
 from parallel.sharding import constrain
@@ -36,6 +38,9 @@ SCANNED = (
     *("router", "exits", "activations", "experts"),
 )
 """Collections whose arrays the scan stacks."""
+
+VOCABULARY = ("embedding", "output", "per_layer_embeddings.table")
+"""Parameters that have a row or column for each token of the vocabulary."""
 
 
 def is_scanned(config: ModelConfig) -> bool:
@@ -81,12 +86,17 @@ class Transformer(nn.Module):
             block = nn.remat(Block, prevent_cse=False)
         elif self.execution.remat != "none":
             assert_never(self.execution.remat)
-        self.prefix = [block(spec, c, self.execution) for spec in c.prefix]
+        self.prefix = [
+            block(spec, c, self.execution, i in c.key_sources) for i, spec in enumerate(c.prefix)
+        ]
+        if c.per_layer_embeddings is not None:
+            sizes = (c.num_layers, c.vocab_size, c.norm_eps, c.zero_centered_norms)
+            self.per_layer_embeddings = PerLayerInputs(c.per_layer_embeddings, *sizes)
         self.periods = nn.scan(
             period,
             variable_axes=dict.fromkeys(SCANNED, 0),
             split_rngs={"params": True, SHAPES_ALONE: False},
-            in_axes=cast(Any, (0, nn.broadcast, 0, 0, 0)),
+            in_axes=cast(Any, (0, nn.broadcast, 0, 0, 0, 0, nn.broadcast)),
             length=c.num_periods,
             unroll=1 if is_scanned(c) else c.num_periods,
             # Traces all layers once more, to look for broadcasts that none makes. Where weights are
@@ -109,29 +119,47 @@ class Transformer(nn.Module):
     def __call__(
         self, step: Step, state: ModelState | None = None
     ) -> tuple[jax.Array, ModelState | None]:
-        x_BLD, state = self.begin(step, state)
-        x_BLD, state = self.run_periods(x_BLD, step, state)
+        x_BLD, state, given = self.begin(step, state)
+        x_BLD, state = self.run_periods(x_BLD, step, state, given)
         hidden_BLD = self.finish(x_BLD)
         if self.config.multi_token is not None and self.is_mutable_collection("multi_token"):
             self._look_ahead(hidden_BLD, step)
         return hidden_BLD, state
 
-    def begin(self, step: Step, state: ModelState | None) -> tuple[jax.Array, ModelState | None]:
+    def begin(
+        self, step: Step, state: ModelState | None
+    ) -> tuple[jax.Array, ModelState | None, GivenToPeriods]:
         """What the first period reads, x_BLD (with hyper_connections [B, L, N, D], here and until
-        `finish`), and the state with the prefix's tokens."""
-        x_BLD, blocks = self._embedded(step.tokens_BL), []
+        `finish`), the state with the prefix's tokens, and what the pattern's layers get beside."""
+        c, x_BLD = self.config, self._embedded(step.tokens_BL)
+        blocks, vectors, vectors_PBLNW = [], [None] * len(c.prefix), None
+        if c.per_layer_embeddings is not None:
+            given_BLNW = self.per_layer_embeddings(step.tokens_BL, x_BLD)
+            vectors, vectors_PBLNW = split_by_layer(given_BLNW, len(c.prefix), c.num_periods)
+        read: dict[int, ReadKeys] = {}
         if self.config.hyper_connections is not None:
             x_BLD = spread(x_BLD, self.config.hyper_connections)
         for i, block in enumerate(self.prefix):
-            x_BLD, block_state = block(x_BLD, step, None if state is None else state.prefix[i])
+            given = GivenToBlock.of(vectors[i], c.key_sources[i], read)
+            block_state = None if state is None else state.prefix[i]
+            x_BLD, block_state, made = block(x_BLD, step, block_state, given=given)
             blocks.append(block_state)
-        return x_BLD, None if state is None else state.replace(prefix=tuple(blocks))
+            if made is not None:
+                read[i] = made
+        given = GivenToPeriods(vectors_PBLNW, read)
+        return x_BLD, None if state is None else state.replace(prefix=tuple(blocks)), given
 
     def run_periods(
-        self, x_BLD: jax.Array, step: Step, state: ModelState | None
+        self,
+        x_BLD: jax.Array,
+        step: Step,
+        state: ModelState | None,
+        given: GivenToPeriods = GivenToPeriods(),
     ) -> tuple[jax.Array, ModelState | None]:
         """x after the pattern's layers, or after step.layers of them, and the state.
 
+        Args:
+          given: of `begin`, of a model that has something of it.
         Raises:
           ValueError: step.layers of a model whose pattern repeats (see model/unstacked.py).
         """
@@ -140,7 +168,7 @@ class Transformer(nn.Module):
         is_dropped_PB = self._dropped_rows(x_BLD.shape[0])
         preference, chosen = step.preference, step.chosen
         step = step.replace(preference=None, chosen=None)
-        rest = (step, is_dropped_PB, preference, chosen)
+        rest = (step, is_dropped_PB, preference, chosen, given.vectors_PBLNW, given.read)
         if state is None:
             (x_BLD, _), _ = self.periods((x_BLD, None), None, *rest)
             return x_BLD, None
@@ -155,13 +183,7 @@ class Transformer(nn.Module):
         return x_BLD if scale == 1.0 else scale * x_BLD
 
     def _looked_up(self, tokens_BL: jax.Array) -> jax.Array:
-        dtype = jnp.dtype(self.execution.compute_dtype)
-        if isinstance(self.embedding_VD, QTensor):
-            return take_outputs(self.embedding_VD, tokens_BL, dtype.name)
-        table_VD = constrain(
-            self.embedding_VD.astype(dtype), "vocab", None
-        )  # whole rows to look up
-        return constrain(table_VD[tokens_BL], "batch", "length", None)
+        return look_up(self.embedding_VD, tokens_BL, jnp.dtype(self.execution.compute_dtype))
 
     def finish(self, x_BLD: jax.Array) -> jax.Array:
         """The final norm, of the last layer or of an exit: what the output layer reads, the logits'

@@ -159,7 +159,8 @@ class Costs:
             of_expert = re.fullmatch(r"(.*\['moe'\])\['(gate_up|down)(_bias)?'\]", name)
             if name.startswith("['multi_token"):
                 continue  # no step of decoding reads it
-            if name == "['embedding']" and not self.config.tie_embeddings:
+            is_embedding = name == "['embedding']" and not self.config.tie_embeddings
+            if is_embedding or name == "['per_layer_embeddings']['table']":
                 continue  # a row of it for each token
             if of_expert and of_expert[1] in experts:
                 experts[of_expert[1]][held] += size

@@ -36,8 +36,14 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
             (spec, _pick(params["periods"][f"layer_{i}"], period))
             for i, spec in enumerate(config.pattern)
         ]
-    for spec, layer in layers:
+    made, added = {}, config.per_layer_embeddings
+    vectors = per_layer_vectors(params, config, tokens, x, wrong) if added else None
+    for number, (spec, layer) in enumerate(layers):
         eps, scale = config.norm_eps, config.residual_scale
+        if isinstance(spec.attention, AttentionConfig):
+            layer = layer | {"attention": layer["attention"] | {"made": made}}
+        if added is not None:
+            layer = layer | {"given": (vectors[:, number], added.activation)}
         if config.zero_centered_norms:
             layer = layer | {k: {"scale": 1 + v["scale"]} for k, v in layer.items() if "norm" in k}
         if config.hyper_connections is not None:
@@ -60,6 +66,8 @@ def block(x, layer, spec: LayerSpec, eps, positions, documents, wrong="", scale=
     """One layer, of the tokens that it chooses where it has a Mixture-of-Depths router."""
     if spec.depth is None:
         x = x + block_update(x, layer, spec, eps, positions, documents, wrong, scale)
+        if "given" in layer:
+            x = x + per_layer_update(x, layer, eps, wrong)
         return x * layer["output_scale"] if spec.output_scale else x
     r = x @ layer["depth_router"]
     chosen = np.flatnonzero(r > 0)
@@ -70,6 +78,37 @@ def block(x, layer, spec: LayerSpec, eps, positions, documents, wrong="", scale=
     update = block_update(x[chosen], layer, spec, eps, positions[chosen], documents[chosen])
     x[chosen] += gates[:, None] * update
     return x
+
+
+def per_layer_vectors(params, config: ModelConfig, tokens, x, wrong=""):
+    """Of each token and layer, [L, N, W]. wrong: "widths first" reads the table's columns with the
+    layer inside; "normed together" takes one norm over all layers; "no context" leaves out the
+    embedding's projection."""
+    w, width = params["per_layer_embeddings"], config.per_layer_embeddings.width
+    count, d_model = config.num_layers, x.shape[1]
+
+    def by_layer(y):
+        if wrong == "widths first":
+            return y.reshape(len(y), width, count).swapaxes(1, 2)
+        return y.reshape(len(y), count, width)
+
+    scale = w["norm"]["scale"] + (1 if config.zero_centered_norms else 0)
+    seen = x @ w["projection"] / np.sqrt(d_model)
+    if wrong == "normed together":
+        seen = rms_norm(seen, np.tile(scale, count), config.norm_eps)
+        return (by_layer(seen) + by_layer(w["table"][tokens]) * np.sqrt(width)) / np.sqrt(2)
+    seen = rms_norm(by_layer(seen), scale, config.norm_eps) * (wrong != "no context")
+    return (seen + by_layer(w["table"][tokens]) * np.sqrt(width)) / np.sqrt(2)
+
+
+def per_layer_update(x, layer, eps, wrong=""):
+    """What a layer adds of its vectors. wrong: "vector gated" puts the activation on the vector."""
+    (given, activation), w = layer["given"], layer["per_layer"]
+    gate = x @ w["gate"]
+    if wrong == "vector gated":
+        gate, given = given, gate
+    added = (silu_or_gelu(gate, activation) * given) @ w["projection"]
+    return rms_norm(added, layer["per_layer_norm"]["scale"], eps)
 
 
 def over_streams(x, layer, spec: LayerSpec, config: ModelConfig, positions, documents, wrong=""):
@@ -232,11 +271,20 @@ def qk_scale(w, name, config: AttentionConfig):
 def attention(x, w, config: AttentionConfig, positions, documents, wrong=""):
     """wrong: "sink of the group" takes the logit of the key/value head; "sink with a value" counts
     the sink as one more token with the first one's value; "gate without a sigmoid" multiplies by
-    the projection itself; or of `projections`."""
+    the projection itself; "keys of its own tokens" lets a layer that shares keys make them of what
+    it reads itself, "first of its kind" takes those of the first such layer; or of `projections`.
+    """
     length, (_, heads, width) = len(x), w["q"].shape
     out = np.zeros((length, w["o"].shape[-1]))
-    queries, keys, all_values = projections(x, w, config, wrong=wrong)
-    q_scale, k_scale = (qk_scale(w, name, config) for name in ("q_norm", "k_norm"))
+    made, own = w.get("made", {}), dataclasses.replace(config, shares_keys=False)
+    if not config.shares_keys and (wrong != "first of its kind" or own not in made):
+        made[own] = (x, w)
+    from_x, from_w = made[own] if config.shares_keys else (x, w)
+    if config.shares_keys and wrong == "keys of its own tokens":
+        from_x = x
+    queries = projections(x, from_w | w, config, wrong=wrong)[0]
+    _, keys, all_values = projections(from_x, from_w, config, wrong=wrong)
+    q_scale, k_scale = qk_scale(w, "q_norm", config), qk_scale(from_w, "k_norm", config)
     score_scale = width**-0.5 if config.score_scale is None else config.score_scale
     warm = config.query_temperature
 

@@ -13,7 +13,7 @@ from jax.tree_util import keystr, tree_map_with_path
 from configs.base import RunConfig
 from configs.tuning import QuantizationAwareConfig
 from kernels.quantize import QUANTIZED, MatrixDims, dequantize, quantize
-from model.transformer import Transformer, weight_dims
+from model.transformer import VOCABULARY, Transformer, weight_dims
 
 
 def first_step(run: RunConfig, config: QuantizationAwareConfig) -> int:
@@ -33,14 +33,14 @@ def rounded_params(run: RunConfig, model: Transformer, params: Any, step: jax.Ar
 
 def round_all(config: QuantizationAwareConfig, model: Transformer, params: Any) -> Any:
     """Each weight that may have few bits and whose inputs the blocks divide, rounded to nearest;
-    embedding and output layer to int8 where the others are int4.
+    embeddings and output layer to int8 where the others are int4.
     """
 
     def rounded(path: Any, w: jax.Array, dims: MatrixDims | None) -> jax.Array:
         assert config.weights != "none"
         if dims is None or math.prod(dims.split(w.shape)[1]) % config.block_size:
             return w
-        is_end = keystr(path, simple=True, separator=".") in ("embedding", "output")
+        is_end = keystr(path, simple=True, separator=".") in VOCABULARY
         weights = "int8" if is_end and config.weights == "int4" else config.weights
         size, scales = config.block_size, "bfloat16"
         held = quantize(w, QUANTIZED[weights], dims=dims, block_size=size, scale_dtype=scales)

@@ -1,7 +1,7 @@
 """Records that describe a family of public checkpoints."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,6 +80,8 @@ class Family:
     """The tensor that each multi-token module has one of; None where the family has no modules."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of tensors that follow from the config."""
+    unused: Callable[[ModelConfig], Sequence[str]] = lambda _: ()
+    """Those of tensors that a model's files may hold and that nothing computes with."""
     unread: tuple[tuple[str, str], ...] = ()
     """Regular expressions of tensors of other parts than the text model, and what the parts are:
     they are left out, and the reader is told."""

@@ -15,6 +15,7 @@ from configs.feed_forward import (
     NoFeedForwardConfig,
     RouterConfig,
 )
+from configs.shared_keys import shares_keys
 
 MAX_LAYERS = 4096
 """More than any model has."""
@@ -98,11 +99,13 @@ def _has_dense_bias(layers: Sequence[LayerSpec]) -> bool:
 
 
 def folded(layers: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec, ...]]:
-    """(prefix, pattern): dense layers before the first experts, then the shortest period of the
-    rest; or no prefix, where the shortest period of all layers is shorter than both.
+    """(prefix, pattern): dense layers before the first experts, or without experts those before the
+    first that reads another's keys, then the shortest period of the rest; or no prefix, where the
+    shortest period of all layers is shorter than both.
     """
     moe = [i for i, layer in enumerate(layers) if isinstance(layer.ffn, MoEConfig)]
-    first, whole = (moe[0] if moe else 0), _period(layers)
+    sharing = [i for i, layer in enumerate(layers) if shares_keys(layer.attention)]
+    first, whole = ((moe or sharing)[0] if moe or sharing else 0), _period(layers)
     rest = _period(layers[first:])
     if first + len(rest) > len(whole):
         return (), whole

@@ -1,7 +1,7 @@
-"""Gemma 4 (2026), text, dense (31B) and with experts (26B-A4B): values normed, whole layers with
-heads of their own and values of the keys' projection, a dense layer beside the experts.
-
-The E models' embeddings for each layer and keys shared by the last layers are not built.
+"""Gemma 4 (2026), text, dense (31B, E2B, E4B) and with experts (26B-A4B): values normed, whole
+layers with heads of their own and values of the keys' projection, a dense layer beside the experts;
+in the E models embeddings for each layer, and keys and values that the last layers take from
+earlier ones.
 """
 
 import dataclasses
@@ -24,6 +24,8 @@ from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
+from configs.per_layer_embeddings import PerLayerEmbeddingConfig
+from configs.shared_keys import shares_keys
 
 DEFAULTS = {
     "vocab_size": 262_144,
@@ -37,6 +39,7 @@ DEFAULTS = {
     "tie_word_embeddings": True,
     "sliding_window": 512,
     "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262_144,
 }
 """Values of transformers\' Gemma4TextConfig for keys that a config.json leaves out."""
 
@@ -53,7 +56,6 @@ ROPE = {
 
 
 def read_config(settings: Settings) -> ModelConfig:
-    _refuse_what_is_not_built(settings)
     count = config_sections.read_num_layers(settings)
     default = [windows.WINDOW if (i + 1) % 6 else windows.WHOLE for i in range(count)]
     default[-1] = windows.WHOLE
@@ -63,39 +65,62 @@ def read_config(settings: Settings) -> ModelConfig:
             f"{settings.where} has {windows.WINDOW!r} for the last of layer_types, which is "
             f"{windows.WHOLE!r} whatever it says: say so"
         )
-    dense = gemma.read_ffn(settings)
+    first_sharing = _read_first_sharing(settings, sizes)
     moe = _read_moe(settings)
-    layers = [
-        LayerSpec(
-            attention=_read_attention(settings, size, i),
-            ffn=dense if moe is None else moe,
-            dense=None if moe is None else dense,
-            norms="sandwich",
-            output_scale=True,
+    layers = []
+    for i, size in enumerate(sizes):
+        dense, is_sharing = gemma.read_ffn(settings), i >= first_sharing
+        if is_sharing and settings.flag("use_double_wide_mlp", default=False):
+            dense = dataclasses.replace(dense, d_ff=2 * dense.d_ff)
+        layers.append(
+            LayerSpec(
+                attention=dataclasses.replace(
+                    _read_attention(settings, size, i), shares_keys=is_sharing
+                ),
+                ffn=dense if moe is None else moe,
+                dense=None if moe is None else dense,
+                norms="sandwich",
+                output_scale=True,
+            )
         )
-        for i, size in enumerate(sizes)
-    ]
     return gemma.read_model(
         settings,
         layers,
         gemma2.ACTIVATION_KEY,
         logit_cap=gemma2.read_logit_cap(settings),
         zero_centered_norms=False,
+        per_layer_embeddings=_read_per_layer_embeddings(settings),
     )
 
 
-def _refuse_what_is_not_built(settings: Settings) -> None:
+def _read_per_layer_embeddings(settings: Settings) -> PerLayerEmbeddingConfig | None:
     """
     Raises:
-      UserError: an E model.
+      UserError: a table of another vocabulary than the embedding's.
     """
-    for key, what in (
-        ("hidden_size_per_layer_input", "embeddings for each layer"),
-        ("num_kv_shared_layers", "keys and values shared by the last layers"),
-    ):
-        value = settings.integer(key, default=0, least=0)
-        if value:
-            raise UserError(f"{settings.where} has {key}={value}: {what} are not built")
+    width = settings.integer("hidden_size_per_layer_input", default=0, least=0)
+    if not width:
+        return None
+    size = settings.integer("vocab_size")
+    settings.expect("vocab_size_per_layer_input", size)
+    return PerLayerEmbeddingConfig(width=width, activation="geglu")
+
+
+def _read_first_sharing(settings: Settings, sizes: list[int | None]) -> int:
+    """The first layer that takes its keys and values from the last one of its kind before.
+
+    Raises:
+      UserError: there is none of its kind.
+    """
+    shared = settings.integer("num_kv_shared_layers", default=0, least=0)
+    first = len(sizes) - shared
+    missing = [] if not shared else [x for x in sizes[first:] if x not in sizes[: max(first, 0)]]
+    if first < 0 or missing:
+        raise UserError(
+            f"{settings.where} has num_kv_shared_layers={shared} of {len(sizes)} layers, and a "
+            "layer of each kind that these have must come before them: set it lower"
+        )
+    return first
 
 
 def _read_moe(settings: Settings) -> MoEConfig | None:
@@ -184,8 +209,12 @@ def _read_pairs(rope: Settings, head_dim: int) -> dict[str, Any]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    attentions = config_sections.grouped_queries(config)
     layers = config_sections.unfolded(config)
+    is_sharing = [shares_keys(layer.attention) for layer in layers]
+    attentions = [
+        dataclasses.replace(each, shares_keys=False)
+        for each in config_sections.grouped_queries(config)
+    ]
     local = [each for each in attentions if each.window_size is not None]
     whole = [each for each in attentions if each.window_size is None]
     one_whole = config_sections.the_one(whole, "attention without a window")
@@ -194,7 +223,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         dataclasses.replace(one_local, rotary_dim=None, rotary_pairs="within")
     )
     ffns = [layer.dense or layer.ffn for layer in layers]
-    dense = config_sections.the_one(ffns, "dense layer")
+    dense = config_sections.the_one(_of(ffns, is_sharing, False) or ffns, "dense layer")
+    widths = [ffn.d_ff for ffn in _of(ffns, is_sharing, True)]
+    is_double = bool(widths) and widths[0] == 2 * dense.d_ff
+    added = config.per_layer_embeddings
     return {
         **config_sections.write_model(config, gemma2.ACTIVATION_KEY),
         **{k: v for k, v in written.items() if k not in gemma3.ROPE_KEYS},
@@ -214,9 +246,16 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "attention_k_eq_v": one_whole.values_from_keys,
         "final_logit_softcapping": config.logit_cap,
         "intermediate_size": dense.d_ff,
-        "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0 if added is None else added.width,
+        **({} if added is None else {"vocab_size_per_layer_input": config.vocab_size}),
+        "num_kv_shared_layers": sum(is_sharing),
+        "use_double_wide_mlp": is_double,
     }
+
+
+def _of(values: list[Any], is_sharing: list[bool], wanted: bool) -> list[Any]:
+    """The values of the layers that share keys, or of the others."""
+    return [value for value, sharing in zip(values, is_sharing, strict=True) if sharing == wanted]
 
 
 def _write_heads(whole: AttentionConfig, local: AttentionConfig) -> dict[str, int]:
@@ -250,6 +289,13 @@ def _write_moe(config: ModelConfig) -> dict[str, Any]:
 LAYER = weight_maps.LAYER
 
 
+def unused_tensors(config: ModelConfig) -> list[str]:
+    """Keys and values of layers that take another's, which released files hold all the same."""
+    layers = enumerate(config_sections.unfolded(config))
+    numbers = [i for i, layer in layers if shares_keys(layer.attention)]
+    return [rf"model\.layers\.{i}\.self_attn\.(k_proj|v_proj|k_norm)\.weight" for i in numbers]
+
+
 def _norm(parameter: str, name: str) -> Row:
     return Row(f"layers.*.{parameter}.scale", f"{LAYER}.{name}.weight", "d -> d")
 
@@ -260,6 +306,7 @@ GEMMA4_TEXT = Family(
     read_config=read_config,
     write_config=write_config,
     defaults=DEFAULTS,
+    unused=unused_tensors,
     rows=(
         *gemma3.GEMMA3.rows,
         Row("layers.*.attention.k", f"{weight_maps.ATTENTION}.k_proj.weight", "(g c) d -> d g c"),
@@ -267,6 +314,16 @@ GEMMA4_TEXT = Family(
         _norm("dense_norm_after", "post_feedforward_layernorm_1"),
         _norm("moe_norm_after", "post_feedforward_layernorm_2"),
         _norm("moe_norm", "pre_feedforward_layernorm_2"),
+        Row("per_layer_embeddings.table", "model.embed_tokens_per_layer.weight", "v x -> v x"),
+        Row(
+            "per_layer_embeddings.projection",
+            "model.per_layer_model_projection.weight",
+            "x d -> d x",
+        ),
+        Row("per_layer_embeddings.norm.scale", "model.per_layer_projection_norm.weight", "w -> w"),
+        Row("layers.*.per_layer.gate", f"{LAYER}.per_layer_input_gate.weight", "w d -> d w"),
+        Row("layers.*.per_layer.projection", f"{LAYER}.per_layer_projection.weight", "d w -> w d"),
+        _norm("per_layer_norm", "post_per_layer_input_norm"),
         Row("layers.*.moe.router", f"{LAYER}.router.proj.weight", "e d -> d e"),
         Row("layers.*.moe.router_norm.scale", f"{LAYER}.router.scale", "d -> d"),
         Row("layers.*.moe.expert_scales", f"{LAYER}.router.per_expert_scale", "e -> e"),

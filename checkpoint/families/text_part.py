@@ -57,5 +57,6 @@ def beside_encoders(model_type: str, architecture: str, text: Family) -> Family:
         rows=text.rows,
         fuses_experts=text.fuses_experts,
         renames=RENAMES,
+        unused=text.unused,
         unread=text.unread or UNREAD,
     )

@@ -4,6 +4,8 @@ normed and bounded queries and keys, and a gate on the result where public model
 B batch, L length, S keys, D d_model, H query heads, G key/value heads, C head_dim.
 """
 
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 from configs.attention import AttentionConfig, QKNorm, QueryTemperatureConfig
 from configs.base import ExecutionConfig
 from kernels.quantize import MatrixDims
+from model.attention.none import EmptyState
 from model.attention.sharded import sharded_cached_attention, sharded_window_attention
 from model.layer_state import AnyKeyValueState, StateShape, key_value_state
 from model.layers import RMSNorm, project, rope, unscaled_rms_norm, weight, zero_weight
@@ -22,8 +25,21 @@ NORMED_DIMS: dict[QKNorm, int] = {"head": 1, "all": 2, "head_unscaled": 0}
 """Last dimensions of queries and keys that have a norm's scale each."""
 
 
-def init_state(config: AttentionConfig, shape: StateShape) -> AnyKeyValueState:
-    """A slot for each token, or a ring of what the window still sees."""
+class ReadKeys(NamedTuple):
+    """What a layer's queries read: later layers with `shares_keys` read it too."""
+
+    k_BLGC: jax.Array
+    v_BLGC: jax.Array
+    """Of the step's tokens, as they are scored."""
+    state: AnyKeyValueState | None
+    """With these tokens."""
+
+
+def init_state(config: AttentionConfig, shape: StateShape) -> AnyKeyValueState | EmptyState:
+    """A slot for each token, or a ring of what the window still sees; nothing of a layer that reads
+    another's."""
+    if config.shares_keys:
+        return EmptyState()
     return key_value_state(
         shape,
         heads=config.num_kv_heads,
@@ -50,7 +66,10 @@ def mixing_flops(config: AttentionConfig, places: np.ndarray) -> float:
 
 
 class GroupedQueryAttention(nn.Module):
-    """Attention over the tokens of the same document, or over a state that holds them."""
+    """Attention over the tokens of the same document, or over a state that holds them.
+
+    With config.shares_keys, queries alone, over what an earlier layer's queries read.
+    """
 
     config: AttentionConfig
     execution: ExecutionConfig
@@ -66,8 +85,14 @@ class GroupedQueryAttention(nn.Module):
         self,
         x_BLD: jax.Array,
         step: Step,
-        state: AnyKeyValueState | None,
-    ) -> tuple[jax.Array, AnyKeyValueState | None]:
+        state: AnyKeyValueState | EmptyState | None,
+        source: ReadKeys | None = None,
+    ) -> tuple[jax.Array, Any, ReadKeys]:
+        """The result, the state, and what the queries read.
+
+        Args:
+          source: what those of the layer read that config.shares_keys means.
+        """
         c, d_model = self.config, x_BLD.shape[-1]
         q_BLHC, k_BLGC, v_BLGC = self._projected(x_BLD)
         out_axis = None if self.out_features else "embed"
@@ -85,22 +110,34 @@ class GroupedQueryAttention(nn.Module):
         sink_logits_H = None
         if c.sink_logits:  # they start as if one more key had the score 0
             sink_logits_H = zero_weight(self, "sink_logits", (c.num_heads,), ("heads",))
-        out_BLHC, state = self._attended(q_BLHC, k_BLGC, v_BLGC, step, state, sink_logits_H)
+        if source is None:
+            assert not c.shares_keys
+            assert not isinstance(state, EmptyState)
+            written = None if state is None else state.write(step, k_BLGC, v_BLGC)
+            source = ReadKeys(k_BLGC, v_BLGC, written)
+            state = written
+        out_BLHC = self._attended(q_BLHC, source, step, sink_logits_H)
         if c.output_gate:
             out_BLHC *= self._gates(x_BLD)
         out_BLD = project("BLHC,HCD->BLD", out_BLHC, w_o_HCD, is_flat=state is not None)
         if c.bias and c.output_bias:
             o_bias_D = zero_weight(self, "o_bias", out_shape[2:], (out_axis,))
             out_BLD += o_bias_D.astype(out_BLD.dtype)[None, None]
-        return out_BLD, state
+        return out_BLD, state, source
 
-    def _projected(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, L, H, C], keys and values [B, L, G, C], biases added."""
+    def _projected(self, x_BLD: jax.Array) -> tuple[jax.Array, Any, Any]:
+        """Queries [B, L, H, C], keys and values [B, L, G, C], biases added; None of what the layer
+        has not."""
         c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
         q_shape, kv_shape = (c.num_heads, c.head_dim), (2, c.num_kv_heads, c.head_dim)
         kv_axes = (None, *KEY_AXES)
         stddev, q_axes = d_model**-0.5, ("embed", *QUERY_AXES)
         w_q_DHC = weight(self, "q", (d_model, *q_shape), q_axes, stddev, MatrixDims(1, 2))
+        if c.shares_keys:
+            q_BLHC = project("BLD,DHC->BLHC", x_BLD, w_q_DHC)
+            if c.bias:
+                q_BLHC += zero_weight(self, "q_bias", q_shape, QUERY_AXES).astype(dtype)[None, None]
+            return q_BLHC, None, None
         if c.values_from_keys:
             shape, axes = (d_model, *kv_shape[1:]), ("embed", *KEY_AXES)
             w_k_DGC = weight(self, "k", shape, axes, stddev, MatrixDims(1, 2))
@@ -130,63 +167,62 @@ class GroupedQueryAttention(nn.Module):
         return jax.nn.sigmoid(gates_BLHC.astype(jnp.float32)).astype(dtype)
 
     def _normed_and_bounded(
-        self, q_BLHC: jax.Array, k_BLGC: jax.Array, v_BLGC: jax.Array, step: Step
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, q_BLHC: jax.Array, k_BLGC: Any, v_BLGC: Any, step: Step
+    ) -> tuple[jax.Array, Any, Any]:
         """The same three with norm, bound and RoPE."""
         c = self.config
-        if c.value_norm:
+        if c.value_norm and v_BLGC is not None:
             v_BLGC = unscaled_rms_norm(v_BLGC, self.norm_eps)
         if not c.qk_norm_after_rope:
             q_BLHC, k_BLGC = self._normed(q_BLHC, k_BLGC)
+        own: tuple[Any, ...] = (q_BLHC, k_BLGC, v_BLGC)
         if c.clip_qkv is not None:
-            q_BLHC, k_BLGC, v_BLGC = (
-                jnp.clip(x, -c.clip_qkv, c.clip_qkv) for x in (q_BLHC, k_BLGC, v_BLGC)
-            )
-        q_BLHC, k_BLGC = (_turned(x, step.positions_BL, c) for x in (q_BLHC, k_BLGC))
+            own = tuple(None if x is None else jnp.clip(x, -c.clip_qkv, c.clip_qkv) for x in own)
+        q_BLHC, k_BLGC, v_BLGC = own
+        q_BLHC = _turned(q_BLHC, step.positions_BL, c)
+        k_BLGC = None if k_BLGC is None else _turned(k_BLGC, step.positions_BL, c)
         if c.qk_norm_after_rope:
             q_BLHC, k_BLGC = self._normed(q_BLHC, k_BLGC)
         return q_BLHC, k_BLGC, v_BLGC
 
-    def _normed(self, q_BLHC: jax.Array, k_BLGC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _normed(self, q_BLHC: jax.Array, k_BLGC: Any) -> tuple[jax.Array, Any]:
+        q_BLHC = self._normed_heads(q_BLHC, QUERY_AXES, "q_norm")
+        return q_BLHC, None if k_BLGC is None else self._normed_heads(k_BLGC, KEY_AXES, "k_norm")
+
+    def _normed_heads(self, x_BLHC: jax.Array, axes: tuple[str, str], name: str) -> jax.Array:
         qk_norm = self.config.qk_norm
         if qk_norm is None:
-            return q_BLHC, k_BLGC
+            return x_BLHC
         normed, eps = NORMED_DIMS[qk_norm], self.norm_eps
         if not normed:
-            return unscaled_rms_norm(q_BLHC, eps), unscaled_rms_norm(k_BLGC, eps)
+            return unscaled_rms_norm(x_BLHC, eps)
         is_zero_centered = self.config.zero_centered_qk_norm
-        q_BLHC = RMSNorm(eps, QUERY_AXES[-normed:], is_zero_centered, name="q_norm")(q_BLHC)
-        k_BLGC = RMSNorm(eps, KEY_AXES[-normed:], is_zero_centered, name="k_norm")(k_BLGC)
-        return q_BLHC, k_BLGC
+        return RMSNorm(eps, axes[-normed:], is_zero_centered, name=name)(x_BLHC)
 
     def _attended(
         self,
         q_BLHC: jax.Array,
-        k_BLGC: jax.Array,
-        v_BLGC: jax.Array,
+        source: ReadKeys,
         step: Step,
-        state: AnyKeyValueState | None,
         sink_logits_H: jax.Array | None,
-    ) -> tuple[jax.Array, AnyKeyValueState | None]:
-        """Each head's sum of values, [B, L, H, C], and the state with the tokens."""
+    ) -> jax.Array:
+        """Each head's sum of values, [B, L, H, C]."""
         c = self.config
         reach = {
             "window_size": c.window_size,
             "num_sink_tokens": c.num_sink_tokens,
             "score_cap": c.score_cap,
         }
-        if state is not None:
-            state = state.write(step, k_BLGC, v_BLGC)
-            if not step.is_whole:
-                form = {"sink_logits_H": sink_logits_H, "chunk_size": c.chunk_size, **reach}
-                return sharded_cached_attention(q_BLHC, state, step, **form), state
+        if source.state is not None and not step.is_whole:
+            form = {"sink_logits_H": sink_logits_H, "chunk_size": c.chunk_size, **reach}
+            return sharded_cached_attention(q_BLHC, source.state, step, **form)
         positions_BL, segments_BL = step.positions_BL, step.segments_BL
         if c.chunk_size is not None:
             positions_BL, segments_BL = _in_chunks(positions_BL, segments_BL, c.chunk_size)
-        out_BLHC = sharded_window_attention(
+        return sharded_window_attention(
             q_BLHC,
-            k_BLGC,
-            v_BLGC,
+            source.k_BLGC,
+            source.v_BLGC,
             positions_BL,
             segments_BL,
             sink_logits_H=sink_logits_H,
@@ -194,7 +230,6 @@ class GroupedQueryAttention(nn.Module):
             implementation=self.execution.window_attention,
             **reach,
         )
-        return out_BLHC, state
 
 
 def _growth(positions_BL: jax.Array, config: QueryTemperatureConfig) -> jax.Array:

@@ -39,7 +39,7 @@ from model.layer_state import LayerState, StateParts, StateShape
 class AttentionKind:
     """What a kind of attention brings."""
 
-    layer: Callable[..., Callable[..., tuple[Any, Any]]]
+    layer: Callable[..., Callable[..., tuple[Any, ...]]]
     """(config, execution, norm_eps, out_stddev, gaps) to the layer, which takes (x_BLD, step,
     state) and gives the same shape and the state with the step's tokens."""
     init_state: Callable[[Any, StateShape], LayerState | StateParts]
@@ -52,9 +52,12 @@ class AttentionKind:
     init_memory: Callable[[Any, tuple[int, ...], int, str], LayerState] | None = None
     """(config, dims, d_model, dtype) to an empty memory, of kinds that read a stream segment by
     segment (config.memory_tokens)."""
+    can_share: bool = False
+    """Whether the layer takes what an earlier one read as a fourth argument (configs/shared_keys),
+    and gives what it reads itself as a third result."""
 
 
-def _by_config(layer: Callable[..., Any]) -> Callable[..., Callable[..., tuple[Any, Any]]]:
+def _by_config(layer: Callable[..., Any]) -> Callable[..., Callable[..., tuple[Any, ...]]]:
     """Of a layer that is the same however it is executed."""
     return lambda config, execution, norm_eps, out_stddev, gaps: layer(
         config, norm_eps, out_stddev, name="attention"
@@ -69,6 +72,7 @@ KINDS: dict[type, AttentionKind] = {
         grouped_query.init_state,
         grouped_query.visible_keys,
         grouped_query.mixing_flops,
+        can_share=True,
     ),
     LatentAttentionConfig: AttentionKind(
         lambda config, execution, norm_eps, out_stddev, gaps: latent.LatentAttention(
@@ -129,13 +133,18 @@ KINDS: dict[type, AttentionKind] = {
 
 def attention_layer(
     config: Attention, execution: ExecutionConfig, norm_eps: float, out_stddev: float, gaps: bool
-) -> Callable[..., tuple[Any, Any]]:
-    """The layer's attention, which takes and returns its own kind of state.
+) -> Callable[..., tuple[Any, Any, Any]]:
+    """The layer's attention: (x_BLD, step, state of its own kind, what an earlier layer read) to
+    the same shape, the state, and what it read itself; None of kinds that share nothing.
 
     Args:
       gaps: whether positions may skip some inside a document: see kernels/window_attention.
     """
-    return KINDS[type(config)].layer(config, execution, norm_eps, out_stddev, gaps)
+    kind = KINDS[type(config)]
+    layer = kind.layer(config, execution, norm_eps, out_stddev, gaps)
+    if kind.can_share:
+        return layer
+    return lambda x_BLD, step, state, _: (*layer(x_BLD, step, state), None)
 
 
 def init_attention_state(config: Attention, shape: StateShape) -> Any:

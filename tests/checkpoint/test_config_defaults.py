@@ -26,16 +26,13 @@ BY_NAME = {family.model_type: family for family in FAMILIES}
 NEEDED = {
     "deepseek_v2": {"num_experts_per_tok": 3},
     "glm4_moe": {"head_dim": 128},
-    "gemma4_text": {"hidden_size_per_layer_input": 0},
-    "gemma4": {"text_config": {"hidden_size_per_layer_input": 0}},
     "lfm2_moe": {
         "num_hidden_layers": 4,
         "layer_types": ["conv", "conv", "full_attention", "conv"],
     },
     "dots1": {"num_experts_per_tok": 3, "n_routed_experts": 8, "n_shared_experts": 1},
 }
-"""Values of keys that the class has none for; in GLM's class half of a head's width is odd, and
-Gemma 4's is an E model, which is refused."""
+"""Values of keys that the class has none for; in GLM's class half of a head's width is odd."""
 
 
 def whole(family: str) -> dict[str, Any]:

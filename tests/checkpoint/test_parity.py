@@ -67,6 +67,7 @@ UNCACHED = (
     "gemma",
     "gemma3",
     "gemma4_dense",
+    "gemma4_e4b",
     "ministral3",
     "lfm2",
 )
@@ -184,7 +185,10 @@ WITHOUT_ROPE = ("kimi_linear", "olmo_hybrid", "nemotron_h", "nemotron_h_latent",
 OLD_KEYS = {"num_local_experts": "num_experts", "dtype": "torch_dtype"}
 
 
-NESTED = ("olmo3", "gemma3", "gemma4", "gemma4_dense", "deepseek_v4")
+NESTED = (
+    *("olmo3", "gemma3", "gemma4", "gemma4_dense", "gemma4_e2b", "gemma4_e4b"),
+    "deepseek_v4",
+)
 """RoPE by kind of layer."""
 
 
@@ -298,18 +302,36 @@ def test_a_text_model_beside_encoders_is_read(case, prefix, tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"hidden_size_per_layer_input": 8}, "embeddings for each layer are not built"),
-        ({"num_kv_shared_layers": 1}, "keys and values shared by the last layers are not built"),
+        ({"vocab_size_per_layer_input": 64}, "vocab_size_per_layer_input=64, expected 128"),
+        ({"num_kv_shared_layers": 5}, "a layer of each kind that these have must come before them"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
         ({"per_layer_config": {"0": {"sliding_window": 4}}}, "sliding_window for layer 0"),
     ],
 )
 def test_what_gemma4_has_beyond_is_refused_by_name(change, sentence, tmp_path):
-    config, _, _, _ = read_case("gemma4")
-    write_case("gemma4", tmp_path)
+    config, _, _, _ = read_case("gemma4_e2b")
+    write_case("gemma4_e2b", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=sentence):
         open_source(str(tmp_path))
+
+
+def test_keys_that_no_layer_of_gemma4_reads_are_left_out(tmp_path):
+    """As released E models hold them for the layers that read another's, and no other layer."""
+    write_case("gemma4_e2b", tmp_path)
+    _, shapes, tokens, expected = read_case("gemma4_e2b")
+    tensors = {name: draw(name, tuple(shape)) for name, shape in shapes.items()}
+    for name in ("k_proj", "v_proj", "k_norm"):
+        source = tensors[f"model.layers.0.self_attn.{name}.weight"]
+        tensors[f"model.layers.4.self_attn.{name}.weight"] = source + 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    model, variables = open_source(str(tmp_path)).load()
+    found = full_logits(model, variables, tokens.tolist())
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    tensors["model.layers.1.self_attn.k_bias.weight"] = np.ones(4, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="belong to nothing in the model"):
+        open_source(str(tmp_path)).load()
 
 
 def test_gemma4_with_heads_told_for_all_whole_layers_means_the_same(tmp_path):

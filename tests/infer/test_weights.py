@@ -17,6 +17,7 @@ from configs.attention import (
 )
 from configs.checks import UserError
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
+from configs.per_layer_embeddings import PerLayerEmbeddingConfig
 from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
 from infer import logits
 from infer.generate import generate
@@ -113,6 +114,12 @@ CONFIGS = {
         ),
         num_layers=2,
         logit_cap=2.0,
+    ),
+    "shared keys": of(
+        LayerSpec(attention=GLOBAL, ffn=MOE),
+        LayerSpec(attention=dataclasses.replace(GLOBAL, shares_keys=True), ffn=MOE),
+        num_layers=2,
+        per_layer_embeddings=PerLayerEmbeddingConfig(width=64),
     ),
     "sparse": of(LayerSpec(attention=SPARSE, ffn=DenseConfig(d_ff=96))),
     "relative": of(LayerSpec(attention=RELATIVE, ffn=DenseConfig(d_ff=96))),
@@ -363,6 +370,7 @@ def on_mesh(config, weights, mesh):
         ("dense", "fp8", (2, 1, 2)),
         ("relative", "int8", (1, 1, 4)),
         ("switches", "int8", (1, 4, 1)),
+        ("shared keys", "int8", (1, 2, 2)),
     ],
 )
 @pytest.mark.thinned(3)

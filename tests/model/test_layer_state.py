@@ -2,6 +2,7 @@
 snapshot, gives what one pass gives.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -25,6 +26,7 @@ from configs.compressed_attention import (
     EntryIndexerConfig,
 )
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
+from configs.per_layer_embeddings import PerLayerEmbeddingConfig
 from configs.recurrent_attention import GatedDeltaConfig, Mamba2Config, ShortConvConfig
 from model.attention import kinds
 from model.model_state import (
@@ -66,6 +68,20 @@ COMPRESSED = {
 SPARSE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 
 
+def sharing(attention):
+    """A layer, and two repetitions of one that reads its keys."""
+    own, reading = (
+        LayerSpec(attention=dataclasses.replace(attention, shares_keys=x), ffn=DENSE)
+        for x in (False, True)
+    )
+    return tiny.model(
+        prefix=(own,),
+        pattern=(reading,),
+        num_layers=3,
+        per_layer_embeddings=PerLayerEmbeddingConfig(width=4),
+    )
+
+
 def of(attention, ffn=DENSE, depth=None):
     spec = LayerSpec(attention=attention, ffn=ffn, depth=depth)
     is_plain = depth is None and isinstance(ffn, DenseConfig)
@@ -75,6 +91,8 @@ def of(attention, ffn=DENSE, depth=None):
 KINDS = {
     "all tokens": of(tiny.attention(window_size=None, num_sink_tokens=0)),
     "ring": of(tiny.attention(window_size=6, num_sink_tokens=2)),
+    "shared keys": sharing(tiny.attention(window_size=None, num_sink_tokens=0)),
+    "shared ring": sharing(tiny.attention(window_size=6, num_sink_tokens=2)),
     "sink logits": of(tiny.attention(window_size=6, num_sink_tokens=0, sink_logits=True)),
     "turned in part": of(
         tiny.attention(
@@ -328,7 +346,7 @@ def test_kinds_that_have_no_pages_say_so(name):
         init_state(KINDS[name], ROWS, LENGTH, "float32", num_pages=9)
 
 
-@pytest.mark.parametrize("name", ["ring", "latent"])
+@pytest.mark.parametrize("name", ["ring", "latent", "shared ring"])
 def test_a_shared_page_is_copied_before_it_is_written(name):
     """A second sequence goes on from the first one's pages, the last of which it copies."""
     config = KINDS[name]
@@ -349,9 +367,10 @@ def test_a_shared_page_is_copied_before_it_is_written(name):
         close(found[:, 0], expected[:, -1])
 
 
-def test_int8_keys_are_near():
+@pytest.mark.parametrize("name", ["ring", "shared ring"])
+def test_int8_keys_are_near(name):
     """A scale to a position and head: the largest channel is kept to 1/254 of itself."""
-    config = KINDS["ring"]
+    config = KINDS[name]
     model, variables = Transformer(config), drawn(config, seed=4)
     tokens = np.random.RandomState(1).randint(0, 300, (1, LENGTH)).astype(np.int32)
     positions = np.arange(LENGTH, dtype=np.int32)[None]

@@ -58,6 +58,17 @@ GEMMA = {key: value for key, value in DENSE.items() if key != "hidden_act"} | {
     "attention_bias": [False, True],
     "pad_token_id": [0],
 }
+GEMMA4_ROPE: list[Any] = [
+    {
+        "sliding_attention": ROPE[0],
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": share,
+        },
+    }
+    for share in (0.25, 0.5)
+] + [None]
 DELTA = {
     "head_dim": [16, 32],
     "layer_types": ["some", "some", None],
@@ -326,18 +337,29 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         "final_logit_softcapping": [None, 5.0],
         "hidden_size_per_layer_input": [0] * 7 + [8],
         "vocab_size_per_layer_input": [40],
-        "rope_parameters": [
-            {
-                "sliding_attention": ROPE[0],
-                "full_attention": {
-                    "rope_type": "proportional",
-                    "rope_theta": 1e6,
-                    "partial_rotary_factor": share,
-                },
-            }
-            for share in (0.25, 0.5)
-        ]
-        + [None],
+        "rope_parameters": GEMMA4_ROPE,
+    },
+    "gemma4_e2b": {key: value for key, value in GEMMA.items() if key != "attention_bias"}
+    | {
+        "num_hidden_layers": [5],
+        "layer_types": [
+            ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+            ["full_attention", "sliding_attention", "sliding_attention"] + ["full_attention"] * 2,
+        ],
+        "sliding_window": [5, 9],
+        "global_head_dim": [16, 32],
+        "num_global_key_value_heads": [1, 2],
+        "attention_k_eq_v": [True, False],
+        "final_logit_softcapping": [None, 5.0],
+        "hidden_size_per_layer_input": [0, 8, 12],
+        "rope_parameters": GEMMA4_ROPE,
+        "vocab_size_per_layer_input": [40] * 7 + [48],
+        "num_kv_shared_layers": [0, 1, 2, 3],
+        "use_double_wide_mlp": [True, False],
+        "enable_moe_block": [True, False, False],
+        "num_experts": [4],
+        "top_k_experts": [2],
+        "moe_intermediate_size": [16],
     },
     "lfm2": LFM2
     | {

@@ -129,6 +129,10 @@ GEMMA4 = DENSE | {
     "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 2.0,
 }
+GEMMA4_E = GEMMA4 | {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": BASE["vocab_size"],
+}
 CASES = {
     "llama": ("llama", {"intermediate_size": 96, "num_key_value_heads": 2}),
     "llama3_biased": (
@@ -454,6 +458,28 @@ CASES = {
         },
     ),
     "gemma4_dense": ("gemma4_text", GEMMA4 | {"final_logit_softcapping": None}),
+    "gemma4_e2b": (
+        "gemma4_text",
+        GEMMA4_E
+        | {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 4,
+            "num_key_value_heads": 1,
+            "use_double_wide_mlp": True,
+        },
+    ),
+    "gemma4_e4b": (
+        "gemma4_text",
+        GEMMA4_E
+        | {
+            "num_hidden_layers": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+            "num_kv_shared_layers": 2,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        },
+    ),
     "lfm2": (
         "lfm2",
         DENSE
