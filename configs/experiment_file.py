@@ -115,6 +115,16 @@ def object_of(target: Target) -> Any:
     return getattr(module, target.name or "")
 
 
+def execute(path: Path) -> None:
+    """Executes the file for what it adds to the checkout's tables, such as router scores.
+
+    Raises:
+      ExperimentError: the file raised.
+      UserError: no such file.
+    """
+    _executed(Target(path, None))
+
+
 def describe_file(target: Target) -> str:
     """A line for each function of the file: its name and what its docstring begins with.
 

@@ -9,7 +9,9 @@ from typing import Literal, assert_never
 from configs.attention import AttentionConfig
 from configs.checks import require, require_positive
 
-Scores = Literal["softmax", "sigmoid", "sqrt_softplus"]
+SCORES = {"softmax", "sigmoid", "sqrt_softplus"}
+"""Names of router scores: those of model/router_scores.py, and what a file of one's own adds there
+(`add_scores`)."""
 GroupScore = Literal["best_two", "best"]
 DenseActivation = Literal["swiglu", "geglu", "bounded_swiglu", "relu2"]
 GROUP_MEMBERS: dict[GroupScore, int] = {"best_two": 2, "best": 1}
@@ -144,8 +146,9 @@ class RouterConfig:
 
     top_k: int
     """Choices per token, K; with null experts, the most experts a token can have."""
-    scores: Scores = "softmax"
-    """Of the logits: Mixtral's, DeepSeek-V3's, DeepSeek-V4's (model/router_scores.py)."""
+    scores: str = "softmax"
+    """Of the logits: softmax (Mixtral), sigmoid (DeepSeek-V3), sqrt_softplus (DeepSeek-V4), or
+    one's own (model/router_scores.py)."""
     choice: Literal["scores", "token"] = "scores"
     """What decides: the best scores, or the token's own id by a table that no training changes,
     gates still the scores of what it names (Roller et al. 2021; DeepSeek-V4's first layers)."""
@@ -197,6 +200,12 @@ class RouterConfig:
         weights = ("load_balance_weight", "sequence_weight", "entropy_weight", "z_loss_weight")
         for name in weights:
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        require(
+            self.scores in SCORES,
+            f"router.scores={self.scores!r} is none of {', '.join(sorted(SCORES))}: scores of your "
+            "own are added by a file (model.router_scores.add_scores); name it with --experiment "
+            "FILE.py, a run's own is RUN/experiment.py",
+        )
         self._check_groups()
         self._check_nulls()
         self._check_choice()

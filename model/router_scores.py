@@ -1,6 +1,7 @@
 """Router scores: what each way to make them of the logits is, and what follows from it.
 
-A new one is a name in configs/feed_forward.py (`Scores`) and a row here.
+A new one is a name in configs/feed_forward.py (`SCORES`) and a row here; or, in a file of one's
+own, a call of `add_scores`.
 
 T tokens, E experts, N null experts.
 """
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from configs.feed_forward import Scores
+from configs import feed_forward
+from configs.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ def _sqrt_softplus_logit(score_TN: jax.Array, known_T1: jax.Array, logit: jax.Ar
     return softplus_TN + jnp.log(-jnp.expm1(-softplus_TN))
 
 
-SCORES: dict[Scores, ScoreKind] = {
+SCORES: dict[str, ScoreKind] = {
     "softmax": ScoreKind(
         forward=lambda logits: jax.nn.softmax(logits, axis=-1),
         inverse=_softmax_logit,
@@ -66,3 +68,18 @@ SCORES: dict[Scores, ScoreKind] = {
         is_bounded=False,
     ),
 }
+BUILT_IN = frozenset(SCORES)
+
+
+def add_scores(name: str, kind: ScoreKind) -> None:
+    """Router scores of one's own, by the name that configs give them (`router.scores`).
+
+    Raises:
+      UserError: the name of scores that are here.
+    """
+    require(
+        name not in BUILT_IN,
+        f"there are router scores {name!r} already: give yours another name",
+    )
+    SCORES[name] = kind
+    feed_forward.SCORES.add(name)

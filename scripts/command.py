@@ -16,10 +16,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
+from configs import experiment_file
 from configs.checks import UserError
 from configs.experiment_file import ExperimentError, describe_file, parse_target
 from configs.near_names import hint
@@ -36,6 +37,7 @@ from train.metrics import TrainingAlarm
 PLUGINS = "jax._src.xla_bridge"
 """Whose log tells of a plugin that can't start, with a traceback."""
 
+OWN_HELP = "a file of your own, executed first: for runs with router scores or objectives of it"
 RUN_HELP = "a name in configs/runs.py, FILE.py:NAME in a file of your own, or a run's folder"
 
 Main = Callable[[list[str]], int | None]
@@ -121,10 +123,20 @@ def parser(doc: str | None, *, run: bool = False) -> argparse.ArgumentParser:
         epilog=_runs() if run else None,
     )
     made.error = functools.partial(_raise_user_error, made)  # type: ignore[method-assign]
+    made.add_argument("--experiment", type=Path, metavar="FILE.py", action=_Executed, help=OWN_HELP)
     if run:
         made.add_argument("run", nargs="?", metavar="RUN", help=RUN_HELP)
         made.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/NAME)")
     return made
+
+
+class _Executed(argparse.Action):
+    """Executes the file that an option names as soon as it is read: what it adds to the checkout's
+    tables is there when the verb reads configs."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        experiment_file.execute(values)
+        setattr(namespace, self.dest, values)
 
 
 def _runs() -> str:

@@ -157,15 +157,16 @@ def _noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+TRAIN = (sys.executable, "-m", "scripts.train")
+
+
 def _start(folder: Path) -> subprocess.Popen[bytes]:
     """The run's own process; signals of the terminal reach it through us alone."""
     root = str(Path(__file__).resolve().parents[1])
-    has_own = read_run(folder).objective is not None
-    own_file = ["--experiment", str(folder / EXPERIMENT)] if has_own else []
     paths = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH")) if x)
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "scripts.train", str(folder), *own_file],
+            [*TRAIN, str(folder), "--experiment", str(folder / EXPERIMENT)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

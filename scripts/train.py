@@ -37,9 +37,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--profile", metavar="FIRST:LAST", help="trace these steps and print what took longest"
     )
-    parser.add_argument(
-        "--experiment", type=Path, metavar="FILE.py", help="has the objective of a run's folder"
-    )
     arguments, overrides = command.split_run_arguments(parser, argv)
     run = chosen_run(arguments, overrides)
     require(
@@ -58,9 +55,9 @@ def main(argv: list[str]) -> int:
 def _own_loss(arguments: argparse.Namespace, run: RunConfig) -> ChunkLoss | None:
     target, file = parse_target(arguments.run), arguments.experiment
     require(
-        file is None or (target is None and run.objective is not None),
-        f"--experiment {file} is for the folder of a run with an objective of its own, and "
-        f"{arguments.run} is none: leave it out",
+        file is None or target is None,
+        f"--experiment {file} is for the folder of a run, and {arguments.run} names its own file: "
+        "leave it out",
     )
     return own_loss(run, file if target is None else target.path, arguments.run_dir)
 

@@ -10,9 +10,13 @@ import pytest
 
 from checkpoint import run_directory
 from checkpoint.run_directory import EXPERIMENT, read_run
+from configs import feed_forward
 from configs.base import DistillConfig
 from configs.checks import UserError
 from configs.cli import named_run
+from configs.feed_forward import RouterConfig
+from model import router, router_scores
+from scripts import command
 from scripts.named_runs import own_loss
 from tests import tiny
 from tests.scripts.test_scripts import run, settings
@@ -126,6 +130,73 @@ def test_the_function_that_a_run_names_is_found_in_the_file_that_the_user_names(
         fit(mine, tmp_path / "run")
     with pytest.raises(UserError, match="this run has preference or distill settings"):
         dataclasses.replace(mine, distill=DistillConfig())
+
+
+ROUTER = """
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from model.router_scores import ScoreKind, add_scores
+from tests import tiny
+
+add_scores(
+    "softplus",
+    ScoreKind(
+        forward=jax.nn.softplus,
+        inverse=lambda score, known, logit: score + jnp.log(-jnp.expm1(-score)),
+        is_shared=False,
+        is_bounded=False,
+    ),
+)
+
+
+def mine():
+    moe = tiny.moe(router=dataclasses.replace(tiny.moe().router, scores="softplus"))
+    layer = dataclasses.replace(tiny.model().pattern[0], ffn=moe)
+    base = tiny.run(Path({folder!r}), steps=3)
+    return dataclasses.replace(base, name="mine", model=tiny.model(pattern=(layer,)))
+"""
+
+
+@pytest.fixture
+def own_scores(monkeypatch):
+    """What a file adds is gone after the test."""
+    monkeypatch.setattr(router_scores, "SCORES", dict(router_scores.SCORES))
+    monkeypatch.setattr(feed_forward, "SCORES", set(feed_forward.SCORES))
+    monkeypatch.setattr(router, "SCORES", router_scores.SCORES)
+
+
+def test_router_scores_of_ones_own_are_there_once_their_file_is_named(tmp_path, own_scores):
+    file = tmp_path / "mine.py"
+    file.write_text(ROUTER.format(folder=str(tmp_path)))
+    with pytest.raises(UserError, match=r"'softplus' is none of .* name it with --experiment FILE"):
+        RouterConfig(top_k=2, scores="softplus")
+    command.parser("").parse_args(["--experiment", str(file)])
+    config = RouterConfig(top_k=2, scores="softplus", normalize_gates=False)
+    logits_TE = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    found = router.route(jnp.asarray(logits_TE), config)
+    best_TK = np.argsort(-logits_TE, axis=1)[:, :2]
+    np.testing.assert_array_equal(found.expert_ids_TK, best_TK)
+    scores_TE = np.log1p(np.exp(logits_TE))
+    expected_TK = np.take_along_axis(scores_TE, best_TK, axis=1)
+    np.testing.assert_allclose(found.gates_TK, expected_TK, rtol=1e-6)
+    with pytest.raises(UserError, match="there are router scores 'softmax' already"):
+        router_scores.add_scores("softmax", router_scores.SCORES["softplus"])
+
+
+@pytest.mark.slow
+def test_a_run_with_router_scores_of_its_file_trains_and_generates(tmp_path: Path):
+    tiny.write_sources(tmp_path)
+    file, run_dir = tmp_path / "mine.py", tmp_path / "run"
+    file.write_text(ROUTER.format(folder=str(tmp_path)))
+    run(tmp_path, "train", f"{file}:mine", "--run-dir", str(run_dir))
+    asked = ("generate", str(run_dir), "--prompt", "a", "--max-new-tokens", "2")
+    _, err = run(tmp_path, *asked, code=2)
+    assert "router.scores='softplus' is none of" in err
+    run(tmp_path, *asked, "--experiment", str(run_dir / EXPERIMENT))
 
 
 def test_a_changed_file_replaces_the_one_before_only_where_no_step_was_done(tmp_path, monkeypatch):
