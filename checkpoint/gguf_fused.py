@@ -18,6 +18,8 @@ from configs.checks import UserError
 from formats.gguf.reader import GGUFFile
 
 EXPERTS, EXPERT_PARTS = ".ffn_gate_up_exps.", (".ffn_gate_exps.", ".ffn_up_exps.")
+DELTA_RATE = ".ssm_a"
+"""Which layers with a delta net have: their attn_qkv is one tensor everywhere."""
 HEADS, HEAD_PARTS = ".attn_qkv.", (".attn_q.", ".attn_k.", ".attn_v.")
 
 
@@ -45,7 +47,7 @@ class SplitTensors:
         for name in file.shapes:
             if EXPERTS in name and len(file.shapes[name]) > 1:
                 self._split(name, EXPERTS, EXPERT_PARTS, (1, 1), axis=1)
-            elif HEADS in name:
+            elif HEADS in name and name.split(HEADS)[0] + DELTA_RATE not in file.shapes:
                 self._split(name, HEADS, HEAD_PARTS, self._head_counts(), axis=0)
 
     def _head_counts(self) -> tuple[int, int, int]:
