@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf.constants import GGMLQuantizationType
 from jax.sharding import SingleDeviceSharding
 
 from checkpoint import gguf
@@ -27,6 +28,7 @@ from data.smollm2 import packaged_gguf
 from data.tokenizers.gguf_tokenizer import tokenizer_from_gguf
 from data.tokenizers.public_tokenizer import PublicTokenizer
 from data.tokenizers.tokenizer import train_tokenizer
+from formats.gguf import writer
 from formats.gguf.reader import GGUFFile
 from infer.load import inference_execution
 from infer.logits import full_logits
@@ -106,6 +108,7 @@ MINISTRAL = {
 }
 DELTA = {
     **COMMON,
+    "rms_norm_eps": 1e-6,
     "num_hidden_layers": 4,
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 16,
@@ -341,7 +344,7 @@ CASES: dict[str, dict[str, Any]] = {
         **LATENT,
         "n_group": 1,
         "topk_group": 1,
-        "index_n_heads": 2,
+        "index_n_heads": 16,
         "index_head_dim": 64,
         "index_topk": 8,
         "routed_scaling_factor": 2.5,
@@ -363,7 +366,8 @@ def built(case: str) -> tuple[Family, ModelConfig, Any]:
     def draw(path: Any, leaf: Any) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         values = random.standard_normal(leaf.shape) * (0.4 if "router" in name else 0.15)
-        values += 1.0 if name.endswith("scale") else 0.0
+        is_around_1 = name.endswith("scale") and not config.zero_centered_norms
+        values += 1.0 if is_around_1 or name.endswith("attention.norm.scale") else 0.0
         values *= 0.0 if name.endswith("null_logit") else 1.0
         return jax.device_put(values.astype(np.float16).astype(np.float32))
 
@@ -596,17 +600,19 @@ def llama_cpp(path: Path, out: Path, *arguments: Any) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_computes_the_same(case: str, tmp_path: Path):
-    """Logits of 40 tokens within 0.03 of a spread of 1.2: llama.cpp rounds what it multiplies and
-    caches to float16, 11 bits. A model with its heads in another order is out by 1."""
+def test_llama_cpp_computes_the_same(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Logits of 40 tokens within 0.003 of a spread of 1.2, all tensors and caches in float32: most
+    agree to 1e-5, but GELU is a table in float16 there; gpt-oss's within 0.03, for llama.cpp's ramp
+    of YaRN. A model with its heads in another order is out by 1."""
     family, config, variables = built(case)
     path = tmp_path / "it.gguf"
+    monkeypatch.setattr(writer, "_kind", lambda *_: GGMLQuantizationType.F32)
     gguf.export(path, family, config, variables, None, "F16")
     tokens = np.random.default_rng(1).integers(3, 250, 40)
     theirs = llama_cpp(path, tmp_path / "out.npy", "logits", *tokens)
     model = Transformer(config, execution())
     ours = full_logits(model, variables, tokens.tolist())
-    np.testing.assert_allclose(theirs, ours, atol=0.03)
+    np.testing.assert_allclose(theirs, ours, atol=0.03 if case == "gpt_oss" else 0.003)
 
 
 @pytest.mark.slow
