@@ -31,6 +31,7 @@ _IDLE = (
     LLM.VOCAB_SIZE,  # the embedding says it
     LLM.TENSOR_DATA_LAYOUT,
     ROPE.SCALING_FINETUNED,  # but for Granite's, see gguf_layers.py
+    ROPE.SCALING_YARN_ATTN_FACTOR,  # llama.cpp works it out
     LLM.NEXTN_PREDICT_LAYERS,  # checked apart
 )
 """Keys that change nothing that is computed."""

@@ -1,6 +1,6 @@
 """How RoPE is stretched, in a GGUF file's metadata and in a config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,8 @@ SCALING_KEYS = (
     ROPE.SCALING_YARN_BETA_SLOW,
     ROPE.SCALING_YARN_LOG_MUL,
 )
-_LATENT = ("deepseek2", "glm-dsa")
-"""Whose scores any factor scales too."""
+_PLAIN_ALONE = ("glm-dsa",)
+"""Whose indexers would turn otherwise than their attention."""
 _LINEAR_ALONE = ("gemma2", "gemma3")
 """Whose layers with windows would turn by YaRN's factors, too."""
 WHOLE, WINDOW = "full_attention", "sliding_attention"
@@ -46,12 +46,13 @@ def read_scaling(asked: Settings, architecture: str) -> dict[str, Any] | None:
     factor = asked.number(name(ROPE.SCALING_FACTOR), default=1.0)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
-    if kind == "linear" and architecture not in _LATENT:
+    is_plain = architecture in _PLAIN_ALONE
+    if kind == "linear" and architecture != "deepseek2" and not is_plain:  # which scales scores too
         return {"rope_type": "linear", "factor": factor}
-    if kind != "yarn" or architecture in _LINEAR_ALONE:
+    if kind != "yarn" or architecture in _LINEAR_ALONE or is_plain:
         raise UserError(
-            f"{asked.where} has rope.scaling.type={kind!r}: only 'yarn' (but for Gemma), 'linear' "
-            "(but for DeepSeek) and 'none' are built"
+            f"{asked.where} has rope.scaling.type={kind!r}: only 'yarn' (but for Gemma and GLM), "
+            "'linear' (but for DeepSeek and GLM) and 'none' are built"
         )
     scaling = {
         "rope_type": "yarn",
@@ -67,7 +68,7 @@ def read_scaling(asked: Settings, architecture: str) -> dict[str, Any] | None:
 
 def _read_multiplier(multiplier: float, architecture: str, where: str) -> dict[str, Any]:
     """What yarn_log_multiplier makes of the factors on sines and scores."""
-    if architecture in _LATENT:
+    if architecture == "deepseek2":
         if not multiplier:
             raise UserError(
                 f"{where} has no rope.scaling.yarn_log_multiplier, and llama.cpp then scales "
@@ -104,7 +105,7 @@ def written_scaling(scaling: Mapping[str, Any] | None, architecture: str) -> dic
         ROPE.SCALING_YARN_BETA_FAST: float(scaling["beta_fast"]),
         ROPE.SCALING_YARN_BETA_SLOW: float(scaling["beta_slow"]),
     }
-    if architecture in _LATENT:
+    if architecture == "deepseek2":
         written[ROPE.SCALING_YARN_LOG_MUL] = 0.1 * scaling["mscale_all_dim"]
     elif architecture == "mistral3" and "mscale_all_dim" in scaling:
         written[ROPE.SCALING_YARN_LOG_MUL] = float(scaling["mscale_all_dim"])
@@ -183,7 +184,7 @@ def by_kind(architecture: str, window_base: float | None) -> Section:
 
 def _read_growth(given: Given) -> dict[str, Any]:
     """Queries that grow with their position, told among RoPE's keys."""
-    length = given.get(ROPE.SCALING_ORIG_CTX_LEN, given.values["max_position_embeddings"])
+    length = given.get(ROPE.SCALING_ORIG_CTX_LEN, given.get(Keys.LLM.CONTEXT_LENGTH))
     growth = {
         "llama_4_scaling_beta": given.get(ATTENTION.TEMPERATURE_SCALE, 0.0),
         "original_max_position_embeddings": length,
@@ -214,12 +215,23 @@ def _sections(rotary: int) -> list[int]:
 def _read_interleaved(given: Given) -> dict[str, Any]:
     rotary = given.integer(ROPE.DIMENSION_COUNT)
     found = given.get(ROPE.DIMENSION_SECTIONS)
-    if found != _sections(rotary):
+    is_list = isinstance(found, list) and len(found) == 4 and all(type(x) is int for x in found)
+    if not is_list or not _turn_as_text(found, rotary // 2):
         raise UserError(
-            f"{given.where} has {given.name(ROPE.DIMENSION_SECTIONS)}={found}, expected "
-            f"{_sections(rotary)}: text would not turn as by plain RoPE"
+            f"{given.where} has {given.name(ROPE.DIMENSION_SECTIONS)}={str(found)[:60]}, expected "
+            f"something like {_sections(rotary)}: text would not turn as by plain RoPE"
         )
     return {}
+
+
+def _turn_as_text(sections: Sequence[int], pairs: int) -> bool:
+    """Whether no pair turns by the fourth position, which text has none of: they turn by each of
+    the first three in turn, as long as its section goes."""
+    total = sum(sections)
+    if min(sections) < 0 or not total:
+        return False
+    places = (pair % total for pair in range(min(pairs, total)))
+    return all(place < 3 * sections[place % 3] for place in places)
 
 
 def _write_interleaved(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def needs(values: Mapping[str, Any], name: str, what: str) -> Any:
     return values[name]
 
 
-def _read_heads(given: Given, *, turns_part: bool) -> dict[str, Any]:
+def _read_heads(given: Given, *, turns_part: bool = False, turns: bool = True) -> dict[str, Any]:
     heads, width = given.get(ATTENTION.HEAD_COUNT), given.get(LLM.EMBEDDING_LENGTH)
     head_dim = given.get(ATTENTION.KEY_LENGTH)
     if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
@@ -134,8 +134,8 @@ def _read_heads(given: Given, *, turns_part: bool) -> dict[str, Any]:
     rotary = given.get(ROPE.DIMENSION_COUNT, head_dim)
     is_part = turns_part and type(rotary) is type(head_dim) is int and 0 < rotary <= head_dim
     for key in HEAD_KEYS:
-        is_share = is_part and key == ROPE.DIMENSION_COUNT
-        if given.get(key, head_dim) != head_dim and not is_share:
+        may_differ = key == ROPE.DIMENSION_COUNT and (is_part or not turns)
+        if given.get(key, head_dim) != head_dim and not may_differ:
             raise UserError(
                 f"{given.where} has {key.format(arch='*')}={given.get(key)} and heads of width "
                 f"{head_dim}: only models with one width for all of a head are built"
@@ -145,7 +145,7 @@ def _read_heads(given: Given, *, turns_part: bool) -> dict[str, Any]:
     return {"num_key_value_heads": kv_heads, "head_dim": head_dim, **share}
 
 
-def _write_heads(values: Mapping[str, Any], *, turns_part: bool) -> dict[str, Any]:
+def _write_heads(values: Mapping[str, Any], *, turns_part: bool = False) -> dict[str, Any]:
     head_dim = needs(values, "head_dim", "attention")
     written: dict[str, Any] = dict.fromkeys(HEAD_KEYS, head_dim)
     if turns_part:
@@ -153,11 +153,9 @@ def _write_heads(values: Mapping[str, Any], *, turns_part: bool) -> dict[str, An
     return written
 
 
-HEADS = Section(
-    HEAD_KEYS,
-    lambda given: _read_heads(given, turns_part=False),
-    lambda values: _write_heads(values, turns_part=False),
-)
+HEADS = Section(HEAD_KEYS, _read_heads, _write_heads)
+UNTURNED_HEADS = Section(HEAD_KEYS, lambda given: _read_heads(given, turns=False), _write_heads)
+"""Of attention without positions, whatever rope.dimension_count says."""
 PARTLY_TURNED_HEADS = Section(
     HEAD_KEYS,
     lambda given: _read_heads(given, turns_part=True),

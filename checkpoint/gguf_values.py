@@ -8,6 +8,9 @@ from checkpoint.weight_map import Values
 MANTISSAS = (7, 10, 23)
 """Bits of bfloat16, float16 and float32."""
 
+STEP = 2.0**-23
+"""Between float32 numbers, relatively: others' exponentials are out by one."""
+
 
 def _with_one(scale: np.ndarray) -> np.ndarray:
     return scale.astype(np.float32) + np.float32(1)
@@ -22,15 +25,16 @@ def _rate(log_rate: np.ndarray) -> np.ndarray:
 
 
 def _log_rate(rate: np.ndarray) -> np.ndarray:
-    """Of the logarithms that make this rate, the one with the fewest bits: several do, and released
-    models hold theirs in 16.
+    """Of the logarithms that make this rate or one next to it, that with the fewest bits: several
+    do, and released models hold theirs in 16.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         exact = np.log(-rate.astype(np.float64))
     found = exact.astype(np.float32)
     for bits in reversed(MANTISSAS):
         rounded = _rounded(exact, bits)
-        found = np.where(_rate(rounded) == rate, rounded, found)
+        is_near = np.abs(_rate(rounded) - rate) <= -STEP * rate
+        found = np.where(is_near, rounded, found)
     return np.where(rate < 0, found, np.float32(np.nan))
 
 

@@ -170,33 +170,22 @@ GEMMA2 = (*GEMMA, *zero_centered(POST_NORMS))
 GEMMA3 = (*GEMMA2, *zero_centered(QK_NORM))
 LLAMA4 = (*LLAMA, *EXPERTS, *SHARED)
 
+_ROTARY = interleaved("rope_head_dim")
 _Q, _DOWN = "layers.*.attention.q", "layers.*.attention.q_down"
 
 
-def latent(order: Order | None) -> tuple[Row, ...]:
-    """Latent attention.
+LATENT = (
+    Row(_DOWN, f"{BLOCK}.attn_q_a.weight", "q d -> d q"),
+    Row("layers.*.attention.q_norm.scale", f"{BLOCK}.attn_q_a_norm.weight", "q -> q"),
+    Row(_Q, f"{BLOCK}.attn_q_b.weight", "(h c) q -> q h c", _ROTARY, requires=_DOWN),
+    Row(_Q, f"{BLOCK}.attn_q.weight", "(h c) d -> d h c", _ROTARY, unless=_DOWN),
+    Row("layers.*.attention.kv_down", f"{BLOCK}.attn_kv_a_mqa.weight", "c d -> d c", _ROTARY),
+    Row("layers.*.attention.kv_norm.scale", f"{BLOCK}.attn_kv_a_norm.weight", "r -> r"),
+    Row("layers.*.attention.kv_up", f"{BLOCK}.attn_kv_b.weight", "(h c) r -> r h c"),
+    Row("layers.*.attention.o", f"{BLOCK}.attn_output.weight", "d (h c) -> h c d"),
+)
 
-    Args:
-      order: of the entries that turn; None where none do.
-    """
-    return (
-        Row(_DOWN, f"{BLOCK}.attn_q_a.weight", "q d -> d q"),
-        Row("layers.*.attention.q_norm.scale", f"{BLOCK}.attn_q_a_norm.weight", "q -> q"),
-        Row(_Q, f"{BLOCK}.attn_q_b.weight", "(h c) q -> q h c", order, requires=_DOWN),
-        Row(_Q, f"{BLOCK}.attn_q.weight", "(h c) d -> d h c", order, unless=_DOWN),
-        Row("layers.*.attention.kv_down", f"{BLOCK}.attn_kv_a_mqa.weight", "c d -> d c", order),
-        Row("layers.*.attention.kv_norm.scale", f"{BLOCK}.attn_kv_a_norm.weight", "r -> r"),
-        Row("layers.*.attention.kv_up", f"{BLOCK}.attn_kv_b.weight", "(h c) r -> r h c"),
-        Row("layers.*.attention.o", f"{BLOCK}.attn_output.weight", "d (h c) -> h c d"),
-    )
-
-
-def with_latent(order: Order | None) -> tuple[Row, ...]:
-    """A model of latent attention with DeepSeek's experts: see `latent`."""
-    return (*EMBEDDING, *NORMS, *latent(order), *DENSE, *EXPERTS, *SHARED, CHOICE_BIAS)
-
-
-DEEPSEEK2 = with_latent(interleaved("rope_head_dim"))
+DEEPSEEK2 = (*EMBEDDING, *NORMS, *LATENT, *DENSE, *EXPERTS, *SHARED, CHOICE_BIAS)
 """DeepSeek-V2 and V3. Newer files hold attn_kv_b as two tensors: see gguf_latent.py."""
 
 _INDEXER, _FIRST = "layers.*.attention.indexer", interleaved_first("rope_head_dim")

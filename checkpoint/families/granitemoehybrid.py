@@ -225,8 +225,11 @@ GGUF_DENSE = GGUF(
         *gguf_weight_maps.EXPERTS,
         *gguf_weight_maps.SHARED,
     ),
-    gguf_pairs.renamed(
-        granite.PAIRS, intermediate_size="shared_intermediate_size", num_key_value_heads=None
+    (
+        *gguf_pairs.renamed(
+            granite.PAIRS, intermediate_size="shared_intermediate_size", num_key_value_heads=None
+        ),
+        (gguf_pairs.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, "shared_intermediate_size"),
     ),
     fixed={"num_local_experts": 0, "mamba_expand": 2},
     sections=(

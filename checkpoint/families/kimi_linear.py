@@ -214,7 +214,7 @@ KIMI_LINEAR = Family(
     renames=((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),
     gguf=GGUF(
         "kimi-linear",
-        (*gguf_weight_maps.with_latent(order=None), *GGUF_DELTA),
+        (*gguf_weight_maps.DEEPSEEK2, *GGUF_DELTA),
         (
             *gguf_pairs.LATENT,
             (gguf_pairs.SSM.CONV_KERNEL, "linear_conv_kernel_dim"),

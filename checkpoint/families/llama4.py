@@ -130,7 +130,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     attentions = config_sections.grouped_queries(config)
     ffns = [layer.ffn for layer in config_sections.unfolded(config)]
     dense = [ffn for ffn in ffns if isinstance(ffn, DenseConfig)]
-    width = config_sections.the_one(dense, "dense layer").d_ff if dense else None
+    width = config_sections.the_one(dense, "dense layer").d_ff if dense else moe.d_ff
     turned = [_bare(each) for each in attentions if each.rotary_dim != 0]
     attention = config_sections.the_one(turned, "attention with RoPE")
     sizes = [each.chunk_size for each in attentions if each.chunk_size is not None]
@@ -141,7 +141,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         **_write_temperature([each for each in attentions if each.rotary_dim == 0]),
         "num_local_experts": moe.num_experts,
         "intermediate_size": moe.d_ff,
-        **({} if width is None else {"intermediate_size_mlp": width}),
+        "intermediate_size_mlp": width,
         "moe_layers": [i for i, ffn in enumerate(ffns) if isinstance(ffn, MoEConfig)],
         "use_qk_norm": attention.qk_norm is not None,
         "no_rope_layers": [int(each.rotary_dim != 0) for each in attentions],

@@ -9,7 +9,7 @@ from checkpoint import gguf_layers, gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, deepseek_moe, mamba2
 from checkpoint.families.base import GGUF, Family
-from checkpoint.weight_map import Row
+from checkpoint.weight_map import Row, interleaved
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.attention_traits import NoAttentionConfig
@@ -252,7 +252,7 @@ BLOCK = gguf_weight_maps.BLOCK
 def _gguf_sections(feed_forward: str, width: str) -> tuple[gguf_sections.Section, ...]:
     return (
         gguf_layers.one_part_each(MAMBA, ATTENTION, feed_forward, width),
-        gguf_sections.HEADS,
+        gguf_sections.UNTURNED_HEADS,
         gguf_layers.mamba2(
             heads="mamba_num_heads",
             width="mamba_head_dim",
@@ -277,7 +277,7 @@ GGUF_DENSE = GGUF(
         Row("layers.*.attention_norm.scale", f"{BLOCK}.attn_norm.weight", "d -> d"),
         Row("layers.*.ffn_norm.scale", f"{BLOCK}.attn_norm.weight", "d -> d"),
         *mamba2.GGUF_ROWS,
-        *mamba2.beside(gguf_weight_maps.grouped_query()),
+        *mamba2.beside(gguf_weight_maps.grouped_query(interleaved("head_dim"))),
         *gguf_weight_maps.ungated("layers.*.ffn", ""),
         *gguf_weight_maps.UNGATED_MOE,
     ),

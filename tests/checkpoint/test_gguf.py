@@ -21,6 +21,9 @@ from checkpoint import gguf
 from checkpoint.config_reader import Settings
 from checkpoint.families import FAMILIES
 from checkpoint.families.base import Family
+from checkpoint.gguf_config import config_from_gguf
+from checkpoint.gguf_values import NEGATIVE_RATE
+from checkpoint.public import find_family, lost_settings
 from checkpoint.weight_map import expand, flatten
 from configs.architecture import ModelConfig
 from configs.checks import UserError
@@ -366,8 +369,10 @@ def built(case: str) -> tuple[Family, ModelConfig, Any]:
     def draw(path: Any, leaf: Any) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         values = random.standard_normal(leaf.shape) * (0.4 if "router" in name else 0.15)
-        is_around_1 = name.endswith("scale") and not config.zero_centered_norms
-        values += 1.0 if is_around_1 or name.endswith("attention.norm.scale") else 0.0
+        if name.endswith("scale"):
+            values = np.round(values * 2**10) / 2**10  # exact beside 1, too
+            is_centered = config.zero_centered_norms and not name.endswith("attention.norm.scale")
+            values += 0.0 if is_centered else 1.0
         values *= 0.0 if name.endswith("null_logit") else 1.0
         return jax.device_put(values.astype(np.float16).astype(np.float32))
 
@@ -448,6 +453,125 @@ def test_latent_projections_lie_apart(tmp_path: Path):
     assert file.kind("blk.1.attn_v_b.weight").name == "F16"
 
 
+def test_centered_norms_have_their_one(tmp_path: Path):
+    file, tensors = written("gemma3_text", tmp_path)
+    for name, ours in (("input_layernorm", "attn_norm"), ("self_attn.q_norm", "attn_q_norm")):
+        scale = tensors[f"model.layers.1.{name}.weight"]
+        np.testing.assert_array_equal(file.read(f"blk.1.{ours}.weight"), scale + 1)
+    np.testing.assert_array_equal(file.read("output_norm.weight"), tensors["model.norm.weight"] + 1)
+
+
+def test_heads_of_values_are_tiled(tmp_path: Path):
+    """As llama.cpp's converter orders Qwen3.5's: the first of each group, then the second; rates
+    lose their logarithm, and the delta net's own norm is not centered."""
+    file, tensors = written("qwen3_5_text", tmp_path)
+    net = "model.layers.1.linear_attn"
+    gate = tensors[f"{net}.in_proj_z.weight"].reshape(2, 2, 16, 64)  # groups, each, width, d_model
+    np.testing.assert_array_equal(
+        file.read("blk.1.attn_gate.weight"), gate.swapaxes(0, 1).reshape(64, 64)
+    )
+    qkv = tensors[f"{net}.in_proj_qkv.weight"]
+    tiled = qkv[64:].reshape(2, 2, 16, 64).swapaxes(0, 1).reshape(64, 64)
+    np.testing.assert_array_equal(
+        file.read("blk.1.attn_qkv.weight"), np.concatenate([qkv[:64], tiled])
+    )
+    rates = -np.exp(tensors[f"{net}.A_log"].reshape(2, 2).T.reshape(4))
+    np.testing.assert_allclose(file.read("blk.1.ssm_a"), rates, rtol=1e-6)
+    norm = tensors[f"{net}.norm.weight"]
+    np.testing.assert_array_equal(file.read("blk.1.ssm_norm.weight"), norm)
+    assert file.kind("blk.1.ssm_conv1d.weight").name == "F32"
+
+
+def test_mamba_2_has_the_converters_shapes(tmp_path: Path):
+    file, tensors = written("nemotron_h", tmp_path)
+    mixer = "backbone.layers.0.mixer"
+    norm = tensors[f"{mixer}.norm.weight"].reshape(2, 64)  # groups
+    np.testing.assert_array_equal(file.read("blk.0.ssm_norm.weight"), norm)
+    np.testing.assert_array_equal(file.read("blk.0.ssm_d"), tensors[f"{mixer}.D"][:, None])
+    taps = tensors[f"{mixer}.conv1d.weight"][:, 0]
+    np.testing.assert_array_equal(file.read("blk.0.ssm_conv1d.weight"), taps)
+    assert {file.kind(f"blk.0.{x}").name for x in ("ssm_a", "ssm_d", "ssm_norm.weight")} == {"F32"}
+    assert file.metadata["nemotron_h.attention.head_count_kv"] == [0, 0, 0, 2, 0]
+    assert file.metadata["nemotron_h.feed_forward_length"] == [0, 96, 0, 0, 96]
+
+
+CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "gemma3_text": ({}, ("rope.dimension_count", "vocab_size")),
+    "olmo3": ({"attention.sliding_window_pattern": [True, True, True, False]}, ()),
+    "ministral3": ({"rope.scaling.yarn_attn_factor": 1.0}, ()),
+    "qwen3_next": ({"attention.recurrent_layers": [True, True, True, False]}, ()),
+    "qwen3_5_text": ({"rope.dimension_sections": [11, 11, 10, 0]}, ()),
+    "granitemoehybrid dense": ({"expert_count": 0, "expert_used_count": 0}, ()),
+    "nemotron_h": (
+        {"rope.dimension_count": 16, "rope.scaling.finetuned": False},
+        ("attention.layer_norm_rms_epsilon",),
+    ),
+    "kimi_linear": ({"attention.value_length": 8}, ("expert_weights_norm", "expert_group_count")),
+    "glm_moe_dsa": ({"nextn_predict_layers": 0}, ("attention.indexer.types",)),
+}
+"""Keys that llama.cpp's converter writes where we have others or none, and those that it leaves
+out: found by running it (llama.cpp of July 2026) on these models."""
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+@pytest.mark.thinned(2)
+def test_the_converters_keys_say_the_same(case: str, tmp_path: Path):
+    family, config, variables = built(case)
+    gguf.export(tmp_path / "it.gguf", family, config, variables, None, "F16")
+    file = GGUFFile(tmp_path / "it.gguf")
+    prefix = file.metadata["general.architecture"]
+    given, left_out = CONVERTED[case]
+    metadata = {k: v for k, v in file.metadata.items() if k.split(".", 1)[1] not in left_out}
+    metadata |= {f"{prefix}.{key}": value for key, value in given.items()}
+    values = config_from_gguf(metadata, file.shapes, file.read, "it")
+    found = find_family(Settings(values, "it"))
+    assert not lost_settings(config, found.read_config(Settings(values, "it")))
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "sentence"),
+    [
+        ("gemma", {"tie_word_embeddings": False}, "one table for embedding and output"),
+        ("gemma2", {"attn_logit_softcapping": None}, "score_cap"),
+        ("gemma2", {"query_pre_attn_scalar": 16}, "score_scale"),
+        ("gemma3_text", {"query_pre_attn_scalar": 16}, "score_scale"),
+        ("llama4_text", {"attention_chunk_size": 8}, "chunk_size was 8, now 8192"),
+        ("llama4_text", {"no_rope_layers": [1, 0, 1, 0]}, "rotary_dim"),
+        ("ministral3", {"sliding_window": 8}, "window_size"),
+        ("olmo3", {"sliding_window": 8, "attention_bias": True}, "bias was True"),
+        ("qwen3_next", {"linear_value_head_dim": 32}, "keys and values of one width"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 4}, "layers with delta nets, this one"),
+        ("granitemoehybrid", {"mamba_n_groups": 2}, "mamba_n_groups=2: it can't be written"),
+        ("granitemoehybrid", {"layer_types": ["attention"] * 3}, "layers of Mamba-2, this one has"),
+        ("nemotron_h", {"time_step_min": 0.001}, "least_step was 0.001, now 0.0"),
+        ("nemotron_h", {"hybrid_override_pattern": "ME*-"}, "dense layers or experts"),
+        ("lfm2", {"conv_bias": True}, "no tensors for"),
+        ("kimi_linear", {"tie_word_embeddings": True}, "an output layer of their own"),
+        ("kimi_linear", {"linear_num_heads": 2}, "num_heads was 2, now 4"),
+    ],
+)
+@pytest.mark.thinned(3)
+def test_what_newer_graphs_cannot_say_is_told(
+    case: str, change: dict[str, Any], sentence: str, tmp_path: Path
+):
+    family = next(f for f in FAMILIES if f.model_type == case)
+    more = {**EXPERTS, "n_routed_experts": 4} if case == "nemotron_h" else {}
+    config = family.read_config(Settings(family.defaults | CASES[case] | more | change, case))
+    shapes, _ = abstract_variables(Transformer(config, execution()))
+    with pytest.raises(UserError, match=sentence):
+        gguf.export(tmp_path / "it.gguf", family, config, shapes, None, "F16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rates_of_decay_come_back():
+    """Those of 16 bits bit for bit; no rate is above 0."""
+    logs = np.linspace(-4, 4, 1000).astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(NEGATIVE_RATE.read(NEGATIVE_RATE.write(logs)), logs)
+    off_by_one = np.nextafter(NEGATIVE_RATE.write(logs), np.float32(0))
+    np.testing.assert_array_equal(NEGATIVE_RATE.read(off_by_one), logs)
+    assert np.isnan(NEGATIVE_RATE.read(np.float32([0.0, 1.0]))).all()
+
+
 def test_rotary_factors_are_llama_3s(tmp_path: Path):
     """Slow pairs 8 times slower, fast ones as they are."""
     file, _ = written("llama", tmp_path)
@@ -476,7 +600,7 @@ def test_rotary_factors_are_llama_3s(tmp_path: Path):
             ),
             "expected one factor for each two",
         ),
-        ({"llama.rope.scaling.type": "longrope"}, r"only 'yarn' \(but for Gemma\), 'linear'"),
+        ({"llama.rope.scaling.type": "longrope"}, r"only 'yarn' \(but for Gemma and GLM\)"),
         ({"llama.embedding_length": 128}, "its config asks for"),
     ],
 )
@@ -514,7 +638,14 @@ def test_what_llama_cpp_leaves_out_is_told(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("case", "scaling"), [("qwen3_moe", LLAMA3), ("deepseek_v3", LLAMA3), ("deepseek_v3", LINEAR)]
+    ("case", "scaling"),
+    [
+        ("qwen3_moe", LLAMA3),
+        ("deepseek_v3", LLAMA3),
+        ("deepseek_v3", LINEAR),
+        ("gemma3_text", YARN),
+        ("glm_moe_dsa", YARN),
+    ],
 )
 def test_rotary_scaling_that_llama_cpp_computes_otherwise_is_told(
     case: str, scaling: dict[str, Any], tmp_path: Path
@@ -522,7 +653,7 @@ def test_rotary_scaling_that_llama_cpp_computes_otherwise_is_told(
     """Only its llama reads Llama 3's factors, and its deepseek2 scales scores with any factor."""
     family, _, variables = built(case)
     config = family.read_config(Settings(CASES[case] | {"rope_scaling": scaling}, case))
-    with pytest.raises(UserError, match=r"can't be written as GGUF|'linear' \(but for DeepSeek\)"):
+    with pytest.raises(UserError, match=r"can't be written as GGUF|'linear' \(but for DeepSeek"):
         gguf.export(tmp_path / "it.gguf", family, config, variables, None, "F16")
     assert not list(tmp_path.iterdir())
 
