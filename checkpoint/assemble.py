@@ -287,15 +287,19 @@ def saved(
         if is_done(name):
             yield whole, None
             continue
-        parts = [entry.to_public(part_of(leaves[entry.leaf], entry.place)) for entry in sharing]
-        yield whole, parts[0] if len(parts) == 1 else _merged(sharing, parts, whole.shape)
+        yield whole, public_tensor(sharing, leaves)
 
 
-def _merged(
-    sharing: Sequence[Entry], parts: Sequence[np.ndarray], shape: tuple[int, ...]
-) -> np.ndarray:
-    """The tensor whose rows these parts are."""
-    out = np.empty(shape, parts[0].dtype)
+def public_tensor(sharing: Sequence[Entry], leaves: Mapping[str, Any]) -> np.ndarray:
+    """The tensor of these entries, which share its rows.
+
+    Args:
+      leaves: the model's variables by path.
+    """
+    parts = [entry.to_public(part_of(leaves[entry.leaf], entry.place)) for entry in sharing]
+    if len(parts) == 1:
+        return parts[0]
+    out = np.empty(whole_tensor(sharing).shape, parts[0].dtype)
     for entry, part in zip(sharing, parts, strict=True):
         out[entry.public_rows] = part
     return out

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ from gguf.constants import Keys
 from checkpoint import assemble
 from checkpoint.config_reader import Settings
 from checkpoint.families.base import Family, no_gguf
-from checkpoint.gguf_config import ROPE_FREQS, config_from_gguf, config_to_gguf, llama3_frequencies
+from checkpoint.gguf_config import (
+    config_from_gguf,
+    config_to_gguf,
+    form_of_file,
+    form_to_write,
+)
 from checkpoint.gguf_fused import SplitTensors
 from checkpoint.gguf_latent import JoinedTensors, split
+from checkpoint.gguf_rope import ROPE_FREQS, extra_frequencies
 from checkpoint.public import PublicCheckpoint, find_family, lost_settings, read_model, write_model
 from checkpoint.rounded import RoundedPart, rounded_at
-from checkpoint.weight_map import Entry, expand, flatten
+from checkpoint.weight_map import Entry, by_tensor, expand, flatten, whole_tensor
 from configs.architecture import ModelConfig
 from configs.attention import LatentAttentionConfig
 from configs.checks import UserError
@@ -43,11 +50,10 @@ def open_checkpoint(path: Path) -> PublicCheckpoint:
     split = SplitTensors(file)
     values = config_from_gguf(file.metadata, split.shapes, split.read, str(path))
     settings = Settings(values, str(path))
-    family = find_family(settings)
-    assert family.gguf is not None
+    family, form = form_of_file(file.metadata, str(path))
     tensors = JoinedTensors(split)
     config = read_model(family, settings, tensors)
-    rows = family.gguf.rows
+    rows = form.rows
     family = dataclasses.replace(family, copies=(), ignored=IGNORED)
     return PublicCheckpoint(path, family, settings, config, rows, tensors)
 
@@ -97,14 +103,15 @@ def export(
         metadata[Keys.Tokenizer.MODEL] = NO_TOKENIZER
     else:
         metadata |= tokenizer_to_gguf(tokenizer, config.vocab_size)
-    entries = expand(family.gguf.rows, config, leaves)
-    tensors = [_tensor(entry, leaves) for entry in entries]
-    frequencies_C = llama3_frequencies(values)
+    entries = expand(form_to_write(family, values).rows, config, leaves)
+    tensors = [_tensor(sharing, leaves) for sharing in by_tensor(entries).values()]
+    frequencies_C = extra_frequencies(values)
     if frequencies_C is not None:
         tensors.insert(0, (ROPE_FREQS, frequencies_C.shape, lambda: frequencies_C))
-    attention = config.pattern[0].attention
-    _check_said(family, config, metadata, tensors, path)
+    _check_said(config, metadata, tensors, path)
     encoded = _encoded(entries, leaves)
+    layers = (*config.prefix, *config.pattern)
+    attention = next((x.attention for x in layers if x.attention.kind == "latent"), None)
     if isinstance(attention, LatentAttentionConfig):
         _check_split(encoded)
         tensors = list(split(tensors, attention.nope_head_dim, attention.value_head_dim))
@@ -125,7 +132,6 @@ def _check_split(encoded: dict[str, Encoded]) -> None:
 
 
 def _check_said(
-    family: Family,
     config: ModelConfig,
     metadata: dict[str, Any],
     tensors: list[Tensor],
@@ -146,15 +152,16 @@ def _check_said(
         )
 
 
-def _tensor(entry: Entry, leaves: dict[str, Any]) -> Tensor:
-    return entry.name, entry.shape, functools.partial(_read, entry, leaves)
+def _tensor(sharing: Sequence[Entry], leaves: dict[str, Any]) -> Tensor:
+    whole = whole_tensor(sharing)
+    return whole.name, whole.shape, functools.partial(_read, sharing, leaves)
 
 
 def _encoded(entries: list[Entry], leaves: dict[str, Any]) -> dict[str, Encoded]:
     """The tensors whose parameters come in codes.
 
     Raises:
-      UserError: a format that llama.cpp has no blocks of.
+      UserError: a format that llama.cpp has no blocks of, or a tensor of several parameters.
     """
     encoded: dict[str, Encoded] = {}
     for entry in entries:
@@ -162,6 +169,11 @@ def _encoded(entries: list[Entry], leaves: dict[str, Any]) -> dict[str, Encoded]
         if found is None:
             continue
         kind = block_kind(found)
+        if entry.public_rows is not None:
+            raise UserError(
+                f"llama.cpp holds {entry.leaf} and another parameter as one tensor, {entry.name}, "
+                "which is not put together of rounded ones: write a model folder instead"
+            )
         encoded[entry.name] = kind, functools.partial(_blocks, kind, entry, leaves)
     return encoded
 
@@ -198,6 +210,5 @@ def _blocks(kind: BlockKind, entry: Entry, leaves: dict[str, Any]) -> np.ndarray
     return encode_blocks(kind, codes, scales[:, ::BLOCK], steps)
 
 
-def _read(entry: Entry, leaves: dict[str, Any]) -> np.ndarray:
-    part = assemble.part_of(leaves[entry.leaf], entry.place)
-    return entry.to_public(part.astype(np.float32, copy=False))
+def _read(sharing: Sequence[Entry], leaves: dict[str, Any]) -> np.ndarray:
+    return assemble.public_tensor(sharing, leaves).astype(np.float32, copy=False)

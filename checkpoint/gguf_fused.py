@@ -18,6 +18,10 @@ from configs.checks import UserError
 from formats.gguf.reader import GGUFFile
 
 EXPERTS, EXPERT_PARTS = ".ffn_gate_up_exps.", (".ffn_gate_exps.", ".ffn_up_exps.")
+DELTA_RATE = ".ssm_a"
+"""Which layers with a delta net have: their attn_qkv is one tensor everywhere."""
+GATE_ROW = ".ffn_gate_inp_shexp.weight"
+"""A shared expert's gate: one row of a matrix in newer files, [1, D], a vector in others."""
 HEADS, HEAD_PARTS = ".attn_qkv.", (".attn_q.", ".attn_k.", ".attn_v.")
 
 
@@ -43,9 +47,11 @@ class SplitTensors:
         self._parts: dict[str, Part] = {}
         self._shapes = dict(file.shapes)
         for name in file.shapes:
-            if EXPERTS in name and len(file.shapes[name]) > 1:
+            if name.endswith(GATE_ROW) and file.shapes[name][:-1] == (1,):
+                self._shapes[name] = file.shapes[name][1:]
+            elif EXPERTS in name and len(file.shapes[name]) > 1:
                 self._split(name, EXPERTS, EXPERT_PARTS, (1, 1), axis=1)
-            elif HEADS in name:
+            elif HEADS in name and name.split(HEADS)[0] + DELTA_RATE not in file.shapes:
                 self._split(name, HEADS, HEAD_PARTS, self._head_counts(), axis=0)
 
     def _head_counts(self) -> tuple[int, int, int]:
@@ -97,6 +103,8 @@ class SplitTensors:
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """The places [start, stop) of the first dim; of experts' parts expert by expert."""
+        if name.endswith(GATE_ROW):
+            return self._file.read(name).reshape(self._shapes[name])[start:stop]
         if name not in self._parts:
             return self._file.read_rows(name, start, stop)
         part, shape = self._parts[name], self._shapes[name]

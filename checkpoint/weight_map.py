@@ -38,6 +38,16 @@ Rows = Callable[[LayerSpec], np.ndarray]
 int [N]."""
 
 
+@dataclass(frozen=True)
+class Values:
+    """Numbers that a public tensor holds otherwise than the parameter does, one by one."""
+
+    write: Callable[[np.ndarray], np.ndarray]
+    """The tensor's for the parameter's, float32."""
+    read: Callable[[np.ndarray], np.ndarray]
+    """The inverse; what no parameter makes becomes NaN."""
+
+
 class Span(NamedTuple):
     """The entries [start, stop) of a dim."""
 
@@ -74,6 +84,10 @@ class Row:
     is about them alone."""
     span: Callable[[LayerSpec], Span] | None = None
     """The entries along n that the tensor fills, where other tensors fill the rest."""
+    values: Values | None = None
+    """How the tensor holds its numbers; None: as the parameter does."""
+    lines: Callable[[LayerSpec], int] | None = None
+    """In how many rows the tensor holds the one dim that the pattern gives it."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,7 @@ class Entry:
     """Whole dim that `order` is about."""
     public_rows: np.ndarray | None = None
     """Which of the public tensor's rows are meant, int [N]; None: all of them."""
+    values: Values | None = None
 
     @property
     def is_partial(self) -> bool:
@@ -107,14 +122,27 @@ class Entry:
         return tuple(self.split[axis] for axis in self.axes)
 
     def to_parameter(self, tensor: np.ndarray) -> np.ndarray:
-        """The part as the parameter has it; a view where no order changes."""
+        """The part as the parameter has it; a view where nothing changes.
+
+        Raises:
+          UserError: numbers that no parameter makes.
+        """
         part = tensor.reshape(self.split).transpose(self.axes)
-        return part if self.order is None else part.take(self.order, axis=self.order_axis)
+        if self.order is not None:
+            part = part.take(self.order, axis=self.order_axis)
+        if self.values is None:
+            return part
+        part = self.values.read(part)
+        if np.isnan(part).any():
+            raise UserError(f"{self.name} holds numbers that no model's tensor of this name has")
+        return part
 
     def to_public(self, part: np.ndarray) -> np.ndarray:
         """The inverse of `to_parameter`, contiguous."""
         if self.order is not None:
             part = part.take(np.argsort(self.order), axis=self.order_axis)
+        if self.values is not None:
+            part = self.values.write(part)
         return np.ascontiguousarray(part.transpose(np.argsort(self.axes))).reshape(self.shape)
 
     @property
@@ -287,12 +315,17 @@ def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> I
         order = row.order(sizes["c"], layer.spec)
     for numbers in itertools.product(*(range(sizes[letter]) for letter in counted)):
         chosen = dict(zip(counted, numbers, strict=True))
+        shape = tuple(math.prod(sizes.get(letter, 1) for letter in group) for group in groups)
+        if row.lines is not None:
+            assert layer is not None
+            count = row.lines(layer.spec)
+            shape = (count, shape[0] // count)
         place = (
             int(x) if x.isdigit() else span if x == "n" and span else chosen.get(x) for x in ours
         )
         yield Entry(
             name=row.name.format(**chosen) if chosen else row.name,
-            shape=tuple(math.prod(sizes.get(letter, 1) for letter in group) for group in groups),
+            shape=shape,
             leaf=leaf,
             place=(*stack, *place),
             split=tuple(sizes[letter] for letter in public),
@@ -300,6 +333,7 @@ def _entries(row: Row, shapes: dict[str, Any], layer: _Layer | None = None) -> I
             order=order,
             order_axis=kept.index("c") if order is not None else 0,
             public_rows=public_rows,
+            values=row.values,
         )
 
 

@@ -35,7 +35,6 @@ from planning.plan import useful_flops
 from train.optim import make_optimizer, make_schedule
 
 TABLES = {
-    "router scores": (feed_forward.Scores, router_scores.SCORES),
     "group scores": (feed_forward.GroupScore, feed_forward.GROUP_MEMBERS),
     "norms of queries": (attention.QKNorm, grouped_query.NORMED_DIMS),
     "growth": (growth.Operator, growth.OPERATORS),
@@ -55,6 +54,10 @@ TABLES = {
 def test_a_table_has_a_row_for_each_value(name):
     values, table = TABLES[name]
     assert set(table) == set(get_args(values))
+
+
+def test_router_scores_have_a_row_for_each_name():
+    assert set(router_scores.SCORES) == feed_forward.SCORES
 
 
 def test_grouped_products_have_a_kernel_or_a_plain_way_for_each_implementation():

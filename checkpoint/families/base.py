@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from checkpoint.config_reader import Settings
 from checkpoint.gguf_pairs import GROUPED, Pairs
+from checkpoint.gguf_sections import HEADS, Section
 from checkpoint.weight_map import Row
 from configs.architecture import ModelConfig
 
@@ -39,7 +40,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class GGUF:
-    """The family as llama.cpp knows it."""
+    """The family, or some of its models, as llama.cpp knows them."""
 
     architecture: str
     """general.architecture, the prefix of its keys."""
@@ -52,10 +53,14 @@ class GGUF:
     """Further keys that follow from a config.json: written, and refused where a file has others."""
     optional: Mapping[str, str] = field(default_factory=dict)
     """Settings that no key tells, by the tensor that is there where they are true."""
-    turns_part: bool = False
-    """Whether rope.dimension_count may be less than a head's width (partial_rotary_factor)."""
+    sections: tuple[Section, ...] = (HEADS,)
+    """Settings that are no pair; one may go by what those before it have read."""
     is_meant: Callable[[Mapping[str, Any]], bool] = lambda _: True
     """Whether a file's metadata may be of this family, where several share an architecture."""
+    suits: Callable[[Mapping[str, Any]], bool] = lambda _: True
+    """Whether the model of a config.json is written so, rather than as `other`."""
+    other: "GGUF | None" = None
+    """The form of the family's other models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,13 @@ class Family:
     """None where released files are in plain floats."""
     gguf: GGUF | None = None
     """None where llama.cpp has no such family, or its table was not written here."""
+
+    @property
+    def gguf_forms(self) -> tuple[GGUF, ...]:
+        """That and its other."""
+        if self.gguf is None:
+            return ()
+        return (self.gguf,) if self.gguf.other is None else (self.gguf, self.gguf.other)
 
 
 def no_gguf(model_type: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from checkpoint import gguf_pairs, gguf_weight_maps
+from checkpoint import gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, deepseek_moe, latent, weight_maps
 from checkpoint.families.base import GGUF, Family
@@ -78,6 +78,7 @@ DEEPSEEK_V2 = Family(
         gguf_weight_maps.DEEPSEEK2,
         gguf_pairs.LATENT,
         fixed={**gguf_pairs.DEEPSEEK_MOE_FIXED, "scoring_func": "softmax"},
+        sections=(gguf_sections.LATENT, gguf_sections.QUERY_RANK),
         is_meant=lambda metadata: not gguf_pairs.has_sigmoid_scores(metadata),
     ),
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from checkpoint import gguf_pairs, gguf_weight_maps
+from checkpoint import gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, deepseek_moe, latent, weight_maps
 from checkpoint.families.base import GGUF, Copy, Family, Packed
@@ -89,6 +89,7 @@ DEEPSEEK_V3 = Family(
             "scoring_func": "sigmoid",
             "topk_method": "noaux_tc",
         },
+        sections=(gguf_sections.LATENT, gguf_sections.QUERY_RANK),
         is_meant=gguf_pairs.has_sigmoid_scores,
     ),
 )

@@ -115,7 +115,7 @@ def _write_delta(delta: GatedDeltaConfig) -> dict[str, Any]:
     }
 
 
-def _delta(layer: LayerSpec) -> GatedDeltaConfig:
+def delta_of(layer: LayerSpec) -> GatedDeltaConfig:
     assert isinstance(layer.attention, GatedDeltaConfig)
     return layer.attention
 
@@ -123,19 +123,19 @@ def _delta(layer: LayerSpec) -> GatedDeltaConfig:
 def _parts_of_groups(layer: LayerSpec, widths: Sequence[int]) -> list[np.ndarray]:
     """Rows of a tensor that has parts of these widths side by side for each head of keys: of every
     part its rows, head by head."""
-    groups = _delta(layer).num_key_heads or _delta(layer).num_heads
+    groups = delta_of(layer).num_key_heads or delta_of(layer).num_heads
     rows_GW = np.arange(groups * sum(widths)).reshape(groups, -1)
     return [part.reshape(-1) for part in np.split(rows_GW, np.cumsum(widths)[:-1], axis=1)]
 
 
 def _qkvz(layer: LayerSpec) -> list[np.ndarray]:
-    c = _delta(layer)
+    c = delta_of(layer)
     values = c.out_width * c.key_head_dim // c.key_width
     return _parts_of_groups(layer, (c.key_head_dim, c.key_head_dim, values, values))
 
 
 def _beta_and_decay(layer: LayerSpec) -> list[np.ndarray]:
-    c = _delta(layer)
+    c = delta_of(layer)
     heads = c.num_heads * c.key_head_dim // c.key_width
     return _parts_of_groups(layer, (heads, heads))
 
@@ -218,25 +218,28 @@ def _halves(layer: LayerSpec) -> np.ndarray:
 
 _GATE = "layers.*.attention.gate"
 
-GATED_QUERY = (
-    Row("layers.*.attention.q", f"{ATTENTION}.q_proj.weight", "(h c) d -> d h c", rows=_queries),
-    Row(
-        _GATE,
-        f"{ATTENTION}.q_proj.weight",
-        "(h c) d -> d h c",
-        requires="layers.*.attention.q",
-        rows=_gates,
-    ),
-    Row("layers.*.attention.q_bias", f"{ATTENTION}.q_proj.bias", "(h c) -> h c", rows=_queries),
-    Row("layers.*.attention.gate_bias", f"{ATTENTION}.q_proj.bias", "(h c) -> h c", rows=_gates),
-)
-"""Queries and gates from one projection."""
 
+def gated_query(table: Sequence[Row], query: str = f"{ATTENTION}.q_proj") -> tuple[Row, ...]:
+    """The rows of grouped-query attention whose queries and gates have one projection.
 
-def gated_query(table: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows of grouped-query attention, those of its queries for GATED_QUERY's."""
-    replaced = {row.parameter for row in GATED_QUERY}
-    return (*GATED_QUERY, *(row for row in beside_delta(table) if row.parameter not in replaced))
+    Args:
+      table: without gates.
+      query: what the projection's names begin with.
+    """
+    gated = (
+        Row("layers.*.attention.q", f"{query}.weight", "(h c) d -> d h c", rows=_queries),
+        Row(
+            _GATE,
+            f"{query}.weight",
+            "(h c) d -> d h c",
+            requires="layers.*.attention.q",
+            rows=_gates,
+        ),
+        Row("layers.*.attention.q_bias", f"{query}.bias", "(h c) -> h c", rows=_queries),
+        Row("layers.*.attention.gate_bias", f"{query}.bias", "(h c) -> h c", rows=_gates),
+    )
+    replaced = {row.parameter for row in gated}
+    return (*gated, *(row for row in beside_delta(table) if row.parameter not in replaced))
 
 
 def beside_delta(table: Sequence[Row]) -> tuple[Row, ...]:
@@ -244,20 +247,18 @@ def beside_delta(table: Sequence[Row]) -> tuple[Row, ...]:
     return tuple(dataclasses.replace(row, unless=IN_DELTA) for row in table)
 
 
-def separate(module: str) -> tuple[Row, ...]:
+def separate(projection: str, convolution: str, pattern: str = "n u t -> t n") -> tuple[Row, ...]:
     """Queries, keys and values with a projection and a convolution each.
 
     Args:
-      module: what the tensors' names begin with.
+      projection, convolution: the tensors' names, with {x} for q, k and v.
+      pattern: of the convolution.
     """
     parts = [(x, _channels(i)) for i, x in enumerate("qkv")]
-    conv = "layers.*.attention.conv"
+    qkv, conv = "layers.*.attention.qkv", "layers.*.attention.conv"
     return (
-        *(
-            Row("layers.*.attention.qkv", f"{module}{x}_proj.weight", "n d -> d n", span=span)
-            for x, span in parts
-        ),
-        *(Row(conv, f"{module}{x}_conv1d.weight", "n u t -> t n", span=span) for x, span in parts),
+        *(Row(qkv, projection.format(x=x), "n d -> d n", span=span) for x, span in parts),
+        *(Row(conv, convolution.format(x=x), pattern, span=span) for x, span in parts),
     )
 
 
@@ -265,7 +266,7 @@ def _channels(part: int) -> Callable[[LayerSpec], Span]:
     """Those of the queries (0), keys (1) or values (2) among what the convolution reads."""
 
     def span(layer: LayerSpec) -> Span:
-        c = _delta(layer)
+        c = delta_of(layer)
         ends = (0, c.key_width, 2 * c.key_width, c.conv_channels)
         return Span(ends[part], ends[part + 1])
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from checkpoint import gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, weight_maps
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from configs.architecture import LayerSpec, ModelConfig
 from configs.feed_forward import DenseConfig
 
@@ -63,4 +64,10 @@ GEMMA = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     rows=(*weight_maps.EMBEDDING, *weight_maps.GROUPED_QUERY, *weight_maps.DENSE),
+    gguf=GGUF(
+        "gemma",
+        gguf_weight_maps.GEMMA,
+        sections=(gguf_sections.HEADS, gguf_sections.TIED),
+        fixed={"hidden_act": "gelu_pytorch_tanh"},
+    ),
 )

@@ -4,9 +4,10 @@ layer."""
 import dataclasses
 from typing import Any
 
+from checkpoint import gguf_layers, gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, gemma, weight_maps, windows
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 
@@ -91,5 +92,25 @@ GEMMA2 = Family(
         *weight_maps.SANDWICH_NORMS,
         *weight_maps.grouped_query(),
         *weight_maps.DENSE,
+    ),
+    gguf=GGUF(
+        "gemma2",
+        gguf_weight_maps.GEMMA2,
+        (
+            *gguf_pairs.GROUPED,
+            (gguf_pairs.LLM.ATTN_LOGIT_SOFTCAPPING, "attn_logit_softcapping"),
+            (gguf_pairs.LLM.FINAL_LOGIT_SOFTCAPPING, "final_logit_softcapping"),
+        ),
+        fixed={
+            ACTIVATION_KEY: "gelu_pytorch_tanh",
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        sections=(
+            gguf_sections.HEADS,
+            gguf_layers.windows(period=2, default_size=4096),
+            gguf_layers.query_scalar(layers_of_largest=46),
+            gguf_sections.TIED,
+        ),
     ),
 )

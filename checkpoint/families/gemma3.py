@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoint import gguf_layers, gguf_pairs, gguf_rope, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import (
     config_sections,
@@ -15,7 +16,7 @@ from checkpoint.families import (
     weight_maps,
     windows,
 )
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.checks import UserError
@@ -147,5 +148,20 @@ GEMMA3 = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     rows=(*gemma2.GEMMA2.rows, *weight_maps.QK_NORM),
+    gguf=GGUF(
+        "gemma3",
+        gguf_weight_maps.GEMMA3,
+        (
+            *gguf_pairs.GROUPED,
+            (gguf_pairs.LLM.FINAL_LOGIT_SOFTCAPPING, "final_logit_softcapping"),
+        ),
+        fixed={gemma2.ACTIVATION_KEY: "gelu_pytorch_tanh"},
+        sections=(
+            gguf_sections.HEADS,
+            gguf_layers.windows(period=6),
+            gguf_layers.query_scalar(layers_of_largest=62),
+            gguf_rope.by_kind("gemma3", BASES[windows.WINDOW]),
+        ),
+    ),
 )
 GEMMA3_ENCODERS = text_part.beside_encoders("gemma3", "Gemma3ForConditionalGeneration", GEMMA3)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from checkpoint import gguf_pairs, gguf_weight_maps
+from checkpoint import gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, deepseek_moe, deepseek_v3, weight_maps
 from checkpoint.families.base import GGUF, Family
@@ -79,6 +79,6 @@ GLM4_MOE = Family(
             "attention_bias": "blk.0.attn_q.bias",
             "use_qk_norm": "blk.0.attn_q_norm.weight",
         },
-        turns_part=True,
+        sections=(gguf_sections.PARTLY_TURNED_HEADS,),
     ),
 )

@@ -5,8 +5,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoint import gguf_layers, gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, deepseek_v3, deepseek_v32, weight_maps
+from checkpoint.families.base import GGUF
 from checkpoint.weight_map import Row, interleaved_first
 from configs.architecture import ModelConfig
 from configs.checks import UserError
@@ -91,5 +93,20 @@ GLM_MOE_DSA = dataclasses.replace(
     write_config=write_config,
     defaults=DEFAULTS,
     rows=tuple(map(_turned, weight_maps.DEEPSEEK_V32)),
-    gguf=None,
+    gguf=GGUF(
+        "glm-dsa",
+        gguf_weight_maps.GLM_DSA,
+        (
+            *gguf_pairs.LATENT,
+            (gguf_pairs.ATTENTION.Indexer.HEAD_COUNT, "index_n_heads"),
+            (gguf_pairs.ATTENTION.Indexer.KEY_LENGTH, "index_head_dim"),
+            (gguf_pairs.ATTENTION.Indexer.TOP_K, "index_topk"),
+        ),
+        fixed={
+            **gguf_pairs.DEEPSEEK_MOE_FIXED,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        },
+        sections=(gguf_sections.LATENT, gguf_layers.OWN_INDEXERS),
+    ),
 )

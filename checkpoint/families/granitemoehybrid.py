@@ -3,13 +3,15 @@ alone or beside experts."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from checkpoint import gguf_layers, gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, granite, mamba2, weight_maps
-from checkpoint.families.base import Family
-from checkpoint.weight_map import Row
+from checkpoint.families.base import GGUF, Family
+from checkpoint.gguf_sections import Section
+from checkpoint.weight_map import Row, interleaved
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import Attention, AttentionConfig
 from configs.checks import UserError
@@ -190,17 +192,74 @@ LAYER, MIXER = weight_maps.LAYER, "layers.*.attention"
 MOE = f"{LAYER}.block_sparse_moe"
 
 
-def _of_attention(row: Row) -> Row:
-    """The row of grouped-query attention as it holds where other layers have Mamba-2."""
-    return dataclasses.replace(row, requires=f"{MIXER}.q")
-
-
 def _shared(parameter: str) -> tuple[Row, ...]:
     return (
         Row(f"{parameter}.gate_up", f"{LAYER}.shared_mlp.input_linear.weight", "(i f) d -> d i f"),
         Row(f"{parameter}.down", f"{LAYER}.shared_mlp.output_linear.weight", "d f -> f d"),
     )
 
+
+def _refuse_other_mamba(values: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Raises:
+      UserError: Mamba-2 that llama.cpp computes otherwise, or stops at.
+    """
+    expand, groups = values.get("mamba_expand", 2), values.get("mamba_n_groups", 1)
+    if expand != 2 or groups != 1:
+        raise UserError(
+            "llama.cpp's Granite 4 has Mamba-2 layers twice as wide as the model and norms them by "
+            f"groups, this one has mamba_expand={expand}, mamba_n_groups={groups}: it can't be "
+            "written as GGUF"
+        )
+    return {}
+
+
+GGUF_DENSE = GGUF(
+    "granitehybrid",
+    (
+        *gguf_weight_maps.EMBEDDING,
+        *gguf_weight_maps.NORMS,
+        *mamba2.beside(gguf_weight_maps.grouped_query(interleaved("head_dim"))),
+        *mamba2.GGUF_ROWS,
+        *gguf_weight_maps.DENSE,
+        *gguf_weight_maps.EXPERTS,
+        *gguf_weight_maps.SHARED,
+    ),
+    (
+        *gguf_pairs.renamed(
+            granite.PAIRS, intermediate_size="shared_intermediate_size", num_key_value_heads=None
+        ),
+        (gguf_pairs.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, "shared_intermediate_size"),
+    ),
+    fixed={"num_local_experts": 0, "mamba_expand": 2},
+    sections=(
+        gguf_layers.keys_by_layer((MAMBA, ATTENTION)),
+        gguf_sections.HEADS,
+        gguf_layers.mamba2(
+            heads="mamba_n_heads",
+            width="mamba_d_head",
+            state="mamba_d_state",
+            groups="mamba_n_groups",
+            taps="mamba_d_conv",
+        ),
+        gguf_layers.POSITIONS,
+        Section((), lambda _: {}, _refuse_other_mamba),
+    ),
+    suits=lambda values: values["num_local_experts"] == 0,
+)
+"""The shared feed-forward is the only one."""
+GGUF_MOE = dataclasses.replace(
+    GGUF_DENSE,
+    pairs=(
+        *gguf_pairs.renamed(granite.PAIRS, num_key_value_heads=None),
+        (gguf_pairs.LLM.EXPERT_COUNT, "num_local_experts"),
+        (gguf_pairs.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, "shared_intermediate_size"),
+    ),
+    fixed={"mamba_expand": 2},
+    is_meant=lambda metadata: metadata.get("granitehybrid.expert_count", 0) != 0,
+    suits=lambda values: values["num_local_experts"] != 0,
+    other=GGUF_DENSE,
+)
 
 GRANITEMOEHYBRID = Family(
     model_type="granitemoehybrid",
@@ -211,7 +270,7 @@ GRANITEMOEHYBRID = Family(
     rows=(
         *weight_maps.EMBEDDING,
         *weight_maps.NORMS,
-        *(_of_attention(row) for row in weight_maps.grouped_query()),
+        *mamba2.beside(weight_maps.grouped_query()),
         *mamba2.rows(f"{LAYER}.mamba"),
         *_shared("layers.*.ffn"),
         *_shared("layers.*.moe.shared"),
@@ -219,4 +278,5 @@ GRANITEMOEHYBRID = Family(
         Row("layers.*.moe.gate_up", f"{MOE}.input_linear.weight", "e (i f) d -> e d i f"),
         Row("layers.*.moe.down", f"{MOE}.output_linear.weight", "e d f -> e f d"),
     ),
+    gguf=GGUF_MOE,
 )

@@ -7,11 +7,13 @@ transformers writes dense layers by the names of experts; the released files hav
 from collections.abc import Sequence
 from typing import Any
 
+from checkpoint import gguf_layers, gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, deepseek_moe, delta_net, latent, weight_maps
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from checkpoint.families.delta_net import FULL, LINEAR
 from checkpoint.families.weight_maps import ATTENTION, LAYER
+from checkpoint.gguf_values import NEGATIVE_RATE
 from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import LatentAttentionConfig
@@ -164,7 +166,7 @@ def _dense_places(layers: Sequence[LayerSpec]) -> list[str]:
 
 
 DELTA = (
-    *delta_net.separate(f"{ATTENTION}."),
+    *delta_net.separate(f"{ATTENTION}.{{x}}_proj.weight", f"{ATTENTION}.{{x}}_conv1d.weight"),
     Row("layers.*.attention.beta", f"{ATTENTION}.b_proj.weight", "h d -> d h"),
     Row("layers.*.attention.decay_in", f"{ATTENTION}.f_a_proj.weight", "m d -> d m"),
     Row("layers.*.attention.decay_out", f"{ATTENTION}.f_b_proj.weight", "(h c) m -> m h c"),
@@ -177,6 +179,21 @@ DELTA = (
 """The result's projection has the name that latent attention's has."""
 
 MOE = f"{LAYER}.block_sparse_moe"
+
+BLOCK = gguf_weight_maps.BLOCK
+GGUF_DELTA = (
+    *delta_net.separate(
+        f"{BLOCK}.attn_{{x}}.weight", f"{BLOCK}.ssm_conv1d_{{x}}.weight", "u n w t -> t n"
+    ),
+    Row("layers.*.attention.beta", f"{BLOCK}.ssm_beta.weight", "h d -> d h"),
+    Row("layers.*.attention.decay_in", f"{BLOCK}.ssm_f_a.weight", "m d -> d m"),
+    Row("layers.*.attention.decay_out", f"{BLOCK}.ssm_f_b.weight", "(h c) m -> m h c"),
+    Row("layers.*.attention.decay_bias", f"{BLOCK}.ssm_dt.bias", "(h c) -> h c"),
+    Row("layers.*.attention.log_rate", f"{BLOCK}.ssm_a", "u w h x -> h", values=NEGATIVE_RATE),
+    Row("layers.*.attention.gate_in", f"{BLOCK}.ssm_g_a.weight", "m d -> d m"),
+    Row("layers.*.attention.gate_out", f"{BLOCK}.ssm_g_b.weight", "(h c) m -> m h c"),
+    Row("layers.*.attention.norm.scale", f"{BLOCK}.ssm_norm.weight", "c -> c"),
+)
 
 KIMI_LINEAR = Family(
     model_type="kimi_linear",
@@ -195,4 +212,24 @@ KIMI_LINEAR = Family(
         *weight_maps.swiglu("layers.*.moe.shared", f"{MOE}.shared_experts"),
     ),
     renames=((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),
+    gguf=GGUF(
+        "kimi-linear",
+        (*gguf_weight_maps.DEEPSEEK2, *GGUF_DELTA),
+        (
+            *gguf_pairs.LATENT,
+            (gguf_pairs.SSM.CONV_KERNEL, "linear_conv_kernel_dim"),
+            (gguf_pairs.KDA.HEAD_DIM, "linear_head_dim"),
+        ),
+        fixed={
+            **gguf_pairs.DEEPSEEK_MOE_FIXED,
+            "norm_topk_prob": True,
+            "scoring_func": "sigmoid",
+        },
+        sections=(
+            gguf_sections.LATENT,
+            gguf_layers.keys_by_layer((LINEAR, FULL), latent_heads=1),
+            gguf_layers.KIMI_HEADS,
+            gguf_sections.UNTIED,
+        ),
+    ),
 )

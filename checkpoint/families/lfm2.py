@@ -1,12 +1,14 @@
 """LFM2 (2025), dense and with experts: gated short convolutions among attentions."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from checkpoint import gguf_layers, gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, weight_maps
-from checkpoint.families.base import Family
+from checkpoint.families import config_sections, mamba2, weight_maps
+from checkpoint.families.base import GGUF, Family
 from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import Attention, AttentionConfig
@@ -211,6 +213,47 @@ ROWS = (
     *swiglu("layers.*.ffn", FFN),
 )
 
+BLOCK = gguf_weight_maps.BLOCK
+GGUF_DENSE = GGUF(
+    "lfm2",
+    (
+        *gguf_weight_maps.EMBEDDING[:2],
+        Row("final_norm.scale", "token_embd_norm.weight", "d -> d"),
+        *gguf_weight_maps.NORMS,
+        *mamba2.beside(gguf_weight_maps.grouped_query()),
+        *gguf_weight_maps.QK_NORM,
+        Row(f"{MIXER}.in", f"{BLOCK}.shortconv.in_proj.weight", "(i n) d -> d i n"),
+        Row(f"{MIXER}.conv", f"{BLOCK}.shortconv.conv.weight", "n t -> t n"),
+        Row(
+            f"{MIXER}.o",
+            f"{BLOCK}.shortconv.out_proj.weight",
+            "d n -> n d",
+            requires=f"{MIXER}.in",
+        ),
+        *gguf_weight_maps.DENSE,
+        *gguf_weight_maps.EXPERTS,
+        gguf_weight_maps.CHOICE_BIAS,
+    ),
+    (
+        *gguf_pairs.renamed(gguf_pairs.GROUPED, rms_norm_eps="norm_eps", num_key_value_heads=None),
+        (gguf_pairs.SHORT_CONV_TAPS, "conv_L_cache"),
+    ),
+    fixed={"block_auto_adjust_ff_dim": False},
+    sections=(gguf_layers.keys_by_layer((CONV, WHOLE)), gguf_sections.HEADS),
+)
+GGUF_MOE = dataclasses.replace(
+    GGUF_DENSE,
+    architecture="lfm2moe",
+    pairs=(
+        *GGUF_DENSE.pairs,
+        (gguf_pairs.LLM.EXPERT_COUNT, "num_experts"),
+        (gguf_pairs.LLM.EXPERT_FEED_FORWARD_LENGTH, "moe_intermediate_size"),
+        (gguf_pairs.LLM.LEADING_DENSE_BLOCK_COUNT, "num_dense_layers"),
+    ),
+    fixed={"num_dense_layers": 0},
+    derived=lambda _: gguf_pairs.SIGMOID,
+)
+
 LFM2 = Family(
     model_type="lfm2",
     architecture="Lfm2ForCausalLM",
@@ -218,6 +261,7 @@ LFM2 = Family(
     write_config=write_dense,
     defaults=DEFAULTS,
     rows=ROWS,
+    gguf=GGUF_DENSE,
 )
 LFM2_MOE = Family(
     model_type="lfm2_moe",
@@ -231,4 +275,5 @@ LFM2_MOE = Family(
         Row("layers.*.moe.state.bias_E", f"{FFN}.expert_bias", "e -> e"),
         *weight_maps.experts(f"{FFN}.experts.{{e}}", "w1", "w3", "w2"),
     ),
+    gguf=GGUF_MOE,
 )

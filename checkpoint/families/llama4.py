@@ -4,9 +4,10 @@ experts read."""
 import dataclasses
 from typing import Any
 
+from checkpoint import gguf_layers, gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, text_part, weight_maps
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from checkpoint.weight_map import Row, interleaved
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig, QueryTemperatureConfig
@@ -129,7 +130,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     attentions = config_sections.grouped_queries(config)
     ffns = [layer.ffn for layer in config_sections.unfolded(config)]
     dense = [ffn for ffn in ffns if isinstance(ffn, DenseConfig)]
-    width = config_sections.the_one(dense, "dense layer").d_ff if dense else None
+    width = config_sections.the_one(dense, "dense layer").d_ff if dense else moe.d_ff
     turned = [_bare(each) for each in attentions if each.rotary_dim != 0]
     attention = config_sections.the_one(turned, "attention with RoPE")
     sizes = [each.chunk_size for each in attentions if each.chunk_size is not None]
@@ -140,7 +141,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         **_write_temperature([each for each in attentions if each.rotary_dim == 0]),
         "num_local_experts": moe.num_experts,
         "intermediate_size": moe.d_ff,
-        **({} if width is None else {"intermediate_size_mlp": width}),
+        "intermediate_size_mlp": width,
         "moe_layers": [i for i, ffn in enumerate(ffns) if isinstance(ffn, MoEConfig)],
         "use_qk_norm": attention.qk_norm is not None,
         "no_rope_layers": [int(each.rotary_dim != 0) for each in attentions],
@@ -185,6 +186,17 @@ LLAMA4_TEXT = Family(
         Row("layers.*.moe.gate_up", f"{FFN}.experts.gate_up_proj", "e d (i f) -> e d i f"),
         Row("layers.*.moe.down", f"{FFN}.experts.down_proj", "e f d -> e f d"),
         *weight_maps.swiglu("layers.*.moe.shared", f"{FFN}.shared_expert"),
+    ),
+    gguf=GGUF(
+        "llama4",
+        gguf_weight_maps.LLAMA4,
+        (
+            *gguf_pairs.renamed(gguf_pairs.GROUPED, intermediate_size="intermediate_size_mlp"),
+            (gguf_pairs.LLM.EXPERT_FEED_FORWARD_LENGTH, "intermediate_size"),
+            (gguf_pairs.LLM.EXPERT_COUNT, "num_local_experts"),
+        ),
+        fixed={"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1},
+        sections=(gguf_sections.HEADS, gguf_layers.LLAMA4),
     ),
 )
 LLAMA4 = text_part.beside_encoders("llama4", "Llama4ForConditionalGeneration", LLAMA4_TEXT)

@@ -3,10 +3,12 @@
 d d_model, h heads, c a head's width, n channels of the convolution, t taps.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from checkpoint.gguf_values import NEGATIVE_RATE
 from checkpoint.weight_map import Row
 from configs.architecture import LayerSpec
 from configs.recurrent_attention import Mamba2Config
@@ -24,9 +26,7 @@ def rows(module: str) -> tuple[Row, ...]:
     entering = f"{module}.in_proj"
     gate, mixed, steps = (_part(i) for i in range(3))
     return (
-        Row(f"{MIXER}.gate", f"{entering}.weight", "(h c) d -> d h c", rows=gate),
-        Row(f"{MIXER}.in", f"{entering}.weight", "n d -> d n", rows=mixed, requires=IN_MAMBA2),
-        Row(f"{MIXER}.step", f"{entering}.weight", "h d -> d h", rows=steps),
+        *_entering(f"{entering}.weight"),
         Row(f"{MIXER}.gate_bias", f"{entering}.bias", "(h c) -> h c", rows=gate),
         Row(f"{MIXER}.in_bias", f"{entering}.bias", "n -> n", rows=mixed, requires=IN_MAMBA2),
         Row(f"{MIXER}.step_in_bias", f"{entering}.bias", "h -> h", rows=steps),
@@ -41,6 +41,26 @@ def rows(module: str) -> tuple[Row, ...]:
     )
 
 
+def _entering(name: str) -> tuple[Row, ...]:
+    """The projection of what comes in: gates, what the convolution reads, steps."""
+    gate, mixed, steps = (_part(i) for i in range(3))
+    return (
+        Row(f"{MIXER}.gate", name, "(h c) d -> d h c", rows=gate),
+        Row(f"{MIXER}.in", name, "n d -> d n", rows=mixed, requires=IN_MAMBA2),
+        Row(f"{MIXER}.step", name, "h d -> d h", rows=steps),
+    )
+
+
+def _groups(layer: LayerSpec) -> int:
+    assert isinstance(layer.attention, Mamba2Config)
+    return layer.attention.num_groups
+
+
+def beside(table: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows of grouped-query attention as they hold where other layers have Mamba-2."""
+    return tuple(dataclasses.replace(row, requires=f"{MIXER}.q") for row in table)
+
+
 def _part(number: int) -> Callable[[LayerSpec], np.ndarray]:
     """The rows of gates (0), of what the convolution reads (1) or of steps (2) in one tensor."""
 
@@ -51,3 +71,18 @@ def _part(number: int) -> Callable[[LayerSpec], np.ndarray]:
         return np.arange(ends[number], ends[number + 1])
 
     return part
+
+
+BLOCK = "blk.*"
+
+GGUF_ROWS = (
+    *_entering(f"{BLOCK}.ssm_in.weight"),
+    Row(f"{MIXER}.conv", f"{BLOCK}.ssm_conv1d.weight", "n t -> t n"),
+    Row(f"{MIXER}.conv_bias", f"{BLOCK}.ssm_conv1d.bias", "n -> n"),
+    Row(f"{MIXER}.log_rate", f"{BLOCK}.ssm_a", "h u -> h", values=NEGATIVE_RATE),
+    Row(f"{MIXER}.step_bias", f"{BLOCK}.ssm_dt.bias", "h -> h"),
+    Row(IN_MAMBA2, f"{BLOCK}.ssm_d", "h u -> h"),
+    Row(f"{MIXER}.norm_scale", f"{BLOCK}.ssm_norm.weight", "(h c) -> h c", lines=_groups),
+    Row(f"{MIXER}.o", f"{BLOCK}.ssm_out.weight", "d (h c) -> h c d", requires=IN_MAMBA2),
+)
+"""Of llama.cpp's files, whose projections have no biases."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from checkpoint import gguf_pairs, gguf_weight_maps
+from checkpoint import gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, rope_section, weight_maps
 from checkpoint.families.base import GGUF, Family
@@ -111,6 +111,6 @@ MINIMAX_M2 = Family(
             (gguf_pairs.LLM.EXPERT_FEED_FORWARD_LENGTH, "intermediate_size"),
         ),
         derived=lambda _: gguf_pairs.SIGMOID,
-        turns_part=True,
+        sections=(gguf_sections.PARTLY_TURNED_HEADS,),
     ),
 )

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
+from checkpoint import gguf_rope, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, rope_section, weight_maps
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig, QueryTemperatureConfig
 from configs.feed_forward import DenseConfig
@@ -93,4 +94,9 @@ MINISTRAL3 = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     rows=(*weight_maps.EMBEDDING, *weight_maps.GROUPED_QUERY, *weight_maps.DENSE),
+    gguf=GGUF(
+        "mistral3",
+        gguf_weight_maps.LLAMA,
+        sections=(gguf_sections.HEADS, gguf_rope.GROWING_QUERIES),
+    ),
 )

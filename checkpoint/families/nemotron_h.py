@@ -1,13 +1,15 @@
 """Nemotron-H (2025) and Nemotron 3: layers of Mamba-2, of attention without positions, of a dense
 feed-forward or of experts, each by itself."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from checkpoint import gguf_layers, gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, deepseek_moe, mamba2
-from checkpoint.families.base import Family
-from checkpoint.weight_map import Row
+from checkpoint.families.base import GGUF, Family
+from checkpoint.weight_map import Row, interleaved
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.attention_traits import NoAttentionConfig
@@ -244,6 +246,69 @@ def ungated(parameter: str, name: str) -> tuple[Row, ...]:
     )
 
 
+BLOCK = gguf_weight_maps.BLOCK
+
+
+def _gguf_sections(feed_forward: str, width: str) -> tuple[gguf_sections.Section, ...]:
+    return (
+        gguf_layers.one_part_each(MAMBA, ATTENTION, feed_forward, width),
+        gguf_sections.UNTURNED_HEADS,
+        gguf_layers.mamba2(
+            heads="mamba_num_heads",
+            width="mamba_head_dim",
+            state="ssm_state_size",
+            groups="n_groups",
+            taps="conv_kernel",
+        ),
+        gguf_sections.LAYER_NORM_EPS,
+    )
+
+
+COMMON_PAIRS = gguf_pairs.renamed(
+    gguf_pairs.GROUPED,
+    intermediate_size=None,
+    num_key_value_heads=None,
+    rms_norm_eps="layer_norm_epsilon",
+)
+GGUF_DENSE = GGUF(
+    "nemotron_h",
+    (
+        *gguf_weight_maps.EMBEDDING,
+        Row("layers.*.attention_norm.scale", f"{BLOCK}.attn_norm.weight", "d -> d"),
+        Row("layers.*.ffn_norm.scale", f"{BLOCK}.attn_norm.weight", "d -> d"),
+        *mamba2.GGUF_ROWS,
+        *mamba2.beside(gguf_weight_maps.grouped_query(interleaved("head_dim"))),
+        *gguf_weight_maps.ungated("layers.*.ffn", ""),
+        *gguf_weight_maps.UNGATED_MOE,
+    ),
+    COMMON_PAIRS,
+    fixed={"time_step_min": 0.0, "mlp_hidden_act": "relu2"},
+    optional={"mlp_bias": "blk.0.ffn_up.bias"},
+    sections=_gguf_sections(MLP, "intermediate_size"),
+    suits=lambda values: MOE not in values["layers_block_type"],
+)
+GGUF_MOE = dataclasses.replace(
+    GGUF_DENSE,
+    architecture="nemotron_h_moe",
+    pairs=(
+        *COMMON_PAIRS,
+        *gguf_pairs.DEEPSEEK_EXPERTS,
+        (gguf_pairs.LLM.EXPERT_GROUP_COUNT, "n_group"),
+        (gguf_pairs.LLM.EXPERT_GROUP_USED_COUNT, "topk_group"),
+        (
+            gguf_pairs.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH,
+            "moe_shared_expert_intermediate_size",
+        ),
+        (gguf_pairs.LLM.MOE_LATENT_SIZE, "moe_latent_size"),
+    ),
+    fixed={**GGUF_DENSE.fixed, **gguf_pairs.DEEPSEEK_MOE_FIXED},
+    optional={},
+    sections=_gguf_sections(MOE, "moe_intermediate_size"),
+    suits=lambda values: MOE in values["layers_block_type"],
+    other=GGUF_DENSE,
+)
+"""The same with experts instead of dense layers."""
+
 NEMOTRON_H = Family(
     model_type="nemotron_h",
     architecture="NemotronHForCausalLM",
@@ -272,4 +337,5 @@ NEMOTRON_H = Family(
     ),
     renames=((r"^model\.", "backbone."),),
     unread=((r"mtp\..*", "multi-token modules"),),
+    gguf=GGUF_MOE,
 )

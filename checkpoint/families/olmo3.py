@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoint import gguf_layers, gguf_rope, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
 from checkpoint.families import config_sections, olmo2, rope_section, weight_maps, windows
-from checkpoint.families.base import Family
+from checkpoint.families.base import GGUF, Family
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.feed_forward import DenseConfig
@@ -86,4 +87,13 @@ OLMO3 = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     rows=(*olmo2.ROWS, *weight_maps.DENSE),
+    gguf=GGUF(
+        "olmo2",
+        gguf_weight_maps.OLMO2,
+        sections=(
+            gguf_sections.HEADS,
+            gguf_layers.windows(period=4),
+            gguf_rope.by_kind("olmo2", window_base=None),
+        ),
+    ),
 )

@@ -121,7 +121,7 @@ OLMO_HYBRID = Family(
         *weight_maps.POST_NORMS,
         *delta_net.beside_delta(weight_maps.grouped_query()),
         *weight_maps.QK_NORM_OF_ALL,
-        *delta_net.separate(f"{NET}."),
+        *delta_net.separate(f"{NET}.{{x}}_proj.weight", f"{NET}.{{x}}_conv1d.weight"),
         Row("layers.*.attention.decay", f"{NET}.a_proj.weight", "h d -> d h 0"),
         Row("layers.*.attention.beta", f"{NET}.b_proj.weight", "h d -> d h"),
         Row("layers.*.attention.gate", f"{NET}.g_proj.weight", "(h c) d -> d h c"),

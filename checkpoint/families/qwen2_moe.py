@@ -103,9 +103,7 @@ QWEN2_MOE = Family(
         gguf_weight_maps.QWEN2_MOE,
         (
             *gguf_pairs.GROUPED,
-            (gguf_pairs.LLM.EXPERT_COUNT, "num_experts"),
-            (gguf_pairs.LLM.EXPERT_FEED_FORWARD_LENGTH, "moe_intermediate_size"),
-            (gguf_pairs.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, "shared_expert_intermediate_size"),
+            *gguf_pairs.WIDE_EXPERTS,
         ),
         fixed={"norm_topk_prob": False},
         optional={"qkv_bias": "blk.0.attn_q.bias"},

@@ -7,9 +7,17 @@ M-RoPE counts text as plain RoPE does: all three of its positions are the token'
 
 from typing import Any
 
+from checkpoint import gguf_layers, gguf_pairs, gguf_rope, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, delta_net, qwen2_moe, text_part, weight_maps
-from checkpoint.families.base import Family
+from checkpoint.families import (
+    config_sections,
+    delta_net,
+    delta_net_gguf,
+    qwen2_moe,
+    text_part,
+    weight_maps,
+)
+from checkpoint.families.base import GGUF, Family
 from configs.architecture import LayerSpec, ModelConfig
 from configs.feed_forward import DenseConfig, MoEConfig
 
@@ -91,6 +99,13 @@ CORE = (
     *delta_net.CORE,
 )
 
+GGUF_CORE = (*delta_net_gguf.AROUND, *delta_net_gguf.ATTENTION, *delta_net_gguf.SEPARATE)
+GGUF_SECTIONS = (
+    gguf_sections.PARTLY_TURNED_HEADS,
+    gguf_rope.INTERLEAVED,
+    gguf_layers.DELTA_NETS,
+)
+
 QWEN3_5_TEXT = Family(
     model_type="qwen3_5_text",
     architecture="Qwen3_5ForCausalLM",
@@ -100,6 +115,7 @@ QWEN3_5_TEXT = Family(
     rows=(*CORE, *weight_maps.DENSE),
     renames=text_part.RENAMES,
     unread=UNREAD,
+    gguf=GGUF("qwen35", (*GGUF_CORE, *gguf_weight_maps.DENSE), sections=GGUF_SECTIONS),
 )
 QWEN3_5_MOE_TEXT = Family(
     model_type="qwen3_5_moe_text",
@@ -111,6 +127,12 @@ QWEN3_5_MOE_TEXT = Family(
     fuses_experts=True,
     renames=text_part.RENAMES,
     unread=UNREAD,
+    gguf=GGUF(
+        "qwen35moe",
+        (*GGUF_CORE, *gguf_weight_maps.GATED_MOE),
+        (*gguf_pairs.GROUPED, *gguf_pairs.WIDE_EXPERTS),
+        sections=GGUF_SECTIONS,
+    ),
 )
 
 

@@ -5,9 +5,17 @@ The mtp modules of released files are not read: transformers has no such modules
 
 from typing import Any
 
+from checkpoint import gguf_layers, gguf_pairs, gguf_sections, gguf_weight_maps
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, delta_net, qwen2_moe, qwen3_moe, weight_maps
-from checkpoint.families.base import Family
+from checkpoint.families import (
+    config_sections,
+    delta_net,
+    delta_net_gguf,
+    qwen2_moe,
+    qwen3_moe,
+    weight_maps,
+)
+from checkpoint.families.base import GGUF, Family
 from configs.architecture import ModelConfig
 
 DEFAULTS = {
@@ -71,4 +79,16 @@ QWEN3_NEXT = Family(
     ),
     unread=((r"mtp\..*", "multi-token modules"),),
     fuses_experts=True,
+    gguf=GGUF(
+        "qwen3next",
+        (
+            *delta_net_gguf.AROUND,
+            *delta_net_gguf.ATTENTION,
+            *delta_net_gguf.FUSED,
+            *gguf_weight_maps.GATED_MOE,
+        ),
+        (*gguf_pairs.GROUPED, *gguf_pairs.WIDE_EXPERTS),
+        fixed={"norm_topk_prob": True},
+        sections=(gguf_sections.PARTLY_TURNED_HEADS, gguf_layers.DELTA_NETS),
+    ),
 )

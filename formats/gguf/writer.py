@@ -47,6 +47,16 @@ _BLOCK_FILE_TYPES: dict[BlockKind, LlamaFileType] = {
     "Q4_0": LlamaFileType.MOSTLY_Q4_0,
     "Q4_1": LlamaFileType.MOSTLY_Q4_1,
 }
+_EXACT = (
+    ".bias",
+    ".ssm_a",
+    ".ssm_d",
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "indexer.proj.weight",
+    "shortconv.conv.weight",
+)
+"""How the tensors of several dims end that llama.cpp computes with in float32."""
 Encoded = tuple[BlockKind, Callable[[], np.ndarray]]
 """What a tensor's blocks are, and what makes their bytes, [rows, bytes of a row]."""
 
@@ -202,7 +212,7 @@ def _value_type(value: Any) -> GGUFValueType:
 
 
 def _kind(name: str, shape: tuple[int, ...], quantization: Quantization) -> GGMLQuantizationType:
-    if len(shape) == 1 or name.endswith((".bias", "ffn_gate_inp.weight")):
+    if len(shape) == 1 or name.endswith(_EXACT) or ".ssm_conv1d" in name:
         return GGMLQuantizationType.F32
     kind = GGMLQuantizationType[quantization]
     block, _ = GGML_QUANT_SIZES[kind]

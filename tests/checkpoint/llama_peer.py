@@ -8,11 +8,16 @@ import sys
 
 import numpy as np
 
+FLOAT32 = 0
+"""ggml's number of it, for the caches of keys and values."""
+
 
 def main(path: str, out: str, what: str, *numbers: str) -> None:
     from llama_cpp import Llama
 
     settings = {"n_threads": 1, "n_threads_batch": 1, "verbose": False, "flash_attn": False}
+    if what == "logits":
+        settings |= {"type_k": FLOAT32, "type_v": FLOAT32}
     llama = Llama(model_path=path, n_ctx=256, logits_all=True, **settings)
     tokens = [int(number) for number in numbers]
     if what == "logits":

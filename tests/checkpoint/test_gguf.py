@@ -14,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf.constants import GGMLQuantizationType
 from jax.sharding import SingleDeviceSharding
 
 from checkpoint import gguf
 from checkpoint.config_reader import Settings
 from checkpoint.families import FAMILIES
 from checkpoint.families.base import Family
+from checkpoint.gguf_config import config_from_gguf
+from checkpoint.gguf_values import NEGATIVE_RATE
+from checkpoint.public import find_family, lost_settings
 from checkpoint.weight_map import expand, flatten
 from configs.architecture import ModelConfig
 from configs.checks import UserError
@@ -27,6 +31,7 @@ from data.smollm2 import packaged_gguf
 from data.tokenizers.gguf_tokenizer import tokenizer_from_gguf
 from data.tokenizers.public_tokenizer import PublicTokenizer
 from data.tokenizers.tokenizer import train_tokenizer
+from formats.gguf import writer
 from formats.gguf.reader import GGUFFile
 from infer.load import inference_execution
 from infer.logits import full_logits
@@ -88,6 +93,67 @@ GPT_OSS = {
 }
 """As released: llama.cpp's ramp begins and ends at whole pairs all the same, which shows sooner in
 shorter contexts."""
+GEMMA = {
+    **COMMON,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 8,
+}
+MINISTRAL = {
+    **YARN,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 1e6,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+DELTA = {
+    **COMMON,
+    "rms_norm_eps": 1e-6,
+    "num_hidden_layers": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+WIDE_EXPERTS = {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64}
+HYBRID = {
+    **COMMON,
+    **FACTORS,
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "shared_intermediate_size": 48,
+    "mamba_expand": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_conv": 4,
+}
+NEMOTRON = {
+    **COMMON,
+    "num_hidden_layers": 5,
+    "layer_norm_epsilon": 1e-5,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "time_step_min": 0.0,
+    "mlp_hidden_act": "relu2",
+}
+SHORT_CONVS = {
+    **COMMON,
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "norm_eps": 1e-5,
+    "conv_L_cache": 3,
+    "layer_types": ["conv", "full_attention", "conv"],
+}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {**COMMON, "rope_theta": 5e5, "rope_scaling": LLAMA3},
     "llama tied": {**COMMON, "tie_word_embeddings": True, "head_dim": 16},
@@ -183,6 +249,109 @@ CASES: dict[str, dict[str, Any]] = {
         "moe_num_shared_experts": 2,
         "moe_layer_start_index": 1,
     },
+    "gemma": {**COMMON, "tie_word_embeddings": True},
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma2 other windows": {
+        **GEMMA,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "gemma3_text": {
+        **GEMMA,
+        "num_hidden_layers": 7,
+        "final_logit_softcapping": 3.0,
+        "rope_scaling": LINEAR,
+    },
+    "gemma3_text without windows": {
+        **GEMMA,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention"] * 2,
+    },
+    "olmo3": {
+        **COMMON,
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "rope_scaling": YARN,
+        "rope_theta": 5e5,
+    },
+    "ministral3": {**COMMON, "rope_parameters": MINISTRAL},
+    "ministral3 plain": {
+        **COMMON,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "llama4_text": {
+        **COMMON,
+        "num_hidden_layers": 4,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 4,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8192,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+        "rope_scaling": LLAMA3,
+    },
+    "qwen3_next": {**DELTA, **WIDE_EXPERTS, "norm_topk_prob": True},
+    "qwen3_5_text": DELTA,
+    "qwen3_5_text by list": {
+        **DELTA,
+        "tie_word_embeddings": True,
+        "linear_num_key_heads": 4,
+        "layer_types": ["full_attention", "linear_attention"] * 2,
+    },
+    "qwen3_5_moe_text": {**DELTA, **WIDE_EXPERTS},
+    "granitemoehybrid": {
+        **HYBRID,
+        **EXPERTS,
+        "num_local_experts": 4,
+        "position_embedding_type": "rope",
+        "rope_theta": 5e4,
+    },
+    "granitemoehybrid dense": {**HYBRID, "num_local_experts": 0, "tie_word_embeddings": True},
+    "nemotron_h": {**NEMOTRON, "hybrid_override_pattern": "M-M*-", "mlp_bias": False},
+    "nemotron_h moe": {
+        **NEMOTRON,
+        **EXPERTS,
+        "hybrid_override_pattern": "MEM*E",
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": 48,
+        "moe_latent_size": 32,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+    },
+    "lfm2": {**SHORT_CONVS, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {
+        **SHORT_CONVS,
+        **EXPERTS,
+        "num_experts": 4,
+        "num_dense_layers": 1,
+    },
+    "kimi_linear": {
+        **LATENT,
+        "q_lora_rank": None,
+        "num_hidden_layers": 4,
+        "linear_num_heads": 4,
+        "linear_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "num_local_experts": 8,
+        "routed_scaling_factor": 2.446,
+    },
+    "glm_moe_dsa": {
+        **LATENT,
+        "n_group": 1,
+        "topk_group": 1,
+        "index_n_heads": 16,
+        "index_head_dim": 64,
+        "index_topk": 8,
+        "routed_scaling_factor": 2.5,
+    },
 }
 
 READ_AS = {"mistral": "llama", "kimi_k2": "deepseek_v3"}
@@ -200,7 +369,10 @@ def built(case: str) -> tuple[Family, ModelConfig, Any]:
     def draw(path: Any, leaf: Any) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         values = random.standard_normal(leaf.shape) * (0.4 if "router" in name else 0.15)
-        values += 1.0 if name.endswith("scale") else 0.0
+        if name.endswith("scale"):
+            values = np.round(values * 2**10) / 2**10  # exact beside 1, too
+            is_centered = config.zero_centered_norms and not name.endswith("attention.norm.scale")
+            values += 0.0 if is_centered else 1.0
         values *= 0.0 if name.endswith("null_logit") else 1.0
         return jax.device_put(values.astype(np.float16).astype(np.float32))
 
@@ -229,11 +401,12 @@ def test_written_and_read_back(case: str, tmp_path: Path):
     read = checkpoint.load(placed(variables))
     jax.tree.map(np.testing.assert_array_equal, read, variables)
     assert list(tmp_path.iterdir()) == [path]
-    assert family.gguf is not None
+    file = GGUFFile(path)
     names = {arch: kind for kind, arch in public.MODEL_ARCH_NAMES.items()}
-    known = {public.TENSOR_NAMES[t] for t in public.MODEL_TENSORS[names[family.gguf.architecture]]}
-    for name in GGUFFile(path).shapes:
-        plain = re.sub(r"^blk\.\d+", "blk.{bid}", name.rsplit(".", 1)[0])
+    tensors = public.MODEL_TENSORS[names[file.metadata["general.architecture"]]]
+    known = {public.TENSOR_NAMES[tensor] for tensor in tensors}
+    for name in file.shapes:
+        plain = re.sub(r"^blk\.\d+", "blk.{bid}", re.sub(r"\.(weight|bias)$", "", name))
         assert plain in known, name
 
 
@@ -280,6 +453,125 @@ def test_latent_projections_lie_apart(tmp_path: Path):
     assert file.kind("blk.1.attn_v_b.weight").name == "F16"
 
 
+def test_centered_norms_have_their_one(tmp_path: Path):
+    file, tensors = written("gemma3_text", tmp_path)
+    for name, ours in (("input_layernorm", "attn_norm"), ("self_attn.q_norm", "attn_q_norm")):
+        scale = tensors[f"model.layers.1.{name}.weight"]
+        np.testing.assert_array_equal(file.read(f"blk.1.{ours}.weight"), scale + 1)
+    np.testing.assert_array_equal(file.read("output_norm.weight"), tensors["model.norm.weight"] + 1)
+
+
+def test_heads_of_values_are_tiled(tmp_path: Path):
+    """As llama.cpp's converter orders Qwen3.5's: the first of each group, then the second; rates
+    lose their logarithm, and the delta net's own norm is not centered."""
+    file, tensors = written("qwen3_5_text", tmp_path)
+    net = "model.layers.1.linear_attn"
+    gate = tensors[f"{net}.in_proj_z.weight"].reshape(2, 2, 16, 64)  # groups, each, width, d_model
+    np.testing.assert_array_equal(
+        file.read("blk.1.attn_gate.weight"), gate.swapaxes(0, 1).reshape(64, 64)
+    )
+    qkv = tensors[f"{net}.in_proj_qkv.weight"]
+    tiled = qkv[64:].reshape(2, 2, 16, 64).swapaxes(0, 1).reshape(64, 64)
+    np.testing.assert_array_equal(
+        file.read("blk.1.attn_qkv.weight"), np.concatenate([qkv[:64], tiled])
+    )
+    rates = -np.exp(tensors[f"{net}.A_log"].reshape(2, 2).T.reshape(4))
+    np.testing.assert_allclose(file.read("blk.1.ssm_a"), rates, rtol=1e-6)
+    norm = tensors[f"{net}.norm.weight"]
+    np.testing.assert_array_equal(file.read("blk.1.ssm_norm.weight"), norm)
+    assert file.kind("blk.1.ssm_conv1d.weight").name == "F32"
+
+
+def test_mamba_2_has_the_converters_shapes(tmp_path: Path):
+    file, tensors = written("nemotron_h", tmp_path)
+    mixer = "backbone.layers.0.mixer"
+    norm = tensors[f"{mixer}.norm.weight"].reshape(2, 64)  # groups
+    np.testing.assert_array_equal(file.read("blk.0.ssm_norm.weight"), norm)
+    np.testing.assert_array_equal(file.read("blk.0.ssm_d"), tensors[f"{mixer}.D"][:, None])
+    taps = tensors[f"{mixer}.conv1d.weight"][:, 0]
+    np.testing.assert_array_equal(file.read("blk.0.ssm_conv1d.weight"), taps)
+    assert {file.kind(f"blk.0.{x}").name for x in ("ssm_a", "ssm_d", "ssm_norm.weight")} == {"F32"}
+    assert file.metadata["nemotron_h.attention.head_count_kv"] == [0, 0, 0, 2, 0]
+    assert file.metadata["nemotron_h.feed_forward_length"] == [0, 96, 0, 0, 96]
+
+
+CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "gemma3_text": ({}, ("rope.dimension_count", "vocab_size")),
+    "olmo3": ({"attention.sliding_window_pattern": [True, True, True, False]}, ()),
+    "ministral3": ({"rope.scaling.yarn_attn_factor": 1.0}, ()),
+    "qwen3_next": ({"attention.recurrent_layers": [True, True, True, False]}, ()),
+    "qwen3_5_text": ({"rope.dimension_sections": [11, 11, 10, 0]}, ()),
+    "granitemoehybrid dense": ({"expert_count": 0, "expert_used_count": 0}, ()),
+    "nemotron_h": (
+        {"rope.dimension_count": 16, "rope.scaling.finetuned": False},
+        ("attention.layer_norm_rms_epsilon",),
+    ),
+    "kimi_linear": ({"attention.value_length": 8}, ("expert_weights_norm", "expert_group_count")),
+    "glm_moe_dsa": ({"nextn_predict_layers": 0}, ("attention.indexer.types",)),
+}
+"""Keys that llama.cpp's converter writes where we have others or none, and those that it leaves
+out: found by running it (llama.cpp of July 2026) on these models."""
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+@pytest.mark.thinned(2)
+def test_the_converters_keys_say_the_same(case: str, tmp_path: Path):
+    family, config, variables = built(case)
+    gguf.export(tmp_path / "it.gguf", family, config, variables, None, "F16")
+    file = GGUFFile(tmp_path / "it.gguf")
+    prefix = file.metadata["general.architecture"]
+    given, left_out = CONVERTED[case]
+    metadata = {k: v for k, v in file.metadata.items() if k.split(".", 1)[1] not in left_out}
+    metadata |= {f"{prefix}.{key}": value for key, value in given.items()}
+    values = config_from_gguf(metadata, file.shapes, file.read, "it")
+    found = find_family(Settings(values, "it"))
+    assert not lost_settings(config, found.read_config(Settings(values, "it")))
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "sentence"),
+    [
+        ("gemma", {"tie_word_embeddings": False}, "one table for embedding and output"),
+        ("gemma2", {"attn_logit_softcapping": None}, "score_cap"),
+        ("gemma2", {"query_pre_attn_scalar": 16}, "score_scale"),
+        ("gemma3_text", {"query_pre_attn_scalar": 16}, "score_scale"),
+        ("llama4_text", {"attention_chunk_size": 8}, "chunk_size was 8, now 8192"),
+        ("llama4_text", {"no_rope_layers": [1, 0, 1, 0]}, "rotary_dim"),
+        ("ministral3", {"sliding_window": 8}, "window_size"),
+        ("olmo3", {"sliding_window": 8, "attention_bias": True}, "bias was True"),
+        ("qwen3_next", {"linear_value_head_dim": 32}, "keys and values of one width"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 4}, "layers with delta nets, this one"),
+        ("granitemoehybrid", {"mamba_n_groups": 2}, "mamba_n_groups=2: it can't be written"),
+        ("granitemoehybrid", {"layer_types": ["attention"] * 3}, "layers of Mamba-2, this one has"),
+        ("nemotron_h", {"time_step_min": 0.001}, "least_step was 0.001, now 0.0"),
+        ("nemotron_h", {"hybrid_override_pattern": "ME*-"}, "dense layers or experts"),
+        ("lfm2", {"conv_bias": True}, "no tensors for"),
+        ("kimi_linear", {"tie_word_embeddings": True}, "an output layer of their own"),
+        ("kimi_linear", {"linear_num_heads": 2}, "num_heads was 2, now 4"),
+    ],
+)
+@pytest.mark.thinned(3)
+def test_what_newer_graphs_cannot_say_is_told(
+    case: str, change: dict[str, Any], sentence: str, tmp_path: Path
+):
+    family = next(f for f in FAMILIES if f.model_type == case)
+    more = {**EXPERTS, "n_routed_experts": 4} if case == "nemotron_h" else {}
+    config = family.read_config(Settings(family.defaults | CASES[case] | more | change, case))
+    shapes, _ = abstract_variables(Transformer(config, execution()))
+    with pytest.raises(UserError, match=sentence):
+        gguf.export(tmp_path / "it.gguf", family, config, shapes, None, "F16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rates_of_decay_come_back():
+    """Those of 16 bits bit for bit; no rate is above 0."""
+    logs = np.linspace(-4, 4, 1000).astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(NEGATIVE_RATE.read(NEGATIVE_RATE.write(logs)), logs)
+    off_by_one = np.nextafter(NEGATIVE_RATE.write(logs), np.float32(0))
+    np.testing.assert_array_equal(NEGATIVE_RATE.read(off_by_one), logs)
+    assert np.isnan(NEGATIVE_RATE.read(np.float32([0.0, 1.0]))).all()
+
+
 def test_rotary_factors_are_llama_3s(tmp_path: Path):
     """Slow pairs 8 times slower, fast ones as they are."""
     file, _ = written("llama", tmp_path)
@@ -293,7 +585,7 @@ def test_rotary_factors_are_llama_3s(tmp_path: Path):
     ("change", "sentence"),
     [
         ({"llama.attention.sliding_window": 7}, "may change what the model computes"),
-        ({"general.architecture": "gemma"}, "general.architecture='gemma'; those that can be"),
+        ({"general.architecture": "bert"}, "general.architecture='bert'; those that can be"),
         ({"llama.block_count": 3}, "tensors are missing"),
         ({"llama.block_count": "two"}, "num_hidden_layers='two', expected a whole number"),
         ({"llama.attention.value_length": 8}, "heads of width 32"),
@@ -308,7 +600,7 @@ def test_rotary_factors_are_llama_3s(tmp_path: Path):
             ),
             "expected one factor for each two",
         ),
-        ({"llama.rope.scaling.type": "longrope"}, "only 'yarn', 'linear'"),
+        ({"llama.rope.scaling.type": "longrope"}, r"only 'yarn' \(but for Gemma and GLM\)"),
         ({"llama.embedding_length": 128}, "its config asks for"),
     ],
 )
@@ -346,7 +638,14 @@ def test_what_llama_cpp_leaves_out_is_told(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("case", "scaling"), [("qwen3_moe", LLAMA3), ("deepseek_v3", LLAMA3), ("deepseek_v3", LINEAR)]
+    ("case", "scaling"),
+    [
+        ("qwen3_moe", LLAMA3),
+        ("deepseek_v3", LLAMA3),
+        ("deepseek_v3", LINEAR),
+        ("gemma3_text", YARN),
+        ("glm_moe_dsa", YARN),
+    ],
 )
 def test_rotary_scaling_that_llama_cpp_computes_otherwise_is_told(
     case: str, scaling: dict[str, Any], tmp_path: Path
@@ -354,7 +653,7 @@ def test_rotary_scaling_that_llama_cpp_computes_otherwise_is_told(
     """Only its llama reads Llama 3's factors, and its deepseek2 scales scores with any factor."""
     family, _, variables = built(case)
     config = family.read_config(Settings(CASES[case] | {"rope_scaling": scaling}, case))
-    with pytest.raises(UserError, match=r"can't be written as GGUF|'linear' \(but for DeepSeek\)"):
+    with pytest.raises(UserError, match=r"can't be written as GGUF|'linear' \(but for DeepSeek"):
         gguf.export(tmp_path / "it.gguf", family, config, variables, None, "F16")
     assert not list(tmp_path.iterdir())
 
@@ -432,17 +731,19 @@ def llama_cpp(path: Path, out: Path, *arguments: Any) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_computes_the_same(case: str, tmp_path: Path):
-    """Logits of 40 tokens within 0.03 of a spread of 1.2: llama.cpp rounds what it multiplies and
-    caches to float16, 11 bits. A model with its heads in another order is out by 1."""
+def test_llama_cpp_computes_the_same(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Logits of 40 tokens within 0.003 of a spread of 1.2, all tensors and caches in float32: most
+    agree to 1e-5, but GELU is a table in float16 there; gpt-oss's within 0.03, for llama.cpp's ramp
+    of YaRN. A model with its heads in another order is out by 1."""
     family, config, variables = built(case)
     path = tmp_path / "it.gguf"
+    monkeypatch.setattr(writer, "_kind", lambda *_: GGMLQuantizationType.F32)
     gguf.export(path, family, config, variables, None, "F16")
     tokens = np.random.default_rng(1).integers(3, 250, 40)
     theirs = llama_cpp(path, tmp_path / "out.npy", "logits", *tokens)
     model = Transformer(config, execution())
     ours = full_logits(model, variables, tokens.tolist())
-    np.testing.assert_allclose(theirs, ours, atol=0.03)
+    np.testing.assert_allclose(theirs, ours, atol=0.03 if case == "gpt_oss" else 0.003)
 
 
 @pytest.mark.slow

@@ -126,9 +126,14 @@ def test_damaged_tokenizers_are_built_or_refused(model: str, changes: dict, said
         "attention.head_count", "attention.head_count_kv", "attention.key_length", "block_count",
         "embedding_length", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor",
         "expert_count", "attention.layer_norm_rms_epsilon", "rope.freq_base",
-        "nextn_predict_layers",
+        "nextn_predict_layers", "attention.sliding_window", "attention.sliding_window_pattern",
+        "feed_forward_length", "ssm.inner_size", "ssm.time_step_rank", "ssm.state_size",
+        "rope.dimension_sections", "full_attention_interval", "attention.recurrent_layers",
     ]), metadata_values, min_size=1, max_size=4),
-    architecture=st.sampled_from(["llama", "qwen3moe", "olmoe", "gpt-oss", "deepseek2"]),
+    architecture=st.sampled_from([
+        "llama", "qwen3moe", "olmoe", "gpt-oss", "deepseek2", "gemma3", "llama4", "mistral3",
+        "qwen35", "granitehybrid", "nemotron_h", "lfm2", "kimi-linear", "glm-dsa",
+    ]),
 )  # fmt: skip
 def test_damaged_settings_are_read_or_refused(changes: dict, architecture: str):
     metadata = {"general.architecture": architecture}

@@ -1,0 +1,243 @@
+"""How RoPE is stretched, in a GGUF file's metadata and in a config.json."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gguf.constants import Keys
+
+from checkpoint.config_reader import Settings
+from checkpoint.gguf_sections import Given, Section, plain
+from configs.checks import UserError
+
+ATTENTION, ROPE = Keys.Attention, Keys.Rope
+
+ROPE_FREQS = "rope_freqs.weight"
+"""Llama 3's scaling as a factor for each pair, float32 [head_dim / 2]."""
+WITH_FREQS = ("llama", "llama4")
+"""The architectures whose graphs read them."""
+
+SCALING_KEYS = (
+    ROPE.SCALING_TYPE,
+    ROPE.SCALING_FACTOR,
+    ROPE.SCALING_ORIG_CTX_LEN,
+    ROPE.SCALING_YARN_BETA_FAST,
+    ROPE.SCALING_YARN_BETA_SLOW,
+    ROPE.SCALING_YARN_LOG_MUL,
+)
+_PLAIN_ALONE = ("glm-dsa",)
+"""Whose indexers would turn otherwise than their attention."""
+_LINEAR_ALONE = ("gemma2", "gemma3")
+"""Whose layers with windows would turn by YaRN's factors, too."""
+WHOLE, WINDOW = "full_attention", "sliding_attention"
+
+
+def read_scaling(asked: Settings, architecture: str) -> dict[str, Any] | None:
+    """config.json's rope_scaling, None for RoPE as it is.
+
+    Args:
+      asked: the metadata.
+    """
+
+    def name(key: str) -> str:
+        return key.format(arch=architecture)
+
+    kind = asked.text(name(ROPE.SCALING_TYPE), default="linear")
+    factor = asked.number(name(ROPE.SCALING_FACTOR), default=1.0)
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return None
+    is_plain = architecture in _PLAIN_ALONE
+    if kind == "linear" and architecture != "deepseek2" and not is_plain:  # which scales scores too
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "yarn" or architecture in _LINEAR_ALONE or is_plain:
+        raise UserError(
+            f"{asked.where} has rope.scaling.type={kind!r}: only 'yarn' (but for Gemma and GLM), "
+            "'linear' (but for DeepSeek and GLM) and 'none' are built"
+        )
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": asked.integer(name(ROPE.SCALING_ORIG_CTX_LEN)),
+        "beta_fast": asked.number(name(ROPE.SCALING_YARN_BETA_FAST), default=32.0),
+        "beta_slow": asked.number(name(ROPE.SCALING_YARN_BETA_SLOW), default=1.0),
+        "truncate": architecture != "gpt-oss",
+    }
+    multiplier = asked.number(name(ROPE.SCALING_YARN_LOG_MUL), default=0.0)
+    return scaling | _read_multiplier(multiplier, architecture, asked.where)
+
+
+def _read_multiplier(multiplier: float, architecture: str, where: str) -> dict[str, Any]:
+    """What yarn_log_multiplier makes of the factors on sines and scores."""
+    if architecture == "deepseek2":
+        if not multiplier:
+            raise UserError(
+                f"{where} has no rope.scaling.yarn_log_multiplier, and llama.cpp then scales "
+                "the rotary part of latent attention apart: not built for GGUF"
+            )
+        mscale = round(multiplier / 0.1, 6)
+        return {"mscale": mscale, "mscale_all_dim": mscale, "attention_factor": 1.0}
+    if architecture == "mistral3":
+        return {"mscale": 1.0, "mscale_all_dim": multiplier} if multiplier else {}
+    if multiplier:
+        raise UserError(f"{where} has rope.scaling.yarn_log_multiplier={multiplier}: not built")
+    return {}
+
+
+def written_scaling(scaling: Mapping[str, Any] | None, architecture: str) -> dict[str, Any]:
+    """Llama 3's is a tensor instead: see `extra_frequencies`."""
+    if not scaling or scaling["rope_type"] == "default":
+        return {}
+    if scaling["rope_type"] == "llama3":
+        if architecture not in WITH_FREQS:
+            raise UserError(
+                f"llama.cpp's {architecture} has no rope_scaling of the type 'llama3': the "
+                "model can't be written as GGUF"
+            )
+        return {}
+    written = {
+        ROPE.SCALING_TYPE: scaling["rope_type"],
+        ROPE.SCALING_FACTOR: float(scaling["factor"]),
+    }
+    if scaling["rope_type"] == "linear":
+        return written
+    written |= {
+        ROPE.SCALING_ORIG_CTX_LEN: scaling["original_max_position_embeddings"],
+        ROPE.SCALING_YARN_BETA_FAST: float(scaling["beta_fast"]),
+        ROPE.SCALING_YARN_BETA_SLOW: float(scaling["beta_slow"]),
+    }
+    if architecture == "deepseek2":
+        written[ROPE.SCALING_YARN_LOG_MUL] = 0.1 * scaling["mscale_all_dim"]
+    elif architecture == "mistral3" and "mscale_all_dim" in scaling:
+        written[ROPE.SCALING_YARN_LOG_MUL] = float(scaling["mscale_all_dim"])
+    return written
+
+
+def extra_frequencies(values: Mapping[str, Any]) -> np.ndarray | None:
+    """What `ROPE_FREQS` holds for a config.json: how much slower each pair turns; None for models
+    without Llama 3's scaling.
+    """
+    scaling = values.get("rope_scaling")
+    if not scaling or scaling["rope_type"] != "llama3":
+        return None
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    width, base = values["head_dim"], values["rope_theta"]
+    turns_C = base ** (-np.arange(0, width, 2) / width) / (2 * np.pi)
+    turns_C *= scaling["original_max_position_embeddings"]
+    kept_C = np.clip((turns_C - low) / (high - low), 0, 1)
+    return (1 / (kept_C + (1 - kept_C) / scaling["factor"])).astype(np.float32)
+
+
+def read_llama3(factors_C: np.ndarray, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The scaling whose factors the tensor has: the file keeps only what it makes of it, and all
+    Llama models share the rest.
+    """
+    asked = Settings(dict(values), where)
+    if asked.number("rope_theta") <= 1:
+        raise UserError(f"{where} has rope.freq_base={values['rope_theta']}, expected more than 1")
+    if factors_C.ndim != 1 or asked.integer("head_dim") != 2 * factors_C.size:
+        raise UserError(
+            f"{where} has {ROPE_FREQS} of shape {factors_C.shape} and heads of width "
+            f"{values['head_dim']}, expected one factor for each two"
+        )
+    scaling = {
+        "rope_type": "llama3",
+        "factor": plain(float(factors_C.max())),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    again = extra_frequencies({**values, "rope_scaling": scaling})
+    if again is None or again.shape != factors_C.shape or not np.allclose(again, factors_C, 1e-3):
+        raise UserError(
+            f"{where} has {ROPE_FREQS} that is not Llama 3's scaling by factors of 1 to "
+            f"{factors_C.max():.3g}: read the model's Hugging Face form"
+        )
+    return scaling
+
+
+def by_kind(architecture: str, window_base: float | None) -> Section:
+    """RoPE told by kind of layer; where there are windows it is not stretched.
+
+    Args:
+      window_base: theirs where a file doesn't say it; None: that of the others.
+    """
+
+    def read(given: Given) -> dict[str, Any]:
+        base, scaling = given.values["rope_theta"], given.values["rope_scaling"]
+        own = given.get(ROPE.FREQ_BASE_SWA, base if window_base is None else window_base)
+        ropes = {
+            WHOLE: {**scaling, "rope_theta": base},
+            WINDOW: {"rope_type": "default", "rope_theta": own},
+        }
+        return {"rope_scaling": None, "rope_parameters": ropes}
+
+    def write(values: Mapping[str, Any]) -> dict[str, Any]:
+        ropes = values["rope_parameters"]
+        return {
+            ROPE.FREQ_BASE: float(ropes[WHOLE]["rope_theta"]),
+            ROPE.FREQ_BASE_SWA: float(ropes[WINDOW]["rope_theta"]),
+            **written_scaling(ropes[WHOLE], architecture),
+        }
+
+    return Section((ROPE.FREQ_BASE, ROPE.FREQ_BASE_SWA), read, write)
+
+
+def _read_growth(given: Given) -> dict[str, Any]:
+    """Queries that grow with their position, told among RoPE's keys."""
+    length = given.get(ROPE.SCALING_ORIG_CTX_LEN, given.get(Keys.LLM.CONTEXT_LENGTH))
+    growth = {
+        "llama_4_scaling_beta": given.get(ATTENTION.TEMPERATURE_SCALE, 0.0),
+        "original_max_position_embeddings": length,
+    }
+    return {"rope_scaling": given.values["rope_scaling"] | growth}
+
+
+def _write_growth(values: Mapping[str, Any]) -> dict[str, Any]:
+    rope = values["rope_parameters"]
+    written = written_scaling(rope, "mistral3")
+    if rope["llama_4_scaling_beta"]:
+        written[ATTENTION.TEMPERATURE_SCALE] = float(rope["llama_4_scaling_beta"])
+        written[ROPE.SCALING_ORIG_CTX_LEN] = rope["original_max_position_embeddings"]
+    return written
+
+
+GROWING_QUERIES = Section((ATTENTION.TEMPERATURE_SCALE,), _read_growth, _write_growth)
+"""Of mistral3."""
+
+
+def _sections(rotary: int) -> list[int]:
+    """Pairs that turn by the positions in time, height and width, one after the other, and by a
+    fourth."""
+    pairs = rotary // 2
+    return [-(-pairs // 3), -(-(pairs - 1) // 3), pairs // 3, 0]
+
+
+def _read_interleaved(given: Given) -> dict[str, Any]:
+    rotary = given.integer(ROPE.DIMENSION_COUNT)
+    found = given.get(ROPE.DIMENSION_SECTIONS)
+    is_list = isinstance(found, list) and len(found) == 4 and all(type(x) is int for x in found)
+    if not is_list or not _turn_as_text(found, rotary // 2):
+        raise UserError(
+            f"{given.where} has {given.name(ROPE.DIMENSION_SECTIONS)}={str(found)[:60]}, expected "
+            f"something like {_sections(rotary)}: text would not turn as by plain RoPE"
+        )
+    return {}
+
+
+def _turn_as_text(sections: Sequence[int], pairs: int) -> bool:
+    """Whether no pair turns by the fourth position, which text has none of: they turn by each of
+    the first three in turn, as long as its section goes."""
+    total = sum(sections)
+    if min(sections) < 0 or not total:
+        return False
+    places = (pair % total for pair in range(min(pairs, total)))
+    return all(place < 3 * sections[place % 3] for place in places)
+
+
+def _write_interleaved(values: Mapping[str, Any]) -> dict[str, Any]:
+    rotary = round(values["partial_rotary_factor"] * values["head_dim"])
+    return {ROPE.DIMENSION_SECTIONS: _sections(rotary)}
+
+
+INTERLEAVED = Section((ROPE.DIMENSION_SECTIONS,), _read_interleaved, _write_interleaved)
+"""Interleaved M-RoPE, which turns text as plain RoPE does."""
