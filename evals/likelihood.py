@@ -8,6 +8,7 @@ it once where that saves work: the context's state is copied for each.
 B rows, L tokens of a row, G contexts, P tokens of a context, T scored tokens, D d_model, V vocab.
 """
 
+import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,14 @@ CHUNK = 64
 """Scored tokens whose logits are there at once."""
 SHORTEST = 16
 """Tokens that a row is padded to at least; longer ones to 1, 1.5, 2, 3, 4, 6, ... times it."""
-MIN_SAVING = 1.3
-"""Contexts are read once for all their continuations where that leaves this much less to read."""
+MIN_SAVING = 1.5
+"""Contexts are read once for all their continuations where that leaves this much less to read,
+padding among it: two programs and copies of states take time, too."""
+TEXTS_IN_ROW = 4
+"""Of the longest ones of a batch: shorter rows end less equally, longer ones are fewer to share
+out among devices."""
+LEFT_FREE = 16
+"""One part of so many of a full batch."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +171,9 @@ def _share(pairs: Sequence[Pair], indices: Sequence[int]) -> tuple[list[_Shared]
     shared, alone = [], []
     for context, members in by_context.items():
         distinct = {pairs[i].tokens for i in members}
-        whole = sum(map(len, distinct))
-        left = whole - len(context) * (len(distinct) - 1)
-        if len(context) < SHORTEST or whole < MIN_SAVING * left:
+        whole, most = sum(map(len, distinct)), max(len(pairs[i].targets) for i in members)
+        left = bucket(len(context) - 1) + len(distinct) * bucket(most, 4)
+        if whole < MIN_SAVING * left:
             alone += members
         else:
             shared.append(_Shared(tuple(members), len(context)))
@@ -180,37 +187,66 @@ def _scored_alone(
     indices: Sequence[int],
     batch_tokens: int,
 ) -> _Scored:
-    """Rows of whole pairs; pairs that read the same tokens share a row."""
-    rows: dict[tuple[int, ...], list[int]] = {}
+    """Whole pairs, several in a row as documents are in training; pairs that read the same tokens
+    read them once. A memory goes through a whole row: with one, each has a row to itself."""
+    members: dict[_Text, list[int]] = {}
     for i in indices:
-        rows.setdefault(pairs[i].tokens, []).append(i)
-    longest = model.config.context_length
-    for length, batch in _batches(sorted(rows, key=len), longest, batch_tokens):
-        tokens_BL, positions_BL = _padded(batch, [0] * len(batch), length)
-        members = [(b, i) for b, tokens in enumerate(batch) for i in rows[tokens]]
-        wanted = [(b, pairs[i].begin, i) for b, i in members]
+        members.setdefault(pairs[i].tokens, []).append(i)
+    is_mixed = model.config.memory_length is None
+    for rows in _row_batches(list(members), batch_tokens, is_mixed=is_mixed):
+        length = whole_step(max(sum(map(len, row)) for row in rows))
+        tokens_BL, positions_BL = _padded(rows, [[0] * len(row) for row in rows], length)
+        wanted = []
+        for b, row in enumerate(rows):
+            begins = itertools.accumulate(map(len, row), initial=0)
+            for text, begin in zip(row, begins, strict=False):
+                wanted += [(b, begin + pairs[i].begin, i) for i in members[text]]
         places = _places(pairs, wanted)
         yield (
-            [i for _, i in members],
+            [i for _, _, i in wanted],
             _score_rows(model, variables, tokens_BL, positions_BL, *places),
         )
 
 
-def _batches(
-    rows: Sequence[tuple[int, ...]], longest: int, batch_tokens: int
-) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-    """Rows of about one length, and the length they are padded to; longest first."""
-    batch: list[tuple[int, ...]] = []
-    length = 0
-    for row in reversed(rows):
-        wanted = min(bucket(len(row)), longest)
-        if batch and (wanted != length or len(batch) == max(batch_tokens // length, 1)):
-            yield length, batch
-            batch = []
-        length = wanted
-        batch.append(row)
+_Text = tuple[int, ...]
+"""Tokens of a pair."""
+
+
+def _row_batches(
+    texts: Sequence[_Text], batch_tokens: int, *, is_mixed: bool
+) -> Iterator[list[list[_Text]]]:
+    """Batches of rows, a power of two of them and about equally long; the longest texts first.
+
+    Args:
+      is_mixed: whether a row may hold several texts: if not, those of a batch are of about one
+        length.
+    """
+    # Rows don't end at one place: with a part left free, full batches have one shape all the same.
+    most, size = batch_tokens - batch_tokens // LEFT_FREE, 0
+    batch: list[_Text] = []
+    for text in sorted(texts, key=len, reverse=True):
+        is_other = not is_mixed and bucket(len(text)) < bucket(len(batch[0] if batch else text))
+        if batch and (is_other or size + len(text) > most):
+            yield _rows_of(batch, is_mixed=is_mixed)
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
     if batch:
-        yield length, batch
+        yield _rows_of(batch, is_mixed=is_mixed)
+
+
+def _rows_of(texts: Sequence[_Text], *, is_mixed: bool) -> list[list[_Text]]:
+    """Each text, from the longest on, in the row that is shortest then."""
+    if not is_mixed:
+        return [[text] for text in texts]
+    count = floor_power(sum(map(len, texts)) // (TEXTS_IN_ROW * len(texts[0])))
+    rows: list[list[_Text]] = [[] for _ in range(count)]
+    shortest = [(0, b) for b in range(count)]
+    for text in texts:
+        size, b = heapq.heappop(shortest)
+        rows[b].append(text)
+        heapq.heappush(shortest, (size + len(text), b))
+    return rows
 
 
 def _scored_shared(
@@ -260,8 +296,12 @@ def _shared_batch(
             starts.append(split)
             context_of.append(g)
             order.append(i)
-    tokens_GP, positions_GP = _padded(contexts, [0] * len(contexts), context, num_contexts)
-    tokens_BL, positions_BL = _padded(rows, starts, length, num_rows)
+    tokens_GP, positions_GP = _padded(
+        [[tokens] for tokens in contexts], [[0]] * len(contexts), context, num_contexts
+    )
+    tokens_BL, positions_BL = _padded(
+        [[tokens] for tokens in rows], [[start] for start in starts], length, num_rows
+    )
     context_B = np.zeros(num_rows, np.int32)
     context_B[: len(context_of)] = context_of
     places = _places(pairs, wanted)
@@ -269,20 +309,28 @@ def _shared_batch(
 
 
 def _padded(
-    rows: Sequence[Sequence[int]], starts: Sequence[int], length: int, num_rows: int | None = None
+    rows: Sequence[Sequence[Sequence[int]]],
+    starts: Sequence[Sequence[int]],
+    length: int,
+    num_rows: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and positions, int32 [B, L]; padding has position -1.
 
     Args:
-      starts: the position of each row's first token.
+      rows: pieces of each row, one after the other.
+      starts: the position of each piece's first token.
       num_rows: B; None is a power of two.
     """
     count = power(len(rows)) if num_rows is None else num_rows
     tokens_BL = np.zeros((count, length), np.int32)
     positions_BL = np.full((count, length), -1, np.int32)
-    for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        tokens_BL[b, : len(row)] = row
-        positions_BL[b, : len(row)] = start + np.arange(len(row))
+    for b, (row, begun) in enumerate(zip(rows, starts, strict=True)):
+        at = 0
+        for piece, start in zip(row, begun, strict=True):
+            own = slice(at, at + len(piece))
+            tokens_BL[b, own] = piece
+            positions_BL[b, own] = start + np.arange(len(piece))
+            at = own.stop
     return tokens_BL, positions_BL
 
 
@@ -299,7 +347,8 @@ def _places(
         for row, first, i in wanted
         for k, target in enumerate(pairs[i].targets)
     ]
-    padded = np.zeros((3, max(power(len(found)), CHUNK)), np.int32)
+    count = CHUNK if len(found) <= CHUNK else bucket(len(found), 2 * CHUNK)
+    padded = np.zeros((3, count), np.int32)
     padded[:, : len(found)] = np.array(found).T
     return padded[0], padded[1], padded[2]
 
@@ -366,3 +415,15 @@ def bucket(count: int, shortest: int = SHORTEST) -> int:
 def power(count: int) -> int:
     """The next power of two."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def floor_power(count: int) -> int:
+    """The power of two before it, or it; at least 1."""
+    return 1 << (max(count, 1).bit_length() - 1)
+
+
+def whole_step(count: int) -> int:
+    """The next multiple of a sixteenth of the power of two at or above it: at most an eighth of
+    padding."""
+    step = max(power(count) // 16, 8)
+    return -(-count // step) * step
