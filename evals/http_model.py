@@ -5,6 +5,7 @@ must have /tokenize and /tokenizer_info beside /v1 (this project's and vLLM's do
 """
 
 import concurrent.futures
+import itertools
 import json
 import os
 import time
@@ -29,7 +30,8 @@ SECONDS = 600.0
 """For one answer."""
 WINDOW = 1024
 """Tokens of the windows in which long texts are read, at most."""
-TRIES = 6
+PATIENCE = 300.0
+"""Seconds for which a request is asked again of a server that is full, or still reads its model."""
 
 Asked = TypeVar("Asked")
 Given = TypeVar("Given")
@@ -213,7 +215,7 @@ class HttpModel:
         return self.ask(path, body | {"model": self.served["id"]})
 
     def ask(self, path: str, body: dict[str, Any] | None) -> Any:
-        """The answer to a request; a full queue is asked again.
+        """The answer to a request; a full queue, or a model that is not ready, is asked again.
 
         Raises:
           UserError: the server is not there, or refuses.
@@ -223,17 +225,18 @@ class HttpModel:
             headers["authorization"] = f"Bearer {self.api_key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.root + path, data, headers)
-        for attempt in range(TRIES):
+        began = time.monotonic()
+        for attempt in itertools.count():
             try:
                 with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                     return json.load(answer)
             except urllib.error.HTTPError as error:
-                if error.code not in (429, 503) or attempt == TRIES - 1:
+                if error.code not in (429, 503) or time.monotonic() - began > PATIENCE:
                     raise UserError(_refusal(self.url, path, error)) from error
                 _wait(error.headers.get("retry-after"), attempt)
             except (OSError, ValueError) as error:
                 raise UserError(f"{self.url} does not answer {path}: {error}") from error
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("a count does not end")
 
     def _all(
         self,

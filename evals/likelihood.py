@@ -8,6 +8,7 @@ it once where that saves work: the context's state is copied for each.
 B rows, L tokens of a row, G contexts, P tokens of a context, T scored tokens, D d_model, V vocab.
 """
 
+import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,15 +24,22 @@ from data.tokenizers.public_tokenizer import PublicTokenizer
 from data.tokenizers.tokenizer import end_of_text_id
 from evals.samples import Likelihood
 from model.layers import unembed
-from model.model_state import init_memory, init_state, take_rows
-from model.transformer import Transformer, Variables, hidden_states, output_weights
+from model.model_state import init_memory, init_state, take_rows, unmixable_reason
+from model.step import make_step
+from model.transformer import Transformer, Variables, forward, hidden_states, output_weights
 
 CHUNK = 64
 """Scored tokens whose logits are there at once."""
 SHORTEST = 16
 """Tokens that a row is padded to at least; longer ones to 1, 1.5, 2, 3, 4, 6, ... times it."""
 MIN_SAVING = 1.3
-"""Contexts are read once for all their continuations where that leaves this much less to read."""
+"""Contexts are read once for all their continuations where that leaves this much less to read: two
+programs and copies of states take time, too."""
+TEXTS_IN_ROW = 4
+"""Of the longest ones of a batch: shorter rows end less equally, longer ones are fewer to share
+out among devices."""
+LEFT_FREE = 16
+"""One part of so many of a full batch."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +173,8 @@ def _share(pairs: Sequence[Pair], indices: Sequence[int]) -> tuple[list[_Shared]
     for context, members in by_context.items():
         distinct = {pairs[i].tokens for i in members}
         whole = sum(map(len, distinct))
-        left = whole - len(context) * (len(distinct) - 1)
-        if len(context) < SHORTEST or whole < MIN_SAVING * left:
+        left = whole - (len(context) - 1) * (len(distinct) - 1)
+        if whole < MIN_SAVING * left:
             alone += members
         else:
             shared.append(_Shared(tuple(members), len(context)))
@@ -180,37 +188,66 @@ def _scored_alone(
     indices: Sequence[int],
     batch_tokens: int,
 ) -> _Scored:
-    """Rows of whole pairs; pairs that read the same tokens share a row."""
-    rows: dict[tuple[int, ...], list[int]] = {}
+    """Whole pairs, several in a row as documents are in training; pairs that read the same tokens
+    read them once. A memory goes through a whole row: with one, each has a row to itself."""
+    members: dict[_Text, list[int]] = {}
     for i in indices:
-        rows.setdefault(pairs[i].tokens, []).append(i)
-    longest = model.config.context_length
-    for length, batch in _batches(sorted(rows, key=len), longest, batch_tokens):
-        tokens_BL, positions_BL = _padded(batch, [0] * len(batch), length)
-        members = [(b, i) for b, tokens in enumerate(batch) for i in rows[tokens]]
-        wanted = [(b, pairs[i].begin, i) for b, i in members]
+        members.setdefault(pairs[i].tokens, []).append(i)
+    is_mixed = model.config.memory_length is None
+    for rows in _row_batches(list(members), batch_tokens, is_mixed=is_mixed):
+        length = whole_step(max(sum(map(len, row)) for row in rows))
+        tokens_BL, positions_BL = _padded(rows, [[0] * len(row) for row in rows], length)
+        wanted = []
+        for b, row in enumerate(rows):
+            begins = itertools.accumulate(map(len, row), initial=0)
+            for text, begin in zip(row, begins, strict=False):
+                wanted += [(b, begin + pairs[i].begin, i) for i in members[text]]
         places = _places(pairs, wanted)
         yield (
-            [i for _, i in members],
+            [i for _, _, i in wanted],
             _score_rows(model, variables, tokens_BL, positions_BL, *places),
         )
 
 
-def _batches(
-    rows: Sequence[tuple[int, ...]], longest: int, batch_tokens: int
-) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-    """Rows of about one length, and the length they are padded to; longest first."""
-    batch: list[tuple[int, ...]] = []
-    length = 0
-    for row in reversed(rows):
-        wanted = min(bucket(len(row)), longest)
-        if batch and (wanted != length or len(batch) == max(batch_tokens // length, 1)):
-            yield length, batch
-            batch = []
-        length = wanted
-        batch.append(row)
+_Text = tuple[int, ...]
+"""Tokens of a pair."""
+
+
+def _row_batches(
+    texts: Sequence[_Text], batch_tokens: int, *, is_mixed: bool
+) -> Iterator[list[list[_Text]]]:
+    """Batches of rows, a power of two of them and about equally long; the longest texts first.
+
+    Args:
+      is_mixed: whether a row may hold several texts: if not, those of a batch are of about one
+        length.
+    """
+    # Rows don't end at one place: with a part left free, full batches have one shape all the same.
+    most, size = batch_tokens - batch_tokens // LEFT_FREE, 0
+    batch: list[_Text] = []
+    for text in sorted(texts, key=len, reverse=True):
+        is_other = not is_mixed and bucket(len(text)) < bucket(len(batch[0] if batch else text))
+        if batch and (is_other or size + len(text) > most):
+            yield _rows_of(batch, is_mixed=is_mixed)
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
     if batch:
-        yield length, batch
+        yield _rows_of(batch, is_mixed=is_mixed)
+
+
+def _rows_of(texts: Sequence[_Text], *, is_mixed: bool) -> list[list[_Text]]:
+    """Each text, from the longest on, in the row that is shortest then."""
+    if not is_mixed:
+        return [[text] for text in texts]
+    count = floor_power(sum(map(len, texts)) // (TEXTS_IN_ROW * len(texts[0])))
+    rows: list[list[_Text]] = [[] for _ in range(count)]
+    shortest = [(0, b) for b in range(count)]
+    for text in texts:
+        size, b = heapq.heappop(shortest)
+        rows[b].append(text)
+        heapq.heappush(shortest, (size + len(text), b))
+    return rows
 
 
 def _scored_shared(
@@ -224,65 +261,108 @@ def _scored_shared(
 
     The context's last token is read with each continuation: it predicts the first target.
     """
-    by_shape: dict[tuple[int, int], list[_Shared]] = {}
-    for group in groups:
+    is_mixed = unmixable_reason(model.config) is None
+    for batch in _group_batches(pairs, groups, batch_tokens, is_mixed=is_mixed):
+        members = [i for group in batch for i in group.members]
+        context_of = [g for g, group in enumerate(batch) for _ in group.members]
+        splits = [batch[g].length - 1 for g in context_of]
+        contexts = [pairs[group.members[0]].tokens[: group.length - 1] for group in batch]
+        rows = [pairs[i].tokens[split:] for i, split in zip(members, splits, strict=True)]
+        read, _ = _laid_out(contexts, [0] * len(contexts), is_mixed=is_mixed)
+        went_on, begins = _laid_out(rows, splits, is_mixed=is_mixed)
+        context_R = np.zeros(power(len(rows)), np.int32)
+        context_R[: len(rows)] = context_of
+        longest = bucket(max(map(len, contexts))), bucket(max(map(len, rows)), 4)
+        wanted = [
+            (b, at + pairs[i].begin - split, i)
+            for (b, at), i, split in zip(begins, members, splits, strict=True)
+        ]
+        places = _places(pairs, wanted)
+        shape = (power(len(contexts)), *longest)
+        yield (
+            members,
+            _score_shared(model, shape, variables, read, context_R, went_on, *places),
+        )
+
+
+def _group_batches(
+    pairs: Sequence[Pair], groups: Sequence[_Shared], batch_tokens: int, *, is_mixed: bool
+) -> Iterator[list[_Shared]]:
+    """Groups that are read together, those with the longest contexts first.
+
+    Args:
+      is_mixed: whether they share one row; if not, rows of a batch are of about one length.
+    """
+
+    def shape(group: _Shared) -> tuple[int, int]:
         most = max(len(pairs[i].targets) for i in group.members)
-        shape = bucket(group.length - 1), bucket(most, 4)
-        by_shape.setdefault(shape, []).append(group)
-    for (context, length), members in sorted(by_shape.items(), reverse=True):
-        most = power(max(len(group.members) for group in members))
+        return bucket(group.length - 1), bucket(most, 4)
+
+    batch: list[_Shared] = []
+    read = rows = 0
+    for group in sorted(groups, key=shape, reverse=True):
+        size = group.length - 1 + sum(len(pairs[i].targets) for i in group.members)
+        is_other = bool(batch) and not is_mixed and shape(group) != shape(batch[0])
         # Copies of a context take memory, not time: four times as many tokens as are read.
-        read, kept = context + most * length, most * (context + length)
-        count = max(min(batch_tokens // read, 4 * batch_tokens // kept), 1)
-        for begin in range(0, len(members), count):
-            batch = members[begin : begin + count]
-            size = min(power(len(batch)), count)
-            order, program = _shared_batch(pairs, batch, context, length, size, size * most)
-            yield order, _score_shared(model, variables, *program)
+        kept = (rows + len(group.members)) * sum(shape(batch[0] if batch else group))
+        if batch and (is_other or read + size > batch_tokens or kept > 4 * batch_tokens):
+            yield batch
+            batch, read, rows = [], 0, 0
+        batch.append(group)
+        read += size
+        rows += len(group.members)
+    if batch:
+        yield batch
 
 
-def _shared_batch(
-    pairs: Sequence[Pair],
-    batch: Sequence[_Shared],
-    context: int,
-    length: int,
-    num_contexts: int,
-    num_rows: int,
-) -> tuple[list[int], tuple[Any, ...]]:
-    """The pairs in their order, and the arguments of `_score_shared`."""
-    contexts, rows, starts, context_of, wanted, order = [], [], [], [], [], []
-    for g, group in enumerate(batch):
-        split = group.length - 1
-        contexts.append(pairs[group.members[0]].tokens[:split])
-        for i in group.members:
-            wanted.append((len(rows), pairs[i].begin - split, i))
-            rows.append(pairs[i].tokens[split:])
-            starts.append(split)
-            context_of.append(g)
-            order.append(i)
-    tokens_GP, positions_GP = _padded(contexts, [0] * len(contexts), context, num_contexts)
-    tokens_BL, positions_BL = _padded(rows, starts, length, num_rows)
-    context_B = np.zeros(num_rows, np.int32)
-    context_B[: len(context_of)] = context_of
-    places = _places(pairs, wanted)
-    return order, (tokens_GP, positions_GP, context_B, tokens_BL, positions_BL, *places)
+_Laid = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+"""Tokens, positions and each token's row of the state, int32 [B, L]; None: row b's is b."""
+
+
+def _laid_out(
+    pieces: Sequence[_Text], starts: Sequence[int], *, is_mixed: bool
+) -> tuple[_Laid, list[tuple[int, int]]]:
+    """Pieces of sequences in one row, or each in a row of its own; and where each begins.
+
+    Args:
+      starts: the position of each piece's first token.
+    """
+    if not is_mixed:
+        length = bucket(max(map(len, pieces)), 4)
+        tokens_BL, positions_BL = _padded(
+            [[piece] for piece in pieces], [[start] for start in starts], length
+        )
+        return (tokens_BL, positions_BL, None), [(b, 0) for b in range(len(pieces))]
+    ends = [*itertools.accumulate(map(len, pieces), initial=0)]
+    tokens_BL, positions_BL = _padded([pieces], [starts], bucket(ends[-1]))
+    rows_BL = np.zeros_like(tokens_BL)
+    rows_BL[0, : ends[-1]] = np.repeat(np.arange(len(pieces)), [*map(len, pieces)])
+    return (tokens_BL, positions_BL, rows_BL), [(0, at) for at in ends[:-1]]
 
 
 def _padded(
-    rows: Sequence[Sequence[int]], starts: Sequence[int], length: int, num_rows: int | None = None
+    rows: Sequence[Sequence[Sequence[int]]],
+    starts: Sequence[Sequence[int]],
+    length: int,
+    num_rows: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and positions, int32 [B, L]; padding has position -1.
 
     Args:
-      starts: the position of each row's first token.
+      rows: pieces of each row, one after the other.
+      starts: the position of each piece's first token.
       num_rows: B; None is a power of two.
     """
     count = power(len(rows)) if num_rows is None else num_rows
     tokens_BL = np.zeros((count, length), np.int32)
     positions_BL = np.full((count, length), -1, np.int32)
-    for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        tokens_BL[b, : len(row)] = row
-        positions_BL[b, : len(row)] = start + np.arange(len(row))
+    for b, (row, begun) in enumerate(zip(rows, starts, strict=True)):
+        at = 0
+        for piece, start in zip(row, begun, strict=True):
+            own = slice(at, at + len(piece))
+            tokens_BL[b, own] = piece
+            positions_BL[b, own] = start + np.arange(len(piece))
+            at = own.stop
     return tokens_BL, positions_BL
 
 
@@ -299,7 +379,8 @@ def _places(
         for row, first, i in wanted
         for k, target in enumerate(pairs[i].targets)
     ]
-    padded = np.zeros((3, max(power(len(found)), CHUNK)), np.int32)
+    count = CHUNK if len(found) <= CHUNK else bucket(len(found), 2 * CHUNK)
+    padded = np.zeros((3, count), np.int32)
     padded[:, : len(found)] = np.array(found).T
     return padded[0], padded[1], padded[2]
 
@@ -312,28 +393,25 @@ def _score_rows(model, variables, tokens_BL, positions_BL, row_T, place_T, targe
     return _score_places(model, variables, hidden_BLD[row_T, place_T], target_T)
 
 
-@partial(jax.jit, static_argnums=0)
-def _score_shared(
-    model,
-    variables,
-    tokens_GP,
-    positions_GP,
-    context_B,
-    tokens_BL,
-    positions_BL,
-    row_T,
-    place_T,
-    target_T,
-):
-    """As `_score_rows`, of rows that go on from contexts."""
+@partial(jax.jit, static_argnums=(0, 1))
+def _score_shared(model, shape, variables, read, context_R, went_on, row_T, place_T, target_T):
+    """As `_score_rows`, of rows that go on from contexts.
+
+    Args:
+      shape: how many contexts, and the tokens of a context and of a continuation at most.
+      context_R: the context of each row of the state.
+    """
+    num_contexts, context, length = shape
     dtype = model.execution.compute_dtype
-    length = tokens_GP.shape[1] + tokens_BL.shape[1]
-    spare = tokens_BL.shape[1] - 1  # a window's slots come round only after a whole piece
-    state = init_state(model.config, len(tokens_GP), length, dtype, spare)
-    _, state = hidden_states(model, variables, tokens_GP, positions_GP, state, is_whole=True)
+    spare = length - 1  # a window's slots come round only after a whole piece
+    state = init_state(model.config, num_contexts, context + length, dtype, spare)
+    tokens_BL, positions_BL, rows_BL = read
+    step = make_step(tokens_BL, positions_BL, rows_BL=rows_BL, is_whole=True)
+    _, state = forward(model, variables, step, state)
     assert state is not None
-    copies = take_rows(state, context_B)
-    hidden_BLD, _ = hidden_states(model, variables, tokens_BL, positions_BL, copies)
+    tokens_BL, positions_BL, rows_BL = went_on
+    step = make_step(tokens_BL, positions_BL, rows_BL=rows_BL)
+    hidden_BLD, _ = forward(model, variables, step, take_rows(state, context_R))
     return _score_places(model, variables, hidden_BLD[row_T, place_T], target_T)
 
 
@@ -366,3 +444,15 @@ def bucket(count: int, shortest: int = SHORTEST) -> int:
 def power(count: int) -> int:
     """The next power of two."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def floor_power(count: int) -> int:
+    """The power of two before it, or it; at least 1."""
+    return 1 << (max(count, 1).bit_length() - 1)
+
+
+def whole_step(count: int) -> int:
+    """The next multiple of a sixteenth of the power of two at or above it: at most an eighth of
+    padding."""
+    step = max(power(count) // 16, 8)
+    return -(-count // step) * step

@@ -185,7 +185,7 @@ def write_overview_page(
         for found in tasks:
             for metric, score in found.total.scores.items():
                 key = (found.task.name, metric_name(metric))
-                cells.setdefault(key, {})[name] = f"{shown_score(score)} ({found.total.count})"
+                cells.setdefault(key, {})[name] = _cell(score, found.total)
     rows = [(*key, *(row.get(name, "") for name in models)) for key, row in cells.items()]
     sections = [_table(("task", "metric", *models), rows)]
     for name, sentences in left_out.items():
@@ -193,6 +193,14 @@ def write_overview_page(
         sections.append(f"<p>Not asked of {html.escape(name)}:</p><ul>{items}</ul>")
     title, about = "Scores side by side", {f.task.name: f.task.description for f in _each(models)}
     return write_page(folder, title, sections, draw_scores(models), about)
+
+
+def _cell(score: Score, of: GroupScores) -> str:
+    """A score with its samples, and how many answers were empty or cut off where any was."""
+    text = f"{shown_score(score)} ({of.count})"
+    for rate, what in ((of.empty_rate, "empty"), (of.truncated_rate, "cut off")):
+        text += f"; {rate:.0%} {what}" if rate else ""
+    return text
 
 
 def _each(models: Mapping[str, Sequence[TaskScores]]) -> Iterable[TaskScores]:
@@ -336,7 +344,8 @@ def _draw_bars(
             longest = max(longest, bars[label].value)
     axes.set_yticks(places, [no_formula(label) for label in labels])
     axes.set_xlabel(unit)
-    axes.set_xlim(0, 1.25 * longest or 1)
+    axes.set_xlim(0, 1.25 * longest or 1)  # beyond the bars stand their numbers, and no ticks
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= longest or not longest])
     axes.grid(axis="y", visible=False)
     if len(sides) > 1:
         figure.legend(loc="outside upper right", ncols=len(sides), frameon=False, fontsize=9)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from configs.checks import UserError
+from configs.checks import UserError, require
 from configs.near_names import LIKENESS, likeness
 from evals import tasks
 from evals.samples import Family, Task
@@ -55,7 +55,11 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
     found: dict[str, Task] = {}
     for name in names:
         for task in _find(name):
-            found.setdefault(task.name, task)
+            same = found.setdefault(task.name, task)
+            require(
+                same.origin == task.origin,
+                f"{same.origin} and {task.origin} would both be called {task.name}: rename one",
+            )
     if not found:
         raise UserError("no task is named: --tasks list shows them")
     return list(found.values())
@@ -72,7 +76,12 @@ def _find(name: str) -> Iterator[Task]:
     elif isinstance(family, Family) and ":" in name:
         yield family.make(name.partition(":")[2])
     elif name.endswith(RECORDS):
-        yield own_task(Path(name))
+        own = own_task(Path(name))
+        require(
+            own.name not in (*known, *sets),
+            f"the questions of {name} would be called {own.name}, as others are: rename the file",
+        )
+        yield own
     elif isinstance(task, Family):
         raise UserError(f"{name} is a family of tasks: name one of them, {task.form}")
     else:

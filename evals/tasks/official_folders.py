@@ -12,10 +12,11 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from configs.checks import UserError, require
 from evals.few_shot import by_hash, draw, with_shots
@@ -60,9 +61,9 @@ def _mmlu(path: Path, subject: str) -> Iterator[Choices]:
     with _opened(path) as file:
         for number, row in enumerate(csv.reader(file), 1):
             require(
-                len(row) == 6 and row[5].strip() in LETTERS,
-                f"{path}, line {number}, has {len(row)} columns: MMLU's files have a question, "
-                "four choices and a letter from A to D, and no header",
+                len(row) == 6 and row[5].strip() in tuple(LETTERS),
+                f"{path}, line {number}, has {len(row)} columns, the last {row[-1:]}: MMLU's files "
+                "have a question, four choices and a letter from A to D, and no header",
             )
             listed = "".join(f"{x}. {c}\n" for x, c in zip(LETTERS, row[1:5], strict=True))
             context = f"{row[0].strip()}\n{listed}Answer:"
@@ -245,11 +246,16 @@ def _hellaswag(path: Path, number: int, row: Mapping[str, Any]) -> Choices:
     try:
         begun = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
         context = _cleaned(f"{row['activity_label']}: {begun}")
-        endings, answer = tuple(f" {_cleaned(text)}" for text in row["endings"]), int(row["label"])
-        require(0 <= answer < len(endings), f"{path}, line {number}: label {answer} is no ending")
+        endings, label = tuple(f" {_cleaned(text)}" for text in row["endings"]), row["label"]
     except (KeyError, TypeError, AttributeError) as error:
         raise _bad_row(path, number, "activity_label, ctx_a, ctx_b, endings, label") from error
-    return Choices(_key(row, number), context.rstrip(), endings, answer)
+    labels = [str(i) for i in range(len(endings))]
+    require(
+        str(label) in labels,
+        f"{path}, line {number}: label {label!r} is no ending (the test set's are secret: take "
+        "hellaswag_val.jsonl)",
+    )
+    return Choices(_key(row, number), context.rstrip(), endings, labels.index(str(label)))
 
 
 def _cleaned(text: str) -> str:
@@ -270,8 +276,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}, is no JSON: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}, is no JSON: {error}") from error
             require(isinstance(row, dict), f"{path}, line {number}, is no JSON object")
             yield number, row
 
@@ -280,10 +286,22 @@ def _bad_row(path: Path, number: int, wanted: str) -> UserError:
     return UserError(f"{path}, line {number}, has another form: {wanted} were needed")
 
 
-def _opened(path: Path):
-    if not path.is_file():
-        raise UserError(f"{path} is not there: give the benchmark's own files")
-    return path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None)
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """The file, whose own faults, while it is read, are named.
+
+    Raises:
+      UserError: it is not there, no text in UTF-8, or no csv file.
+    """
+    require(path.is_file(), f"{path} is not there: give the benchmark's own files")
+    newline = "" if path.suffix == ".csv" else None
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: give the benchmark's own files") from error
+    except csv.Error as error:
+        raise UserError(f"{path} is no csv file ({error}): give the benchmark's own") from error
 
 
 def _zero_shot(name: str, load: Load) -> None:

@@ -14,9 +14,11 @@ from checkpoint.run_directory import read_run
 from configs.checks import UserError
 from data.packing import TokenFile
 from evals import opening
+from evals.aggregation import Score
 from evals.opening import load_run, run_evaluation
+from evals.page import _cell
 from evals.results import Result, read_results, write_results, write_run_report
-from evals.results_form import TaskScores
+from evals.results_form import GroupScores, TaskScores
 from evals.run import evaluate
 from evals.task_list import find_tasks
 from evals.tasks import line_completion
@@ -277,25 +279,32 @@ def test_what_does_not_go_with_a_model_is_said(letters, run_dir):
             verb.main(arguments)
 
 
-def test_several_models_are_one_page(run_dir, tmp_path, capsys):
+def test_several_models_are_one_page(run_dir, tmp_path, capsys, monkeypatch):
     """Which says what was not asked of which, and why."""
+    monkeypatch.chdir(tmp_path)
     questions = tmp_path / "colours.jsonl"
     line = {"context": "Grass is", "choices": [" green", " loud"], "answer": 0}
     questions.write_text(json.dumps(line) + "\n")
     (tmp_path / "empty").mkdir()
     models = [str(run_dir), str(tmp_path / "empty")]
     chosen = ["--tasks", f"{questions},line_completion", "--output", str(tmp_path / "page")]
-    evaluate_all.main([*models, *chosen])
+    evaluate_all.main([*models, "runs/quickstart/teacher", *chosen])
     page = (tmp_path / "page" / "report.html").read_text()
     assert re.search(r"colours</td><td>acc</td><td>[01]\.0000 \(1\)", page)
     assert "line_completion: it needs held-out Python functions" in page
-    assert page.count("<li>") == 2
+    assert page.count("<li>") == 3
+    assert "runs/quickstart/teacher was left out: make quickstart makes it" in page
     assert f"{tmp_path / 'empty'} was left out: " in page
     assert (tmp_path / "page" / "shares.png").exists()
     with pytest.raises(UserError, match=r"no model could be asked: .*empty was left out"):
         evaluate_all.main([models[1], *chosen])
     with pytest.raises(UserError, match="--answers 0 must be at least 1"):
         evaluate_all.main([*models, "--answers", "0"])
+
+
+def test_a_page_says_how_many_answers_were_cut_off():
+    found = GroupScores({}, 2, empty_rate=0.0, truncated_rate=0.5)
+    assert _cell(Score(0.5, 0.25), found) == "0.5000 ± 0.2500 (2); 50% cut off"
 
 
 def test_compared_runs_have_their_evaluations_side_by_side(run_dir, tmp_path, capsys):

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
+from configs.architecture import LayerSpec, ModelConfig
 from configs.base import ExecutionConfig
 from configs.checks import UserError
+from configs.feed_forward import DenseConfig
+from configs.recurrent_attention import GatedDeltaConfig
 from data.tokenizers.public_tokenizer import PublicTokenizer
 from evals import likelihood
 from evals.likelihood import Pair, bucket, encode_pair, first_id, score_pairs
@@ -134,9 +137,28 @@ def oracle(model, variables, pair: Pair) -> tuple[float, bool]:
     return float(nats), best
 
 
-@pytest.fixture(scope="module", params=["windows and experts", "memory"])
+def recurrent_model() -> ModelConfig:
+    """A recurrent layer, whose sequences need rows to themselves, and one with a window."""
+    delta = GatedDeltaConfig(num_heads=2, key_head_dim=8, value_head_dim=8)
+    layers = (delta, tiny.attention())
+    return tiny.model(
+        pattern=tuple(LayerSpec(attention=x, ffn=DenseConfig(d_ff=24)) for x in layers)
+    )
+
+
+MODELS = {
+    "windows and experts": tiny.model,
+    "memory": tiny.memory_model,
+    "recurrent": recurrent_model,
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=["windows and experts", "memory", pytest.param("recurrent", marks=pytest.mark.slow)],
+)
 def made(request):
-    config = tiny.model() if request.param != "memory" else tiny.memory_model()
+    config = MODELS[request.param]()
     model = Transformer(config, ExecutionConfig(transport="gather", capacity_factor=None))
     return model, drawn(config)
 
@@ -162,7 +184,7 @@ def test_sums_are_those_of_each_text_alone(made):
     wanted = [oracle(model, variables, p) if p.targets else (0.0, True) for p in pairs]
     assert sum(best for _, best in wanted[:-1]) >= 5
     order = random.permutation(len(pairs))
-    for batch_tokens, share in ((4096, True), (100, True), (100, False)):
+    for batch_tokens, share in ((4096, True), (100, True), (4096, False)):
         came: list[int] = []
         found = score_pairs(
             model,
@@ -187,7 +209,7 @@ def test_contexts_are_read_once_where_that_saves(made, monkeypatch):
     read = likelihood._padded
 
     def counting(rows, *arguments):
-        seen.extend(map(len, rows))
+        seen.extend(len(piece) for row in rows for piece in row)
         return read(rows, *arguments)
 
     monkeypatch.setattr(likelihood, "_padded", counting)
@@ -201,3 +223,17 @@ def test_lengths_are_few_and_little_is_padding():
     assert len(lengths) == 15
     assert all(bucket(n) >= n for n in range(1, 2000))
     assert max(bucket(n) / n for n in range(17, 2000)) < 1.5
+
+
+def test_rows_hold_texts_to_about_one_length():
+    """Whatever the texts, little of a row is padding, and each is there once."""
+    random = np.random.RandomState(0)
+    texts = [tuple(range(n)) for n in random.randint(1, 200, 400)]
+    batches = list(likelihood._row_batches(texts, 4096, is_mixed=True))
+    assert sorted(text for rows in batches for row in rows for text in row) == sorted(texts)
+    for rows in batches:
+        sizes = [sum(map(len, row)) for row in rows]
+        assert len(rows) == 1 << (len(rows).bit_length() - 1)
+        assert len(rows) * likelihood.whole_step(max(sizes)) <= max(1.3 * sum(sizes), 64)
+    alone = list(likelihood._row_batches(texts, 4096, is_mixed=False))
+    assert all(len(row) == 1 for rows in alone for row in rows)

@@ -167,9 +167,10 @@ def test_hellaswag_without_its_marks(tmp_path):
     assert (sample.key, sample.answer) == ("1/24", 1)
     with pytest.raises(UserError, match="asked without examples"):
         load(f"hellaswag:{path}", 3)
-    path.write_text(json.dumps({**row, "label": 7}))
-    with pytest.raises(UserError, match="label 7 is no ending"):
-        load(f"hellaswag:{path}")
+    for label in (7, "", None, -1):
+        path.write_text(json.dumps({**row, "label": label}))
+        with pytest.raises(UserError, match=f"line 1: label {label!r} is no ending"):
+            load(f"hellaswag:{path}")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -190,3 +191,21 @@ def test_tasks_of_glue_have_its_own_metrics():
     assert names("SST-2") == ["acc"]
     with pytest.raises(UserError, match="'STS-B' is no task of GLUE"):
         names("STS-B")
+
+
+def test_files_that_are_no_text_or_no_table_are_named(mmlu, tmp_path):
+    path = mmlu / "test" / "cooking_test.csv"
+    for letter in ("", "AB", "E"):
+        path.write_text(f"question,a,b,c,d,{letter}\n")
+        with pytest.raises(UserError, match=r"cooking_test.csv, line 1, .* a letter from A to D"):
+            load(f"mmlu:{mmlu}")
+    for content, sentence in ((b"caf\xe9,a,b,c,d,A\n", "no UTF-8 text"), (b"x" * 140000, "no csv")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"cooking_test.csv is {sentence}"):
+            load(f"mmlu:{mmlu}")
+    for name, file in (("glue", "SST-2/dev.tsv"), ("arc", "arc.jsonl"), ("hellaswag", "h.jsonl")):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"sentence\tlabel\ncaf\xe9\t1\n")
+        asked = tmp_path / "SST-2" if name == "glue" else tmp_path / file
+        with pytest.raises(UserError, match=r"is no (UTF-8 text|JSON)"):
+            load(f"{name}:{asked}")

@@ -121,3 +121,16 @@ def test_files_without_questions_are_refused(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     with pytest.raises(UserError, match="is no UTF-8 text"):
         own_task(tmp_path / "latin.jsonl")
+
+
+def test_questions_never_have_anothers_name(tmp_path):
+    """Neither a benchmark's, nor one that a second file's would have, too."""
+    for name in ("gsm8k", "quick"):
+        path = write(tmp_path / f"{name}.jsonl", QUESTION)
+        with pytest.raises(UserError, match=f"would be called {name}, as others are: rename"):
+            find_tasks([str(path)])
+    (tmp_path / "more").mkdir()
+    paths = [str(write(tmp_path / x, QUESTION)) for x in ("mine.jsonl", "more/mine.jsonl")]
+    with pytest.raises(UserError, match=r"more/mine\.jsonl would both be called mine: rename one"):
+        find_tasks(paths)
+    assert len(find_tasks([paths[0], paths[0]])) == 1
