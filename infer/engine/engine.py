@@ -75,7 +75,9 @@ class Engine:
         needs_weights = options.cache_dir is not None  # others' prefixes may lie there
         with self._in_mesh():
             self._identity = identity_of(
-                model, variables if needs_weights else None, kept_details(options, size)
+                model,
+                variables if needs_weights else None,
+                kept_details(options, size, self._memory),
             )
         self._routed = RoutedExperts(model.config) if options.keeps_experts else None
         with self._in_mesh():

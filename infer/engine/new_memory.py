@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 
 from configs.checks import require
 from infer.engine.kept_states import STATE_GRID
@@ -11,6 +12,7 @@ from infer.engine.memory import Memory, PagedMemory, RowMemory
 from infer.engine.options import EngineOptions
 from infer.engine.reading import widths_of
 from infer.engine.tiers import DiskTier, HostTier, Tiers
+from infer.engine.units import take_row
 from infer.steps import StateSize
 from model.transformer import Transformer, Variables
 
@@ -54,21 +56,18 @@ def new_memory(model: Transformer, options: EngineOptions, size: StateSize) -> M
     return RowMemory(model, size, options.prefix_cache, grid, options.state_bytes, tiers)
 
 
-def kept_details(options: EngineOptions, size: StateSize) -> tuple[object, ...]:
+def kept_details(options: EngineOptions, size: StateSize, memory: Memory) -> tuple[object, ...]:
     """What a kept prefix depends on beside model, weights and tokens: how it is stored, and what
     the sums of the programs that read it depend on."""
     device = jax.devices()[0]
     machine = (jax.__version__, device.platform, device.device_kind, os.cpu_count())
-    # A row of slots is kept whole, so that their number counts; of pages any number may be there.
-    slots = size.max_length if options.num_pages is None else None
-    detour = options.has_detour  # whose layers may lie apart
+    row = jax.eval_shape(take_row, memory.state, np.zeros(1, np.int32))
     return (
         size.dtype,
         options.page_size,
-        slots,
-        size.spare,
+        tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(row)),
         widths_of(options)[-1],
-        detour,
+        options.has_detour,  # whose layers may lie apart
         machine,
     )
 

@@ -33,33 +33,37 @@ def prompt(begins: int, *, seed: int, length: int = 170) -> list[int]:
     return [*SHARED[:begins], *rest.tolist()]
 
 
-def one_layer(attention) -> Transformer:
+def one_layer(attention, context_length=256) -> Transformer:
     """With a window layer beside it, whose state is a ring."""
     pattern = (
         LayerSpec(attention=attention, ffn=DenseConfig(d_ff=24)),
         LayerSpec(attention=tiny.attention(window_size=9), ffn=DenseConfig(d_ff=24)),
     )
-    return Transformer(tiny.model(pattern=pattern, context_length=256))
+    return Transformer(tiny.model(pattern=pattern, context_length=context_length))
 
 
 MIXED = Transformer(dataclasses.replace(test_engine.CONFIG, context_length=256))
 RECURRENT = one_layer(GatedDeltaConfig(num_heads=2, key_head_dim=8, value_head_dim=8))
-COMPRESSED = one_layer(
-    CompressedAttentionConfig(
+
+
+def compressed(rate: int) -> CompressedAttentionConfig:
+    return CompressedAttentionConfig(
         num_heads=4,
         query_rank=12,
         head_dim=8,
         rotary_dim=4,
         window_size=8,
         compression=CompressionConfig(
-            rate=4,
+            rate=rate,
             overlaps=True,
             indexer=EntryIndexerConfig(num_heads=4, head_dim=6, top_k=4),
         ),
         num_output_groups=2,
         output_rank=6,
     )
-)
+
+
+COMPRESSED = one_layer(compressed(rate=4))
 KINDS = {
     "pages of a mixture with windows and latents": (MIXED, PAGED),
     "rows of it": (MIXED, OPTIONS),

@@ -13,7 +13,15 @@ import pytest
 from configs.checks import UserError
 from infer.engine import EngineOptions
 from infer.engine.tiers import MAGIC, DiskTier, HostTier
-from tests.infer.test_engine_prefixes import KINDS, QUICK, Served, prompt
+from tests.infer.test_engine_prefixes import (
+    KINDS,
+    PAGED,
+    QUICK,
+    Served,
+    compressed,
+    one_layer,
+    prompt,
+)
 
 PROMPTS = [prompt(150, seed=1), prompt(150, seed=2)]
 
@@ -52,6 +60,17 @@ def test_another_process_finds_what_this_one_wrote(served, cold, tmp_path):
     assert tuple(x[2] for x in second) == CACHED[served.name]
     other = Served(served.model, served.options, seed=4)
     assert other.texts(other.engine(cache_dir=str(tmp_path)), PROMPTS[:1])[0][2] == 0
+
+
+def test_states_of_another_size_are_not_taken(tmp_path):
+    """Entries that fill no page lie in rows, as many as a sequence may have."""
+    served = Served(one_layer(compressed(rate=12), context_length=512), PAGED)
+    first = served.engine(cache_dir=str(tmp_path))
+    texts = served.texts(first, PROMPTS[:1])
+    first._memory._tiers.flush()
+    for length, cached in ((240, 128), (257, 0)):  # slots are multiples of 256
+        other = served.engine(cache_dir=str(tmp_path), max_length=length)
+        assert served.texts(other, PROMPTS[:1]) == [(*texts[0][:2], cached)]
 
 
 def test_broken_and_foreign_files_are_ignored_with_one_warning(served, cold, tmp_path, caplog):
