@@ -2,7 +2,8 @@
 in PEFT's form they are the same function, and PEFT itself computes it (recorded by record_peft.py).
 
 Tolerances: 1e-5 between merged and unmerged, float32 both (the order of sums; measured below 6e-6
-on logits of deviation 1, moved by more); 1e-4 to PEFT, as between the base models (test_parity.py).
+on logits of deviation 1, moved by more), or twice what the last bits of the merged weights move,
+which Gemma 4's E models feel more; 1e-4 to PEFT, as between the base models (test_parity.py).
 """
 
 import json
@@ -38,6 +39,21 @@ def write(case: str, folder: Path, drawn=None) -> None:
     write_peft(folder, entries, forms, drawn, rank=RANK, alpha=ALPHA, base=case)
 
 
+def with_other_last_bits(variables):
+    """Each weight a last bit larger or smaller, drawn."""
+    random = np.random.RandomState(0)
+
+    def moved(x):
+        x = np.asarray(x)
+        if x.dtype != np.float32:
+            return x
+        return np.nextafter(
+            x, np.where(random.rand(*x.shape) < 0.5, -np.inf, np.inf), dtype=x.dtype
+        )
+
+    return jax.tree.map(moved, variables)
+
+
 @pytest.mark.parametrize(
     "case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 )
@@ -48,9 +64,12 @@ def test_every_kind_of_matrix_moves_the_logits_and_merged_they_are_the_same(case
     adapters = as_collection(drawn, ALPHA / RANK)
     adapted = variables | {"adapters": adapters}
     logits = full_logits(model, adapted, tokens)
-    merged = full_logits(model, merge(model, adapted), tokens)
-    # Of the largest logit, as in test_families_fuzz.py: sums in another order.
-    np.testing.assert_allclose(merged, logits, atol=TOLERANCE * np.abs(logits).max())
+    whole = merge(model, adapted)
+    merged = full_logits(model, whole, tokens)
+    error = np.abs(merged - logits).max()
+    if error > TOLERANCE * np.abs(logits).max():  # of the largest logit: sums in another order
+        moved = np.abs(full_logits(model, with_other_last_bits(whole), tokens) - merged).max()
+        assert error < min(2 * moved, 1e-4)
     kinds = {target_of(tuple(name.split("."))) for name in drawn}
     has_experts = any("'moe'" in str(path) for path, _ in jax.tree.leaves_with_path(variables))
     assert ("experts" in kinds) == has_experts
