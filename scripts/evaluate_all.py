@@ -8,12 +8,13 @@ Interrupted, the same command goes on: what was asked is not asked again (script
 wrote it). The page's scores are of few samples, with their standard errors.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from configs.checks import UserError, require
 from evals.page import write_overview_page
 from evals.results_form import TaskScores
-from evals.samples import Task
+from evals.samples import OutputType, Task
 from evals.task_list import find_tasks
 from scripts import command, evaluate
 from scripts.evaluated_model import open_named
@@ -26,19 +27,25 @@ def main(argv: list[str]) -> None:
     parser = command.parser(__doc__)
     parser.add_argument("models", nargs="*", default=MODELS, help="runs, folders, files, smollm2")
     parser.add_argument("--tasks", default="short", help="names or a set (short)")
-    parser.add_argument("--limit", type=int, default=40, help="questions and texts of a task (40)")
+    parser.add_argument("--limit", type=int, default=40, help="questions of a task (40)")
+    parser.add_argument("--texts", type=int, default=4, help="whole texts of a task (4)")
     parser.add_argument("--answers", type=int, default=8, help="generated answers of a task (8)")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluations/overview"))
     arguments = parser.parse_args(argv)
-    for name in ("limit", "answers"):
-        count = getattr(arguments, name)
-        require(count >= 1, f"--{name} {count} must be at least 1")
+    counts: dict[tuple[OutputType, ...], int] = {
+        ("multiple_choice", "loglikelihood"): arguments.limit,
+        ("loglikelihood_rolling",): arguments.texts,
+        ("generate_until",): arguments.answers,
+    }
+    for option in ("limit", "texts", "answers"):
+        count = getattr(arguments, option)
+        require(count >= 1, f"--{option} {count} must be at least 1")
     tasks = find_tasks(arguments.tasks.split(","))
     command.keep_compiled()
     found: dict[str, list[TaskScores]] = {}
     left_out: dict[str, list[str]] = {}
     for name in arguments.models:
-        scores, reasons = _ask(name, tasks, arguments.limit, arguments.answers)
+        scores, reasons = _ask(name, tasks, counts)
         if scores:
             found[name] = scores
         if reasons:
@@ -49,14 +56,17 @@ def main(argv: list[str]) -> None:
 
 
 def _ask(
-    name: str, tasks: list[Task], limit: int, answers: int
+    name: str, tasks: list[Task], counts: Mapping[tuple[OutputType, ...], int]
 ) -> tuple[list[TaskScores], list[str]]:
-    """The model's scores, and why the others are missing."""
-    generated = [task for task in tasks if task.output_type == "generate_until"]
-    others = [task for task in tasks if task not in generated]
+    """The model's scores, and why the others are missing.
+
+    Args:
+      counts: samples of each task, by what it asks of a model.
+    """
     scores: list[TaskScores] = []
     reasons: list[str] = []
-    for chosen, count in ((others, limit), (generated, answers)):
+    for asked, count in counts.items():
+        chosen = [task for task in tasks if task.output_type in asked]
         if not chosen:
             continue
         arguments = evaluate.make_parser().parse_args([name, "--limit", str(count)])
