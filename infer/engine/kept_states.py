@@ -34,13 +34,15 @@ class KeptStates:
 
     def __init__(self, state: ModelState, most_bytes: int, tiers: Tiers, page_size: int) -> None:
         self._tiers, self._rows, self._page_size = tiers, Rows(state), page_size
+        self._grid = math.lcm(page_size, STATE_GRID)
         self._most_bytes, self._bytes = most_bytes, 0
         self._states: OrderedDict[bytes, tuple[ModelState, int]] = OrderedDict()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
     def longest(self, keys: Sequence[bytes]) -> tuple[int, ModelState | None]:
         """How many of a prompt's keys the longest prefix with a state has, and the state."""
-        for end in range(len(keys), 0, -1):
+        every = self._grid // self._page_size  # elsewhere none is kept: no file is looked for
+        for end in range(len(keys) // every * every, 0, -every):
             kept = self._find(keys[end - 1])
             if kept is not None:
                 return end, kept
@@ -48,8 +50,7 @@ class KeptStates:
 
     def on_grid(self, length: int) -> int:
         """The longest prefix of one of this length after which a state may be kept."""
-        grid = math.lcm(self._page_size, STATE_GRID)
-        return length // grid * grid
+        return length // self._grid * self._grid
 
     def note(self, keys: Sequence[bytes]) -> set[int]:
         """After how many of its tokens a prompt's state should be kept: of all keys, and of those
