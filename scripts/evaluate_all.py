@@ -9,6 +9,7 @@ wrote it). The page's scores are of few samples, with their standard errors.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from configs.checks import UserError, require
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
     left_out: dict[str, list[str]] = {}
     for name in arguments.models:
         scores, reasons = _ask(name, tasks, counts)
+        print("\n".join(reasons), flush=True)
         if scores:
             found[name] = scores
         if reasons:
@@ -65,24 +67,26 @@ def _ask(
     """
     scores: list[TaskScores] = []
     reasons: list[str] = []
+    try:
+        opened = open_named(name, evaluate.make_parser().parse_args([name]), tasks, None, None)
+    except UserError as error:
+        is_to_come = name in QUICKSTART and not Path(name).exists()
+        reason = "make quickstart makes it" if is_to_come else error
+        return [], [f"{name} was left out: {reason}"]
     for asked, count in counts.items():
         chosen = [task for task in tasks if task.output_type in asked]
         if not chosen:
             continue
-        arguments = evaluate.make_parser().parse_args([name, "--limit", str(count)])
+        settings = replace(opened.evaluation.settings, limit=count)
+        limited = replace(opened, evaluation=replace(opened.evaluation, settings=settings))
         try:
-            opened = open_named(name, arguments, chosen, None, None)
-            found, skipped = evaluate.run(opened, chosen)
+            found, skipped = evaluate.run(limited, chosen)
         except UserError as error:
-            is_to_come = name in QUICKSTART and not Path(name).exists()
-            reason = "make quickstart makes it" if is_to_come else error
-            reasons.append(f"{name} was left out: {reason}")
+            reasons.append(f"{name} was left out: {error}")
             continue
         scores += found
         reasons += [f"{each.task}: {each.reason}" for each in skipped]
-    reasons = list(dict.fromkeys(reasons))
-    print("\n".join(reasons), flush=True)
-    return scores, reasons
+    return scores, list(dict.fromkeys(reasons))
 
 
 if __name__ == "__main__":
