@@ -21,7 +21,7 @@ from formats.atomic_folder import replace_text
 from infer.generate import generate
 from infer.sources import Source, open_source
 from infer.weights import WeightFormat, num_bytes
-from train.report import Picture, new_panels, table, to_picture, write_page
+from train.report import Picture, columns_table, new_panels, to_picture, write_page
 
 STAGES = "stages.json"
 NEW_TOKENS = 64
@@ -156,40 +156,71 @@ def memory_bandwidth() -> float:
 
 
 def write_chain_page(
-    chain: Chain, settings: dict[str, Any], answers: Sequence[str], pages: Sequence[str] = ()
+    chain: Chain,
+    road: Sequence[str],
+    settings: dict[str, Any],
+    answers: Sequence[str],
+    pages: Sequence[str] = (),
 ) -> Path:
     """report.html with one picture: loss against bytes and against tokens a second.
 
     Args:
+      road: names of the stages that are made of each other; the others are compared with them.
       pages: others that it leads to, from its folder.
     """
     stages = list(chain.stages.values())
-    figure, (by_bytes, by_speed) = new_panels(9.0, 4.0, 2)
-    for axes, name, label in (
-        (by_bytes, "bytes", "bytes of weights"),
-        (by_speed, "tokens_per_second", "tokens per second"),
-    ):
+    sections = [_stage_table(stages), *(f"<pre>{html.escape(text)}</pre>" for text in answers)]
+    sections += [f'<p><a href="{page}">{page}</a></p>' for page in pages]
+    pictures = [_quality_picture(stages, road)]
+    return write_page(chain.folder, "Large to small", sections, pictures, settings)
+
+
+def _quality_picture(stages: Sequence[Stage], road: Sequence[str]) -> Picture:
+    figure, panels = new_panels(10.0, 4.6, 2)
+    labels = {"bytes": "MB of weights, as they are read", "tokens_per_second": "tokens per second"}
+    for axes, (name, label) in zip(panels, labels.items(), strict=True):
+        places = {x.name: (_shown(name, x), x.bits_per_byte) for x in stages}
+        axes.plot(*zip(*(places[x] for x in road), strict=True), color="#c3c9d1", zorder=1)
         for stage in stages:
-            axes.plot(getattr(stage, name), stage.bits_per_byte, "o")
-            axes.annotate(
-                stage.name, (getattr(stage, name), stage.bits_per_byte), fontsize=8,
-                xytext=(4, 4), textcoords="offset points",
-            )  # fmt: skip
+            marker, fill = ("o", "full") if stage.name in road else ("D", "none")
+            x, y = places[stage.name]
+            axes.plot(x, y, marker=marker, fillstyle=fill, linestyle="none", label=stage.name)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(_plain)
+        axes.xaxis.set_minor_formatter(_plain)
         axes.set_xlabel(label)
         axes.set_ylabel("bits per byte")
-    caption = "Held-out bits per byte of each stage, against its bytes and its speed."
-    picture: Picture = to_picture(figure, "large_to_small", caption)
-    rows = {stage.name: _line(stage) for stage in stages}
-    sections = [table(rows)]
-    sections += [f"<pre>{html.escape(text)}</pre>" for text in answers]
-    sections += [f'<p><a href="{page}">{page}</a></p>' for page in pages]
-    return write_page(chain.folder, "Large to small", sections, [picture], settings)
-
-
-def _line(stage: Stage) -> str:
-    return (
-        f"{stage.parameters / 1e6:.1f}M parameters, {stage.bytes / 1e6:.1f} MB, "
-        f"{stage.bits_per_byte:.4f} bits per byte, {stage.tokens_per_second:.1f} tokens/s "
-        f"(at most {stage.bound:.0f} by memory)"
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
     )
+    caption = (
+        "Held-out bits per byte of each stage (lower is better) against its bytes and its speed. "
+        "The line leads from the source to the small files; hollow: what it is compared with."
+    )
+    return to_picture(figure, "large_to_small", caption)
+
+
+def _shown(name: str, stage: Stage) -> float:
+    return stage.bytes / 1e6 if name == "bytes" else stage.tokens_per_second
+
+
+def _plain(value: float, _: float) -> str:
+    return f"{value:g}" if f"{value:e}"[0] in "1235" else ""
+
+
+def _stage_table(stages: Sequence[Stage]) -> str:
+    """An HTML table, a line for each stage."""
+    heads = (
+        *("", "parameters, M", "MB, in memory", "MB, on disk", "nats per token", "bits per byte"),
+        *("tokens/s, measured", "tokens/s, at most by memory"),
+    )
+    lines = [
+        (
+            *(stage.name, f"{stage.parameters / 1e6:.1f}", f"{stage.bytes / 1e6:.1f}"),
+            *(f"{stage.file_bytes / 1e6:.1f}" if stage.file_bytes else "", f"{stage.nats:.4f}"),
+            *(f"{stage.bits_per_byte:.4f}", f"{stage.tokens_per_second:.1f}"),
+            f"{stage.bound:.0f}",
+        )
+        for stage in stages
+    ]
+    return columns_table(heads, lines)

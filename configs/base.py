@@ -124,6 +124,17 @@ class AlarmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UpcycleConfig:
+    """Experts in the place of a dense model's layers, each a copy of its layer
+    (model/upcycle.py)."""
+
+    num_experts: int = 4
+    top_k: int = 2
+    every: int = 1
+    """Only the last of so many layers of the pattern gets experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InitConfig:
     """The weights a run begins with."""
 
@@ -137,6 +148,9 @@ class InitConfig:
     weights: Literal["source", "drawn"] = "source"
     """drawn: of init.source only architecture and tokenizer are taken; the weights are drawn from
     the run's seed."""
+    upcycle: UpcycleConfig | None = None
+    """With architecture="source": the run's model has experts in the place of the source's dense
+    layers."""
     drop: float = 0.0
     """Upcycled only: share of each expert's hidden units that are drawn anew; 0 begins as the same
     function."""
@@ -150,14 +164,27 @@ class InitConfig:
             f"init.drop={self.drop} has no effect without init.source: name a dense model there",
         )
         require(
-            self.architecture == "run" or (self.source is not None and not self.drop),
-            f"init.architecture={self.architecture!r} needs init.source, whose model it is, and no "
-            f"init.drop, got source={self.source!r} and drop={self.drop}",
+            self.architecture == "run" or self.source is not None,
+            f"init.architecture={self.architecture!r} needs init.source, whose model it is",
+        )
+        require(
+            self.architecture == "source" or self.upcycle is None,
+            "init.upcycle puts experts into the model that init.source has: set "
+            "init.architecture='source', or give the run a model with experts and leave it out",
+        )
+        require(
+            self.architecture == "run" or not self.drop or self.upcycle is not None,
+            f"init.drop={self.drop} draws units of experts anew, and the run takes init.source's "
+            "model as it is: set init.upcycle, or leave init.drop out",
         )
         require(
             self.weights == "source" or self.architecture == "source",
             f"init.weights={self.weights!r} takes nothing from init.source but its architecture: "
             "set init.architecture='source', or leave init out",
+        )
+        require(
+            self.weights == "source" or not self.drop,
+            f"init.drop={self.drop} has no effect with init.weights='drawn': leave it out",
         )
 
 

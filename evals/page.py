@@ -21,12 +21,15 @@ from train.report import (
     ORANGE,
     SOFT,
     Picture,
+    columns_table,
     new_figure,
     no_formula,
     to_picture,
     write_page,
 )
 
+NO_BREAK = "\u00a0"
+"""A space at which no line ends."""
 MOST_GROUPS = 20
 """Groups shown of a task; results.json has all."""
 
@@ -159,14 +162,14 @@ def write_scores_page(folder: Path, name: str, tasks: Sequence[TaskScores]) -> P
     firsts = np.cumsum([0, *(len(rows_of(found)) for found in tasks)])
     for first, found in zip(firsts, tasks, strict=False):
         rows[first] = (*rows[first][:-1], description_of(found))
-    section = _table((*COLUMNS, "of"), rows)
+    section = columns_table((*COLUMNS, "of"), rows)
     details = {found.task.name: found.task.description for found in tasks}
     return write_page(folder, f"Scores of {name}", [section], draw_scores({"": tasks}), details)
 
 
 def difference_table(differences: Sequence[Difference]) -> str:
     """HTML of a paired comparison."""
-    return _table(DIFFERENCE_COLUMNS, [_difference_row(found) for found in differences])
+    return columns_table(DIFFERENCE_COLUMNS, [_difference_row(found) for found in differences])
 
 
 def write_overview_page(
@@ -187,7 +190,7 @@ def write_overview_page(
                 key = (found.task.name, metric_name(metric))
                 cells.setdefault(key, {})[name] = _cell(score, found.total)
     rows = [(*key, *(row.get(name, "") for name in models)) for key, row in cells.items()]
-    sections = [_table(("task", "metric", *models), rows)]
+    sections = [columns_table(("task", "metric", *models), rows)]
     for name, sentences in left_out.items():
         items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
         sections.append(f"<p>Not asked of {html.escape(name)}:</p><ul>{items}</ul>")
@@ -196,11 +199,13 @@ def write_overview_page(
 
 
 def _cell(score: Score, of: GroupScores) -> str:
-    """A score with its samples, and how many answers were empty or cut off where any was."""
-    text = f"{shown_score(score)} ({of.count})"
+    """A score with its samples, and how many answers were empty or cut off where any was; lines
+    break between these alone.
+    """
+    parts = [f"{shown_score(score)} ({of.count})"]
     for rate, what in ((of.empty_rate, "empty"), (of.truncated_rate, "cut off")):
-        text += f"; {rate:.0%} {what}" if rate else ""
-    return text
+        parts += [f"{rate:.0%} {what}"] if rate else []
+    return "; ".join(part.replace(" ", NO_BREAK) for part in parts)
 
 
 def _each(models: Mapping[str, Sequence[TaskScores]]) -> Iterable[TaskScores]:
@@ -223,14 +228,6 @@ def write_comparison_page(
     pictures += _draw_sides(first, second, differences)
     details = {"model": first, "against": second}
     return write_page(place, f"{first} against {second}", sections, pictures, details)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def draw_scores(models: Mapping[str, Sequence[TaskScores]]) -> list[Picture]:

@@ -26,6 +26,7 @@ from benchmarks.ablations import (
     growth,
     long_context,
     recurrence,
+    smaller,
     sparse_attention,
 )
 from benchmarks.ablations.base import Report, append_report, print_report
@@ -42,6 +43,7 @@ ABLATIONS: dict[str, Callable[[int], Report]] = {
     "growth": growth.run,
     "long_context": long_context.run,
     "delta_net": delta_net.run,
+    "smaller": smaller.run,
 }
 
 

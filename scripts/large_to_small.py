@@ -1,13 +1,15 @@
 """A large model made small, stage by stage: prune, distil, quantise, measure, answer.
 
-    python -m scripts.large_to_small                         # make large-to-small
+    python -m scripts.large_to_small --parameters 35M --arms # make large-to-small
     python -m scripts.large_to_small --short                 # the same road in a few steps
     python -m scripts.large_to_small models/big --keep 0.7 --steps 1000
-    python -m scripts.large_to_small --arms                  # beside it what each part is worth
 
-The arms train on as many tokens as the student: its shape from drawn weights and the pruned model,
-each alone and with the teacher, and the pruned one on texts that it writes itself. At the end all
-stages are asked --tasks, on a page of their own.
+What the teacher says is kept once, its best tokens at each place, for all who learn from it.
+
+--arms trains beside the student, on as many tokens, what it is compared with: its shape from drawn
+weights and the pruned model, each alone and with the teacher; the pruned one on texts that it
+writes itself; and experts, of which a token meets as many parameters. At the end all stages are
+asked --tasks, on a page of their own.
 
 Each stage is skipped when it is done: interrupted, the same command goes on. The folder's
 report.html has one picture: quality against bytes and against tokens per second.
@@ -17,10 +19,15 @@ import argparse
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from compress.calibration import read_rows
 from compress.chain import Chain, answer, write_chain_page
+from compress.sizes import shrunk_config
+from configs.checks import require
+from configs.feed_forward import DenseConfig
 from infer.sources import open_source
 from infer.weights import WeightFormat
 from scripts import command
@@ -31,34 +38,58 @@ SHORT_SIZES = {"calibration": 2048, "held_out": 2048, "length": 256}
 SHORT = ("--steps", "4", "--optimizer.warmup-steps", "1")
 TASKS = "bpb_code,bpb_prose,udhr:eng,line_completion,multiemo_en"
 METHODS: dict[WeightFormat, str] = {"int8": "rtn", "int4": "gptq"}
-DRAWN = ("--init.weights", "drawn")
+ROAD = ("source", "pruned", "distilled", *METHODS)
+TOP_K = 64
+"""Of the teacher's tokens at each place; the others are one bin."""
+EXPERTS = 8
+DRAWN = ("--init.weights", "drawn", "--optimizer.learning-rate", "1e-3")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model trained on as many tokens as the student."""
+
+    teacher: Literal["none", "cached", "beside"]
+    begin: Literal["pruned", "narrow"] = "pruned"
+    settings: tuple[str, ...] = ()
+
+
+STUDENT = Arm("cached")
 ARMS = {
-    "drawn, alone": ("train", "pruned_alone", DRAWN),
-    "drawn, teacher": ("distill", "pruned_recovery", DRAWN),
-    "pruned, alone": ("train", "pruned_alone", ()),
-    "pruned, own texts": ("distill", "pruned_recovery", ("--distill.on-policy.share", "0.25")),
+    "drawn, alone": Arm("none", settings=DRAWN),
+    "drawn, teacher": Arm("cached", settings=DRAWN),
+    "pruned, alone": Arm("none"),
+    "pruned, own texts": Arm("beside", settings=("--distill.on-policy.share", "0.25")),
+    "experts, teacher": Arm(
+        "cached",
+        "narrow",
+        ("--init.upcycle.num-experts", str(EXPERTS), "--init.upcycle.top-k", "2"),
+    ),
 }
-"""By name the verb, its run and what is set; the stage "distilled" is the pruned one with its
-teacher."""
+"""The stage "distilled" is the pruned one with its teacher. Two experts of the last are as wide as
+one layer of the student."""
 
 
 def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
-    name, folder = options.source, options.run_dir
+    source, folder = options.source, options.run_dir
     pruned, student = folder / "pruned", folder / "student"
     sizes = SHORT_SIZES if options.short else SIZES
     text = [f"--{k.replace('_', '-')}-tokens={sizes[k]}" for k in ("calibration", "held_out")]
     text += [f"--length={sizes['length']}", *(["--text", options.text] if options.text else [])]
-    chain = Chain(folder, read_rows(open_source(name), options.text, **sizes)[1])
-    chain.measured("source", name)
+    chain = Chain(folder, read_rows(open_source(source), options.text, **sizes)[1])
+    chain.measured("source", source)
     if not pruned.exists():
         wanted = ["--parameters", options.parameters] if options.parameters else []
-        verb("prune", name, pruned, *(wanted or ["--keep", options.keep]), *text)
+        verb("prune", source, pruned, *(wanted or ["--keep", options.keep]), *text)
     chain.measured("pruned", pruned)
-    _learn(chain, "distilled", student, options, "distill", "pruned_recovery")
-    for arm in options.arms:
-        place = folder / arm.replace(", ", "_").replace(" ", "_")
-        _learn(chain, arm, place, options, *ARMS[arm])
+    _learn(chain, "distilled", student, options, STUDENT)
+    for name in options.arms:
+        arm, place = ARMS[name], folder / name.replace(", ", "_").replace(" ", "_")
+        if arm.begin == "narrow" and not (folder / "narrow").exists():
+            half = _half_as_wide(str(pruned))
+            verb("prune", pruned, folder / "narrow", "--axes", "ffn", "--parameters", half, *text)
+        _learn(chain, name, place, options, arm)
     for weights, method in METHODS.items():
         target = folder / f"{weights}.gguf"
         if not target.exists():
@@ -72,7 +103,7 @@ def main(argv: list[str]) -> int:
         verb("evaluate_all", *paths, *asked, "--output", folder / "evaluation")
         pages.append("evaluation/report.html")
     settings = vars(options) | {"run_dir": str(folder)}
-    page = write_chain_page(chain, settings, [said], pages)
+    page = write_chain_page(chain, ROAD, settings, [said], pages)
     print(f"{page}: written\n{said}")
     return 0
 
@@ -110,26 +141,48 @@ def _arms(text: str) -> tuple[str, ...]:
     return names
 
 
-def _learn(
-    chain: Chain,
-    stage: str,
-    place: Path,
-    options: argparse.Namespace,
-    trained_by: str,
-    run: str,
-    settings: tuple[str, ...] = (),
-) -> None:
-    """A model of the pruned one's shape, trained and measured if it is not there."""
+def _half_as_wide(name: str) -> int:
+    """Parameters of a dense model whose layers are half as wide.
+
+    Raises:
+      UserError: a model that has experts already.
+    """
+    config = open_source(name).config
+    require(
+        all(isinstance(spec.ffn, DenseConfig) for spec in config.layer_kinds),
+        f"{name} is not dense, and experts are made of dense layers: leave 'experts, teacher' out "
+        "of --arms",
+    )
+    return shrunk_config(config, {"ffn": 0.5}).num_parameters
+
+
+def _learn(chain: Chain, stage: str, place: Path, options: argparse.Namespace, arm: Arm) -> None:
+    """A model trained and measured, if it is not there."""
     if stage not in chain.stages:
-        name, folder = options.source, options.run_dir
-        length = min(256, open_source(name).config.context_length // 2)
-        given = ["--run-dir", place, "--init.source", folder / "pruned"]
-        given += ["--data.directory", folder / "corpus", "--data.seq-len", length]
-        given += ["--data.source", options.text] if options.text else []
-        given += ["--teacher", name] if trained_by == "distill" else []
-        given += SHORT if options.short else ("--steps", options.steps)
-        verb(trained_by, run, *given, *settings)
+        taught = "train pruned_alone" if arm.teacher == "none" else "distill pruned_recovery"
+        folder, cache = options.run_dir, options.run_dir / "teacher"
+        given = _training(options, folder / arm.begin)
+        teacher: list[object] = []
+        if arm.teacher != "none":
+            teacher = ["--distill.top-k", TOP_K]
+            named = ["--teacher", options.source]
+            if arm.teacher == "cached":
+                # The rows and their order are the same for all.
+                made = [*_training(options, folder / "pruned"), *teacher, *named]
+                verb("distill", "pruned_recovery", *made, "--make-cache", cache)
+                named = ["--distill.cache-directory", cache]
+            teacher += named
+        verb(*taught.split(), "--run-dir", place, *given, *teacher, *arm.settings)
     chain.measured(stage, place)
+
+
+def _training(options: argparse.Namespace, begin: Path) -> list[object]:
+    """What all who learn have in common."""
+    length = min(256, open_source(options.source).config.context_length // 2)
+    given = ["--init.source", begin, "--data.seq-len", length]
+    given += ["--data.directory", options.run_dir / "corpus"]
+    given += ["--data.source", options.text] if options.text else []
+    return [*given, *(SHORT if options.short else ("--steps", options.steps))]
 
 
 def verb(name: str, *arguments: object) -> None:

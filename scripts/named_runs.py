@@ -12,6 +12,7 @@ from configs.cli import load_run, with_overrides
 from configs.experiment_file import Target, object_of, parse_target, read_source
 from configs.models import of_source
 from infer.sources import open_source
+from model.upcycle import upcycled_config
 from scripts import command
 from train.losses import ChunkLoss, reporting_cross_entropy
 
@@ -54,11 +55,14 @@ def with_source_model(run: RunConfig) -> RunConfig:
     assert run.init.source is not None
     source = open_source(run.init.source)
     data = dataclasses.replace(run.data, tokenizer=run.data.tokenizer or run.init.source)
+    model = source.config
+    if run.init.upcycle is not None:
+        model = upcycled_config(model, **dataclasses.asdict(run.init.upcycle))
     if run.init.weights == "drawn":
         init = InitConfig()
     else:
-        init = dataclasses.replace(run.init, architecture="run")
-    return dataclasses.replace(run, model=source.config, data=data, init=init)
+        init = dataclasses.replace(run.init, architecture="run", upcycle=None)
+    return dataclasses.replace(run, model=model, data=data, init=init)
 
 
 def own_loss(run: RunConfig, path: Path | None, folder: Path) -> ChunkLoss | None:

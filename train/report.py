@@ -264,6 +264,15 @@ def table(rows: dict[str, str]) -> str:
     return f"<table>{cells}</table>"
 
 
+def columns_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table with a head."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
 def write_page(
     directory: Path,
     title: str,

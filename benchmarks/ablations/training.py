@@ -21,11 +21,13 @@ from data.packing import PackedRows
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
 from model.balance import load_metrics
 from model.transformer import Transformer, Variables, hidden_and_router, output_weights
+from train.distillation_loss import make_chunk_loss
 from train.loop import mesh_of, to_devices
-from train.losses import collect_router_stats
+from train.losses import collect_router_stats, cross_entropy
 from train.progress import ProgressBar
 from train.state import TrainState, init_state, make_train_setup
 from train.step import make_train_step
+from train.teachers import Teacher, View, with_hidden
 
 VOCAB = 4096
 ROWS_AT_ONCE = 16
@@ -101,24 +103,33 @@ def train(
     label: str,
     *,
     state: TrainState | None = None,
+    variables: Variables | None = None,
+    teacher: Teacher | None = None,
     on_step: OnStep = lambda done, state: None,
 ) -> Trained:
     """Trains in memory, without checkpoints and alarms.
 
     Args:
       state: to go on from; None draws one from the run's seed. It is used up.
+      variables: to begin with instead.
+      teacher: what run.distill compares with.
     """
     mesh = mesh_of(run)
     losses, router, seconds = [], [], []
     with jax.set_mesh(mesh), ProgressBar(label, total=run.steps) as bar:
         setup = make_train_setup(run, mesh)
-        step = make_train_step(run, setup)
+        view: View | None = None
+        loss = cross_entropy
+        if teacher is not None:
+            assert run.distill is not None
+            view, loss = with_hidden([teacher], None, None), make_chunk_loss(run.distill)
+        step = make_train_step(run, setup, loss)
         if state is None:
-            state = init_state(setup, run.seed)
+            state = init_state(setup, run.seed, variables)
         for done in range(1, run.steps + 1):
             batch = to_devices(next(data), mesh)
             began = time.perf_counter()
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch if view is None else view(batch))
             metrics = jax.device_get(metrics)
             seconds.append(time.perf_counter() - began)
             losses.append(float(metrics["cross_entropy"]))

@@ -290,7 +290,7 @@ def test_several_models_are_one_page(run_dir, tmp_path, capsys, monkeypatch):
     chosen = ["--tasks", f"{questions},line_completion", "--output", str(tmp_path / "page")]
     evaluate_all.main([*models, "runs/quickstart/teacher", *chosen])
     page = (tmp_path / "page" / "report.html").read_text()
-    assert re.search(r"colours</td><td>acc</td><td>[01]\.0000 \(1\)", page)
+    assert re.search(r"colours</td><td>acc</td><td>[01]\.0000\s\(1\)", page)
     assert "line_completion: it needs held-out Python functions" in page
     assert page.count("<li>") == 3
     assert "runs/quickstart/teacher was left out: make quickstart makes it" in page
@@ -304,7 +304,9 @@ def test_several_models_are_one_page(run_dir, tmp_path, capsys, monkeypatch):
 
 def test_a_page_says_how_many_answers_were_cut_off():
     found = GroupScores({}, 2, empty_rate=0.0, truncated_rate=0.5)
-    assert _cell(Score(0.5, 0.25), found) == "0.5000 ± 0.2500 (2); 50% cut off"
+    cell = _cell(Score(0.5, 0.25), found)
+    assert cell.replace("\u00a0", " ") == "0.5000 ± 0.2500 (2); 50% cut off"
+    assert cell.split(" ") == ["0.5000\u00a0±\u00a00.2500\u00a0(2);", "50%\u00a0cut\u00a0off"]
 
 
 def test_compared_runs_have_their_evaluations_side_by_side(run_dir, tmp_path, capsys):

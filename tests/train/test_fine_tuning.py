@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from checkpoint.provenance import read_provenance
-from configs.base import InitConfig
+from configs.base import InitConfig, UpcycleConfig
 from configs.checks import UserError
 from configs.models import of_source
 from data.chats import loss_mask, render_chat
@@ -154,6 +154,16 @@ def test_the_architecture_is_the_sources(tuned):
     with pytest.raises(UserError, match=r"takes nothing from init.source but its architecture"):
         InitConfig(source="first", weights="drawn")
     assert with_source_model(run) is run
+    for wrong, sentence in (
+        ({"drop": 0.5}, r"set init\.upcycle, or leave init\.drop out"),
+        (
+            {"drop": 0.5, "weights": "drawn", "upcycle": UpcycleConfig()},
+            "init.drop=0.5 has no effect",
+        ),
+        ({"architecture": "run", "upcycle": UpcycleConfig()}, "init.upcycle puts experts into"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            InitConfig(**{"source": "first", "architecture": "source"} | wrong)
 
 
 def test_another_objective_in_the_folder_and_text_are_refused(tuned):

@@ -9,15 +9,17 @@ import pytest
 
 from checkpoint.model_folder import write_model_folder
 from configs.architecture import LayerSpec
-from configs.base import InitConfig, MeshConfig
+from configs.base import InitConfig, MeshConfig, UpcycleConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
+from configs.models import of_source
 from configs.optimizer import OptimizerConfig
 from data.pipeline import batches, prepare_corpus
 from infer.sources import open_source
 from model.transformer import Transformer, hidden_states, output_weights
 from model.upcycle import upcycled_config
 from scripts import sources
+from scripts.named_runs import with_source_model
 from scripts.sources import InitialWeights, initial_weights
 from tests import tiny
 from tests.probes import drawn
@@ -61,6 +63,25 @@ def test_a_model_folder_is_read_as_it_was_written(source):
         np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(UserError, match="is no folder and no file"):
         open_source(str(source / "nowhere"))
+
+
+def test_a_run_of_any_verb_begins_as_its_sources_own_function_in_experts(source):
+    """The model is named by the source alone: init.upcycle."""
+    named = InitConfig(
+        source=str(source / "dense"),
+        architecture="source",
+        upcycle=UpcycleConfig(num_experts=4, top_k=2),
+    )
+    run = with_source_model(tiny.run(source, model=of_source(), init=named))
+    assert run.model == dataclasses.replace(UPCYCLED, context_length=128)
+    assert run.init == InitConfig(source=named.source)
+    began = initial_variables(run, DENSE, small(drawn(DENSE)))
+    tokens = np.arange(3, 19)[None]
+    after, before = (
+        hidden_states(Transformer(config), variables, tokens, np.arange(16)[None])[0]
+        for config, variables in ((run.model, began), (DENSE, small(drawn(DENSE))))
+    )
+    np.testing.assert_allclose(after, before, atol=1e-5)
 
 
 @pytest.mark.slow
