@@ -13,6 +13,7 @@ from checkpoint.families import (
     gemma,
     gemma2,
     gemma3,
+    gemma4_gguf,
     rope_section,
     text_part,
     weight_maps,
@@ -291,8 +292,7 @@ LAYER = weight_maps.LAYER
 
 def unused_tensors(config: ModelConfig) -> list[str]:
     """Keys and values of layers that take another's, which released files hold all the same."""
-    layers = enumerate(config_sections.unfolded(config))
-    numbers = [i for i, layer in layers if shares_keys(layer.attention)]
+    numbers = config_sections.layers_without_keys(config)
     return [rf"model\.layers\.{i}\.self_attn\.(k_proj|v_proj|k_norm)\.weight" for i in numbers]
 
 
@@ -307,6 +307,7 @@ GEMMA4_TEXT = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     unused=unused_tensors,
+    gguf=gemma4_gguf.GGUF_FORM,
     rows=(
         *gemma3.GEMMA3.rows,
         Row("layers.*.attention.k", f"{weight_maps.ATTENTION}.k_proj.weight", "(g c) d -> d g c"),
