@@ -1,5 +1,6 @@
 """How RoPE is stretched, in a GGUF file's metadata and in a config.json."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -203,8 +204,16 @@ def _read_proportional(
     ropes = values["rope_parameters"]
     if turned == factors_C.size:
         return {}
-    share = {"rope_type": PROPORTIONAL, "partial_rotary_factor": 2 * turned / width}
+    share = {"rope_type": PROPORTIONAL, "partial_rotary_factor": turned_share(turned, width)}
     return {"rope_parameters": {**ropes, WHOLE: {**ropes[WHOLE], **share}}}
+
+
+def turned_share(pairs: int, width: int) -> float:
+    """partial_rotary_factor of a head of which so many pairs turn: what transformers makes of it is
+    rounded down, so it is never too small.
+    """
+    share = 2 * pairs / width
+    return share if int(share * width // 2) == pairs else math.nextafter(share, 1.0)
 
 
 FACTORS = {

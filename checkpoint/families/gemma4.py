@@ -7,6 +7,7 @@ earlier ones.
 import dataclasses
 from typing import Any
 
+from checkpoint import gguf_rope
 from checkpoint.config_reader import Settings
 from checkpoint.families import (
     config_sections,
@@ -271,7 +272,7 @@ def _write_rope(attention: AttentionConfig) -> dict[str, Any]:
     plain = rope_section.write_rope(attention.rope_base, attention.rope_scaling)["rope_parameters"]
     if attention.rotary_pairs == "within" or attention.rotary_dim is None:
         return plain
-    share = attention.rotary_dim / attention.head_dim
+    share = gguf_rope.turned_share(attention.rotary_dim // 2, attention.head_dim)
     return plain | {"rope_type": "proportional", "partial_rotary_factor": share}
 
 

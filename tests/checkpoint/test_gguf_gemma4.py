@@ -11,6 +11,7 @@ import pytest
 from checkpoint import gguf
 from checkpoint.config_reader import Settings
 from checkpoint.gguf_config import config_from_gguf
+from checkpoint.gguf_rope import turned_share
 from checkpoint.public import find_family, lost_settings
 from configs.architecture import ModelConfig
 from configs.checks import UserError
@@ -147,6 +148,13 @@ def test_pairs_that_do_not_turn_are_slow(case: str, tmp_path: Path):
     turned = 16 if case.endswith("e4b") else 4
     np.testing.assert_array_equal(factors_C[:turned], 1)
     np.testing.assert_array_equal(factors_C[turned:], np.float32(1e30))
+
+
+def test_any_number_of_turning_pairs_comes_back():
+    """As transformers counts them: int(share * width // 2)."""
+    for width in range(4, 260, 2):
+        for pairs in range(1, width // 2):
+            assert int(turned_share(pairs, width) * width // 2) == pairs
 
 
 def test_keys_that_no_layer_reads_are_left_out(tmp_path: Path):
