@@ -547,6 +547,9 @@ def test_mamba_2_has_the_converters_shapes(tmp_path: Path):
 
 CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gemma3_text": ({}, ("rope.dimension_count", "vocab_size")),
+    "gemma4_text": ({}, ("vocab_size",)),
+    "gemma4_text moe": ({}, ("vocab_size",)),
+    "gemma4_text e2b": ({}, ("vocab_size",)),
     "olmo3": ({"attention.sliding_window_pattern": [True, True, True, False]}, ()),
     "ministral3": ({"rope.scaling.yarn_attn_factor": 1.0}, ()),
     "qwen3_next": ({"attention.recurrent_layers": [True, True, True, False]}, ()),
@@ -560,7 +563,8 @@ CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "glm_moe_dsa": ({"nextn_predict_layers": 0}, ("attention.indexer.types",)),
 }
 """Keys that llama.cpp's converter writes where we have others or none, and those that it leaves
-out: found by running it (llama.cpp of July 2026) on these models."""
+out: found by running it (llama.cpp of July 2026; for Gemma 4, whose keys and tensors are the same
+otherwise, that of llama-cpp-python 0.3.36) on these models."""
 
 
 @pytest.mark.parametrize("case", CONVERTED)

@@ -101,7 +101,7 @@ GOOD = {
 @pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(
-    model=st.sampled_from(["gpt2", "llama"]),
+    model=st.sampled_from(["gpt2", "llama", "gemma4"]),
     changes=st.dictionaries(st.sampled_from(KEYS), metadata_values, min_size=1, max_size=3),
     said=st.text(max_size=20),
 )

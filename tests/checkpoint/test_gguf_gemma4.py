@@ -1,5 +1,6 @@
-"""Gemma 4's GGUF beside what llama.cpp's loader of it asks for (src/models/gemma4.cpp of August
-2026), read off it by hand: names, shapes, keys that it does without, and what it means then."""
+"""Gemma 4's GGUF beside what llama.cpp's loader of it asks for (src/models/gemma4.cpp in
+llama-cpp-python 0.3.36), read off it by hand: names, shapes, keys that it does without, and what
+it means then."""
 
 from collections.abc import Callable
 from pathlib import Path
