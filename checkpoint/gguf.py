@@ -20,7 +20,7 @@ from checkpoint.gguf_config import (
 )
 from checkpoint.gguf_fused import SplitTensors
 from checkpoint.gguf_latent import JoinedTensors, split
-from checkpoint.gguf_rope import ROPE_FREQS, extra_frequencies
+from checkpoint.gguf_rope import FACTORS, ROPE_FREQS
 from checkpoint.public import PublicCheckpoint, find_family, lost_settings, read_model, write_model
 from checkpoint.rounded import RoundedPart, rounded_at
 from checkpoint.weight_map import Entry, by_tensor, expand, flatten, whole_tensor
@@ -54,7 +54,7 @@ def open_checkpoint(path: Path) -> PublicCheckpoint:
     tensors = JoinedTensors(split)
     config = read_model(family, settings, tensors)
     rows = form.rows
-    family = dataclasses.replace(family, copies=(), ignored=IGNORED)
+    family = dataclasses.replace(family, copies=(), ignored=IGNORED, unused=form.unused)
     return PublicCheckpoint(path, family, settings, config, rows, tensors)
 
 
@@ -103,9 +103,11 @@ def export(
         metadata[Keys.Tokenizer.MODEL] = NO_TOKENIZER
     else:
         metadata |= tokenizer_to_gguf(tokenizer, config.vocab_size)
-    entries = expand(form_to_write(family, values).rows, config, leaves)
+    form = form_to_write(family, values)
+    entries = expand(form.rows, config, leaves)
     tensors = [_tensor(sharing, leaves) for sharing in by_tensor(entries).values()]
-    frequencies_C = extra_frequencies(values)
+    factors = FACTORS.get(form.architecture)
+    frequencies_C = None if factors is None else factors.write(values)
     if frequencies_C is not None:
         tensors.insert(0, (ROPE_FREQS, frequencies_C.shape, lambda: frequencies_C))
     _check_said(config, metadata, tensors, path)

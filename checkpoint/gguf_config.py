@@ -14,10 +14,9 @@ from checkpoint.config_reader import Settings
 from checkpoint.families import FAMILIES
 from checkpoint.families.base import GGUF, Family, no_gguf
 from checkpoint.gguf_rope import (
+    FACTORS,
     ROPE_FREQS,
     SCALING_KEYS,
-    WITH_FREQS,
-    read_llama3,
     read_scaling,
     written_scaling,
 )
@@ -61,9 +60,10 @@ def config_from_gguf(
     asked = Settings({key: plain(value) for key, value in metadata.items()}, where)
     values["rope_scaling"] = read_scaling(asked, form.architecture) or {"rope_type": "default"}
     for section in form.sections:
-        values |= section.read(Given(metadata, form.architecture, where, values))
-    if ROPE_FREQS in shapes and form.architecture in WITH_FREQS:
-        values["rope_scaling"] = read_llama3(read(ROPE_FREQS), values, where)
+        values |= section.read(Given(metadata, form.architecture, where, values, shapes.keys()))
+    if form.architecture in FACTORS:
+        factors_C = read(ROPE_FREQS) if ROPE_FREQS in shapes else None
+        values |= FACTORS[form.architecture].read(factors_C, values, where)
     return values
 
 

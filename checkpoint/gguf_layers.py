@@ -22,11 +22,11 @@ def _by_period(count: int, period: int, *, kinds: tuple[str, str]) -> list[str]:
     return [kinds[(i + 1) % period == 0] for i in range(count)]
 
 
-def windows(period: int, default_size: int | None = None) -> Section:
+def windows(period: int | None, default_size: int | None = None) -> Section:
     """Layers with windows among those without.
 
     Args:
-      period: the last of so many has none, where a file has no list.
+      period: the last of so many has none, where a file has no list; None: it has one.
       default_size: of the window, for architectures that always have some: without a key, too.
     """
     kinds = (WINDOW, WHOLE)
@@ -36,7 +36,7 @@ def windows(period: int, default_size: int | None = None) -> Section:
         count, pattern = given.num_layers, given.get(ATTENTION.SLIDING_WINDOW_PATTERN)
         if size == 0:
             found = [WHOLE] * count
-        elif pattern is None or type(pattern) is int:
+        elif period is not None and (pattern is None or type(pattern) is int):
             every = given.integer(ATTENTION.SLIDING_WINDOW_PATTERN, period)
             found = _by_period(count, every, kinds=kinds)
         else:
@@ -49,7 +49,7 @@ def windows(period: int, default_size: int | None = None) -> Section:
         if WINDOW not in found and default_size is None:
             return {}
         written: dict[str, Any] = {ATTENTION.SLIDING_WINDOW: values["sliding_window"]}
-        if found != _by_period(len(found), period, kinds=kinds):
+        if period is None or found != _by_period(len(found), period, kinds=kinds):
             has_window = [kind == WINDOW for kind in found]
             written[ATTENTION.SLIDING_WINDOW_PATTERN] = has_window
         return written

@@ -1,6 +1,8 @@
 """How RoPE is stretched, in a GGUF file's metadata and in a config.json."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,8 @@ from configs.checks import UserError
 ATTENTION, ROPE = Keys.Attention, Keys.Rope
 
 ROPE_FREQS = "rope_freqs.weight"
-"""Llama 3's scaling as a factor for each pair, float32 [head_dim / 2]."""
-WITH_FREQS = ("llama", "llama4")
-"""The architectures whose graphs read them."""
+"""How much slower each pair turns, float32 [head_dim / 2]: Llama 3's scaling, or which pairs of
+Gemma 4's heads turn at all."""
 
 SCALING_KEYS = (
     ROPE.SCALING_TYPE,
@@ -27,7 +28,7 @@ SCALING_KEYS = (
 )
 _PLAIN_ALONE = ("glm-dsa",)
 """Whose indexers would turn otherwise than their attention."""
-_LINEAR_ALONE = ("gemma2", "gemma3")
+_LINEAR_ALONE = ("gemma2", "gemma3", "gemma4")
 """Whose layers with windows would turn by YaRN's factors, too."""
 WHOLE, WINDOW = "full_attention", "sliding_attention"
 
@@ -84,11 +85,11 @@ def _read_multiplier(multiplier: float, architecture: str, where: str) -> dict[s
 
 
 def written_scaling(scaling: Mapping[str, Any] | None, architecture: str) -> dict[str, Any]:
-    """Llama 3's is a tensor instead: see `extra_frequencies`."""
-    if not scaling or scaling["rope_type"] == "default":
+    """Llama 3's and Gemma 4's are a tensor instead: see `FACTORS`."""
+    if not scaling or scaling["rope_type"] in ("default", PROPORTIONAL):
         return {}
     if scaling["rope_type"] == "llama3":
-        if architecture not in WITH_FREQS:
+        if FACTORS.get(architecture) is not LLAMA3:
             raise UserError(
                 f"llama.cpp's {architecture} has no rope_scaling of the type 'llama3': the "
                 "model can't be written as GGUF"
@@ -112,10 +113,17 @@ def written_scaling(scaling: Mapping[str, Any] | None, architecture: str) -> dic
     return written
 
 
-def extra_frequencies(values: Mapping[str, Any]) -> np.ndarray | None:
-    """What `ROPE_FREQS` holds for a config.json: how much slower each pair turns; None for models
-    without Llama 3's scaling.
-    """
+@dataclass(frozen=True)
+class Factors:
+    """What `ROPE_FREQS` and a config.json say of each other."""
+
+    write: Callable[[Mapping[str, Any]], np.ndarray | None]
+    """The tensor; None for models without."""
+    read: Callable[[np.ndarray | None, Mapping[str, Any], str], dict[str, Any]]
+    """(the tensor, None in files without; config.json so far; the file) -> config.json's names."""
+
+
+def _write_llama3(values: Mapping[str, Any]) -> np.ndarray | None:
     scaling = values.get("rope_scaling")
     if not scaling or scaling["rope_type"] != "llama3":
         return None
@@ -127,18 +135,18 @@ def extra_frequencies(values: Mapping[str, Any]) -> np.ndarray | None:
     return (1 / (kept_C + (1 - kept_C) / scaling["factor"])).astype(np.float32)
 
 
-def read_llama3(factors_C: np.ndarray, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _read_llama3(
+    factors_C: np.ndarray | None, values: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     """The scaling whose factors the tensor has: the file keeps only what it makes of it, and all
     Llama models share the rest.
     """
+    if factors_C is None:
+        return {}
     asked = Settings(dict(values), where)
     if asked.number("rope_theta") <= 1:
         raise UserError(f"{where} has rope.freq_base={values['rope_theta']}, expected more than 1")
-    if factors_C.ndim != 1 or asked.integer("head_dim") != 2 * factors_C.size:
-        raise UserError(
-            f"{where} has {ROPE_FREQS} of shape {factors_C.shape} and heads of width "
-            f"{values['head_dim']}, expected one factor for each two"
-        )
+    _check_pairs(factors_C, asked.integer("head_dim"), where)
     scaling = {
         "rope_type": "llama3",
         "factor": plain(float(factors_C.max())),
@@ -146,13 +154,74 @@ def read_llama3(factors_C: np.ndarray, values: Mapping[str, Any], where: str) ->
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    again = extra_frequencies({**values, "rope_scaling": scaling})
+    again = _write_llama3({**values, "rope_scaling": scaling})
     if again is None or again.shape != factors_C.shape or not np.allclose(again, factors_C, 1e-3):
         raise UserError(
             f"{where} has {ROPE_FREQS} that is not Llama 3's scaling by factors of 1 to "
             f"{factors_C.max():.3g}: read the model's Hugging Face form"
         )
-    return scaling
+    return {"rope_scaling": scaling}
+
+
+def _check_pairs(factors_C: np.ndarray, head_dim: int, where: str) -> None:
+    if factors_C.ndim != 1 or head_dim != 2 * factors_C.size:
+        raise UserError(
+            f"{where} has {ROPE_FREQS} of shape {factors_C.shape} and heads of width "
+            f"{head_dim}, expected one factor for each two"
+        )
+
+
+LLAMA3 = Factors(_write_llama3, _read_llama3)
+PROPORTIONAL = "proportional"
+"""The rope_type that turns the first pairs of a whole head alone."""
+_STILL = 1e30
+"""How much slower llama.cpp's converter lets the others turn: not at all, in float32."""
+
+
+def _write_proportional(values: Mapping[str, Any]) -> np.ndarray:
+    rope, width = values["rope_parameters"][WHOLE], values["global_head_dim"]
+    is_whole = rope["rope_type"] != PROPORTIONAL
+    turned = width // 2 if is_whole else round(rope["partial_rotary_factor"] * width) // 2
+    return np.where(np.arange(width // 2) < turned, 1.0, _STILL).astype(np.float32)
+
+
+def _read_proportional(
+    factors_C: np.ndarray | None, values: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    if factors_C is None:
+        raise UserError(
+            f"{where} has no {ROPE_FREQS}, which tells how many pairs of its heads turn in layers "
+            "without windows: get the file again"
+        )
+    width = values["global_head_dim"]
+    _check_pairs(factors_C, width, where)
+    turned = int((factors_C == 1).sum())
+    if (factors_C[:turned] != 1).any() or (factors_C[turned:] < _STILL / 1e10).any():
+        raise UserError(
+            f"{where} has {ROPE_FREQS} of {factors_C.min():.3g} to {factors_C.max():.3g}, expected "
+            f"1 for the first pairs of a head and {_STILL:g} for the others: nothing else is built"
+        )
+    ropes = values["rope_parameters"]
+    if turned == factors_C.size:
+        return {}
+    share = {"rope_type": PROPORTIONAL, "partial_rotary_factor": turned_share(turned, width)}
+    return {"rope_parameters": {**ropes, WHOLE: {**ropes[WHOLE], **share}}}
+
+
+def turned_share(pairs: int, width: int) -> float:
+    """partial_rotary_factor of a head of which so many pairs turn: what transformers makes of it is
+    rounded down, so it is never too small.
+    """
+    share = 2 * pairs / width
+    return share if int(share * width // 2) == pairs else math.nextafter(share, 1.0)
+
+
+FACTORS = {
+    "llama": LLAMA3,
+    "llama4": LLAMA3,
+    "gemma4": Factors(_write_proportional, _read_proportional),
+}
+"""Of the architectures whose graphs read the tensor."""
 
 
 def by_kind(architecture: str, window_base: float | None) -> Section:

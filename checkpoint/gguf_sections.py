@@ -2,7 +2,7 @@
 config.json's. Here are the widths of heads; gguf_rope.py and gguf_layers.py have others.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ class Given:
     """The file, for sentences."""
     values: Mapping[str, Any]
     """Of config.json, as far as they are known."""
+    tensors: Collection[str] = ()
+    """The names of the file's."""
 
     def name(self, key: str) -> str:
         return key.format(arch=self.architecture)

@@ -55,6 +55,8 @@ class GGUF:
     """Settings that no key tells, by the tensor that is there where they are true."""
     sections: tuple[Section, ...] = (HEADS,)
     """Settings that are no pair; one may go by what those before it have read."""
+    unused: Callable[[ModelConfig], Sequence[str]] = lambda _: ()
+    """As the family's, in llama.cpp's names."""
     is_meant: Callable[[Mapping[str, Any]], bool] = lambda _: True
     """Whether a file's metadata may be of this family, where several share an architecture."""
     suits: Callable[[Mapping[str, Any]], bool] = lambda _: True

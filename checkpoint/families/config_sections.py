@@ -128,6 +128,11 @@ def unfolded(config: ModelConfig) -> list[LayerSpec]:
     return [*config.prefix, *config.pattern * config.num_periods]
 
 
+def layers_without_keys(config: ModelConfig) -> list[int]:
+    """The numbers of those that read the keys and values of an earlier one."""
+    return [i for i, layer in enumerate(unfolded(config)) if shares_keys(layer.attention)]
+
+
 def the_one(values: Sequence[Any], what: str) -> Any:
     """The value that all layers share.
 

@@ -7,12 +7,14 @@ earlier ones.
 import dataclasses
 from typing import Any
 
+from checkpoint import gguf_rope
 from checkpoint.config_reader import Settings
 from checkpoint.families import (
     config_sections,
     gemma,
     gemma2,
     gemma3,
+    gemma4_gguf,
     rope_section,
     text_part,
     weight_maps,
@@ -270,7 +272,7 @@ def _write_rope(attention: AttentionConfig) -> dict[str, Any]:
     plain = rope_section.write_rope(attention.rope_base, attention.rope_scaling)["rope_parameters"]
     if attention.rotary_pairs == "within" or attention.rotary_dim is None:
         return plain
-    share = attention.rotary_dim / attention.head_dim
+    share = gguf_rope.turned_share(attention.rotary_dim // 2, attention.head_dim)
     return plain | {"rope_type": "proportional", "partial_rotary_factor": share}
 
 
@@ -291,8 +293,7 @@ LAYER = weight_maps.LAYER
 
 def unused_tensors(config: ModelConfig) -> list[str]:
     """Keys and values of layers that take another's, which released files hold all the same."""
-    layers = enumerate(config_sections.unfolded(config))
-    numbers = [i for i, layer in layers if shares_keys(layer.attention)]
+    numbers = config_sections.layers_without_keys(config)
     return [rf"model\.layers\.{i}\.self_attn\.(k_proj|v_proj|k_norm)\.weight" for i in numbers]
 
 
@@ -307,6 +308,7 @@ GEMMA4_TEXT = Family(
     write_config=write_config,
     defaults=DEFAULTS,
     unused=unused_tensors,
+    gguf=gemma4_gguf.GGUF_FORM,
     rows=(
         *gemma3.GEMMA3.rows,
         Row("layers.*.attention.k", f"{weight_maps.ATTENTION}.k_proj.weight", "(g c) d -> d g c"),

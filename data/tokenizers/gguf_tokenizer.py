@@ -26,6 +26,17 @@ from data.tokenizers.tokenizer import malformed
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of llama.cpp."""
 
+GEMMA4 = "gemma4"
+"""llama.cpp's name for a SentencePiece with merges, whose texts always begin with bos."""
+
+LINES = {
+    "type": "Split",
+    "pattern": {"Regex": r"\n+"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+"""How it cuts text, in a tokenizer.json."""
+
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
 """llama.cpp's, where a file with such a tokenizer names none."""
 
@@ -142,10 +153,12 @@ def tokenizer_from_gguf(metadata: dict[str, Any], where: str) -> PublicTokenizer
         tokenizer, adds_bos = _byte_level(values, tokens)
     elif kind == "llama":
         tokenizer, adds_bos = _sentencepiece(values, tokens, types)
+    elif kind == GEMMA4:
+        tokenizer, adds_bos = _by_line(values, tokens, types), True
     else:
         raise UserError(
-            f"{where} has a tokenizer of the kind {kind!r}, expected 'gpt2' or 'llama': put the "
-            "model's tokenizer.json into a folder and name that"
+            f"{where} has a tokenizer of the kind {kind!r}, expected 'gpt2', 'llama' or "
+            f"{GEMMA4!r}: put the model's tokenizer.json into a folder and name that"
         )
     _add_specials(tokenizer, tokens, types)
     tokenizer.encode_special_tokens = True
@@ -155,7 +168,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], where: str) -> PublicTokenizer
         bos_id=ids["bos"],
         eos_ids=ends,
         eos_id=min(ends, default=None) if eos_id is None else eos_id,
-        add_bos=values.get("tokenizer.ggml.add_bos_token", bool, adds_bos),
+        add_bos=values.get("tokenizer.ggml.add_bos_token", bool, adds_bos) or kind == GEMMA4,
         chat_template=values.get("tokenizer.chat_template", str),
     )
 
@@ -243,12 +256,36 @@ def _sentencepiece(values: _Values, tokens: list[str], types: list[int]) -> tupl
         pairs = [(a, b) for a, b in pairs if a in mergeable and b in mergeable]
         merges += [(-scores[i], i, pair) for pair in sorted(pairs, key=lambda p: vocab[p[0]])]
     merges.sort(key=lambda merge: merge[:2])
-    unknown = next((t for t, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
-    model = _bpe(
-        values, vocab, [m[2] for m in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True
-    )
-    tokenizer = Tokenizer(model)
     has_prefix = values.get("tokenizer.ggml.add_space_prefix", bool, True)
+    pairs = [merge[2] for merge in merges]
+    return _of_characters(values, tokens, types, pairs, has_prefix=has_prefix), True
+
+
+def _by_line(values: _Values, tokens: list[str], types: list[int]) -> Tokenizer:
+    """As _sentencepiece, with merges of its own, and none across the ends of lines."""
+    merges = _split_merges(values)
+    tokenizer = _of_characters(values, tokens, types, merges, has_prefix=False)
+    lines = pre_tokenizers.Split(Regex(LINES["pattern"]["Regex"]), "isolated")
+    tokenizer.pre_tokenizer = lines  # pyright: ignore[reportAttributeAccessIssue]
+    return tokenizer
+
+
+def _of_characters(
+    values: _Values,
+    tokens: list[str],
+    types: list[int],
+    merges: Sequence[tuple[str, str]],
+    *,
+    has_prefix: bool,
+) -> Tokenizer:
+    """
+    Args:
+      has_prefix: whether a text begins with a space that it hasn't.
+    """
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = next((t for t, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
+    model = _bpe(values, vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
     spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
     stripped = [decoders.Strip(content=" ", left=1, right=0)] if has_prefix else []
     if has_prefix:
@@ -257,7 +294,7 @@ def _sentencepiece(values: _Values, tokens: list[str], types: list[int]) -> tupl
     tokenizer.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *stripped]
     )
-    return tokenizer, True
+    return tokenizer
 
 
 def _add_specials(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:

@@ -12,6 +12,8 @@ from data.tokenizers.gguf_tokenizer import (
     BYTE,
     CONTROL,
     CUTS,
+    GEMMA4,
+    LINES,
     NORMAL,
     UNKNOWN,
     UNUSED,
@@ -70,9 +72,12 @@ def _tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int
 
 
 def _bytes(tokenizer: PublicTokenizer, model: dict[str, Any]) -> dict[str, Any]:
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     pre = _cut(tokenizer.tokenizer, bool(model.get("ignore_merges")))
-    return {"model": "gpt2", "pre": pre, "merges": merges, "add_space_prefix": False}
+    return {"model": "gpt2", "pre": pre, "merges": _merges(model), "add_space_prefix": False}
+
+
+def _merges(model: dict[str, Any]) -> list[str]:
+    return [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
 
 
 def _cut(tokenizer: Tokenizer, ignores_merges: bool) -> str:
@@ -93,14 +98,18 @@ def _cut(tokenizer: Tokenizer, ignores_merges: bool) -> str:
 def _pieces(
     model: dict[str, Any], state: dict[str, Any], tokens: list[str], types: list[int]
 ) -> dict[str, Any]:
-    """Scores that put the tokens in the order of the merges that make them."""
+    """Scores that put the tokens in the order of the merges that make them; the merges themselves
+    where none reaches over the end of a line.
+    """
+    kinds = {f"<0x{i:02X}>": BYTE for i in range(256)} | {model["unk_token"]: UNKNOWN}
+    types = [kinds.get(token, kind) for token, kind in zip(tokens, types, strict=True)]
+    if state["pre_tokenizer"] == LINES:
+        return {"model": GEMMA4, "merges": _merges(model), "token_type": types}
     scores = dict.fromkeys(tokens, -1e9)
     for rank, merge in enumerate(model["merges"]):
         token = "".join(merge.split(" ") if isinstance(merge, str) else merge)
         if scores.get(token) == -1e9:
             scores[token] = -float(rank)
-    kinds = {f"<0x{i:02X}>": BYTE for i in range(256)} | {model["unk_token"]: UNKNOWN}
-    types = [kinds.get(token, kind) for token, kind in zip(tokens, types, strict=True)]
     values = {"model": "llama", "scores": list(scores.values()), "token_type": types}
     return values | {"add_space_prefix": _space_prefix(state) != "never"}
 

@@ -57,7 +57,7 @@ def load(path: Path, case: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("quantization", ["F16", "Q8_0"])
-@pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "deepseek_v3", "gemma4_text moe"])
 def test_one_tensor_reads_as_two(case: str, quantization: Quantization, tmp_path: Path):
     family, config, variables = built(case)
     gguf.export(tmp_path / "it.gguf", family, config, variables, None, quantization)

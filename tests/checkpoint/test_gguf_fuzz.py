@@ -101,7 +101,7 @@ GOOD = {
 @pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(
-    model=st.sampled_from(["gpt2", "llama"]),
+    model=st.sampled_from(["gpt2", "llama", "gemma4"]),
     changes=st.dictionaries(st.sampled_from(KEYS), metadata_values, min_size=1, max_size=3),
     said=st.text(max_size=20),
 )
@@ -129,10 +129,11 @@ def test_damaged_tokenizers_are_built_or_refused(model: str, changes: dict, said
         "nextn_predict_layers", "attention.sliding_window", "attention.sliding_window_pattern",
         "feed_forward_length", "ssm.inner_size", "ssm.time_step_rank", "ssm.state_size",
         "rope.dimension_sections", "full_attention_interval", "attention.recurrent_layers",
+        "attention.key_length_swa", "attention.shared_kv_layers", "final_logit_softcapping",
     ]), metadata_values, min_size=1, max_size=4),
     architecture=st.sampled_from([
         "llama", "qwen3moe", "olmoe", "gpt-oss", "deepseek2", "gemma3", "llama4", "mistral3",
-        "qwen35", "granitehybrid", "nemotron_h", "lfm2", "kimi-linear", "glm-dsa",
+        "qwen35", "granitehybrid", "nemotron_h", "lfm2", "kimi-linear", "glm-dsa", "gemma4",
     ]),
 )  # fmt: skip
 def test_damaged_settings_are_read_or_refused(changes: dict, architecture: str):

@@ -34,6 +34,8 @@ def main(out: Path) -> None:
     for prefix in (True, False):
         values = pieces | {"model": "llama", "add_space_prefix": prefix}
         record["ids"][f"llama {prefix}"] = tokenized(values, texts)
+    record["lines"] = lines_vocabulary(teaching)
+    record["ids"]["gemma4"] = tokenized(record["lines"] | {"model": "gemma4"}, texts)
     out.write_text(json.dumps(record) + "\n")
 
 
@@ -63,6 +65,23 @@ def sentencepiece_vocabulary(texts: list[str]) -> dict[str, list]:
     scores = [0.0] * 259 + [-float(i) for i in range(len(longer) + len(letters))]
     types = [2, 3, 3] + [6] * 256 + [1] * (len(longer) + len(letters))
     return {"tokens": [*tokens, "<repo_name>"], "scores": [*scores, 0.0], "token_type": [*types, 4]}
+
+
+def lines_vocabulary(texts: list[str]) -> dict[str, list]:
+    """Of Gemma 4's kind: merges inside lines alone."""
+    from tokenizers import Tokenizer, models, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    lines = [
+        line.replace(" ", "▁") for text in texts if text.isascii() for line in text.split("\n")
+    ]
+    tokenizer.train_from_iterator([*lines, *lines], trainers.BpeTrainer(vocab_size=400))
+    model = json.loads(tokenizer.to_str())["model"]
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    tokens = ["<unk>", "<s>", "</s>", *bytes_, *model["vocab"], "\n", "<repo_name>"]
+    types = [2, 3, 3] + [6] * 256 + [1] * (len(model["vocab"]) + 1) + [4]
+    merges = [" ".join(merge) for merge in model["merges"]]
+    return {"tokens": tokens, "token_type": types, "merges": merges}
 
 
 def tokenized(values: dict, texts: list[str]) -> list[list[list[int]]]:

@@ -31,14 +31,16 @@ what is right."""
 
 
 def metadata(model: str, pre: str | None = None, **more: Any) -> dict[str, Any]:
-    values = CUT_RECORD["bytes" if model == "gpt2" else "pieces"] | {"model": model} | more
+    vocabulary = {"gpt2": "bytes", "llama": "pieces", "gemma4": "lines"}[model]
+    values = CUT_RECORD[vocabulary] | {"model": model} | more
     values |= {} if pre is None else {"pre": pre}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
     return {f"tokenizer.ggml.{key}": value for key, value in (values | ids).items()}
 
 
 def test_every_cut_was_recorded():
-    recorded = {CUTS[kind] for kind in CUT_RECORD["ids"] if not kind.startswith("llama ")}
+    others = {"llama True", "llama False", "gemma4"}
+    recorded = {CUTS[kind] for kind in CUT_RECORD["ids"] if kind not in others}
     assert set(CUTS.values()) == recorded
 
 
@@ -73,16 +75,28 @@ def test_sentencepiece_as_llama_cpp(prefix: bool):
             assert tokenizer.decode(ids[0]) == text
 
 
-@pytest.mark.parametrize("pre", [*CUTS, "llama True", "llama False"])
+def test_merges_inside_lines_as_llama_cpp():
+    """Gemma 4's kind, which has bos whatever the file says."""
+    tokenizer = tokenizer_from_gguf(metadata("gemma4", add_bos_token=False), "here")
+    for text, ids in zip(TEXTS, CUT_RECORD["ids"]["gemma4"], strict=True):
+        assert tokenizer.encode(text) == ids[0], text
+        assert tokenizer.encode(text, specials=True) == ids[-1], text
+        assert tokenizer.decode(ids[0]) == text
+
+
+@pytest.mark.parametrize("pre", [*CUTS, "llama True", "llama False", "gemma4"])
 def test_written_and_read_back(pre: str):
     """The same ids, by a cut of the same kind; a tokenizer without a known cut is refused."""
     if pre.startswith("llama "):
         values = metadata("llama", add_space_prefix=pre == "llama True")
+    elif pre == "gemma4":
+        values = metadata(pre)
     else:
         values = metadata("gpt2", pre)
     tokenizer = tokenizer_from_gguf(values, "here")
     again = tokenizer_to_gguf(tokenizer, tokenizer.vocab_size + 3)
     read = tokenizer_from_gguf(again, "here")
+    assert again["tokenizer.ggml.model"] == values["tokenizer.ggml.model"]
     if pre in CUTS:
         assert CUTS[again["tokenizer.ggml.pre"]] == CUTS[pre]
     assert again["tokenizer.ggml.tokens"][-3:] == [f"[PAD{read.vocab_size - i}]" for i in (3, 2, 1)]
