@@ -285,5 +285,5 @@ def _draw(values: Values) -> Picture:
     axes.axvline(0.0, color=SOFT, linewidth=1)
     axes.set_yticks(range(len(names)), list(reversed(names)))
     axes.set_xscale("symlog", linthresh=0.01)
-    axes.set_xlabel("held-out nats per token more than the teacher's (a point per seed)")
+    axes.set_xlabel("nats more than the teacher's, a point per seed")
     return to_picture(figure, "smaller", "What each way of making a model smaller costs.")
