@@ -250,5 +250,5 @@ def test_what_it_can_not_do_is_said():
 def test_a_choice_that_is_nobodys_is_refused(change, sentence):
     with pytest.raises(UserError, match=sentence):
         dataclasses.replace(SHARING, **change)
-    with pytest.raises(UserError, match="has attention.shares_indexer, and a module has no layer"):
+    with pytest.raises(UserError, match="and a module has no layer before it"):
         MultiTokenConfig(layer=SHARED)
