@@ -65,6 +65,7 @@ UNCACHED = (
     "mistral",
     "qwen3",
     "gemma",
+    "glm_moe_dsa_shared",
     "gemma3",
     "gemma4_dense",
     "gemma4_e4b",
