@@ -250,23 +250,27 @@ def one_part_each(mamba: str, attention: str, feed_forward: str, width: str) -> 
 
 INDEXER_TYPES = "{arch}.attention.indexer.types"
 LONG = 1_048_576
-"""Tokens from which llama.cpp takes a GLM-5 without a list to share indexers, as GLM-5.2 does."""
+"""Tokens from which llama.cpp takes a GLM-5 without a list to share indexers, as GLM-5.2 does: the
+first of every four layers from the third on has one, of those that GLM-5.2 has, and the first two.
+"""
+LAYERS_OF_GLM_5_2 = 78
 
 
 def _read_indexers(given: Given) -> dict[str, Any]:
-    has_own = [1] * given.num_layers
+    places = range(given.num_layers)
+    has_own: Sequence[int] = [1 for _ in places]
     if given.get(INDEXER_TYPES) is not None:
         has_own = given.by_layer(INDEXER_TYPES)
     elif given.integer(LLM.CONTEXT_LENGTH) >= LONG:
-        has_own = [0] * given.num_layers
+        has_own = [i < 2 or (i < LAYERS_OF_GLM_5_2 and (i - 2) % 4 == 0) for i in places]
     return {"indexer_types": ["full" if own else "shared" for own in has_own]}
 
 
 def _write_indexers(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {INDEXER_TYPES: [True] * values["num_hidden_layers"]}
+    return {INDEXER_TYPES: [kind == "full" for kind in values["indexer_types"]]}
 
 
-OWN_INDEXERS = Section((INDEXER_TYPES,), _read_indexers, _write_indexers)
+INDEXERS = Section((INDEXER_TYPES,), _read_indexers, _write_indexers)
 """Whether each layer of GLM-5 has an indexer of its own."""
 
 

@@ -17,7 +17,7 @@ from configs.architecture import ModelConfig, MultiTokenConfig
 from configs.checks import UserError
 from configs.feed_forward import FeedForward, MoEConfig, RouterConfig
 from configs.serialization import differences
-from configs.shared_keys import shares_keys
+from configs.shared_keys import shares_keys, with_own_keys
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ def read_model(family: Family, settings: Settings, tensors: assemble.Tensors) ->
         modules += 1
     if modules == 0:
         return config
-    multi_token = MultiTokenConfig(depth=modules, layer=config.pattern[-1])
+    layer = config.pattern[-1]
+    layer = dataclasses.replace(layer, attention=with_own_keys(layer.attention))
+    multi_token = MultiTokenConfig(depth=modules, layer=layer)
     return dataclasses.replace(config, multi_token=multi_token)
 
 

@@ -107,7 +107,8 @@ def layered(model: Transformer, variables: Variables) -> LayeredModel:
     require(
         config.per_layer_embeddings is None and not config.has_shared_keys,
         "models with embeddings for each layer (per_layer_embeddings) or layers that read the keys "
-        "of others (shares_keys) are not compressed yet: distil such a model into another one",
+        "of others (shares_keys, shares_indexer) are not compressed yet: distil such a model into "
+        "another one",
     )
     for spec in (*config.prefix, *config.pattern):
         require(

@@ -12,7 +12,7 @@ from configs.attention_traits import NoAttentionConfig
 from configs.checks import require, require_choices, require_finite, require_positive
 from configs.feed_forward import DenseConfig, FeedForward, MoEConfig, NoFeedForwardConfig
 from configs.per_layer_embeddings import PerLayerEmbeddingConfig
-from configs.shared_keys import key_sources, shares_keys
+from configs.shared_keys import key_sources, shares_keys, sharing_setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +137,8 @@ class MultiTokenConfig:
         )
         require(
             not shares_keys(self.layer.attention),
-            "multi_token.layer has attention.shares_keys, and a module has no layer before it: "
-            "leave it out",
+            f"multi_token.layer has attention.{sharing_setting(self.layer.attention)}, and a "
+            "module has no layer before it: leave it out",
         )
 
 
@@ -322,16 +322,19 @@ class ModelConfig:
         )
 
     def _check_shared_keys(self) -> None:
-        if not self.has_shared_keys:
+        specs = (*self.prefix, *self.pattern)
+        settings = [sharing_setting(spec.attention) for spec in specs]
+        setting = next((each for each in settings if each is not None), None)
+        if setting is None:
             return
         require(
-            all(spec.depth is None for spec in (*self.prefix, *self.pattern)),
-            "attention.shares_keys is not built in a model with depth, whose layers leave tokens "
+            all(spec.depth is None for spec in specs),
+            f"attention.{setting} is not built in a model with depth, whose layers leave tokens "
             "out: leave one of them out",
         )
         require(
             self.hyper_connections is None and self.early_exit is None,
-            "attention.shares_keys is not built with hyper_connections or early_exit: leave them "
+            f"attention.{setting} is not built with hyper_connections or early_exit: leave them "
             "out",
         )
         _ = self.key_sources  # each layer has one, or is refused
@@ -360,12 +363,13 @@ class ModelConfig:
 
     @property
     def has_shared_keys(self) -> bool:
-        """Whether a layer reads the keys and values of another one."""
+        """Whether a layer reads what another one made, its keys and values or its indexer's
+        choice."""
         return any(shares_keys(spec.attention) for spec in (*self.prefix, *self.pattern))
 
     @property
     def key_sources(self) -> tuple[int | None, ...]:
-        """Of each layer of the prefix and the pattern, the one whose keys it reads: see
+        """Of each layer of the prefix and the pattern, the one whose keys or choice it reads: see
         configs/shared_keys.py."""
         prefix, pattern = (
             [spec.attention for spec in specs] for specs in (self.prefix, self.pattern)

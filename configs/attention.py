@@ -316,6 +316,9 @@ class LatentAttentionConfig(AttentionTraits):
     rope_scaling: RopeScaling | None = None
     indexer: IndexerConfig | None = None
     """Set for sparse attention: it chooses the keys."""
+    shares_indexer: bool = False
+    """Whether the layer has no weights of the indexer, and its queries see the keys that those of
+    the last layer before it chose whose attention is the same but for this (GLM-5.2, 2026)."""
     bias: bool = False
     """Whether the projections down and out have biases; those up have none (DeepSeek's
     attention_bias)."""
@@ -340,6 +343,11 @@ class LatentAttentionConfig(AttentionTraits):
             f"rope_base={self.rope_base}, rope_scaling={self.rope_scaling} and indexer need RoPE, "
             "and has_rope=False turns nothing: leave them out",
         )
+        require(
+            self.indexer is not None or not self.shares_indexer,
+            "shares_indexer=True has no effect with indexer=None: leave it out, or set the indexer "
+            "of the layer whose choice is taken",
+        )
         if self.indexer is not None:
             self._check_indexer(self.indexer)
 
@@ -353,6 +361,11 @@ class LatentAttentionConfig(AttentionTraits):
             f"indexer.head_dim={indexer.head_dim} must be at least rope_head_dim="
             f"{self.rope_head_dim}: so many of its entries are turned",
         )
+
+    @property
+    def own_indexer(self) -> IndexerConfig | None:
+        """The indexer where the layer has weights and keys of it."""
+        return None if self.shares_indexer else self.indexer
 
     @property
     def query_head_dim(self) -> int:
@@ -369,7 +382,8 @@ class LatentAttentionConfig(AttentionTraits):
         queries = d_model * width if rank is None else rank * (d_model + width + 1)
         down = d_model * (self.latent_rank + self.rope_head_dim) + self.latent_rank
         up = self.latent_rank * heads * (self.nope_head_dim + self.value_head_dim)
-        chooser = self.indexer.num_parameters(d_model, rank) if self.indexer and rank else 0
+        indexer = self.own_indexer
+        chooser = indexer.num_parameters(d_model, rank) if indexer and rank else 0
         biases = (rank or 0) + self.latent_rank + self.rope_head_dim + d_model if self.bias else 0
         return queries + down + up + self.out_width * d_model + chooser + biases
 

@@ -68,7 +68,7 @@ def unexitable_reason(config: ModelConfig) -> str | None:
     if config.has_shared_keys or config.per_layer_embeddings is not None:
         return (
             "early exits and drafts by a model's own first layers are not built for layers that "
-            "read the keys of others (shares_keys) or vectors of their own "
+            "read the keys of others (shares_keys, shares_indexer) or vectors of their own "
             "(per_layer_embeddings): generate without them"
         )
     return None

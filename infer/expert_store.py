@@ -59,8 +59,9 @@ def check_paging(config: ModelConfig, paging: Paging) -> None:
         paging.num_slots(layer)
     require(
         not config.has_shared_keys and config.per_layer_embeddings is None,
-        "experts are not paged for layers that read the keys of others (shares_keys) or vectors of "
-        "their own (per_layer_embeddings): leave resident experts out",
+        "experts are not paged for layers that read the keys of others (shares_keys, "
+        "shares_indexer) or vectors of their own (per_layer_embeddings): leave resident experts "
+        "out",
     )
     for spec in (*config.prefix, *config.pattern):
         require(

@@ -13,8 +13,7 @@ from flax import struct
 from configs.architecture import LayerSpec, ModelConfig
 from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig
-from model.attention.grouped_query import ReadKeys
-from model.attention.kinds import attention_layer
+from model.attention.kinds import Shareable, attention_layer
 from model.depth import routed
 from model.hyper_connections import StreamMixer, read, written
 from model.layer_state import AnyKeyValueState, LayerState, StateParts
@@ -31,12 +30,12 @@ class GivenToBlock(struct.PyTreeNode):
 
     vectors_BLW: jax.Array | None = None
     """Its vectors of the tokens (model/per_layer_embeddings.py)."""
-    keys: ReadKeys | None = None
-    """What the layer's queries read that it shares keys with."""
+    keys: Shareable | None = None
+    """What the layer's queries read that it shares keys with, or what its indexer chose."""
 
     @classmethod
     def of(
-        cls, vectors_BLW: jax.Array | None, source: int | None, read: dict[int, ReadKeys]
+        cls, vectors_BLW: jax.Array | None, source: int | None, read: dict[int, Shareable]
     ) -> "GivenToBlock":
         """
         Args:
@@ -51,7 +50,7 @@ class GivenToPeriods(struct.PyTreeNode):
 
     vectors_PBLNW: jax.Array | None = None
     """Of each period's layers."""
-    read: dict[int, ReadKeys] = struct.field(default_factory=dict)
+    read: dict[int, Shareable] = struct.field(default_factory=dict)
     """What sources in the prefix have read, by number."""
 
 
@@ -79,7 +78,7 @@ class Block(nn.Module):
         preference_BE: jax.Array | None = None,
         chosen_BLK: jax.Array | None = None,
         given: GivenToBlock = GivenToBlock(),
-    ) -> tuple[jax.Array, BlockState | None, ReadKeys | None]:
+    ) -> tuple[jax.Array, BlockState | None, Shareable | None]:
         """The layer's result, its state, and of a source what its queries read."""
         if self.spec.depth is not None:
             return *routed(self, self.spec.depth, x_BLD, step, state, preference_BE), None
@@ -107,8 +106,8 @@ class Block(nn.Module):
         state: BlockState | None,
         preference_BE: jax.Array | None,
         chosen_BLK: jax.Array | None = None,
-        keys: ReadKeys | None = None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, BlockState | None, ReadKeys | None]:
+        keys: Shareable | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, BlockState | None, Shareable | None]:
         """x after attention, attention's update, the feed-forward's update, the state, and what the
         queries read.
 
@@ -164,8 +163,8 @@ class Block(nn.Module):
         x_BLD: jax.Array,
         step: Step,
         state: LayerState | StateParts | None,
-        keys: ReadKeys | None = None,
-    ) -> tuple[jax.Array, LayerState | StateParts | None, ReadKeys | None]:
+        keys: Shareable | None = None,
+    ) -> tuple[jax.Array, LayerState | StateParts | None, Shareable | None]:
         """What attention adds to the residual stream, its state, and what its queries read."""
         attention = self.spec.attention
         attend = attention_layer(
@@ -259,7 +258,7 @@ class Period(nn.Module):
         preference: Preference | None = None,
         chosen: ChosenExperts | None = None,
         vectors_BLNW: jax.Array | None = None,
-        read: dict[int, ReadKeys] | None = None,
+        read: dict[int, Shareable] | None = None,
     ) -> tuple[tuple[jax.Array, Any], Any]:
         """Rows with is_dropped are given back as they came.
 

@@ -15,7 +15,7 @@ import numpy as np
 from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig
 from kernels.quantize import MatrixDims, QTensor
-from model.attention.grouped_query import ReadKeys
+from model.attention.kinds import Shareable
 from model.block import SHAPES_ALONE, Block, GivenToBlock, GivenToPeriods, Period
 from model.early_exit import dropout_rates
 from model.hyper_connections import StreamReader, spread
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
         if c.per_layer_embeddings is not None:
             given_BLNW = self.per_layer_embeddings(step.tokens_BL, x_BLD)
             vectors, vectors_PBLNW = split_by_layer(given_BLNW, len(c.prefix), c.num_periods)
-        read: dict[int, ReadKeys] = {}
+        read: dict[int, Shareable] = {}
         if self.config.hyper_connections is not None:
             x_BLD = spread(x_BLD, self.config.hyper_connections)
         for i, block in enumerate(self.prefix):

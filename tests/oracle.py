@@ -40,7 +40,7 @@ def transformer(params, config: ModelConfig, tokens: np.ndarray, positions: np.n
     vectors = per_layer_vectors(params, config, tokens, x, wrong) if added else None
     for number, (spec, layer) in enumerate(layers):
         eps, scale = config.norm_eps, config.residual_scale
-        if isinstance(spec.attention, AttentionConfig):
+        if isinstance(spec.attention, AttentionConfig | LatentAttentionConfig):
             layer = layer | {"attention": layer["attention"] | {"made": made}}
         if added is not None:
             layer = layer | {"given": (vectors[:, number], added.activation)}
@@ -392,7 +392,8 @@ def _fenwick_buckets(i, size, window, wrong):
 
 def latent_attention(x, w, config: LatentAttentionConfig, positions, documents, wrong=""):
     """Every head's own keys and values. wrong: "all turned" turns all of a key and not its last
-    part; "bias past norm" of the latents; or of `indexed`."""
+    part; "bias past norm" of the latents; "first of its kind" lets a layer that shares an indexer
+    take the choice of the first such layer, "no choice" lets it see all keys; or of `indexed`."""
     turns_all = wrong == "all turned"
     nope, base, rank = config.nope_head_dim, config.rope_base, config.latent_rank
     bias = w["kv_down_bias"] if config.bias else np.zeros(rank + config.rope_head_dim)
@@ -404,6 +405,17 @@ def latent_attention(x, w, config: LatentAttentionConfig, positions, documents, 
     if config.query_rank is not None:
         bias = w["q_down_bias"] if config.bias else 0.0
         bottleneck = rms_norm(x @ w["q_down"] + bias, w["q_norm"]["scale"], 1e-6)
+    made, own = w.get("made", {}), dataclasses.replace(config, shares_indexer=False)
+    seen = [[j for j in range(i + 1) if documents[j] == documents[i]] for i in range(len(x))]
+    if config.shares_indexer:
+        seen = seen if wrong == "no choice" else made[own]
+    elif config.indexer is not None:
+        seen = [
+            indexed(i, seen[i], x, bottleneck, w["indexer"], config, positions, wrong)
+            for i in range(len(x))
+        ]
+        if wrong != "first of its kind" or own not in made:
+            made[own] = seen
     out = np.zeros_like(x)
     for head in range(config.num_heads):
         keys, values = [], []
@@ -417,13 +429,10 @@ def latent_attention(x, w, config: LatentAttentionConfig, positions, documents, 
             q = bottleneck[i] @ w["q"][:, head]
             own = rotate(q[:nope], positions[i], base) if turns_all else q[:nope]
             q = np.concatenate([own, rotate(q[nope:], positions[i] * config.has_rope, base)])
-            seen = [j for j in range(i + 1) if documents[j] == documents[i]]
-            if config.indexer is not None:
-                seen = indexed(i, seen, x, bottleneck, w["indexer"], config, positions, wrong)
-            scores = np.array([q @ keys[j] / np.sqrt(len(q)) for j in seen])
+            scores = np.array([q @ keys[j] / np.sqrt(len(q)) for j in seen[i]])
             p = np.exp(scores - scores.max())
             p /= p.sum()
-            mixed = sum(weight * values[j] for weight, j in zip(p, seen, strict=True))
+            mixed = sum(weight * values[j] for weight, j in zip(p, seen[i], strict=True))
             out[i] += mixed @ w["o"][head]
     return out + w["o_bias"] if config.bias else out
 

@@ -15,7 +15,7 @@ from configs.feed_forward import (
     NoFeedForwardConfig,
     RouterConfig,
 )
-from configs.shared_keys import shares_keys
+from configs.shared_keys import key_sources
 
 MAX_LAYERS = 4096
 """More than any model has."""
@@ -104,23 +104,32 @@ def folded(layers: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], tuple[La
     shortest period of all layers is shorter than both.
     """
     moe = [i for i, layer in enumerate(layers) if isinstance(layer.ffn, MoEConfig)]
-    sharing = [i for i, layer in enumerate(layers) if shares_keys(layer.attention)]
-    first, whole = ((moe or sharing)[0] if moe or sharing else 0), _period(layers)
-    rest = _period(layers[first:])
+    sources = key_sources([layer.attention for layer in layers], (), 1)
+    sharing = [i for i, source in enumerate(sources) if source is not None]
+    first, whole = ((moe or sharing)[0] if moe or sharing else 0), _period(layers, sources, 0)
+    rest = _period(layers, sources, first)
     if first + len(rest) > len(whole):
         return (), whole
     return tuple(layers[:first]), rest
 
 
-def _period(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """The shortest beginning that all layers repeat."""
-    count = len(layers)
-    size = next(n for n in range(1, count + 1) if count % n == 0 and _repeats(layers, n))
-    return tuple(layers[:size])
+def _period(
+    layers: Sequence[LayerSpec], sources: Sequence[int | None], first: int
+) -> tuple[LayerSpec, ...]:
+    """The shortest beginning that all layers from the first on repeat: such that each reads the
+    same layer before the first, or one as far before it (key_sources)."""
+    reads = [
+        source if source is None or source < first else source - i
+        for i, source in enumerate(sources)
+    ]
+    rest = list(zip(layers, reads, strict=True))[first:]
+    count = len(rest)
+    size = next(n for n in range(1, count + 1) if count % n == 0 and _repeats(rest, n))
+    return tuple(layers[first : first + size])
 
 
-def _repeats(layers: Sequence[LayerSpec], period: int) -> bool:
-    return all(layer == layers[i % period] for i, layer in enumerate(layers))
+def _repeats(items: Sequence[Any], period: int) -> bool:
+    return all(item == items[i % period] for i, item in enumerate(items))
 
 
 def unfolded(config: ModelConfig) -> list[LayerSpec]:

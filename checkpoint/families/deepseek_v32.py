@@ -1,32 +1,35 @@
 """DeepSeek-V3.2 (2025): V3 whose attention looks only at the keys that an indexer chooses."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from checkpoint.config_reader import Settings
-from checkpoint.families import config_sections, deepseek_moe, deepseek_v3, latent, weight_maps
+from checkpoint.families import deepseek_moe, deepseek_v3, latent, weight_maps
 from configs.architecture import ModelConfig
-from configs.attention import IndexerConfig, LatentAttentionConfig
+from configs.attention import IndexerConfig
 from configs.checks import UserError
 
 DEFAULTS = {**deepseek_v3.DEFAULTS, "max_position_embeddings": 163_840}
 """Values of transformers\' DeepseekV32Config for keys that a config.json leaves out."""
 
 
-def read_config(settings: Settings) -> ModelConfig:
+def read_config(settings: Settings, is_sharing: Sequence[bool] | None = None) -> ModelConfig:
+    """
+    Args:
+      is_sharing: of each layer, whether it sees the keys that an earlier one's indexer chose.
+    """
     indexer = IndexerConfig(
         num_heads=settings.integer("index_n_heads", default=64),
         head_dim=settings.integer("index_head_dim", default=128),
         top_k=settings.integer("index_topk", default=2048),
     )
-    return latent.read_model(settings, deepseek_moe.read_router(settings), indexer)
+    return latent.read_model(settings, deepseek_moe.read_router(settings), indexer, is_sharing)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    attention = config_sections.the_one(
-        [layer.attention for layer in config_sections.unfolded(config)], "attention"
-    )
-    indexer = attention.indexer if isinstance(attention, LatentAttentionConfig) else None
+    attention = latent.the_attention(config)
+    indexer = attention.indexer
     if indexer is None:
         raise UserError("deepseek_v32 has an indexer, the model has none: use deepseek_v3")
     return {

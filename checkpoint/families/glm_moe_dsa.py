@@ -1,5 +1,5 @@
-"""GLM-5 (2026): DeepSeek-V3.2 whose indexer turns neighbouring entries. Layers that take the choice
-of keys from the layer before them (GLM-5.2) are refused."""
+"""GLM-5 (2026): DeepSeek-V3.2 whose indexer turns neighbouring entries. Layers may see the keys
+that the indexer of an earlier one chose (GLM-5.2)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from checkpoint.families.base import GGUF
 from checkpoint.weight_map import Row, interleaved_first
 from configs.architecture import ModelConfig
 from configs.checks import UserError
+from configs.shared_keys import shares_keys
 
 DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 154_880,
@@ -42,14 +43,7 @@ OWN, SHARED = "full", "shared"
 
 def read_config(settings: Settings) -> ModelConfig:
     settings.expect("indexer_rope_interleave", True)
-    kinds = _read_kinds(settings)
-    if kinds != [OWN] * len(kinds):
-        raise UserError(
-            f"{settings.where} has {kinds.count(SHARED)} of {len(kinds)} layers that take the "
-            "choice of keys from the layer before them (indexer_types or index_topk_pattern, "
-            "index_topk_freq): an indexer that layers share is not built"
-        )
-    return deepseek_v32.read_config(settings)
+    return deepseek_v32.read_config(settings, [kind == SHARED for kind in _read_kinds(settings)])
 
 
 def _read_kinds(settings: Settings) -> list[str]:
@@ -68,15 +62,29 @@ def _read_kinds(settings: Settings) -> list[str]:
             f"{settings.where} has indexer_types={kinds}, expected {OWN!r} or {SHARED!r} for each "
             f"of num_hidden_layers={count}"
         )
+    if kinds[0] == SHARED:
+        raise UserError(
+            f"{settings.where} has {SHARED!r} for the first of indexer_types, and there is no "
+            f"layer before it that chose keys: it must be {OWN!r}"
+        )
     return kinds
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
+    layers = config_sections.unfolded(config)
     return {
         **deepseek_v32.write_config(config),
         "indexer_rope_interleave": True,
-        "indexer_types": [OWN] * config.num_layers,
+        "indexer_types": [SHARED if shares_keys(x.attention) else OWN for x in layers],
     }
+
+
+def unused_tensors(config: ModelConfig) -> list[str]:
+    """Indexers of layers that take another's choice: GLM-5.2's files have none, those of a GLM-5
+    that is read with an index_topk_freq hold them all."""
+    layers = enumerate(config_sections.unfolded(config))
+    numbers = [i for i, layer in layers if shares_keys(layer.attention)]
+    return [rf"model\.layers\.{i}\.self_attn\.indexer\..*" for i in numbers]
 
 
 def _turned(row: Row) -> Row:
@@ -92,6 +100,7 @@ GLM_MOE_DSA = dataclasses.replace(
     read_config=read_config,
     write_config=write_config,
     defaults=DEFAULTS,
+    unused=unused_tensors,
     rows=tuple(map(_turned, weight_maps.DEEPSEEK_V32)),
     gguf=GGUF(
         "glm-dsa",
@@ -107,6 +116,6 @@ GLM_MOE_DSA = dataclasses.replace(
             "scoring_func": "sigmoid",
             "topk_method": "noaux_tc",
         },
-        sections=(gguf_sections.LATENT, gguf_layers.OWN_INDEXERS),
+        sections=(gguf_sections.LATENT, gguf_layers.INDEXERS),
     ),
 )

@@ -1,5 +1,7 @@
 """Config sections of the DeepSeek families' latent attention."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from checkpoint.config_reader import Settings
@@ -8,14 +10,27 @@ from configs.architecture import ModelConfig
 from configs.attention import IndexerConfig, LatentAttentionConfig
 from configs.checks import UserError
 from configs.feed_forward import RouterConfig
+from configs.shared_keys import with_own_keys
 
 
 def read_model(
-    settings: Settings, router: RouterConfig, indexer: IndexerConfig | None = None
+    settings: Settings,
+    router: RouterConfig,
+    indexer: IndexerConfig | None = None,
+    is_sharing: Sequence[bool] | None = None,
 ) -> ModelConfig:
+    """
+    Args:
+      is_sharing: of each layer, whether it shares the indexer; None: none does.
+    """
     settings.expect("rope_interleave", True)
     attention = _read_attention(settings, indexer)
     layers = deepseek_moe.read_layers(settings, attention, router, goes_by_list=indexer is not None)
+    if is_sharing is not None:
+        layers = [
+            dataclasses.replace(layer, attention=dataclasses.replace(attention, shares_indexer=x))
+            for layer, x in zip(layers, is_sharing, strict=True)
+        ]
     return config_sections.read_model(settings, layers, norm_eps=1e-6)
 
 
@@ -39,15 +54,25 @@ def read_sizes(settings: Settings) -> dict[str, Any]:
 
 
 def write_model(config: ModelConfig) -> dict[str, Any]:
-    layers = config_sections.unfolded(config)
-    attention = config_sections.the_one([layer.attention for layer in layers], "attention")
-    if not isinstance(attention, LatentAttentionConfig):
-        raise UserError(f"DeepSeek has attention.kind='latent', the model has {attention.kind!r}")
     return {
         **config_sections.write_model(config),
-        **_write_attention(attention),
+        **_write_attention(the_attention(config)),
         **deepseek_moe.write_layers(config),
     }
+
+
+def the_attention(config: ModelConfig) -> LatentAttentionConfig:
+    """That of all layers, but for whose indexer chooses the keys.
+
+    Raises:
+      UserError: they differ, or it is of another kind.
+    """
+    layers = config_sections.unfolded(config)
+    own = [with_own_keys(layer.attention) for layer in layers]
+    attention = config_sections.the_one(own, "attention")
+    if not isinstance(attention, LatentAttentionConfig):
+        raise UserError(f"DeepSeek has attention.kind='latent', the model has {attention.kind!r}")
+    return attention
 
 
 def _write_attention(attention: LatentAttentionConfig) -> dict[str, Any]:

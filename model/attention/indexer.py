@@ -8,11 +8,14 @@ and the query sees those with the best top_k scores. One key k per token serves 
 cached. The published code also turns q and k by a Hadamard matrix, which no product of the two
 shows, and rounds them to fp8; neither is done here.
 
+Layers after it may see the same keys without scores of their own (GLM-5.2): see ChosenKeys.
+
 B batch, L queries, T queries of all rows, S keys, K chosen keys, N queries of a piece, D d_model,
 Q query_rank, H heads (the indexer's, or the attention's), C head_dim, W width of values.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -40,6 +43,19 @@ class Index(NamedTuple):
     k_BLC: jax.Array
     weights_BLH: jax.Array
     """float32, how much each head counts, 1 / sqrt(H C) in it."""
+
+
+class ChosenKeys(NamedTuple):
+    """The keys that queries see: layers with `shares_indexer` see the same, each its own keys of
+    those places. All None where no key is left out."""
+
+    mask_BLS: jax.Array | None = None
+    """bool, of the step's own tokens, where its queries read these."""
+    place_BLK: jax.Array | None = None
+    """int32, of a state, where they read that: which keys of it, flattened, 0 where there are
+    none. One and the same place in each layer's state."""
+    positions_BLK: jax.Array | None = None
+    """int32, theirs; -1 where there are none."""
 
 
 class Indexer(nn.Module):
@@ -144,35 +160,45 @@ def imitation_loss(
     return total.sum() / jnp.maximum(count, 1.0)
 
 
-def attend_chosen(
-    q_BLHC: jax.Array,
-    index: Index,
-    state: AnyKeyValueState,
-    step: Step,
-    *,
-    top_k: int,
-    scale: float,
-    value_width: int,
-) -> jax.Array:
-    """Attention of each token over the top_k keys of its sequence that it scores best, and over
-    nothing else: [B, L, H, W]. Of equal scores the first keys are chosen.
+def chosen_slots(index: Index, state: AnyKeyValueState, step: Step, top_k: int) -> ChosenKeys:
+    """The top_k keys of its sequence in the state that each token scores best. Of equal scores the
+    first keys are chosen.
 
-    All keys of the indexer are read, and top_k of the attention's own: where the sequence is long,
-    these are most of the bytes of a token (docs/experiments.md says where it begins to pay).
+    All keys of the indexer are read: where the sequence is long, these are most of the bytes of a
+    token (docs/experiments.md says where it begins to pay).
     """
-    batch, length, heads, _ = q_BLHC.shape
 
-    def piece(queries: tuple[jax.Array, ...]) -> jax.Array:
-        q_NHC, index_q_NHC, weights_NH, position_N, row_N = queries
-        index_k_NSC, positions_NS, place_NS = gather_sequences(state, step, row_N)
+    def piece(queries: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q_NHC, weights_NH, position_N, row_N = queries
+        k_NSC, positions_NS, place_NS = gather_sequences(state, step, row_N)
         is_seen_NS = visible(position_N[:, None], positions_NS, window_size=None, num_sink_tokens=0)
-        as_rows = Index(index_q_NHC[:, None], index_k_NSC, weights_NH[:, None])
-        scores_NS = key_scores(as_rows, index_k_NSC)[:, 0]
+        as_rows = Index(q_NHC[:, None], k_NSC, weights_NH[:, None])
+        scores_NS = key_scores(as_rows, k_NSC)[:, 0]
         best_NK, slot_NK = jax.lax.top_k(jnp.where(is_seen_NS, scores_NS, -jnp.inf), top_k)
         is_key_NK = best_NK > -jnp.inf
         place_NK = jnp.where(is_key_NK, jnp.take_along_axis(place_NS, slot_NK, axis=1), 0)
         positions_NK = jnp.where(is_key_NK, jnp.take_along_axis(positions_NS, slot_NK, axis=1), -1)
-        k, scales = _flat_keys(state)
+        return place_NK, positions_NK
+
+    rows = (index.q_BLHC, index.weights_BLH, step.positions_BL, step.state_rows())
+    place_BLK, positions_BLK = _in_pieces(piece, rows)
+    return ChosenKeys(place_BLK=place_BLK, positions_BLK=positions_BLK)
+
+
+def attend_chosen(
+    q_BLHC: jax.Array,
+    chosen: ChosenKeys,
+    state: AnyKeyValueState,
+    step: Step,
+    *,
+    scale: float,
+    value_width: int,
+) -> jax.Array:
+    """Attention of each token over these keys of the state, and over nothing else: [B, L, H, W]."""
+    k, scales = _flat_keys(state)
+
+    def piece(queries: tuple[jax.Array, ...]) -> jax.Array:
+        q_NHC, place_NK, positions_NK, position_N = queries
         return cached_attention(
             q_NHC,
             k[place_NK],
@@ -186,27 +212,31 @@ def attend_chosen(
             one_per_row=True,
         )
 
-    flat = tuple(
-        x.reshape(batch * length, *x.shape[2:])
-        for x in (q_BLHC, index.q_BLHC, index.weights_BLH, step.positions_BL, step.state_rows())
-    )
-    if batch * length <= QUERIES_AT_ONCE:
-        out_THW = piece(flat)
-    else:
-        out_THW = _in_pieces(piece, flat, QUERIES_AT_ONCE)
-    return out_THW.reshape(batch, length, heads, -1)
+    rows = (q_BLHC, chosen.place_BLK, chosen.positions_BLK, step.positions_BL)
+    return _in_pieces(piece, rows)
 
 
-def _in_pieces(piece, rows_T, size: int) -> jax.Array:
-    """piece of so many rows at a time, one after the other; the last ones are padded."""
-    count = len(jax.tree.leaves(rows_T)[0])
+def _in_pieces(piece: Callable[[Any], Any], rows_BL: Any) -> Any:
+    """piece of QUERIES_AT_ONCE queries at a time, one after the other; the last are padded.
+
+    Args:
+      piece: of arrays [N, ...] to arrays [N, ...].
+      rows_BL: arrays [B, L, ...].
+    """
+    batch, length = jax.tree.leaves(rows_BL)[0].shape[:2]
+    count, size = batch * length, QUERIES_AT_ONCE
 
     def cut(x_T: jax.Array) -> jax.Array:
         x_T = jnp.pad(x_T, ((0, -count % size), *[(0, 0)] * (x_T.ndim - 1)), mode="edge")
         return x_T.reshape(-1, size, *x_T.shape[1:])
 
-    out = jax.lax.map(piece, jax.tree.map(cut, rows_T))
-    return out.reshape(-1, *out.shape[2:])[:count]
+    rows_T = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), rows_BL)
+    if count <= size:
+        out_T = piece(rows_T)
+    else:
+        pieces = jax.lax.map(piece, jax.tree.map(cut, rows_T))
+        out_T = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], pieces)
+    return jax.tree.map(lambda x: x.reshape(batch, length, *x.shape[1:]), out_T)
 
 
 def _flat_keys(state: AnyKeyValueState) -> tuple[jax.Array, jax.Array | None]:

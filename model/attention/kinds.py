@@ -32,7 +32,12 @@ from model.attention import (
     relative,
     short_conv,
 )
+from model.attention.grouped_query import ReadKeys
+from model.attention.indexer import ChosenKeys
 from model.layer_state import LayerState, StateParts, StateShape
+
+Shareable = ReadKeys | ChosenKeys
+"""What later layers may take of one's attention (configs/shared_keys.py)."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ KINDS: dict[type, AttentionKind] = {
         latent.init_state,
         latent.visible_keys,
         latent.mixing_flops,
+        can_share=True,
     ),
     LocalSparseAttentionConfig: AttentionKind(
         lambda config, execution, norm_eps, out_stddev, gaps: local_sparse.LocalSparseAttention(

@@ -9,7 +9,8 @@ so that attention runs over the kept (c, rotary key) as if over one wide key/val
 
 RoPE stands between query and key and can't be absorbed: that is why its part is separate.
 
-With an indexer (model/attention/indexer.py) a query sees the keys it chooses, and no others.
+With an indexer (model/attention/indexer.py) a query sees the keys it chooses, and no others; with
+config.shares_indexer those that an earlier layer's chose.
 
 B batch, L length, S slots, D d_model, H heads, N nope_head_dim, P rope_head_dim, W value_head_dim,
 Q query_rank, R latent_rank.
@@ -25,10 +26,12 @@ from configs.base import ExecutionConfig
 from kernels.quantize import MatrixDims
 from kernels.window_attention import masked_attention, visible
 from model.attention.indexer import (
+    ChosenKeys,
     Index,
     Indexer,
     attend_chosen,
     chosen_keys,
+    chosen_slots,
     imitation_loss,
 )
 from model.attention.sharded import sharded_cached_attention, sharded_window_attention
@@ -42,6 +45,8 @@ modelling code)."""
 
 Pair = tuple[jax.Array, jax.Array]
 """The part without position and the part with it; of the up-projections, keys' and values'."""
+PerHead = tuple[jax.Array, jax.Array, jax.Array]
+"""Queries and keys [B, L, H, C], values [B, L, H, W]."""
 
 
 def init_state(config: LatentAttentionConfig, shape: StateShape) -> AnyKeyValueState:
@@ -50,7 +55,7 @@ def init_state(config: LatentAttentionConfig, shape: StateShape) -> AnyKeyValueS
         shape,
         heads=1,
         widths=(config.latent_rank + config.rope_head_dim, 0),
-        index_width=config.indexer and config.indexer.head_dim,
+        index_width=config.own_indexer and config.own_indexer.head_dim,
     )
 
 
@@ -60,11 +65,11 @@ def visible_keys(config: LatentAttentionConfig, places: np.ndarray) -> np.ndarra
 
 
 def mixing_flops(config: LatentAttentionConfig, places: np.ndarray) -> float:
-    """An indexer scores all keys before a query."""
+    """An indexer of the layer's own scores all keys before a query."""
     keys, widths = float(visible_keys(config, places).mean()), config.query_head_dim
     work = keys * config.num_heads * (widths + config.value_head_dim)
-    if config.indexer is not None:
-        work += places.mean() * config.indexer.num_heads * config.indexer.head_dim
+    if config.own_indexer is not None:
+        work += places.mean() * config.own_indexer.num_heads * config.own_indexer.head_dim
     return 2.0 * work
 
 
@@ -81,7 +86,13 @@ class LatentAttention(nn.Module):
         x_BLD: jax.Array,
         step: Step,
         state: AnyKeyValueState | None,
-    ) -> tuple[jax.Array, AnyKeyValueState | None]:
+        source: ChosenKeys | None = None,
+    ) -> tuple[jax.Array, AnyKeyValueState | None, ChosenKeys | None]:
+        """The result, the state, and the keys that an indexer chose; None without one.
+
+        Args:
+          source: those of the layer that config.shares_indexer means.
+        """
         c, d_model, dtype = self.config, x_BLD.shape[-1], x_BLD.dtype
         up_shape = (c.latent_rank, c.num_heads, c.nope_head_dim + c.value_head_dim)
         up_axes = ("embed", "heads", "head_dim")
@@ -92,7 +103,8 @@ class LatentAttention(nn.Module):
         queries = self._queries(h_BLQ, step.positions_BL)
         keys = self._latent(x_BLD, step.positions_BL)
         index = None
-        if c.indexer is not None:
+        assert (source is not None) == c.shares_indexer
+        if c.own_indexer is not None:
             # It learns from its own loss alone, and no other part learns from that.
             told = jax.lax.stop_gradient((x_BLD, h_BLQ))
             index = Indexer(c, name="indexer")(*told, step.positions_BL)
@@ -101,42 +113,59 @@ class LatentAttention(nn.Module):
         if state is not None:
             state = _write(state, step, keys, index)
         if state is None or step.is_whole:
-            out_BLHW = self._over_row(queries, keys, index, w_ups, step)
+            per_head = _per_head(queries, keys, w_ups)
+            chosen = source if index is None else self._chosen_in_row(per_head, index, step)
+            out_BLHW = self._over_row(per_head, chosen, step)
         else:
-            out_BLHW = self._over_state(queries, index, w_ups, step, state)
+            chosen = source if index is None else self._chosen_in_state(index, step, state)
+            out_BLHW = self._over_state(queries, chosen, w_ups, step, state)
         out_BLD = project("BLHW,HWD->BLD", out_BLHW, w_o_HWD, is_flat=state is not None)
         if c.bias:
             out_BLD += zero_weight(self, "o_bias", (d_model,), ("embed",)).astype(dtype)[None, None]
-        return out_BLD, state
+        return out_BLD, state, chosen
 
-    def _over_row(
-        self, queries: Pair, keys: Pair, index: Index | None, w_ups: Pair, step: Step
-    ) -> jax.Array:
+    def _chosen_in_row(self, per_head: PerHead, index: Index, step: Step) -> ChosenKeys:
+        """The keys of each query among those of its document in the row. Sows what the indexer has
+        still to learn, where one asks for it."""
+        indexer, positions_BL, segments_BL = (
+            self.config.indexer,
+            step.positions_BL,
+            step.segments_BL,
+        )
+        assert indexer is not None
+        places = (positions_BL[:, :, None], positions_BL[:, None, :])
+        mask_BLS = visible(*places, window_size=None, num_sink_tokens=0)
+        mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
+        mask_BLS = chosen_keys(index, index.k_BLC, mask_BLS, indexer.top_k)
+        if self.is_mutable_collection("router"):
+            loss = imitation_loss(*per_head[:2], index, mask_BLS)
+            self.sow("router", "indexer_loss", loss, init_fn=lambda: None, reduce_fn=newest)
+        leaves_out = positions_BL.shape[1] > indexer.top_k
+        return ChosenKeys(mask_BLS if leaves_out else None)
+
+    def _chosen_in_state(self, index: Index, step: Step, state: AnyKeyValueState) -> ChosenKeys:
+        """The keys of each query among those of its sequence in the state."""
+        assert self.config.indexer is not None
+        top_k = self.config.indexer.top_k
+        if num_slots(state, step) <= top_k:
+            return ChosenKeys()
+        return chosen_slots(index, state, step, top_k)
+
+    def _over_row(self, per_head: PerHead, chosen: ChosenKeys | None, step: Step) -> jax.Array:
         """Every head with keys and values of its own, in each document: [B, L, H, W]."""
-        (q_nope_BLHN, q_rope_BLHP), (latent_BLR, k_rope_BL1P) = queries, keys
-        w_uk_RHN, w_uv_RHW = w_ups
-        k_nope_BLHN = jnp.einsum("BLR,RHN->BLHN", latent_BLR, w_uk_RHN)
-        k_rope_BLHP = jnp.broadcast_to(k_rope_BL1P, q_rope_BLHP.shape)
-        q_BLHC = jnp.concatenate([q_nope_BLHN, q_rope_BLHP], axis=-1)
-        k_BLHC = jnp.concatenate([k_nope_BLHN, k_rope_BLHP], axis=-1)
-        v_BLHW = jnp.einsum("BLR,RHW->BLHW", latent_BLR, w_uv_RHW)
-        positions_BL, segments_BL = step.positions_BL, step.segments_BL
-        mask_BLS = None
-        if index is not None and self.config.indexer is not None:
-            places = (positions_BL[:, :, None], positions_BL[:, None, :])
-            mask_BLS = visible(*places, window_size=None, num_sink_tokens=0)
-            mask_BLS &= segments_BL[:, :, None] == segments_BL[:, None, :]
-            mask_BLS = chosen_keys(index, index.k_BLC, mask_BLS, self.config.indexer.top_k)
-            if self.is_mutable_collection("router"):
-                loss = imitation_loss(q_BLHC, k_BLHC, index, mask_BLS)
-                self.sow("router", "indexer_loss", loss, init_fn=lambda: None, reduce_fn=newest)
-        if mask_BLS is None or not self._leaves_out(positions_BL.shape[1]):
-            rows, chosen = (positions_BL, segments_BL), self.execution.window_attention
-            return sharded_window_attention(q_BLHC, k_BLHC, v_BLHW, *rows, implementation=chosen)
-        return masked_attention(q_BLHC, k_BLHC, v_BLHW, mask_BLS)
+        if chosen is not None and chosen.mask_BLS is not None:
+            return masked_attention(*per_head, chosen.mask_BLS)
+        rows = (step.positions_BL, step.segments_BL)
+        form = self.execution.window_attention
+        return sharded_window_attention(*per_head, *rows, implementation=form)
 
     def _over_state(
-        self, queries: Pair, index: Index | None, w_ups: Pair, step: Step, state: AnyKeyValueState
+        self,
+        queries: Pair,
+        chosen: ChosenKeys | None,
+        w_ups: Pair,
+        step: Step,
+        state: AnyKeyValueState,
     ) -> jax.Array:
         """One wide head over the latents of the state: [B, L, H, W]."""
         c = self.config
@@ -145,17 +174,11 @@ class LatentAttention(nn.Module):
         q_BLHC = jnp.concatenate([q_latent_BLHR, q_rope_BLHP], axis=-1)
         # Scores are divided by the root of the head's width, not of this wide query's.
         form = {"scale": c.query_head_dim**-0.5, "value_width": c.latent_rank}
-        if index is None or not self._leaves_out(num_slots(state, step)):
+        if chosen is None or chosen.place_BLK is None:
             summed_BLHR = sharded_cached_attention(q_BLHC, state, step, **form)
         else:
-            assert c.indexer is not None
-            summed_BLHR = attend_chosen(q_BLHC, index, state, step, top_k=c.indexer.top_k, **form)
+            summed_BLHR = attend_chosen(q_BLHC, chosen, state, step, **form)
         return jnp.einsum("BLHR,RHW->BLHW", summed_BLHR, w_uv_RHW)
-
-    def _leaves_out(self, num_keys: int) -> bool:
-        """Whether an indexer chooses among so many keys."""
-        indexer = self.config.indexer
-        return indexer is not None and num_keys > indexer.top_k
 
     def _query_latent(self, x_BLD: jax.Array) -> jax.Array:
         """What queries are made of: their normed bottleneck [B, L, Q], or the token itself."""
@@ -200,6 +223,17 @@ class LatentAttention(nn.Module):
     def _turned(self, x_BLHP: jax.Array, positions_BL: jax.Array) -> jax.Array:
         c = self.config
         return rope(x_BLHP, positions_BL, c.rope_base, c.rope_scaling) if c.has_rope else x_BLHP
+
+
+def _per_head(queries: Pair, keys: Pair, w_ups: Pair) -> PerHead:
+    """Each head's own queries, keys and values of the row."""
+    (q_nope_BLHN, q_rope_BLHP), (latent_BLR, k_rope_BL1P) = queries, keys
+    w_uk_RHN, w_uv_RHW = w_ups
+    k_nope_BLHN = jnp.einsum("BLR,RHN->BLHN", latent_BLR, w_uk_RHN)
+    k_rope_BLHP = jnp.broadcast_to(k_rope_BL1P, q_rope_BLHP.shape)
+    q_BLHC = jnp.concatenate([q_nope_BLHN, q_rope_BLHP], axis=-1)
+    k_BLHC = jnp.concatenate([k_nope_BLHN, k_rope_BLHP], axis=-1)
+    return q_BLHC, k_BLHC, jnp.einsum("BLR,RHW->BLHW", latent_BLR, w_uv_RHW)
 
 
 def _write(

@@ -21,9 +21,9 @@ from checkpoint import gguf
 from checkpoint.config_reader import Settings
 from checkpoint.families import FAMILIES
 from checkpoint.families.base import Family
-from checkpoint.gguf_config import config_from_gguf
+from checkpoint.gguf_config import config_from_gguf, config_to_gguf
 from checkpoint.gguf_values import NEGATIVE_RATE
-from checkpoint.public import find_family, lost_settings
+from checkpoint.public import find_family, lost_settings, write_model
 from checkpoint.weight_map import expand, flatten
 from configs.architecture import ModelConfig
 from configs.checks import UserError
@@ -400,6 +400,10 @@ CASES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5,
     },
 }
+CASES["glm_moe_dsa shared"] = CASES["glm_moe_dsa"] | {
+    "num_hidden_layers": 4,
+    "indexer_types": ["full", "shared", "full", "shared"],
+}
 
 READ_AS = {"mistral": "llama", "kimi_k2": "deepseek_v3"}
 """Families whose files are another's."""
@@ -561,6 +565,7 @@ CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "kimi_linear": ({"attention.value_length": 8}, ("expert_weights_norm", "expert_group_count")),
     "glm_moe_dsa": ({"nextn_predict_layers": 0}, ("attention.indexer.types",)),
+    "glm_moe_dsa shared": ({"attention.indexer.types": [1, 0, 1, 0]}, ()),
 }
 """Keys that llama.cpp's converter writes where we have others or none, and those that it leaves
 out: found by running it (llama.cpp of July 2026; for Gemma 4, whose keys and tensors are the same
@@ -580,6 +585,23 @@ def test_the_converters_keys_say_the_same(case: str, tmp_path: Path):
     values = config_from_gguf(metadata, file.shapes, file.read, "it")
     found = find_family(Settings(values, "it"))
     assert not lost_settings(config, found.read_config(Settings(values, "it")))
+
+
+@pytest.mark.parametrize(("context", "kinds"), [(1_048_575, "FFFFFFFF"), (1_048_576, "FFFSSSFS")])
+def test_without_a_list_a_long_context_means_that_indexers_are_shared(context: int, kinds: str):
+    """Of 8 layers and of 80: GLM-5.2 has 78, and llama.cpp's own table ends there."""
+    settings = CASES["glm_moe_dsa"] | {"max_position_embeddings": context, "indexer_types": None}
+    family = built("glm_moe_dsa")[0]
+    for count in (8, 80):
+        config = family.read_config(Settings(settings | {"num_hidden_layers": count}, "it"))
+        metadata = config_to_gguf(family, write_model(family, config))
+        del metadata["glm-dsa.attention.indexer.types"]
+        values = config_from_gguf(metadata, {}, lambda _: np.zeros(0), "it")
+        found = ["FS"[kind == "shared"] for kind in values["indexer_types"]]
+        assert "".join(found[:8]) == kinds
+        tail = ["F"] * 2 if kinds[-1] == "F" else ["S"] * 2
+        assert count == 8 or found[78:] == tail
+        assert found.count("F") == (count if kinds[-1] == "F" else {8: 4, 80: 21}[count])
 
 
 @pytest.mark.parametrize(

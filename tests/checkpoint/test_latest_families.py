@@ -164,6 +164,7 @@ def test_what_nemotron_has_beyond_is_refused_by_name(change, sentence, tmp_path)
         pytest.param("granitemoehybrid", (1, 4, 2), marks=pytest.mark.slow),
         pytest.param("nemotron_h", (1, 4, 1), marks=pytest.mark.slow),
         pytest.param("glm_moe_dsa", (1, 4, 2), marks=pytest.mark.slow),
+        pytest.param("glm_moe_dsa_shared", (1, 2, 2), marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe_text", (1, 4, 1), marks=pytest.mark.slow),
         pytest.param("kimi_linear", (1, 4, 2), marks=pytest.mark.slow),
         pytest.param("deepseek_v4", (1, 2, 1), marks=pytest.mark.slow),
@@ -200,6 +201,7 @@ def test_a_mesh_reads_the_parts_it_needs(case, sizes, tmp_path):
         "nemotron_h_latent",
         "granitemoehybrid",
         "glm_moe_dsa",
+        "glm_moe_dsa_shared",
         "kimi_linear",
     ],
 )

@@ -65,6 +65,7 @@ UNCACHED = (
     "mistral",
     "qwen3",
     "gemma",
+    "glm_moe_dsa_shared",
     "gemma3",
     "gemma4_dense",
     "gemma4_e4b",
@@ -347,16 +348,38 @@ def test_gemma4_with_heads_told_for_all_whole_layers_means_the_same(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"indexer_types": ["full", "shared"]},
-        {"indexer_types": None, "index_topk_pattern": "FS"},
-        {"indexer_types": None, "index_topk_freq": 2, "index_skip_topk_offset": 1},
+        {"indexer_types": None, "index_topk_pattern": "FSSFSS"},
+        {"indexer_types": None, "index_topk_freq": 3, "index_skip_topk_offset": 1},
     ],
 )
-def test_an_indexer_that_layers_share_is_refused_by_name(change, tmp_path):
-    config, _, _, _ = read_case("glm_moe_dsa")
-    write_case("glm_moe_dsa", tmp_path)
+def test_who_shares_an_indexer_is_said_in_several_ways(change, tmp_path):
+    """And indexers of layers that share another's are left out, as of a GLM-5 read with a
+    frequency."""
+    config, shapes, _, _ = read_case("glm_moe_dsa_shared")
+    expected = loaded("glm_moe_dsa_shared")[1]
+    tensors = {name: draw(name, tuple(shape)) for name, shape in shapes.items()}
+    own = [name for name in tensors if name.startswith("model.layers.0.self_attn.indexer.")]
+    assert len(own) == 5
+    tensors |= {name.replace(".0.", ".1."): tensors[name] + 1 for name in own}
+    save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError, match="1 of 2 layers that take the choice of keys from"):
+    _, found = open_source(str(tmp_path)).load()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"indexer_types": ["shared"] * 6}, "it must be 'full'"),
+        ({"indexer_types": ["full"] * 5}, "for each of num_hidden_layers=6"),
+        ({"indexer_types": ["full"] * 5 + ["half"]}, "expected 'full' or 'shared' for each"),
+    ],
+)
+def test_indexers_that_can_not_be_meant_are_refused(change, sentence, tmp_path):
+    config, _, _, _ = read_case("glm_moe_dsa_shared")
+    write_case("glm_moe_dsa_shared", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=sentence):
         open_source(str(tmp_path))
 
 

@@ -68,7 +68,8 @@ CONFIGS = {
     "experts": of(
         LayerSpec(attention=tiny.attention(**WIDE), ffn=MOE),
         LayerSpec(attention=LATENT, ffn=CONTEXT),
-        num_layers=2,
+        LayerSpec(attention=dataclasses.replace(LATENT, shares_indexer=True), ffn=MOE),
+        num_layers=3,
     ),
     "gpt-oss": of(
         LayerSpec(

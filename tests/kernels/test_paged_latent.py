@@ -163,7 +163,7 @@ def test_a_model_decodes_the_same_from_pages(function):
         """Its weights and its result, and by the equations what pages would hold and the query."""
         positions_BL = jnp.arange(21, dtype=jnp.int32)[None]
         inputs = (x_BLD, make_step(positions_BL, positions_BL), None)
-        (out_BLD, _), variables = layer.init_with_output(jax.random.key(1), *inputs)
+        (out_BLD, _, _), variables = layer.init_with_output(jax.random.key(1), *inputs)
         weights = nn.unbox(variables["params"])
         q_BHK = jnp.einsum("BD,DHK->BHK", x_BLD[:, -1], weights["q"])
         down_BLR = jnp.einsum("BLD,DR->BLR", x_BLD, weights["kv_down"])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.architecture import LayerSpec
+from configs.architecture import HyperConnectionConfig, LayerSpec, MultiTokenConfig
 from configs.attention import IndexerConfig, LatentAttentionConfig
 from configs.checks import UserError
 from configs.feed_forward import DenseConfig
@@ -16,8 +16,9 @@ from model.attention.indexer import Index, chosen_keys, imitation_loss
 from model.flops import decode_flops_per_token
 from model.model_state import init_state, rewind
 from model.transformer import Transformer, abstract_variables, hidden_states
+from model.unstacked import unstack
 from tests import tiny
-from tests.probes import Parity, check_causality, check_decode, inputs
+from tests.probes import Parity, check_causality, check_decode, check_devices, inputs
 
 SPARSE = LatentAttentionConfig(
     num_heads=3,
@@ -37,6 +38,11 @@ def config_of(attention: LatentAttentionConfig):
 
 
 CONFIG = config_of(SPARSE)
+SHARED = LayerSpec(
+    attention=dataclasses.replace(SPARSE, shares_indexer=True), ffn=DenseConfig(d_ff=16)
+)
+SHARING = tiny.model(prefix=CONFIG.prefix, pattern=(*CONFIG.pattern, SHARED), num_layers=5)
+"""Two repetitions of a layer with an indexer and one that takes its choice, after a third."""
 
 
 def with_top_k(top_k: int):
@@ -48,6 +54,11 @@ def with_top_k(top_k: int):
 def parity():
     """Two documents in the row; the second has more keys than a query may see."""
     return Parity(CONFIG, LENGTH, tolerance=3e-5)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return Parity(SHARING, LENGTH, tolerance=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +83,27 @@ def test_equals_the_numpy_oracle(parity):
 @pytest.mark.parametrize("wrong", ["no relu", "last turned", "no norm"])
 def test_wrong_indexers_are_told_apart(parity, wrong):
     parity.check_told_apart(wrong)
+
+
+def test_a_shared_choice_equals_the_numpy_oracle(shared):
+    shared.check()
+
+
+@pytest.mark.parametrize("wrong", ["first of its kind", "no choice"])
+def test_wrong_choices_are_told_apart(shared, wrong):
+    shared.check_told_apart(wrong)
+
+
+@pytest.mark.slow
+def test_layers_that_share_a_choice_apart_scanned_and_in_a_state(shared):
+    check_decode(SHARING, shared.variables, LENGTH, 11)
+    check_causality(SHARING, shared.variables, LENGTH)
+    check_devices(SHARING, shared.variables, LENGTH, (2, 2, 1), tolerance=5e-5)
+    tokens, positions = inputs(SHARING, LENGTH)
+    expected, _ = read(SHARING, shared.variables, tokens, positions)
+    apart, own = unstack(Transformer(SHARING), shared.variables)
+    found, _ = read(apart.config, own, tokens, positions)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_with_room_for_all_keys_it_is_plain_latent_attention(variables):
@@ -164,9 +196,23 @@ def test_shapes_counts_and_the_cache():
     own = jax.tree.map(jnp.shape, abstract["params"]["prefix_0"]["attention"]["indexer"])
     norm = {"scale": (6,), "bias": (6,)}
     assert own == {"q": (12, 3, 6), "k": (32, 6), "k_norm": norm, "weights": (32, 3)}
-    cache = init_state(CONFIG, 1, LENGTH, "float32")
-    sizes = [x.size for x in jax.tree.leaves(cache) if x.dtype == jnp.float32]
-    assert sum(sizes) == 2 * LENGTH * (10 + 4 + 6)
+    assert kept(CONFIG) == 2 * LENGTH * (10 + 4 + 6)
+
+
+def kept(config) -> int:
+    """Numbers that the layers keep of a text."""
+    cache = jax.eval_shape(lambda: init_state(config, 1, LENGTH, "float32"))
+    return sum(x.size for x in jax.tree.leaves(cache) if x.dtype == jnp.float32)
+
+
+def test_a_layer_that_shares_an_indexer_has_none():
+    """No weights, no keys and no scores of it: in 5 layers are 3 indexers."""
+    abstract, _ = abstract_variables(Transformer(SHARING))
+    assert sum(x.size for x in jax.tree.leaves(abstract["params"])) == SHARING.num_parameters
+    assert "indexer" not in abstract["params"]["periods"]["layer_1"]["attention"]
+    assert kept(SHARING) == LENGTH * (5 * (10 + 4) + 3 * 6)
+    longer = decode_flops_per_token(SHARING, 60) - decode_flops_per_token(SHARING, 20)
+    assert longer == 3 * 2 * 40 * 3 * 6
 
 
 def test_work_is_bounded_but_for_the_scores():
@@ -183,3 +229,26 @@ def test_what_it_can_not_do_is_said():
         dataclasses.replace(SPARSE, indexer=indexer)
     with pytest.raises(UserError, match=r"loss_weight=0.0 must be greater than 0"):
         dataclasses.replace(SPARSE.indexer, loss_weight=0.0)
+    with pytest.raises(UserError, match="shares_indexer=True has no effect with indexer=None"):
+        dataclasses.replace(SPARSE, indexer=None, shares_indexer=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"prefix": (), "pattern": (SHARED,), "num_layers": 1},
+            "shares_indexer, and no layer before it has the same attention without it",
+        ),
+        (
+            {"pattern": SHARING.pattern[::-1]},
+            "shares_indexer and reads layer 0 of the prefix at first and layer 2 of the pattern",
+        ),
+        ({"hyper_connections": HyperConnectionConfig()}, "shares_indexer is not built with hyper"),
+    ],
+)
+def test_a_choice_that_is_nobodys_is_refused(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        dataclasses.replace(SHARING, **change)
+    with pytest.raises(UserError, match="and a module has no layer before it"):
+        MultiTokenConfig(layer=SHARED)

@@ -57,6 +57,7 @@ LATENT = {
     "rope_head_dim": 4,
     "value_head_dim": 6,
 }
+INDEXED = LatentAttentionConfig(**LATENT, indexer=IndexerConfig(num_heads=2, head_dim=6, top_k=5))
 COMPRESSED = {
     "num_heads": 4,
     "query_rank": 12,
@@ -68,10 +69,10 @@ COMPRESSED = {
 SPARSE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 
 
-def sharing(attention):
-    """A layer, and two repetitions of one that reads its keys."""
+def sharing(attention, setting="shares_keys"):
+    """A layer, and two repetitions of one that reads its keys, or takes its choice of them."""
     own, reading = (
-        LayerSpec(attention=dataclasses.replace(attention, shares_keys=x), ffn=DENSE)
+        LayerSpec(attention=dataclasses.replace(attention, **{setting: x}), ffn=DENSE)
         for x in (False, True)
     )
     return tiny.model(
@@ -117,9 +118,8 @@ KINDS = {
         )
     ),
     "latent": of(LatentAttentionConfig(**LATENT)),
-    "indexed": of(
-        LatentAttentionConfig(**LATENT, indexer=IndexerConfig(num_heads=2, head_dim=6, top_k=5))
-    ),
+    "indexed": of(INDEXED),
+    "shared indexer": sharing(INDEXED, "shares_indexer"),
     "context router": of(
         tiny.attention(window_size=6),
         tiny.moe(router=RouterConfig(top_k=2, context=ContextConfig(kind="causal", window_size=5))),

@@ -10,8 +10,10 @@ import pytest
 
 from configs.architecture import LayerSpec
 from configs.attention import IndexerConfig, LatentAttentionConfig
+from configs.base import ExecutionConfig
 from configs.feed_forward import DenseConfig
 from model.transformer import Transformer, output_weights, training_pass
+from model.unstacked import unstack
 from tests import tiny
 from tests.probes import drawn, inputs
 from train.losses import collect_indexer_losses, weighted_indexer_loss
@@ -88,3 +90,52 @@ def test_it_learns_where_the_attention_looks():
         if not is_of_indexer(path):
             after = jax.tree.leaves_with_path(params)
             np.testing.assert_array_equal(dict(after)[path], before)
+
+
+SHARED = LayerSpec(
+    attention=dataclasses.replace(SPARSE, shares_indexer=True), ffn=DenseConfig(d_ff=32)
+)
+SHARING = tiny.model(prefix=(LAYER,), pattern=(LAYER, SHARED), num_layers=11)
+"""Six layers with an indexer, and five that take its choice; a loop runs the last ten."""
+
+
+def test_a_layer_that_shares_an_indexer_has_no_loss_of_one():
+    tokens, positions = inputs(SHARING, LENGTH)
+    model, variables = Transformer(SHARING), drawn(SHARING)
+    _, sown, _ = jax.eval_shape(lambda v: training_pass(model, v, tokens, positions), variables)
+    found = {
+        jax.tree_util.keystr(path): x.shape
+        for path, x in jax.tree.leaves_with_path(sown["router"])
+        if path[-1].key == "indexer_loss"
+    }
+    own, attention = ("prefix_0", "periods']['layer_0"), "']['attention']['indexer_loss']"
+    assert found == {f"['{own[0]}{attention}": (), f"['{own[1]}{attention}": (5,)}
+
+
+@pytest.mark.slow
+def test_a_shared_choice_trains_the_same_scanned_recomputed_and_in_a_row():
+    tokens, positions = inputs(SHARING, LENGTH)
+    variables = drawn(SHARING)
+
+    def gradients(model, variables):
+        def loss(params):
+            hidden, sown, _ = training_pass(
+                model, variables | {"params": params}, tokens, positions
+            )
+            learned = weighted_indexer_loss(collect_indexer_losses(sown), model.config)
+            weights_D = np.arange(SHARING.d_model, dtype=np.float32)
+            return (hidden**2 * weights_D[None, None]).mean() + learned
+
+        return jax.jit(jax.grad(loss))(variables["params"])
+
+    kept, again = (
+        gradients(Transformer(SHARING, ExecutionConfig(remat=kind)), variables)
+        for kind in ("none", "full")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), kept, again)
+    apart = gradients(*unstack(Transformer(SHARING), variables))
+    for i in range(2):  # indexers apart: the mean over losses weighs a stack as one layer
+        one, other = kept["periods"][f"layer_{i}"], apart["periods"][f"layer_{4 + i}"]
+        one, other = one["attention"]["kv_up"][2], other["attention"]["kv_up"][0]
+        assert np.abs(one).max() > 1e-3
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)

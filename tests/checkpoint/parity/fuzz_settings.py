@@ -436,7 +436,8 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         "index_head_dim": [8, 12],
         "index_n_heads": [16, 32],  # few have scores of 0 for several keys: which is chosen is open
         "attention_bias": [False, True],
-        "index_topk_freq": [1] * 9 + [2],
+        "index_topk_freq": [1, 2, 3],
+        "index_skip_topk_offset": [1, 2, 3],
     },
     "gemma": GEMMA | {"hidden_act": ["gelu_pytorch_tanh"] * 7 + ["gelu", "silu"]},
     "gemma2": GEMMA

@@ -254,6 +254,20 @@ CASES = {
             "topk_group": 1,
         },
     ),
+    "glm_moe_dsa_shared": (
+        "glm_moe_dsa",
+        V3
+        | {
+            "num_hidden_layers": 6,
+            "index_topk": 8,
+            "index_head_dim": 16,
+            "index_n_heads": 16,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "indexer_types": ["full", "shared", "shared", "full", "shared", "shared"],
+        },
+    ),
     "deepseek_v4": ("deepseek_v4", V4),
     "qwen2": ("qwen2", DENSE | {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", DENSE | {"head_dim": 20, "attention_bias": True}),
