@@ -128,10 +128,21 @@ class UpcycleConfig:
     """Experts in the place of a dense model's layers, each a copy of its layer
     (model/upcycle.py)."""
 
-    num_experts: int = 4
+    num_experts: int = 0
+    """0: the model stays as it is."""
     top_k: int = 2
     every: int = 1
     """Only the last of so many layers of the pattern gets experts."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self) or (self.top_k, self.every) == (2, 1),
+            f"init.upcycle has top_k={self.top_k} and every={self.every} without effect: set its "
+            "num_experts",
+        )
+
+    def __bool__(self) -> bool:
+        return self.num_experts > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +159,7 @@ class InitConfig:
     weights: Literal["source", "drawn"] = "source"
     """drawn: of init.source only architecture and tokenizer are taken; the weights are drawn from
     the run's seed."""
-    upcycle: UpcycleConfig | None = None
+    upcycle: UpcycleConfig = UpcycleConfig()
     """With architecture="source": the run's model has experts in the place of the source's dense
     layers."""
     drop: float = 0.0
@@ -168,12 +179,12 @@ class InitConfig:
             f"init.architecture={self.architecture!r} needs init.source, whose model it is",
         )
         require(
-            self.architecture == "source" or self.upcycle is None,
+            self.architecture == "source" or not self.upcycle,
             "init.upcycle puts experts into the model that init.source has: set "
             "init.architecture='source', or give the run a model with experts and leave it out",
         )
         require(
-            self.architecture == "run" or not self.drop or self.upcycle is not None,
+            self.architecture == "run" or not self.drop or bool(self.upcycle),
             f"init.drop={self.drop} draws units of experts anew, and the run takes init.source's "
             "model as it is: set init.upcycle, or leave init.drop out",
         )

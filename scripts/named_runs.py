@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint.run_directory import EXPERIMENT, read_run
-from configs.base import InitConfig, RunConfig
+from configs.base import InitConfig, RunConfig, UpcycleConfig
 from configs.checks import require
 from configs.cli import load_run, with_overrides
 from configs.experiment_file import Target, object_of, parse_target, read_source
@@ -56,12 +56,12 @@ def with_source_model(run: RunConfig) -> RunConfig:
     source = open_source(run.init.source)
     data = dataclasses.replace(run.data, tokenizer=run.data.tokenizer or run.init.source)
     model = source.config
-    if run.init.upcycle is not None:
+    if run.init.upcycle:
         model = upcycled_config(model, **dataclasses.asdict(run.init.upcycle))
     if run.init.weights == "drawn":
         init = InitConfig()
     else:
-        init = dataclasses.replace(run.init, architecture="run", upcycle=None)
+        init = dataclasses.replace(run.init, architecture="run", upcycle=UpcycleConfig())
     return dataclasses.replace(run, model=model, data=data, init=init)
 
 

@@ -15,7 +15,7 @@ from configs.feed_forward import (
     NoFeedForwardConfig,
     RouterConfig,
 )
-from configs.shared_keys import key_sources
+from configs.shared_keys import key_sources, shares_keys
 
 MAX_LAYERS = 4096
 """More than any model has."""
@@ -137,8 +137,9 @@ def unfolded(config: ModelConfig) -> list[LayerSpec]:
     return [*config.prefix, *config.pattern * config.num_periods]
 
 
-def layers_without_keys(config: ModelConfig) -> list[int]:
-    """The numbers of those that read the keys and values of an earlier one."""
+def sharing_layers(config: ModelConfig) -> list[int]:
+    """The numbers of those that read what an earlier one made: its keys and values, or the choice of
+    its indexer."""
     return [i for i, layer in enumerate(unfolded(config)) if shares_keys(layer.attention)]
 
 

@@ -293,7 +293,7 @@ LAYER = weight_maps.LAYER
 
 def unused_tensors(config: ModelConfig) -> list[str]:
     """Keys and values of layers that take another's, which released files hold all the same."""
-    numbers = config_sections.layers_without_keys(config)
+    numbers = config_sections.sharing_layers(config)
     return [rf"model\.layers\.{i}\.self_attn\.(k_proj|v_proj|k_norm)\.weight" for i in numbers]
 
 

@@ -212,7 +212,7 @@ ROWS = (
 
 def unused_tensors(config: ModelConfig) -> list[str]:
     """As gemma4.unused_tensors, in llama.cpp's names."""
-    numbers = config_sections.layers_without_keys(config)
+    numbers = config_sections.sharing_layers(config)
     return [rf"blk\.{i}\.(attn_k|attn_v|attn_k_norm)\.weight" for i in numbers]
 
 

@@ -82,8 +82,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 def unused_tensors(config: ModelConfig) -> list[str]:
     """Indexers of layers that take another's choice: GLM-5.2's files have none, those of a GLM-5
     that is read with an index_topk_freq hold them all."""
-    layers = enumerate(config_sections.unfolded(config))
-    numbers = [i for i, layer in layers if shares_keys(layer.attention)]
+    numbers = config_sections.sharing_layers(config)
     return [rf"model\.layers\.{i}\.self_attn\.indexer\..*" for i in numbers]
 
 

@@ -157,13 +157,18 @@ def test_the_architecture_is_the_sources(tuned):
     for wrong, sentence in (
         ({"drop": 0.5}, r"set init\.upcycle, or leave init\.drop out"),
         (
-            {"drop": 0.5, "weights": "drawn", "upcycle": UpcycleConfig()},
+            {"drop": 0.5, "weights": "drawn", "upcycle": UpcycleConfig(num_experts=4)},
             "init.drop=0.5 has no effect",
         ),
-        ({"architecture": "run", "upcycle": UpcycleConfig()}, "init.upcycle puts experts into"),
+        (
+            {"architecture": "run", "upcycle": UpcycleConfig(num_experts=4)},
+            "init.upcycle puts experts into",
+        ),
     ):
         with pytest.raises(UserError, match=sentence):
             InitConfig(**{"source": "first", "architecture": "source"} | wrong)
+    with pytest.raises(UserError, match=r"has top_k=1 and every=1 without effect"):
+        UpcycleConfig(top_k=1)
 
 
 def test_another_objective_in_the_folder_and_text_are_refused(tuned):
