@@ -23,13 +23,15 @@ from kernels.quantize import (
     quantize,
     to_format,
 )
+from kernels.quantize import packing as packings
 from kernels.quantize.native import quantize_panels
-from kernels.quantize.packing import pack, unpack
 
 # One program for each shape: operation by operation, compiling would take most of the tests' time.
 dequantize = jax.jit(kernels.quantize.dequantize)
 repack = jax.jit(kernels.quantize.repack, static_argnums=1)
 take_outputs = jax.jit(kernels.quantize.take_outputs)
+pack = jax.jit(packings.pack, static_argnums=(1, 2))
+unpack = jax.jit(packings.unpack, static_argnums=(1, 2))
 
 SCALED = ("fp8_e4m3", "int8", "int4")
 
