@@ -165,27 +165,32 @@ def _in_format(x: jax.Array, format: WeightFormat, dims: MatrixDims) -> jax.Arra
     if format not in QUANTIZED or len(x.sharding.device_set) == 1:
         return _rounded(x, format, dims)
     assert isinstance(x.sharding, NamedSharding)
-    made: dict[Any, QTensor] = {}
-    shards: list[QTensor] = []
-    for shard in x.addressable_shards:
-        index = tuple((part.start, part.stop) for part in shard.index)
-        if index not in made:
-            made[index] = cast(QTensor, _rounded(shard.data, format, dims))
-        shards.append(jax.device_put(made[index], shard.device))
     num_stack, spec, mesh = x.ndim - _num_dims(dims), x.sharding.spec, x.sharding.mesh
     stack, axes = x.shape[:num_stack], [*spec, *[None] * x.ndim][:num_stack]
     is_split = _tensor_dim(spec, num_stack) is not None
     if is_split:
         stack, axes = (*stack, mesh.shape[TENSOR]), [*axes, TENSOR]
+    made: dict[Any, QTensor] = {}
+    shards: list[QTensor] = []
+    for shard in x.addressable_shards:
+        index = tuple((part.start, part.stop) for part in shard.index)
+        if index not in made:
+            part = cast(QTensor, _rounded(shard.data, format, dims))
+            made[index] = _as_one_part(part, num_stack) if is_split else part
+        shards.append(jax.device_put(made[index], shard.device))
 
     def together(*parts: jax.Array) -> jax.Array:
-        if is_split:
-            parts = tuple(jnp.expand_dims(part, num_stack) for part in parts)
         shape = (*stack, *parts[0].shape[len(stack) :])
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
         return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
 
     return jax.tree.map(together, *shards)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _as_one_part(x: QTensor, dim: int) -> QTensor:
+    """With a stacked dimension of one there, in one program for all its arrays."""
+    return jax.tree.map(lambda part: jnp.expand_dims(part, dim), x)
 
 
 def _rounded(x: jax.Array, format: WeightFormat, dims: MatrixDims) -> jax.Array | QTensor:

@@ -87,6 +87,11 @@ def dequantize(weight: QTensor, dtype: str = "float32") -> jax.Array:
     return w.reshape(weight.shape).astype(dtype)
 
 
+@jax.jit
+def _num_not_finite(w: jax.Array) -> jax.Array:
+    return (~jnp.isfinite(w)).sum()
+
+
 def take_outputs(weight: QTensor, ids: jax.Array, dtype: str = "float32") -> jax.Array:
     """The weights of some outputs, [*ids.shape, *inputs]: rows of an embedding table.
 
@@ -180,6 +185,6 @@ def check(
     if format == "int4" and num_inputs % 2:
         raise ValueError(f"int4 packs inputs in pairs, w {w.shape} has {num_inputs} inputs")
     if not isinstance(w, Tracer):
-        wrong = int((~jnp.isfinite(w)).sum())
+        wrong = int(_num_not_finite(w))
         if wrong:
             raise ValueError(f"{wrong} of {w.size} weights are not finite: nothing to round to")

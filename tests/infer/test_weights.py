@@ -208,11 +208,15 @@ def test_the_model_is_that_of_the_rounded_weights(name, weights, request):
     assert np.abs(full_logits(model, exact, TOKENS) - expected).max() > 6e-4
 
 
+def in_float32(variables):
+    return jax.tree.map(lambda x: x.astype("float32") if x.dtype != "int32" else x, variables)
+
+
 @pytest.mark.parametrize("name", ["dense", "experts", "gpt-oss"])
 def test_bfloat16_weights_are_read_as_they_are_stored(name, exact_rows):
     """Against the same program on float32 copies of them: tied and own output layers, experts."""
     model, variables = in_format(CONFIGS[name], "bfloat16")
-    floats = jax.tree.map(lambda x: x.astype("float32") if x.dtype != "int32" else x, variables)
+    floats = jax.jit(in_float32)(variables)
     expected = full_logits(model, floats, TOKENS)
     np.testing.assert_allclose(full_logits(model, variables, TOKENS), expected, atol=2e-5)
     text = jax.jit(functools.partial(layers.project, "BD,DF->BF")).lower(
@@ -357,7 +361,7 @@ def on_mesh(config, weights, mesh):
     """The model's variables in the format, laid out as a source lays them out."""
     model, floats = exact_model(config)
     abstract = abstract_on_mesh(model, mesh, weights=weights)
-    placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), floats, abstract)
+    placed = jax.device_put(jax.device_get(floats), jax.tree.map(lambda a: a.sharding, abstract))
     return converted(placed, converter(model, weights))
 
 

@@ -354,9 +354,9 @@ def test_a_shared_page_is_copied_before_it_is_written(name):
     tokens = np.random.RandomState(5).randint(0, 300, (1, 10)).astype(np.int32)
     positions = np.arange(10, dtype=np.int32)[None]
     read = jax.jit(lambda t, p, s, n: forward(model, variables, make_step(t, p, tables_RN=n), s))
-    state = init_state(config, 1, 12, "float32", num_pages=6, page_size=4)
+    state = made(config, 1, 12, "float32", num_pages=6, page_size=4)
     _, state = read(tokens, positions, state, np.array([[1, 2, 3]], np.int32))
-    state = copy_page(state, jnp.int32(3), jnp.int32(5))
+    state = jax.jit(copy_page)(state, np.int32(3), np.int32(5))
     other = (tokens[:, :1] + 3) % 300
     at = np.array([[10]], np.int32)
     new, state = read(other, at, state, np.array([[1, 2, 5]], np.int32))
@@ -375,7 +375,7 @@ def test_int8_keys_are_near(name):
     tokens = np.random.RandomState(1).randint(0, 300, (1, LENGTH)).astype(np.int32)
     positions = np.arange(LENGTH, dtype=np.int32)[None]
     expected, _ = read_rows(model, variables, tokens, positions)
-    state = init_state(config, 1, LENGTH, "int8", LENGTH)
+    state = made(config, 1, LENGTH, "int8", LENGTH)
     assert {x.dtype for x in jax.tree.leaves(state)} == {
         jnp.dtype(d) for d in ("int8", "int32", "float32")
     }

@@ -1,13 +1,11 @@
 """Bodies that nobody thought of, made from /openapi.json."""
 
+import importlib
 import logging
 
 import numpy as np
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis import GenerationMode
-from schemathesis.checks import not_a_server_error
 
 from tests.infer.server.conftest import echoed
 from tests.infer.server.scripted import ScriptedEngine, byte_tokenizer, served
@@ -20,6 +18,12 @@ POSTED = (
 
 
 @pytest.fixture(scope="module")
+def schemathesis():
+    """The package, which takes long to import: the fast tests do without it."""
+    return importlib.import_module("schemathesis")
+
+
+@pytest.fixture(scope="module")
 def server():
     tokenizer = byte_tokenizer()
     logging.getLogger("moesaic.server").setLevel(logging.CRITICAL)
@@ -28,13 +32,13 @@ def server():
         yield made
 
 
-@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("mode", ["positive", "negative"])
 @pytest.mark.parametrize("path", POSTED)
 @pytest.mark.sampled
-def test_no_body_makes_the_server_fail(server, path, mode):
+def test_no_body_makes_the_server_fail(schemathesis, server, path, mode):
     """Every answer is one of success or of the client's fault, in the documented shape."""
     api = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-    operation = api[path]["POST"]
+    operation, mode = api[path]["POST"], schemathesis.GenerationMode(mode)
 
     @settings(
         max_examples=30,
@@ -49,7 +53,7 @@ def test_no_body_makes_the_server_fail(server, path, mode):
         if isinstance(case.body, dict):
             case.body.pop("model", None)  # any other name than ours is all that would be tested
         answer = case.call()
-        case.validate_response(answer, checks=[not_a_server_error])
+        case.validate_response(answer, checks=[schemathesis.checks.not_a_server_error])
         assert answer.status_code in (200, 400, 413), answer.text
         if answer.status_code != 200:
             assert "message" in answer.json()["error"]

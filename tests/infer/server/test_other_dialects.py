@@ -1,6 +1,7 @@
 """The anthropic client and OpenAI's responses, unmodified, over a real socket."""
 
-import anthropic
+import importlib
+
 import openai
 import pytest
 
@@ -15,7 +16,13 @@ WEATHER = {
 
 
 @pytest.fixture(scope="module")
-def claude(server):
+def anthropic():
+    """The package, whose 3,200 modules only the worker that runs these tests imports."""
+    return importlib.import_module("anthropic")
+
+
+@pytest.fixture(scope="module")
+def claude(server, anthropic):
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as made:
         yield made
 
@@ -77,7 +84,7 @@ def test_a_message_that_begins_the_answer(claude, engine, tokenizer):
     assert tokenizer.decode(engine.seen[-1].prompt).endswith("assistant\nOnce")
 
 
-def test_errors_in_the_shape_of_the_dialect(claude):
+def test_errors_in_the_shape_of_the_dialect(claude, anthropic):
     with pytest.raises(anthropic.BadRequestError) as caught:
         claude.messages.create(model="tiny", max_tokens=5, messages=user("x" * 1100))
     assert caught.value.body["error"]["type"] == "invalid_request_error"
@@ -130,7 +137,7 @@ def test_tools_of_a_response(client):
     assert made.output_text.startswith("cold")
 
 
-def test_thinking_is_a_field_of_its_own():
+def test_thinking_is_a_field_of_its_own(anthropic):
     """In all three dialects; stop texts don't apply to it, and a budget that it used up leaves an
     empty answer."""
     template = byte_tokenizer().chat_template + "{# <think></think> enable_thinking #}"
