@@ -138,8 +138,8 @@ def unfolded(config: ModelConfig) -> list[LayerSpec]:
 
 
 def sharing_layers(config: ModelConfig) -> list[int]:
-    """The numbers of those that read what an earlier one made: its keys and values, or the choice of
-    its indexer."""
+    """The numbers of those that read what an earlier one made: keys and values, or the choice of
+    keys."""
     return [i for i, layer in enumerate(unfolded(config)) if shares_keys(layer.attention)]
 
 
