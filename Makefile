@@ -12,7 +12,7 @@ quickstart: .venv            ## corpus, training, distillation, evaluation, repo
 	$(RUN) -m scripts.quickstart
 
 large-to-small: model        ## SmolLM2 pruned, distilled, quantised, measured at every stage; ARGS as scripts.large_to_small's
-	$(RUN) -m scripts.large_to_small $(ARGS)
+	$(RUN) -m scripts.large_to_small --parameters 35M --arms $(ARGS)
 
 help:                        ## this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -42,14 +42,18 @@ ROAD = ("source", "pruned", "distilled", *METHODS)
 TOP_K = 64
 """Of the teacher's tokens at each place; the others are one bin."""
 EXPERTS = 8
-DRAWN = ("--init.weights", "drawn", "--optimizer.learning-rate", "1e-3")
+RECIPE = ("--batch-size", "4", "--optimizer.learning-rate", "1e-3")
+"""Of few tokens many small steps make most."""
+DRAWN = ("--init.weights", "drawn")
+OWN_SHARE = 0.25
+"""Of the rows, half of each written by the student itself."""
 
 
 @dataclass(frozen=True)
 class Arm:
     """A model trained on as many tokens as the student."""
 
-    teacher: Literal["none", "cached", "beside"]
+    teacher: Literal["none", "cached", "own texts"]
     begin: Literal["pruned", "narrow"] = "pruned"
     settings: tuple[str, ...] = ()
 
@@ -59,7 +63,7 @@ ARMS = {
     "drawn, alone": Arm("none", settings=DRAWN),
     "drawn, teacher": Arm("cached", settings=DRAWN),
     "pruned, alone": Arm("none"),
-    "pruned, own texts": Arm("beside", settings=("--distill.on-policy.share", "0.25")),
+    "pruned, own texts": Arm("own texts"),
     "experts, teacher": Arm(
         "cached",
         "narrow",
@@ -113,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", nargs="?", default="smollm2")
     parser.add_argument("--keep", type=finite, default=0.7, help="share of the layers (0.7)")
     parser.add_argument("--parameters", help="in the place of --keep: how many, as 35M")
-    parser.add_argument("--steps", type=int, default=600, help="of distillation (600)")
+    parser.add_argument("--steps", type=int, default=160, help="of distillation (160)")
     parser.add_argument(
         "--arms",
         type=_arms,
@@ -159,30 +163,39 @@ def _half_as_wide(name: str) -> int:
 def _learn(chain: Chain, stage: str, place: Path, options: argparse.Namespace, arm: Arm) -> None:
     """A model trained and measured, if it is not there."""
     if stage not in chain.stages:
-        taught = "train pruned_alone" if arm.teacher == "none" else "distill pruned_recovery"
-        folder, cache = options.run_dir, options.run_dir / "teacher"
-        given = _training(options, folder / arm.begin)
-        teacher: list[object] = []
-        if arm.teacher != "none":
-            teacher = ["--distill.top-k", TOP_K]
-            named = ["--teacher", options.source]
-            if arm.teacher == "cached":
-                # The rows and their order are the same for all.
-                made = [*_training(options, folder / "pruned"), *teacher, *named]
-                verb("distill", "pruned_recovery", *made, "--make-cache", cache)
-                named = ["--distill.cache-directory", cache]
-            teacher += named
-        verb(*taught.split(), "--run-dir", place, *given, *teacher, *arm.settings)
+        training = _training(options, options.run_dir / arm.begin)
+        if arm.teacher == "none":
+            verb("train", "pruned_alone", "--run-dir", place, *training, *arm.settings)
+        else:
+            taught = [*training, *_teacher(options, arm), *arm.settings]
+            verb("distill", "pruned_recovery", "--run-dir", place, *taught)
     chain.measured(stage, place)
+
+
+def _teacher(options: argparse.Namespace, arm: Arm) -> list[object]:
+    """What says who teaches; what it says of the data is kept by then."""
+    best, named = ["--distill.top-k", TOP_K], ["--teacher", options.source]
+    if arm.teacher == "own texts":
+        half = _row_length(options.source) // 2
+        own = {"share": OWN_SHARE, "prompt-length": half}
+        return best + named + [x for k, v in own.items() for x in (f"--distill.on-policy.{k}", v)]
+    cache = options.run_dir / "teacher"
+    # The rows and their order are the same for all.
+    read = _training(options, options.run_dir / "pruned")
+    verb("distill", "pruned_recovery", *read, *best, *named, "--make-cache", cache)
+    return [*best, "--distill.cache-directory", cache]
+
+
+def _row_length(source: str) -> int:
+    return min(256, open_source(source).config.context_length // 2)
 
 
 def _training(options: argparse.Namespace, begin: Path) -> list[object]:
     """What all who learn have in common."""
-    length = min(256, open_source(options.source).config.context_length // 2)
-    given = ["--init.source", begin, "--data.seq-len", length]
-    given += ["--data.directory", options.run_dir / "corpus"]
+    given = ["--init.source", begin, "--data.seq-len", _row_length(options.source)]
+    given += ["--data.directory", options.run_dir / "corpus", "--data.tokenizer", options.source]
     given += ["--data.source", options.text] if options.text else []
-    return [*given, *(SHORT if options.short else ("--steps", options.steps))]
+    return [*given, *RECIPE, *(SHORT if options.short else ("--steps", options.steps))]
 
 
 def verb(name: str, *arguments: object) -> None:

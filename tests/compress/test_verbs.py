@@ -256,15 +256,15 @@ def test_the_chain_goes_on_where_it_was(place, tmp_path):
     """From a model to its files by processes of their own, and at once when all is done."""
     run = [sys.executable, "-m", "scripts.large_to_small", str(place / "model"), "--short"]
     run += ["--text", str(place / "text.txt"), "--run-dir", str(tmp_path / "chain")]
-    run += ["--arms", "drawn, teacher;experts, teacher"]
+    run += ["--arms", "pruned, own texts;experts, teacher"]
     run += ["--tasks", "line_completion", "--limit", "2"]
     for _ in range(2):
         done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     stages = json.loads((tmp_path / "chain" / "stages.json").read_text())
-    arms = ["drawn, teacher", "experts, teacher"]
+    arms = ["pruned, own texts", "experts, teacher"]
     assert list(stages) == ["source", "pruned", "distilled", *arms, "int8", "int4"]
-    assert stages["drawn, teacher"]["parameters"] == stages["pruned"]["parameters"]
+    assert stages["pruned, own texts"]["parameters"] == stages["pruned"]["parameters"]
     experts = open_source(stages["experts, teacher"]["path"]).config
     dense = open_source(stages["pruned"]["path"]).config
     assert experts.layer_kinds[0].ffn.num_experts == 8
