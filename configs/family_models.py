@@ -12,6 +12,7 @@ from configs.compressed_attention import (
 )
 from configs.feed_forward import DenseConfig, MoEConfig, NoFeedForwardConfig, RouterConfig
 from configs.models import v31_nano
+from configs.per_layer_embeddings import PerLayerEmbeddingConfig
 from configs.recurrent_attention import GatedDeltaConfig, Mamba2Config
 from configs.rope import YarnConfig
 
@@ -142,6 +143,53 @@ def nemotron_h_nano() -> ModelConfig:
         for letter in "MEM*EME"
     )
     return dataclasses.replace(model, prefix=(), pattern=pattern, num_layers=7)
+
+
+def gemma4_nano() -> ModelConfig:
+    """Gemma 4's form in 4.5M parameters: a layer with a window before one over everything, whose
+    keys are its values and a quarter of whose pairs turn; the last two read the keys of the first
+    two; a dense layer beside the experts, and embeddings for each layer.
+    """
+    window = AttentionConfig(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        window_size=64,
+        qk_norm="head",
+        value_norm=True,
+        score_scale=1.0,
+    )
+    everywhere = dataclasses.replace(
+        window,
+        num_kv_heads=1,
+        window_size=None,
+        rope_base=1_000_000.0,
+        rotary_dim=8,
+        rotary_pairs="across",
+        values_from_keys=True,
+    )
+    router = RouterConfig(top_k=2, expert_scales=True, input_norm=True, z_loss_weight=0.0)
+    pattern = tuple(
+        LayerSpec(
+            attention=dataclasses.replace(attention, shares_keys=is_sharing),
+            ffn=MoEConfig(num_experts=16, d_ff=128, activation="geglu", router=router),
+            dense=DenseConfig(d_ff=256, activation="geglu"),
+            norms="sandwich",
+            output_scale=True,
+        )
+        for is_sharing in (False, True)
+        for attention in (window, everywhere)
+    )
+    base = v31_nano()
+    return dataclasses.replace(
+        base,
+        pattern=pattern,
+        num_layers=len(pattern),
+        tie_embeddings=True,
+        embedding_scale=base.d_model**0.5,
+        logit_cap=30.0,
+        per_layer_embeddings=PerLayerEmbeddingConfig(width=16),
+    )
 
 
 def deepseek_v4_nano() -> ModelConfig:

@@ -203,6 +203,16 @@ def nemotron_h_nano() -> RunConfig:
     return dataclasses.replace(v31_nano(), name="nemotron_h_nano", model=model)
 
 
+def gemma4_nano() -> RunConfig:
+    """v31_nano's run with Gemma 4's layers: shared keys, experts beside a dense layer, embeddings
+    for each layer.
+
+    python -m scripts.train gemma4_nano: minutes on two CPU cores.
+    """
+    model = family_models.gemma4_nano()
+    return dataclasses.replace(v31_nano(), name="gemma4_nano", model=model)
+
+
 def qwen3_next_nano() -> RunConfig:
     """Gated delta nets and gated attention, three to one, as Qwen3-Next and Qwen3.5 have them.
 

@@ -30,6 +30,11 @@ from infer.sources import Progress, Source, counted
 Form = Literal["huggingface", "gguf", "orbax", "peft"]
 
 
+def form_of(target: Path, named: Form | None) -> Form:
+    """What is made: what was named, else a GGUF where the target's name ends so, our own else."""
+    return named or ("gguf" if target.suffix == ".gguf" else "orbax")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """What to make of a source."""

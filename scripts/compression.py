@@ -13,7 +13,7 @@ from compress.pruning import PruningReport
 from compress.quantization import QuantizationReport
 from configs.checks import UserError
 from formats.gguf.writer import Quantization
-from infer.convert import Conversion, Form
+from infer.convert import Conversion, Form, form_of
 from infer.sources import Source
 from parallel.distributed import is_first
 from train.progress import ProgressBar
@@ -58,7 +58,7 @@ def conversion_to(
       dtype: of a Hugging Face folder.
       quantization: of what a GGUF's matrices are that come in floats.
     """
-    form = arguments.to or ("gguf" if arguments.target.suffix == ".gguf" else "orbax")
+    form = form_of(arguments.target, arguments.to)
     return Conversion(
         to=form,
         family=arguments.family,

@@ -5,10 +5,11 @@ alone into PEFT's.
     python -m scripts.convert runs/smollm2_code exported --to huggingface --dtype bfloat16
     python -m scripts.convert runs/deepseek_v3_nano exported --to huggingface --dtype float8
     python -m scripts.convert runs/fine_tune_lora adapter --to peft
-    python -m scripts.convert smollm2 smollm2.gguf --to gguf --quantization Q8_0
+    python -m scripts.convert smollm2 smollm2.gguf --quantization Q8_0
 
-Nothing appears under the name DST before it is whole. Interrupted, the same command goes on with
-the whole files of a Hugging Face export and the tensors of a GGUF; --to orbax begins again.
+A DST that ends in .gguf is such a file, any other a folder of our own form where --to names none.
+Nothing appears under its name before it is whole. Interrupted, the same command goes on with the
+whole files of a Hugging Face export and the tensors of a GGUF; --to orbax begins again.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import get_args
 from checkpoint.export_dtype import ExportDtype
 from configs.checks import require
 from formats.gguf.writer import Quantization
-from infer.convert import Conversion, Form, convert, rounding
+from infer.convert import Conversion, Form, convert, form_of, rounding
 from infer.sources import Source, open_source
 from infer.verify import Comparison, Unreadable, choose_probe, verify
 from scripts import command
@@ -41,8 +42,8 @@ where one token of the text goes to another expert."""
 def main(argv: list[str]) -> int:
     parser = command.parser(__doc__)
     parser.add_argument("source", metavar="SRC", help="run, folder, GGUF file, or smollm2")
-    parser.add_argument("target", metavar="DST", type=Path)
-    parser.add_argument("--to", choices=get_args(Form), default="orbax")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder, or file ending in .gguf")
+    parser.add_argument("--to", choices=get_args(Form), help="form of DST (by its ending)")
     parser.add_argument("--family", help="model_type to export as (default: one that fits)")
     parser.add_argument("--dtype", choices=get_args(ExportDtype), help="default: the source's")
     parser.add_argument("--quantization", choices=get_args(Quantization), help="of a GGUF (F16)")
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     )
     source = open_source(arguments.source)
     conversion = Conversion(
-        to=arguments.to,
+        to=form_of(arguments.target, arguments.to),
         family=arguments.family,
         dtype=arguments.dtype,
         quantization=arguments.quantization,

@@ -43,7 +43,7 @@ def test_a_checkpoint_goes_through_every_form_and_back(llama, capsys):
     assert "not verified" not in shown
     np.testing.assert_allclose(logits_of(ours, tokens, out), expected, atol=1e-4)
 
-    convert.main([str(ours), str(gguf), "--to", "gguf"])
+    convert.main([str(ours), str(gguf)])
     np.testing.assert_allclose(logits_of(gguf, tokens, out), expected, atol=2e-2)  # float16
 
     assert convert.main([str(ours), str(back), "--to", "huggingface", "--verify"]) == 0
@@ -72,7 +72,7 @@ def test_recorded_logits_of_another_model_fail_the_verification(llama, capsys):
 REFUSALS = [
     (["no/such/place", "x"], "no/such/place is no folder and no file"),
     (["{llama}", "{llama}", "--to", "huggingface"], "exists already"),
-    (["{llama}", "x.gguf"], "don't go together"),
+    (["{llama}", "x.gguf", "--to", "orbax"], "don't go together"),
     (["{llama}", "x", "--to", "gguf"], "ends in .gguf"),
     (["{llama}", "x", "--quantization", "Q8_0"], "is of a GGUF, not of orbax"),
     (["{llama}", "x", "--family", "llama"], "orbax holds any model"),
