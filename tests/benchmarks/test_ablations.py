@@ -14,6 +14,7 @@ from benchmarks.ablations import (
     growth,
     long_context,
     recurrence,
+    smaller,
 )
 from benchmarks.ablations.base import Finding, Report, Target, append_report
 from benchmarks.ablations.training import HeldOut, Trained, small_run, train
@@ -181,3 +182,23 @@ def test_delta_net_compares_models_of_one_size():
     line = delta_net._fit("cost", [float(n) ** 1.5 for n in delta_net.KERNEL_LENGTHS])
     assert line.values[0] == pytest.approx(1.5)
     assert "MISSED" in line.row()
+
+
+def test_what_a_student_keeps_is_of_the_gain_over_unigrams():
+    """By hand: unigrams 6, teacher 4; 4.1 keeps 1.9 of 2, 4.5 keeps 1.5."""
+    plain = {"teacher": [4.0], "unigrams": [6.0], "student alone": [4.5]}
+    more = {f"few bits {name}": [0.01 * i] for i, name in enumerate(smaller.CLASSES)}
+    found = smaller._findings(plain | {"student with teacher": [4.1]} | more)
+    by_name = {finding.name: finding for finding in found}
+    kept = by_name["student with teacher: share kept of the teacher's gain over unigrams"]
+    assert kept.values == pytest.approx((0.95,))
+    assert kept.row()[-1] == "reached"
+    assert by_name["student alone: the same"].values == pytest.approx((0.75,))
+    assert by_name["with teacher less alone, nats"].values == pytest.approx((-0.4,))
+    assert by_name["few bits by sensitivity less inverted, nats"].values == pytest.approx((-0.02,))
+
+
+def test_the_student_is_a_thirteenth_of_the_teacher():
+    teacher = smaller.v31_nano()
+    assert teacher.num_parameters >= 13 * smaller.student().num_parameters
+    assert teacher.vocab_size == smaller.student().vocab_size
