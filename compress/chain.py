@@ -39,7 +39,7 @@ class Stage:
     bytes: int
     """Of weights as the speed is measured with: in memory, with scales."""
     file_bytes: int
-    """On disk; 0 where it is the source."""
+    """On disk; 0 where it is no file of its own: a run, whose folder has more than the model."""
     nats: float
     """Per token of held-out text."""
     bits_per_byte: float
@@ -97,7 +97,7 @@ def measure(name: str, path: str, rows: Rows, weights: WeightFormat, bandwidth: 
         path=path,
         parameters=config.num_parameters,
         bytes=size,
-        file_bytes=_bytes_of(file) if file.exists() else 0,
+        file_bytes=_bytes_of(file) if file.exists() and source.kind != "run" else 0,
         nats=nats,
         bits_per_byte=nats * _tokens_per_byte(source, rows) / np.log(2),
         tokens_per_second=speed,

@@ -1,5 +1,6 @@
 """Teachers by their names, their answers made ahead, and the engine as the student's pen."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from infer.sampling import Sampling
 from infer.sources import open_source
 from infer.weights import WeightFormat, check_format
 from model.transformer import Variables
+from model.unstacked import unstack
 from scripts.reading import reading
 from train.distill import check_vocabulary
 from train.loop import mesh_of
@@ -103,7 +105,8 @@ def server_teacher(run: RunConfig, address: str) -> ServerTeacher:
 
 def make_writer(run: RunConfig) -> MakeWriter:
     """The engine as what writes the student's own rows."""
-    model, rows = inference_model(run), run.batch_size
+    share = 0.0 if run.distill is None else run.distill.on_policy.share
+    model, rows = inference_model(run), max(math.ceil(share * run.batch_size), 1)
     corpus = prepare_corpus(run.data, run.model.vocab_size)
     end = end_of_text_id(corpus.tokenizer())
 
@@ -116,9 +119,9 @@ def make_writer(run: RunConfig) -> MakeWriter:
             temperature: float,
             seeds: Sequence[int],
         ) -> Written:
+            # A step of one token reads each layer's weights where they lie, and copies none.
             made = generate(
-                model,
-                variables,
+                *unstack(model, variables),
                 prompts,
                 max_new_tokens=max_new_tokens,
                 sampling=[Sampling(temperature=temperature, seed=seed) for seed in seeds],
