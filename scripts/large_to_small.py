@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", nargs="?", default="smollm2")
     parser.add_argument("--keep", type=finite, default=0.7, help="share of the layers (0.7)")
     parser.add_argument("--parameters", help="in the place of --keep: how many, as 35M")
-    parser.add_argument("--steps", type=int, default=140, help="of distillation (140)")
+    parser.add_argument("--steps", type=int, default=120, help="of distillation (120)")
     parser.add_argument(
         "--arms",
         type=_arms,
