@@ -177,8 +177,8 @@ def _teacher(options: argparse.Namespace, arm: Arm) -> list[object]:
     best, named = ["--distill.top-k", TOP_K], ["--teacher", options.source]
     if arm.teacher == "own texts":
         half = _row_length(options.source) // 2
-        own = {"share": OWN_SHARE, "prompt-length": half}
-        return best + named + [x for k, v in own.items() for x in (f"--distill.on-policy.{k}", v)]
+        own = ["--distill.on-policy.share", OWN_SHARE, "--distill.on-policy.prompt-length", half]
+        return [*best, *named, *own]
     cache = options.run_dir / "teacher"
     # The rows and their order are the same for all.
     read = _training(options, options.run_dir / "pruned")

@@ -53,7 +53,7 @@ RECOVERY, LONG_RECOVERY = 0.02, 0.2
 SCORES: tuple[ExpertScore, ...] = ("reap", "frequency", "norm")
 QUARTER, HALF = 0.75, 0.5
 """Shares of the experts that stay."""
-CLASSES: dict[str, Callable[[float, np.random.RandomState], float]] = {
+JUDGED: dict[str, Callable[[float, np.random.RandomState], float]] = {
     "by sensitivity": lambda cost, random: cost,
     "at random": lambda cost, random: random.uniform(),
     "inverted": lambda cost, random: 1.0 / max(cost, 1e-12),
@@ -161,15 +161,12 @@ def _pruned(
             small, _ = pruned(original, sums, Pruning(experts=share, by=by))
             found[f"{what}, by {by}"] = lost(*_whole(small))
             if by == "reap":
-                recovered = _recovered(teacher, small, RECOVERY)
-                found[f"{what}, recovered"] = lost(recovered.model, recovered.variables)
+                found[f"{what}, recovered"] = lost(*_recovered(teacher, small, RECOVERY))
     cut = Pruning(budget=Budget(keep=0.7), axes=("heads", "ffn"))
     small, _ = pruned(original, sums, cut)
     found["0.7 of the layers kept"] = lost(*_whole(small))
-    config, variables = small.assembled()
-    recipe = _recovery(teacher, config, LONG_RECOVERY)
-    taught = _with_teacher(recipe, teacher, "0.7 with the teacher", variables)
-    found["0.7 of the layers kept, recovered"] = lost(taught.model, taught.variables)
+    taught = _recovered(teacher, small, LONG_RECOVERY, is_taught=True)
+    found["0.7 of the layers kept, recovered"] = lost(*taught)
     return found
 
 
@@ -178,20 +175,22 @@ def _whole(model: LayeredModel) -> tuple[Transformer, Variables]:
     return Transformer(config, model.execution), variables
 
 
-def _recovered(teacher: Trained, small: LayeredModel, share: float) -> Trained:
+def _recovered(
+    teacher: Trained, small: LayeredModel, share: float, *, is_taught: bool = False
+) -> tuple[Transformer, Variables]:
+    """A pruned model trained on by AdamW at a small rate, on a share of the teacher's tokens."""
     config, variables = small.assembled()
-    recipe = _recovery(teacher, config, share)
-    return train(recipe, corpus_batches(recipe), "recovery", variables=variables)
-
-
-def _recovery(teacher: Trained, model: ModelConfig, share: float) -> RunConfig:
-    """Training on, at the rate where the teacher's has ended, falling."""
     steps = max(round(share * TEACHER_STEPS), 1)
-    base = small_run(model, steps=steps, seed=teacher.run.seed + 1000)
+    base = small_run(config, steps=steps, seed=teacher.run.seed + 1000)
     optimizer = OptimizerConfig(
         learning_rate=3e-4, schedule="wsd", warmup_steps=min(2, steps - 1), decay_fraction=0.7
     )
-    return dataclasses.replace(base, optimizer=optimizer)
+    run = dataclasses.replace(base, optimizer=optimizer)
+    if is_taught:
+        made = _with_teacher(run, teacher, "recovery with the teacher", variables)
+    else:
+        made = train(run, corpus_batches(run), "recovery", variables=variables)
+    return made.model, made.variables
 
 
 def _rounded(
@@ -205,7 +204,7 @@ def _rounded(
     options = costs(weights, grids, fisher(original, steps[:2]))
     budget = sum(sum(size for _, _, size in item) // 2 for item in options.values())
     random, found = np.random.RandomState(seed), {}
-    for name, judged in CLASSES.items():
+    for name, judged in JUDGED.items():
         own = {
             path: [(grid, judged(cost, random), size) for grid, cost, size in item]
             for path, item in options.items()

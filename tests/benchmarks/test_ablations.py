@@ -19,6 +19,7 @@ from benchmarks.ablations import (
 from benchmarks.ablations.base import Finding, Report, Target, append_report
 from benchmarks.ablations.training import HeldOut, Trained, small_run, train
 from benchmarks.flops import count_flops
+from configs.models import v31_nano
 from model.model_state import init_state
 from scripts import ablations
 from train.report import Picture
@@ -187,7 +188,7 @@ def test_delta_net_compares_models_of_one_size():
 def test_what_a_student_keeps_is_of_the_gain_over_unigrams():
     """By hand: unigrams 6, teacher 4; 4.1 keeps 1.9 of 2, 4.5 keeps 1.5."""
     plain = {"teacher": [4.0], "unigrams": [6.0], "student alone": [4.5]}
-    more = {f"few bits {name}": [0.01 * i] for i, name in enumerate(smaller.CLASSES)}
+    more = {f"few bits {name}": [0.01 * i] for i, name in enumerate(smaller.JUDGED)}
     found = smaller._findings(plain | {"student with teacher": [4.1]} | more)
     by_name = {finding.name: finding for finding in found}
     kept = by_name["student with teacher: share kept of the teacher's gain over unigrams"]
@@ -199,6 +200,6 @@ def test_what_a_student_keeps_is_of_the_gain_over_unigrams():
 
 
 def test_the_student_is_a_thirteenth_of_the_teacher():
-    teacher = smaller.v31_nano()
+    teacher = v31_nano()
     assert teacher.num_parameters >= 13 * smaller.student().num_parameters
     assert teacher.vocab_size == smaller.student().vocab_size
