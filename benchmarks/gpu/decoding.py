@@ -1,12 +1,10 @@
-"""Decoding with OLMoE's shape, a step made of the kernels: paged attention, grouped products of
-weights in any format. What the model's own decoding can reach once it takes them.
+"""Decoding with OLMoE's shape by the model itself: its step, and the engine that serves.
 
-Each step reads a token of every sequence, writes its keys and values into pages, attends, sends it
-through its experts and chooses the next one; many steps are one program on the device.
+Each step reads a token of every sequence, whose keys and values lie in pages, and says the next.
+Many steps are one program, which shows what the device does; the engine calls a program for each
+step, reads the prompts before, and chooses tokens as it does for every request.
 
-B sequences, D d_model, H heads, C head_dim, E experts, K experts per token, F d_ff, V vocab,
-P pages of S positions, N pages of a sequence. Layers have arrays of their own: out of a stack XLA
-would copy what a kernel reads.
+B sequences, N pages of a sequence, K experts per token.
 """
 
 import functools
@@ -14,268 +12,306 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from benchmarks.gpu.peer_process import run_peer
-from kernels.backend import current_target
-from kernels.grouped_matmul import grouped_matmul, grouped_swiglu
-from kernels.matmul import matmul
-from kernels.paged_attention import paged_attention
-from kernels.quantize import preferred_packing, quantize, repack
-from model.layers import rope
-from parallel.expert import apply_experts
+from benchmarks.gpu.training import olmoe_run
+from configs.attention import AttentionConfig
+from configs.feed_forward import MoEConfig
+from infer import steps
+from infer.engine.engine import Engine
+from infer.engine.options import EngineOptions
+from infer.engine.types import Request
+from infer.load import inference_model
+from infer.weights import WeightFormat, formats_of, matrices_of
+from kernels.backend import Target, current_target
+from kernels.quantize import MatrixDims
+from kernels.quantize.formats import to_format
+from model.model_state import ModelState, init_state
+from model.transformer import Transformer, Variables, abstract_variables
+from model.unstacked import unstacked_config
 
+LAYERS, CONTEXT = 16, 1024
+"""Of OLMoE-1B-7B (2409.02060, 2024), and tokens of each sequence when the first step begins."""
 PAGE_SIZE = 64
 STEPS, ROUNDS = 32, 3
 BATCHES = (1, 32, 256)
-WANTED = (
-    *[("bf16", batch) for batch in BATCHES],
+WANTED: tuple[tuple[WeightFormat, int], ...] = (
+    *[("bfloat16", batch) for batch in BATCHES],
     *[("int8", batch) for batch in BATCHES],
-    ("fp8_e4m3", 32),
+    ("fp8", 32),
     ("int4", 1),
     ("int4", 32),
 )
 """Formats and batches, the most wanted first."""
+BY_ENGINE: tuple[tuple[WeightFormat, int], ...] = (("bfloat16", 32), ("int8", 32), ("int8", 1))
 OURS = 0.6
 """Of the time for both."""
+STDDEV = 0.02
+"""Of the weights that are drawn."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A decoder's widths; OLMoE-1B-7B's (2409.02060, 2024)."""
-
-    num_layers: int = 16
-    d_model: int = 2048
-    num_heads: int = 16
-    head_dim: int = 128
-    num_experts: int = 64
-    top_k: int = 8
-    d_ff: int = 1024
-    vocab_size: int = 50_304
-    context: int = 1024
-    """Tokens of each sequence when the first step begins."""
+def olmoe_model(num_layers: int = LAYERS, length: int = 2 * CONTEXT) -> Transformer:
+    """OLMoE's layers, each with weights of its own: out of a stack XLA would copy what it reads."""
+    model = inference_model(olmoe_run(num_layers, length=length))
+    return Transformer(unstacked_config(model.config), model.execution)
 
 
-class Layer(NamedTuple):
-    """One layer's weights: arrays, or QTensors."""
-
-    qkv: Any
-    out: Any
-    router_DE: jax.Array
-    gate_up: Any
-    down: Any
+# --- What is drawn -------------------------------------------------------------------------------
 
 
-class Pages(NamedTuple):
-    """Keys and values of all layers, and where those of each sequence lie."""
+def draw_variables(model: Transformer, weights: WeightFormat, seed: int = 0) -> Variables:
+    """Random weights in their formats; made on the device, one after the other."""
+    target, formats, matrices = current_target(), formats_of(model, weights), matrices_of(model)
+    abstract, _ = abstract_variables(model)
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(abstract))))
 
-    k_PSHC: tuple[jax.Array, ...]
-    v_PSHC: tuple[jax.Array, ...]
-    tables_BN: jax.Array
-    lengths_B: jax.Array
+    def draw(path: Any, x: jax.ShapeDtypeStruct) -> Any:
+        name, key = jax.tree_util.keystr(path[1:]), next(keys)
+        if "norm" in name:
+            return jnp.ones(x.shape, x.dtype)
+        dims = matrices[name][1] if name in formats else None
+        return _draw_weight(x.shape, formats.get(name, "float32"), dims, target, key)
 
-
-class Decoder(NamedTuple):
-    embedding_VD: jax.Array
-    layers: tuple[Layer, ...]
-    output: Any
-
-
-def draw_decoder(shape: Shape, weights: str, seed: int = 0) -> Decoder:
-    """Random weights, the matrices in a format; made on the device, a layer after the other."""
-    width, heads = shape.d_model, shape.num_heads * shape.head_dim
-
-    def matrix(key: jax.Array, *dims: int) -> Any:
-        w = jax.random.normal(key, dims, jnp.float32) * dims[-2] ** -0.5
-        if weights == "bf16":
-            return w.astype(jnp.bfloat16)
-        made = quantize(w, weights)  # type: ignore[arg-type]
-        return repack(made, preferred_packing(made.format, current_target()))
-
-    @jax.jit
-    def layer(key: jax.Array) -> Layer:
-        keys = jax.random.split(key, 5)
-        return Layer(
-            qkv=matrix(keys[0], width, 3 * heads),
-            out=matrix(keys[1], heads, width),
-            router_DE=jax.random.normal(keys[2], (width, shape.num_experts)) * width**-0.5,
-            gate_up=matrix(keys[3], shape.num_experts, width, 2 * shape.d_ff),
-            down=matrix(keys[4], shape.num_experts, shape.d_ff, width),
-        )
-
-    first, last, *keys = jax.random.split(jax.random.key(seed), 2 + shape.num_layers)
-    embedding_VD = jax.random.normal(first, (shape.vocab_size, width), jnp.bfloat16)
-    output = jax.jit(lambda key: matrix(key, width, shape.vocab_size))(last)
-    return Decoder(embedding_VD, tuple(map(layer, keys)), output)
+    return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def draw_pages(shape: Shape, batch: int, steps: int) -> Pages:
-    """Pages that hold each sequence's context and have room for so many steps more."""
-    per_sequence = -(-(shape.context + steps) // PAGE_SIZE)
-    pages = (batch * per_sequence, PAGE_SIZE, shape.num_heads, shape.head_dim)
-    draw = jax.jit(lambda seed: jax.random.normal(jax.random.key(seed), pages, jnp.bfloat16))
-
-    def pool(seed: int) -> tuple[jax.Array, ...]:
-        return tuple(draw(2 * i + seed) for i in range(shape.num_layers))
-
-    tables_BN = jnp.arange(batch * per_sequence, dtype=jnp.int32).reshape(batch, per_sequence)
-    return Pages(pool(0), pool(1), tables_BN, jnp.full((batch,), shape.context, jnp.int32))
-
-
-def norm(x_BD: jax.Array) -> jax.Array:
-    x32_BD = x_BD.astype(jnp.float32)
-    scale_B1 = lax.rsqrt(jnp.mean(x32_BD * x32_BD, axis=-1, keepdims=True) + 1e-5)
-    return (x32_BD * scale_B1).astype(x_BD.dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _draw_weight(
+    shape: tuple[int, ...],
+    format: WeightFormat,
+    dims: MatrixDims | None,
+    target: Target,
+    key: jax.Array,
+) -> Any:
+    x = STDDEV * jax.random.normal(key, shape, jnp.float32)
+    return x if dims is None else to_format(x, format, target, dims=dims)
 
 
-def experts(x_RD: jax.Array, sizes_E: jax.Array, weights: dict[str, Any]) -> jax.Array:
-    h_RF = grouped_swiglu(x_RD, weights["gate_up"], sizes_E)
-    return grouped_matmul(h_RF, weights["down"], sizes_E)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def draw_state(model: Transformer, batch: int, num_pages: int) -> ModelState:
+    """Pages that hold random keys and values."""
+    length = num_pages * PAGE_SIZE
+    sizes = {"num_pages": 1 + batch * num_pages, "page_size": PAGE_SIZE}
+    state = init_state(model.config, batch, length, "bfloat16", **sizes)
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    drawn = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run_layer(
-    shape: Shape,
-    x_BD: jax.Array,
-    layer: Layer,
-    k_PSHC: jax.Array,
-    v_PSHC: jax.Array,
-    tables_BN: jax.Array,
-    position_B: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns x after the layer, the layer's pages with the token, and the experts it used.
-
-    All layers share its trace: sixteen by themselves take ten seconds to lower.
-    """
-    batch, heads = x_BD.shape[0], (shape.num_heads, shape.head_dim)
-    qkv_B3HC = matmul(norm(x_BD), layer.qkv).reshape(batch, 3, *heads)
-    q_BHC, k_BHC = (
-        rope(norm(qkv_B3HC[:, i])[:, None], position_B[:, None], 1e4)[:, 0] for i in range(2)
-    )
-    rows_B = jnp.arange(batch)
-    at = (tables_BN[rows_B, position_B // PAGE_SIZE], position_B % PAGE_SIZE)
-    k_PSHC, v_PSHC = k_PSHC.at[at].set(k_BHC), v_PSHC.at[at].set(qkv_B3HC[:, 2])
-    out_BHC = paged_attention(q_BHC, k_PSHC, v_PSHC, tables_BN, position_B + 1)
-    x_BD += matmul(out_BHC.reshape(batch, -1), layer.out)
-    h_BD = norm(x_BD)
-    scores_BE = jax.nn.softmax(h_BD.astype(jnp.float32) @ layer.router_DE)
-    gates_BK, ids_BK = lax.top_k(scores_BE, shape.top_k)
-    update_BD, stats = apply_experts(
-        h_BD,
-        ids_BK.astype(jnp.int32),
-        gates_BK,
-        {"gate_up": layer.gate_up, "down": layer.down},
-        grouped_fn=experts,
-        num_experts=shape.num_experts,
-        weight_axes={},
-    )
-    return x_BD + update_BD, k_PSHC, v_PSHC, (stats.load_E > 0).sum()
+def pages_of(batch: int, num_pages: int) -> np.ndarray:
+    """The pages of each sequence, int32 [B, N]; page 0 is nobody's."""
+    return 1 + np.arange(batch * num_pages, dtype=np.int32).reshape(batch, num_pages)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
+# --- The model's step ----------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def decode(
-    shape: Shape, steps: int, decoder: Decoder, token_B: jax.Array, pages: Pages
-) -> tuple[jax.Array, Pages, jax.Array]:
-    """Returns the last tokens, the pages, and the experts used in all steps and layers."""
+    model: Transformer,
+    num_steps: int,
+    variables: Variables,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    state: ModelState,
+    tables_BN: jax.Array,
+) -> tuple[jax.Array, ModelState, Any]:
+    """The last tokens, the state, and the experts of each step, int32 [steps, 1, B, 1, K] by MoE
+    layer."""
 
-    def step(_, carry):
-        token_B, pages, used = carry
-        x_BD, k_PSHC, v_PSHC = decoder.embedding_VD[token_B], [], []
-        for layer, k, v in zip(decoder.layers, pages.k_PSHC, pages.v_PSHC, strict=True):
-            where = (pages.tables_BN, pages.lengths_B)
-            x_BD, k, v, count = run_layer(shape, x_BD, layer, k, v, *where)
-            k_PSHC.append(k)
-            v_PSHC.append(v)
-            used += count
-        logits_BV = matmul(norm(x_BD), decoder.output)
-        token_B = logits_BV.argmax(axis=-1).astype(jnp.int32)
-        lengths_B = pages.lengths_B + 1
-        return token_B, Pages(tuple(k_PSHC), tuple(v_PSHC), pages.tables_BN, lengths_B), used
+    def step(carry: Any, _: None) -> tuple[Any, Any]:
+        token_B, position_B, state = carry
+        logits_BV, state, chosen = steps.decode(
+            model, variables, token_B, position_B, state, tables_BN, None, True
+        )
+        return (steps.best_of(logits_BV), position_B + 1, state), chosen
 
-    return lax.fori_loop(0, steps, step, (token_B, pages, jnp.int32(0)))
-
-
-def bytes_per_step(shape: Shape, weights: str, batch: int, experts_used: float) -> float:
-    """The least bytes of a step: each matrix that is used once, and the keys and values seen.
-
-    Args:
-      experts_used: of a layer, on average.
-    """
-    bits = {"bf16": 16.0, "int8": 8.25, "fp8_e4m3": 8.25, "int4": 4.25}[weights]
-    width, heads = shape.d_model, shape.num_heads * shape.head_dim
-    per_layer = 4 * width * heads + experts_used * 3 * width * shape.d_ff
-    matrices = shape.num_layers * per_layer + width * shape.vocab_size
-    routers = 4 * shape.num_layers * width * shape.num_experts
-    seen = 2 * 2 * heads * batch * shape.context * shape.num_layers
-    return matrices * bits / 8 + routers + seen
+    (token_B, _, state), chosen = lax.scan(
+        step, (token_B, position_B, state), None, length=num_steps
+    )
+    return token_B, state, chosen
 
 
-def compile_decode(shape: Shape, weights: str, batch: int, steps: int) -> Any:
-    """The program of so many steps, made without their arrays."""
-    decoder = jax.eval_shape(lambda: draw_decoder(shape, weights))
-    pages = jax.eval_shape(lambda: draw_pages(shape, batch, steps))
-    token_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return decode.lower(shape, steps, decoder, token_B, pages).compile()
+def num_pages_for(context: int, num_steps: int) -> int:
+    return -(-(context + num_steps) // PAGE_SIZE)
+
+
+def compile_decode(
+    model: Transformer, weights: WeightFormat, batch: int, context: int, num_steps: int
+) -> Any:
+    """The program of so many steps, made without its arrays."""
+    num_pages = num_pages_for(context, num_steps)
+    variables = jax.eval_shape(lambda: draw_variables(model, weights))
+    state = jax.eval_shape(lambda: draw_state(model, batch, num_pages))
+    row_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    tables_BN = jax.ShapeDtypeStruct((batch, num_pages), jnp.int32)
+    lowered = decode.lower(model, num_steps, variables, row_B, row_B, state, tables_BN)
+    return lowered.compile()
 
 
 def measure_all(
-    shape: Shape, wanted: Sequence[tuple[str, int]] = WANTED, steps: int = STEPS
+    model: Transformer,
+    wanted: Sequence[tuple[WeightFormat, int]] = WANTED,
+    context: int = CONTEXT,
+    num_steps: int = STEPS,
 ) -> Iterator[dict[str, Any]]:
     """Yields the figures of each format and batch; their programs are compiled side by side."""
     with ThreadPoolExecutor() as pool:
-        programs = [pool.submit(compile_decode, shape, *each, steps) for each in wanted]
+        programs = [
+            pool.submit(compile_decode, model, *each, context, num_steps) for each in wanted
+        ]
+        held: tuple[WeightFormat, Variables] | None = None
         for (weights, batch), program in zip(wanted, programs, strict=True):
-            yield measure(shape, weights, batch, program.result(), steps)
+            if held is None or held[0] != weights:
+                held = None  # room for the next
+                held = weights, draw_variables(model, weights)
+            found = measure(model, held[1], batch, program.result(), context, num_steps)
+            yield {"weights": weights} | found
 
 
 def measure(
-    shape: Shape, weights: str, batch: int, compiled: Any, steps: int, rounds: int = ROUNDS
+    model: Transformer,
+    variables: Variables,
+    batch: int,
+    compiled: Any,
+    context: int,
+    num_steps: int,
+    rounds: int = ROUNDS,
 ) -> dict[str, Any]:
-    """Tokens/s of decoding by the compiled program, and the bytes that a step reads at least."""
-    decoder = draw_decoder(shape, weights)
-    pages = draw_pages(shape, batch, steps)
-    token_B = jnp.arange(batch, dtype=jnp.int32) * 97 % shape.vocab_size
-    seconds, used, lengths_B = [], 0, pages.lengths_B
+    """Tokens/s of the compiled steps, and the bytes that one reads at least."""
+    num_pages = num_pages_for(context, num_steps)
+    state = draw_state(model, batch, num_pages)
+    token_B = jnp.arange(batch, dtype=jnp.int32) * 97 % model.config.vocab_size
+    position_B, tables_BN = (
+        jnp.full(batch, context, jnp.int32),
+        jnp.array(pages_of(batch, num_pages)),
+    )
+    seconds, chosen = [], {}
     for _ in range(rounds + 1):
-        pages = pages._replace(lengths_B=jnp.array(lengths_B))
         began = time.perf_counter()
-        last_B, pages, used = compiled(decoder, token_B, pages)
+        last_B, state, chosen = compiled(variables, token_B, position_B, state, tables_BN)
         jax.block_until_ready(last_B)
-        seconds.append((time.perf_counter() - began) / steps)
+        seconds.append((time.perf_counter() - began) / num_steps)
     median = statistics.median(seconds[1:])
-    experts_used = float(used) / (steps * shape.num_layers)
-    moved = bytes_per_step(shape, weights, batch, experts_used)
+    used = experts_used(chosen)
+    moved = least_bytes(model, variables, batch, context, used)
     return {
-        "weights": weights,
         "batch": batch,
-        "layers": shape.num_layers,
-        "context": shape.context,
+        "layers": model.config.num_layers,
+        "context": context,
         "tokens_per_second": batch / median,
         "seconds_per_step": seconds[1:],
-        "experts_used": experts_used,
+        "experts_used": used,
         "least_bytes": moved,
         "gigabytes_per_second": moved / median / 1e9,
     }
 
 
-def measure_peer(shape: Shape, batches: Sequence[int], seconds: float) -> dict[str, Any]:
+def experts_used(chosen: Any) -> float:
+    """Of a layer in a step, on average."""
+    counts = [
+        len(np.unique(of_step[of_step >= 0]))
+        for layer in jax.tree.leaves(chosen)
+        for of_step in np.asarray(layer)
+    ]
+    return float(np.mean(counts))
+
+
+def least_bytes(
+    model: Transformer, variables: Variables, batch: int, context: int, experts_used: float
+) -> float:
+    """The least bytes of a step: each matrix that is used once, in its format, and the keys and
+    values seen.
+
+    Args:
+      experts_used: of a layer, on average.
+    """
+    spec = model.config.pattern[0]
+    assert isinstance(spec.attention, AttentionConfig)
+    assert isinstance(spec.ffn, MoEConfig)
+    total = 0.0
+    for path, x in jax.tree.leaves_with_path(variables["params"]):
+        name = jax.tree_util.keystr(path)
+        if "embedding" in name:
+            total += x.nbytes * batch / model.config.vocab_size
+        elif "'gate_up'" in name or "'down'" in name:
+            total += x.nbytes * experts_used / spec.ffn.num_experts
+        else:
+            total += x.nbytes
+    of_position = 2 * 2 * spec.attention.num_kv_heads * spec.attention.head_dim
+    return total + of_position * batch * context * model.config.num_layers
+
+
+# --- The engine ----------------------------------------------------------------------------------
+
+
+def measure_engine(
+    model: Transformer,
+    weights: WeightFormat,
+    batch: int,
+    context: int = CONTEXT,
+    num_steps: int = STEPS,
+) -> dict[str, Any]:
+    """Tokens/s of as many requests as the engine has rows: of reading their prompts, all in its
+    first step, and of the steps after, whose calls and choices are the host's. The second of two
+    rounds.
+    """
+    new_tokens = num_steps + 2  # the first step gives two
+    options = EngineOptions(
+        max_rows=batch,
+        max_length=context + new_tokens,
+        num_pages=1 + 3 * batch * num_pages_for(context, new_tokens) // 2,
+        page_size=PAGE_SIZE,
+        piece=batch * context,
+    )
+    engine = Engine(model, draw_variables(model, weights), options)
+    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, context))
+    seconds: list[float] = []
+    for _ in range(2):
+        for prompt in prompts.tolist():
+            engine.add(Request(prompt=prompt, max_new_tokens=new_tokens))
+        seconds = []
+        while engine.has_work():
+            began = time.perf_counter()
+            engine.step()
+            seconds.append(time.perf_counter() - began)
+    reading, *decoding = seconds
+    median = statistics.median(decoding)
+    return {
+        "weights": weights,
+        "batch": batch,
+        "layers": model.config.num_layers,
+        "context": context,
+        "tokens_per_second": batch / median,
+        "seconds_per_step": decoding,
+        "prompt_tokens_per_second": batch * context / reading,
+    }
+
+
+def measure_peer(model: Transformer, batches: Sequence[int], seconds: float) -> dict[str, Any]:
     """The same of transformers' OLMoE in bfloat16 (transformers_peer.py)."""
+    config = model.config
+    attention, ffn = config.pattern[0].attention, config.pattern[0].ffn
+    assert isinstance(attention, AttentionConfig)
+    assert isinstance(ffn, MoEConfig)
     settings = {
         "task": "decode",
-        "layers": shape.num_layers,
-        "d_model": shape.d_model,
-        "d_ff": shape.d_ff,
-        "heads": shape.num_heads,
-        "experts": shape.num_experts,
-        "top_k": shape.top_k,
-        "vocab_size": shape.vocab_size,
-        "context": shape.context,
-        "length": 2 * shape.context,
+        "layers": config.num_layers,
+        "d_model": config.d_model,
+        "d_ff": ffn.d_ff,
+        "heads": attention.num_heads,
+        "experts": ffn.num_experts,
+        "top_k": ffn.router.top_k,
+        "vocab_size": config.vocab_size,
+        "context": CONTEXT,
+        "length": config.context_length,
         "batches": list(batches),
         "steps": STEPS,
     }

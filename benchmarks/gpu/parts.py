@@ -189,14 +189,18 @@ def decode(request: Request, keep: Callable[[Result], None]) -> None:
     result = _in_a_process("decoding_ours", request, seconds=decoding.OURS * request.seconds)
     keep(result)
     left = request.seconds - (time.monotonic() - began)
-    result["peer"] = decoding.measure_peer(decoding.Shape(), decoding.BATCHES, left)
+    result["peer"] = decoding.measure_peer(decoding.olmoe_model(), decoding.BATCHES, left)
     keep(result)
 
 
 def decode_ours(request: Request, keep: Callable[[Result], None]) -> None:
-    result: Result = environment() | {"ours": []}
-    for found in decoding.measure_all(decoding.Shape()):
+    result: Result = environment() | {"ours": [], "engine": []}
+    model = decoding.olmoe_model()
+    for found in decoding.measure_all(model):
         result["ours"].append(found)
+        keep(result)
+    for weights, batch in decoding.BY_ENGINE:
+        result["engine"].append(decoding.measure_engine(model, weights, batch))
         keep(result)
 
 

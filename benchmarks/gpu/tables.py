@@ -156,21 +156,21 @@ PEAK_FLOPS = 989.4e12
 
 
 def decoding_sheet(decoding: dict[str, Any]) -> Sheet:
-    """One row for each format and batch, beside the peer's of the same batch."""
+    """One row for each format and batch, beside the peer's of the same batch; the engine's last."""
     headers = ("weights", "batch", "tokens/s", "ms a step", "GB/s", "peer tokens/s", "ratio")
     peers = {found["batch"]: found for found in decoding.get("peer", {}).get("decoding", [])}
     rows = []
-    for found in decoding["ours"]:
-        step = statistics.median(found["seconds_per_step"])
-        row = [found["weights"], str(found["batch"]), f"{found['tokens_per_second']:,.0f}"]
-        row += [f"{step * 1e3:.2f}", f"{found['gigabytes_per_second']:,.0f}"]
-        peer = peers.get(found["batch"])
-        if peer is None:
-            rows.append((*row, "", ""))
-            continue
-        ratio = found["tokens_per_second"] / peer["tokens_per_second"]
+    for found in (*decoding["ours"], *decoding.get("engine", [])):
+        step, rate = statistics.median(found["seconds_per_step"]), found["tokens_per_second"]
+        is_engine = "gigabytes_per_second" not in found
+        name = f"{found['weights']}, by the engine" if is_engine else found["weights"]
+        moved = "" if is_engine else f"{found['gigabytes_per_second']:,.0f}"
+        beside, peer = ("", ""), peers.get(found["batch"])
+        if peer is not None:
+            theirs = peer["tokens_per_second"]
+            beside = (f"{theirs:,.0f} ({peer['how'][:30]})", f"{rate / theirs:.2f}")
         rows.append(
-            (*row, f"{peer['tokens_per_second']:,.0f} ({peer['how'][:30]})", f"{ratio:.2f}")
+            (name, str(found["batch"]), f"{rate:,.0f}", f"{step * 1e3:.2f}", moved, *beside)
         )
     first = decoding["ours"][0]
     title = f"Decoding, {first['layers']} layers of OLMoE's after {first['context']} tokens"

@@ -20,6 +20,7 @@ from benchmarks.gpu.programs import OURS, Program, compile_loop, kind_of, poison
 from benchmarks.gpu.roofline import CASES, bound, case_of, work_of
 from configs.accelerators import A100, H100, H200, accelerator_of
 from configs.checks import UserError
+from infer.load import inference_model
 from kernels import backend
 from kernels.backend import H100 as H100_TARGET
 from kernels.backend import INTERPRET
@@ -28,6 +29,8 @@ from kernels.grouped_matmul.cases import CompiledCase as GroupedCase
 from kernels.paged_attention.cases import CompiledCase as PagedCase
 from kernels.paged_attention.cases import CompiledLatentCase as LatentCase
 from kernels.window_attention.cases import CompiledCase as WindowCase
+from model.transformer import Transformer
+from model.unstacked import unstacked_config
 from scripts import gpu_report
 
 GROUPED = GroupedCase(rows=40, d_in=128, d_out=24, num_groups=3)
@@ -369,51 +372,63 @@ def test_the_training_part_trains(tmp_path):
     assert max(dealt["load_cv"]) == 0.0  # 64 tokens of 8 experts: 8 rows for each of 64
 
 
+def small_decoder() -> Transformer:
+    """In widths that are a format's own, not too small for it."""
+    run = training.shrunk(training.olmoe_run(2, length=256))
+    (layer,) = run.model.pattern
+    attention = dataclasses.replace(layer.attention, head_dim=64)
+    ffn = dataclasses.replace(layer.ffn, d_ff=64)
+    pattern = (dataclasses.replace(layer, attention=attention, ffn=ffn),)
+    config = dataclasses.replace(run.model, pattern=pattern)
+    model = inference_model(dataclasses.replace(run, model=config))
+    return Transformer(unstacked_config(model.config), model.execution)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["bf16", "int4"])
+@pytest.mark.parametrize("weights", ["bfloat16", "int4"])
 def test_the_decoding_part_decodes(weights):
-    shape = decoding.Shape(
-        num_layers=2,
-        d_model=128,
-        num_heads=2,
-        head_dim=64,
-        num_experts=4,
-        top_k=2,
-        d_ff=128,
-        vocab_size=256,
-        context=70,
-    )
-    (found,) = decoding.measure_all(shape, [(weights, 3)], steps=2)
-    assert 2 <= found["experts_used"] <= 4
-    bits = {"bf16": 16, "int4": 4.25}[weights]
-    matrices = 2 * (4 * 128 * 128 + found["experts_used"] * 3 * 128 * 128) + 128 * 256
-    rest = 4 * 2 * 128 * 4 + 2 * 2 * 128 * 3 * 70 * 2
-    assert found["least_bytes"] == pytest.approx(matrices * bits / 8 + rest)
+    model = small_decoder()
+    (found,) = decoding.measure_all(model, [(weights, 3)], context=70, num_steps=2)
+    assert 8 <= found["experts_used"] <= 3 * 8
+    width, heads, d_ff, vocab, experts = 64, 2 * 64, 64, 512, found["experts_used"]
+    attention, norms = 4 * width * heads, 4 * (2 * width + 2 * heads)
+    of_experts, head = 3 * width * d_ff * 64, width * vocab
+    if weights == "bfloat16":
+        used = 2 * of_experts * experts / 64
+        expected = 2 * (2 * attention + used + norms + 4 * width * 64) + 2 * head
+        expected += 2 * width * 3 + 4 * width  # tokens' embeddings, the last norm
+        keys = 2 * 2 * heads * 3 * 70 * 2
+        assert found["least_bytes"] == pytest.approx(expected + keys)
+    else:
+        (floats,) = decoding.measure_all(model, [("bfloat16", 3)], context=70, num_steps=1)
+        assert found["least_bytes"] < 0.8 * floats["least_bytes"]
 
 
+@pytest.mark.slow
+def test_the_engine_is_timed_in_full_steps():
+    found = decoding.measure_engine(small_decoder(), "int8", 3, context=70, num_steps=4)
+    assert len(found["seconds_per_step"]) == 4
+    assert found["prompt_tokens_per_second"] > 0
+
+
+@pytest.mark.slow
 def test_decoding_steps_attend_to_what_earlier_ones_wrote():
-    """Two steps equal one step and then another, and differ where the first one's keys do."""
-    shape = decoding.Shape(
-        num_layers=1,
-        d_model=64,
-        num_heads=1,
-        head_dim=64,
-        num_experts=2,
-        top_k=1,
-        d_ff=64,
-        vocab_size=64,
-        context=5,
-    )
-    decoder = decoding.draw_decoder(shape, "bf16")
-    token_B = jnp.arange(2, dtype=jnp.int32)
-    both, pages, _ = decoding.decode(shape, 2, decoder, token_B, decoding.draw_pages(shape, 2, 4))
-    one, pages_one, _ = decoding.decode(
-        shape, 1, decoder, token_B, decoding.draw_pages(shape, 2, 4)
-    )
-    two, pages_two, _ = decoding.decode(shape, 1, decoder, one, pages_one)
+    """Two steps equal one step and then another: the same tokens, keys and values."""
+    model = small_decoder()
+    variables, num_pages = decoding.draw_variables(model, "float32"), 2
+    tables_BN = jnp.array(decoding.pages_of(2, num_pages))
+    token_B, position_B = jnp.array([3, 5], jnp.int32), jnp.array([70, 70], jnp.int32)
+
+    def steps(count, token_B, position_B, state):
+        run = decoding.decode(model, count, variables, token_B, position_B, state, tables_BN)
+        return run[:2]
+
+    both, after_both = steps(2, token_B, position_B, decoding.draw_state(model, 2, num_pages))
+    one, state = steps(1, token_B, position_B, decoding.draw_state(model, 2, num_pages))
+    two, after_two = steps(1, one, position_B + 1, state)
     np.testing.assert_array_equal(both, two)
-    np.testing.assert_array_equal(pages.lengths_B, [7, 7])
-    np.testing.assert_array_equal(pages.k_PSHC[0], pages_two.k_PSHC[0])
+    for x, y in zip(jax.tree.leaves(after_both), jax.tree.leaves(after_two), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 # --- Results -------------------------------------------------------------------------------------
@@ -467,6 +482,14 @@ REPORT = {
                 "context": 1024,
             }
         ],
+        "engine": [
+            {
+                "weights": "int8",
+                "batch": 32,
+                "tokens_per_second": 600.0,
+                "seconds_per_step": [0.04, 0.05, 0.06],
+            }
+        ],
         "peer": {"decoding": [{"batch": 32, "tokens_per_second": 300.0, "how": "CUDA graph"}]},
     },
 }
@@ -480,6 +503,15 @@ def test_the_tables_say_what_was_measured():
     assert trained.rows[1][-1] == "2.00"
     assert trained.rows[2][0] == "a small model's losses: within 5.0e-01 of a CPU's"
     assert decoded.rows[0][-1] == "3.00"
+    assert decoded.rows[1] == (
+        "int8, by the engine",
+        "32",
+        "600",
+        "50.00",
+        "",
+        *decoded.rows[1][5:],
+    )
+    assert decoded.rows[1][-1] == "2.00"
     assert "| cudnn |" in tables.markdown(kernels)
     assert "<td>cudnn</td>" in tables.as_html(kernels)
     assert tables.wrong_cases(REPORT["kernels"]) == ["grouped_matmul/bf16_down"]
