@@ -153,7 +153,7 @@ def asking_tokens(case: CachedCase) -> tuple[np.ndarray, np.ndarray]:
     """
     last_R = held_positions(case).max(axis=1)
     chunk = max(case.num_tokens - case.num_rows, 0)
-    rows_T = np.repeat(np.arange(case.num_rows), np.r_[chunk + 1, [1] * (case.num_rows - 1)])
+    rows_T = np.r_[np.zeros(chunk, np.int64), np.arange(case.num_rows)]
     before_T = np.maximum(chunk - np.arange(len(rows_T)), 0)
     return rows_T.astype(np.int32), (last_R[rows_T] - before_T).astype(np.int32)
 

@@ -52,6 +52,9 @@ WANTED: tuple[tuple[WeightFormat, int], ...] = (
 BY_ENGINE: tuple[tuple[WeightFormat, int], ...] = (("bfloat16", 32), ("int8", 32), ("int8", 1))
 OURS = 0.6
 """Of the time for both."""
+COMPILED_AHEAD = 3
+"""Programs that are compiled at once: more would all be late, and each tunes its products on the
+device."""
 STDDEV = 0.02
 """Of the weights that are drawn."""
 
@@ -162,8 +165,8 @@ def measure_all(
     context: int = CONTEXT,
     num_steps: int = STEPS,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the figures of each format and batch; their programs are compiled side by side."""
-    with ThreadPoolExecutor() as pool:
+    """Yields the figures of each format and batch; others' programs are compiled meanwhile."""
+    with ThreadPoolExecutor(COMPILED_AHEAD) as pool:
         programs = [
             pool.submit(compile_decode, model, *each, context, num_steps) for each in wanted
         ]

@@ -5,6 +5,7 @@ time was over, is kept. Parts: kernels (right, and how fast), training, decoding
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -33,6 +34,8 @@ CHECKING = 0.55
 """Of the kernels' time; the rest is for timing."""
 WORKER_BYTES = 9e9
 """Of memory that a checking process may come to hold; so many go on at once as the card holds."""
+WHERE = "{}.where"
+"""A part's file of the calls it was in when its time was nearly over."""
 ROOT = Path(__file__).resolve().parents[2]
 
 Result = dict[str, Any]
@@ -230,17 +233,25 @@ def _in_a_process(
     path = request.folder / f"{name}.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu.parts", name, str(request.folder)]
-    command += [str(request.seconds), "", ""]
+    command += [str(seconds or request.seconds), "", ""]
     chosen = {} if platforms is None else {"JAX_PLATFORMS": platforms}
     failure = None
     try:
         subprocess.run(command, cwd=ROOT, check=True, env=os.environ | chosen, timeout=seconds)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as problem:
-        failure = f"{name}: {problem}"
+        failure = f"{name}: {problem}{_last_seen(request.folder, name)}"
     if not path.exists():
         raise RuntimeError(failure)
     found = json.loads(path.read_text())
     return found if failure is None else found | {"failure": failure}
+
+
+def _last_seen(folder: Path, name: str) -> str:
+    """Where a part's main thread was when its time was over, the innermost calls first."""
+    path = folder / WHERE.format(name)
+    lines = path.read_text().rpartition("Thread ")[2].splitlines() if path.exists() else []
+    calls = [line.strip().removeprefix("File ") for line in lines[1:6]]
+    return f", in {'; '.join(calls)}" if calls else ""
 
 
 def _timed(chosen: dict[str, dict[str, int]], folder: Path, seconds: float) -> Iterator[Result]:
@@ -266,6 +277,8 @@ def main(argv: list[str]) -> None:
     request = Request(
         Path(folder), float(seconds), tuple(prefixes.split(",")), tuple(kinds.split(","))
     )
+    where = (request.folder / WHERE.format(name)).open("w")
+    faulthandler.dump_traceback_later(max(request.seconds - 1.0, 1.0), file=where)
 
     def keep(result: Result) -> None:
         replace_text(request.folder / f"{name}.json", json.dumps(result))

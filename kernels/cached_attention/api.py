@@ -128,6 +128,7 @@ def _run(implementation: Implementation, options: Options, operands: tuple[Any, 
         case "auto":
             can_triton = pallas_triton.unsupported_reason(q_THC, state) is None
             can_triton &= options.unsupported_reason is None
+            can_triton &= not pallas_triton.is_slower(q_THC, state)
             if can_triton and auto_takes_triton(current_target()):
                 return by_triton(*operands)
             if reason is None and native.is_used_for(q_THC):

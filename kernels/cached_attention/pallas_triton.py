@@ -93,6 +93,12 @@ def unsupported_reason(q_THC: jax.Array, state: State) -> str | None:
     return None
 
 
+def is_slower(q_THC: jax.Array, state: State) -> bool:
+    """Whether XLA was measured to be faster: latents in float32, which go without tensor cores in
+    tiles of 16 x 16, took four times as long on an H100."""
+    return q_THC.dtype == jnp.float32 and state.v is None
+
+
 def cached_attention(
     q_THC: jax.Array,
     rows_T: jax.Array,

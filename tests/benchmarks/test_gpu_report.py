@@ -24,6 +24,7 @@ from infer.load import inference_model
 from kernels import backend
 from kernels.backend import H100 as H100_TARGET
 from kernels.backend import INTERPRET
+from kernels.cached_attention import cases as cached_cases
 from kernels.cached_attention.cases import CompiledCase as CachedCase
 from kernels.grouped_matmul.cases import CompiledCase as GroupedCase
 from kernels.paged_attention.cases import CompiledCase as PagedCase
@@ -354,6 +355,21 @@ def test_what_an_inner_process_had_when_it_was_stopped_is_taken(tmp_path, monkey
     found = parts._in_a_process("decoding_ours", request, seconds=2.0)
     assert found["ours"] == [1]
     assert "timed out after 2.0 seconds" in found["failure"]
+
+
+def test_a_process_that_is_stopped_says_where_it_was(tmp_path):
+    code = "import sys, time; from benchmarks.gpu import parts; parts.PARTS['x'] = lambda *_: time"
+    code += f".sleep(2); parts.main(['x', {str(tmp_path)!r}, '1', '', ''])"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=parts.ROOT)
+    assert "in <lambda>" in parts._last_seen(tmp_path, "x")
+    assert parts._last_seen(tmp_path, "another") == ""
+
+
+def test_every_case_has_as_many_tokens_as_it_says():
+    for name, case in cached_cases.COMPILED.items():
+        rows_T, positions_T = work.asking_tokens(case)
+        assert len(rows_T) == len(positions_T) == case.num_tokens, name
+        assert set(rows_T) == set(range(case.num_rows))
 
 
 # --- Models --------------------------------------------------------------------------------------
