@@ -18,8 +18,8 @@ TAIL_FLOOR = 1e-6
 """Least probability of the tail bin, against log(0) when the kept tokens carry everything."""
 
 ROUNDING = 2.0**-16
-"""By which two float32 log_softmax of the same logits, compiled apart, may differ; some roundings of
-logits of 100."""
+"""By which two float32 log_softmax of the same logits, compiled apart, may differ: some roundings
+of logits of 100."""
 
 Bins = list[tuple[jax.Array, jax.Array]]
 """Pairs of log p and log q, [..., N] each, N of its own in each pair: together all bins."""
