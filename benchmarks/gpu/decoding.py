@@ -149,15 +149,16 @@ def num_pages_for(context: int, num_steps: int) -> int:
 
 def compile_decode(
     model: Transformer, weights: WeightFormat, batch: int, context: int, num_steps: int
-) -> Any:
-    """The program of so many steps, made without its arrays."""
+) -> tuple[Any, float]:
+    """The program of so many steps, made without its arrays, and the seconds that took."""
     num_pages = num_pages_for(context, num_steps)
     variables = jax.eval_shape(lambda: draw_variables(model, weights))
     state = jax.eval_shape(lambda: draw_state(model, batch, num_pages))
     row_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
     tables_BN = jax.ShapeDtypeStruct((batch, num_pages), jnp.int32)
+    began = time.perf_counter()
     lowered = decode.lower(model, num_steps, variables, row_B, row_B, state, tables_BN)
-    return lowered.compile()
+    return lowered.compile(), time.perf_counter() - began
 
 
 def measure_all(
@@ -176,8 +177,9 @@ def measure_all(
             if held is None or held[0] != weights:
                 held = None  # room for the next
                 held = weights, draw_variables(model, weights)
-            found = measure(model, held[1], batch, program.result(), context, num_steps)
-            yield {"weights": weights} | found
+            compiled, seconds = program.result()
+            found = measure(model, held[1], batch, compiled, context, num_steps)
+            yield {"weights": weights, "compile_seconds": seconds} | found
 
 
 def measure(

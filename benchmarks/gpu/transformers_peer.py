@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+READ_AT_ONCE = 8192
+"""Tokens of all prompts: each has eight rows among the experts'."""
+
 
 def make_model(torch: Any, settings: dict[str, Any]) -> Any:
     from transformers import OlmoeConfig, OlmoeForCausalLM  # pyright: ignore[reportMissingImports]
@@ -117,9 +120,10 @@ def decode(torch: Any, settings: dict[str, Any]) -> dict[str, Any]:
         length = settings["context"]
         cache = StaticCache(config=model.config, max_cache_len=length + 4 * steps + 8)
         tokens = torch.randint(0, settings["vocab_size"], (batch, length), device=device)
+        piece = max(1, min(256, READ_AT_ONCE // batch))
         with torch.inference_mode():
-            for row in range(0, length, 256):
-                part = tokens[:, row : row + 256]
+            for begin in range(0, length, piece):
+                part = tokens[:, begin : begin + piece]
                 model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
             found.append({"batch": batch} | _time_steps(torch, model, cache, tokens, steps))
         del cache
