@@ -54,6 +54,11 @@ class PagingCounts:
         where wrong forecasts bring more than is asked for."""
         return 1 - (self.on_demand + self.ahead) / max(self.requests, 1)
 
+    def as_tree(self) -> dict[str, float | None]:
+        """For programs: what was counted, and the shares."""
+        names = ("hit_rate", "ready_rate", "accuracy")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+
     def __add__(self, other: "PagingCounts") -> "PagingCounts":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return PagingCounts(*(mine + more for mine, more in pairs))

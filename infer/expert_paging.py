@@ -24,8 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.architecture import LayerSpec, ModelConfig
-from configs.base import ExecutionConfig
 from configs.feed_forward import MoEConfig
 from infer.engine.new_memory import beside
 from infer.expert_cache import PagingCounts, SlotTable, belady
@@ -108,6 +106,9 @@ class PagedLayer:
 
     block: Block
     variables: Variables
+    is_rewritable: bool
+    """Whether what was written to its state can be written again; if not, as of recurrent layers,
+    it begins once more with the state as it was."""
     store: ExpertStore | None = None
     table: SlotTable | None = None
     records: bool = False
@@ -124,8 +125,7 @@ class PagedLayer:
     ) -> tuple[jax.Array, BlockState | None, jax.Array | None]:
         """The layer's result, its state, and where it has experts those of each token, int32
         [1, B, L, K]."""
-        # What a recurrent layer has written can't be written again: it begins as it was.
-        run = _run_block if unrewindable_reason(self.block.model) is None else _run_block_anew
+        run = _run_block if self.is_rewritable else _run_block_anew
         if self.table is None:
             return run(self.block, self.variables, x_BLD, step, state, preference_1BE)[:3]
         given = self._with_choices(self._no_choices(step.positions_BL.size))
@@ -134,7 +134,7 @@ class PagedLayer:
         for experts in self.table.groups(_distinct(ids, len(self.slot_E))):
             if self._use(experts):
                 self.reruns += 1
-                own = state if run is _run_block_anew else made.state
+                own = made.state if self.is_rewritable else state
                 given = self._with_choices(made.choices_TKD)
                 made = run(self.block, given, x_BLD, step, own, preference_1BE)
         return made[:3]
@@ -230,26 +230,24 @@ _run_block_anew = jax.jit(_block, static_argnums=0)
 """The same, which leaves the state that it was given as it was."""
 
 
-def _layer(
-    i: int,
-    spec: LayerSpec,
-    config: ModelConfig,
-    execution: ExecutionConfig,
-    variables: Variables,
-    stores: dict[str, ExpertStore],
-    paging: Paging,
-) -> PagedLayer:
-    name = f"layer_{i}"
-    own = {
-        collection: jax.tree.map(lambda x: x[0], tree["periods"][name])
-        for collection, tree in variables.items()
-        if name in tree.get("periods", {})
-    }
-    block = Block(spec, config, execution)
-    if not isinstance(spec.ffn, MoEConfig):
-        return PagedLayer(block, own)
-    table = SlotTable(paging.num_slots(spec.ffn), paging.policy)
-    return PagedLayer(block, own, stores[name], table, paging.records)
+def _layers(
+    model: Transformer, variables: Variables, stores: dict[str, ExpertStore], paging: Paging
+) -> list[PagedLayer]:
+    """The pattern's, with their own of the variables."""
+    layers, is_rewritable = [], unrewindable_reason(model.config) is None
+    for i, spec in enumerate(model.config.pattern):
+        name = f"layer_{i}"
+        own = {
+            collection: jax.tree.map(lambda x: x[0], tree["periods"][name])
+            for collection, tree in variables.items()
+            if name in tree.get("periods", {})
+        }
+        layer = PagedLayer(Block(spec, model.config, model.execution), own, is_rewritable)
+        if isinstance(spec.ffn, MoEConfig):
+            layer.store, layer.records = stores[name], paging.records
+            layer.table = SlotTable(paging.num_slots(spec.ffn), paging.policy)
+        layers.append(layer)
+    return layers
 
 
 # --- The model -----------------------------------------------------------------------------------
@@ -271,7 +269,6 @@ class PagedModel:
         paging: Paging,
     ) -> None:
         self.model, self.paging = model, paging
-        config, execution = model.config, model.execution
         params = variables["params"]
         skipped = [name for name in params if name.startswith("multi_token")]
         rest = {k: v for k, v in params.items() if k not in ("periods", *skipped)}
@@ -279,19 +276,17 @@ class PagedModel:
         self.outside: Variables = {"params": rest, "router_state": {}}
         """What does not belong to the pattern's layers."""
         self.outside["router_state"] = {k: v for k, v in states.items() if k.startswith("prefix")}
-        self.layers = [
-            _layer(i, spec, config, execution, variables, stores, paging)
-            for i, spec in enumerate(config.pattern)
-        ]
+        self.layers = _layers(model, variables, stores, paging)
 
     def run(
-        self, step: Step, state: ModelState, with_experts: bool = False
-    ) -> tuple[jax.Array, ModelState, ChosenExperts | None]:
+        self, step: Step, state: ModelState | None, with_experts: bool = False
+    ) -> tuple[jax.Array, Any, ChosenExperts | None]:
         """As infer.steps.run, whose arguments lie on the device; the state given is used up."""
         wanted = step.preference or {}
         step = step.replace(preference=None)
         x_BLD, state = _begin(self.model, self.outside, step, state)
-        states, chosen = list(state.periods), {}
+        states: list[Any] = [None] * len(self.layers) if state is None else list(state.periods)
+        chosen = {}
         for i, layer in enumerate(self.layers):
             name = f"layer_{i}"
             x_BLD, states[i], ids_1BLK = layer.run(x_BLD, step, states[i], wanted.get(name))
@@ -299,7 +294,8 @@ class PagedModel:
                 chosen[name] = ids_1BLK
             self._look_ahead(i, x_BLD, step)
         hidden_BLD = _finish(self.model, self.outside, x_BLD)
-        return hidden_BLD, state.replace(periods=tuple(states)), chosen if with_experts else None
+        state = None if state is None else state.replace(periods=tuple(states))
+        return hidden_BLD, state, chosen if with_experts else None
 
     def fill(self) -> None:
         """Puts some experts into slots that are all empty."""
@@ -307,9 +303,15 @@ class PagedModel:
             layer.bring(layer.table.fill())
 
     def weights(self) -> Any:
-        """All that there is, where it lies."""
-        stores = [layer.store.arrays for layer in self._paged if layer.store is not None]
-        return self.outside, [layer.variables for layer in self.layers], stores
+        """All that there is, where it lies: not what happens to be in slots."""
+        found: list[Any] = [self.outside]
+        for layer in self.layers:
+            params, store = dict(layer.variables["params"]), layer.store
+            if store is not None:
+                held = {k: x for k, x in params["moe"].items() if k not in store.arrays}
+                params["moe"] = {**held, **store.arrays}
+            found.append({**layer.variables, "params": params})
+        return found
 
     @property
     def _paged(self) -> list[Any]:
@@ -344,7 +346,7 @@ class PagedModel:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _begin(model: Transformer, variables: Variables, step: Step, state: ModelState) -> Any:
+def _begin(model: Transformer, variables: Variables, step: Step, state: ModelState | None) -> Any:
     x_BLD, state, _ = cast(Any, model.apply(variables, step, state, method="begin"))
     return x_BLD, state
 

@@ -66,6 +66,7 @@ class Engine:
         check_model(model, options)
         if options.has_detour and model.config.num_periods > 1:
             model, variables = unstack(model, variables)
+            programs = None  # of the model as it is now
         self.timings = Timings()
         self._model, self._variables, self._options = model, variables, options
         self._programs = programs = programs or WholeModel(model, variables)
@@ -137,7 +138,7 @@ class Engine:
         if not self._options.has_detour:
             self._preferences.begin()
         thunks = [
-            self._programs.warm_up,
+            *self._programs.warm_ups(),
             *self._reader.programs(self._memory, self._preferences.arrays, self._sampler.warm_up),
             *self._memory.programs(),
             self._run_idle,

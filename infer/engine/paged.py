@@ -1,6 +1,7 @@
 """An engine's programs for a model whose experts are paged: a step begins and ends as of any other
 model, and between the two runs layer by layer (infer/expert_paging.py)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from infer.speculative import VerifiedDraft, begin_verify, end_verify
 from infer.steps import Pieces, StateSize
 from model.layers import unembed
 from model.model_state import ModelState, with_pages_of
+from model.step import make_step
 from model.transformer import Transformer, Variables, output_weights
 
 _begin_mixed = jax.jit(steps.begin_mixed, donate_argnums=1)
@@ -25,6 +27,7 @@ _end_mixed = jax.jit(steps.end_mixed)
 _begin_rows = jax.jit(steps.begin_rows, static_argnums=(0, 1))
 _end_rows = jax.jit(steps.end_rows, static_argnums=0)
 _begin_decode = jax.jit(steps.begin_decode)
+_whole = jax.jit(partial(make_step, is_whole=True))
 _begin_verify = jax.jit(begin_verify, donate_argnums=2)
 _end_verify = jax.jit(end_verify, static_argnums=(0, 9), donate_argnums=5)
 
@@ -118,8 +121,11 @@ class PagedPrograms:
     def weights(self) -> Any:
         return self.paged.weights()
 
-    def warm_up(self) -> None:
-        self.paged.fill()
+    def warm_ups(self) -> list[Callable[[], None]]:
+        return [self.paged.fill]
+
+    def hidden(self, tokens_BL: Any, positions_BL: Any) -> jax.Array:
+        return self.paged.run(_whole(tokens_BL, positions_BL), None)[0]
 
     def paging(self) -> PagingCounts:
         return self.paged.counts()

@@ -1,16 +1,19 @@
 """What an engine runs: the model's programs, with the arrays that they take first."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+import jax
 from jax.sharding import Mesh
 
 from infer import steps
 from infer.engine.options import EngineOptions
 from infer.expert_cache import PagingCounts
-from infer.speculative import VerifiedDraft, verify
+from infer.speculative import verify
 from infer.steps import StateSize
-from model.transformer import Transformer, Variables
+from model.transformer import Transformer, Variables, hidden_states
 
 
 class Programs(Protocol):
@@ -28,20 +31,28 @@ class Programs(Protocol):
         """
         ...
 
-    def read_mixed(self, *given: Any) -> Any: ...
+    @property
+    def read_mixed(self) -> Callable[..., Any]: ...
 
-    def read_rows(self, size: StateSize, *given: Any) -> Any: ...
+    @property
+    def read_rows(self) -> Callable[..., Any]: ...
 
-    def decode(self, *given: Any) -> Any: ...
+    @property
+    def decode(self) -> Callable[..., Any]: ...
 
-    def verify(self, *given: Any) -> VerifiedDraft: ...
+    @property
+    def verify(self) -> Callable[..., Any]: ...
 
     def weights(self) -> Any:
         """All that is the model's, to be told from others by."""
         ...
 
-    def warm_up(self) -> None:
-        """Runs what else there is to compile."""
+    def warm_ups(self) -> list[Callable[[], None]]:
+        """What else there is to compile."""
+        ...
+
+    def hidden(self, tokens_BL: Any, positions_BL: Any) -> jax.Array:
+        """What the output layer reads of whole texts, [B, L, D]; no state is kept."""
         ...
 
     def paging(self) -> PagingCounts | None:
@@ -59,23 +70,36 @@ class WholeModel:
     def check(self, options: EngineOptions, mesh: Mesh | None) -> None:
         del options, mesh
 
-    def read_mixed(self, *given: Any) -> Any:
-        return steps.read_mixed(self.model, self.variables, *given)
+    @property
+    def read_mixed(self) -> Callable[..., Any]:
+        return partial(steps.read_mixed, self.model, self.variables)
 
     def read_rows(self, size: StateSize, *given: Any) -> Any:
         return steps.read_rows(self.model, size, self.variables, *given)
 
-    def decode(self, *given: Any) -> Any:
-        return steps.decode(self.model, self.variables, *given)
+    @property
+    def decode(self) -> Callable[..., Any]:
+        return partial(steps.decode, self.model, self.variables)
 
-    def verify(self, *given: Any) -> VerifiedDraft:
-        return verify(self.model, self.variables, *given)
+    @property
+    def verify(self) -> Callable[..., Any]:
+        return partial(verify, self.model, self.variables)
 
     def weights(self) -> Variables:
         return self.variables
 
-    def warm_up(self) -> None:
-        pass
+    def warm_ups(self) -> list[Callable[[], None]]:
+        return []
+
+    def hidden(self, tokens_BL: Any, positions_BL: Any) -> jax.Array:
+        return _hidden(self.model, self.variables, tokens_BL, positions_BL)
 
     def paging(self) -> None:
         return None
+
+
+@partial(jax.jit, static_argnums=0)
+def _hidden(
+    model: Transformer, variables: Variables, tokens_BL: jax.Array, positions_BL: jax.Array
+) -> jax.Array:
+    return hidden_states(model, variables, tokens_BL, positions_BL, is_whole=True)[0]

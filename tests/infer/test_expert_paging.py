@@ -13,20 +13,27 @@ from configs.checks import UserError
 from configs.feed_forward import DenseConfig, MoEConfig
 from configs.models import delta_nano
 from infer import steps
+from infer.engine import Engine, EngineOptions, Request
 from infer.engine.paged import PagedPrograms
+from infer.expert_cache import PagingCounts
 from infer.expert_paging import PagedModel, load_paged, page
 from infer.expert_store import Paging
 from infer.generate import generate
 from infer.load import inference_execution
+from infer.mtp_draft import MtpDraft
+from infer.ngram_draft import NgramDraft
 from infer.paging_report import compare_policies, record, table_of
 from infer.sampling import Sampling
+from infer.self_speculative import Draft
 from infer.sources import open_source
 from infer.steps import StateSize
 from infer.weights import converted, converter
 from model.transformer import Transformer, abstract_variables
 from model.unstacked import unstacked_config
+from parallel.mesh import make_mesh
 from tests import tiny
 from tests.checkpoint.cases import write_case
+from tests.infer.server.kinds import CONFIGS, run
 
 PROMPT = [(7 * i * i + 3) % 300 for i in range(37)]
 
@@ -141,6 +148,94 @@ def test_sampled_texts_are_the_same_too(made):
     whole = text_of(page(*made, Paging(1.0)), sampling=sampling)
     assert text_of(page(*made, Paging(0.25)), sampling=sampling) == whole
     assert whole == generate(*made, [PROMPT], max_new_tokens=20, sampling=sampling).tokens[0]
+
+
+PROMPTS = [PROMPT, [5], PROMPT[9:12], PROMPT[20:], PROMPT[3:24]]
+HOT = [Sampling(), *(Sampling(0.9, top_p=0.9, seed=i, presence_penalty=0.5) for i in range(4))]
+TOGETHER: dict[str, Any] = {"sampling": HOT, "rows": 3, "piece": 16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("windowed", {}),
+        ("windowed", {"num_pages": 9, "draft": NgramDraft()}),
+        pytest.param("latent", {"num_pages": 9}, marks=pytest.mark.slow),
+        pytest.param("recurrent", {}, marks=pytest.mark.slow),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x) or "rows",
+)
+def test_several_texts_at_once(made, kind, more):
+    """Each is what it is where all experts are in one program, greedy or drawn, in rows or pages,
+    with drafts or without."""
+    model, variables = made
+    if kind != "windowed":
+        model, variables = drawn(dataclasses.replace(CONFIGS[kind](), vocab_size=300))
+    expected = generate(model, variables, PROMPTS, max_new_tokens=10, **TOGETHER).tokens
+    paged = page(model, variables, Paging(0.25))
+    assert texts_of(paged, PROMPTS, 10, **TOGETHER, **more) == expected
+    counts = paged.counts()
+    assert 0 < counts.on_demand < counts.requests
+
+
+def test_preferences_and_told_experts(made):
+    """What a request would rather have, and the experts of each token: those of the whole model."""
+    model, variables = made
+    wanted = np.zeros((1, 1, 8), np.float32)
+    wanted[..., 2] = 9.0
+    options = EngineOptions(max_rows=2, max_length=48, piece=16, keeps_experts=True)
+    asked = [
+        Request(PROMPT[:5], 4, wants_experts=True),
+        Request(PROMPT[:20], 4, wants_experts=True, preference={"layer_0": wanted}),
+    ]
+    paged = PagedPrograms(page(model, variables, Paging(0.25)))
+    given = (paged.model, paged.variables, options)
+    whole, own = run(Engine(*made, options), asked), run(Engine(*given, programs=paged), asked)
+    for a, b in zip(whole, own, strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_array_equal(a.experts_TNK, b.experts_TNK)
+    assert (own[1].experts_TNK[:, 0] == 2).any(axis=1).all()
+    assert not (own[0].experts_TNK[:, 0] == 2).any(axis=1).all()
+
+
+def test_nothing_is_compiled_once_it_is_warm(made):
+    model, variables = made
+    variables = jax.device_put(copied(variables), jax.devices()[0])
+    programs, compiled = PagedPrograms(page(model, variables, Paging(0.25))), []
+    options = EngineOptions(max_rows=3, max_length=48, max_prompt=37, piece=16)
+    engine = Engine(programs.model, programs.variables, options, programs=programs)
+    engine.warm_up()
+    assert engine.stats().paging == PagingCounts()  # nothing was asked for
+
+    def listen(event, seconds, **_):
+        if "compile" in event:
+            compiled.append((event, seconds))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run(engine, [Request(p, 8, sampling=s) for p, s in zip(PROMPTS, HOT, strict=True)])
+        assert compiled == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert programs.paged.reruns > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"exit_threshold": 0.5}, "leaves a program of all layers"),
+        ({"draft": Draft(exit=1)}, "draft=Draft runs layers of the model by themselves"),
+        ({"draft": MtpDraft()}, "draft=MtpDraft runs layers of the model by themselves"),
+        ({"mesh": make_mesh(expert=1)}, "on one device, and there is a mesh"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_engines_that_can_not_page(made, options, sentence):
+    programs = PagedPrograms(page(*made, Paging(0.25)))
+    mesh = {"mesh": options.pop("mesh")} if "mesh" in options else {}
+    given = (programs.model, programs.variables, EngineOptions(**options))
+    with pytest.raises(UserError, match=sentence):
+        Engine(*given, programs=programs, **mesh)
 
 
 @pytest.fixture(scope="module")
