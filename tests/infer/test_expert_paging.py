@@ -161,7 +161,7 @@ TOGETHER: dict[str, Any] = {"sampling": HOT, "rows": 3, "piece": 16}
         ("windowed", {}),
         ("windowed", {"num_pages": 9, "draft": NgramDraft()}),
         pytest.param("latent", {"num_pages": 9}, marks=pytest.mark.slow),
-        pytest.param("recurrent", {}, marks=pytest.mark.slow),
+        pytest.param("recurrent", {"num_pages": 9}, marks=pytest.mark.slow),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(x) or "rows",
 )
