@@ -6,6 +6,7 @@ while the step waits, or ahead, by a forecast. Belady's rule (1966), which knows
 gives up what is needed last, brings the fewest; no rule that brings on demand or ahead brings less.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -32,6 +33,15 @@ class PagingCounts:
     """Brought while a step waited."""
     ahead: int = 0
     """Brought before a step asked."""
+    forecast: int = 0
+    """Requests of steps that had a forecast."""
+    foretold: int = 0
+    """Those of them that it named."""
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of requests that forecasts named; None: there were none."""
+        return self.foretold / self.forecast if self.forecast else None
 
     @property
     def ready_rate(self) -> float:
@@ -44,12 +54,14 @@ class PagingCounts:
         where wrong forecasts bring more than is asked for."""
         return 1 - (self.on_demand + self.ahead) / max(self.requests, 1)
 
+    def as_tree(self) -> dict[str, float | None]:
+        """For programs: what was counted, and the shares."""
+        names = ("hit_rate", "ready_rate", "accuracy")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+
     def __add__(self, other: "PagingCounts") -> "PagingCounts":
-        return PagingCounts(
-            self.requests + other.requests,
-            self.on_demand + other.on_demand,
-            self.ahead + other.ahead,
-        )
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return PagingCounts(*(mine + more for mine, more in pairs))
 
 
 @dataclass
@@ -65,6 +77,8 @@ class SlotTable:
     counts: PagingCounts = field(default_factory=PagingCounts)
     slots: dict[int, int] = field(default_factory=dict)
     """Expert to slot, of those resident."""
+    _expected: frozenset[int] | None = None
+    """What the last forecast named."""
     _uses: dict[int, float] = field(default_factory=dict)
     _last: dict[int, int] = field(default_factory=dict)
     _time: int = 0
@@ -86,6 +100,9 @@ class SlotTable:
         brought = self._bring(wanted, keep=frozenset(wanted))
         self.counts.requests += len(wanted)
         self.counts.on_demand += len(brought)
+        if self._expected is not None:
+            self.counts.forecast += len(wanted)
+            self.counts.foretold += len(self._expected.intersection(wanted))
         for expert in wanted:
             self._uses[expert] = self._uses.get(expert, 0.0) + self._unit
             self._last[expert] = self._time
@@ -93,10 +110,26 @@ class SlotTable:
 
     def expect(self, experts: Iterable[int]) -> list[tuple[int, int]]:
         """Forecast experts, the surest first: those to be brought ahead, each with its slot."""
-        wanted = list(dict.fromkeys(experts))[: self.num_slots]
+        named = list(dict.fromkeys(experts))
+        self._expected, wanted = frozenset(named), named[: self.num_slots]
         brought = self._bring(wanted, keep=frozenset(wanted))
         self.counts.ahead += len(brought)
         return brought
+
+    def groups(self, experts: Iterable[int]) -> list[list[int]]:
+        """A step's experts as they have room together: those that are there first, where there is
+        none for all."""
+        wanted = list(dict.fromkeys(experts))
+        if len(wanted) <= self.num_slots:
+            return [wanted] if wanted else []
+        there = [expert for expert in wanted if expert in self.slots]
+        missing = [expert for expert in wanted if expert not in self.slots]
+        pieces = [missing[i : i + self.num_slots] for i in range(0, len(missing), self.num_slots)]
+        return [there, *pieces] if there else pieces
+
+    def fill(self) -> list[tuple[int, int]]:
+        """The first experts, where all slots are empty: nothing has asked for them."""
+        return [] if self.slots else self._bring(list(range(self.num_slots)), frozenset())
 
     def has(self, experts: Iterable[int]) -> bool:
         return all(expert in self.slots for expert in experts)
@@ -178,9 +211,3 @@ def _next_uses(steps: list[list[int]]) -> Callable[[int, int], float]:
         coming |= dict.fromkeys(steps[place], place)
     found.reverse()
     return lambda place, expert: found[place][expert]
-
-
-def forecast_accuracy(trace: Trace, forecasts: Trace) -> float:
-    """The share of requests that the forecast of the step named."""
-    named = sum(len({*asked} & {*told}) for asked, told in zip(trace, forecasts, strict=True))
-    return named / max(sum(len({*asked}) for asked in trace), 1)

@@ -1,44 +1,41 @@
 """Models of which a share of the experts is resident: the others lie in the host's memory, or in
 files, and are brought when a token goes to them.
 
-A layer runs with the experts that are in its slots and says which ones its tokens went to. Were all
-of them there, its result stands; if not, they are brought and the layer runs again: what it wrote
-to its state the first time is written again in the same places. A piece of a prompt that needs
-more experts than there are slots is cut, layer by layer. So a text does not depend on the slots:
-the same program multiplies the same rows by the same experts, wherever they lie.
+A layer runs with the experts that are in its slots and says which ones its tokens went to, and what
+each choice gave. Were all of them there, its result stands; if not, those that are missing are
+brought, as many at a time as there are slots, and the layer runs again with what the choices before
+gave: what it wrote to its state the first time is written again in the same places. So a text does
+not depend on the slots: the same program multiplies the same rows by the same experts, wherever
+they lie.
 
 Forecast: the router of the next layer reads this layer's result (Eliseev & Mazur 2023), and what it
 names is brought before that layer runs.
 
-E experts, R slots, L tokens of a piece, D d_model, K experts per token.
+E experts, R slots, T tokens of a step, D d_model, K experts per token.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.architecture import LayerSpec, ModelConfig
-from configs.base import ExecutionConfig
 from configs.feed_forward import MoEConfig
-from infer.expert_cache import PagingCounts, SlotTable, belady, forecast_accuracy
+from infer.engine.new_memory import beside
+from infer.expert_cache import PagingCounts, SlotTable, belady
 from infer.expert_store import ExpertStore, Paging, check_paging, empty_slots, slots_of
 from infer.sources import Progress, Source
 from infer.weights import Convert, WeightFormat
 from model.block import Block
 from model.experts import WEIGHT_AXES
-from model.layers import unembed
-from model.model_state import BlockState, ModelState, init_state, unmixable_reason
+from model.model_state import BlockState, ModelState, unrewindable_reason
 from model.router import route
-from model.step import Step, make_step
-from model.transformer import Transformer, Variables, output_weights
-
-WIDTH = 16
-"""Tokens of a prompt that are read at once."""
+from model.step import ChosenExperts, Step
+from model.transformer import Transformer, Variables
 
 
 def load_paged(
@@ -100,7 +97,7 @@ def page(model: Transformer, variables: Variables, paging: Paging) -> "PagedMode
     return PagedModel(model, {**variables, "params": params}, stores, paging)
 
 
-# --- The model -----------------------------------------------------------------------------------
+# --- Layers --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -109,30 +106,93 @@ class PagedLayer:
 
     block: Block
     variables: Variables
+    is_rewritable: bool
+    """Whether what was written to its state can be written again; if not, as of recurrent layers,
+    it begins once more with the state as it was."""
     store: ExpertStore | None = None
     table: SlotTable | None = None
-    slot_E: np.ndarray | None = None
+    records: bool = False
+    """Whether `trace` and `forecasts` are kept."""
     trace: list[tuple[int, ...]] = field(default_factory=list)
-    """The experts of each step."""
+    """The experts of each step; of one that has no room for all, of each of its runs."""
     forecasts: list[tuple[int, ...]] = field(default_factory=list)
-    """Of each step, as made before it."""
+    """Of each of these, as made before it."""
     reruns: int = 0
-    expected: tuple[int, ...] = ()
+    _expected: tuple[int, ...] = ()
 
-    def bring(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def run(
+        self, x_BLD: jax.Array, step: Step, state: BlockState | None, preference_1BE: Any
+    ) -> tuple[jax.Array, BlockState | None, jax.Array | None]:
+        """The layer's result, its state, and where it has experts those of each token, int32
+        [1, B, L, K]."""
+        run = _run_block if self.is_rewritable else _run_block_anew
+        if self.table is None:
+            return run(self.block, self.variables, x_BLD, step, state, preference_1BE)[:3]
+        given = self._with_choices(self._no_choices(step.positions_BL.size))
+        made = run(self.block, given, x_BLD, step, state, preference_1BE)
+        ids = np.asarray(made.ids_1BLK)
+        for experts in self.table.groups(_distinct(ids, len(self.slot_E))):
+            if self._use(experts):
+                self.reruns += 1
+                own = made.state if self.is_rewritable else state
+                given = self._with_choices(made.choices_TKD)
+                made = run(self.block, given, x_BLD, step, own, preference_1BE)
+        return made[:3]
+
+    def expect(self, experts: tuple[int, ...]) -> None:
+        """What the next step will probably ask for, the surest first: it is brought."""
+        assert self.table is not None
+        self._expected = experts
+        self.bring(self.table.expect(experts))
+
+    def bring(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Puts experts into slots, as the table said."""
         assert self.store is not None
-        assert self.table is not None
-        assert self.slot_E is not None
         moe = self.variables["params"]["moe"]
         for expert, slot in pairs:
             held = {name: moe[name] for name in self.store.arrays}
             moe.update(_put(held, np.int32(slot), self.store.expert(expert)))
-        if pairs:
-            self.slot_E = np.full_like(self.slot_E, -1)
-            for expert, slot in self.table.slots.items():
-                self.slot_E[expert] = slot
-            self.variables["expert_slots"] = {"moe": {"slot_E": jnp.asarray(self.slot_E)}}
+
+    @property
+    def slot_E(self) -> np.ndarray:
+        """The slot of each expert, int32; -1: it is not there."""
+        assert self.table is not None
+        slot_E = np.full(cast(MoEConfig, self.block.spec.ffn).num_experts, -1, np.int32)
+        slot_E[list(self.table.slots)] = list(self.table.slots.values())
+        return slot_E
+
+    def _use(self, experts: list[int]) -> bool:
+        """Brings what is missing of these; whether something was."""
+        assert self.table is not None
+        pairs = self.table.use(experts)
+        self.bring(pairs)
+        if self.records:
+            self.trace.append(tuple(experts))
+            self.forecasts.append(self._expected)
+        return bool(pairs)
+
+    def _with_choices(self, choices_TKD: jax.Array) -> Variables:
+        """The variables, with what choices gave whose experts are not there (model/moe.py)."""
+        slots = {"slot_E": self.slot_E, "choices_TKD": choices_TKD}
+        return {**self.variables, "expert_slots": {"moe": slots}}
+
+    @functools.cached_property
+    def _no_choices(self) -> Any:
+        """By the number of tokens: zeros, made once."""
+        ffn, block = cast(MoEConfig, self.block.spec.ffn), self.block
+        dims = (ffn.router.top_k, ffn.latent_width or block.model.d_model)
+
+        @functools.cache
+        def none(num_tokens: int) -> jax.Array:
+            zeros_TKD = jnp.zeros((num_tokens, *dims), block.execution.compute_dtype)
+            return beside(self.variables["params"], zeros_TKD)
+
+        return none
+
+
+def _distinct(ids: np.ndarray, num_experts: int) -> list[int]:
+    """The experts that tokens went to."""
+    return np.flatnonzero(np.bincount(ids[ids >= 0], minlength=num_experts)).tolist()
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -140,49 +200,61 @@ def _put(slots: Any, slot: jax.Array, expert: Any) -> Any:
     return jax.tree.map(lambda held, new: held.at[slot].set(new), slots, expert)
 
 
-@partial(jax.jit, static_argnums=0)
-def _run_block(
-    block: Block, variables: Variables, x_BLD: jax.Array, step: Step, state: BlockState
-) -> tuple[jax.Array, BlockState, Any]:
-    """The layer's result, its state, and the experts int32 [1, L, K]; None without experts."""
-    outputs: Any = block.apply(variables, x_BLD, step, state, mutable=["experts"])
-    (new_BLD, state, _), sown = outputs
-    is_read = (step.positions_BL >= 0).reshape(*x_BLD.shape[:2], *[1] * (x_BLD.ndim - 2))
-    ids = sown["experts"]["moe"]["ids"] if "experts" in sown else None
-    return jnp.where(is_read, new_BLD, x_BLD), state, ids
+class _Ran(NamedTuple):
+    x_BLD: jax.Array
+    state: BlockState | None
+    ids_1BLK: jax.Array | None
+    """Of a layer with experts."""
+    choices_TKD: jax.Array | None
 
 
-@partial(jax.jit, static_argnums=0)
-def _begin(model: Transformer, variables: Variables, step: Step, state: ModelState) -> Any:
-    x_BLD, state, _ = cast(Any, model.apply(variables, step, state, method="begin"))
-    return x_BLD, state
+def _block(
+    block: Block,
+    variables: Variables,
+    x_BLD: jax.Array,
+    step: Step,
+    state: BlockState | None,
+    preference_1BE: jax.Array | None,
+) -> _Ran:
+    wanted_BE = None if preference_1BE is None else preference_1BE[0]
+    outputs: Any = block.apply(variables, x_BLD, step, state, wanted_BE, mutable=["experts"])
+    (x_BLD, state, _), sown = outputs
+    if "experts" not in sown:
+        return _Ran(x_BLD, state, None, None)
+    moe = sown["experts"]["moe"]
+    return _Ran(x_BLD, state, moe["ids"][None], moe["choices"])
 
 
-@partial(jax.jit, static_argnums=0)
-def _logits(model: Transformer, variables: Variables, x_BLD: jax.Array, at: jax.Array) -> jax.Array:
-    """Of one token, float32 [1, V]."""
-    hidden_BLD = cast(Any, model.apply(variables, x_BLD[:, at][:, None], method="finish"))
-    return unembed(hidden_BLD[:, 0], output_weights(model, variables, as_stored=True))
+_run_block = jax.jit(_block, static_argnums=0, donate_argnums=4)
+_run_block_anew = jax.jit(_block, static_argnums=0)
+"""The same, which leaves the state that it was given as it was."""
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _forecast(
-    config: MoEConfig, norm_eps: float, variables: Any, x_BLD: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Experts that a layer's router chooses for another's result, and their gates, [L, K] each."""
-    x_LD = x_BLD[0].astype(jnp.float32)
-    if variables["scale"] is not None:
-        mean = jnp.mean(x_LD * x_LD, axis=-1, keepdims=True)
-        x_LD = x_LD * jax.lax.rsqrt(mean + norm_eps) * variables["scale"]
-    logits_LE = x_LD @ variables["router"]
-    if variables["router_bias"] is not None:
-        logits_LE += variables["router_bias"]
-    routing = route(logits_LE, config.router, variables["state"])
-    return routing.expert_ids_TK, routing.gates_TK
+def _layers(
+    model: Transformer, variables: Variables, stores: dict[str, ExpertStore], paging: Paging
+) -> list[PagedLayer]:
+    """The pattern's, with their own of the variables."""
+    layers, is_rewritable = [], unrewindable_reason(model.config) is None
+    for i, spec in enumerate(model.config.pattern):
+        name = f"layer_{i}"
+        own = {
+            collection: jax.tree.map(lambda x: x[0], tree["periods"][name])
+            for collection, tree in variables.items()
+            if name in tree.get("periods", {})
+        }
+        layer = PagedLayer(Block(spec, model.config, model.execution), own, is_rewritable)
+        if isinstance(spec.ffn, MoEConfig):
+            layer.store, layer.records = stores[name], paging.records
+            layer.table = SlotTable(paging.num_slots(spec.ffn), paging.policy)
+        layers.append(layer)
+    return layers
+
+
+# --- The model -----------------------------------------------------------------------------------
 
 
 class PagedModel:
-    """A model that reads one text at a time, layer by layer.
+    """A model that runs layer by layer.
 
     Args:
       variables: of a model with all its layers once, the experts' with slots.
@@ -197,59 +269,61 @@ class PagedModel:
         paging: Paging,
     ) -> None:
         self.model, self.paging = model, paging
-        config, execution = model.config, model.execution
         params = variables["params"]
         skipped = [name for name in params if name.startswith("multi_token")]
         rest = {k: v for k, v in params.items() if k not in ("periods", *skipped)}
         states = variables.get("router_state", {})
-        self._outside = {"params": rest, "router_state": {}}
-        self._outside["router_state"] = {k: v for k, v in states.items() if k.startswith("prefix")}
-        self._is_mixed = unmixable_reason(config) is None
-        self.width = WIDTH if self._is_mixed else 1
-        """Tokens of a prompt that are read at once: recurrent layers read whole blocks, or one."""
-        self.layers = [
-            _layer(i, spec, config, execution, variables, stores, paging)
-            for i, spec in enumerate(config.pattern)
-        ]
+        self.outside: Variables = {"params": rest, "router_state": {}}
+        """What does not belong to the pattern's layers."""
+        self.outside["router_state"] = {k: v for k, v in states.items() if k.startswith("prefix")}
+        self.layers = _layers(model, variables, stores, paging)
 
-    def new_state(self, length: int) -> ModelState:
-        """Of one text of so many tokens at most; what was counted before begins anew."""
-        for layer in self.layers:
-            layer.expected = ()
-        dtype = self.model.execution.compute_dtype
-        return init_state(self.model.config, 1, length, dtype, max(self.width - 1, 0))
-
-    def read(
-        self, tokens: Sequence[int], begin: int, state: ModelState
-    ) -> tuple[jax.Array, ModelState]:
-        """Reads tokens at places from `begin` on: the logits after the last, [1, V], and the state.
-
-        Args:
-          tokens: one, or the width at most.
-        """
-        width = 1 if len(tokens) == 1 else self.width
-        token_BL, position_BL = np.zeros((1, width), np.int32), np.full((1, width), -1, np.int32)
-        token_BL[0, : len(tokens)] = tokens
-        position_BL[0, : len(tokens)] = np.arange(begin, begin + len(tokens))
-        step = self._step(token_BL, position_BL)
-        x_BLD, state = _begin(self.model, self._outside, step, state)
-        states = list(state.periods)
+    def run(
+        self, step: Step, state: ModelState | None, with_experts: bool = False
+    ) -> tuple[jax.Array, Any, ChosenExperts | None]:
+        """As infer.steps.run, whose arguments lie on the device; the state given is used up."""
+        wanted = step.preference or {}
+        step = step.replace(preference=None)
+        x_BLD, state = _begin(self.model, self.outside, step, state)
+        states: list[Any] = [None] * len(self.layers) if state is None else list(state.periods)
+        chosen = {}
         for i, layer in enumerate(self.layers):
-            x_BLD, states[i] = self._run(layer, x_BLD, token_BL, position_BL, states[i])
-            self._look_ahead(i, x_BLD, len(tokens))
-        last = np.int32(len(tokens) - 1)
-        logits_RV = _logits(self.model, self._outside, x_BLD, last)
-        return logits_RV, state.replace(periods=tuple(states))
+            name = f"layer_{i}"
+            x_BLD, states[i], ids_1BLK = layer.run(x_BLD, step, states[i], wanted.get(name))
+            if ids_1BLK is not None:
+                chosen[name] = ids_1BLK
+            self._look_ahead(i, x_BLD, step)
+        hidden_BLD = _finish(self.model, self.outside, x_BLD)
+        state = None if state is None else state.replace(periods=tuple(states))
+        return hidden_BLD, state, chosen if with_experts else None
+
+    def fill(self) -> None:
+        """Puts some experts into slots that are all empty."""
+        for layer in self._paged:
+            layer.bring(layer.table.fill())
+
+    def weights(self) -> Any:
+        """All that there is, where it lies: not what happens to be in slots."""
+        found: list[Any] = [self.outside]
+        for layer in self.layers:
+            params, store = dict(layer.variables["params"]), layer.store
+            if store is not None:
+                held = {k: x for k, x in params["moe"].items() if k not in store.arrays}
+                params["moe"] = {**held, **store.arrays}
+            found.append({**layer.variables, "params": params})
+        return found
+
+    @property
+    def _paged(self) -> list[Any]:
+        return [layer for layer in self.layers if layer.table is not None]
 
     def counts(self) -> PagingCounts:
         """Of all layers."""
-        tables = [layer.table.counts for layer in self.layers if layer.table]
-        return sum(tables, PagingCounts())
+        return sum((layer.table.counts for layer in self._paged), PagingCounts())
 
     def belady(self) -> PagingCounts:
-        """The least that could have been brought for what was asked."""
-        paged = [layer for layer in self.layers if layer.table]
-        found = [belady(x.trace, cast(SlotTable, x.table).num_slots) for x in paged]
+        """The least that could have been brought for what was asked, of a model that records."""
+        found = [belady(layer.trace, layer.table.num_slots) for layer in self._paged]
         return sum(found, PagingCounts())
 
     @property
@@ -257,48 +331,7 @@ class PagedModel:
         """Layers that ran once more."""
         return sum(layer.reruns for layer in self.layers)
 
-    def accuracy(self) -> float | None:
-        """The share of requests that forecasts named; None: there were none."""
-        return accuracy_of(self.layers)
-
-    def _step(self, token_BL: np.ndarray, position_BL: np.ndarray) -> Step:
-        rows_BL = np.zeros_like(token_BL) if self._is_mixed and token_BL.shape[1] > 1 else None
-        return make_step(cast(Any, token_BL), cast(Any, position_BL), rows_BL=cast(Any, rows_BL))
-
-    def _run(
-        self,
-        layer: PagedLayer,
-        x_BLD: jax.Array,
-        token_BL: np.ndarray,
-        position_BL: np.ndarray,
-        state: BlockState,
-    ) -> tuple[jax.Array, BlockState]:
-        """One layer's result and state."""
-
-        def run(x_BLD: jax.Array, position_BL: np.ndarray, state: BlockState) -> Any:
-            step = self._step(token_BL, position_BL)
-            return _run_block(layer.block, layer.variables, x_BLD, step, state)
-
-        table = layer.table
-        new_BLD, new_state, ids = run(x_BLD, position_BL, state)
-        if table is None:
-            return new_BLD, new_state
-        ids_LK = np.where(position_BL[0, :, None] >= 0, np.asarray(ids)[0], -1)
-        ranges = _ranges(ids_LK, table.num_slots)
-        is_there = table.has(ids_LK[ids_LK >= 0].tolist())
-        places = np.arange(len(ids_LK))
-        for first, last, experts in ranges:
-            layer.trace.append(experts)
-            layer.forecasts.append(layer.expected)
-            layer.bring(table.use(experts))
-            if is_there:
-                return new_BLD, new_state
-            inside = (places >= first) & (places < last)
-            layer.reruns += 1
-            x_BLD, state, _ = run(x_BLD, np.where(inside[None], position_BL, -1), state)
-        return x_BLD, state
-
-    def _look_ahead(self, i: int, x_BLD: jax.Array, count: int) -> None:
+    def _look_ahead(self, i: int, x_BLD: jax.Array, step: Step) -> None:
         """Brings what the next layer will probably ask for, if it has experts."""
         later = self.layers[i + 1] if i + 1 < len(self.layers) else None
         if later is None or later.table is None or not self.paging.has_forecast:
@@ -307,58 +340,41 @@ class PagedModel:
         if made is None:
             return
         ffn, eps = later.block.spec.ffn, self.model.config.norm_eps
-        ids_LK, gates_LK = jax.device_get(_forecast(cast(Any, ffn), eps, made, x_BLD))
-        best: dict[int, float] = {}
-        for expert, gate in zip(ids_LK[:count].ravel(), gates_LK[:count].ravel(), strict=True):
-            if expert >= 0:
-                best[int(expert)] = max(best.get(int(expert), 0.0), float(gate))
-        later.expected = tuple(sorted(best, key=best.__getitem__, reverse=True))
-        later.bring(later.table.expect(later.expected))
+        gates_E = np.asarray(_forecast(cast(Any, ffn), eps, made, x_BLD, step.positions_BL))
+        order_E = np.argsort(-gates_E, kind="stable")
+        later.expect(tuple(order_E[np.isfinite(gates_E[order_E])].tolist()))
 
 
-def accuracy_of(layers: Sequence[PagedLayer]) -> float | None:
-    """Of the layers that had forecasts, the share of requests that these named; None: none had."""
-    told = [layer for layer in layers if any(layer.forecasts)]
-    if not told:
-        return None
-    traces = [step for layer in told for step in layer.trace]
-    return forecast_accuracy(traces, [step for layer in told for step in layer.forecasts])
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _begin(model: Transformer, variables: Variables, step: Step, state: ModelState | None) -> Any:
+    x_BLD, state, _ = cast(Any, model.apply(variables, step, state, method="begin"))
+    return x_BLD, state
 
 
-def _layer(
-    i: int,
-    spec: LayerSpec,
-    config: ModelConfig,
-    execution: ExecutionConfig,
-    variables: Variables,
-    stores: dict[str, ExpertStore],
-    paging: Paging,
-) -> PagedLayer:
-    name = f"layer_{i}"
-    own = {
-        collection: jax.tree.map(lambda x: x[0], tree["periods"][name])
-        for collection, tree in variables.items()
-        if name in tree.get("periods", {})
-    }
-    block = Block(spec, config, execution)
-    if not isinstance(spec.ffn, MoEConfig):
-        return PagedLayer(block, own)
-    own["expert_slots"] = {"moe": {"slot_E": jnp.full(spec.ffn.num_experts, -1, jnp.int32)}}
-    table = SlotTable(paging.num_slots(spec.ffn), paging.policy)
-    slot_E = np.full(spec.ffn.num_experts, -1, np.int32)
-    return PagedLayer(block, own, stores[name], table, slot_E)
+@partial(jax.jit, static_argnums=0)
+def _finish(model: Transformer, variables: Variables, x_BLD: jax.Array) -> jax.Array:
+    return cast(Any, model.apply(variables, x_BLD, method="finish"))
 
 
-def _ranges(ids_LK: np.ndarray, num_slots: int) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Tokens from `first` to before `last` whose experts have room together, and these experts."""
-    found, first, experts = [], 0, dict[int, None]()
-    for place, ids_K in enumerate(ids_LK):
-        own = dict.fromkeys(int(e) for e in ids_K if e >= 0)
-        if len(experts | own) > num_slots:
-            found.append((first, place, tuple(experts)))
-            first, experts = place, {}
-        experts |= own
-    return [*found, (first, len(ids_LK), tuple(experts))]
+@partial(jax.jit, static_argnums=(0, 1))
+def _forecast(
+    config: MoEConfig, norm_eps: float, variables: Any, x_BLD: jax.Array, positions_BL: jax.Array
+) -> jax.Array:
+    """Of each expert, the largest gate that a layer's router gives it for another's result,
+    float32 [E]; -inf: no token would go to it."""
+    x_TD = x_BLD.reshape(-1, x_BLD.shape[-1]).astype(jnp.float32)
+    if variables["scale"] is not None:
+        mean = jnp.mean(x_TD * x_TD, axis=-1, keepdims=True)
+        x_TD = x_TD * jax.lax.rsqrt(mean + norm_eps) * variables["scale"]
+    logits_TE = x_TD @ variables["router"]
+    if variables["router_bias"] is not None:
+        logits_TE += variables["router_bias"]
+    is_token_T = positions_BL.reshape(-1) >= 0
+    routing = route(logits_TE, config.router, variables["state"], is_token_T=is_token_T)
+    ids_TK = routing.expert_ids_TK
+    best_E = jnp.full(config.num_experts + 1, -jnp.inf)
+    place_TK = jnp.where(ids_TK >= 0, ids_TK, config.num_experts)
+    return best_E.at[place_TK].max(routing.gates_TK)[:-1]
 
 
 def _router_of(layer: PagedLayer) -> dict[str, Any] | None:

@@ -27,6 +27,8 @@ class Paging:
     has_forecast: bool = True
     directory: Path | None = None
     """Where the experts' files are made; None keeps them in the host's memory."""
+    records: bool = False
+    """Whether all that is asked for is remembered, for Belady's rule; a server would grow by it."""
 
     def __post_init__(self) -> None:
         require(

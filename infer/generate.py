@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from configs.checks import UserError, require_seed
 from infer.engine import Engine, EngineOptions, Request
+from infer.engine.programs import Programs
 from infer.generation import Generation, OnTokens
 from infer.model_draft import ModelDraft
 from infer.mtp_draft import MtpDraft
@@ -43,6 +44,7 @@ def generate(
     rows: int | None = None,
     piece: int = EngineOptions.piece,
     mesh: Mesh | None = None,
+    programs: Programs | None = None,
 ) -> Generation:
     """Continues each prompt until a stop token or max_new_tokens.
 
@@ -55,6 +57,7 @@ def generate(
       rows: sequences at once; with the same number a prompt's text is the same bit for bit, alone
         or among others. None: as many as there are prompts, MOST_ROWS at most.
       mesh: where the variables lie; None is one device.
+      programs: see Engine.
     Raises:
       UserError: an empty prompt, a token outside the vocabulary, more tokens than the context, or
         options that can't go together.
@@ -88,7 +91,7 @@ def generate(
         )
         for i, prompt in enumerate(prompts)
     ]
-    engine = Engine(model, variables, options, mesh=mesh)
+    engine = Engine(model, variables, options, mesh=mesh, programs=programs)
     for request in requests:
         engine.add(request)
     texts: list[list[int]] = [[] for _ in prompts]

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from configs.checks import require
+from infer import steps
+from infer.engine.paged import PagedPrograms
 from infer.expert_cache import POLICIES, PagingCounts, belady, simulate
 from infer.expert_paging import PagedLayer, PagedModel
 from infer.expert_store import Paging
+from infer.steps import StateSize
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,38 @@ class Found:
     """Of the first layer with experts."""
     policy: str
     counts: PagingCounts
-    accuracy: float | None = None
-    """The share of requests that the forecast named."""
 
     def as_tree(self) -> dict[str, Any]:
-        rates = {"hit_rate": self.counts.hit_rate, "ready_rate": self.counts.ready_rate}
-        return dataclasses.asdict(self) | rates
+        names = ("hit_rate", "ready_rate", "accuracy")
+        return dataclasses.asdict(self) | {name: getattr(self.counts, name) for name in names}
+
+
+def record(paged: PagedModel, prompt: Sequence[int], count: int) -> list[int]:
+    """Reads a prompt and writes `count` tokens, the likeliest each, one token at a time: what it
+    asks for then has room wherever a token's experts have. Returns the text.
+
+    Args:
+      paged: one that records.
+    Raises:
+      UserError: an empty prompt, no tokens to write, more tokens than the context.
+    """
+    config, length = paged.model.config, len(prompt) + count
+    require(len(prompt) > 0, "the prompt is empty: it needs at least one token")
+    require(count >= 1, f"max_new_tokens={count} must be at least 1")
+    require(
+        length <= config.context_length,
+        f"a prompt of {len(prompt)} tokens and {count} new ones are more than the model's "
+        f"context_length={config.context_length}: shorten one of them",
+    )
+    programs, tokens = PagedPrograms(paged), list(prompt)
+    size = StateSize(1, length, paged.model.execution.compute_dtype)
+    state = steps.empty_state(paged.model, size)
+    for place in range(length - 1):
+        at = np.array([tokens[place]], np.int32), np.array([place], np.int32)
+        logits_1V, state, _ = programs.decode(*at, state, None, None)
+        if place >= len(prompt) - 1:
+            tokens.append(int(np.argmax(logits_1V[0])))
+    return tokens[len(prompt) :]
 
 
 def compare_policies(recorded: PagedModel, shares: Sequence[float]) -> list[Found]:
@@ -48,11 +78,10 @@ def compare_policies(recorded: PagedModel, shares: Sequence[float]) -> list[Foun
         for has_forecast, policy in product((False, True), POLICIES):
             counts = PagingCounts()
             for layer, num in pairs:
-                forecasts = layer.forecasts if has_forecast else None
+                forecasts = layer.forecasts if has_forecast and any(layer.forecasts) else None
                 counts += simulate(layer.trace, num, policy, forecasts)
             name = f"{policy}, forecast" if has_forecast else policy
-            accuracy = recorded.accuracy() if has_forecast else None
-            found.append(Found(share, slots[0], name, counts, accuracy))
+            found.append(Found(share, slots[0], name, counts))
         least = sum((belady(layer.trace, num) for layer, num in pairs), PagingCounts())
         found.append(Found(share, slots[0], "Belady", least))
     return found
@@ -71,7 +100,7 @@ def _config(layer: PagedLayer) -> Any:
 
 def table_of(found: Sequence[Found], name: str) -> Table:
     """The same for the terminal."""
-    accuracy = next((x.accuracy for x in found if x.accuracy is not None), None)
+    accuracy = next((x.counts.accuracy for x in found if x.counts.accuracy is not None), None)
     table = Table(title=f"Experts of {name}: brought of {found[0].counts.requests:,} asked for")
     for column in ("resident", "policy", "waited for", "brought ahead", "hit rate", "there"):
         table.add_column(column, justify="left" if column == "policy" else "right")

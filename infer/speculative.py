@@ -20,7 +20,7 @@ from infer.sampling import SamplingRows, TokenCounts
 from infer.steps import laid_out, run
 from model.layers import unembed
 from model.model_state import ModelState, rewind
-from model.step import ChosenExperts, Preference, make_step
+from model.step import ChosenExperts, Preference, Step, make_step
 from model.transformer import Transformer, Variables, output_weights
 
 
@@ -33,7 +33,7 @@ class VerifiedDraft(NamedTuple):
     logprobs: Logprobs
     """With N after R in each array."""
     counts: TokenCounts
-    state: ModelState
+    state: ModelState | None
     chosen: ChosenExperts | None
     """Where asked, the experts of each token that was read."""
     hidden_RND: jax.Array | None
@@ -64,10 +64,41 @@ def verify(
       state: with room for N tokens; what lies there from the newest token on is forgotten first.
       is_live_R: rows whose tokens count; others have no draft, and read alone.
     """
-    is_row_R, none = positions_RN[:, 0] >= 0, jnp.iinfo(jnp.int32).max
-    state = rewind(state, jnp.where(is_row_R, positions_RN[:, 0], none))
-    step = make_step(tokens_RN, positions_RN, tables_RN=tables_RP, preference=preference)
+    step, state = begin_verify(tokens_RN, positions_RN, state, tables_RP, preference)
     hidden_RND, state, chosen = run(model, variables, step, state, with_experts)
+    choice = (sampling, counts, allowed_NRV, is_live_R, has_logprobs)
+    made = end_verify(model, variables, hidden_RND, step, *choice, with_hidden)
+    return made._replace(state=laid_out(state), chosen=chosen)
+
+
+def begin_verify(
+    tokens_RN: jax.Array,
+    positions_RN: jax.Array,
+    state: ModelState,
+    tables_RP: jax.Array | None,
+    preference: Preference | None,
+) -> tuple[Step, ModelState]:
+    """What the model reads, and the state without what lies from the newest tokens on."""
+    first_R, none = positions_RN[:, 0], jnp.iinfo(jnp.int32).max
+    state = rewind(state, jnp.where(first_R >= 0, first_R, none))
+    return make_step(tokens_RN, positions_RN, tables_RN=tables_RP, preference=preference), state
+
+
+def end_verify(
+    model: Transformer,
+    variables: Variables,
+    hidden_RND: jax.Array,
+    step: Step,
+    sampling: SamplingRows,
+    counts: TokenCounts,
+    allowed_NRV: jax.Array,
+    is_live_R: jax.Array,
+    has_logprobs: jax.Array,
+    with_hidden: bool = False,
+) -> VerifiedDraft:
+    """What is chosen after what the model gave; without its state and experts."""
+    tokens_RN, positions_RN = step.tokens_BL, step.positions_BL
+    is_row_R = positions_RN[:, 0] >= 0
     logits_RNV = unembed(hidden_RND, output_weights(model, variables, as_stored=True))
     length = tokens_RN.shape[1]
     after_RN = jnp.pad(tokens_RN[:, 1:], ((0, 0), (0, 1)))
@@ -89,7 +120,7 @@ def verify(
         made.is_broken_R,
         made.logprobs,
         counts,
-        laid_out(state),
-        chosen,
-        hidden_RND if with_hidden else None,
+        state=None,
+        chosen=None,
+        hidden_RND=hidden_RND if with_hidden else None,
     )

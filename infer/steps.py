@@ -110,6 +110,18 @@ def read_mixed(
     row's last [R, D], the state, and where asked the tokens' experts. For models whose layers take
     tokens of several sequences.
     """
+    step, state = begin_mixed(pieces, state, tables_RN, preference)
+    hidden_1TD, state, chosen = run(model, variables, step, state, with_experts)
+    return *end_mixed(hidden_1TD, pieces), laid_out(state), chosen
+
+
+def begin_mixed(
+    pieces: Pieces,
+    state: ModelState,
+    tables_RN: jax.Array | None,
+    preference: Preference | None,
+) -> tuple[Step, ModelState]:
+    """What the model reads of pieces, and the state without what their rows held of others."""
     step = make_step(
         pieces.tokens_1T,
         pieces.positions_1T,
@@ -117,11 +129,13 @@ def read_mixed(
         tables_RN=tables_RN,
         preference=preference,
     )
-    state = rewind(state, pieces.length_R)  # what the row held of others before
-    hidden_1TD, state, chosen = run(model, variables, step, state, with_experts)
+    return step, rewind(state, pieces.length_R)
+
+
+def end_mixed(hidden_1TD: jax.Array, pieces: Pieces) -> tuple[jax.Array, jax.Array]:
+    """Hidden states of all tokens [T, D], and of each row's last [R, D]."""
     hidden_TD, last_R1 = hidden_1TD[0], pieces.last_R[:, None]
-    hidden_RD = jnp.where(last_R1 >= 0, hidden_TD[jnp.maximum(pieces.last_R, 0)], 0)
-    return hidden_TD, hidden_RD, laid_out(state), chosen
+    return hidden_TD, jnp.where(last_R1 >= 0, hidden_TD[jnp.maximum(pieces.last_R, 0)], 0)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 10), donate_argnums=7)
@@ -146,6 +160,24 @@ def read_rows(
       rows_B: int32, the row of the state that each piece's sequence has; R for no piece.
       is_first_B: the piece begins the sequence: what its row held before is forgotten.
     """
+    places = (rows_B, is_first_B, state, tables_RN, preference)
+    step, own = begin_rows(model, size, tokens_BL, positions_BL, *places)
+    hidden_BLD, own, chosen = run(model, variables, step, own, with_experts)
+    return *end_rows(size, hidden_BLD, positions_BL, rows_B, state, own), chosen
+
+
+def begin_rows(
+    model: Transformer,
+    size: StateSize,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    rows_B: jax.Array,
+    is_first_B: jax.Array,
+    state: ModelState,
+    tables_RN: jax.Array | None,
+    preference: Preference | None,
+) -> tuple[Step, ModelState]:
+    """What the model reads of pieces in rows of their own, and the state of these rows alone."""
     num, at_B = len(rows_B), jnp.minimum(rows_B, size.num_rows - 1)
     own = take_rows(state, at_B)
     empty = _empty(model, size._replace(num_rows=num))
@@ -153,15 +185,25 @@ def read_rows(
     if preference is not None:
         preference = {name: x[:, at_B] for name, x in preference.items()}
     tables_BN = None if tables_RN is None else tables_RN[at_B]
-    step = make_step(tokens_BL, positions_BL, tables_RN=tables_BN, preference=preference)
-    hidden_BLD, own, chosen = run(model, variables, step, own, with_experts)
+    return make_step(tokens_BL, positions_BL, tables_RN=tables_BN, preference=preference), own
+
+
+def end_rows(
+    size: StateSize,
+    hidden_BLD: jax.Array,
+    positions_BL: jax.Array,
+    rows_B: jax.Array,
+    state: ModelState,
+    own: ModelState,
+) -> tuple[jax.Array, jax.Array, ModelState]:
+    """Hidden states of all tokens [B * L, D], of each row's last [R, D], and the state with that
+    of these rows in it."""
     state = with_pages_of(put_rows(state, rows_B, own), own)
     last_B1 = jnp.argmax(positions_BL, axis=1, keepdims=True)
     hidden_BD = jnp.take_along_axis(hidden_BLD, last_B1[:, :, None], axis=1)[:, 0]
     hidden_RD = jnp.zeros((size.num_rows, hidden_BD.shape[1]), hidden_BD.dtype)
     hidden_TD = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
-    hidden_RD = hidden_RD.at[rows_B].set(hidden_BD, mode="drop")
-    return hidden_TD, hidden_RD, laid_out(state), chosen
+    return hidden_TD, hidden_RD.at[rows_B].set(hidden_BD, mode="drop"), laid_out(state)
 
 
 def read_prompts(
@@ -213,11 +255,21 @@ def decode(
       position_R: int32, its place; -1 for a row that does nothing.
       tables_RN: pages of each row; None for a state without pages.
     """
-    step = make_step(
-        token_R[:, None], position_R[:, None], tables_RN=tables_RN, preference=preference
-    )
+    step = begin_decode(token_R, position_R, tables_RN, preference)
     hidden_R1D, new_state, chosen = run(model, variables, step, state, with_experts)
     return _logits(model, variables, hidden_R1D[:, 0]), laid_out(new_state), chosen
+
+
+def begin_decode(
+    token_R: jax.Array,
+    position_R: jax.Array,
+    tables_RN: jax.Array | None,
+    preference: Preference | None,
+) -> Step:
+    """What the model reads of each row's newest token."""
+    return make_step(
+        token_R[:, None], position_R[:, None], tables_RN=tables_RN, preference=preference
+    )
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

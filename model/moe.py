@@ -157,18 +157,22 @@ class MoE(nn.Module):
         """
         c, (num_tokens, d_model) = self.config, x_TD.shape
         is_on_inputs = c.router.gates_on == "inputs"
-        if is_on_inputs:
-            x_TD, ids_TK, gates_TK = _with_scaled_inputs(x_TD, ids_TK, gates_TK)
+        is_apart = is_on_inputs or slot_E is not None
+        held_TK = ids_TK if slot_E is None else _slots(ids_TK, slot_E)
+        own_TK, own_gates_TK = held_TK, gates_TK
+        if is_apart:
+            x_TD = _by_choice(x_TD, gates_TK if is_on_inputs else None, ids_TK.shape[1])
+            own_TK, own_gates_TK = (x.reshape(-1, 1) for x in (held_TK, jnp.ones_like(gates_TK)))
         out_TD, moved = apply_experts(
             x_TD,
-            ids_TK if slot_E is None else _slots(ids_TK, slot_E),
-            gates_TK,
+            own_TK,
+            own_gates_TK,
             {name: in_dtype(w, x_TD.dtype) for name, w in weights.items()},
             grouped_fn=expert_function(
                 c,
                 self.execution.grouped_matmul,
                 weights,
-                # Pieces of a prompt may be cut anywhere; kernels of float32 need not be asked.
+                # Whose tokens a pass works on may differ; kernels of float32 need not be asked.
                 fixed_order=slot_E is not None and has_few_bits(weights),
             ),
             num_experts=num_held,
@@ -176,9 +180,24 @@ class MoE(nn.Module):
             transport=self.execution.transport,
             capacity_factor=self.execution.capacity_factor,
         )
-        if is_on_inputs:
-            out_TD = out_TD.reshape(num_tokens, -1, d_model).sum(axis=1)
+        if is_apart:
+            out_TKD = out_TD.reshape(num_tokens, -1, d_model)
+            if slot_E is not None:
+                out_TKD = self._with_earlier(out_TKD, held_TK)
+                out_TKD = out_TKD if is_on_inputs else _gated_choices(out_TKD, gates_TK)
+            out_TD = out_TKD.sum(axis=1).astype(x_TD.dtype)
         return out_TD, moved
+
+    def _with_earlier(self, out_TKD: jax.Array, held_TK: jax.Array) -> jax.Array:
+        """What each choice gives, of experts that are not held as it was made when they were: a
+        layer whose tokens go to more experts than it holds runs once for each set of them.
+
+        Sows "choices", the same [T, K, D].
+        """
+        earlier_TKD = self.get_variable("expert_slots", "choices_TKD")
+        out_TKD = jnp.where(held_TK[:, :, None] >= 0, out_TKD, earlier_TKD)
+        self.sow("experts", "choices", out_TKD, init_fn=lambda: None, reduce_fn=newest)
+        return out_TKD
 
     def _latent(self, name: str, x_TD: jax.Array, width: int) -> jax.Array:
         """[T, width]: tokens to what experts read, or from what they give."""
@@ -208,7 +227,7 @@ class MoE(nn.Module):
 
     def _resident(self) -> tuple[jax.Array | None, int]:
         """Where only some experts lie in memory (infer/expert_paging.py): the slot of each expert,
-        int32 [E], -1 for those that are not there and add nothing; and how many are held.
+        int32 [E], -1 for those that are not there (see `_with_earlier`); and how many are held.
         """
         if not self.has_variable("expert_slots", "slot_E"):
             return None, self.config.num_experts
@@ -270,14 +289,16 @@ def _slots(expert_ids_TK: jax.Array, slot_E: jax.Array) -> jax.Array:
     return jnp.where(expert_ids_TK >= 0, slot_E[jnp.maximum(expert_ids_TK, 0)], -1)
 
 
-def _with_scaled_inputs(
-    x_TD: jax.Array, ids_TK: jax.Array, gates_TK: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each choice as a token of its own, multiplied by its gate: rows [T K, D], their experts and
-    gates of 1, [T K, 1]."""
-    scaled_TKD = (gates_TK[:, :, None] * x_TD[:, None].astype(jnp.float32)).astype(x_TD.dtype)
-    ones_TK = jnp.ones_like(gates_TK)
-    return scaled_TKD.reshape(-1, x_TD.shape[-1]), ids_TK.reshape(-1, 1), ones_TK.reshape(-1, 1)
+def _by_choice(x_TD: jax.Array, gates_TK: jax.Array | None, top_k: int) -> jax.Array:
+    """Each choice as a token of its own, [T K, D], multiplied by its gate where there are gates."""
+    x_TKD = jnp.broadcast_to(x_TD[:, None], (len(x_TD), top_k, x_TD.shape[1]))
+    if gates_TK is not None:
+        x_TKD = (gates_TK[:, :, None] * x_TKD.astype(jnp.float32)).astype(x_TD.dtype)
+    return x_TKD.reshape(-1, x_TD.shape[1])
+
+
+def _gated_choices(out_TKD: jax.Array, gates_TK: jax.Array) -> jax.Array:
+    return out_TKD.astype(jnp.float32) * gates_TK[:, :, None].astype(jnp.float32)
 
 
 def _bias(

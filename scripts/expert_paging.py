@@ -16,8 +16,7 @@ from rich.console import Console
 
 from configs.checks import UserError, require
 from infer.expert_store import Paging
-from infer.paged_generation import generate_paged
-from infer.paging_report import compare_policies, default_shares, table_of
+from infer.paging_report import compare_policies, default_shares, record, table_of
 from infer.sources import open_source
 from infer.weights import FORMATS
 from scripts import command
@@ -32,11 +31,9 @@ def main(argv: list[str]) -> None:
     command.keep_compiled()
     source = open_source(arguments.source)
     tokenizer = source.tokenizer()
-    recorder = open_paged(source, Paging(1.0), arguments.weights)
-    recorder.width = 1
+    recorder = open_paged(source, Paging(1.0, records=True), arguments.weights)
     for prompt in prompts:
-        ids = tokenizer.encode(prompt)
-        generate_paged(recorder, ids, max_new_tokens=arguments.max_new_tokens)
+        record(recorder, tokenizer.encode(prompt), arguments.max_new_tokens)
     found = compare_policies(recorder, arguments.share or default_shares(recorder))
     if arguments.json:
         print(json.dumps([x.as_tree() for x in found], indent=2))

@@ -41,13 +41,14 @@ def main(argv: list[str]) -> None:
     paged.check_options(arguments)
     command.keep_compiled()
     source = chosen_source(arguments.source, arguments)
-    if arguments.resident_experts is not None:
-        paged.run(source, arguments, sampling)
-        return
     settle_auto(source, arguments)
     preference = _preference(source, arguments.expert_preference)
     tokenizer = source.tokenizer()
-    model, variables = load_model(source, arguments, mesh, for_decoding=True)
+    programs = paged.asked_programs(source, arguments, records=True)
+    if programs is None:
+        model, variables = load_model(source, arguments, mesh, for_decoding=True)
+    else:
+        model, variables = programs.model, programs.variables
     continue_prompt = functools.partial(
         generate,
         model,
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> None:
         exit_threshold=arguments.exit_threshold,
         draft=draft,
         preference=preference,
+        programs=programs,
     )
     for prompt in arguments.prompt:
         message = {"role": "user", "content": prompt}
@@ -72,6 +74,8 @@ def main(argv: list[str]) -> None:
         result = continue_prompt([ids], on_tokens=printer.show)
         printer.finish()
         show_speed(result, arguments.max_new_tokens)
+    if programs is not None:
+        print(paged.paging_sentence(programs.paged))
 
 
 def show_speed(result: Generation, max_new_tokens: int) -> None:

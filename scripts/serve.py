@@ -10,7 +10,7 @@ smollm2. Needs the extra `serve`. docs/serving.md says what clients get.
 import argparse
 
 from configs.checks import UserError
-from scripts import command
+from scripts import command, paged
 from scripts.arguments import positive
 from scripts.inference_plans import settle_auto
 from scripts.model_options import add_model_options, asked_mesh, chosen_source
@@ -25,6 +25,7 @@ def main(argv: list[str]) -> None:
     except ImportError as error:
         raise UserError(f"{error.name} is missing: {INSTALL}") from error
     mesh = asked_mesh(arguments)
+    paged.check_options(arguments)
     command.keep_compiled()
     source = chosen_source(arguments.source, arguments)
     settle_auto(source, arguments)
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made = command.parser(__doc__)
     made.add_argument("source", metavar="SRC", help="run, folder, GGUF file, or smollm2")
     add_model_options(made, has_auto=True)
+    paged.add_paging_options(made)
     made.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     made.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
     made.add_argument("--served-name", action="append", metavar="NAME", help="of the model")

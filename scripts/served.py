@@ -20,6 +20,7 @@ from configs.checks import require
 from evals.expert_domains import read_preference
 from infer.engine import Engine, EngineOptions
 from infer.engine.checks import unroutable_reason
+from infer.engine.programs import Programs, WholeModel
 from infer.model_draft import ModelDraft, check_model_draft
 from infer.mtp_draft import MtpDraft, check_mtp_draft
 from infer.ngram_draft import NgramDraft
@@ -40,6 +41,7 @@ from model.unstacked import unstack_preference
 from scripts.inference_plans import LENGTH
 from scripts.model_options import AXES, load_model
 from scripts.offloading import check_offload_options, open_offload
+from scripts.paged import asked_programs
 from train.progress import ProgressBar
 
 
@@ -156,22 +158,24 @@ def make_service(
 ) -> Service:
     """The service of a model that is read now."""
     tokenizer = source.tokenizer()
-    model, variables = load_model(source, arguments, mesh, for_decoding=True)
+    programs = asked_programs(source, arguments)
+    if programs is None:
+        programs = WholeModel(*load_model(source, arguments, mesh, for_decoding=True))
     default = source.path.stem if source.kind == "gguf" and source.name != "smollm2" else None
     names = arguments.served_name or [default or Path(source.name).name or source.name]
     served = ServedModel(
         names[0],
         tokenizer,
-        model.config.vocab_size,
+        programs.model.config.vocab_size,
         options.max_length,
         preference_finder(source),
         aliases=tuple(names[1:]),
     )
     metrics = Metrics(served.name)
-    engine = Engine(model, variables, options, mesh=mesh)
+    engine = engine_of(programs, options, mesh)
     thread = EngineThread(engine, options.max_rows, arguments.max_queue, metrics.step)
     limits = Limits(max_body_bytes=arguments.max_body_bytes)
-    service = Service(served, thread, metrics, limits, embed=Embedder(model, variables, mesh))
+    service = Service(served, thread, metrics, limits, embed=Embedder(programs, mesh))
 
     def update(name: str) -> Callable[[Engine], Engine]:
         other = open_source(name)
@@ -179,12 +183,12 @@ def make_service(
             other.config == source.config,
             f"{name} is another architecture than {source.name}: start a server for it",
         )
-        _, new = load_model(other, arguments, mesh, for_decoding=True)
+        new = WholeModel(*load_model(other, arguments, mesh, for_decoding=True))
 
         def make(engine: Engine) -> Engine:
-            made = Engine(model, new, options, mesh=mesh)
+            made = engine_of(new, options, mesh)
             made.warm_up()  # compiled already
-            service.embed = Embedder(model, new, mesh)
+            service.embed = Embedder(new, mesh)
             return made
 
         return make
@@ -192,6 +196,10 @@ def make_service(
     service.update = update if arguments.allow_updates else None
     service.offload = open_offload(source, arguments, options)
     return service
+
+
+def engine_of(programs: Programs, options: EngineOptions, mesh: Mesh | None) -> Engine:
+    return Engine(programs.model, programs.variables, options, mesh=mesh, programs=programs)
 
 
 def preference_finder(source: Source) -> Callable[[Sequence[str]], Preference]:

@@ -14,6 +14,7 @@ from infer.choice import Logprobs
 from infer.engine.ahead import MtpDrafter
 from infer.engine.memory import Memory, mean_of
 from infer.engine.options import EngineOptions
+from infer.engine.programs import Programs
 from infer.engine.routed import RoutedExperts, Span
 from infer.engine.sampler import Chosen, Sampler, asks_logprobs, chosen_of
 from infer.engine.sequence import TokenSequence
@@ -21,7 +22,6 @@ from infer.engine.types import ConstraintFailed
 from infer.model_draft import DraftModel, ModelDraft
 from infer.mtp_draft import MtpDraft
 from infer.ngram_draft import NgramDraft, NgramIndex
-from infer.speculative import verify
 from model.transformer import Transformer, Variables
 
 PROBED = 64
@@ -157,13 +157,12 @@ class Verifier:
 
     def __init__(
         self,
-        model: Transformer,
-        variables: Variables,
+        programs: Programs,
         sampler: Sampler,
         routed: RoutedExperts | None = None,
         ahead: MtpDrafter | None = None,
     ) -> None:
-        self._model, self._variables, self._sampler = model, variables, sampler
+        self._programs, self._sampler = programs, sampler
         self._routed, self._ahead = routed, ahead
         self._all_allowed: dict[int, jax.Array] = {}
 
@@ -191,9 +190,7 @@ class Verifier:
             positions_RN[sequence.row, : len(tokens)] = sequence.read + np.arange(len(tokens))
             is_live_R[sequence.row] = sequence not in repeated and sequence not in failed
         has_logprobs = asks_logprobs(live)
-        made = verify(
-            self._model,
-            self._variables,
+        made = self._programs.verify(
             tokens_RN,
             positions_RN,
             memory.state,

@@ -28,6 +28,7 @@ from infer.engine.memory import PagedMemory, mean_of
 from infer.engine.new_memory import beside, kept_details, new_memory, state_size
 from infer.engine.options import EngineOptions
 from infer.engine.preferences import Preferences
+from infer.engine.programs import Programs, WholeModel
 from infer.engine.reading import Read, Reader
 from infer.engine.routed import RoutedExperts, Span
 from infer.engine.sampler import Chosen, Sampler
@@ -46,8 +47,9 @@ class Engine:
 
     Args:
       mesh: where the variables lie; None is one device.
+      programs: that run the model, whose own `model` and `variables` these are; None runs it whole.
     Raises:
-      UserError: options that the model can't follow.
+      UserError: options that the model, or these programs, can't follow.
     """
 
     def __init__(
@@ -57,16 +59,21 @@ class Engine:
         options: EngineOptions,
         *,
         mesh: Mesh | None = None,
+        programs: Programs | None = None,
     ) -> None:
+        if programs is not None:
+            programs.check(options, mesh)
         check_model(model, options)
         if options.has_detour and model.config.num_periods > 1:
             model, variables = unstack(model, variables)
+            programs = None  # of the model as it is now
         self.timings = Timings()
         self._model, self._variables, self._options = model, variables, options
+        self._programs = programs = programs or WholeModel(model, variables)
         self._mesh = mesh
         self._began, rows = time.monotonic(), options.max_rows
         size = state_size(model, options)
-        self._reader = Reader(model, variables, options, size)
+        self._reader = Reader(programs, options, size)
         with self._in_mesh():
             self._memory = new_memory(model, options, size)
             self._sampler = Sampler(rows, model.config.vocab_size)
@@ -76,7 +83,7 @@ class Engine:
         with self._in_mesh():
             self._identity = identity_of(
                 model,
-                variables if needs_weights else None,
+                programs.weights() if needs_weights else None,
                 kept_details(options, size, self._memory),
             )
         self._routed = RoutedExperts(model.config) if options.keeps_experts else None
@@ -85,7 +92,7 @@ class Engine:
             self._drafting = new_drafting(options, model, variables, width)
         self._ahead = None if self._drafting is None else self._drafting.ahead
         parts = (self._sampler, self._routed, self._ahead)
-        self._verifier = Verifier(model, variables, *parts)
+        self._verifier = Verifier(programs, *parts)
         self._token_R, self._position_R = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
         self._preferences = Preferences(model.config, rows)
         self._sequences: list[TokenSequence | None] = [None] * rows
@@ -131,6 +138,7 @@ class Engine:
         if not self._options.has_detour:
             self._preferences.begin()
         thunks = [
+            *self._programs.warm_ups(),
             *self._reader.programs(self._memory, self._preferences.arrays, self._sampler.warm_up),
             *self._memory.programs(),
             self._run_idle,
@@ -160,6 +168,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             expert_tokens=() if self._routed is None else self._routed.counts(),
+            paging=self._programs.paging(),
         )
 
     def step(self) -> list[Emitted]:
@@ -336,13 +345,15 @@ class Engine:
         self, token_R: np.ndarray, position_R: np.ndarray
     ) -> tuple[jax.Array, jax.Array | None, ChosenExperts | None]:
         """The logits after each row's newest token, [R, V], the layers it took, its experts."""
-        model, memory, threshold = self._model, self._memory, self._options.exit_threshold
-        inputs = (self._variables, token_R, position_R, memory.state)
+        memory, threshold = self._memory, self._options.exit_threshold
+        inputs = (token_R, position_R, memory.state)
         if threshold is not None:
-            logits_RV, memory.state, layers_R = steps.decode_early(model, *inputs, threshold)
+            logits_RV, memory.state, layers_R = steps.decode_early(
+                self._model, self._variables, *inputs, threshold
+            )
             return logits_RV, layers_R, None
         options = (memory.tables_RN, self._preferences.arrays, self._routed is not None)
-        logits_RV, memory.state, chosen = steps.decode(model, *inputs, *options)
+        logits_RV, memory.state, chosen = self._programs.decode(*inputs, *options)
         return logits_RV, None, chosen
 
     def _run_draft(self, token_R: np.ndarray, position_R: np.ndarray) -> Verified:

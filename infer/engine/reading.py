@@ -19,13 +19,13 @@ from infer import steps
 from infer.choice import score_tokens
 from infer.engine.memory import Memory
 from infer.engine.options import EngineOptions
+from infer.engine.programs import Programs
 from infer.engine.routed import Span
 from infer.engine.sequence import TokenSequence
 from infer.engine.types import TokenLogprobs
 from infer.steps import Pieces, StateSize
 from model.model_state import unmixable_reason
 from model.step import ChosenExperts
-from model.transformer import Transformer, Variables
 
 SHORT_WIDTHS = (16, 64)
 """Tokens of the programs that read prompts of a page at most."""
@@ -69,15 +69,14 @@ class Read:
 class Reader:
     """Runs the programs that read prompts."""
 
-    def __init__(
-        self, model: Transformer, variables: Variables, options: EngineOptions, size: StateSize
-    ) -> None:
-        self._model, self._variables, self._size = model, variables, size
+    def __init__(self, programs: Programs, options: EngineOptions, size: StateSize) -> None:
+        self._programs, self._size = programs, size
+        self._model, self._variables = programs.model, programs.variables
         self._rows, self._most = options.max_rows, options.piece
         self._target, self._keeps_experts = options.target_seconds, options.keeps_experts
         self.seconds_per_token: float | None = None
         """That reading takes, with all else that a step does; as the engine measures it."""
-        self.is_mixed = unmixable_reason(model.config) is None
+        self.is_mixed = unmixable_reason(programs.model.config) is None
         self.widths = widths_of(options)
         self._page_size, self._turn = options.page_size, 0
 
@@ -220,9 +219,7 @@ class Reader:
 
     def run_pieces(self, pieces: Pieces, memory: Memory, preference: Any) -> Ran:
         arguments = (memory.state, memory.tables_RN, preference, self._keeps_experts)
-        hidden_TD, hidden_RD, memory.state, chosen = steps.read_mixed(
-            self._model, self._variables, pieces, *arguments
-        )
+        hidden_TD, hidden_RD, memory.state, chosen = self._programs.read_mixed(pieces, *arguments)
         return hidden_TD, hidden_RD, chosen
 
     def _run_rows(self, parts: list[_Part], width: int, memory: Memory, preference: Any) -> Ran:
@@ -243,8 +240,8 @@ class Reader:
 
     def run_rows(self, arrays: tuple[Any, ...], memory: Memory, preference: Any) -> Ran:
         arguments = (*arrays, memory.state, memory.tables_RN, preference, self._keeps_experts)
-        hidden_TD, hidden_RD, memory.state, chosen = steps.read_rows(
-            self._model, self._size, self._variables, *arguments
+        hidden_TD, hidden_RD, memory.state, chosen = self._programs.read_rows(
+            self._size, *arguments
         )
         return hidden_TD, hidden_RD, chosen
 

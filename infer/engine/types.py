@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from infer.expert_cache import PagingCounts
 from infer.sampling import Sampling
 from model.step import Preference
 
@@ -133,3 +134,5 @@ class EngineStats:
     expert_tokens: tuple[np.ndarray, ...] = ()
     """Tokens that each expert worked on, int64 [E] of each MoE layer; nothing where the engine does
     not keep experts."""
+    paging: PagingCounts | None = None
+    """Of experts that are brought when they are needed; None: all are there."""

@@ -5,7 +5,6 @@ T tokens, D d_model.
 
 import base64
 import contextlib
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from infer.engine.programs import Programs
 from infer.server.completions import first_ids, prompts_of
 from infer.server.errors import ApiError, invalid
 from infer.server.plan import check_text
 from infer.server.schemas_small import EmbeddingBody
 from infer.server.service import Call, Service, Usage
-from model.transformer import Transformer, Variables, hidden_states
 
 SHORTEST = 16
 """Tokens that a text is padded to at least; longer ones to a power of two."""
@@ -30,29 +29,26 @@ SHORTEST = 16
 class Embedder:
     """Embeds texts with a model; each length, a power of two, is compiled when it first comes."""
 
-    model: Transformer
-    variables: Variables
+    programs: Programs
     mesh: Mesh | None = None
 
     def __call__(self, ids: Sequence[int]) -> np.ndarray:
         """The vector of a text's tokens, float32 [D]."""
         length = max(SHORTEST, 1 << (len(ids) - 1).bit_length())
-        length = max(min(length, self.model.config.context_length), len(ids))
+        length = max(min(length, self.programs.model.config.context_length), len(ids))
         tokens_1L, positions_1L = (
             np.zeros((1, length), np.int32),
             np.full((1, length), -1, np.int32),
         )
         tokens_1L[0, : len(ids)], positions_1L[0, : len(ids)] = ids, np.arange(len(ids))
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            return np.asarray(mean_hidden(self.model, self.variables, tokens_1L, positions_1L))
+            hidden_1LD = self.programs.hidden(tokens_1L, positions_1L)
+            return np.asarray(_mean(hidden_1LD, positions_1L))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def mean_hidden(
-    model: Transformer, variables: Variables, tokens_1L: jax.Array, positions_1L: jax.Array
-) -> jax.Array:
+@jax.jit
+def _mean(hidden_1LD: jax.Array, positions_1L: jax.Array) -> jax.Array:
     """The mean over tokens of what goes into the output layer, scaled to length 1, float32 [D]."""
-    hidden_1LD, _ = hidden_states(model, variables, tokens_1L, positions_1L, is_whole=True)
     is_token_L1 = (positions_1L[0] >= 0)[:, None]
     sum_D = jnp.where(is_token_L1, hidden_1LD[0].astype(jnp.float32), 0.0).sum(axis=0)
     return sum_D / jnp.maximum(jnp.linalg.norm(sum_D), 1e-12)

@@ -6,6 +6,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from infer.engine import EngineStats
+from infer.expert_cache import PagingCounts
 
 FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 40)
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5)
@@ -19,6 +20,18 @@ COUNTED = {
     "preemptions": ("vllm:num_preemptions", "Requests that gave their row up for a while."),
 }
 """What an engine counts, by its name there."""
+PAGED = {
+    "requests": ("moesaic:experts_requested", "Experts of a layer that steps asked for."),
+    "on_demand": ("moesaic:experts_waited_for", "Experts brought while a step waited."),
+    "ahead": ("moesaic:experts_brought_ahead", "Experts brought as a forecast named them."),
+    "forecast": ("moesaic:experts_forecast", "Experts asked for by steps with a forecast."),
+    "foretold": ("moesaic:experts_foretold", "Those of them that the forecast had named."),
+}
+"""What an engine counts whose experts are paged."""
+RATES = {
+    "hit_rate": ("moesaic:expert_hit_rate", "Share of requests that nothing was brought for."),
+    "ready_rate": ("moesaic:expert_ready_rate", "Share of requests whose expert was there."),
+}
 
 
 class Metrics:
@@ -53,8 +66,10 @@ class Metrics:
         self.decoding = self._histogram(
             "vllm:request_decode_time_seconds", "From the first token to the last.", WHOLE
         )
+        self._paged: tuple[dict[str, Counter], dict[str, Gauge]] | None = None
+        """Where experts are paged."""
         self.latest: EngineStats | None = None
-        self._before = dict.fromkeys(COUNTED, 0)
+        self._before = dict.fromkeys((*COUNTED, *PAGED), 0)
 
     def step(self, stats: EngineStats) -> None:
         """Takes what the engine counts; another engine counts from 0 again."""
@@ -63,8 +78,23 @@ class Metrics:
         self.waiting.set(stats.waiting)
         if stats.num_pages:
             self.cache_usage.set(1 - stats.free_pages / stats.num_pages)
-        for key, counter in self.counters.items():
-            value, before = getattr(stats, key), self._before[key]
+        self._count(self.counters, stats)
+        if stats.paging is not None:
+            self._page(stats.paging)
+
+    def _page(self, counts: PagingCounts) -> None:
+        """Takes what was brought of experts."""
+        if self._paged is None:
+            counters = {key: self._counter(*names) for key, names in PAGED.items()}
+            self._paged = counters, {key: self._gauge(*names) for key, names in RATES.items()}
+        counters, rates = self._paged
+        self._count(counters, counts)
+        for key, gauge in rates.items():
+            gauge.set(getattr(counts, key))
+
+    def _count(self, counters: dict[str, Counter], found: Any) -> None:
+        for key, counter in counters.items():
+            value, before = getattr(found, key), self._before[key]
             counter.inc(value - before if value >= before else value)
             self._before[key] = value
 

@@ -140,6 +140,7 @@ async def stats(service: Service, call: Call) -> Any:
     found = {} if latest is None else dict(vars(latest))
     if latest is not None:
         found["expert_tokens"] = [counts_E.tolist() for counts_E in latest.expert_tokens]
+        found["paging"] = None if latest.paging is None else latest.paging.as_tree()
     return found | {
         "model": service.model.name,
         "max_rows": service.engine.max_rows,

@@ -13,7 +13,6 @@ from infer.expert_cache import (
     POLICIES,
     SlotTable,
     belady,
-    forecast_accuracy,
     simulate,
 )
 
@@ -113,7 +112,18 @@ def test_everything_resident_is_brought_once():
 
 
 def test_forecasts_are_judged_by_what_they_name():
-    assert forecast_accuracy([[0, 1], [2, 3]], [[0, 4], [3, 2]]) == 0.75
+    trace, forecasts = [[0, 1], [2, 3]], [[0, 4], [3, 2]]
+    assert simulate(trace, 2, "lru", forecasts).accuracy == 0.75
+    assert simulate(trace, 2).accuracy is None
+
+
+def test_a_step_that_has_no_room_is_cut():
+    """What is there goes first, so that it is not brought a second time."""
+    table = SlotTable(2)
+    table.use([5, 3])
+    assert table.groups([1, 3, 3]) == [[1, 3]]
+    assert table.groups([0, 1, 2, 3, 4]) == [[3], [0, 1], [2, 4]]
+    assert table.groups([]) == []
 
 
 def test_more_experts_than_slots_are_refused():

@@ -6,6 +6,7 @@ import pytest
 from infer.engine.keys import next_key, root_key
 from infer.engine.options import EngineOptions
 from infer.engine.pages import PagePool
+from infer.engine.programs import WholeModel
 from infer.engine.reading import Reader, fair_shares
 from infer.engine.types import Request
 from infer.steps import StateSize
@@ -119,7 +120,7 @@ def test_a_step_reads_what_its_time_allows():
     """Whole programs, one at least, `piece` tokens at most."""
     options = EngineOptions(piece=512, block=128, target_seconds=0.5)
     model = Transformer(tiny.model())
-    reader = Reader(model, {}, options, StateSize(8, 1024, "float32"))
+    reader = Reader(WholeModel(model, {}), options, StateSize(8, 1024, "float32"))
     budgets = []
     for seconds in (None, 1e-4, 1e-3, 1.4e-3, 3e-3, 1.0):
         reader.seconds_per_token = seconds

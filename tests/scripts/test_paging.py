@@ -1,16 +1,24 @@
 """Generation with a share of the experts resident, and what paging would bring, as one types it."""
 
+import asyncio
 import json
 import re
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from configs.checks import UserError
-from scripts import expert_paging, generate
+from infer.engine import Request
+from infer.sampling import Sampling
+from infer.server import small_routes
+from infer.sources import open_source
+from scripts import expert_paging, generate, serve, served
 from tests.checkpoint.cases import read_case
 from tests.checkpoint.parity.weights import draw
 from tests.checkpoint.tiny_folder import byte_level, write_tokenizer
+from tests.infer.server.kinds import run
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +69,14 @@ def test_policies_are_told_for_programs(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--resident-experts", "0.5", "--kv", "int8"], "--kv can't go together"),
+        (
+            ["--resident-experts", "0.5", "--exit-threshold", "1"],
+            "--exit-threshold can't go",
+        ),
+        (["--resident-experts", "0.5", "--adapter", "x"], "--adapter can't go together"),
         (["--resident-experts", "0.5", "--mesh.expert", "2"], "--mesh.expert can't go together"),
         (["--resident-experts", "0.5", "--weights", "auto"], "--weights auto can't go together"),
-        (["--resident-experts", "0.5", "--draft-ngram"], "--draft-ngram can't go together"),
+        (["--resident-experts", "0.5", "--draft-exit", "1"], "--draft-exit can't go together"),
         (["--resident-experts", "2"], "must be a share above 0"),
         (["--resident-experts", "nan"], "must be a share above 0"),
         (["--resident-experts", "0.25"], "are 1, and a token goes to 2"),
@@ -76,6 +88,53 @@ def test_options_that_do_not_go_together(folder, more, sentence, monkeypatch):
     monkeypatch.setattr(generate, "asked_mesh", lambda arguments: None)
     with pytest.raises(UserError, match=sentence):
         generate.main([str(folder), "--prompt", "x", *more])
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--mesh.expert", "2"], "--mesh.expert can't go together"),
+        (["--draft", "mtp"], "--draft mtp can't go together"),
+        (["--allow-updates"], "with the weights that it began with"),
+    ],
+)
+def test_what_is_not_served_with_experts_outside(folder, more, sentence, monkeypatch):
+    monkeypatch.setattr(serve, "asked_mesh", lambda arguments: None)
+    with pytest.raises(UserError, match=sentence):
+        serve.main([str(folder), "--resident-experts", "0.5", *more])
+
+
+def test_what_is_served_is_the_same(folder, tmp_path):
+    """Several texts at once, greedy and drawn, and embeddings; what was brought is told."""
+    source, found = open_source(str(folder)), {}
+    more = ["--resident-experts", "0.5", "--expert-dir", str(tmp_path / "files")]
+    for name, options in (("whole", []), ("paged", more)):
+        size = ["--max-rows", "2", "--max-length", "16", "--cache-dir", str(tmp_path / "prefixes")]
+        asked = serve.parser().parse_args([str(folder), *size, *options])
+        service = served.make_service(source, asked, served.engine_options(source, asked), None)
+        engine = service.engine.engine
+        texts = [answer.tokens for answer in run(engine, requests())]
+        assert service.embed is not None
+        found[name] = texts, service.embed(list(range(9)))
+        service.metrics.step(engine.stats())
+    assert found["paged"][0] == found["whole"][0]
+    np.testing.assert_allclose(found["paged"][1], found["whole"][1], atol=1e-6)
+    counts = engine.stats().paging
+    assert counts is not None
+    assert 0 < counts.on_demand < counts.requests
+    text = service.metrics.text().decode()
+    label = f'{{model_name="{folder.name}"}}'
+    assert f"moesaic:experts_waited_for_total{label} {counts.on_demand:.1f}" in text
+    assert f"moesaic:expert_hit_rate{label} {counts.hit_rate}" in text
+    told = asyncio.run(small_routes.stats(service, cast(Any, None)))
+    assert json.loads(json.dumps(told))["paging"]["ready_rate"] == counts.ready_rate
+
+
+def requests() -> list[Request]:
+    greedy, drawn = Sampling(), [Sampling(0.9, top_p=0.9, seed=seed) for seed in range(2)]
+    prompts = [range(3, 13), [5, 9], [7, 200, 31], range(60, 70)]
+    pairs = zip(prompts, (greedy, *drawn, greedy), strict=True)
+    return [Request(list(prompt), 6, sampling=sampling) for prompt, sampling in pairs]
 
 
 def test_nothing_to_page(folder, tmp_path):

@@ -14,6 +14,7 @@ from evals.http_model import HttpModel
 from evals.local_model import LocalModel
 from evals.samples import Prompt
 from infer.engine import Engine, EngineOptions
+from infer.engine.programs import WholeModel
 from infer.generate import generate
 from infer.logits import full_logits
 from infer.sampling import Sampling
@@ -45,7 +46,7 @@ def server(model):
     )
     engine = Engine(*model, options)
     settings = {"max_rows": ROWS, "max_length": LENGTH, "vocab_size": 300}
-    settings["embed"] = Embedder(*model)
+    settings["embed"] = Embedder(WholeModel(*model))
     with served(engine, TOKENIZER, **settings) as made:
         yield made
 
