@@ -81,11 +81,11 @@ ARMS: dict[str, Arm] = {
     "plain, at the rate it ended with": Arm(
         optimizer={"learning_rate": 7.5e-4, "warmup_steps": 0, "final_ratio": 0.99}
     ),
-    "replay of 5%": Arm(replay=0.05),
     "replay of 25%": Arm(replay=0.25),
-    "EWC": Arm(settings={"further": FurtherConfig(consolidation=9.0, fisher_rows=FISHER_ROWS)}),
+    "replay of 50%": Arm(replay=0.5),
+    "EWC": Arm(settings={"further": FurtherConfig(consolidation=100.0, fisher_rows=FISHER_ROWS)}),
     "LoRA": Arm(
-        optimizer=_ADAMW | {"learning_rate": 3e-3, "weight_decay": 0.0},
+        optimizer=_ADAMW | {"learning_rate": 1e-2, "weight_decay": 0.0},
         settings={"lora": LoRAConfig(rank=16), "init": InitConfig(source="prose")},
     ),
     "experts only": Arm(settings={"trained": "experts"}),
@@ -233,9 +233,8 @@ def report(values: Values) -> Report:
             "Forgetting: nats on prose more than it has, in percent of its own (below 0: better). "
             "Both less plain continuation's, seed by seed, beside it. Compute counts model FLOPs "
             "and the Fisher information.",
-            f"Rates, lambda and rank are from one trial of each on seed {TRIAL_SEED}, which is "
-            "not among these. Of three seeds the 95% interval of a mean is 2.5 sd wide to each "
-            "side.",
+            f"Rates and lambda are from trials on seed {TRIAL_SEED}, which is not among these. Of "
+            "three seeds the 95% interval of a mean is 2.5 sd wide to each side.",
         ],
     )
 
