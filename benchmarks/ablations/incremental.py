@@ -286,9 +286,10 @@ def _held(values: Values) -> dict[str, list[bool]]:
 
 def _draw(values: Values) -> Picture:
     figure, axes = new_figure(7.5, 4.2)
-    for i, name in enumerate(ARMS):
+    for name, marker in zip(ARMS, MARKERS, strict=True):
         gain, forgetting = (values[f"{name}: {what}"] for what in ("gain", "forgetting"))
-        axes.plot(gain, forgetting, MARKERS[i], color=ORANGE if i < 2 else BLUE, label=name)
+        color = ORANGE if name.startswith(PLAIN) else BLUE
+        axes.plot(gain, forgetting, marker, color=color, label=name)
     axes.axvline(GAIN, color=SOFT, linewidth=1)
     axes.axhline(FORGETTING, color=SOFT, linewidth=1)
     axes.set_yscale("symlog", linthresh=1.0)
