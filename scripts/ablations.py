@@ -24,6 +24,7 @@ from benchmarks.ablations import (
     dynamic_depth,
     dynamic_experts,
     growth,
+    incremental,
     long_context,
     recurrence,
     smaller,
@@ -44,6 +45,7 @@ ABLATIONS: dict[str, Callable[[int], Report]] = {
     "long_context": long_context.run,
     "delta_net": delta_net.run,
     "smaller": smaller.run,
+    "incremental": incremental.run,
 }
 
 

@@ -17,7 +17,7 @@ from benchmarks.ablations.base import Finding, Target
 from configs.architecture import ModelConfig
 from configs.base import DataConfig, ExecutionConfig, RunConfig
 from configs.optimizer import OptimizerConfig
-from data.packing import PackedRows
+from data.packing import PackedRows, PartRows
 from data.pipeline import Batch, Corpus, batches, prepare_corpus
 from model.balance import load_metrics
 from model.transformer import Transformer, Variables, hidden_and_router, output_weights
@@ -164,8 +164,12 @@ class HeldOut:
 
 def held_out_rows(num_tokens: int, seq_len: int) -> dict[str, np.ndarray]:
     """Rows of the standard library's held-out files, [N, L], num_tokens in all."""
-    rows = PackedRows(standard_library().held_out(), seq_len)
-    chosen = np.linspace(0, len(rows) - 1, num_tokens // seq_len).astype(int)
+    return spread_rows(PackedRows(standard_library().held_out(), seq_len), num_tokens // seq_len)
+
+
+def spread_rows(rows: PackedRows | PartRows, count: int) -> dict[str, np.ndarray]:
+    """So many of the rows, spread evenly over them, [N, L]."""
+    chosen = np.linspace(0, len(rows) - 1, count).astype(int)
     columns = [rows[int(i)] for i in chosen]
     return {k: np.stack([c[k] for c in columns]) for k in ("tokens", "targets", "positions")}
 

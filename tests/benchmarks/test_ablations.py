@@ -12,9 +12,11 @@ from benchmarks.ablations import (
     delta_net,
     dynamic_experts,
     growth,
+    incremental,
     long_context,
     recurrence,
     smaller,
+    two_domains,
 )
 from benchmarks.ablations.base import Finding, Report, Target, append_report
 from benchmarks.ablations.training import HeldOut, Trained, small_run, train
@@ -23,6 +25,7 @@ from configs.models import v31_nano
 from model.model_state import init_state
 from scripts import ablations
 from train.report import Picture
+from train.step_cost import flops_per_step
 
 
 def test_a_figure_is_judged_by_its_median():
@@ -203,3 +206,35 @@ def test_the_student_is_a_thirteenth_of_the_teacher():
     teacher = v31_nano()
     assert teacher.num_parameters >= 13 * smaller.student().num_parameters
     assert teacher.vocab_size == smaller.student().vocab_size
+
+
+def test_every_way_to_teach_further_has_a_tenth_of_joint_trainings_compute():
+    joint = flops_per_step(incremental._run(incremental.model(), 1, 0)) * incremental.JOINT_STEPS
+    for name, arm in incremental.ARMS.items():
+        run, beside = incremental.arm_run(arm, joint, 0)
+        spent = beside + run.steps * flops_per_step(run)
+        assert 0.1 * joint - flops_per_step(run) < spent <= 0.1 * joint * (1 + 1e-9), name
+        assert run.model.vocab_size == incremental.model().vocab_size
+
+
+def test_the_claim_of_teaching_further_is_gain_and_forgetting_at_once():
+    """The first seed gains too little, EWC forgets in the second, LoRA takes too much."""
+    values = {"prose: nats": [3.0, 3.0]}
+    for name in incremental.ARMS:
+        values |= {f"{name}: gain": [0.9, 0.98], f"{name}: forgetting": [0.5, 0.5]}
+        values |= {f"{name}: compute": [0.1, 0.1]}
+    values["EWC: forgetting"] = [0.5, 1.5]
+    values["LoRA: compute"] = [0.11, 0.11]
+    found = {finding.name: finding for finding in incremental._findings(values)}
+    (holds,) = (finding for name, finding in found.items() if name.startswith("ways that hold"))
+    others = [name for name in incremental.ARMS if not name.startswith(incremental.PLAIN)]
+    assert holds.values == (0.0, len(others) - 2)
+    assert found["EWC: forgetting less plain's"].values == pytest.approx((0.0, 1.0))
+    assert found["EWC: gain over joint's"].row()[-1] == "MISSED"  # the median: 0.94
+
+
+def test_two_domains_share_no_text():
+    module = '"""One."""\nclass A:\n    """Two."""\n\ndef f(x):  # three\n    return "four"'
+    prose, code = two_domains.without_documentation(module)
+    assert prose == "One.\n\nTwo."
+    assert code == "class A:\n    pass\n\ndef f(x):\n    return 'four'"
