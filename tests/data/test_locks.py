@@ -14,7 +14,6 @@ from data.locks import wait_for_lock
 from data.pipeline import Corpus, prepare_corpus
 from tests import tiny
 
-
 CONTEXT = multiprocessing.get_context("forkserver")
 """Processes of a server that has imported what they need once: a second and a half for each."""
 CONTEXT.set_forkserver_preload(["checkpoint.run_directory", "data.pipeline", "tests.tiny"])
