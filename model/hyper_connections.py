@@ -13,7 +13,7 @@ B batch, L length, N streams, D d_model, K mixing weights of a token: 2 N + N^2.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.architecture import HyperConnectionConfig
-from model.layers import unscaled_rms_norm, weight
+from model.layers import parameter, unscaled_rms_norm, weight
 
 START_SCALE = 0.01
 """Of what a token says of its mixing, when training begins (the paper's alpha)."""
@@ -130,9 +130,9 @@ def _logits(
     shape, stddev = (streams, d_model, total), (streams * d_model) ** -0.5
     w_NDK = weight(module, "mix", shape, (None, "embed", None), stddev)
     start: Callable[..., jax.Array] = lambda *_: jnp.asarray(start_K)  # noqa: E731
-    bias_K = cast(jax.Array, module.param("bias", _boxed(start), (total,)))
+    bias_K = parameter(module, "bias", _boxed(start), (total,))
     small = nn.initializers.constant(START_SCALE)
-    scale = cast(jax.Array, module.param("scale", _boxed(small), (len(widths),), jnp.float32))
+    scale = parameter(module, "scale", _boxed(small), (len(widths),))
     flat = x_BLND.astype(jnp.float32).reshape(*x_BLND.shape[:2], -1)
     normed_BLND = unscaled_rms_norm(flat, norm_eps).reshape(x_BLND.shape)
     scale_K = jnp.repeat(scale, np.array(widths), total_repeat_length=total)

@@ -3,7 +3,8 @@
 B batch, L length, D d_model, F d_ff, H heads, C head_dim.
 """
 
-from typing import Any, NamedTuple, assert_never, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, assert_never
 
 import flax.linen as nn
 import jax
@@ -105,6 +106,19 @@ def _held_weight(
     def init(*arguments: Any) -> Declared:
         return Declared(draw(*arguments), logical_axes, dims=dims)
 
+    return parameter(module, name, init, shape)
+
+
+def parameter(
+    module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...]
+) -> Any:
+    """A float32 parameter that starts as `init` says. One that is there is taken if it has this
+    shape: `module.param` traces init to learn its shape, once for each use of a weight.
+    """
+    if module.has_variable("params", name):
+        held = nn.unbox(module.get_variable("params", name))
+        if np.shape(held) == shape:
+            return held
     return module.param(name, init, shape, jnp.float32)
 
 
@@ -249,7 +263,7 @@ def zero_weight(
 ) -> jax.Array:
     """A float32 parameter that starts at zero: a bias."""
     init = nn.with_logical_partitioning(nn.initializers.zeros, logical_axes)
-    return cast(jax.Array, module.param(name, init, shape, jnp.float32))
+    return parameter(module, name, init, shape)
 
 
 def one_weight(
@@ -257,7 +271,7 @@ def one_weight(
 ) -> jax.Array:
     """A float32 parameter that starts at one: a factor."""
     init = nn.with_logical_partitioning(nn.initializers.ones, logical_axes)
-    return cast(jax.Array, module.param(name, init, shape, jnp.float32))
+    return parameter(module, name, init, shape)
 
 
 def newest(_: Any, new: Any) -> Any:
@@ -288,7 +302,7 @@ class RMSNorm(nn.Module):
         count = len(self.logical_axes)
         start = nn.initializers.zeros if self.is_zero_centered else nn.initializers.ones
         init = nn.with_logical_partitioning(start, self.logical_axes)
-        scale = cast(jax.Array, self.param("scale", init, x.shape[-count:], jnp.float32))
+        scale = parameter(self, "scale", init, x.shape[-count:])
         if self.is_zero_centered:
             scale = 1.0 + scale
         x32 = x.astype(jnp.float32)
@@ -306,7 +320,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x_BLC: jax.Array) -> jax.Array:
         shape = x_BLC.shape[-1:]
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))
-        scale_C = cast(jax.Array, self.param("scale", ones, shape, jnp.float32))
+        scale_C = parameter(self, "scale", ones, shape)
         bias_C = zero_weight(self, "bias", shape, ("head_dim",))
         x32_BLC = x_BLC.astype(jnp.float32)
         x32_BLC -= x32_BLC.mean(axis=-1, keepdims=True)

@@ -6,11 +6,13 @@ import functools
 import gc
 import itertools
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -32,13 +34,42 @@ jax.config.update("jax_num_cpu_devices", 8)
 gc.set_threshold(50_000, 10, 10)
 gc.disable()
 # Many tests compile the same tiny programs: the workers of a session, which begin after this, share
-# what they compiled. Who names a folder keeps it for the next session.
+# what they compiled. Who names a folder, as the Makefile does, keeps it for the next session; a
+# program is read where the same one would be compiled, by the same jaxlib with the same flags.
 PROGRAMS = "MOESAIC_TEST_PROGRAMS"
+MOST_BYTES = 2**30
+"""Of kept programs; all tests' are a tenth, and each change of the model brings others."""
+
+
+KIND = ("vendor_id", "cpu family", "model", "flags", "CPU ", "Features")
+"""Lines of /proc/cpuinfo by which XLA chooses instructions."""
+
+
+def _of_this_cpu(programs: Path) -> Path:
+    """A folder of its own, as XLA also reads programs with instructions that this one lacks."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    kind = sorted({line for line in lines if line.startswith(KIND)}) or [platform.processor()]
+    return programs / f"{zlib.crc32(repr(kind).encode()):08x}"
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Programs beyond MOST_BYTES, those first whose last use is longest ago."""
+    files = [(path.stat(), path) for path in folder.rglob("*") if path.is_file()]
+    total = 0
+    for stat, path in sorted(files, key=lambda file: -max(file[0].st_atime, file[0].st_mtime)):
+        total += stat.st_size
+        if total > MOST_BYTES:
+            path.unlink(missing_ok=True)
+
+
 if PROGRAMS not in os.environ:
     os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="moesaic-tests-")
     atexit.register(shutil.rmtree, os.environ[PROGRAMS], ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+elif "PYTEST_XDIST_WORKER" not in os.environ:
+    _remove_oldest(Path(os.environ[PROGRAMS]))
+jax.config.update("jax_compilation_cache_dir", str(_of_this_cpu(Path(os.environ[PROGRAMS]))))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 # A fifth of a tiny program's time is spent on the context in which it is written down, where each
 # has its own: a hundred share one, which keeps their constants, and then there is another.

@@ -16,7 +16,7 @@ B batch (rows of the state), L length, E entries of a row, N entries of a sequen
 M tokens of an entry, D d_model, S series, C width.
 """
 
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ from flax import struct
 
 from configs.compressed_attention import CompressedAttentionConfig, CompressionConfig
 from model.layer_state import PagesFirst, RowsFirst, StateParts, StateShape
-from model.layers import RMSNorm, rope, weight
+from model.layers import RMSNorm, parameter, rope, weight
 from model.step import Step, document_segments
 
 
@@ -178,7 +178,7 @@ class Compressor(nn.Module):
             for name in ("kv", "gate")
         )
         init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None, "head_dim"))
-        places = cast(jax.Array, self.param("place_bias", init, (c.rate, *shape), jnp.float32))
+        places = parameter(self, "place_bias", init, (c.rate, *shape))
         kv_BLSC, gate_BLSC = (
             jnp.einsum("BLD,DSC->BLSC", x_BLD, w).astype(jnp.float32) for w in (w_kv, w_gate)
         )

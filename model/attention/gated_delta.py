@@ -30,7 +30,7 @@ from model.attention.recurrent import (
 )
 from model.causal_convolution import causal_convolution
 from model.layer_state import StateShape
-from model.layers import RMSNorm, project, weight
+from model.layers import RMSNorm, parameter, project, weight
 from model.step import Step, require_own_rows
 from parallel.sharding import on_shards
 
@@ -121,9 +121,9 @@ class GatedDelta(nn.Module):
         """[B, L, H, 1], or [B, L, H, K] of channels; float32."""
         c = self.config
         width = 1 if c.decay == "head" else c.key_head_dim
-        rate_H = self.param("log_rate", boxed(log_rates, "heads"), (c.num_heads,))
+        rate_H = parameter(self, "log_rate", boxed(log_rates, "heads"), (c.num_heads,))
         axes = ("heads", None)
-        bias_HK = self.param("decay_bias", boxed(step_biases, *axes), (c.num_heads, width))
+        bias_HK = parameter(self, "decay_bias", boxed(step_biases, *axes), (c.num_heads, width))
         moved_BLHK = self._projected("decay", x32_BLD, width) + bias_HK[None, None]
         return -jnp.exp(rate_H)[None, None, :, None] * jax.nn.softplus(moved_BLHK)
 

@@ -8,11 +8,10 @@ new tokens are written first and then look only at the slots and summaries they 
 B batch, L length, S slots, D d_model, H query heads, G key/value heads, C head_dim.
 """
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -31,7 +30,7 @@ from kernels.sparse_attention import (
     updated,
 )
 from model.layer_state import KeyValueState, RowsFirst, StateShape, key_value_state
-from model.layers import project, rope, weight
+from model.layers import parameter, project, rope, weight
 from model.step import Step
 
 SLOT_IS_POSITION = "sparse attention finds tokens by their slot, which is their position"
@@ -162,7 +161,7 @@ class LocalSparseAttention(nn.Module):
         assert c.block_size is not None
         # All zeros pools by the mean; each head's own keys then pull its vector apart.
         init = nn.with_logical_partitioning(nn.initializers.zeros, ("kv_heads", "head_dim"))
-        pool_GC = cast(jax.Array, self.param("pool", init, k_BLGC.shape[2:], jnp.float32))
+        pool_GC = parameter(self, "pool", init, k_BLGC.shape[2:])
         reach = {"window_size": c.window_size, "block_size": c.block_size}
         if state is None:
             rows = (step.positions_BL, step.segments_BL)

@@ -28,7 +28,7 @@ from model.attention.recurrent import (
 )
 from model.causal_convolution import causal_convolution
 from model.layer_state import StateShape
-from model.layers import one_weight, project, unscaled_rms_norm, weight, zero_weight
+from model.layers import one_weight, parameter, project, unscaled_rms_norm, weight, zero_weight
 from model.step import Step, require_own_rows
 from parallel.sharding import on_shards
 
@@ -62,7 +62,7 @@ class Mamba2(nn.Module):
         begun = state or init_state(c, StateShape(x_BLD.shape[0], 0, "float32"))
         v_BLHV, k_BLGK, q_BLGK, tail_RTN = self._mixed(x_BLD, step, begun.tail_RTN)
         step_BLH = self._steps(x_BLD.astype(jnp.float32))
-        rate_H = jnp.exp(self.param("log_rate", boxed(log_rates, "heads"), (c.num_heads,)))
+        rate_H = jnp.exp(parameter(self, "log_rate", boxed(log_rates, "heads"), (c.num_heads,)))
         heads, matrix = ("batch", None, "heads"), ("batch", "heads", None, None)
         out_BLHV, s_RHKV = on_shards(
             state_space,
@@ -113,7 +113,7 @@ class Mamba2(nn.Module):
         c, d_model = self.config, x32_BLD.shape[-1]
         heads = (c.num_heads,)
         w_DH = weight(self, "step", (d_model, *heads), ("embed", "heads"), d_model**-0.5)
-        bias_H = self.param("step_bias", boxed(step_biases, "heads"), heads)
+        bias_H = parameter(self, "step_bias", boxed(step_biases, "heads"), heads)
         if c.bias:
             bias_H += zero_weight(self, "step_in_bias", heads, ("heads",))
         return jnp.maximum(jax.nn.softplus(x32_BLD @ w_DH + bias_H[None, None]), c.least_step)

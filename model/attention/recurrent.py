@@ -78,13 +78,13 @@ def boxed(draw: Any, *axes: str | None) -> Any:
     return nn.with_logical_partitioning(draw, axes)
 
 
-def log_rates(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def log_rates(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Logarithms of the rates at which a state forgets."""
-    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
 
 
-def step_biases(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def step_biases(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Biases whose softplus is drawn evenly by its logarithm."""
     least, most = np.log(SLOWEST), np.log(FASTEST)
-    softplus = jnp.exp(jax.random.uniform(key, shape, jnp.float32, least, most))
+    softplus = jnp.exp(jax.random.uniform(key, shape, dtype, least, most))
     return jnp.log(jnp.expm1(softplus))
