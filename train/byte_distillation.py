@@ -25,7 +25,7 @@ from kernels.quantize import QTensor
 from model.layers import rows_for, unembed
 from model.transformer import Transformer, Variables, hidden_states, output_weights
 from train.alignment import EXACT, MERGED, Alignment
-from train.divergences import EMPTY, Bins, divergence
+from train.divergences import EMPTY, Bins, distance, divergence
 from train.loop import to_devices
 from train.losses import ChunkLoss, cross_entropy
 from train.teachers import Batch, Teacher, View
@@ -123,7 +123,7 @@ def _sorted_distance(
         -jnp.sort(-jnp.pad(jnp.exp(log[..., ids]), ((0, 0), (0, 0), (0, width - ids.size))))
         for log, ids in ((log_p_BcV, theirs), (log_q_BcV, ours))
     ]
-    return jnp.abs(falling[0] - falling[1]).sum(axis=-1)
+    return distance(*falling).sum(axis=-1)
 
 
 def aligned_view(

@@ -18,8 +18,8 @@ TAIL_FLOOR = 1e-6
 """Least probability of the tail bin, against log(0) when the kept tokens carry everything."""
 
 ROUNDING = 2.0**-16
-"""By which two float32 log_softmax of the same logits, compiled apart, may differ: some roundings
-of logits of 100."""
+"""By which a float32 softmax of the same logits, compiled apart, may differ, in parts of it: some
+roundings of logits of 100."""
 
 Bins = list[tuple[jax.Array, jax.Array]]
 """Pairs of log p and log q, [..., N] each, N of its own in each pair: together all bins."""
@@ -52,11 +52,16 @@ def _summands(
     if kind == "skewed_reverse_kl":
         return jnp.exp(log_q) * (log_q - _mixed(log_q, log_p, beta))
     if kind == "total_variation":
-        # The gradient jumps at p = q: there rounding would decide it, and move a student that is
-        # its teacher. What differs by rounding is equal, and has none.
-        is_apart = jnp.abs(log_p - log_q) > ROUNDING
-        return jnp.where(is_apart, 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), 0.0)
+        return 0.5 * distance(jnp.exp(log_p), jnp.exp(log_q))
     assert_never(kind)
+
+
+def distance(p: jax.Array, q: jax.Array) -> jax.Array:
+    """|p - q|, and 0 of probabilities that differ by rounding alone: the gradient jumps at p = q,
+    where rounding would decide it and move a student that is its teacher.
+    """
+    is_apart = jnp.abs(p - q) > ROUNDING * jnp.maximum(p, q)
+    return jnp.where(is_apart, jnp.abs(p - q), 0.0)
 
 
 def _mixed(log_a: jax.Array, log_b: jax.Array, share: float) -> jax.Array:

@@ -12,7 +12,7 @@ from configs.base import DistillConfig
 from configs.checks import UserError
 from configs.distill import Divergence, LossTerm
 from train.distillation_loss import make_chunk_loss
-from train.divergences import accepted, divergence, kept_and_tail
+from train.divergences import accepted, distance, divergence, kept_and_tail
 from train.losses import chunked_loss
 
 B, L, D, V = 2, 4, 5, 9
@@ -89,6 +89,15 @@ def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient(kind, top_k):
     loss, gradient = jax.jit(jax.value_and_grad(lambda x: loss_of(kind, x, top_k=top_k)))(logits)
     assert abs(loss) < 1e-6
     assert np.abs(np.asarray(gradient)).max() < 1e-6
+
+
+def test_what_differs_by_rounding_has_no_distance_and_no_gradient():
+    """Of total variation and of sorted distances (other vocabularies): |x| jumps at zero."""
+    p = jnp.asarray(softmax(HIDDEN @ W).astype(np.float32))
+    slope = jax.grad(lambda q: distance(p, q).sum())
+    np.testing.assert_array_equal(slope(jnp.nextafter(p, 1.0)), 0.0)
+    np.testing.assert_array_equal(slope(p * 1.001), 1.0)
+    np.testing.assert_array_equal(slope(p * 0.999), -1.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
