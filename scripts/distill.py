@@ -42,7 +42,12 @@ from scripts.teachers import (
     teacher_of,
 )
 from scripts.train import describe, finish
-from train.distill import distill, distill_by_view, distill_from_cache
+from train.distill import (
+    check_vocabulary_size,
+    distill,
+    distill_by_view,
+    distill_from_cache,
+)
 from train.server_teacher import server_view
 from train.teachers import BETWEEN_NAMES
 
@@ -62,6 +67,9 @@ def main(argv: list[str]) -> int:
         return _by_server(run, arguments, names)
     teachers = [teacher_of(name, arguments.teacher_weights) for name in names]
     configs, weights = [teacher.config for teacher in teachers], arguments.teacher_weights
+    if run.distill is not None and run.distill.vocabulary != "bytes":
+        for config in configs:  # before memory is counted, which takes seconds
+            check_vocabulary_size(run, config)
     require_memory(run, *configs, weights=weights)
     if arguments.make_cache:
         cache_ahead(run, arguments.make_cache, teachers)

@@ -237,14 +237,7 @@ def check_vocabulary(student: RunConfig, teacher: ModelConfig, tokenizer: Tokeni
     Raises:
       UserError: the two would number tokens differently, so their logits could not be compared.
     """
-    if student.model.vocab_size != teacher.vocab_size:
-        raise UserError(
-            f"the student's vocabulary has {student.model.vocab_size} entries, the teacher's "
-            f"{teacher.vocab_size}: distillation compares logits token by token, give the student "
-            f"the teacher's vocabulary (--model.vocab-size {teacher.vocab_size} "
-            "--data.tokenizer TEACHER, with a --data.directory of its own), or set "
-            "distill.vocabulary='bytes'"
-        )
+    check_vocabulary_size(student, teacher)
     corpus = prepare_corpus(student.data, student.model.vocab_size)
     difference = vocabulary_difference(corpus.tokenizer(), tokenizer)
     if difference is not None:
@@ -252,5 +245,20 @@ def check_vocabulary(student: RunConfig, teacher: ModelConfig, tokenizer: Tokeni
             f"the tokenizers in {student.data.directory} and of the teacher differ ({difference}): "
             "distillation needs one vocabulary, give the student the teacher's corpus "
             "(--data.directory), make one with the teacher as --data.tokenizer, or set "
+            "distill.vocabulary='bytes'"
+        )
+
+
+def check_vocabulary_size(student: RunConfig, teacher: ModelConfig) -> None:
+    """
+    Raises:
+      UserError: the two have not as many tokens.
+    """
+    if student.model.vocab_size != teacher.vocab_size:
+        raise UserError(
+            f"the student's vocabulary has {student.model.vocab_size} entries, the teacher's "
+            f"{teacher.vocab_size}: distillation compares logits token by token, give the student "
+            f"the teacher's vocabulary (--model.vocab-size {teacher.vocab_size} "
+            "--data.tokenizer TEACHER, with a --data.directory of its own), or set "
             "distill.vocabulary='bytes'"
         )
