@@ -97,16 +97,20 @@ def _draw_weight(
     return x if dims is None else to_format(x, format, target, dims=dims)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def draw_state(model: Transformer, batch: int, num_pages: int) -> ModelState:
-    """Pages that hold random keys and values."""
-    length = num_pages * PAGE_SIZE
+    """Pages that hold random keys and values; each is drawn by one small program for all of them,
+    as one program that draws all takes half a minute to compile."""
     sizes = {"num_pages": 1 + batch * num_pages, "page_size": PAGE_SIZE}
-    state = init_state(model.config, batch, length, "bfloat16", **sizes)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, drawn)
+    state = jax.eval_shape(
+        lambda: init_state(model.config, batch, num_pages * PAGE_SIZE, "bfloat16", **sizes)
+    )
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(state))))
+    return jax.tree.map(lambda x: _draw_pages(x.shape, x.dtype, next(keys)), state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _draw_pages(shape: tuple[int, ...], dtype: Any, key: jax.Array) -> jax.Array:
+    return jax.random.normal(key, shape, dtype)
 
 
 def pages_of(batch: int, num_pages: int) -> np.ndarray:
