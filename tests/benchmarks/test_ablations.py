@@ -192,13 +192,18 @@ def test_what_a_student_keeps_is_of_the_gain_over_unigrams():
     """By hand: unigrams 6, teacher 4; 4.1 keeps 1.9 of 2, 4.5 keeps 1.5."""
     plain = {"teacher": [4.0], "unigrams": [6.0], "student alone": [4.5]}
     more = {f"few bits {name}": [0.01 * i] for i, name in enumerate(smaller.JUDGED)}
-    found = smaller._findings(plain | {"student with teacher": [4.1]} | more)
+    few = {f"student of few tokens {how}": [4.4] for how in ("alone", "with teacher")}
+    found = smaller._findings(plain | few | {"student with teacher": [4.1]} | more)
     by_name = {finding.name: finding for finding in found}
     kept = by_name["student with teacher: share kept of the teacher's gain over unigrams"]
     assert kept.values == pytest.approx((0.95,))
     assert kept.row()[-1] == "reached"
-    assert by_name["student alone: the same"].values == pytest.approx((0.75,))
-    assert by_name["with teacher less alone, nats"].values == pytest.approx((-0.4,))
+    alone = by_name["student alone: share kept of the teacher's gain over unigrams"]
+    assert alone.values == pytest.approx((0.75,))
+    assert alone.row()[-1] == ""
+    assert by_name["student with teacher less alone, nats"].values == pytest.approx((-0.4,))
+    fewer = by_name["student of few tokens with teacher less alone, nats"]
+    assert fewer.values == pytest.approx((0.0,))
     assert by_name["few bits by sensitivity less inverted, nats"].values == pytest.approx((-0.02,))
 
 
