@@ -253,7 +253,10 @@ CACHED_MANY = (
     (64, 32, 8, 2),
     (64, 64, 8, 2),
     (64, 64, 8, 3),
+    (64, 128, 8, 2),
     (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 128, 8, 2),
 )
 # queries of a warpgroup, keys, slots, whether results share the queries' place, turns
 MOSAIC_BLOCKS = (

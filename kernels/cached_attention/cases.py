@@ -147,6 +147,8 @@ COMPILED = {
     "slots": CompiledCase(),
     "slots_decode": CompiledCase(num_tokens=64, one_per_row=True),
     "few_tokens": CompiledCase(num_tokens=4, num_rows=1),
+    "prompt": CompiledCase(num_rows=1),
+    "prompt_paged": CompiledCase(num_rows=1, page_size=64),
     "ring": CompiledCase(length=1088, window_size=1024, num_sink_tokens=4, head_dim=64),
     "paged": CompiledCase(page_size=64),
     "paged_decode": CompiledCase(page_size=64, num_tokens=64),
