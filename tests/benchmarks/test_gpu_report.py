@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.compile_checks import work
 from benchmarks.gpu import checks, decoding, parts, peers, report, tables, times, training
@@ -33,6 +34,19 @@ from kernels.window_attention.cases import CompiledCase as WindowCase
 from model.transformer import Transformer
 from model.unstacked import unstacked_config
 from scripts import gpu_report
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_anew():
+    """What was compiled in an earlier session is not taken: XLA can't write down a program for a CPU
+    that it has itself read from a file."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
 
 GROUPED = GroupedCase(rows=40, d_in=128, d_out=24, num_groups=3)
 PAGED = PagedCase(batch=2, max_pages=2, page_size=16, num_heads=4, num_kv_heads=2, head_dim=16)
