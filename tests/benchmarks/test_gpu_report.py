@@ -38,8 +38,8 @@ from scripts import gpu_report
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_anew():
-    """What was compiled in an earlier session is not taken: XLA can't write down a program for a CPU
-    that it has itself read from a file."""
+    """Nothing that was compiled in an earlier session is taken: XLA can't write down a program for
+    a CPU that it has itself read from a file."""
     folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
