@@ -238,8 +238,10 @@ def _in_a_process(
     failure = None
     try:
         subprocess.run(command, cwd=ROOT, check=True, env=os.environ | chosen, timeout=seconds)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as problem:
-        failure = f"{name}: {problem}{_last_seen(request.folder, name)}"
+    except subprocess.CalledProcessError as problem:
+        failure = f"{name}: exit code {problem.returncode}"
+    except subprocess.TimeoutExpired as late:
+        failure = f"{name}: stopped after {late.timeout:.0f} s{_last_seen(request.folder, name)}"
     if not path.exists():
         raise RuntimeError(failure)
     found = json.loads(path.read_text())
@@ -250,7 +252,7 @@ def _last_seen(folder: Path, name: str) -> str:
     """Where a part's main thread was when its time was over, the innermost calls first."""
     path = folder / WHERE.format(name)
     lines = path.read_text().rpartition("Thread ")[2].splitlines() if path.exists() else []
-    calls = [line.strip().removeprefix("File ") for line in lines[1:6]]
+    calls = [line.rpartition("/")[2].replace('"', "") for line in lines[1:6]]
     return f", in {'; '.join(calls)}" if calls else ""
 
 

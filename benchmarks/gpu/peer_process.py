@@ -24,5 +24,6 @@ def run_peer(settings: dict[str, Any], seconds: float) -> dict[str, Any]:
             return {"failure": f"stopped after {seconds:.0f} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        return {"failure": f"exit code {done.returncode}: {done.stderr[-800:]}"}
+        said = done.stderr.strip().splitlines()[-1:]  # a traceback has the machine's folders
+        return {"failure": f"exit code {done.returncode}: {''.join(said)[:800]}"}
     return json.loads(lines[-1])
