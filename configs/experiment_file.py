@@ -18,6 +18,8 @@ from typing import Any
 from configs.checks import UserError, require
 
 ENDING = ".py"
+MODULE = "experiments_in_"
+"""What the names of these modules begin with."""
 
 
 class ExperimentError(UserError):
@@ -125,6 +127,11 @@ def execute(path: Path) -> None:
     _executed(Target(path, None))
 
 
+def has_executed() -> bool:
+    """Whether this process has executed any such file."""
+    return any(name.startswith(MODULE) for name in sys.modules)
+
+
 def describe_file(target: Target) -> str:
     """A line for each function of the file: its name and what its docstring begins with.
 
@@ -151,7 +158,7 @@ def public_functions(module: types.ModuleType) -> dict[str, Callable[..., Any]]:
 def _executed(target: Target) -> types.ModuleType:
     """The file as a module, executed anew."""
     text, path = read_source(target), target.path
-    module = types.ModuleType(f"experiments_in_{path.stem}")
+    module = types.ModuleType(f"{MODULE}{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look their module up there
     folder = str(path.resolve().parent)

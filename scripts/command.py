@@ -24,6 +24,7 @@ from configs import experiment_file
 from configs.checks import UserError
 from configs.experiment_file import ExperimentError, describe_file, parse_target
 from configs.near_names import hint
+from infer.kept_programs import keep_in
 from parallel.distributed import (
     announce_failure,
     detected_launch,
@@ -225,17 +226,20 @@ def keep_compiled() -> None:
     so.
     """
     parent = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    cache = Path(parent) / "moesaic" / "xla"
+    cache, programs = (Path(parent) / "moesaic" / name for name in ("xla", "programs"))
     try:
         if not cache.is_absolute():  # "~" stays where there is no home
             raise OSError("there is no home folder")
         cache.mkdir(parents=True, exist_ok=True)
+        programs.mkdir(mode=0o700, exist_ok=True)  # they are run as they are read
     except OSError as error:
         print(
             f"compiled programs are not kept ({error}): set XDG_CACHE_HOME to a folder of yours",
             file=sys.stderr,
         )
         return
+    if not experiment_file.has_executed():  # nobody knows what its code puts into programs
+        keep_in(programs)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -122,6 +123,15 @@ def _commit() -> str:
         return ""
     made = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return made.stdout.strip()
+
+
+@pytest.fixture(autouse=True)
+def programs_are_kept_by_one_test_at_most() -> Iterator[None]:
+    """A verb that runs in a test's own process keeps its programs; the next test does not."""
+    yield
+    kept_programs = sys.modules.get("infer.kept_programs")
+    if kept_programs is not None:
+        kept_programs.keep_in(None)
 
 
 @pytest.fixture(autouse=True)

@@ -137,17 +137,16 @@ class Engine:
             raise ValueError("an engine warms up before its first request: it has some")
         if not self._options.has_detour:
             self._preferences.begin()
-        thunks = [
-            *self._programs.warm_ups(),
-            *self._reader.programs(self._memory, self._preferences.arrays, self._sampler.warm_up),
-            *self._memory.programs(),
-            self._run_idle,
-        ]
+        sample = self._sampler.warm_up
+        reads = self._reader.programs(self._memory, self._preferences.arrays, sample)
+        own = self._programs.warm_ups()
+        thunks = [*own, *reads, *self._memory.programs(), self._run_idle]
         with self._in_mesh():
             for done, thunk in enumerate(thunks):
                 on_progress(done, len(thunks))
                 thunk()
-                thunk()  # what it gave is laid out as what it takes from then on
+                if thunk not in reads or not self._programs.are_kept:
+                    thunk()  # what it gave is laid out as what it takes from then on
         on_progress(len(thunks), len(thunks))
 
     def has_work(self) -> bool:
@@ -250,7 +249,7 @@ class Engine:
                 self._go_on(sequence)
             begun = [s for s in read.finished if not s.text]
             if begun:
-                logits_RV = steps.logits_of(self._model, self._variables, read.hidden_RD)
+                logits_RV = self._programs.logits(read.hidden_RD)
                 emitted += self._take_chosen(logits_RV, begun, is_first=True)
             self._look_ahead(read, begun)
         return emitted

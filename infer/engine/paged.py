@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from configs.checks import require
 from infer import steps
+from infer.choice import Logprobs, score_tokens
 from infer.engine.options import EngineOptions
 from infer.expert_cache import PagingCounts
 from infer.expert_paging import PagedModel
@@ -17,10 +18,8 @@ from infer.model_draft import ModelDraft
 from infer.ngram_draft import NgramDraft
 from infer.speculative import VerifiedDraft, begin_verify, end_verify
 from infer.steps import Pieces, StateSize
-from model.layers import unembed
 from model.model_state import ModelState, with_pages_of
 from model.step import make_step
-from model.transformer import Transformer, Variables, output_weights
 
 _begin_mixed = jax.jit(steps.begin_mixed, donate_argnums=1)
 _end_mixed = jax.jit(steps.end_mixed)
@@ -37,6 +36,7 @@ class PagedPrograms:
 
     def __init__(self, paged: PagedModel) -> None:
         self.paged, self.model, self.variables = paged, paged.model, paged.outside
+        self.are_kept = False
 
     def check(self, options: EngineOptions, mesh: Mesh | None) -> None:
         """
@@ -101,7 +101,7 @@ class PagedPrograms:
     ) -> Any:
         step = _begin_decode(token_R, position_R, tables_RN, preference)
         hidden_R1D, state, chosen = self.paged.run(step, state, with_experts)
-        return _logits(self.model, self.variables, hidden_R1D), state, chosen
+        return self.logits(hidden_R1D[:, 0]), state, chosen
 
     def verify(
         self,
@@ -118,6 +118,12 @@ class PagedPrograms:
         made = _end_verify(self.model, self.variables, hidden_RND, step, *choice, with_hidden)
         return made._replace(state=state, chosen=chosen)
 
+    def logits(self, hidden_RD: jax.Array) -> jax.Array:
+        return steps.logits_of(self.model, self.variables, hidden_RD)
+
+    def score(self, hidden_TD: jax.Array, next_T: Any) -> Logprobs:
+        return score_tokens(self.model, self.variables, hidden_TD, next_T)
+
     def weights(self) -> Any:
         return self.paged.weights()
 
@@ -129,8 +135,3 @@ class PagedPrograms:
 
     def paging(self) -> PagingCounts:
         return self.paged.counts()
-
-
-@partial(jax.jit, static_argnums=0)
-def _logits(model: Transformer, variables: Variables, hidden_R1D: jax.Array) -> jax.Array:
-    return unembed(hidden_R1D[:, 0], output_weights(model, variables, as_stored=True))

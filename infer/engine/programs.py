@@ -1,7 +1,6 @@
 """What an engine runs: the model's programs, with the arrays that they take first."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -9,8 +8,10 @@ import jax
 from jax.sharding import Mesh
 
 from infer import steps
+from infer.choice import Logprobs, score_tokens
 from infer.engine.options import EngineOptions
 from infer.expert_cache import PagingCounts
+from infer.kept_programs import KeptPrograms
 from infer.speculative import verify
 from infer.steps import StateSize
 from model.transformer import Transformer, Variables, hidden_states
@@ -32,6 +33,11 @@ class Programs(Protocol):
         ...
 
     @property
+    def are_kept(self) -> bool:
+        """Whether steps are programs that take arrays however they are laid out."""
+        ...
+
+    @property
     def read_mixed(self) -> Callable[..., Any]: ...
 
     @property
@@ -42,6 +48,14 @@ class Programs(Protocol):
 
     @property
     def verify(self) -> Callable[..., Any]: ...
+
+    def logits(self, hidden_RD: jax.Array) -> jax.Array:
+        """Of hidden states, float32 [R, V]."""
+        ...
+
+    def score(self, hidden_TD: jax.Array, next_T: Any) -> Logprobs:
+        """See infer.choice.score_tokens."""
+        ...
 
     def weights(self) -> Any:
         """All that is the model's, to be told from others by."""
@@ -60,30 +74,46 @@ class Programs(Protocol):
         ...
 
 
-@dataclass
 class WholeModel:
     """One program for a step: all layers in it."""
 
-    model: Transformer
-    variables: Variables
+    def __init__(self, model: Transformer, variables: Variables) -> None:
+        self.model, self.variables = model, variables
+        self._kept = KeptPrograms(variables)
 
     def check(self, options: EngineOptions, mesh: Mesh | None) -> None:
         del options, mesh
 
     @property
-    def read_mixed(self) -> Callable[..., Any]:
-        return partial(steps.read_mixed, self.model, self.variables)
+    def are_kept(self) -> bool:
+        return self._kept.is_active
+
+    def read_mixed(self, *given: Any) -> Any:
+        return self._run(steps.read_mixed, given, 4)
 
     def read_rows(self, size: StateSize, *given: Any) -> Any:
-        return steps.read_rows(self.model, size, self.variables, *given)
+        return self._run(steps.read_rows, given, 7, size)
 
-    @property
-    def decode(self) -> Callable[..., Any]:
-        return partial(steps.decode, self.model, self.variables)
+    def decode(self, *given: Any) -> Any:
+        return self._run(steps.decode, given, 5)
 
-    @property
-    def verify(self) -> Callable[..., Any]:
-        return partial(verify, self.model, self.variables)
+    def verify(self, *given: Any) -> Any:
+        return self._run(verify, given, 10)
+
+    def logits(self, hidden_RD: jax.Array) -> jax.Array:
+        return self._run(steps.logits_of, (hidden_RD,), 1)
+
+    def score(self, hidden_TD: jax.Array, next_T: Any) -> Logprobs:
+        return self._run(score_tokens, (hidden_TD, next_T), 2)
+
+    def _run(self, function: Any, given: tuple[Any, ...], count: int, *first: Any) -> Any:
+        """
+        Args:
+          given: `count` arrays, and what the function is compiled for.
+          first: what else it is compiled for, after the model.
+        """
+        before, after = (self.model, *first), given[count:]
+        return self._kept.run(function, *given[:count], before=before, after=after)
 
     def weights(self) -> Variables:
         return self.variables

@@ -15,8 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from infer import steps
-from infer.choice import score_tokens
 from infer.engine.memory import Memory
 from infer.engine.options import EngineOptions
 from infer.engine.programs import Programs
@@ -71,7 +69,6 @@ class Reader:
 
     def __init__(self, programs: Programs, options: EngineOptions, size: StateSize) -> None:
         self._programs, self._size = programs, size
-        self._model, self._variables = programs.model, programs.variables
         self._rows, self._most = options.max_rows, options.piece
         self._target, self._keeps_experts = options.target_seconds, options.keeps_experts
         self.seconds_per_token: float | None = None
@@ -192,8 +189,8 @@ class Reader:
             else:
                 made = self.run_rows(self._no_rows(width), memory, preference)
             hidden_TD, hidden_RD, _ = made
-            self.score(hidden_TD, np.zeros(len(hidden_TD), np.int32))
-            choose(steps.logits_of(self._model, self._variables, hidden_RD))
+            self._programs.score(hidden_TD, np.zeros(len(hidden_TD), np.int32))
+            choose(self._programs.logits(hidden_RD))
 
         return [partial(read, width) for width in self.widths]
 
@@ -253,7 +250,7 @@ class Reader:
             first = part.row * length + part.at
             following = part.sequence.prompt[part.begin + 1 : part.end + 1]
             next_T[first : first + len(following)] = following
-        made = jax.device_get(self.score(hidden_TD, next_T))
+        made = jax.device_get(self._programs.score(hidden_TD, next_T))
         for part in parts:
             sequence, request = part.sequence, part.sequence.request
             if not request.prompt_logprobs:
@@ -265,9 +262,6 @@ class Reader:
                 top = tuple((int(token), float(nats)) for token, nats in best)
                 nats = float(made.chosen_R[at])
                 sequence.scores.append(TokenLogprobs(int(next_T[at]), nats, top))
-
-    def score(self, hidden_TD: jax.Array, next_T: np.ndarray) -> Any:
-        return score_tokens(self._model, self._variables, hidden_TD, next_T)
 
 
 def widths_of(options: EngineOptions) -> tuple[int, ...]:

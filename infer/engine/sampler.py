@@ -13,6 +13,7 @@ import numpy as np
 from infer.choice import Choice, Logprobs, begin_counts, choose
 from infer.engine.sequence import TokenSequence
 from infer.engine.types import ConstraintFailed, Request, TokenLogprobs
+from infer.kept_programs import KeptPrograms
 from infer.sampling import Sampling, no_counts, sampling_rows
 
 BROKEN = "the model's numbers for this request are not finite, and no token can be chosen from them"
@@ -33,6 +34,7 @@ class Sampler:
     def __init__(self, num_rows: int, vocab_size: int) -> None:
         self._vocab_size, self.counts = vocab_size, no_counts(num_rows, vocab_size)
         self._settings = [Sampling()] * num_rows
+        self._kept = KeptPrograms()
         self.rows = sampling_rows(self._settings)
         self.all_allowed_RV = jnp.ones((num_rows, vocab_size), jnp.bool_)
 
@@ -49,7 +51,8 @@ class Sampler:
         text = np.asarray(sequence.text, np.int64)
         generated_V = np.bincount(text, minlength=self._vocab_size).astype(np.int32)
         row = np.int32(sequence.row)
-        self.counts = begin_counts(self.counts, row, is_prompt_V, generated_V)
+        begun = (row, is_prompt_V, generated_V)
+        self.counts = self._kept.run(begin_counts, self.counts, *begun)
 
     def choose(
         self, logits_RV: jax.Array, live: list[TokenSequence], position_R: np.ndarray
@@ -76,7 +79,8 @@ class Sampler:
         has_logprobs: bool,
     ) -> Any:
         """The program, and its results in numpy."""
-        made = choose(
+        made = self._kept.run(
+            choose,
             logits_RV,
             self.rows,
             self.counts,

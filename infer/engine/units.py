@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from infer import steps
+from infer.kept_programs import KeptPrograms
 from model.model_state import (
     ModelState,
     put_pages,
@@ -30,13 +31,14 @@ class Pages:
     def __init__(self, state: ModelState) -> None:
         shapes = jax.eval_shape(take_pages, state, np.zeros(COPIED_PAGES, np.int32))
         self._shapes = [(x.shape[1:], np.dtype(x.dtype)) for x in shapes]
+        self._kept = KeptPrograms()
 
     def copy_out(self, state: ModelState, pages: list[int]) -> list[bytes]:
         """The contents of each page."""
         units: list[bytes] = []
         for first in range(0, len(pages), COPIED_PAGES):
             some = pages[first : first + COPIED_PAGES]
-            arrays = jax.device_get(_take_pages(state, _padded(some)))
+            arrays = jax.device_get(self._kept.run(_take_pages, state, _padded(some)))
             units += [b"".join(x[i].tobytes() for x in arrays) for i in range(len(some))]
         return units
 
@@ -48,7 +50,7 @@ class Pages:
             some += [blank] * (COPIED_PAGES - len(some))
             arrays = tuple(np.stack(parts) for parts in zip(*some, strict=True))
             at_N = _padded(pages[first : first + COPIED_PAGES])
-            state = _put_pages(state, at_N, arrays)
+            state = self._kept.run(_put_pages, state, at_N, arrays)
         return state
 
 

@@ -201,6 +201,21 @@ def test_a_user_without_a_home_is_told_that_nothing_is_kept():
     assert "set XDG_CACHE_HOME" in done.stderr
 
 
+def test_programs_are_not_kept_where_code_of_ones_own_may_shape_them(tmp_path):
+    """A router score of the user's changes a program, and nothing that it is known by."""
+    (tmp_path / "own.py").write_text("x = 1")
+    program = (
+        "from scripts import command; from configs import experiment_file; import pathlib, sys;"
+        "[experiment_file.execute(pathlib.Path(x)) for x in sys.argv[1:]];"
+        "from infer import kept_programs; command.keep_compiled(); print(kept_programs._folder)"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    for files, folder in (([], tmp_path / "moesaic" / "programs"), ([tmp_path / "own.py"], None)):
+        command = [sys.executable, "-c", program, *map(str, files)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == str(folder), done.stderr
+
+
 PIPED = """
 import sys
 from rich.console import Console
