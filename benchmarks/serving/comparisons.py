@@ -1,6 +1,7 @@
 """Ours with and without: a prefix from the cache, drafts, and what an earlier start has left."""
 
 import contextlib
+import itertools
 import os
 import statistics
 import tempfile
@@ -17,6 +18,7 @@ from benchmarks.serving.request import Findings, Request, ours, sized, some_text
 from benchmarks.serving.servers import Server
 from configs.checks import require
 from infer.sources import Source, open_source
+from train.progress import ProgressBar
 
 SHARE = 0.99
 """Of a prompt's tokens, that others have had."""
@@ -99,15 +101,19 @@ def drafts_part(request: Request) -> Findings:
             options = sizes if kind == "off" else (*sizes, "--draft", kind)
             command = servers.our_command(kind, source, options)
             running[kind] = stack.enter_context(servers.started(command))
-        for turn in range(request.rounds + 1):
-            for work, some in asks.items():
-                for kind, server in running.items():
-                    extra = server.extra | {"cache_salt": os.urandom(8).hex()}
-                    extra |= {"temperature": 1.0, "seed": turn} if work == "drawn" else {}
-                    traffic = Traffic(clients=min(request.clients, len(some)))
-                    made = measured.measure(*load.run_load(server.url, some, traffic, 0, extra))
-                    if turn:
-                        turns.setdefault(f"{work}, {kind}", []).append(made)
+        places = itertools.product(range(request.rounds + 1), asks.items(), running.items())
+        total = (request.rounds + 1) * len(asks) * len(running)
+        with ProgressBar("drafts", total=total, unit="turns") as bar:
+            for done, (turn, (work, some), (kind, server)) in enumerate(places):
+                bar.update(done)
+                some = some if turn else some[: request.rows]
+                extra = server.extra | {"cache_salt": os.urandom(8).hex()}
+                extra |= {"temperature": 1.0, "seed": turn} if work == "drawn" else {}
+                traffic = Traffic(clients=min(request.clients, len(some)))
+                made = measured.measure(*load.run_load(server.url, some, traffic, 0, extra))
+                if turn:
+                    turns.setdefault(f"{work}, {kind}", []).append(made)
+            bar.update(total)
     for work in asks:
         own = {name: x for name, x in turns.items() if name.startswith(f"{work},")}
         measured.print_turns(own, f"{request.rounds} rounds")
@@ -144,12 +150,14 @@ def start_part(request: Request) -> Findings:
     turns: dict[str, list[Measured]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as kept:
         start(source, sizes, kept, ask)  # leaves programs and the prompt's state
-        for _ in range(request.rounds):
-            with tempfile.TemporaryDirectory() as empty:
-                for name, folder in (("cold", empty), ("warm", kept)):
-                    items, made = start(source, sizes, folder, ask)
-                    found[name].append(items)
-                    turns[name].append(made)
+        with ProgressBar("starts", total=2 * request.rounds, unit="starts") as bar:
+            for turn in range(request.rounds):
+                with tempfile.TemporaryDirectory() as empty:
+                    for i, (name, folder) in enumerate((("cold", empty), ("warm", kept))):
+                        items, made = start(source, sizes, folder, ask)
+                        found[name].append(items)
+                        turns[name].append(made)
+                        bar.update(2 * turn + i + 1)
     print_starts(found, tokens)
     return {"starts": found, "tokens": tokens, "turns": measured.as_json(turns)}, turns
 

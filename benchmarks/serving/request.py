@@ -36,13 +36,18 @@ class Request:
     answer_mean: float = load.ANSWER_MEAN
     shared: int = 8192
     """Tokens of the prompts whose beginning is shared, with --prefix."""
+    step_seconds: float | None = None
+    """That our server's steps may take: less between two texts, and later first ones."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rounds", "requests", "clients", "rows", "prompt_mean", "answer_mean"):
             value = getattr(self, name)
             require(value > 0, f"--{name.replace('_', '-')} {value} must be greater than 0")
-        require(self.rate is None or self.rate > 0, f"--rate {self.rate} must be greater than 0")
+        for name in ("rate", "step_seconds"):
+            value = getattr(self, name)
+            sentence = f"--{name.replace('_', '-')} {value} must be greater than 0"
+            require(value is None or value > 0, sentence)
         for name in ("length", "shared"):
             value = getattr(self, name)
             require(value >= 32, f"--{name} {value} must be at least 32 tokens")
@@ -62,6 +67,7 @@ SETTINGS = {
     "prompt_mean": (float, "tokens of a prompt"),
     "answer_mean": (float, "tokens of an answer"),
     "shared": (int, "tokens of prompts that begin alike"),
+    "step_seconds": (float, "that a step of our server may take; none is as `serve` without it"),
     "seed": (int, "of lengths, texts and times"),
 }
 """Kind and purpose of each setting that is a number."""
@@ -71,7 +77,11 @@ Findings = tuple[dict[str, Any], Mapping[str, Sequence[Measured]]]
 
 
 def ours(request: Request) -> tuple[str, ...]:
-    return ("--weights", request.weights)
+    seconds = request.step_seconds
+    return (
+        *("--weights", request.weights),
+        *(() if seconds is None else ("--step-seconds", str(seconds))),
+    )
 
 
 def some_text() -> str:

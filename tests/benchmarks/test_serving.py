@@ -174,6 +174,7 @@ def test_a_server_that_does_not_start_says_why():
     [
         (["--rounds", "0"], "--rounds 0 must be greater than 0"),
         (["--rate", "-1"], "--rate -1.0 must be greater than 0"),
+        (["--step-seconds", "0"], "--step-seconds 0.0 must be greater than 0"),
         (["--shared", "8"], "--shared 8 must be at least 32 tokens"),
         (["--prompt-mean", "0"], "--prompt-mean 0.0 must be greater than 0"),
         (["nowhere"], "nowhere"),
