@@ -2,9 +2,11 @@
 
 import functools
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -66,6 +68,14 @@ def copy_bandwidth() -> float:
     source = np.ones(COPY_BYTES // 8)
     target = np.empty_like(source)
     return 2 * COPY_BYTES / best_seconds(lambda: np.copyto(target, source)) / 1e9
+
+
+def read_bandwidth() -> float:
+    """Bytes that all cores together read in a second of more than caches hold, GB/s."""
+    count = len(os.sched_getaffinity(0))
+    parts = np.split(np.ones(COPY_BYTES // count * count, np.uint8), count)
+    with ThreadPoolExecutor(count) as pool:
+        return COPY_BYTES / best_seconds(lambda: list(pool.map(np.max, parts))) / 1e9
 
 
 def print_ceilings(torch_python: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import ceilings
 from benchmarks.generation import memory, quality, speed
 from infer.sources import open_source
 
@@ -32,7 +33,9 @@ def speed_part(request: Request) -> dict[str, Any]:
     )
     measured = speed.measure(open_source(request.source), settings)
     speed.print_speeds(*measured, settings)
-    return speed.as_json(*measured, settings)
+    read = ceilings.read_bandwidth()
+    speed.print_reading(measured[0], read)
+    return speed.as_json(*measured, settings) | {"read_gb_per_second": read}
 
 
 def quality_part(request: Request) -> dict[str, Any]:

@@ -167,6 +167,18 @@ def print_speeds(speeds: list[Speeds], left_out: dict[str, str], settings: Setti
     Console().print(table)
 
 
+def print_reading(speeds: list[Speeds], gigabytes_per_second: float) -> None:
+    """Beside what reading the weights for each token allows one sequence."""
+    table = Table("program", "reads GB/s", "at most tokens/s", "reached")
+    table.title = f"all cores read {gigabytes_per_second:.1f} GB/s of more than caches hold"
+    for s in speeds:
+        rate = statistics.median(s.tokens_per_second[MEASURES[0]])
+        most = gigabytes_per_second * 1e9 / s.weight_bytes
+        reads = f"{rate * s.weight_bytes / 1e9:.1f}"
+        table.add_row(s.program, reads, f"{most:.0f}", f"{rate / most:.0%}")
+    Console().print(table)
+
+
 def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})"
 

@@ -94,6 +94,13 @@ def test_a_ratio_is_taken_within_a_round_and_at_equal_bits(capsys):
     assert speed.as_json(speeds, {}, settings)["ratios"][0]["median"] == 2.0
 
 
+def test_a_speed_stands_beside_what_reading_the_weights_allows(capsys):
+    rates = {name: [90.0, 100.0, 120.0] for name in MEASURES}
+    speed.print_reading([speed.Speeds("ours", 10**8, "1", rates)], 20.0)
+    row = capsys.readouterr().out.splitlines()[-2].split("│")[1:-1]
+    assert [cell.strip() for cell in row] == ["ours", "10.0", "200", "50%"]
+
+
 def dense_model(length: int) -> Transformer:
     """One dense layer: quick to compile."""
     layer = LayerSpec(attention=tiny.attention(window_size=None, num_sink_tokens=0), ffn=DENSE)
