@@ -115,7 +115,10 @@ def _kept(folder: Path, name: str, lower: Callable[[], Any]) -> Callable[..., An
     if found is None:
         with _from_no_file():
             found = lowered.compile()
-        _write(folder / f"{program}.program", _as_bytes(found))
+        content = _as_bytes(found)
+        if content is None:
+            return found
+        _write(folder / f"{program}.program", content)
     _write(link, program.encode())
     _trim(folder)
     return found
@@ -192,8 +195,12 @@ def _from_no_file() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _as_bytes(compiled: Any) -> bytes:
-    body = pickle.dumps(serialize_executable.serialize(compiled))
+def _as_bytes(compiled: Any) -> bytes | None:
+    """None where XLA can't write it down: this process had it from a file before."""
+    try:
+        body = pickle.dumps(serialize_executable.serialize(compiled))
+    except (jax.errors.JaxRuntimeError, pickle.PicklingError, ValueError):
+        return None
     return hashlib.sha256(body).digest() + body
 
 

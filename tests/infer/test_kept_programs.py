@@ -146,9 +146,10 @@ def test_arrays_on_a_mesh_are_left_to_jax(folder):
 
 
 def test_an_engine_with_kept_programs_traces_nothing_and_says_the_same(folder):
-    """Two engines in the form that a process has at its start; the third is given no folder."""
+    """Two engines as a process has them at its start; the third is given no folder. Its vocabulary
+    is no other test's: what JAX has read from a file can't be written down."""
     pattern = (LayerSpec(attention=tiny.attention(), ffn=DenseConfig(d_ff=16)),)
-    config = tiny.model(pattern=pattern, num_layers=1)
+    config = tiny.model(pattern=pattern, num_layers=1, vocab_size=302)
     model, variables = Transformer(config), drawn(config, seed=3)
     options = EngineOptions(max_rows=2, max_length=32, piece=16, num_pages=2)
     requests = [Request([0, 5, 17], 6), Request([0, *range(40, 60)], 6, num_logprobs=2)]
