@@ -26,6 +26,7 @@ from benchmarks.ablations import (
     growth,
     incremental,
     long_context,
+    offloading,
     recurrence,
     smaller,
     sparse_attention,
@@ -46,6 +47,7 @@ ABLATIONS: dict[str, Callable[[int], Report]] = {
     "delta_net": delta_net.run,
     "smaller": smaller.run,
     "incremental": incremental.run,
+    "offloading": offloading.run,
 }
 
 

@@ -14,6 +14,7 @@ from benchmarks.ablations import (
     growth,
     incremental,
     long_context,
+    offloading,
     recurrence,
     smaller,
     two_domains,
@@ -22,6 +23,8 @@ from benchmarks.ablations.base import Finding, Report, Target, append_report
 from benchmarks.ablations.training import HeldOut, Trained, small_run, train
 from benchmarks.flops import count_flops
 from configs.models import v31_nano
+from infer.query_router import Router
+from infer.score import TokenScores
 from model.model_state import init_state
 from scripts import ablations
 from train.report import Picture
@@ -243,3 +246,51 @@ def test_two_domains_share_no_text():
     prose, code = two_domains.without_documentation(module)
     assert prose == "One.\n\nTwo."
     assert code == "class A:\n    pass\n\ndef f(x):\n    return 'four'"
+
+
+def test_a_question_is_scored_by_its_answer_and_seen_without_it():
+    length = offloading.QUESTION + offloading.ANSWER
+    document = np.arange(length, dtype=np.int32)
+    best = document[1:].copy()
+    best[-4:] += 1  # four of the answer are wrong, one of the question
+    best[5] = 0
+    nats = np.linspace(0, 1, length - 1, dtype=np.float32)
+    scored = TokenScores(nats, best)
+    assert offloading.right(scored, document) == 1 - 4 / offloading.ANSWER
+    features_F = offloading.seen(scored, document)
+    other = document.copy()
+    other[-offloading.ANSWER :] = 7
+    answer = np.arange(length - 1) >= offloading.QUESTION - 1
+    changed = TokenScores(np.where(answer, 9.0, nats), np.where(answer, 7, best))
+    np.testing.assert_array_equal(offloading.seen(changed, other), features_F)
+    assert features_F[4] == 1 - 1 / (offloading.QUESTION - 1)
+
+
+def test_simple_questions_are_those_that_the_small_model_answers_as_well():
+    """By hand: of four simple ones three stay, of two others one; the gap is 1.5, one is lost."""
+    scores_N2 = np.array([(1, 1), (1, 1), (0.5, 0.5), (1, 0.5), (0, 1), (0, 1)], float)
+    features_NF = np.zeros((6, 6))
+    features_NF[:, 0] = [3, 3, 3, -3, 3, -3]
+    weights = [1.0, 0, 0, 0, 0, 0]
+    plain = {"small": "small", "bias": 0.0, "means": [0.0] * 6, "scales": [1.0] * 6}
+    router = Router(weights=weights, threshold=0.5, target=0.95, report=None, **plain)  # type: ignore[arg-type]
+    found = offloading.routed(router, offloading.Asked(features_NF, scores_N2))
+    assert found.simple_share == 0.75
+    assert found.routing.call_share == pytest.approx(2 / 6)
+    assert found.routing.pgr == pytest.approx((3.5 + 0.5 + 0 + 1 - 0.5 - 3.5) / 1.5)
+    names = {f.name: f.values for f in offloading.findings_of([found])}
+    assert names["simple questions that stay with the small model"] == (0.75,)
+
+
+@pytest.mark.slow
+def test_offloading_at_a_tiny_size(monkeypatch):
+    for name, value in (
+        ("LARGE_STEPS", 12),
+        ("SMALL_STEPS", 3),
+        ("CALIBRATED", 64),
+        ("JUDGED", 64),
+    ):
+        monkeypatch.setattr(offloading, name, value)
+    report = offloading.run(1)
+    assert len(report.findings) == 10
+    assert all(np.isfinite(f.values).all() for f in report.findings)
