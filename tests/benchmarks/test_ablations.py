@@ -267,7 +267,7 @@ def test_a_question_is_scored_by_its_answer_and_seen_without_it():
 
 
 def test_simple_questions_are_those_that_the_small_model_answers_as_well():
-    """By hand: of four simple ones three stay, of two others one; the gap is 1.5, one is lost."""
+    """By hand: of four simple ones three stay, of two others one."""
     scores_N2 = np.array([(1, 1), (1, 1), (0.5, 0.5), (1, 0.5), (0, 1), (0, 1)], float)
     features_NF = np.zeros((6, 6))
     features_NF[:, 0] = [3, 3, 3, -3, 3, -3]
@@ -277,7 +277,7 @@ def test_simple_questions_are_those_that_the_small_model_answers_as_well():
     found = offloading.routed(router, offloading.Asked(features_NF, scores_N2))
     assert found.simple_share == 0.75
     assert found.routing.call_share == pytest.approx(2 / 6)
-    assert found.routing.pgr == pytest.approx((3.5 + 0.5 + 0 + 1 - 0.5 - 3.5) / 1.5)
+    assert found.routing.pgr == pytest.approx((4.0 - 3.5) / (5.0 - 3.5))
     names = {f.name: f.values for f in offloading.findings_of([found])}
     assert names["simple questions that stay with the small model"] == (0.75,)
 
