@@ -28,6 +28,7 @@ from benchmarks.ablations import (
     long_context,
     offloading,
     recurrence,
+    serving,
     smaller,
     sparse_attention,
 )
@@ -48,6 +49,7 @@ ABLATIONS: dict[str, Callable[[int], Report]] = {
     "smaller": smaller.run,
     "incremental": incremental.run,
     "offloading": offloading.run,
+    "serving": serving.run,
 }
 
 

@@ -1,6 +1,7 @@
 """What the A/B experiments count, draw up and report; their trainings are not run here."""
 
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from benchmarks.ablations import (
     long_context,
     offloading,
     recurrence,
+    serving,
     smaller,
     two_domains,
 )
@@ -23,6 +25,7 @@ from benchmarks.ablations.base import Finding, Report, Target, append_report
 from benchmarks.ablations.training import HeldOut, Trained, small_run, train
 from benchmarks.flops import count_flops
 from configs.models import v31_nano
+from infer.engine.types import Emitted, Request
 from infer.query_router import Router
 from infer.score import TokenScores
 from model.model_state import init_state
@@ -294,3 +297,63 @@ def test_offloading_at_a_tiny_size(monkeypatch):
     report = offloading.run(1)
     assert len(report.findings) == 10
     assert all(np.isfinite(f.values).all() for f in report.findings)
+
+
+def test_figures_of_serving_are_ratios_within_a_round():
+    """By hand: twice the tokens in one round, thrice in the other; bytes a half and an eighth."""
+    kinds = ("continuous", "static", "dynamic", "one at a time")
+    values = {f"{kind}: tokens/s": [10.0, 20.0] for kind in kinds}
+    values |= {f"{kind}: P99 between tokens, ms": [50.0, 70.0] for kind in kinds}
+    values |= {f"{kind}: seconds": [6.0, 9.0] for kind in ("read", "from memory", "from disk")}
+    for name in serving.FORMATS:
+        values |= {f"{name}: tokens/s of {serving.ROWS} rows": [8.0, 8.0]}
+        values |= {f"{name}: ms a token, alone": [40.0, 40.0]}
+    values["continuous: tokens/s"] = [20.0, 60.0]
+    values["from memory: seconds"] = [1.0, 1.0]
+    values["int4: ms a token, alone"] = [10.0, 30.0]
+    found = serving.findings_of(values, {"float32": 400.0, "int8": 200.0, "int4": 50.0})
+    by_name = {finding.name: finding for finding in found}
+    assert by_name["tokens/s, continuous over static batching"].values == (2.0, 3.0)
+    assert by_name["seconds, read over asked again"].values == (6.0, 9.0)
+    assert by_name["ms a token, alone: int4 over float32"].values == (0.25, 0.75)
+    assert by_name["int4's bytes over float32's"].row()[-1] == "reached"
+    assert by_name["int8's bytes over float32's"].row()[-1] == "MISSED"
+    assert by_name["dynamic: P99 between tokens, ms"].row()[-1] == "reached"
+
+
+class PlantedEngine:
+    """Gives each request a token a step, in steps of a hundredth of a second."""
+
+    def __init__(self):
+        self.left = []
+
+    def add(self, request):
+        self.left.append(request.max_new_tokens)
+
+    def has_work(self):
+        return any(self.left)
+
+    def step(self):
+        time.sleep(0.01)
+        going = [i for i, left in enumerate(self.left) if left]
+        self.left = [max(left - 1, 0) for left in self.left]
+        return [Emitted(i, [0], is_done=not self.left[i]) for i in going]
+
+
+def test_a_load_is_timed_by_its_tokens_and_the_gaps_of_each_text():
+    requests = [Request([0], 3), Request([0], 5)]
+    turn = serving.answered(PlantedEngine(), requests)  # type: ignore[arg-type]
+    assert len(turn.gaps) == 2 + 4
+    assert turn.gaps.min() >= 0.01
+    assert turn.tokens_per_second <= 8 / 0.05
+
+
+@pytest.mark.slow
+def test_serving_at_a_tiny_size(monkeypatch):
+    sizes = {"REQUESTS": 3, "PROMPT": 12.0, "ANSWER": 8.0, "LONGEST": 64}
+    sizes |= {"ROWS": 2, "REPEATED": 128, "AGAIN": 4, "ALONE": 6}
+    for name, value in sizes.items():
+        monkeypatch.setattr(serving, name, value)
+    report = serving.run(1)
+    assert all(np.isfinite(f.values).all() for f in report.findings)
+    assert report.picture.png
