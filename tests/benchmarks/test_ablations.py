@@ -29,7 +29,10 @@ from infer.engine.types import Emitted, Request
 from infer.query_router import Router
 from infer.score import TokenScores
 from model.model_state import init_state
+from model.transformer import Transformer
 from scripts import ablations
+from tests import tiny
+from tests.probes import drawn
 from train.report import Picture
 from train.step_cost import flops_per_step
 
@@ -348,8 +351,15 @@ def test_a_load_is_timed_by_its_tokens_and_the_gaps_of_each_text():
     assert turn.tokens_per_second <= 8 / 0.05
 
 
+class TinySource:
+    def load(self, weights, for_decoding):
+        config = tiny.model(context_length=256)
+        return Transformer(config), drawn(config, seed=len(weights))
+
+
 @pytest.mark.slow
 def test_serving_at_a_tiny_size(monkeypatch):
+    monkeypatch.setattr(serving, "open_source", lambda name: TinySource())
     sizes = {"REQUESTS": 3, "PROMPT": 12.0, "ANSWER": 8.0, "LONGEST": 64}
     sizes |= {"ROWS": 2, "REPEATED": 128, "AGAIN": 4, "ALONE": 6}
     for name, value in sizes.items():
