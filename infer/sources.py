@@ -251,8 +251,8 @@ def open_source(name: str) -> Source:
     path = packaged_gguf() if name == NAME else Path(name)
     if path.is_file():
         opened = opened_files(lambda: [path])
-        checkpoint = gguf.open_checkpoint(path)
-        return _public(name, "gguf", path, checkpoint, lambda: gguf.tokenizer(path), opened)
+        checkpoint, tokenizer = gguf.open_file(path)
+        return _public(name, "gguf", path, checkpoint, tokenizer, opened)
     if not path.is_dir():
         raise UserError(
             f"{name} is no folder and no file: give a run directory, a folder in Hugging Face "
