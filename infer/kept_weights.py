@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ class KeptWeights:
     """Is told in a sentence what could not be read or kept."""
     least_seconds: float = 1.0
     """That reading has to take for its result to be kept."""
-    bytes_per_second: float = field(default=1e9)
-    """That it has to be slower than, beyond that: what is read as fast as a kept file stays."""
+    bytes_per_second: float = 5e8
+    """Of a kept file, from a disk: reading has to take longer than that, too."""
 
     def load(
         self,
