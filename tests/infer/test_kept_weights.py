@@ -18,6 +18,7 @@ from configs.base import ExecutionConfig
 from configs.checks import UserError
 from configs.serialization import to_json
 from infer import kept_weights, sources
+from infer.adapters import with_adapter
 from infer.kept_weights import FORGOTTEN_SECONDS, UNFINISHED, KeptWeights, made_of
 from infer.sources import open_source
 from kernels import native
@@ -29,6 +30,7 @@ from scripts import model_options
 from tests import tiny
 from tests.checkpoint.cases import write_case
 from tests.checkpoint.test_kept_variables import check_equal
+from tests.checkpoint.test_peft import write as write_adapter
 from tests.probes import drawn
 
 
@@ -85,6 +87,25 @@ def test_stacked_layers_of_a_model_folder(tmp_path, never_read):
         again, found = source.load(for_decoding=apart, kept=kept)
         assert again == model
         check_equal(found, variables)
+
+
+def test_an_adapter_is_part_of_what_is_kept(mixtral, tmp_path, never_read):
+    write_adapter("mixtral", tmp_path / "adapter")
+    kept, base = store(tmp_path), open_source(str(mixtral))
+    source = with_adapter(base, tmp_path / "adapter")
+    _, plain = base.load(weights="int8", kept=kept)
+    _, made = source.load(weights="int8", kept=kept)
+    assert len(files(kept)) == 2
+    gates = [x["params"]["periods"]["layer_1"]["moe"]["gate_up"].values for x in (plain, made)]
+    assert (np.asarray(gates[0]) != np.asarray(gates[1])).any()
+    seen = source.fingerprint()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    again = with_adapter(base, tmp_path / "adapter")
+    assert again.fingerprint() not in (seen, None)
+    assert source.fingerprint() is None
+    again.load(weights="int8", kept=kept)
+    never_read()
+    check_equal(again.load(weights="int8", kept=kept)[1], made)
 
 
 def test_on_a_mesh_or_changed_in_memory_nothing_is_kept(mixtral, tmp_path):
