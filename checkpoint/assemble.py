@@ -176,7 +176,7 @@ def _load_window(
     dtype: Any,
     progress: Progress = lambda _: None,
 ) -> np.ndarray:
-    out = _aligned([stop - start for start, stop in window], np.dtype(dtype))
+    out = own_pages([stop - start for start, stop in window], np.dtype(dtype))
     if not entries:  # state that public checkpoints don't hold (NOT_EXPORTED)
         out[...] = 0
     for entry in entries:
@@ -235,7 +235,7 @@ def _put(
     out[tuple(target)] = part[tuple(source)]
 
 
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+def own_pages(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """An array that XLA on CPU can take over without a copy, at the start of a page.
 
     Of the system's own pages, which go back to it when the array is gone: of what malloc gave it

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,21 @@ def open_checkpoint(path: Path) -> PublicCheckpoint:
     Raises:
       UserError: no GGUF file, an architecture that is not built, or damage.
     """
+    return _checkpoint(GGUFFile(path))
+
+
+def open_file(path: Path) -> tuple[PublicCheckpoint, Callable[[], PublicTokenizer]]:
+    """As `open_checkpoint`, and what makes the file's `tokenizer`, of one look at its header.
+
+    Raises:
+      UserError: as open_checkpoint.
+    """
     file = GGUFFile(path)
-    split = SplitTensors(file)
+    return _checkpoint(file), lambda: tokenizer_from_gguf(file.metadata, str(path))
+
+
+def _checkpoint(file: GGUFFile) -> PublicCheckpoint:
+    split, path = SplitTensors(file), file.path
     values = config_from_gguf(file.metadata, split.shapes, split.read, str(path))
     settings = Settings(values, str(path))
     family, form = form_of_file(file.metadata, str(path))

@@ -8,8 +8,6 @@ function, at any device count; rounded ones in their codes (rounded_folder.py).
 from pathlib import Path
 from typing import Any
 
-from orbax.checkpoint import v1 as ocp
-
 from checkpoint.orbax_store import STATE, restore_variables
 from checkpoint.rounded_folder import (
     has_rounded,
@@ -44,6 +42,8 @@ def write_model_folder(folder: Path, config: ModelConfig, variables: Any) -> Non
     Raises:
       UserError: the disk is full, or may not be written.
     """
+    from orbax.checkpoint import v1 as ocp  # as in checkpoint/orbax_store.py
+
     target = folder.absolute() / VARIABLES
     try:
         if has_rounded(variables):

@@ -3,6 +3,8 @@
 A checkpoint of step s is the folder `s`; it holds the training state and the data iterator after s
 steps. It appears under that name only when it is whole, so a run that is killed while saving goes
 on from the one before.
+
+Orbax is imported where it works: it takes 0.15 s, which who reads other files need not wait for.
 """
 
 import asyncio
@@ -19,7 +21,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from configs.checks import UserError
 from parallel.distributed import lost_process
@@ -39,6 +40,8 @@ class CheckpointStore:
           keep: newest checkpoints that stay.
           metadata: JSON kept inside each checkpoint saved: the run's config.
         """
+        from orbax.checkpoint import v1 as ocp
+
         self.directory, self._metadata = directory.absolute(), metadata
         training: Any = ocp.training  # its policies are typed as a protocol they don't declare
         self._quiet = contextlib.ExitStack()
@@ -165,6 +168,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
       UserError: it can't be read.
     """
+    from orbax.checkpoint import v1 as ocp
+
     with _explain_failed_load(path):
         kept = ocp.checkpointables_metadata(str(path.absolute())).custom_metadata
     return kept if isinstance(kept, dict) else {}
@@ -179,6 +184,8 @@ def restore_variables(directory: Path, abstract_variables: dict[str, Any]) -> tu
     Raises:
       UserError: no checkpoint, a damaged one, or other shapes.
     """
+    from orbax.checkpoint import v1 as ocp
+
     step = latest_step(directory)
     if step is None:
         raise UserError(

@@ -4,9 +4,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import TYPE_CHECKING, Literal, assert_never
 
-import grain
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -45,6 +44,9 @@ from data.tokenizers.tokenizer import (
 )
 from data.tokenizers.tokenizer_export import write_tokenizer_config
 from data.tokenizers.tokenizer_sources import load_public_tokenizer, open_public_tokenizer
+
+if TYPE_CHECKING:  # with Orbax it takes 0.2 s, which who trains nothing need not wait for
+    import grain
 
 Batch = dict[str, np.ndarray]
 
@@ -230,7 +232,7 @@ def batches(
     rows_before: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
+) -> "grain.DatasetIterator[Batch]":
     """Endless batches of rows: every row once per epoch.
 
     Shuffled: in an order drawn anew each epoch. Step s takes rows [s * batch_size, (s + 1) *
@@ -253,6 +255,8 @@ def batches(
     Raises:
       UserError: batch_size that the processes do not divide.
     """
+    import grain
+
     if batch_size % process_count:
         raise UserError(
             f"batch_size={batch_size} must be divisible by the {process_count} processes"
@@ -285,6 +289,8 @@ def batches(
     return iter(blocks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def _shuffled(file: TokenFile, seq_len: int, seed: int) -> grain.MapDataset:
+def _shuffled(file: TokenFile, seq_len: int, seed: int) -> "grain.MapDataset":
+    import grain
+
     rows = grain.MapDataset.source(packed_rows(file, seq_len))
     return rows.seed(seed).shuffle().repeat(MAX_EPOCHS)

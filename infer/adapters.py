@@ -16,6 +16,7 @@ from checkpoint.weight_map import Entry, Row, expand, flatten
 from configs.architecture import ModelConfig
 from configs.checks import UserError
 from formats.atomic_folder import partial_folder
+from infer.kept_weights import files_below, opened_files, together
 from infer.sources import Source, merged, open_source, whole_on_devices
 from model.adapters import abstract_adapters, adapted_matrices
 from model.transformer import Transformer, Variables, abstract_variables
@@ -28,6 +29,7 @@ def with_adapter(source: Source, folder: Path) -> Source:
       UserError: no adapter that is read here, or one of another model.
     """
     require_adapter(folder)
+    opened = opened_files(lambda: files_below(folder))
     adapters = read_adapter(folder, source)
 
     def restore(abstract: Any) -> Variables:
@@ -35,7 +37,12 @@ def with_adapter(source: Source, folder: Path) -> Source:
         return merged(Transformer(source.config), source.restore(abstract), placed)
 
     return dataclasses.replace(
-        source, name=f"{source.name} with {folder}", kind="adapted", public=None, _restore=restore
+        source,
+        name=f"{source.name} with {folder}",
+        kind="adapted",
+        public=None,
+        _restore=restore,
+        fingerprint=lambda: together(source.fingerprint(), opened()),
     )
 
 

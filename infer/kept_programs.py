@@ -27,6 +27,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
+from infer.kept_files import UNFINISHED, code_hash, make_room
 from kernels import native
 
 CODE = ("configs", "formats", "infer", "kernels", "model", "parallel")
@@ -99,7 +100,7 @@ class KeptPrograms:
             return None
         called = f"{function.__module__}.{function.__qualname__}"
         settings = repr((before, after, _shapes(arguments)))
-        name = _digest(_machine(), _code_hash(), called, settings, str(self._shapes))
+        name = _digest(_machine(), code_hash(CODE), called, settings, str(self._shapes))
         return _kept(folder, name, lambda: function.lower(*before, *arrays, *after))
 
 
@@ -108,6 +109,8 @@ def _kept(folder: Path, name: str, lower: Callable[[], Any]) -> Callable[..., An
     link = folder / f"{name}.key"
     found = _read(folder, _text_of(link))
     if found is not None:
+        with contextlib.suppress(OSError):
+            os.utime(link)
         return found
     lowered = lower()
     program = _digest(_machine(), lowered.as_text())
@@ -120,7 +123,6 @@ def _kept(folder: Path, name: str, lower: Callable[[], Any]) -> Callable[..., An
             return found
         _write(folder / f"{program}.program", content)
     _write(link, program.encode())
-    _trim(folder)
     return found
 
 
@@ -170,18 +172,6 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(named)}))
 
 
-@functools.cache
-def _code_hash() -> str:
-    """Of every file of the packages that programs are traced from."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for package in CODE:
-        for path in sorted((root / package).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(f"{path.relative_to(root)} {path.stat().st_size}\0".encode())
-                digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def _from_no_file() -> Iterator[None]:
     """XLA can't write down a program for a CPU that it has itself read from a file."""
@@ -229,21 +219,11 @@ def _read(folder: Path, name: str) -> Callable[..., Any] | None:
 
 def _write(path: Path, content: bytes) -> None:
     """A disk that refuses costs the next start its time, and this one nothing."""
-    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
     try:
-        part.write_bytes(content)
-        part.replace(path)
+        if make_room(path.parent, len(content), MOST_BYTES):
+            part.write_bytes(content)
+            part.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
             part.unlink()
-
-
-def _trim(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        files = [(path.stat(), path) for path in folder.iterdir()]
-        left = sum(stat.st_size for stat, _ in files) - MOST_BYTES
-        for stat, path in sorted(files, key=lambda found: found[0].st_mtime):
-            if left <= 0:
-                break
-            path.unlink()
-            left -= stat.st_size

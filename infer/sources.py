@@ -32,12 +32,22 @@ from configs.checks import UserError, require
 from data.smollm2 import NAME, packaged_gguf
 from data.tokenizers.public_tokenizer import PublicTokenizer, read_public_tokenizer
 from data.tokenizers.tokenizer import end_of_text_id
+from infer.kept_weights import (
+    Fingerprint,
+    KeptWeights,
+    file_name,
+    files_below,
+    fingerprint_of,
+    made_of,
+    opened_files,
+    together,
+)
 from infer.load import Dtype, abstract_on_mesh, inference_execution
 from infer.weights import Convert, WeightFormat, check_format, converted, converter
 from model.adapters import abstract_adapters, merge, scaled
 from model.depth import with_threshold_selection
 from model.transformer import Transformer, Variables
-from model.unstacked import unstack, unstacked_config
+from model.unstacked import unstack, unstacked, unstacked_config
 
 Progress = Callable[[int, int], None]
 """Called with elements read and elements in all."""
@@ -67,6 +77,8 @@ class Source:
     """The variables, of a model that was changed in memory (`with_variables`)."""
     made_by: str = ""
     """How it was changed, in words that tell two changes apart."""
+    fingerprint: Fingerprint = lambda: None
+    """Of the files that the variables are read from."""
 
     def with_variables(self, config: ModelConfig, variables: Variables, made_by: str) -> "Source":
         """The same name, tokenizer and settings with another model, which lies in memory.
@@ -74,7 +86,9 @@ class Source:
         Args:
           variables: arrays, or what else a form to write takes (checkpoint.assemble.part_of).
         """
-        return dataclasses.replace(self, config=config, held=variables, made_by=made_by)
+        return dataclasses.replace(
+            self, config=config, held=variables, made_by=made_by, fingerprint=lambda: None
+        )
 
     def tokenizer(self) -> PublicTokenizer:
         """
@@ -92,6 +106,7 @@ class Source:
         progress: Progress = lambda done, total: None,
         for_decoding: bool = False,
         with_convert: Callable[[Convert], Convert] = lambda convert: convert,
+        kept: KeptWeights | None = None,
     ) -> tuple[Transformer, Variables]:
         """The model as it scores and generates, and its variables, straight onto their devices.
 
@@ -103,7 +118,9 @@ class Source:
             as soon as it is read. Other than float32, layers lie apart.
           for_decoding: whether each layer's weights lie apart (model/unstacked.py).
           with_convert: takes what brings each variable into its format, and gives what is called
-            in its place.
+            in its place. Not together with `kept`.
+          kept: where they may lie from an earlier load, for one device; then nothing of the source
+            is read.
         Raises:
           UserError: what is there can't be read, the mesh does not divide it, or formats that
             can't go together.
@@ -114,6 +131,24 @@ class Source:
             f"weights={weights} says what dtype={dtype} would: leave one out",
         )
         is_apart = for_decoding or weights != "float32"
+
+        def read() -> tuple[Transformer, Variables]:
+            return self._read(mesh, dtype, weights, progress, is_apart, with_convert)
+
+        if kept is None or mesh is not None:
+            return read()
+        return self._kept_or_read(kept, dtype, weights, is_apart, read)
+
+    def _read(
+        self,
+        mesh: Mesh | None,
+        dtype: Dtype | None,
+        weights: WeightFormat,
+        progress: Progress,
+        is_apart: bool,
+        with_convert: Callable[[Convert], Convert],
+    ) -> tuple[Transformer, Variables]:
+        """As `load`."""
         is_public = self.public is not None and self.held is None
         model = self._model(dtype, is_apart=is_apart and is_public)
         abstract = abstract_on_mesh(model, mesh, dtype or "float32", weights)
@@ -128,6 +163,25 @@ class Source:
         total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
         convert = with_convert(converter(model, weights))
         return model, checkpoint.load(abstract, counted(progress, total), convert)
+
+    def _kept_or_read(
+        self,
+        kept: KeptWeights,
+        dtype: Dtype | None,
+        weights: WeightFormat,
+        is_apart: bool,
+        read: Callable[[], tuple[Transformer, Variables]],
+    ) -> tuple[Transformer, Variables]:
+        """What `read` gives, from where it was kept if it is there."""
+        seen = self.fingerprint()
+        if seen is None:
+            return read()
+        model = self._model(dtype, is_apart=is_apart and self.public is not None)
+        model, settings = unstacked(model) if is_apart else model, (weights, dtype, is_apart)
+        where = (self.path.resolve(), self.checkpoints, self.kind == "adapted" and self.name)
+        name = file_name(f"{self.path.name}.{dtype or weights}", where, settings)
+        same = made_of(seen, model, settings)
+        return model, kept.load(name, same, lambda: read()[1], lambda: self.fingerprint() == seen)
 
     def restore(self, abstract: Any) -> Variables:
         """The variables, laid out and typed as these ShapeDtypeStructs of the model's own.
@@ -196,13 +250,16 @@ def open_source(name: str) -> Source:
         return _run(name, Path(run_name), BEST)
     path = packaged_gguf() if name == NAME else Path(name)
     if path.is_file():
-        return _public(name, "gguf", path, gguf.open_checkpoint(path), lambda: gguf.tokenizer(path))
+        opened = opened_files(lambda: [path])
+        checkpoint, tokenizer = gguf.open_file(path)
+        return _public(name, "gguf", path, checkpoint, tokenizer, opened)
     if not path.is_dir():
         raise UserError(
             f"{name} is no folder and no file: give a run directory, a folder in Hugging Face "
             f"form, a GGUF file, or {NAME!r}"
         )
     if is_model_folder(path):
+        opened = opened_files(lambda: files_below(path))
         return Source(
             name=name,
             kind="model_folder",
@@ -213,13 +270,17 @@ def open_source(name: str) -> Source:
             _restore=lambda abstract: restore_model_folder(path, abstract),
             _tokenizer=lambda: read_public_tokenizer(path),
             tokenizer_name=name,
+            fingerprint=opened,
         )
     if (path / "checkpoints").is_dir():
         return _run(name, path)
     is_run_parent = runs_inside(path) if not (path / "config.json").exists() else ""
     require(not is_run_parent, f"{name} is no model: {is_run_parent}")
+    opened = opened_files(lambda: path.iterdir())
     checkpoint = huggingface.open_checkpoint(path)
-    return _public(name, "huggingface", path, checkpoint, lambda: read_public_tokenizer(path))
+    return _public(
+        name, "huggingface", path, checkpoint, lambda: read_public_tokenizer(path), opened
+    )
 
 
 def restore_run(
@@ -291,7 +352,16 @@ def _base_of(run: RunConfig, run_dir: Path) -> Source:
 
 
 def _run(name: str, path: Path, checkpoints: str = CHECKPOINTS) -> Source:
+    config = opened_files(lambda: [path / "config.json"])
     run = read_run(path)
+
+    def fingerprint() -> str | None:
+        step = latest_step(path / checkpoints)
+        files = [] if step is None else files_below(path / checkpoints / str(step))
+        adapted = run.lora and run.init.source
+        base = "" if not adapted else open_source(adapted).fingerprint()
+        return together(config(), fingerprint_of(files), base)
+
     return Source(
         name=name,
         kind="run",
@@ -303,6 +373,7 @@ def _run(name: str, path: Path, checkpoints: str = CHECKPOINTS) -> Source:
         _tokenizer=lambda: run_tokenizer(run, path),
         checkpoints=checkpoints,
         tokenizer_name=str(path),
+        fingerprint=fingerprint,
     )
 
 
@@ -323,6 +394,7 @@ def _public(
     path: Path,
     checkpoint: PublicCheckpoint,
     tokenizer: Callable[[], PublicTokenizer],
+    opened: Fingerprint,
 ) -> Source:
     execution, restore = ExecutionConfig(), checkpoint.load
     return Source(
@@ -335,4 +407,5 @@ def _public(
         _restore=restore,
         _tokenizer=tokenizer,
         tokenizer_name=name,
+        fingerprint=opened,
     )

@@ -4,6 +4,7 @@ R rows (sequences), N rows taken.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,7 +129,13 @@ def _abstract_states(
     if page_size is not None:
         shape = shape._replace(num_pages=2, page_size=page_size)
     for spec in (*config.prefix, *config.pattern):
-        yield jax.eval_shape(lambda spec=spec: init_attention_state(spec.attention, shape))
+        yield _abstract_state(spec.attention, shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _abstract_state(attention: Any, shape: StateShape) -> LayerState | StateParts:
+    """Layers are alike, and several ask for all of them as a server begins."""
+    return jax.eval_shape(lambda: init_attention_state(attention, shape))
 
 
 def init_memory(config: ModelConfig, batch_size: int, dtype: str) -> ModelState | None:

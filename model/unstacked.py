@@ -31,7 +31,14 @@ def unstack(model: Transformer, variables: Variables) -> tuple[Transformer, Vari
         else tree
         for collection, tree in variables.items()
     }
-    return Transformer(unstacked_config(config), model.execution), split
+    return unstacked(model), split
+
+
+def unstacked(model: Transformer) -> Transformer:
+    """The model of `unstack`."""
+    if model.config.num_periods == 1:
+        return model
+    return Transformer(unstacked_config(model.config), model.execution)
 
 
 def unstacked_config(config: ModelConfig) -> ModelConfig:

@@ -219,17 +219,26 @@ def start_processes(arguments: argparse.Namespace, num_devices: int) -> None:
         start(launch, num_devices)
 
 
+def cache_folder() -> Path:
+    """The user's folder for what can be made again: ~/.cache/moesaic, or below $XDG_CACHE_HOME.
+
+    Raises:
+      OSError: the user has none.
+    """
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(parent):  # "~" stays where there is no home
+        raise OSError("there is no home folder")
+    return Path(parent) / "moesaic"
+
+
 def keep_compiled() -> None:
     """Keeps compiled programs in the user's cache folder: a second start is quicker.
 
     A user without a folder to write in (a container's, say) starts as slowly each time, and is told
     so.
     """
-    parent = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    cache, programs = (Path(parent) / "moesaic" / name for name in ("xla", "programs"))
     try:
-        if not cache.is_absolute():  # "~" stays where there is no home
-            raise OSError("there is no home folder")
+        cache, programs = (cache_folder() / name for name in ("xla", "programs"))
         cache.mkdir(parents=True, exist_ok=True)
         programs.mkdir(mode=0o700, exist_ok=True)  # they are run as they are read
     except OSError as error:

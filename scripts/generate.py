@@ -28,8 +28,13 @@ from model.transformer import Transformer
 from model.unstacked import unstack_preference
 from scripts import command, paged
 from scripts.arguments import finite, utf8
-from scripts.inference_plans import settle_auto
-from scripts.model_options import add_model_options, asked_mesh, chosen_source, load_model
+from scripts.model_options import (
+    add_model_options,
+    asked_mesh,
+    chosen_source,
+    load_model,
+    settle_auto,
+)
 from scripts.reading import Printer, length_shown
 
 

@@ -1,7 +1,6 @@
 """Plans of how to serve, for verbs: the device, the model by any of its names, what is settled."""
 
 import argparse
-import os
 from pathlib import Path
 
 from benchmarks.planned import Planned, Shape
@@ -16,13 +15,12 @@ from infer.sources import Source, open_source
 from planning.available import available_memory
 from planning.inference import InferencePlan, Wanted, make_inference_plan
 from planning.inference_cost import Costs
-from scripts.model_options import AUTO
+from scripts import command
+from scripts.model_options import LENGTH
 from scripts.named_runs import with_source_model
 from train.progress import ProgressBar
 
 HERE = "here"
-LENGTH = 4096
-"""Tokens of a prompt and its text where nobody says, at most."""
 
 
 def found_hardware(device: str) -> Hardware:
@@ -47,8 +45,10 @@ def found_hardware(device: str) -> Hardware:
 
 def cache_file() -> Path | None:
     """What keeps measurements; None where the user has no folder for it."""
-    parent = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(parent) / "moesaic" / "hardware.json" if os.path.isabs(parent) else None
+    try:
+        return command.cache_folder() / "hardware.json"
+    except OSError:
+        return None
 
 
 def model_of(name: str) -> tuple[ModelConfig, ExecutionConfig]:
@@ -93,15 +93,12 @@ def plan_of(name: str, hardware: Hardware, arguments: argparse.Namespace) -> Inf
     return make_inference_plan(Costs(config, execution, hardware, context), wanted)
 
 
-def settle_auto(source: Source, arguments: argparse.Namespace) -> None:
-    """Puts what is planned for this machine in the place of --weights auto, and in that of --kv and
-    of rows where they were left open; says so. Whatever else --weights is stays as it is.
+def settle(source: Source, arguments: argparse.Namespace) -> None:
+    """See scripts.model_options.settle_auto.
 
     Raises:
       UserError: nothing fits.
     """
-    if arguments.weights != AUTO:
-        return
     longest, rows = source.config.context_length, getattr(arguments, "max_rows", 1)
     context = getattr(arguments, "max_length", None) or min(LENGTH, longest)
     wanted = Wanted(

@@ -2,12 +2,15 @@
 
 import argparse
 import math
+import os
+import sys
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from configs.checks import require
 from infer.adapters import with_adapter
+from infer.kept_weights import KeptWeights
 from infer.sources import Source, open_source
 from infer.weights import FORMATS, check_format
 from model.transformer import Transformer, Variables
@@ -18,7 +21,11 @@ from scripts.reading import reading
 MOST_DEVICES = 64
 """Of a process: more, made of a CPU's threads, take minutes to begin with."""
 
+LENGTH = 4096
+"""Tokens of a prompt and its text where nobody says, at most."""
 KV_FORMATS = ("float32", "bfloat16", "int8")
+KEPT_GIB, MOST_GIB = "MOESAIC_KEPT_WEIGHTS_GIB", 8.0
+"""The environment's word for the disk's GiB that kept weights may take, and where it says none."""
 AUTO = "auto"
 """Formats as they are planned for this machine (scripts/inference_plans.py)."""
 
@@ -104,17 +111,33 @@ def asked_mesh(arguments: argparse.Namespace) -> Mesh | None:
     return mesh
 
 
+def settle_auto(source: Source, arguments: argparse.Namespace) -> None:
+    """Puts what is planned for this machine in the place of --weights auto, and in that of --kv and
+    of rows where they were left open; says so. Whatever else --weights is stays as it is.
+
+    Raises:
+      UserError: nothing fits.
+    """
+    if arguments.weights == AUTO:
+        from scripts import inference_plans  # which takes a while, of every start
+
+        inference_plans.settle(source, arguments)
+
+
 def load_model(
     source: Source,
     arguments: argparse.Namespace,
     mesh: Mesh | None,
     *,
     for_decoding: bool = False,
+    is_kept: bool = True,
 ) -> tuple[Transformer, Variables]:
     """The model in the formats that were asked for, on this mesh.
 
+    Args:
+      is_kept: whether the weights may be kept for later loads, and come from an earlier one.
     Raises:
-      UserError: as Source.load.
+      UserError: as Source.load and kept_weights.
     """
     with reading(source) as progress:
         return source.load(
@@ -123,4 +146,29 @@ def load_model(
             weights=check_format(arguments.weights),
             progress=progress,
             for_decoding=for_decoding,
+            kept=kept_weights() if is_kept else None,
         )
+
+
+def kept_weights() -> KeptWeights | None:
+    """Weights in their formats, in the user's cache folder beside the compiled programs; None where
+    there is none, or the environment's KEPT_GIB is 0.
+
+    Raises:
+      UserError: KEPT_GIB is no size.
+    """
+    stated = os.environ.get(KEPT_GIB, "")
+    try:
+        gib = float(stated or MOST_GIB)
+    except ValueError:
+        gib = math.nan
+    require(gib >= 0, f"{KEPT_GIB}={stated} must be a number of GiB; 0 keeps no weights")
+    try:
+        folder = command.cache_folder() / "weights"
+    except OSError:
+        return None  # as keep_compiled says
+    return KeptWeights(folder, gib * 2**30, _note) if gib else None
+
+
+def _note(sentence: str) -> None:
+    print(f"note: {sentence}", file=sys.stderr, flush=True)

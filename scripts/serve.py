@@ -12,8 +12,7 @@ import argparse
 from configs.checks import UserError
 from scripts import command, paged
 from scripts.arguments import positive
-from scripts.inference_plans import settle_auto
-from scripts.model_options import add_model_options, asked_mesh, chosen_source
+from scripts.model_options import add_model_options, asked_mesh, chosen_source, settle_auto
 
 INSTALL = "pip install -e '.[serve]' -c constraints.txt"
 

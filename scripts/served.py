@@ -38,8 +38,7 @@ from model.model_state import unpageable_reason
 from model.step import Preference
 from model.transformer import Transformer
 from model.unstacked import unstack_preference
-from scripts.inference_plans import LENGTH
-from scripts.model_options import AXES, load_model
+from scripts.model_options import AXES, LENGTH, kept_weights, load_model
 from scripts.offloading import check_offload_options, open_offload
 from scripts.paged import asked_programs
 from train.progress import ProgressBar
@@ -149,7 +148,8 @@ def draft_of(
     other = open_source(kind)
     draft = ModelDraft(Transformer(other.config), {}, **given)
     check_model_draft(source.config, draft)  # before it is read
-    model, variables = other.load(for_decoding=True, weights=check_format(arguments.weights))
+    weights, kept = check_format(arguments.weights), kept_weights()
+    model, variables = other.load(for_decoding=True, weights=weights, kept=kept)
     return dataclasses.replace(draft, model=model, variables=variables)
 
 
@@ -183,7 +183,8 @@ def make_service(
             other.config == source.config,
             f"{name} is another architecture than {source.name}: start a server for it",
         )
-        new = WholeModel(*load_model(other, arguments, mesh, for_decoding=True))
+        loaded = load_model(other, arguments, mesh, for_decoding=True, is_kept=False)
+        new = WholeModel(*loaded)
 
         def make(engine: Engine) -> Engine:
             made = engine_of(new, options, mesh)

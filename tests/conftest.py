@@ -29,6 +29,7 @@ FLAGS = (
     "--xla_cpu_parallel_codegen_split_count=1",
 )
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+os.environ.setdefault("MOESAIC_KEPT_WEIGHTS_GIB", "0")  # the user's own folder is no test's
 jax.config.update("jax_num_cpu_devices", 8)
 # Tracing makes objects by the million and keeps most: looking for garbage among them every 700
 # (Python's default) takes a tenth of all time. What is imported stays: nobody looks through it.

@@ -28,6 +28,7 @@ LONGEST_HEADER = 1 << 30
 """Bytes; such vocabularies take 20 MB."""
 MOST_DIMS = 4
 _CHUNK = 1 << 20
+_LENGTH = struct.Struct("<Q")
 
 _NUMBERS = {
     GGUFValueType.UINT8: "<u1",
@@ -123,6 +124,25 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise self.fail(f"{what} is no UTF-8 text ({error})") from error
 
+    def texts(self, count: int, what: str) -> list[str]:
+        """As many texts as `text` would give: vocabularies have 100,000s, which it would take a
+        while over."""
+        made: list[str] = []
+        while len(made) < count:
+            made.append(self.text(what))  # brings the next bytes, and finds what is wrong
+            data, begin = self._data, self.place - self._start
+            while len(made) < count and begin + _LENGTH.size <= len(data):
+                end = begin + _LENGTH.size + _LENGTH.unpack_from(data, begin)[0]
+                if end > len(data) or self._start + end > LONGEST_HEADER:
+                    break
+                try:
+                    made.append(data[begin + _LENGTH.size : end].decode())
+                except UnicodeDecodeError:
+                    break
+                begin = end
+            self.place = self._start + begin
+        return made
+
     def count(self, least_size: int, what: str) -> int:
         """A number of things that take at least `least_size` bytes each."""
         count, left = self.number("<Q", f"the number of {what}"), self.size - self.place
@@ -196,7 +216,10 @@ def _read_value(cursor: _Cursor, kind: GGUFValueType, key: str, depth: int) -> A
         size = cursor.count(dtype.itemsize, f"items of {key!r}") * dtype.itemsize
         values = np.frombuffer(cursor.take(size, f"the items of {key!r}"), dtype)
         return _as_python(cursor, values, item, key)
-    count = cursor.count(8 if item == GGUFValueType.STRING else 12, f"items of {key!r}")
+    is_text = item == GGUFValueType.STRING
+    count = cursor.count(8 if is_text else 12, f"items of {key!r}")
+    if is_text:
+        return cursor.texts(count, f"the value of {key!r}")
     return [_read_value(cursor, item, key, depth + 1) for _ in range(count)]
 
 

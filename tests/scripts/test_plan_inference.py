@@ -7,7 +7,7 @@ import pytest
 
 from configs.checks import UserError
 from infer.hardware import from_sheet
-from scripts import generate, inference_plans, plan_inference
+from scripts import generate, inference_plans, model_options, plan_inference
 
 
 def test_a_named_config_is_planned_for_a_device(capsys, monkeypatch):
@@ -60,14 +60,14 @@ def test_auto_settles_what_was_left_open(capsys, monkeypatch):
 
     monkeypatch.setattr(inference_plans, "found_hardware", lambda device: from_sheet("cpu"))
     asked = argparse.Namespace(weights="auto", kv=None, max_rows=4)
-    inference_plans.settle_auto(Source(), asked)  # type: ignore[arg-type]
+    model_options.settle_auto(Source(), asked)  # type: ignore[arg-type]
     assert (asked.weights, asked.kv, asked.max_rows) == ("int8", "int8", 4)
     assert "auto: weights int8, keys and values int8, 4 row(s)" in capsys.readouterr().out
     stated = argparse.Namespace(weights="auto", kv="float32", max_rows=4)
-    inference_plans.settle_auto(Source(), stated)  # type: ignore[arg-type]
+    model_options.settle_auto(Source(), stated)  # type: ignore[arg-type]
     assert stated.kv == "float32"
     named = argparse.Namespace(weights="fp8", kv=None)
-    inference_plans.settle_auto(Source(), named)  # type: ignore[arg-type]
+    model_options.settle_auto(Source(), named)  # type: ignore[arg-type]
     assert named == argparse.Namespace(weights="fp8", kv=None)
 
 
