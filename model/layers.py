@@ -16,6 +16,7 @@ from configs.feed_forward import DenseActivation, DenseConfig, num_parts
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
 from kernels.matmul import matmul, reads_as_stored, takes_rows
 from kernels.quantize import MatrixDims, QTensor, take_outputs
+from kernels.sines import cosines_and_sines
 from parallel.sharding import constrain, on_parts
 
 
@@ -386,7 +387,7 @@ def rope(
         frequency_C[num_pairs:] = 0.0
     frequency_C = jnp.asarray(frequency_C)
     angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]
-    cos, sin = jnp.cos(angle_BL1C), jnp.sin(angle_BL1C)
+    cos, sin = cosines_and_sines(angle_BL1C)
     if isinstance(scaling, YarnConfig) and scaling.rotary_scale != 1.0:
         cos, sin = scaling.rotary_scale * cos, scaling.rotary_scale * sin
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)

@@ -34,13 +34,14 @@ def grouped_matmul(
       group_sizes_E: int32 [E], each >= 0, summing to at most R.
       activations: what the CPU's product with a weight of fewer bits makes of x. "float" keeps
         it; "int8" rounds it to 8 bits with a scale per row and block of inputs, as llama.cpp does;
-        "auto" keeps it for int8 weights, beside whose rounding x's would show, and takes what is
-        fastest for others: "int8" for int4 weights, and for many rows of a group on average, where
-        the processor has tiles of it (AMX), bfloat16, whose error is smaller. A row's bits depend
-        on how many rows there are, not on their groups. GPU kernels take x as it is.
+        "auto" takes what is fastest and shows little beside the weights' rounding: 16 bits so for
+        int8 weights (in blocks of more than 512 inputs "float"), 8 bits for int4, x as it is for
+        others; and for many rows of a group on average, where the processor has tiles of it (AMX),
+        bfloat16, two parts of it for int8 weights. A row's bits depend on how many rows there are,
+        not on their groups, and not on them either in 8 or 16 bits. GPU kernels take x as it is.
       fixed_order: a row's result has the same bits whatever other rows there are, and wherever it
         stands among them, on one machine: for a request that must not depend on its batch. "auto"
-        then is "int8" for int4 weights. Slower for many rows.
+        then takes no tiles. Slower for many rows of "float", and with tiles of "auto".
       implementation: "reference" multiplies every row with every matrix; "xla" does only the work
         that the groups ask for; both make floats of a QTensor. "cpu" is C++ (built with the
         installation), for arrays in float32 and bfloat16 and for int8 and int4 packed as "panels";
@@ -57,9 +58,10 @@ def grouped_matmul(
     Numerics: of float32 arrays within 1e-5 relative of the reference (the order of sums differs).
       Of others |error| <= sum over k of |w[k]| * d[k], beside float32's own. d[k] is 1/254 of its
       block's largest |x| with "int8"; with "float" 2^-23 of that, or in tiles 2^-14 |x[k]|; with
-      "auto" as with "float" for int8 weights, else as with "int8", or in tiles 2^-7 |x[k]|. (Of
-      normal x in blocks of 32 the mean error is 0.54% of x's with "int8", 0.23% with "auto" in
-      tiles, and 0.0004% with "float".) A row that is not finite has results that are not.
+      "auto" 1/65534 of it for int8 weights, in tiles as with "float"; for others as with "int8" or
+      "float", or in tiles 2^-7 |x[k]|. (Of normal x in blocks of 32 the mean error is 0.54% of x's
+      with "int8"; with "auto" 0.0021% in 16 bits and 0.23% in tiles; 0.0004% with "float".) A row
+      that is not finite has results that are not.
     """
     request = Request(
         x_TK=x_RD,

@@ -26,6 +26,7 @@ TARGETS = (
     "moesaic_attention_forward",
     "moesaic_attention_backward",
     "moesaic_cached_attention",
+    "moesaic_sines",
 )
 REBUILD = "run `make .venv`, or `pip install .`, with a C++ compiler (g++ or clang++) present"
 

@@ -33,7 +33,9 @@ to_floats = jax.jit(dequantize)
 multiply_int8 = jax.jit(
     functools.partial(grouped_matmul, activations="int8"), static_argnames="implementation"
 )
-one_product = jax.jit(matmul, static_argnames=("equation", "activations", "implementation"))
+one_product = jax.jit(
+    matmul, static_argnames=("equation", "activations", "fixed_order", "implementation")
+)
 
 
 def draw(case: Case, format: str, packing="panels", halves=1):
@@ -134,7 +136,7 @@ def test_swiglu_gathers_the_rows():
 
 
 @needs_native
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("activations", ["float", "int8", "auto"])
 def test_extreme_codes_do_not_overflow(activations, isa_or_tiles):
     """The largest products a block can have, of one sign: where sums of few bits would clip."""
     x = np.full((1, 65536), -1.0, np.float32)
@@ -147,24 +149,41 @@ def test_extreme_codes_do_not_overflow(activations, isa_or_tiles):
 
 
 @needs_native
-@pytest.mark.parametrize("rows", [1, 2, 4, 5])
-def test_floats_in_digits_are_held_to_a_part_of_their_block_s_largest(rows, isa_or_tiles):
+@pytest.mark.parametrize("rows", [1, 13])
+@pytest.mark.parametrize("code", [-128, 127])
+def test_the_largest_block_of_16_bits_does_not_overflow(code, rows, isa_or_tiles):
+    """512 inputs, of which one more would be too many, and the next block that 24 bits get."""
+    for block in (512, 520):
+        values = jnp.full((16, block), code, jnp.int8)
+        weight = repack(QTensor(values, jnp.ones((1, 16)), "int8", block), "panels")
+        for sign in (1, -1):
+            x = np.full((rows, block), sign, np.float32)
+            y = one_product(x, weight, fixed_order=True, implementation="cpu")
+            np.testing.assert_allclose(y, np.full((rows, 16), sign * code * block), rtol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize(("activations", "part"), [("float", 2.0**-23), ("auto", 0.5 / 32767)])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 13])
+def test_whole_numbers_are_held_to_a_part_of_their_block_s_largest(
+    rows, activations, part, isa_or_tiles
+):
     """Of values between 1e-6 and 1e6 in one block, next to an oracle in float64."""
     random = np.random.RandomState(0)
     x = random.standard_normal((rows, 64)) * 10 ** random.uniform(-6, 6, (rows, 64))
     x = x.astype(np.float32)
     w = random.standard_normal((64, 32)).astype(np.float32)
     weight = quantized(w, "int8", 32, "float32", "panels")
-    y = one_product(x, weight, activations="float", implementation="cpu")
+    y = one_product(x, weight, activations=activations, implementation="cpu")
     exact_w = np.asarray(to_floats(weight), np.float64)
     largest = np.repeat(np.abs(x.reshape(rows, 2, 32)).max(-1), 32, axis=1)
     # And the float32 roundings of 64 products and sums.
-    bound = largest @ np.abs(exact_w) * (2.0**-23 + 2.0**-22)
+    bound = largest @ np.abs(exact_w) * (part + 2.0**-22)
     assert (np.abs(y - x.astype(np.float64) @ exact_w) <= bound).all()
 
 
 @needs_native
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("activations", ["float", "int8", "auto"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("rows", [2, 6])
 def test_what_is_not_finite_is_not_lost(value, rows, activations, isa_or_tiles):
@@ -309,7 +328,7 @@ def test_without_it_bits_do_depend_on_them():
     x = random.standard_normal((40, 288)).astype(np.float32)
     w = random.standard_normal((1, 288, 64)).astype(np.float32)
     weight = quantized(w, "int8", 32, "bfloat16", "panels")
-    multiply = functools.partial(grouped_matmul, implementation="cpu")
+    multiply = functools.partial(grouped_matmul, activations="float", implementation="cpu")
     whole = np.asarray(multiply(x, weight, jnp.array([40])))
     shares = in_every_share(multiply, x, weight)
     assert not all((y == whole[np.array(rows)]).all() for _, rows, y in shares)

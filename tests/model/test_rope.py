@@ -3,10 +3,13 @@
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, YarnConfig
+from kernels import native
 from model.layers import rope, rope_frequencies
 
 DEEPSEEK_V3 = YarnConfig(factor=40.0, original_length=4096)
@@ -115,3 +118,27 @@ def test_logits_are_scaled_by_mscale():
     assert lite.logit_scale == pytest.approx(1.5896262, rel=1e-6)
     assert DEEPSEEK_V3.logit_scale == pytest.approx(1.8738542, rel=1e-6)
     assert YarnConfig(factor=40.0, original_length=4096, mscale=0.0).logit_scale == 1.0
+
+
+@pytest.mark.skipif(not native.is_available(), reason="the native library is not built")
+def test_equal_angles_have_their_sines_computed_once():
+    """And what they turn is what the equations say, with the gradient of a rotation: backwards."""
+    random = np.random.RandomState(0)
+    q, k = (random.standard_normal((2, 700, heads, 8)).astype(np.float32) for heads in (3, 1))
+    positions = np.arange(1400, dtype=np.int32).reshape(2, 700)
+
+    def turned_both(q, k):
+        return rope(q, jnp.asarray(positions), 10_000.0) + rope(k, jnp.asarray(positions), 10_000.0)
+
+    program = jax.jit(turned_both).lower(q, k).compile()
+    text = program.as_text()
+    assert text.count('custom_call_target="moesaic_sines"') == 1
+    assert "cosine(" not in text
+    angles = positions[:, :, None, None] * plain(8, 10_000.0).astype(np.float32)
+    turn = np.exp(1j * angles.astype(np.float32).astype(np.float64))
+    first, second = np.split((q + k).astype(np.float64), 2, axis=-1)
+    expected = (first + 1j * second) * turn
+    expected = np.concatenate([expected.real, expected.imag], axis=-1)
+    np.testing.assert_allclose(program(q, k), expected, atol=2e-6)
+    d_q = jax.grad(lambda q: (turned_both(q, k) * expected).sum())(q)
+    np.testing.assert_allclose(d_q, q + k, atol=1e-5)

@@ -1,5 +1,9 @@
 // What every processor of the architecture has: SSE2 on x86-64, NEON on 64-bit Arm, and whatever
 // the compiler makes of vectors of four floats elsewhere.
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <cstdint>
 
 #include "attention.h"

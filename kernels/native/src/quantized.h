@@ -47,6 +47,23 @@ struct RoundedRows {
   int digits;
 };
 
+// Rows of x as whole numbers of 16 bits times a scale for each block, which stand for them to within
+// 2^-16 of the block's largest.
+struct WordRows {
+  const int16_t* values;  // [rows, inputs], of four inputs the even ones before the odd ones
+  const float* scales;    // [rows, inputs / block]
+};
+
+// Blocks of panels whose weights in 8 bits have become 16, for many rows to meet.
+struct WideBlocks {
+  const int16_t* words;  // [panels, blocks * the block's inputs / 2, 16 outputs, 2], as in WordRows
+  int64_t panel, panels;  // the first, and how many
+  int64_t block, blocks;
+};
+
+// Inputs of a block whose products with bytes 32 bits can add up: 512 * 32767 * 128 < 2^31.
+constexpr int64_t kMostWordInputs = 512;
+
 // Inputs of a block at most that QuantizePanel takes.
 constexpr int64_t kMostBlockInputs = 128;
 
@@ -67,6 +84,8 @@ struct QuantizedKernels {
   int64_t digit_rows;
   // Rows that panel_rounded takes at a time in kExactDigits.
   int64_t digit_chunk;
+  // Rows that panel_words takes at a time, and rows and panels of tile_words.
+  int64_t word_chunk, word_tile_rows, wide_panels;
   // y[16] = x[inputs] * one panel, with exact float32 x; sums have another order than below.
   void (*panel_of_one)(const QuantizedMatrix& w, int64_t panel, const float* x, float* y);
   // y[rows, 16] = x[rows, inputs] * one panel, likewise, in one order for any rows <= kMaxRows.
@@ -75,10 +94,21 @@ struct QuantizedKernels {
   // The same with x rounded and whole weights: products within a block are exact in integers.
   void (*panel_rounded)(const QuantizedMatrix& w, int64_t panel, const RoundedRows& x, int64_t rows,
                         float* y, int64_t y_stride);
+  // The same with x in 16 bits and weights in 8.
+  void (*panel_words)(const QuantizedMatrix& w, int64_t panel, const WordRows& x, int64_t rows,
+                      float* y, int64_t y_stride);
+  // Inputs [begin, begin + depth) of a panel as WideBlocks has them.
+  void (*widen)(const QuantizedMatrix& w, int64_t panel, int64_t begin, int64_t depth, int16_t* to);
+  // y[rows, 16 * panels] = x * these panels, to the same bits as panel_words; from the second block
+  // on, y += x * these blocks. wide.panels is 1 or wide_panels.
+  void (*tile_words)(const QuantizedMatrix& w, const WideBlocks& wide, const WordRows& x,
+                     int64_t rows, float* y, int64_t y_stride);
   // One row of x rounded for products with w: see RoundedRows. Where x is not finite, its block's
   // scale is NaN.
   void (*round)(const float* x, const QuantizedMatrix& w, int digits, int8_t* values, float* scales,
                 int32_t* starts);
+  // The same as WordRows has it.
+  void (*round_words)(const float* x, const QuantizedMatrix& w, int16_t* values, float* scales);
   // Inputs [begin, begin + depth) of a panel as floats, [depth, stride] of which 16 are written.
   // begin and depth are multiples of 8.
   void (*dequantize)(const QuantizedMatrix& w, int64_t panel, int64_t begin, int64_t depth,

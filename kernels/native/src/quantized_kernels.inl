@@ -53,8 +53,11 @@ static void ExactPanel(const QuantizedMatrix& w, int64_t panel, const float* x, 
 // sums + the products of four bytes in each lane: x's (signed, the same in all lanes) with
 // weights'. DotUnsigned takes unsigned weights of up to 15, DotSigned signed ones, and adds
 // kOffset times x's sum to their products; x's sums start so much lower.
+//
+// DotWords does so for two words in each lane.
 #if MOESAIC_VECTOR_BYTES == 64
 constexpr int64_t kDigitRows = 4, kDigitChunk = 4;
+constexpr int64_t kWordChunk = 8, kWordTileRows = 7, kWidePanels = 2;
 constexpr int32_t kOffset = 128;  // of the instruction's operands one is unsigned: it gets w + 128
 
 MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weights) {
@@ -68,9 +71,22 @@ MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights)
 MOESAIC_INLINE IntVector DotDigits(IntVector sums, int32_t x, IntVector weights) {
   return DotSigned(sums, x, weights);
 }
+
+MOESAIC_INLINE IntVector DotWords(IntVector sums, int32_t x, IntVector weights) {
+  return (IntVector)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(x));
+}
+
+MOESAIC_INLINE IntVector LowBytes(IntVector words) {
+  return (IntVector)_mm512_srai_epi16(_mm512_slli_epi16((__m512i)words, 8), 8);
+}
+
+MOESAIC_INLINE IntVector HighBytes(IntVector words) {
+  return (IntVector)_mm512_srai_epi16((__m512i)words, 8);
+}
 #elif MOESAIC_VECTOR_BYTES == 32
 constexpr int64_t kDigitRows = 0;  // three digits take more instructions than a float
 constexpr int64_t kDigitChunk = 1;
+constexpr int64_t kWordChunk = 4, kWordTileRows = 4, kWidePanels = 1;
 constexpr int32_t kOffset = 0;
 
 MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weights) {
@@ -78,12 +94,24 @@ MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weight
   return sums + (IntVector)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
-// Of any x: bytes become 16 bits, first those of even places.
+MOESAIC_INLINE IntVector DotWords(IntVector sums, int32_t x, IntVector weights) {
+  return sums + (IntVector)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(x));
+}
+
+MOESAIC_INLINE IntVector LowBytes(IntVector words) {
+  return (IntVector)_mm256_srai_epi16(_mm256_slli_epi16((__m256i)words, 8), 8);
+}
+
+MOESAIC_INLINE IntVector HighBytes(IntVector words) {
+  return (IntVector)_mm256_srai_epi16((__m256i)words, 8);
+}
+
+// Of any x: bytes become words, first those of even places.
 MOESAIC_INLINE IntVector DotDigits(IntVector sums, int32_t x, IntVector weights) {
-  const __m256i xs = _mm256_set1_epi32(x), ws = (__m256i)weights;
-  const __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(ws, 8), 8),
+  const __m256i xs = _mm256_set1_epi32(x);
+  const __m256i even = _mm256_madd_epi16((__m256i)LowBytes(weights),
                                          _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(ws, 8), _mm256_srai_epi16(xs, 8));
+  const __m256i odd = _mm256_madd_epi16((__m256i)HighBytes(weights), _mm256_srai_epi16(xs, 8));
   return sums + (IntVector)_mm256_add_epi32(even, odd);
 }
 
@@ -97,7 +125,24 @@ MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights)
 #else
 constexpr int64_t kDigitRows = 0;  // three digits take more instructions than a float
 constexpr int64_t kDigitChunk = 1;
+constexpr int64_t kWordChunk = 2, kWordTileRows = 2, kWidePanels = 1;
 constexpr int32_t kOffset = 0;
+
+#if defined(__SSE2__)
+MOESAIC_INLINE IntVector DotWords(IntVector sums, int32_t x, IntVector weights) {
+  return sums + (IntVector)_mm_madd_epi16((__m128i)weights, _mm_set1_epi32(x));
+}
+#else
+MOESAIC_INLINE IntVector DotWords(IntVector sums, int32_t x, IntVector weights) {
+  return sums + ((weights << 16) >> 16) * static_cast<int16_t>(x) + (weights >> 16) * (x >> 16);
+}
+#endif
+
+typedef int16_t Words __attribute__((vector_size(MOESAIC_VECTOR_BYTES)));
+
+MOESAIC_INLINE IntVector LowBytes(IntVector words) { return (IntVector)(((Words)words << 8) >> 8); }
+
+MOESAIC_INLINE IntVector HighBytes(IntVector words) { return (IntVector)((Words)words >> 8); }
 
 MOESAIC_INLINE IntVector DotSigned(IntVector sums, int32_t x, IntVector weights) {
 #pragma GCC unroll 4
@@ -118,7 +163,7 @@ MOESAIC_INLINE IntVector DotUnsigned(IntVector sums, int32_t x, IntVector weight
 
 MOESAIC_INLINE IntVector AllInts(int32_t value) { return value - IntVector{}; }
 
-MOESAIC_INLINE int32_t FourBytes(const int8_t* from) {
+MOESAIC_INLINE int32_t FourBytes(const void* from) {
   int32_t bytes;
   __builtin_memcpy(&bytes, from, sizeof(bytes));
   return bytes;
@@ -186,6 +231,119 @@ static void RoundedPanel(const QuantizedMatrix& w, int64_t panel, const RoundedR
   }
 }
 
+// What a block's sums add to an output.
+MOESAIC_INLINE Vector WithBlock(Vector total, Vector scale, float x_scale, IntVector sum) {
+  return total + scale * x_scale * ToFloat(sum);
+}
+
+// Of few rows each sum is cut in two, for a sum waits for the one before it: whole numbers add up to
+// the same in any order.
+template <int kRows>
+static void WordsPanel(const QuantizedMatrix& w, int64_t panel, const WordRows& x, float* y,
+                       int64_t y_stride) {
+  const int64_t blocks = w.inputs / w.block;
+  const uint8_t* bytes = w.Panel(panel);
+  Vector total[kRows][kParts] = {};
+  for (int64_t block = 0; block < blocks; ++block) {
+    IntVector evens[kRows][kParts] = {}, odds[kRows][kParts] = {};
+    for (int64_t k = block * w.block; k < (block + 1) * w.block; k += 4) {
+#pragma GCC unroll 4
+      for (int64_t part = 0; part < kParts; ++part, bytes += sizeof(IntVector)) {
+        const IntVector group = LoadInts(bytes);
+        const IntVector even = LowBytes(group), odd = HighBytes(group);
+        if (part % kPartsOfLine == 0) __builtin_prefetch(bytes + kAhead);
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+          const int16_t* inputs = x.values + row * w.inputs + k;
+          evens[row][part] = DotWords(evens[row][part], FourBytes(inputs), even);
+          odds[row][part] = DotWords(odds[row][part], FourBytes(inputs + 2), odd);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < kParts; ++part) {
+      const Vector scale = Scales(w, panel, block, part);
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        total[row][part] = WithBlock(total[row][part], scale, x.scales[row * blocks + block],
+                                     evens[row][part] + odds[row][part]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < kParts; ++part) {
+      Store(y + row * y_stride + part * kLanes, total[row][part]);
+    }
+  }
+}
+
+// See QuantizedKernels::widen.
+static void Widen(const QuantizedMatrix& w, int64_t panel, int64_t begin, int64_t depth,
+                  int16_t* to) {
+  const uint8_t* bytes = w.Panel(panel) + begin / 4 * kGroupBytes;
+  for (int64_t i = 0; i < depth / 4; ++i, bytes += kGroupBytes, to += kGroupBytes) {
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < kParts; ++part) {
+      const IntVector group = LoadInts(bytes + part * sizeof(IntVector));
+      const IntVector even = LowBytes(group), odd = HighBytes(group);
+      __builtin_memcpy(to + part * 2 * kLanes, &even, sizeof(even));
+      __builtin_memcpy(to + (kParts + part) * 2 * kLanes, &odd, sizeof(odd));
+    }
+  }
+}
+
+// See QuantizedKernels::tile_words.
+template <int kRows, int kPanels>
+static void WordsTile(const QuantizedMatrix& w, const WideBlocks& wide, const WordRows& x, float* y,
+                      int64_t y_stride) {
+  constexpr int kVectors = kPanels * kParts;
+  const int64_t blocks = w.inputs / w.block;
+  Vector total[kRows][kVectors] = {};
+  if (wide.block > 0) {
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) total[row][i] = Load(y + row * y_stride + i * kLanes);
+    }
+  }
+  const int16_t* words = wide.words;
+  const int64_t panel_words = wide.blocks * w.block * kPanelOutputs;
+  for (int64_t block = wide.block; block < wide.block + wide.blocks; ++block) {
+    IntVector sums[kRows][kVectors] = {};
+    // Two inputs at a time, the even ones of four and the odd ones.
+    for (int64_t k = block * w.block; k < (block + 1) * w.block; k += 2) {
+      IntVector weights[kVectors];
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) {
+        weights[i] = LoadInts(words + i / kParts * panel_words + i % kParts * 2 * kLanes);
+      }
+      words += 2 * kPanelOutputs;
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        const int32_t inputs = FourBytes(x.values + row * w.inputs + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; ++i) sums[row][i] = DotWords(sums[row][i], inputs, weights[i]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      const Vector scale = Scales(w, wide.panel + i / kParts, block, i % kParts);
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        total[row][i] =
+            WithBlock(total[row][i], scale, x.scales[row * blocks + block], sums[row][i]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) Store(y + row * y_stride + i * kLanes, total[row][i]);
+  }
+}
+
 template <int kRows>
 static void PanelOfRows(const QuantizedMatrix& w, int64_t panel, const float* x, float* y,
                         int64_t y_stride) {
@@ -241,14 +399,35 @@ static void RoundedRowsPanel(const QuantizedMatrix& w, int64_t panel, const Roun
   kByRows[rows - 1](w, panel, x, y, y_stride);
 }
 
-// The block of x from `x` on as whole numbers of `kDigits` digits; returns its scale. Of kBlock
-// inputs, or of so many as `any_block` says.
-template <int kDigits, int kBlock>
-static float RoundBlock(const float* x, int64_t inputs, int64_t any_block, int64_t blocks,
-                        int32_t offset, int8_t* values, int32_t* starts) {
-  const int64_t block = kBlock > 0 ? kBlock : any_block;
-  // The greatest digit 127; the lower ones have room for what rounding adds.
-  constexpr float kLargest = kDigits == 1 ? 127.0f : 127.0f * 65536.0f;
+template <int kRows>
+static void WordsPanelUpTo(const QuantizedMatrix& w, int64_t panel, const WordRows& x, int64_t rows,
+                           float* y, int64_t y_stride) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return WordsPanelUpTo<kRows - 1>(w, panel, x, rows, y, y_stride);
+  }
+  WordsPanel<kRows>(w, panel, x, y, y_stride);
+}
+
+template <int kRows>
+static void WordsTileUpTo(const QuantizedMatrix& w, const WideBlocks& wide, const WordRows& x,
+                          int64_t rows, float* y, int64_t y_stride) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return WordsTileUpTo<kRows - 1>(w, wide, x, rows, y, y_stride);
+  }
+  if (wide.panels == 1) {
+    WordsTile<kRows, 1>(w, wide, x, y, y_stride);
+  } else {
+    WordsTile<kRows, kWidePanels>(w, wide, x, y, y_stride);
+  }
+}
+
+// How a block of x becomes whole numbers up to `kLargest`.
+struct BlockRounding {
+  float inverse;  // what x is multiplied by; 0: all of it is 0
+  float scale;
+};
+
+MOESAIC_INLINE BlockRounding RoundingOf(const float* x, int64_t block, float largest_number) {
   // Magnitudes are in the order of their bits, and what is not finite is past all others: so no
   // comparison of floats keeps the compiler from its vectors.
   uint32_t largest_bits = 0;
@@ -262,16 +441,32 @@ static float RoundBlock(const float* x, int64_t inputs, int64_t any_block, int64
   __builtin_memcpy(&largest, &largest_bits, sizeof(largest));
   const bool is_finite = largest_bits < 0x7F800000;
   // Where 1 / largest would be infinite, every x is 0 for this purpose, too.
-  const float inverse = is_finite && largest > 1e-30f ? kLargest / largest : 0.0f;
+  return {is_finite && largest > 1e-30f ? largest_number / largest : 0.0f,
+          is_finite ? largest / largest_number : __builtin_nanf("")};
+}
+
+// To the nearest whole number.
+MOESAIC_INLINE int32_t Nearest(float x) {
+  return static_cast<int32_t>(x + __builtin_copysignf(0.5f, x));
+}
+
+// The block of x from `x` on as whole numbers of `kDigits` digits; returns its scale. Of kBlock
+// inputs, or of so many as `any_block` says.
+template <int kDigits, int kBlock>
+static float RoundBlock(const float* x, int64_t inputs, int64_t any_block, int64_t blocks,
+                        int32_t offset, int8_t* values, int32_t* starts) {
+  const int64_t block = kBlock > 0 ? kBlock : any_block;
+  // The greatest digit 127; the lower ones have room for what rounding adds.
+  constexpr float kLargest = kDigits == 1 ? 127.0f : 127.0f * 65536.0f;
+  const BlockRounding rounding = RoundingOf(x, block, kLargest);
   int32_t sum[kDigits] = {};
-  if (inverse == 0.0f) {
+  if (rounding.inverse == 0.0f) {
     for (int digit = 0; digit < kDigits; ++digit) {
       for (int64_t k = 0; k < block; ++k) values[digit * inputs + k] = 0;
     }
   } else {
     for (int64_t k = 0; k < block; ++k) {
-      const float scaled = x[k] * inverse;
-      int32_t rest = static_cast<int32_t>(scaled + __builtin_copysignf(0.5f, scaled));
+      int32_t rest = Nearest(x[k] * rounding.inverse);
       for (int digit = 0; digit < kDigits; ++digit) {
         const int8_t low = static_cast<int8_t>(rest);  // signed: the rest is rounded to nearest
         values[digit * inputs + k] = low;
@@ -281,7 +476,7 @@ static float RoundBlock(const float* x, int64_t inputs, int64_t any_block, int64
     }
   }
   for (int digit = 0; digit < kDigits; ++digit) starts[digit * blocks] = -offset * sum[digit];
-  return is_finite ? largest / kLargest : __builtin_nanf("");
+  return rounding.scale;
 }
 
 template <int kDigits>
@@ -301,6 +496,34 @@ static void Round(const float* x, const QuantizedMatrix& w, int digits, int8_t* 
     RoundBlocks<1>(x, w, values, scales, starts);
   } else {
     RoundBlocks<kExactDigits>(x, w, values, scales, starts);
+  }
+}
+
+template <int kBlock>
+static void RoundBlocksToWords(const float* x, const QuantizedMatrix& w, int16_t* values,
+                               float* scales) {
+  const int64_t block = kBlock > 0 ? kBlock : w.block;
+  for (int64_t i = 0; i < w.inputs / block; ++i, x += block, values += block) {
+    const BlockRounding rounding = RoundingOf(x, block, 32767.0f);
+    scales[i] = rounding.scale;
+    if (rounding.inverse == 0.0f) {
+      for (int64_t k = 0; k < block; ++k) values[k] = 0;
+      continue;
+    }
+    for (int64_t k = 0; k < block; k += 4) {
+      values[k] = Nearest(x[k] * rounding.inverse);
+      values[k + 1] = Nearest(x[k + 2] * rounding.inverse);
+      values[k + 2] = Nearest(x[k + 1] * rounding.inverse);
+      values[k + 3] = Nearest(x[k + 3] * rounding.inverse);
+    }
+  }
+}
+
+static void RoundWords(const float* x, const QuantizedMatrix& w, int16_t* values, float* scales) {
+  if (w.block == 32) {
+    RoundBlocksToWords<32>(x, w, values, scales);
+  } else {
+    RoundBlocksToWords<0>(x, w, values, scales);
   }
 }
 
@@ -341,8 +564,22 @@ static void Gate(float* gate, const float* up, int64_t count) {
 
 extern const QuantizedKernels kQuantizedKernels;
 const QuantizedKernels kQuantizedKernels = {
-    kDigitRows,       kDigitChunk, PanelOfOne, ExactRows,    RoundedRowsPanel,
-    Round,            Dequantize,  Gate,       QuantizePanel};
+    kDigitRows,
+    kDigitChunk,
+    kWordChunk,
+    kWordTileRows,
+    kWidePanels,
+    PanelOfOne,
+    ExactRows,
+    RoundedRowsPanel,
+    WordsPanelUpTo<kWordChunk>,
+    Widen,
+    WordsTileUpTo<kWordTileRows>,
+    Round,
+    RoundWords,
+    Dequantize,
+    Gate,
+    QuantizePanel};
 
 }  // namespace MOESAIC_ISA
 }  // namespace moesaic

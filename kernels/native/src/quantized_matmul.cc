@@ -37,8 +37,9 @@ constexpr int64_t kAloneBytes = 128 << 10;
 // Rows of a task in tiles.
 constexpr int64_t kTileBlockRows = 512;
 
-// Bytes of the panels that a few rows after others meet.
+// Bytes of the panels that a few rows after others meet, and of weights made 16 bits for more rows.
 constexpr int64_t kStripBytes = 64 << 10;
+constexpr int64_t kWideBytes = 20 << 10;
 
 // What a product makes of x; kernels/grouped_matmul/api.py.
 enum class Activations : int64_t { kFloat, kInt8, kAuto };
@@ -71,6 +72,7 @@ enum class Way {
   kLone,     // x as it is, with panels made floats in registers, row by row
   kExact,    // the same of several rows at once
   kDigits,   // x in kExactDigits of 8 bits
+  kWords,    // x in 16 bits
   kRounded,  // x rounded to 8 bits
   kFloats,   // x as it is, with blocks of panels made floats in memory
   kTiles,    // x and weights in one part or in kMaxParts of bfloat16
@@ -78,14 +80,20 @@ enum class Way {
 
 struct Method {
   Format format;
+  int64_t block;
   Activations activations;
   bool fixed_order;  // a row's bits may not depend on how many rows there are
 
-  // Whether x loses bits: where it matters little beside what the weights have lost, which those of
-  // 8 whole bits have not (docs/cpu.md).
+  // Whether x keeps 8 bits: where more would matter little beside what the weights have lost, which
+  // those of 8 whole bits have not (docs/cpu.md).
   bool IsRounded() const {
     return activations == Activations::kInt8 ||
            (activations == Activations::kAuto && format != Format::kInt8);
+  }
+
+  // Whether 16 bits are enough.
+  bool TakesWords() const {
+    return activations == Activations::kAuto && format == Format::kInt8 && block <= kMostWordInputs;
   }
 
   // Of bfloat16, in tiles.
@@ -96,9 +104,12 @@ struct Method {
     const QuantizedKernels& kernels = *CurrentIsa().quantized;
     const bool is_whole = format != Format::kE4m3;
     if (activations == Activations::kInt8) return Way::kRounded;
-    if (fixed_order) return !is_whole ? Way::kExact : IsRounded() ? Way::kRounded : Way::kDigits;
-    if (CurrentTiles() != nullptr && rows >= kTileRows[Parts() - 1]) return Way::kTiles;
+    if (!fixed_order && CurrentTiles() != nullptr && rows >= kTileRows[Parts() - 1]) {
+      return Way::kTiles;
+    }
     if (is_whole && IsRounded()) return Way::kRounded;
+    if (TakesWords()) return Way::kWords;
+    if (fixed_order) return is_whole ? Way::kDigits : Way::kExact;
     if (is_whole && rows <= kernels.digit_rows) return Way::kDigits;
     if (rows >= kGemmRows) return Way::kFloats;
     return rows <= kLoneRows ? Way::kLone : Way::kExact;
@@ -111,6 +122,7 @@ struct Rows {
   int64_t inputs, blocks;
   int digits;  // 1 or kExactDigits
   int8_t* values;
+  int16_t* words;
   float* scales;
   int32_t* starts;
   TileRows tiles;
@@ -119,11 +131,13 @@ struct Rows {
     return {values + row * digits * inputs, scales + row * blocks, starts + row * digits * blocks,
             digits};
   }
+
+  WordRows Words(int64_t row) const { return {words + row * inputs, scales + row * blocks}; }
 };
 
 // Where the thread that calls keeps rows, and where each keeps what it works on.
 struct Scratch {
-  Buffer values, scales, starts, halves, up;
+  Buffer values, scales, starts, halves, up, wide;
 
   static Scratch& OfThread() {
     thread_local Scratch scratch;
@@ -150,13 +164,17 @@ Rows PrepareRows(ffi::ThreadPool& pool, const float* x, const Weights& weights, 
     rows.scales = scratch.scales.Get<float>(num_rows * rows.blocks);
     rows.starts = scratch.starts.Get<int32_t>(num_rows * rows.digits * rows.blocks);
   }
+  if (way == Way::kWords) {
+    rows.words = scratch.values.Get<int16_t>(num_rows * rows.inputs);
+    rows.scales = scratch.scales.Get<float>(num_rows * rows.blocks);
+  }
   const int64_t half_width = rows.tiles.Width() * parts;
   uint16_t* halves = nullptr;
   if (way == Way::kTiles) {
     halves = scratch.halves.Get<uint16_t>((num_rows + kTileSide) * half_width);
     rows.tiles.values = halves;
   }
-  if (!is_rounded && way != Way::kTiles) return rows;
+  if (!is_rounded && way != Way::kTiles && way != Way::kWords) return rows;
   // A few rows at a time, all of one thread where there are no more.
   const int64_t chunk = kMaxRows;
   ParallelFor(pool, (num_rows + chunk - 1) / chunk, [&](int64_t index) {
@@ -165,6 +183,9 @@ Rows PrepareRows(ffi::ThreadPool& pool, const float* x, const Weights& weights, 
       const float* from = x + row * rows.inputs;
       if (way == Way::kTiles) {
         CurrentTiles()->round(from, rows.inputs, parts, halves + row * half_width);
+      } else if (way == Way::kWords) {
+        CurrentIsa().quantized->round_words(from, weights.Of(0), rows.words + row * rows.inputs,
+                                            rows.scales + row * rows.blocks);
       } else {
         CurrentIsa().quantized->round(from, weights.Of(0), rows.digits,
                                       rows.values + row * rows.digits * rows.inputs,
@@ -198,6 +219,7 @@ void PanelStrip(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, i
   const QuantizedKernels& kernels = *CurrentIsa().quantized;
   const int64_t chunk = way == Way::kLone     ? 1
                         : way == Way::kDigits ? kernels.digit_chunk
+                        : way == Way::kWords  ? kernels.word_chunk
                                               : kMaxRows;
   for (int64_t i = 0; i < rows; i += chunk) {
     const int64_t count = std::min(chunk, rows - i);
@@ -208,6 +230,8 @@ void PanelStrip(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, i
         kernels.panel_of_one(w, panel, x.exact + (row + i) * x.inputs, to);
       } else if (way == Way::kExact) {
         kernels.panel(w, panel, x.exact + (row + i) * x.inputs, count, to, y_stride);
+      } else if (way == Way::kWords) {
+        kernels.panel_words(w, panel, x.Words(row + i), count, to, y_stride);
       } else {
         kernels.panel_rounded(w, panel, x.Rounded(row + i), count, to, y_stride);
       }
@@ -224,6 +248,33 @@ void PanelProduct(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row,
   }
 }
 
+// More than a few rows meet some panels' weights as 16 bits, a part of the inputs after the other.
+void WideProduct(const QuantizedMatrix& w, const Rows& x, int64_t row, int64_t rows, int64_t first,
+                 int64_t cols, float* y, int64_t y_stride) {
+  const QuantizedKernels& kernels = *CurrentIsa().quantized;
+  const int64_t panel_words = w.block * kPanelOutputs;  // of a block
+  const int64_t wanted =
+      std::max<int64_t>(1, kWideBytes / (kernels.wide_panels * panel_words * sizeof(int16_t)));
+  const int64_t parts = (x.blocks + wanted - 1) / wanted, most = (x.blocks + parts - 1) / parts;
+  for (int64_t col = 0, panels; col < cols; col += panels * kPanelOutputs) {
+    panels = cols - col < kernels.wide_panels * kPanelOutputs ? 1 : kernels.wide_panels;
+    const int64_t panel = (first + col) / kPanelOutputs;
+    for (int64_t block = 0; block < x.blocks; block += most) {
+      const int64_t blocks = std::min(most, x.blocks - block);
+      int16_t* words = Scratch::OfThread().wide.Get<int16_t>(panels * blocks * panel_words);
+      for (int64_t i = 0; i < panels; ++i) {
+        kernels.widen(w, panel + i, block * w.block, blocks * w.block,
+                      words + i * blocks * panel_words);
+      }
+      const WideBlocks wide = {words, panel, panels, block, blocks};
+      for (int64_t i = 0; i < rows; i += kernels.word_tile_rows) {
+        kernels.tile_words(w, wide, x.Words(row + i), std::min(kernels.word_tile_rows, rows - i),
+                           y + i * y_stride + col, y_stride);
+      }
+    }
+  }
+}
+
 // y[rows, cols] of one group from column `first` of w on.
 void Product(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, int64_t rows,
              int64_t first, int64_t cols, float* y, int64_t y_stride) {
@@ -231,6 +282,9 @@ void Product(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, int6
   const auto pack = [&](int64_t col, uint16_t* to) {
     CurrentTiles()->pack(w, (first + col) / kPanelOutputs, parts, to);
   };
+  if (way == Way::kWords && rows > kMaxRows) {
+    return WideProduct(w, x, row, rows, first, cols, y, y_stride);
+  }
   switch (way) {
     case Way::kTiles: return TileProduct(x.tiles.From(row), pack, parts, rows, cols, y, y_stride);
     case Way::kFloats: return FloatProduct(w, x, row, rows, first, cols, y, y_stride);
@@ -294,7 +348,7 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer values,
   const auto weights_or = WeightsOf(values, scales, block);
   if (!weights_or.has_value()) return weights_or.error();
   const Weights& weights = *weights_or;
-  const Method method = {weights.format, static_cast<Activations>(activations), fixed_order};
+  const Method method = {weights.format, block, static_cast<Activations>(activations), fixed_order};
   const int64_t num_rows = x.dimensions()[0], outputs = y->dimensions()[1];
   const int64_t matrices = gated ? 2 : 1;
   if (x.dimensions()[1] != weights.inputs || outputs * matrices != weights.outputs ||
