@@ -4,6 +4,7 @@ B batch, L length, D d_model, F d_ff, H heads, C head_dim.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, assert_never
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from configs.feed_forward import DenseActivation, DenseConfig, num_parts
 from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnConfig
 from kernels.matmul import matmul, reads_as_stored, takes_rows
 from kernels.quantize import MatrixDims, QTensor, take_outputs
+from parallel.recompute import recomputed
 from parallel.sharding import constrain, on_parts
 
 
@@ -417,7 +419,8 @@ def gated(
 
 class SwiGLU(nn.Module):
     """W_down(silu(W_gate x) * W_up x) (Shazeer 2020), or with GELU, or W_down relu(W_up x)^2: a
-    dense layer, and the shared experts. With config.bias each product has one added.
+    dense layer, and the shared experts. With config.bias each product has one added. The backward
+    pass computes the activation again: it would fill as much memory as gate and up, and half of it.
 
     I parts of gate_up: gate and up, or up alone.
     """
@@ -444,10 +447,15 @@ class SwiGLU(nn.Module):
         if self.config.bias:
             bias_IF = zero_weight(self, "gate_up_bias", (parts, d_ff), (None, "mlp"))
             h_BLIF += bias_IF.astype(dtype)[None, None]
-        c = self.config
-        h_BLF = gated(h_BLIF[:, :, 0], h_BLIF[:, :, -1], c.activation, c.swiglu_limit)
-        out_BLD = project("BLF,FD->BLD", h_BLF, w_down_FD)
+        out_BLD = recomputed(partial(_gated_product, self.config))(h_BLIF, w_down_FD)
         if self.config.bias:
             bias_D = zero_weight(self, "down_bias", (d_model,), ("embed",))
             out_BLD += bias_D.astype(dtype)[None, None]
         return out_BLD
+
+
+def _gated_product(config: DenseConfig, h_BLIF: jax.Array, w_down_FD: Weight) -> jax.Array:
+    """W_down of the activation, [B, L, D]."""
+    gate_BLF, up_BLF = h_BLIF[:, :, 0], h_BLIF[:, :, -1]
+    h_BLF = gated(gate_BLF, up_BLF, config.activation, config.swiglu_limit)
+    return project("BLF,FD->BLD", h_BLF, w_down_FD)
