@@ -9,7 +9,7 @@ from kernels.backend import is_split_by_xla
 
 
 def cosines_and_sines(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both of float32 angles that nothing is differentiated by.
+    """Both of float32 angles, where nothing is differentiated.
 
     On one CPU they come from a native call, which layers with equal angles share. XLA takes sines
     for cheap and computes them anew in each operation that uses them, for each head of each layer:

@@ -9,9 +9,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from configs.feed_forward import MoEConfig, num_parts
-from kernels.grouped_matmul import Implementation, grouped_matmul, grouped_swiglu
+from kernels.grouped_matmul import GATE_AND_UP, Implementation, grouped_matmul, grouped_swiglu
 from kernels.quantize import MatrixDims, QTensor
 from model.layers import AdaptedWeight, SplitWeight, gated, weight, zero_weight
 from parallel.expert import GroupedFn
@@ -28,6 +29,12 @@ WEIGHT_AXES = {
     "down_a": ("expert", "mlp", None),
     "down_b": ("expert", None, "embed"),
 }
+LOW_RANK = "low_rank"
+"""Name of what an adapter's first matrix gives."""
+KEPT = (GATE_AND_UP, LOW_RANK)
+"""Names of what the backward pass keeps of an expert's work; the activation, which no product is
+needed for, it computes again: it would fill as much memory as gate and up do, and half of that.
+"""
 
 
 def expert_weights(
@@ -143,6 +150,7 @@ def _other_experts(
         h_RIF += _adapter_product(x_RD, group_sizes_X, weights, "gate_up")
     if config.bias:
         h_RIF += _of_own_expert(weights["gate_up_bias"], group_sizes_X, x_RD.shape[0])
+    h_RIF = checkpoint_name(h_RIF, GATE_AND_UP)
     h_RF = activated(h_RIF[:, 0], h_RIF[:, -1], config).astype(x_RD.dtype)
     down = _own(weights["down"])
     y_RD = grouped_matmul(h_RF, down, group_sizes_X, **how)
@@ -161,7 +169,7 @@ def _adapter_product(
     its own expert's, gate and up apart.
     """
     a, b = weights[f"{name}_a"], weights[f"{name}_b"]
-    h = grouped_matmul(x_RD, a.reshape(*a.shape[:2], -1), group_sizes_X)
+    h = checkpoint_name(grouped_matmul(x_RD, a.reshape(*a.shape[:2], -1), group_sizes_X), LOW_RANK)
     if b.ndim == 3:
         return grouped_matmul(h, b, group_sizes_X)
     h_R2r = h.reshape(h.shape[0], b.shape[1], -1)

@@ -4,6 +4,7 @@ B batch, L length, D d_model, F d_ff, H heads, C head_dim.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, assert_never
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from configs.rope import LinearRopeConfig, Llama3RopeConfig, RopeScaling, YarnCo
 from kernels.matmul import matmul, reads_as_stored, takes_rows
 from kernels.quantize import MatrixDims, QTensor, take_outputs
 from kernels.sines import cosines_and_sines
+from parallel.recompute import recomputed
 from parallel.sharding import constrain, on_parts
 
 
@@ -387,12 +389,36 @@ def rope(
         frequency_C[num_pairs:] = 0.0
     frequency_C = jnp.asarray(frequency_C)
     angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]
-    cos, sin = cosines_and_sines(angle_BL1C)
-    if isinstance(scaling, YarnConfig) and scaling.rotary_scale != 1.0:
-        cos, sin = scaling.rotary_scale * cos, scaling.rotary_scale * sin
+    return _turned(
+        x_BLHC, angle_BL1C, scaling.rotary_scale if isinstance(scaling, YarnConfig) else 1.0
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _turned(x_BLHC: jax.Array, angle_BL1C: jax.Array, scale: float) -> jax.Array:
+    """Pairs turned by their angles; where a gradient is asked for, XLA's own sines turn them."""
+    return _turned_by(x_BLHC, *cosines_and_sines(angle_BL1C), scale)
+
+
+def _turned_by(x_BLHC: jax.Array, cos: jax.Array, sin: jax.Array, scale: float) -> jax.Array:
+    if scale != 1.0:
+        cos, sin = scale * cos, scale * sin
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BLHC.dtype)
+
+
+def _turned_forward(x_BLHC: jax.Array, angle_BL1C: jax.Array, scale: float) -> Any:
+    cos, sin = jnp.cos(angle_BL1C), jnp.sin(angle_BL1C)
+    return jax.vjp(lambda x_BLHC: _turned_by(x_BLHC, cos, sin, scale), x_BLHC)
+
+
+def _turned_backward(scale: float, pullback: Any, dy_BLHC: jax.Array) -> Any:
+    del scale
+    return (*pullback(dy_BLHC), None)
+
+
+_turned.defvjp(_turned_forward, _turned_backward)
 
 
 def gated(
@@ -418,7 +444,8 @@ def gated(
 
 class SwiGLU(nn.Module):
     """W_down(silu(W_gate x) * W_up x) (Shazeer 2020), or with GELU, or W_down relu(W_up x)^2: a
-    dense layer, and the shared experts. With config.bias each product has one added.
+    dense layer, and the shared experts. With config.bias each product has one added. The backward
+    pass computes the activation again: it would fill as much memory as gate and up, and half of it.
 
     I parts of gate_up: gate and up, or up alone.
     """
@@ -445,10 +472,15 @@ class SwiGLU(nn.Module):
         if self.config.bias:
             bias_IF = zero_weight(self, "gate_up_bias", (parts, d_ff), (None, "mlp"))
             h_BLIF += bias_IF.astype(dtype)[None, None]
-        c = self.config
-        h_BLF = gated(h_BLIF[:, :, 0], h_BLIF[:, :, -1], c.activation, c.swiglu_limit)
-        out_BLD = project("BLF,FD->BLD", h_BLF, w_down_FD)
+        out_BLD = recomputed(partial(_gated_product, self.config))(h_BLIF, w_down_FD)
         if self.config.bias:
             bias_D = zero_weight(self, "down_bias", (d_model,), ("embed",))
             out_BLD += bias_D.astype(dtype)[None, None]
         return out_BLD
+
+
+def _gated_product(config: DenseConfig, h_BLIF: jax.Array, w_down_FD: Weight) -> jax.Array:
+    """W_down of the activation, [B, L, D]."""
+    gate_BLF, up_BLF = h_BLIF[:, :, 0], h_BLIF[:, :, -1]
+    h_BLF = gated(gate_BLF, up_BLF, config.activation, config.swiglu_limit)
+    return project("BLF,FD->BLD", h_BLF, w_down_FD)

@@ -14,7 +14,7 @@ from configs.feed_forward import DenseConfig, MoEConfig, RouterConfig
 from kernels.quantize import MatrixDims
 from model.attention.grouped_query import GroupedQueryAttention
 from model.balance import router_stats
-from model.experts import expert_function, expert_weights, has_few_bits, weight_axes
+from model.experts import KEPT, expert_function, expert_weights, has_few_bits, weight_axes
 from model.layer_state import AnyKeyValueState
 from model.layers import (
     RMSNorm,
@@ -179,6 +179,7 @@ class MoE(nn.Module):
             weight_axes=weight_axes(weights),
             transport=self.execution.transport,
             capacity_factor=self.execution.capacity_factor,
+            kept=KEPT,
         )
         if is_apart:
             out_TKD = out_TD.reshape(num_tokens, -1, d_model)

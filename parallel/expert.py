@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec
 
 from configs.checks import UserError
 from parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR, axis_sizes
+from parallel.recompute import recomputed
 from parallel.sharding import LogicalAxes
 
 Transport = Literal["gather", "all_to_all"]
@@ -54,6 +55,7 @@ class _Plan(NamedTuple):
     expert: int
     tensor: int
     capacity_factor: float | None
+    kept: tuple[str, ...]
 
 
 def apply_experts(
@@ -67,6 +69,7 @@ def apply_experts(
     weight_axes: dict[str, LogicalAxes],
     transport: Transport = "gather",
     capacity_factor: float | None = None,
+    kept: tuple[str, ...] = (),
 ) -> tuple[jax.Array, ExpertStats]:
     """Returns sum over k of gates[t, k] * expert[expert_ids[t, k]](x[t]), [T, D] in x's dtype.
 
@@ -84,6 +87,8 @@ def apply_experts(
       weight_axes: the logical axes of each, or those that all arrays of a tree begin with; "expert"
         and "mlp" decide how they are split.
       capacity_factor: all_to_all only: rows of a buffer over the rows of a balanced load.
+      kept: names (jax.ad_checkpoint.checkpoint_name) of what the backward pass keeps of the work of
+        grouped_fn; all else between tokens and results it computes again, the sorted rows too.
     Raises:
       UserError: the expert axis does not divide num_experts.
     """
@@ -93,7 +98,7 @@ def apply_experts(
             f"num_experts={num_experts} must be divisible by the 'expert' mesh axis "
             f"(size {sizes[EXPERT]}): change the mesh or num_experts"
         )
-    plan = _Plan(grouped_fn, num_experts, **sizes, capacity_factor=capacity_factor)
+    plan = _Plan(grouped_fn, num_experts, **sizes, capacity_factor=capacity_factor, kept=kept)
     carry = TRANSPORTS[transport] if plan.expert > 1 else _gather
 
     def body(x_TD, expert_ids_TK, gates_TK, weights):
@@ -273,7 +278,13 @@ def _run_experts(
     is_used_R = jnp.arange(order_R.shape[0]) < group_sizes_X.sum()
     choice_R = jnp.where(is_used_R, order_R, -1)
     slot_TK = jnp.where(local_ids_TK < 0, -1, rank_TK)
-    y_RD = plan.grouped_fn(_to_rows(x_TD, choice_R, slot_TK), group_sizes_X, weights)
+
+    def work(tokens: tuple[jax.Array, ...], weights: Any) -> jax.Array:
+        x_TD, choice_R, slot_TK, group_sizes_X = tokens
+        return plan.grouped_fn(_to_rows(x_TD, choice_R, slot_TK), group_sizes_X, weights)
+
+    tokens = (x_TD, choice_R, slot_TK, group_sizes_X)
+    y_RD = recomputed(work, plan.kept)(tokens, weights)
     return _from_rows(y_RD, choice_R, slot_TK), group_sizes_X
 
 

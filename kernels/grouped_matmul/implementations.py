@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import backend, native
 from kernels.backend import Target
@@ -26,7 +27,7 @@ from kernels.grouped_matmul import (
     xla_quantized,
 )
 from kernels.grouped_matmul.pallas_triton import swiglu_of_halves
-from kernels.grouped_matmul.request import Request
+from kernels.grouped_matmul.request import GATE_AND_UP, Request
 from kernels.grouped_matmul.tiles import Tiles, choose_quantized_tiles, choose_tiles
 from kernels.quantize import QTensor
 
@@ -106,7 +107,7 @@ def _multiply_plainly(request: Request) -> jax.Array:
 
 
 def _gate(request: Request, y_RN: jax.Array) -> jax.Array:
-    return swiglu_of_halves(y_RN) if request.gated else y_RN
+    return swiglu_of_halves(checkpoint_name(y_RN, GATE_AND_UP)) if request.gated else y_RN
 
 
 # --- CPU -----------------------------------------------------------------------------------------

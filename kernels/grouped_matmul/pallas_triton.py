@@ -14,10 +14,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from kernels import backend
 from kernels.backend import Target, divide, dot, edge, load, mask_of, span, store
+from kernels.grouped_matmul.request import GATE_AND_UP
 from kernels.grouped_matmul.tiles import (
     Tiles,
     choose_gradient_tiles,
@@ -122,7 +124,8 @@ def _grouped_swiglu(plan, x_TD, w_ED2F, group_sizes_E, rows_R):
 
 def _swiglu_forward(plan, x_TD, w_ED2F, group_sizes_E, rows_R):
     h_R2F = _grouped_matmul(plan._replace(gated=False), x_TD, w_ED2F, group_sizes_E, rows_R)
-    return swiglu_of_halves(jnp.asarray(h_R2F)), (x_TD, w_ED2F, group_sizes_E, rows_R, h_R2F)
+    h_R2F = checkpoint_name(jnp.asarray(h_R2F), GATE_AND_UP)
+    return swiglu_of_halves(h_R2F), (x_TD, w_ED2F, group_sizes_E, rows_R, h_R2F)
 
 
 def _swiglu_backward(plan, residuals, dy_RF):

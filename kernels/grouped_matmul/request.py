@@ -12,6 +12,10 @@ from kernels.quantize import QTensor
 Implementation = Literal["auto", "reference", "xla", "cpu", "triton", "mosaic"]
 Activations = Literal["auto", "float", "int8"]
 
+GATE_AND_UP = "gate_and_up"
+"""Name (jax.ad_checkpoint.checkpoint_name) of the product that `grouped_swiglu` makes its result
+of. Of a function that is computed again for the backward pass, it is worth keeping."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
