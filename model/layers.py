@@ -101,12 +101,17 @@ def _held_weight(
             if dims is None or held.shape != shape:
                 raise ValueError(f"{name} {shape} can't be a QTensor of shape {held.shape}")
             return held
-    draw = nn.initializers.normal(stddev)
+    is_drawn = not module.has_rng(SHAPES_ALONE)
+    draw = nn.initializers.normal(stddev) if is_drawn else nn.initializers.zeros
 
     def init(*arguments: Any) -> Declared:
         return Declared(draw(*arguments), logical_axes, dims=dims)
 
     return parameter(module, name, init, shape)
+
+
+SHAPES_ALONE = "shapes_alone"
+"""A key of this name says that what initialisation draws is thrown away."""
 
 
 def parameter(
@@ -119,6 +124,12 @@ def parameter(
         held = nn.unbox(module.get_variable("params", name))
         if np.shape(held) == shape:
             return held
+    if module.has_rng(
+        SHAPES_ALONE
+    ):  # one key does for all: to make theirs takes a tenth of tracing
+        assert module.scope is not None
+        key = module.scope.rngs[SHAPES_ALONE].rng
+        return module.variable("params", name, init, key, shape, jnp.float32).value
     return module.param(name, init, shape, jnp.float32)
 
 

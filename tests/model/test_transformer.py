@@ -39,9 +39,9 @@ def variables():
     def draw(x):
         mean = 1.0 if x.shape[-1] == CONFIG.d_model and x.size <= 2 * CONFIG.d_model else 0.0
         fan_in = CONFIG.d_model
-        return jnp.asarray(mean + random.randn(*x.shape) * fan_in**-0.5, jnp.float32)
+        return (mean + random.randn(*x.shape) * fan_in**-0.5).astype(np.float32)
 
-    return jax.tree.map(draw, abstract)
+    return jax.device_put(jax.tree.map(draw, abstract))
 
 
 @jax.jit
