@@ -4,7 +4,7 @@ B batch, L length, D d_model, F d_ff, H heads, C head_dim.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never, cast
 
 import flax.linen as nn
 import jax
@@ -127,8 +127,7 @@ def parameter(
     if module.has_rng(
         SHAPES_ALONE
     ):  # one key does for all: to make theirs takes a tenth of tracing
-        assert module.scope is not None
-        key = module.scope.rngs[SHAPES_ALONE].rng
+        key = cast(Any, module.scope).rngs[SHAPES_ALONE].rng
         return module.variable("params", name, init, key, shape, jnp.float32).value
     return module.param(name, init, shape, jnp.float32)
 
