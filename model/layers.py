@@ -124,9 +124,7 @@ def parameter(
         held = nn.unbox(module.get_variable("params", name))
         if np.shape(held) == shape:
             return held
-    if module.has_rng(
-        SHAPES_ALONE
-    ):  # one key does for all: to make theirs takes a tenth of tracing
+    if module.has_rng(SHAPES_ALONE):  # making a key for each takes a tenth of tracing
         key = cast(Any, module.scope).rngs[SHAPES_ALONE].rng
         return module.variable("params", name, init, key, shape, jnp.float32).value
     return module.param(name, init, shape, jnp.float32)
