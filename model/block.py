@@ -17,7 +17,7 @@ from model.attention.kinds import Shareable, attention_layer
 from model.depth import routed
 from model.hyper_connections import StreamMixer, read, written
 from model.layer_state import AnyKeyValueState, LayerState, StateParts
-from model.layers import RMSNorm, SwiGLU, newest, one_weight
+from model.layers import SHAPES_ALONE, RMSNorm, SwiGLU, newest, one_weight
 from model.model_state import BlockState
 from model.moe import MoE
 from model.per_layer_embeddings import PerLayerUpdate
@@ -234,9 +234,6 @@ class Block(nn.Module):
 _TracedOnce = nn.jit(Block)
 """Equal layers share one trace and one function of the program: thirty with weights of their own
 (model/unstacked.py) are traced in a sixth of the time."""
-
-SHAPES_ALONE = "shapes_alone"
-"""A key of this name says that what initialisation draws is thrown away."""
 
 
 class Period(nn.Module):

@@ -5,7 +5,7 @@ B batch, L length, D d_model, F d_ff, H heads, C head_dim.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never, cast
 
 import flax.linen as nn
 import jax
@@ -104,12 +104,17 @@ def _held_weight(
             if dims is None or held.shape != shape:
                 raise ValueError(f"{name} {shape} can't be a QTensor of shape {held.shape}")
             return held
-    draw = nn.initializers.normal(stddev)
+    is_drawn = not module.has_rng(SHAPES_ALONE)
+    draw = nn.initializers.normal(stddev) if is_drawn else nn.initializers.zeros
 
     def init(*arguments: Any) -> Declared:
         return Declared(draw(*arguments), logical_axes, dims=dims)
 
     return parameter(module, name, init, shape)
+
+
+SHAPES_ALONE = "shapes_alone"
+"""A key of this name says that what initialisation draws is thrown away."""
 
 
 def parameter(
@@ -122,6 +127,9 @@ def parameter(
         held = nn.unbox(module.get_variable("params", name))
         if np.shape(held) == shape:
             return held
+    if module.has_rng(SHAPES_ALONE):  # making a key for each takes a tenth of tracing
+        key = cast(Any, module.scope).rngs[SHAPES_ALONE].rng
+        return module.variable("params", name, init, key, shape, jnp.float32).value
     return module.param(name, init, shape, jnp.float32)
 
 

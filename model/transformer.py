@@ -16,10 +16,19 @@ from configs.architecture import ModelConfig
 from configs.base import ExecutionConfig
 from kernels.quantize import MatrixDims, QTensor
 from model.attention.kinds import Shareable
-from model.block import SHAPES_ALONE, Block, GivenToBlock, GivenToPeriods, Period
+from model.block import Block, GivenToBlock, GivenToPeriods, Period
 from model.early_exit import dropout_rates
 from model.hyper_connections import StreamReader, spread
-from model.layers import CappedOutput, Declared, OutputsFirst, RMSNorm, in_dtype, look_up, weight
+from model.layers import (
+    SHAPES_ALONE,
+    CappedOutput,
+    Declared,
+    OutputsFirst,
+    RMSNorm,
+    in_dtype,
+    look_up,
+    weight,
+)
 from model.model_state import ModelState
 from model.moe_layers import moe_layers
 from model.multi_token import MultiTokenModule, ahead

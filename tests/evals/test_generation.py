@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,9 +12,10 @@ from data.tokenizers.public_tokenizer import PublicTokenizer
 from evals.local_model import LocalModel
 from evals.samples import Prompt
 from infer.logits import full_logits
-from model.transformer import Transformer, init_variables
+from model.transformer import Transformer
 from tests import tiny
 from tests.checkpoint.tiny_folder import TEXT, byte_level
+from tests.probes import drawn
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ tools or '' }}"
 
@@ -26,7 +26,7 @@ def local():
         byte_level(), bos_id=None, eos_ids=frozenset({0}), add_bos=False, chat_template=TEMPLATE
     )
     model = Transformer(tiny.model(), ExecutionConfig(transport="gather", capacity_factor=None))
-    variables = jax.jit(lambda: init_variables(model, 0))()
+    variables = drawn(model.config, 2)
     return LocalModel(model, variables, lambda: tokenizer, max_rows=4, window=32)
 
 

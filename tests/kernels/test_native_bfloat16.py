@@ -28,12 +28,17 @@ EDGES = {
 }
 
 
+# One program for each shape: operation by operation there would be several.
+rows_times_matrix = jax.jit(cpu.rows_times_matrix, static_argnames=("transpose", "dtype"))
+rows_times_rows = jax.jit(cpu.rows_times_rows, static_argnames="dtype")
+
+
 def halves(random, *shape):
-    return jnp.asarray(random.standard_normal(shape), jnp.bfloat16)
+    return random.standard_normal(shape).astype(jnp.bfloat16)
 
 
 def exact(array):
-    return np.asarray(array.astype(jnp.bfloat16), np.float64)
+    return np.asarray(array).astype(jnp.bfloat16).astype(np.float64)
 
 
 def check(ours, left, right):
@@ -55,12 +60,12 @@ def test_contractions_are_loops_over_groups(name, weights, isa_or_tiles):
     random = np.random.RandomState(0)
     x, dy = halves(random, case.rows, case.d_in), halves(random, case.rows, case.d_out)
     shape = (len(case.group_sizes), case.d_in, case.d_out)
-    w = jnp.asarray(random.standard_normal(shape), weights)
-    sizes = jnp.array(case.group_sizes, jnp.int32)
+    w = random.standard_normal(shape).astype(jnp.dtype(weights))
+    sizes = np.array(case.group_sizes, np.int32)
     result = jnp.float32 if weights == "float32" else None
-    y = cpu.rows_times_matrix(x, w, sizes, transpose=False, dtype=result)
-    dx = cpu.rows_times_matrix(dy, w, sizes, transpose=True, dtype=result)
-    dw = cpu.rows_times_rows(x, dy, sizes, dtype=result)
+    y = np.asarray(rows_times_matrix(x, w, sizes, transpose=False, dtype=result))
+    dx = np.asarray(rows_times_matrix(dy, w, sizes, transpose=True, dtype=result))
+    dw = np.asarray(rows_times_rows(x, dy, sizes, dtype=result))
     assert {a.dtype for a in (y, dx, dw)} == {jnp.dtype(weights)}
     ends = np.cumsum(case.group_sizes)
     for e, (end, size) in enumerate(zip(ends, case.group_sizes, strict=True)):
@@ -68,24 +73,24 @@ def test_contractions_are_loops_over_groups(name, weights, isa_or_tiles):
         check(y[rows], exact(x[rows]), exact(w[e]))
         check(dx[rows], exact(dy[rows]), exact(w[e]).T)
         check(dw[e], exact(x[rows]).T, exact(dy[rows]))
-    np.testing.assert_array_equal(y[ends[-1] :].astype(jnp.float32), 0)
-    np.testing.assert_array_equal(dx[ends[-1] :].astype(jnp.float32), 0)
+    np.testing.assert_array_equal(y[ends[-1] :].astype(np.float32), 0)
+    np.testing.assert_array_equal(dx[ends[-1] :].astype(np.float32), 0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("weights", ["bfloat16", "float32"])
 def test_what_is_not_finite_stays_so_and_in_its_row(value, weights, isa_or_tiles):
     random = np.random.RandomState(1)
-    x, w = halves(random, 37, 45), jnp.asarray(random.standard_normal((1, 45, 19)), weights)
-    sizes = jnp.array([37])
-    clean = np.asarray(cpu.rows_times_matrix(x, w, sizes, transpose=False), np.float32)
-    y = cpu.rows_times_matrix(x.at[36, 44].set(value), w, sizes, transpose=False)
-    y = np.asarray(y, np.float32)
+    w = random.standard_normal((1, 45, 19)).astype(jnp.dtype(weights))
+    x, sizes = halves(random, 37, 45), np.array([37], np.int32)
+    spoilt_x, spoilt_w = x.copy(), w.copy()
+    spoilt_x[36, 44] = spoilt_w[0, 44, 18] = value
+    clean = np.asarray(rows_times_matrix(x, w, sizes, transpose=False), np.float32)
+    y = np.asarray(rows_times_matrix(spoilt_x, w, sizes, transpose=False), np.float32)
     np.testing.assert_array_equal(y[:36], clean[:36])
     expected = value * np.sign(np.asarray(w[0, 44], np.float32))
     np.testing.assert_array_equal(y[36], expected)
-    y = cpu.rows_times_matrix(x, w.at[0, 44, 18].set(value), sizes, transpose=False)
-    y = np.asarray(y, np.float32)
+    y = np.asarray(rows_times_matrix(x, spoilt_w, sizes, transpose=False), np.float32)
     np.testing.assert_array_equal(y[:, :18], clean[:, :18])
     np.testing.assert_array_equal(y[:, 18], value * np.sign(np.asarray(x[:, 44], np.float32)))
 
@@ -93,16 +98,17 @@ def test_what_is_not_finite_stays_so_and_in_its_row(value, weights, isa_or_tiles
 def test_a_row_has_the_same_bits_whatever_rows_there_are(isa_or_tiles):
     random = np.random.RandomState(2)
     x, w = halves(random, 150, 600), halves(random, 2, 600, 64)
-    together = cpu.rows_times_matrix(x, w, jnp.array([40, 110]), transpose=False)
-    alone = cpu.rows_times_matrix(x[40:47], w, jnp.array([0, 7]), transpose=False)
-    np.testing.assert_array_equal(together[40:47].astype(jnp.float32), alone.astype(jnp.float32))
+    sizes = [np.array(s, np.int32) for s in ([40, 110], [0, 7])]
+    together = np.asarray(rows_times_matrix(x, w, sizes[0], transpose=False), np.float32)
+    alone = np.asarray(rows_times_matrix(x[40:47], w, sizes[1], transpose=False), np.float32)
+    np.testing.assert_array_equal(together[40:47], alone)
 
 
 def test_several_callers_pack_matrices_of_their_own():
     """Strips of columns that a thread keeps are those of one call."""
     random = np.random.RandomState(3)
     x, w = halves(random, 300, 64), halves(random, 6, 64, 96)
-    sizes = jnp.array([300])
+    sizes = np.array([300], np.int32)
     product = jax.jit(lambda x, w: cpu.rows_times_matrix(x, w, sizes, transpose=False))
     everywhere = [
         (jax.device_put(x, device), jax.device_put(w[i % 6][None], device), i % 6)

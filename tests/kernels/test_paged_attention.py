@@ -46,10 +46,24 @@ def dense(case: Case, q, k, v, sinks=None):
         queries = np.zeros((1, length, *q.shape[1:]), np.float32)
         queries[0, -1] = q[b]
         position = np.arange(length, dtype=np.int32)[None]
-        rows = (queries, k[b : b + 1, :length], v[b : b + 1, :length], position, 0 * position)
-        reach = reach_of(case) | {"sink_logits_H": sinks, "implementation": "reference"}
-        out[b] = window_attention(*rows, **reach)[0, -1]
+        rows = (queries, k[b : b + 1, :length], v[b : b + 1, :length], position, sinks)
+        out[b] = np.asarray(reference(*rows, **reach_of(case)))[0, -1]
     return out
+
+
+@functools.partial(jax.jit, static_argnames=("window_size", "num_sink_tokens"))
+def reference(q, k, v, positions, sinks, window_size, num_sink_tokens):
+    return window_attention(
+        q,
+        k,
+        v,
+        positions,
+        0 * positions,
+        window_size=window_size,
+        num_sink_tokens=num_sink_tokens,
+        sink_logits_H=sinks,
+        implementation="reference",
+    )
 
 
 xla = functools.partial(paged_attention, implementation="xla")

@@ -30,12 +30,11 @@ def quantized(w, format, block_size, scale_dtype, packing):
 
 
 to_floats = jax.jit(dequantize)
-multiply_int8 = jax.jit(
-    functools.partial(grouped_matmul, activations="int8"), static_argnames="implementation"
-)
-one_product = jax.jit(
-    matmul, static_argnames=("equation", "activations", "fixed_order", "implementation")
-)
+CHOICES = ("activations", "fixed_order", "implementation")
+multiply = jax.jit(grouped_matmul, static_argnames=CHOICES)
+swiglu = jax.jit(grouped_swiglu, static_argnames=CHOICES)
+multiply_int8 = functools.partial(multiply, activations="int8")
+one_product = jax.jit(matmul, static_argnames=("equation", *CHOICES))
 
 
 def draw(case: Case, format: str, packing="panels", halves=1):
@@ -45,7 +44,7 @@ def draw(case: Case, format: str, packing="panels", halves=1):
     shape = (len(case.group_sizes), case.d_in, halves * case.d_out)
     w = random.standard_normal(shape).astype(np.float32)
     weight = quantized(w, format, case.block_size, case.scale_dtype, packing)
-    return x, weight, jnp.array(case.group_sizes, jnp.int32)
+    return x, weight, np.array(case.group_sizes, np.int32)
 
 
 def expected(x, weight, group_sizes):
@@ -76,7 +75,7 @@ def rounding_bound(x, weight, group_sizes):
 @pytest.mark.thinned(4)
 def test_native_float_product_is_the_definition_s(name, format, isa_or_tiles):
     x, weight, sizes = draw(CASES[name], format)
-    y = grouped_matmul(x, weight, sizes, activations="float", implementation="cpu")
+    y = multiply(x, weight, sizes, activations="float", implementation="cpu")
     # Sums of up to 1,024 products of size 1 in float32.
     np.testing.assert_allclose(y, expected(x, weight, sizes), rtol=1e-5, atol=1e-3)
 
@@ -102,8 +101,9 @@ def test_native_rounded_product_is_within_half_a_step(name, format, isa_or_tiles
 def test_what_is_fastest_errs_no_more_than_rounding(name, format, isa_or_tiles):
     """Within its bound, and where many rows are no more on average than in 8 bits."""
     x, weight, sizes = draw(CASES[name], format)
-    y = grouped_matmul(x, weight, sizes, activations="auto", implementation="cpu")
-    rounded = multiply_int8(x, weight, sizes, implementation="reference")
+    how = {"activations": "auto", "implementation": "cpu"}
+    y = np.asarray(multiply(x, weight, sizes, **how))
+    rounded = np.asarray(multiply_int8(x, weight, sizes, implementation="reference"))
     exact = expected(x, weight, sizes)
     in_tiles = by_groups(np.abs(x) / 128, np.abs(to_floats(weight)), sizes)
     bound = np.maximum(rounding_bound(x, weight, sizes), in_tiles)
@@ -119,8 +119,8 @@ def test_swiglu_gates_the_halves_of_one_product(name, activations, isa_or_tiles)
     """A version that took up's columns for the gate's, or every other one, would differ."""
     x, weight, sizes = draw(CASES[name], "int4", halves=2)
     how = {"activations": activations, "implementation": "cpu"}
-    y = grouped_swiglu(x, weight, sizes, **how)
-    gate, up = np.split(np.asarray(grouped_matmul(x, weight, sizes, **how)), 2, axis=1)
+    y = swiglu(x, weight, sizes, **how)
+    gate, up = np.split(np.asarray(multiply(x, weight, sizes, **how)), 2, axis=1)
     np.testing.assert_allclose(y, jax.nn.silu(gate) * up, rtol=1e-4, atol=1e-4)
 
 
@@ -215,7 +215,7 @@ def test_any_shape(group_sizes, spare, blocks, block_size, panels, format):
         block_size=block_size,
     )
     x, weight, sizes = draw(case, format)
-    y = grouped_matmul(x, weight, sizes, activations="float", implementation="cpu")
+    y = multiply(x, weight, sizes, activations="float", implementation="cpu")
     np.testing.assert_allclose(y, expected(x, weight, sizes), rtol=1e-5, atol=1e-3)
 
 
@@ -277,12 +277,12 @@ def in_every_share(multiply, x, weight):
         stacked = jax.device_put(
             jax.tree.map(lambda a, n=len(sizes): np.concatenate([a] * n), held)
         )
-        y = np.asarray(multiply(x[np.array(rows)], stacked, jnp.array(sizes, jnp.int32)))
+        y = np.asarray(multiply(x[np.array(rows)], stacked, np.array(sizes, np.int32)))
         yield name, rows, y
 
 
 def check_fixed_order(multiply, x, weight):
-    whole = np.asarray(multiply(x, weight, jnp.array([len(x)], jnp.int32)))
+    whole = np.asarray(multiply(x, weight, np.array([len(x)], np.int32)))
     for name, rows, y in in_every_share(multiply, x, weight):
         np.testing.assert_array_equal(y, whole[np.array(rows)], err_msg=name)
     return whole
@@ -291,7 +291,7 @@ def check_fixed_order(multiply, x, weight):
 @needs_native
 @pytest.mark.parametrize("activations", ["auto", "float", "int8"])
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3"])
-@pytest.mark.parametrize("op", [grouped_matmul, grouped_swiglu])
+@pytest.mark.parametrize("op", [multiply, swiglu], ids=["grouped_matmul", "grouped_swiglu"])
 @pytest.mark.thinned(3)
 def test_a_row_s_bits_do_not_depend_on_the_rows_beside_it(op, format, activations, isa_or_tiles):
     if (format, activations) == ("fp8_e4m3", "int8"):
@@ -303,7 +303,7 @@ def test_a_row_s_bits_do_not_depend_on_the_rows_beside_it(op, format, activation
     how = {"activations": activations, "fixed_order": True, "implementation": "cpu"}
     y = check_fixed_order(functools.partial(op, **how), x, weight)
     bound = 1e-3 if activations == "float" else 1.0  # it is still the product: of size 17
-    reference = op(x, weight, jnp.array([40]), implementation="reference")
+    reference = op(x, weight, np.array([40], np.int32), implementation="reference")
     np.testing.assert_allclose(y, reference, rtol=0.03, atol=bound * 17)
 
 
@@ -314,9 +314,9 @@ def test_a_row_s_bits_in_products_with_arrays(dtype, d_out, isa_or_tiles):
     """600 inputs: more than a block's (256). The last columns fill no vector."""
     random = np.random.RandomState(0)
     x = random.standard_normal((40, 600)).astype(np.float32)
-    w = jnp.asarray(random.standard_normal((1, 600, d_out)), dtype)
+    w = random.standard_normal((1, 600, d_out)).astype(jnp.dtype(dtype))
     how = {"fixed_order": dtype == "bfloat16", "implementation": "cpu"}  # float32's always is
-    y = check_fixed_order(functools.partial(grouped_matmul, **how), x, w)
+    y = check_fixed_order(jax.jit(functools.partial(grouped_matmul, **how)), x, w)
     exact = x.astype(np.float64) @ np.asarray(w[0], np.float64)
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-3)
 
@@ -328,9 +328,9 @@ def test_without_it_bits_do_depend_on_them():
     x = random.standard_normal((40, 288)).astype(np.float32)
     w = random.standard_normal((1, 288, 64)).astype(np.float32)
     weight = quantized(w, "int8", 32, "bfloat16", "panels")
-    multiply = functools.partial(grouped_matmul, activations="float", implementation="cpu")
-    whole = np.asarray(multiply(x, weight, jnp.array([40])))
-    shares = in_every_share(multiply, x, weight)
+    fastest = functools.partial(multiply, activations="float", implementation="cpu")
+    whole = np.asarray(fastest(x, weight, np.array([40], np.int32)))
+    shares = in_every_share(fastest, x, weight)
     assert not all((y == whole[np.array(rows)]).all() for _, rows, y in shares)
 
 
@@ -343,12 +343,13 @@ def test_with_as_many_rows_bits_do_not_depend_on_their_groups(format, rows, isa_
     """
     random = np.random.RandomState(0)
     x = random.standard_normal((rows, 288)).astype(np.float32)
-    w = jnp.asarray(random.standard_normal((1, 288, 64)), jnp.float32)
+    w = random.standard_normal((1, 288, 64)).astype(np.float32)
     is_array = format == "bfloat16"
-    weight = w.astype(format) if is_array else quantized(w, format, 32, "bfloat16", "panels")
-    stacked = jax.tree.map(lambda a: jnp.concatenate([a, a]), weight)
+    weight = w.astype(jnp.bfloat16) if is_array else quantized(w, format, 32, "bfloat16", "panels")
+    stacked = jax.tree.map(lambda a: np.concatenate([a, a]), weight)
+    fastest = jax.jit(functools.partial(grouped_matmul, implementation="cpu"))  # on this processor
     even, *others = (
-        np.asarray(grouped_matmul(x, stacked, jnp.array([n, rows - n]), implementation="cpu"))
+        np.asarray(fastest(x, stacked, np.array([n, rows - n], np.int32)))
         for n in (rows // 2, rows - 1, 3, 0)
     )
     for y in others:

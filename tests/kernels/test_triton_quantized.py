@@ -8,12 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kernels.quantize
 from kernels.backend import A100, H100, INTERPRET, Target
 from kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels.grouped_matmul import pallas_triton_quantized as kernel
 from kernels.grouped_matmul.scaled_rows import scale_rows, unscale_rows
-from kernels.quantize import dequantize, quantize, repack
+from kernels.quantize import quantize
 
+dequantize = jax.jit(kernels.quantize.dequantize)
+repack = jax.jit(kernels.quantize.repack, static_argnums=1)
+reference, reference_swiglu = (
+    jax.jit(functools.partial(op, implementation="reference"))
+    for op in (grouped_matmul, grouped_swiglu)
+)
 SIZES = (9, 0, 30, 1)
 """Of 44 rows, four of which no group owns."""
 D_IN, D_OUT = 256, 40
@@ -27,11 +34,13 @@ def draw(format, d_out=D_OUT, scale_dtype="float32"):
     dy[sum(SIZES) :] = 0.0
     w = random.randn(len(SIZES), D_IN, d_out) * D_IN**-0.5
     w[:, 128:] *= 7.0  # scales that differ from block to block
-    weight = quantize(jnp.asarray(w, jnp.float32), format, scale_dtype=scale_dtype)
+    weight = quantize(w.astype(np.float32), format, scale_dtype=scale_dtype)
     if format == "int4":
         weight = repack(weight, "split_128")
-    x, dy = (jnp.asarray(a, jnp.float32) for a in (x, dy))
-    return x, weight, jnp.asarray(SIZES, jnp.int32), dy
+    x, dy, sizes = jax.device_put(
+        (x.astype(np.float32), dy.astype(np.float32), np.array(SIZES, np.int32))
+    )
+    return x, weight, sizes, dy
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -55,8 +64,7 @@ def test_kernels_equal_reference_with_the_gradient_of_x(format, gated):
     """40 outputs, which no block divides; bfloat16 scales where gated."""
     x, weight, sizes, dy = draw(format, *((2 * D_OUT, "bfloat16") if gated else ()))
     ours = functools.partial(kernel.grouped_matmul, gated=gated, target=INTERPRET)
-    op = grouped_swiglu if gated else grouped_matmul
-    theirs = functools.partial(op, implementation="reference")
+    theirs = reference_swiglu if gated else reference
     pair = (with_gradient(f, f is theirs, x, weight, sizes, dy) for f in (ours, theirs))
     for a, b, what in zip(*pair, ("y", "dx"), strict=True):
         np.testing.assert_allclose(a, b, err_msg=what, **TOLERANCE)
@@ -81,8 +89,8 @@ def test_rows_in_fp8_meet_weights_in_fp8(gated):
     order = jnp.asarray(np.random.RandomState(0).permutation(44), jnp.int32)
     ours = functools.partial(kernel.grouped_matmul, gated=gated, target=Target("interpret", 90))
     found = jax.jit(ours)(rows, weight, sizes, rows_R=order)
-    op = grouped_swiglu if gated else grouped_matmul
-    exact = op(unscale_rows(rows)[order], dequantize(weight), sizes, implementation="reference")
+    op = reference_swiglu if gated else reference
+    exact = op(unscale_rows(rows)[order], dequantize(weight), sizes)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)
     wrong = rows._replace(scales=jnp.roll(rows.scales, 1, axis=1))  # of the other block
@@ -120,9 +128,7 @@ def test_bfloat16_rows_lose_one_rounding():
     x, weight, sizes, _ = draw("int4")
     x = x.astype(jnp.bfloat16)
     ours = jax.jit(functools.partial(kernel.grouped_matmul, target=INTERPRET))(x, weight, sizes)
-    exact = grouped_matmul(
-        x.astype(jnp.float32), dequantize(weight), sizes, implementation="reference"
-    )
+    exact = reference(x.astype(jnp.float32), dequantize(weight), sizes)
     # Codes are exact in bfloat16 and scales multiply float32 sums: only the result is rounded.
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)
 
@@ -130,7 +136,7 @@ def test_bfloat16_rows_lose_one_rounding():
 @pytest.mark.parametrize("wrong", ["scales of the next block", "nibbles as in a checkpoint"])
 def test_wrong_versions_are_rejected(wrong):
     x, weight, sizes, _ = draw("int4")
-    expected = grouped_matmul(x, dequantize(weight), sizes, implementation="reference")
+    expected = reference(x, dequantize(weight), sizes)
     if wrong == "scales of the next block":
         weight = dataclasses.replace(weight, scales=jnp.roll(weight.scales, 1, axis=1))
     else:

@@ -225,6 +225,14 @@ def chunk(tokens, positions, begin: int, count: int):
     return tokens[:, whole], np.where(is_token, positions[:, whole], -1).astype(np.int32)
 
 
+def prompted(read, tokens, positions, state, given):
+    """The state after the prompt, read by the program of chunks."""
+    for begin in range(0, PROMPT, SPARE + 1):
+        count = min(SPARE + 1, PROMPT - begin)
+        _, state = read(*chunk(tokens, positions, begin, count), state, **given)
+    return state
+
+
 def tables() -> np.ndarray:
     """Pages of the three sequences, mixed up; page 0 belongs to nobody."""
     pages = np.random.RandomState(2).permutation(np.arange(1, 1 + ROWS * LENGTH // PAGE))
@@ -287,7 +295,7 @@ def test_taken_back_and_read_again(kind):
             rewind(init_state(config, ROWS, LENGTH, "float32"), jnp.zeros(ROWS, jnp.int32))
         return
     for state, given in states(kind):
-        _, state = read(tokens[:, :PROMPT], positions[:, :PROMPT], state, is_whole=True, **given)
+        state = prompted(read, tokens, positions, state, given)
         wrong, places = chunk((tokens + 7) % 300, positions, PROMPT, 3)
         _, state = read(wrong, places, state, **given)
         state = jax.jit(rewind)(state, np.full(ROWS, PROMPT))
@@ -300,7 +308,7 @@ def test_a_snapshot_goes_on_from_where_it_was_taken(kind):
     """Two rows are kept, others read on over them; then they come back, in the other order."""
     _, config, read, tokens, positions, expected = kind
     state = made(config, ROWS, LENGTH, "float32", SPARE)
-    _, state = read(tokens[:, :PROMPT], positions[:, :PROMPT], state, is_whole=True)
+    state = prompted(read, tokens, positions, state, {})
     kept = jax.jit(take_rows)(state, np.array([0, 2]))
     _, state = read(*chunk(tokens, positions, PROMPT, 4), state)
     state = jax.jit(put_rows)(state, np.array([1, 0]), kept)
@@ -332,8 +340,12 @@ def test_sequences_in_one_row(kind):
         close(out[0], wanted)
 
 
-def test_every_array_names_its_axes(kind):
-    for state, _ in states(kind):
+@pytest.mark.parametrize("name", KINDS)
+def test_every_array_names_its_axes(name):
+    sizes = {"num_pages": 1 + ROWS * LENGTH // PAGE, "page_size": PAGE}
+    for pages in [{}, sizes] if name in PAGED else [{}]:
+        make = partial(init_state, KINDS[name], ROWS, LENGTH, "float32", SPARE, **pages)
+        state = jax.eval_shape(make)
         flat, tree = jax.tree.flatten(state)
         for x, names in zip(flat, tree.flatten_up_to(state_axes(state)), strict=True):
             assert len(names) == x.ndim

@@ -39,9 +39,9 @@ def variables():
     def draw(x):
         mean = 1.0 if x.shape[-1] == CONFIG.d_model and x.size <= 2 * CONFIG.d_model else 0.0
         fan_in = CONFIG.d_model
-        return jnp.asarray(mean + random.randn(*x.shape) * fan_in**-0.5, jnp.float32)
+        return (mean + random.randn(*x.shape) * fan_in**-0.5).astype(np.float32)
 
-    return jax.tree.map(draw, abstract)
+    return jax.device_put(jax.tree.map(draw, abstract))
 
 
 @jax.jit
@@ -55,6 +55,11 @@ def read(variables, tokens, positions, state, is_whole=False):
     """Logits and the state: prefill or decode."""
     hidden, state = hidden_states(MODEL, variables, tokens, positions, state, is_whole=is_whole)
     return hidden @ output_weights(MODEL, variables), state
+
+
+begin = jax.jit(init_variables, static_argnums=(0, 1))
+"""Weights drawn from a seed; a program to each."""
+SEED = 3
 
 
 def tokens_of(length: int, seed: int = 0, batch: int = 1) -> np.ndarray:
@@ -239,12 +244,11 @@ def test_parameters_are_split_as_the_table_says():
     abstract, axes = abstract_variables(MODEL)
     shardings = tree_shardings(mesh, axes, abstract)
     with jax.set_mesh(mesh):
-        placed = jax.jit(lambda: init_variables(MODEL, 0), out_shardings=shardings)()
+        placed = jax.jit(lambda: init_variables(MODEL, SEED), out_shardings=shardings)()
     gate_up = placed["params"]["periods"]["layer_0"]["moe"]["gate_up"]
     assert gate_up.shape == (1, 8, 32, 2, 16)
     assert gate_up.addressable_shards[0].data.shape == (1, 4, 16, 2, 8)  # expert, data, tensor
-    unsplit = jax.jit(lambda: init_variables(MODEL, 0))()
-    for a, b in zip(jax.tree.leaves(placed), jax.tree.leaves(unsplit), strict=True):
+    for a, b in zip(jax.tree.leaves(placed), jax.tree.leaves(begin(MODEL, SEED)), strict=True):
         np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
 
 
@@ -283,8 +287,8 @@ def test_logits_of_bfloat16_are_not_rounded_to_it(tied):
 
 
 def test_a_seed_draws_what_it_always_drew():
-    """Sums of sizes of seed 3's weights, recorded: runs, papers and bisections rest on them."""
-    drawn_now = jax.jit(lambda: init_variables(MODEL, 3))()["params"]
+    """Sums of sizes of a seed's weights, recorded: runs, papers and bisections rest on them."""
+    drawn_now = begin(MODEL, SEED)["params"]
     periods = drawn_now["periods"]
     found = {
         "embedding": drawn_now["embedding"],

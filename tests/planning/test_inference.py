@@ -13,7 +13,6 @@ from infer.engine.new_memory import new_memory, state_size
 from infer.hardware import Hardware, Measured, Rates, from_sheet, this_machine
 from infer.load import inference_model
 from infer.weights import FORMATS, converted, converter
-from model.transformer import init_variables
 from planning.inference import (
     InferencePlan,
     Wanted,
@@ -26,6 +25,7 @@ from planning.inference_cost import Costs
 from planning.inference_report import as_tree, choices
 from planning.memory import USABLE
 from tests import tiny
+from tests.probes import drawn
 
 WANTED = Wanted(context=64, clients=8)
 MODEL = tiny.model(vocab_size=1024, d_model=64)
@@ -46,7 +46,7 @@ def plan(name: str = "h100", wanted: Wanted = WANTED, **sheet) -> InferencePlan:
 def test_bytes_of_weights_are_those_of_a_loaded_model(format, tmp_path):
     run = tiny.run(tmp_path, model=MODEL)
     model = inference_model(run)
-    variables = jax.jit(init_variables, static_argnums=(0, 1))(model, 0)
+    variables = drawn(MODEL)
     held = converted(dict(variables), converter(model, format))
     counted = sum(x.nbytes for x in jax.tree.leaves(held["params"]))
     assert costs(from_sheet("cpu")).weights(format).total == counted

@@ -78,13 +78,13 @@ def test_a_verb_gets_its_arguments_and_its_code_comes_back(tmp_path):
     """From a folder with packages of the same names, as a notebook's may be."""
     (tmp_path / "data").mkdir()
     (tmp_path / "scripts").mkdir()
-    wrong = run("train", "v31_nona", cwd=tmp_path)
+    wrong = run("bench", "cpu", "gruoped", cwd=tmp_path)  # which starts itself again
     assert wrong.returncode == 2
     assert "error: " in wrong.stderr
-    assert "v31_nano" in wrong.stderr
-    helped = run("bench", "scaling", "--help", cwd=tmp_path)
+    assert "grouped" in wrong.stderr
+    helped = run("bench", "data", "--help", cwd=tmp_path)  # which imports our `data`
     assert helped.returncode == 0
-    assert helped.stdout.startswith("usage: moesaic bench scaling ")
+    assert helped.stdout.startswith("usage: moesaic bench data ")
 
 
 def test_the_checkout_one_stands_in_comes_first(tmp_path):

@@ -35,8 +35,10 @@ def settings(tmp_path: Path) -> list[str]:
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Processes of a test share compiled programs."""
+    """Processes of a test share compiled programs; malloc is set as verbs that train set it, which
+    would otherwise import everything again."""
     return os.environ | {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "COLUMNS": "200",

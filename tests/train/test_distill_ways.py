@@ -17,9 +17,10 @@ from configs.distill import LossTerm, OnPolicyConfig, TeacherShare
 from data.packing import packed_rows
 from data.pipeline import prepare_corpus
 from infer.run_weights import load_model
-from model.transformer import Transformer, hidden_states, init_variables, output_weights
+from model.transformer import Transformer, hidden_states, output_weights
 from scripts.teachers import cache_ahead, make_writer
 from tests import tiny
+from tests.probes import drawn
 from tests.train.test_distill import loader, student, tokenizer_of
 from tests.train.test_loop import losses
 from train.distill import distill, distill_from_cache, make_chunk_loss
@@ -133,8 +134,7 @@ def _sown(rng, model):
 def test_packed_documents_are_taught_as_if_each_were_alone():
     """Two documents in a row, and each in a row of its own: the same sums, whatever the loss."""
     teacher = pupil = Transformer(tiny.model(pattern=tiny.model().pattern[:1], num_layers=1))
-    draw = jax.jit(init_variables, static_argnums=(0, 1))
-    weights = [draw(teacher, 1), draw(pupil, 2)]
+    weights = [drawn(teacher.config, 1), drawn(pupil.config, 2)]
     terms = tuple(
         LossTerm(kind=kind) for kind in ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
     )

@@ -15,8 +15,9 @@ from configs.distill import OnPolicyConfig
 from infer.routing import chosen_experts
 from infer.sampling import Sampling, no_counts, sample, sampling_rows
 from model.step import OWN_CHOICE, make_step
-from model.transformer import Transformer, init_variables, training_pass
+from model.transformer import Transformer, training_pass
 from tests import tiny
+from tests.probes import drawn
 from train.loop import mesh_of
 from train.on_policy import Written, with_written_rows
 
@@ -74,7 +75,7 @@ def test_the_rows_hold_what_was_written(tmp_path):
 def test_experts_while_generating_are_those_of_training_and_decide_when_replayed():
     """Read token by token through a state, or whole: the same experts; given ones are obeyed."""
     model = Transformer(tiny.model(pattern=tiny.model().pattern[:1], num_layers=1))
-    variables = jax.jit(init_variables, static_argnums=(0, 1))(model, 0)
+    variables = drawn(model.config)
     text = RNG.randint(1, 300, 24)
     found = chosen_experts(model, variables, [text[:9].tolist()], [text[9:].tolist()], 24)
     assert found is not None

@@ -39,7 +39,7 @@ def mixed(tmp_path_factory):
     tiny.write_sources(tmp_path)
     easy = [{"text": "a b a b " * 30} for _ in range(40)]
     (tmp_path / "easy.jsonl").write_text("".join(json.dumps(x) + "\n" for x in easy))
-    base = tiny.run(tmp_path)
+    base = tiny.run(tmp_path, model=tiny.model(pattern=tiny.model().pattern[:1], num_layers=1))
     parts = (
         MixturePart(source=str(tmp_path / "sources"), weight=0.5),
         MixturePart(source=str(tmp_path / "easy.jsonl"), weight=0.5),
