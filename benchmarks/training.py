@@ -6,13 +6,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from checkpoint.orbax_store import abstract_like
 from configs.architecture import LayerSpec, ModelConfig
 from configs.attention import AttentionConfig
 from configs.base import ExecutionConfig, RunConfig
 from configs.feed_forward import MoEConfig, RouterConfig
 from configs.optimizer import OptimizerConfig
+from train.compiled import compile_ahead
 from train.loop import mesh_of, to_devices
-from train.state import init_state, make_train_setup
+from train.state import TrainState, init_state, make_train_setup
 from train.step import make_train_step
 
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -60,18 +62,22 @@ def lowered_step(run: RunConfig) -> str:
 
 
 def make_step(run: RunConfig) -> Callable[[], None]:
-    """A function that trains one step and waits for its metrics, as the training loop does."""
-    mesh = mesh_of(run)
+    """A function that trains one step and waits for its metrics, as the training loop does; the
+    first time, it compiles and makes the state, in the loop's order."""
+    mesh, state = mesh_of(run), None
     with jax.set_mesh(mesh):
         setup = make_train_setup(run, mesh)
         train_step = make_train_step(run, setup)
-        state = init_state(setup, run.seed)
         batch = to_devices(random_batch(run), mesh)
+
+    def begin() -> TrainState:
+        compile_ahead(train_step, abstract_like(setup.abstract_state, setup.shardings), batch)
+        return init_state(setup, run.seed)
 
     def step() -> None:
         nonlocal state
         with jax.set_mesh(mesh):
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(begin() if state is None else state, batch)
             jax.device_get(metrics)
 
     return step

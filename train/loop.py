@@ -41,6 +41,7 @@ from parallel.distributed import (
 from parallel.mesh import make_mesh
 from parallel.sharding import partition_spec
 from train.best import BestCheckpoint
+from train.compiled import compile_ahead
 from train.loggers import logger_hooks
 from train.losses import ChunkLoss, cross_entropy
 from train.matching import Matching
@@ -134,9 +135,18 @@ def fit(
         with CheckpointStore(run_dir / "checkpoints", keep=keep, metadata=metadata) as store:
             began = time.monotonic()
             iterator = _batches(run, corpus, mesh, known.initial.rows_read if known.initial else 0)
-            state, first = _start(run, setup, store, iterator, variables, opt_state)
-            del variables, opt_state  # the state has its own; these may be as large
             step = make_train_step(run, setup, chunk_loss, matching)
+            sources = MixtureRows(run.data, corpus.training())
+
+            def compile_step() -> None:
+                if make_transform is None and (store.latest_step or 0) < run.steps:
+                    batch = to_devices(_first_batch(iterator, sources), mesh)
+                    compile_ahead(step, abstract_like(setup.abstract_state, setup.shardings), batch)
+
+            state, first = _start(
+                run, setup, store, iterator, variables, opt_state, before=compile_step
+            )
+            del variables, opt_state  # the state has its own; these may be as large
             validation = Validation(run, corpus, mesh)
             with (
                 _loggers(run, run_dir) as loggers,
@@ -148,7 +158,7 @@ def fit(
                     run_dir=run_dir,
                     mesh=mesh,
                     batches=iterator,
-                    sources=MixtureRows(run.data, corpus.training()),
+                    sources=sources,
                     transform=transform,
                     step=step,
                     validation=validation,
@@ -223,8 +233,19 @@ class _Loop:
 
     def _next_batch(self) -> Batch:
         """The next batch; of a mixture with the source of each row."""
-        batch = next(self.batches)
-        return batch | {"source": self.sources.of(batch["row"])} if self.sources else batch
+        return _with_sources(next(self.batches), self.sources)
+
+
+def _with_sources(batch: Batch, sources: MixtureRows) -> Batch:
+    return batch | {"source": sources.of(batch["row"])} if sources else batch
+
+
+def _first_batch(batches: Any, sources: MixtureRows) -> Batch:
+    """A batch such as the run's; the iterator is left where it was."""
+    position = batches.get_state()
+    batch = next(batches)
+    batches.set_state(position)
+    return _with_sources(batch, sources)
 
 
 @contextlib.contextmanager
@@ -357,8 +378,13 @@ def _start(
     iterator: Any,
     variables: Variables | None,
     opt_state: Any,
+    before: Callable[[], None],
 ) -> tuple[TrainState, int]:
-    """The state to begin with and the steps it has behind it."""
+    """The state to begin with and the steps it has behind it.
+
+    Args:
+      before: called once nothing is found to be wrong, before the state takes memory.
+    """
     if store.latest_step is None:
         require(
             run.init.source is None or variables is not None,
@@ -370,12 +396,14 @@ def _start(
             f"further.consolidation={run.further.consolidation} keeps a run near the model that it "
             "begins with: name a run as init.source, and train it by scripts.train",
         )
+        before()
         return init_state(setup, run.seed, variables, opt_state), 0
     require(
         not run.keeps_initial or variables is not None,
         f"{run.name} goes on from init.source={run.init.source!r}, whose weights are needed: train "
         "it by scripts.train",
     )
+    before()
     wanted = abstract_like(setup.abstract_state.to_dict(), setup.shardings.to_dict())
     state = restored_state(setup, store.restore(wanted, iterator), variables)
     return state, int(state.step)

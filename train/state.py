@@ -16,6 +16,7 @@ from model.adapters import abstract_adapters, init_adapters, scaled, target_of
 from model.model_state import ModelState, init_memory
 from model.transformer import Transformer, Variables, abstract_variables, init_variables
 from parallel.sharding import LogicalAxes, tree_shardings
+from train.compiled import compile_ahead
 from train.consolidation import keeping
 from train.matching import Matching, projection_optimizer
 from train.optim import make_optimizer, make_schedule, state_shardings
@@ -253,6 +254,7 @@ def init_state(
         draw = jax.jit(
             lambda: begin(init_variables(setup.model, seed)), out_shardings=setup.shardings
         )
+        compile_ahead(draw)
         return draw()
     if opt_state is None:
         placed = _on_mesh(variables, setup.shardings.variables_alone)
