@@ -183,7 +183,7 @@ of_exact_rows = own_programs()
 
 @pytest.fixture
 def exact_rows(monkeypatch):
-    """Products take rows as they are; on a CPU those that meet int4 and fp8 are rounded else."""
+    """Products take rows as they are; on a CPU those that meet few bits are rounded else."""
     as_they_are = functools.partial(functools.partial, activations="float")
     wrap_products(monkeypatch, as_they_are, of_exact_rows)
 
@@ -193,10 +193,9 @@ def exact_rows(monkeypatch):
     [*((name, weights) for name in CONFIGS for weights in ("int8", "int4")), ("experts", "fp8")],
 )
 @pytest.mark.thinned(4)
-def test_the_model_is_that_of_the_rounded_weights(name, weights, request):
+@pytest.mark.usefixtures("exact_rows")
+def test_the_model_is_that_of_the_rounded_weights(name, weights):
     """Against the same program on the floats that the few bits stand for; and they were rounded."""
-    if weights != "int8":
-        request.getfixturevalue("exact_rows")
     model, variables = in_format(CONFIGS[name], weights)
     held = jax.tree.leaves(variables, is_leaf=is_quantised)
     assert sum(map(is_quantised, held)) >= 5 * len(model.config.pattern) // 2
