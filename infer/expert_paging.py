@@ -230,6 +230,12 @@ _run_block_anew = jax.jit(_block, static_argnums=0)
 """The same, which leaves the state that it was given as it was."""
 
 
+@jax.jit
+def _of_one_period(layer: Any) -> Any:
+    """A layer's arrays without the dimension of periods, by one program for all."""
+    return jax.tree.map(lambda x: x[0], layer)
+
+
 def _layers(
     model: Transformer, variables: Variables, stores: dict[str, ExpertStore], paging: Paging
 ) -> list[PagedLayer]:
@@ -238,7 +244,7 @@ def _layers(
     for i, spec in enumerate(model.config.pattern):
         name = f"layer_{i}"
         own = {
-            collection: jax.tree.map(lambda x: x[0], tree["periods"][name])
+            collection: _of_one_period(tree["periods"][name])
             for collection, tree in variables.items()
             if name in tree.get("periods", {})
         }
