@@ -101,7 +101,8 @@ def llama_command(
     if binary is not None:
         sizes = ("-np", str(rows), "-c", str(rows * length), "-t", threads)
         arguments = (binary, "-m", str(path), "--port", str(port), *sizes)
-        extra: dict[str, Any] = {"ignore_eos": True}
+        # It would find prompts of the rounds before; ours is asked with a salt.
+        extra: dict[str, Any] = {"ignore_eos": True, "cache_prompt": False}
     else:
         sizes = ("--n_ctx", str(length), "--n_threads", threads)
         arguments = (sys.executable, "-m", "llama_cpp.server", "--model", str(path))
