@@ -174,7 +174,11 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def _from_no_file() -> Iterator[None]:
-    """XLA can't write down a program for a CPU that it has itself read from a file."""
+    """XLA can't write down a program for a CPU that it has itself read from a file; other devices'
+    programs it can, and JAX's cache has them for a process that can't keep them here."""
+    if jax.default_backend() != "cpu":
+        yield
+        return
     before = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
