@@ -250,20 +250,23 @@ def products(monkeypatch):
     return seen
 
 
-def rounded(x_RK, block: int):
-    """Each block of inputs in whole steps of 1/127 of its largest magnitude, float64."""
+STEPS = {"int4": 127, "int8": 32767}
+"""Of x that meets weights of the format, up to a block's largest magnitude."""
+
+
+def rounded(x_RK, block: int, steps: int = STEPS["int4"]):
+    """Each block of inputs in so many whole steps of its largest magnitude, float64."""
     blocks = np.asarray(x_RK, np.float64).reshape(len(x_RK), -1, block)
-    step = np.abs(blocks).max(-1, keepdims=True) / 127
+    step = np.abs(blocks).max(-1, keepdims=True) / steps
     return (np.rint(blocks / np.where(step > 0, step, 1)) * step).reshape(x_RK.shape)
 
 
 def oracle(name, *arguments):
-    """The same product in float64, of rows that are rounded where the weights are int4."""
+    """The same product in float64, of rows in 8 bits where weights are int4, in 16 where int8."""
     if name == "matmul":
         equation, x, weight = arguments
         x_RK = np.asarray(x, np.float64).reshape(-1, weight.matrix_shape[0])
-        if weight.format == "int4":
-            x_RK = rounded(x_RK, weight.block_size)
+        x_RK = rounded(x_RK, weight.block_size, STEPS[weight.format])
         return np.einsum(equation, x_RK.reshape(x.shape), np.asarray(dequantize(weight)))
     x_RK, weight, sizes_E = arguments
     x_RK, w = rounded(x_RK, weight.block_size), np.asarray(dequantize(weight), np.float64)
