@@ -20,6 +20,9 @@ from parallel.mesh import make_mesh
 from tests.checkpoint.cases import PARITY, read_case, write_case
 from tests.checkpoint.parity.weights import draw
 from tests.checkpoint.test_parity import TOLERANCE, loaded
+from tests.exact_rows import exact_rows
+
+__all__ = ["exact_rows"]  # a fixture
 
 WITH_IMAGES = sorted(path.stem for path in (PARITY / "vision").glob("*.json"))
 
@@ -205,6 +208,7 @@ def test_a_mesh_reads_the_parts_it_needs(case, sizes, tmp_path):
         "kimi_linear",
     ],
 )
+@pytest.mark.usefixtures("exact_rows")
 def test_int8_computes_what_its_weights_say(case):
     _, _, checkpoint, tokens, logits = loaded(case)
     model, held = open_source(str(checkpoint.path)).load(weights="int8")

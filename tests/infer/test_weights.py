@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -19,18 +18,18 @@ from configs.checks import UserError
 from configs.feed_forward import ContextConfig, DenseConfig, RouterConfig
 from configs.per_layer_embeddings import PerLayerEmbeddingConfig
 from configs.recurrent_attention import GatedDeltaConfig, ShortConvConfig
-from infer import logits
 from infer.generate import generate
 from infer.load import abstract_on_mesh
 from infer.logits import full_logits
 from infer.weights import check_format, converted, converter, formats_of, num_bytes
 from kernels import native
 from kernels.quantize import QTensor, dequantize
-from model import experts, layers
+from model import layers
 from model.transformer import Transformer
 from model.unstacked import unstack
 from parallel.mesh import make_mesh
 from tests import tiny
+from tests.exact_rows import exact_rows, own_programs, wrap_products
 from tests.probes import drawn
 
 WIDE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
@@ -149,6 +148,9 @@ def in_format(config, weights):
     return model, converted(copies, converter(model, weights))
 
 
+__all__ = ["exact_rows"]  # a fixture
+
+
 def is_quantised(x) -> bool:
     return isinstance(x, QTensor)
 
@@ -159,33 +161,6 @@ def with_floats(variables):
     return jax.tree.map(
         lambda x: dequantize(x) if is_quantised(x) else x, variables, is_leaf=is_quantised
     )
-
-
-def own_programs():
-    """`logits._full` without the programs that it has made."""
-    return jax.jit(logits._full.__wrapped__, static_argnums=0)
-
-
-def wrap_products(monkeypatch, wrap: Callable, full):
-    """Replaces all functions by which the model multiplies by weights, in the programs of `full`,
-    with which logits are made."""
-    monkeypatch.setattr(logits, "_full", full)
-    for module, name in (
-        (layers, "matmul"),
-        (experts, "grouped_matmul"),
-        (experts, "grouped_swiglu"),
-    ):
-        monkeypatch.setattr(module, name, wrap(getattr(module, name)))
-
-
-of_exact_rows = own_programs()
-
-
-@pytest.fixture
-def exact_rows(monkeypatch):
-    """Products take rows as they are; on a CPU those that meet few bits are rounded else."""
-    as_they_are = functools.partial(functools.partial, activations="float")
-    wrap_products(monkeypatch, as_they_are, of_exact_rows)
 
 
 @pytest.mark.parametrize(
