@@ -75,8 +75,8 @@ def run(seeds: int) -> Report:
         findings=findings_of(values, sizes),
         picture=_draw(values),
         notes=[
-            "Two numbers of rows read weights for one token or for eight; the article says of "
-            "neither gain what it is beside.",
+            "The articles don't say what their gains are beside: dynamic batching is held against one "
+            "request at a time.",
         ],
     )
 
