@@ -75,8 +75,8 @@ def run(seeds: int) -> Report:
         findings=findings_of(values, sizes),
         picture=_draw(values),
         notes=[
-            "The articles don't say what their gains are beside: dynamic batching is held against one "
-            "request at a time.",
+            "The articles don't say what their gains are beside: dynamic batching is held against "
+            "one request at a time.",
         ],
     )
 
