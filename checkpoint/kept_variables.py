@@ -26,7 +26,7 @@ from kernels.quantize import QTensor
 TAIL = struct.Struct("<Q32s")
 ARRAY_BYTES, GROUP_BYTES = 64, 4096
 """Multiples at which an array and a group begin: what XLA takes over without a copy, and a page."""
-ARRAYS_OF_QTENSOR = ("values", "scales")
+ARRAYS_OF_QTENSOR = ("values", "scales", "offsets")
 
 
 class DamagedFile(Exception):
@@ -108,7 +108,7 @@ def read_kept(path: Path, of: str) -> Any:
 
 
 def _described(tree: Any, held: list[jax.Array]) -> Any:
-    """The tree in JSON: a dict as one, an array as its number, a QTensor as a list.
+    """The tree in JSON: a dict as one, an array as its number, a QTensor as a list, None as such.
 
     Args:
       held: gets the arrays.
@@ -119,6 +119,8 @@ def _described(tree: Any, held: list[jax.Array]) -> Any:
         fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
         arrays = [_described(fields.pop(name), held) for name in ARRAYS_OF_QTENSOR]
         return [*arrays, fields]
+    if tree is None:  # a QTensor's offsets
+        return None
     held.append(tree)
     return len(held) - 1
 
@@ -129,9 +131,11 @@ def _restored(tree: Any, arrays: list[jax.Array]) -> Any:
         return {name: _restored(part, arrays) for name, part in tree.items()}
     if isinstance(tree, int):
         return arrays[tree]
-    values, scales, told = tree
+    *numbers, told = tree
     fields: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in told.items()}
-    return QTensor(arrays[values], arrays[scales], **fields)
+    for name, number in zip(ARRAYS_OF_QTENSOR, numbers, strict=True):
+        fields[name] = None if number is None else arrays[number]
+    return QTensor(**fields)
 
 
 def _fill_up(file: BinaryIO, multiple: int) -> None:

@@ -19,6 +19,7 @@ from configs.checks import require
 from kernels.backend import Target, current_target
 from kernels.quantize import Format, MatrixDims, QTensor, dequantize
 from kernels.quantize.formats import (
+    FOUR_BITS,
     QUANTIZED,
     WeightFormat,
     choose_block_size,
@@ -55,7 +56,8 @@ def formats_of(
 ) -> dict[str, WeightFormat]:
     """The format of each parameter that does not stay in float32, by the parameter's path.
 
-    What int4 would cost most is kept in int8: embeddings and output layer, as in llama.cpp's files.
+    What four bits would cost most is kept in int8: embeddings and output layer, as in llama.cpp's
+    files.
 
     Args:
       target: the device that multiplies; None is the default one.
@@ -63,7 +65,7 @@ def formats_of(
     target = target or current_target()
     chosen: dict[str, WeightFormat] = {}
     for path, (shape, dims) in matrices_of(model).items():
-        format = "int8" if weights == "int4" and _is_vocabulary(path) else weights
+        format = "int8" if weights in FOUR_BITS and _is_vocabulary(path) else weights
         if weights == "float32" or math.prod(shape[-_num_dims(dims) :]) < SMALLEST:
             continue
         if format in QUANTIZED:
@@ -214,8 +216,13 @@ def _beside(pieces: list[Any]) -> QTensor:
     """Matrices of some outputs each as one of all."""
     values = jnp.concatenate([p.values for p in pieces], axis=0)
     scales = jnp.concatenate([p.scales for p in pieces], axis=1)
+    offsets = None
+    if pieces[0].offsets is not None:
+        offsets = jnp.concatenate([p.offsets for p in pieces], axis=1)
     outputs = (sum(p.outputs[0] for p in pieces), *pieces[0].outputs[1:])
-    return dataclasses.replace(pieces[0], values=values, scales=scales, outputs=outputs)
+    return dataclasses.replace(
+        pieces[0], values=values, scales=scales, offsets=offsets, outputs=outputs
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -26,6 +26,7 @@ NATS: dict[str, float] = {
     "bfloat16": 0.0004,
     "int8": 0.0015,
     "fp8": 0.0185,
+    "int4_affine": 0.1,
     "int4": 0.2052,
 }
 """What rounding weights costs a token: measured on SmolLM2 (docs/experiments.md, "What rounding

@@ -11,7 +11,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
@@ -24,6 +24,7 @@ from infer.load import inference_execution
 from infer.weights import formats_of, matrices_of
 from kernels.quantize import MatrixDims
 from kernels.quantize.formats import (
+    AFFINE,
     QUANTIZED,
     WeightFormat,
     choose_block_size,
@@ -169,7 +170,7 @@ class Costs:
         return Weights(total, always, tuple((shares[name], held) for name, held in experts.items()))
 
     def _size(self, shape: tuple[int, ...], format: WeightFormat, dims: MatrixDims | None) -> float:
-        """Bytes of a weight in its format, scales included."""
+        """Bytes of a weight in its format, scales and offsets included."""
         count = math.prod(shape)
         if format not in QUANTIZED:
             return count * (2.0 if format == "bfloat16" else 4.0)
@@ -179,7 +180,8 @@ class Costs:
         block = choose_block_size(math.prod(dims.split(shape)[1]), quantized, target)
         assert block is not None
         scale = 2 if scale_dtype(target) == "bfloat16" else 4
-        return count * BITS[quantized] / 8 + count / block * scale
+        per_block = scale * (2 if format in AFFINE else 1)
+        return count * BITS[quantized] / 8 + count / block * per_block
 
 
 def num_bytes(tree: Any) -> float:
@@ -191,4 +193,4 @@ def formats_on(hardware: Hardware) -> tuple[WeightFormat, ...]:
     """Formats of weights that kernels for the device read."""
     if hardware.target is None or hardware.sheet.platform == "unknown":
         return ("float32", "bfloat16")
-    return ("float32", "bfloat16", "fp8", "int8", "int4")
+    return get_args(WeightFormat)

@@ -47,7 +47,8 @@ def add_model_options(
         "--weights",
         choices=(*FORMATS, AUTO) if has_auto else FORMATS,
         default="float32",
-        help="format of the weights in memory (float32); fp8, int8 and int4 are rounded to nearest"
+        help="format of the weights in memory (float32); fp8, int8, int4 are rounded to nearest,"
+        " int4_affine to blocks with an offset, as GGUF's Q4_1 and Q4_K have them"
         + ("; auto: as moesaic plan-inference has it for this machine" if has_auto else ""),
     )
     for axis in AXES:

@@ -20,7 +20,7 @@ from infer.sources import Source
 from infer.weights import WeightFormat
 
 ROOT = Path(__file__).resolve().parents[2]
-WEIGHTS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "int4")
+WEIGHTS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "int4", "int4_affine")
 LLAMA, TRANSFORMERS = "llama.cpp", "transformers"
 PEER = Path(__file__).with_name("transformers_peer.py")
 

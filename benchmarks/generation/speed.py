@@ -29,6 +29,7 @@ PAIRS = (
     (our_name("float32"), llama_name("F32")),
     (our_name("int8"), llama_name("Q8_0")),
     (our_name("int4"), llama_name("Q4_0")),
+    (our_name("int4_affine"), llama_name("Q4_1")),
     (our_name("float32"), TRANSFORMERS_NAME),
 )
 """Programs with about equally many bits of a weight."""

@@ -33,7 +33,7 @@ from infer.sources import Source
 LLAMA = "llama.cpp"
 WRITTEN: dict[str, Quantization] = {"bfloat16": "F16", "int8": "Q8_0"}
 """Formats of a file with as many bits, by that of our weights: those that we write ourselves."""
-QUANTIZED = {"float32": "F32", "int4": "Q4_0"}
+QUANTIZED = {"float32": "F32", "int4": "Q4_0", "int4_affine": "Q4_1"}
 """And those that llama.cpp makes of the file of 16 bits."""
 START_SECONDS = 1800.0
 

@@ -56,12 +56,12 @@ def grouped_matmul(
         QTensor that the kernels here can't read: kernels.quantize.repack(weight,
         preferred_packing(format, target)).
     Numerics: of float32 arrays within 1e-5 relative of the reference (the order of sums differs).
-      Of others |error| <= sum over k of |w[k]| * d[k], beside float32's own. d[k] is 1/254 of its
-      block's largest |x| with "int8"; with "float" 2^-23 of that, or in tiles 2^-14 |x[k]|; with
-      "auto" 1/65534 of it for int8 weights, in tiles as with "float"; for others as with "int8" or
-      "float", or in tiles 2^-7 |x[k]|. (Of normal x in blocks of 32 the mean error is 0.54% of x's
-      with "int8"; with "auto" 0.0021% in 16 bits and 0.23% in tiles; 0.0004% with "float".) A row
-      that is not finite has results that are not.
+      Of others |error| <= sum over k of |w[k]| * d[k], w without its offset, beside float32's own.
+      d[k] is 1/254 of its block's largest |x| with "int8"; with "float" 2^-23 of that, or in tiles
+      2^-14 |x[k]|; with "auto" 1/65534 of it for int8 weights, in tiles as with "float"; for others
+      as with "int8" or "float", or in tiles 2^-7 |x[k]|. (Of normal x in blocks of 32 the mean
+      error is 0.54% of x's with "int8"; with "auto" 0.0021% in 16 bits and 0.23% in tiles; 0.0004%
+      with "float".) A row that is not finite has results that are not.
     """
     request = Request(
         x_TK=x_RD,

@@ -46,12 +46,14 @@ def multiply(request: Request) -> jax.Array:
     weight, x_RK = request.weight, request.sorted_x
     assert isinstance(weight, QTensor)
     result = jax.ShapeDtypeStruct((request.num_rows, request.num_outputs), jnp.float32)
+    none = jnp.zeros((0,), weight.scales.dtype)
     y_RN = native.call(
         "moesaic_quantized_matmul",
         result,
         x_RK.astype(jnp.float32),
         weight.values,
         weight.scales,
+        none if weight.offsets is None else weight.offsets,
         request.group_sizes_E.astype(jnp.int32),
         activations=ACTIVATIONS[request.activations],
         block=weight.block_size,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -30,6 +31,7 @@ from kernels.grouped_matmul.pallas_triton import swiglu_of_halves
 from kernels.grouped_matmul.request import GATE_AND_UP, Request
 from kernels.grouped_matmul.tiles import Tiles, choose_quantized_tiles, choose_tiles
 from kernels.quantize import QTensor
+from kernels.quantize.packing import unpack_scales
 
 MOSAIC_ROWS = 128
 """Of a group on average, from which "auto" takes Mosaic's kernel: its tiles have so many."""
@@ -50,6 +52,12 @@ class Kernel:
     is_slower: Callable[[Request], bool] = lambda request: False
     """Whether it was measured to be slower here than those after it."""
     run: Callable[[Request], jax.Array]
+    adds_offsets: bool = False
+    """Whether it reads a QTensor's offsets; what others leave out is added here."""
+
+    def multiply(self, request: Request) -> jax.Array:
+        """Runs it."""
+        return self.run(request) if self.adds_offsets else _with_offsets(request, self.run)
 
 
 def multiply(request: Request) -> jax.Array:
@@ -65,7 +73,7 @@ def multiply(request: Request) -> jax.Array:
         reason = kernel.unsupported_reason(request)
         if reason is not None:
             raise NotImplementedError(reason)
-        return kernel.run(request)
+        return kernel.multiply(request)
     if name == "auto":
         return _multiply_automatically(request)
     reason = _plain_reason(request)
@@ -80,13 +88,36 @@ def _multiply_automatically(request: Request) -> jax.Array:
     able = [kernel for kernel, reason in zip(here, reasons, strict=True) if reason is None]
     chosen = next((kernel for kernel in able if not kernel.is_slower(request)), None)
     if chosen is not None:
-        return chosen.run(request)
+        return chosen.multiply(request)
     if reasons and (isinstance(request.weight, QTensor) or request.fixed_order):
         raise NotImplementedError(reasons[-1])
     reason = _plain_reason(request)
     if reason is not None:
         raise NotImplementedError(reason)
     return _multiply_plainly(request)
+
+
+def _with_offsets(request: Request, run: Callable[[Request], jax.Array]) -> jax.Array:
+    """The product by what knows values and scales alone: offsets meet the sums of x's blocks."""
+    weight = request.weight
+    if not isinstance(weight, QTensor) or weight.offsets is None:
+        return run(request)
+    y_RN = run(replace(request, weight=replace(weight, offsets=None), gated=False))
+    x_RK, offsets_ESN = request.sorted_x, unpack_scales(weight.offsets, weight.packing)
+    blocks_RSZ = x_RK.reshape(x_RK.shape[0], -1, weight.block_size)
+    sums_RS = blocks_RSZ.sum(-1, dtype=jnp.float32).astype(x_RK.dtype)
+    is_plain = request.implementation in ("reference", "xla")
+    of_offsets = replace(
+        request,
+        x_TK=sums_RS,
+        weight=lax.stop_gradient(offsets_ESN).astype(sums_RS.dtype),
+        outputs_first=False,
+        rows_R=None,
+        gated=False,
+        activations="auto",
+        implementation=request.implementation if is_plain else "auto",
+    )
+    return _gate(request, y_RN + multiply(of_offsets))
 
 
 # --- Plain XLA and the reference -----------------------------------------------------------------
@@ -99,6 +130,10 @@ def _plain_reason(request: Request) -> str | None:
 
 
 def _multiply_plainly(request: Request) -> jax.Array:
+    return _with_offsets(request, _run_plainly)
+
+
+def _run_plainly(request: Request) -> jax.Array:
     if isinstance(request.weight, QTensor):
         request = xla_quantized.widened(request)
     product = {"reference": reference, "xla": xla}.get(request.implementation, automatic)
@@ -275,6 +310,7 @@ KERNELS = {
         require=lambda target: None,
         unsupported_reason=_cpu_reason,
         run=_run_cpu,
+        adds_offsets=True,
     ),
 }
 """By name, the fastest first."""

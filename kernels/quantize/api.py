@@ -23,6 +23,9 @@ STEPS: dict[Format, tuple[float, ...]] = {
 """A scale is a block's largest magnitude over one of these, whichever rounds the block best. Of
 int4, 8 has all sixteen codes, 7 keeps weights that were symmetric, more clip the largest for finer
 steps."""
+AFFINE_STEPS = (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0, 15.5, 16.0, 17.0, 18.0)
+"""Likewise of an affine grid, over a block's span. 15 has all sixteen codes; less finds again what
+was rounded to some of them, by whatever method; more clips both ends for finer steps."""
 
 
 def quantize(
@@ -32,57 +35,85 @@ def quantize(
     dims: MatrixDims = MATRIX,
     block_size: int = 128,
     scale_dtype: str = "float32",
+    is_affine: bool = False,
 ) -> QTensor:
     """Returns w rounded to the nearest value that the format holds, in canonical order.
 
     A block's scale takes its largest magnitude to the format's largest value or, of int8 and int4,
-    near it (STEPS), where its squared error is least. There is no zero point; int4's scale is
-    negative where the largest weight is positive, so that this one becomes -8. Blocks lie along the
-    inputs, which a product sums over (reference/methods.md D1).
+    near it (STEPS), where its squared error is least. Without offsets int4's scale is negative
+    where the largest weight is positive, so that this one becomes -8. An affine grid begins at a
+    block's least weight, or near it (AFFINE_STEPS). Blocks lie along the inputs, which a product
+    sums over (reference/methods.md D1).
 
     Args:
       w: float, its last dimensions those of one matrix.
       dims: which they are; the default is [..., K, N].
       block_size: inputs that share a scale; must divide K, the product of the inputs' dimensions.
-      scale_dtype: float32, or bfloat16 (rounded up, so that no weight is clipped by it).
+      scale_dtype: float32, or bfloat16 (rounded up, so that no weight is clipped by it; of an
+        affine grid, whose middle stays where it is, to the nearest).
+      is_affine: of int4: whether blocks have an offset, too, as llama.cpp's Q4_1 and Q4_K. Weights
+        that were rounded to such blocks, or without an offset, are found again, but for what the
+        scale's dtype does to scales and offsets.
     Raises:
-      ValueError: an unknown format or scale dtype, a block_size that does not divide K, or, where
-        w's values are known, some that are not finite.
+      ValueError: an unknown format or scale dtype, an affine grid of another format than int4, a
+        block_size that does not divide K, or, where w's values are known, some that are not finite.
     Numerics: |w - dequantize(q)| <= scale / 2 for int8; for fp8_e4m3 at most max(|w| / 16, scale /
       1024); of int4 the squared errors of a block are together at most those of codes from -7 to 7
-      with the scale largest / 7; an all-zero block stays zero.
+      with the scale largest / 7, affine of codes from 0 to 15 with the scale span / 15; an all-zero
+      block stays zero.
     """
-    check(w, format, dims, block_size, scale_dtype)
-    return _rounded(w, format, dims, block_size, scale_dtype)
+    check(w, format, dims, block_size, scale_dtype, is_affine)
+    return _rounded(w, format, dims, block_size, scale_dtype, is_affine)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _rounded(
-    w: jax.Array, format: Format, dims: MatrixDims, block_size: int, scale_dtype: str
+    w: jax.Array,
+    format: Format,
+    dims: MatrixDims,
+    block_size: int,
+    scale_dtype: str,
+    is_affine: bool,
 ) -> QTensor:
     """`quantize` without its checks, as one program."""
     spec = FORMATS[format]
     stack, inputs, outputs = dims.split(w.shape)
     w_NK = _outputs_first(w.astype(jnp.float32), stack, inputs, outputs, dims)
     w_NSZ = w_NK.reshape(*w_NK.shape[:-1], -1, block_size)
-    scale_NS1 = _best_scales(w_NSZ, format, scale_dtype)
+    offset_NS1 = None
+    if is_affine:
+        scale_NS1, offset_NS1 = _best_affine(w_NSZ, format, scale_dtype)
+        w_NSZ = w_NSZ - offset_NS1.astype(jnp.float32)
+    else:
+        scale_NS1 = _best_scales(w_NSZ, format, scale_dtype)
     # Clipped before the cast: beyond 448, e4m3 has only NaN.
     ratio_NK = jnp.clip(_ratio(w_NSZ, scale_NS1), spec.least, spec.largest).reshape(w_NK.shape)
     if format == "fp8_e4m3":
         values = ratio_NK.astype(spec.dtype)
     else:
         values = pack(jnp.round(ratio_NK).astype(jnp.int8), spec.bits, "canonical")
-    scales_SN = jnp.swapaxes(scale_NS1[..., 0], -1, -2)
+    scales_SN, offsets_SN = (
+        None if x_NS1 is None else jnp.swapaxes(x_NS1[..., 0], -1, -2)
+        for x_NS1 in (scale_NS1, offset_NS1)
+    )
+    assert scales_SN is not None
     first = dims.outputs_first
-    return QTensor(values, scales_SN, format, block_size, "canonical", inputs, outputs, first)
+    return QTensor(
+        values, scales_SN, format, block_size, "canonical", inputs, outputs, first, offsets_SN
+    )
 
 
 def dequantize(weight: QTensor, dtype: str = "float32") -> jax.Array:
     """The weights that a QTensor stands for, of its shape: the definition of correct."""
     stored = unpack(weight.values, weight.bits, weight.packing)
-    scale_SN = unpack_scales(weight.scales.astype(jnp.float32), weight.packing)
-    scale_NS = jnp.swapaxes(scale_SN, -1, -2)
-    w_NK = stored.astype(jnp.float32) * jnp.repeat(scale_NS, weight.block_size, axis=-1)
+
+    def of_inputs(x: jax.Array) -> jax.Array:
+        x_SN = unpack_scales(x.astype(jnp.float32), weight.packing)
+        return jnp.repeat(jnp.swapaxes(x_SN, -1, -2), weight.block_size, axis=-1)
+
+    w_NK = stored.astype(jnp.float32) * of_inputs(weight.scales)
+    if weight.offsets is not None:
+        w_NK += of_inputs(weight.offsets)
     w = w_NK if weight.outputs_first else jnp.swapaxes(w_NK, -1, -2)
     return w.reshape(weight.shape).astype(dtype)
 
@@ -101,16 +132,22 @@ def take_outputs(weight: QTensor, ids: jax.Array, dtype: str = "float32") -> jax
     """
     assert not weight.stack
     num_inputs, num_outputs = weight.matrix_shape
-    values, scales = weight.values, weight.scales
-    if weight.packing == "panels":
+    values, is_panels = weight.values, weight.packing == "panels"
+    panel, place = ids // PANEL_OUTPUTS, ids % PANEL_OUTPUTS
+    if is_panels:
         panels = values.reshape(num_outputs // PANEL_OUTPUTS, -1, PANEL_OUTPUTS, 4)
-        panel, place = ids // PANEL_OUTPUTS, ids % PANEL_OUTPUTS
-        of_ids, scales_S = panels[panel, :, place], scales[panel, :, place]
+        of_ids = panels[panel, :, place]
     else:
-        of_ids, scales_S = values[ids], jnp.moveaxis(scales, -1, 0)[ids]
+        of_ids = values[ids]
+
+    def of_inputs(x: jax.Array) -> jax.Array:
+        x_S = x[panel, :, place] if is_panels else jnp.moveaxis(x, -1, 0)[ids]
+        return jnp.repeat(x_S.astype(jnp.float32), weight.block_size, axis=-1)
+
     stored = unpack_output(of_ids.reshape(*ids.shape, -1), weight.bits, weight.packing)
-    scales_S = jnp.repeat(scales_S.astype(jnp.float32), weight.block_size, axis=-1)
-    w_K = stored.astype(jnp.float32) * scales_S
+    w_K = stored.astype(jnp.float32) * of_inputs(weight.scales)
+    if weight.offsets is not None:
+        w_K += of_inputs(weight.offsets)
     return w_K.reshape(*ids.shape, *(weight.inputs or (num_inputs,))).astype(dtype)
 
 
@@ -159,6 +196,35 @@ def _best_scales(w_NSZ: jax.Array, format: Format, dtype: str) -> jax.Array:
     return best_NS1
 
 
+def _best_affine(w_NSZ: jax.Array, format: Format, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """The scale, and the offset of code 0, that round each block best, [..., N, S, 1]."""
+    spec = FORMATS[format]
+    highest_NS1, lowest_NS1 = (of(w_NSZ, axis=-1, keepdims=True) for of in (jnp.max, jnp.min))
+    # Halves first: the sum of two weights may be no float32.
+    middle_NS1 = 0.5 * highest_NS1 + 0.5 * lowest_NS1
+    half_span_NS1 = 0.5 * highest_NS1 - 0.5 * lowest_NS1
+
+    def try_step(best: tuple[jax.Array, jax.Array, jax.Array], step: jax.Array) -> Any:
+        scale_NS1 = (half_span_NS1 / (0.5 * step)).astype(dtype)
+        used = jnp.minimum(step, spec.largest - spec.least)  # codes above the first
+        start_NS1 = middle_NS1 - (0.5 * used + spec.least) * scale_NS1.astype(jnp.float32)
+        offset_NS1 = start_NS1.astype(dtype)
+        ratio_NSZ = _ratio(w_NSZ - offset_NS1.astype(jnp.float32), scale_NS1)
+        off_NSZ = jnp.clip(jnp.round(ratio_NSZ), spec.least, spec.largest) - ratio_NSZ
+        # In units of the block's span, whose square may be no float32.
+        error_NS1 = jnp.square(off_NSZ / step).sum(axis=-1, keepdims=True)
+        is_better_NS1 = error_NS1 < best[-1]
+        tried = (scale_NS1, offset_NS1, error_NS1)
+        chosen = [jnp.where(is_better_NS1, new, old) for new, old in zip(tried, best, strict=True)]
+        return tuple(chosen), None
+
+    zero_NS1 = jnp.zeros_like(middle_NS1, dtype)
+    none = zero_NS1, zero_NS1, jnp.full_like(middle_NS1, jnp.inf)
+    # One after the other, as in _best_scales.
+    best, _ = jax.lax.scan(try_step, none, jnp.asarray(AFFINE_STEPS, jnp.float32))
+    return best[0], best[1]
+
+
 def _round_up(scale: jax.Array, dtype: str) -> jax.Array:
     """scale in the dtype, never below what it was."""
     rounded = scale.astype(dtype)
@@ -167,7 +233,12 @@ def _round_up(scale: jax.Array, dtype: str) -> jax.Array:
 
 
 def check(
-    w: jax.Array, format: Format, dims: MatrixDims, block_size: int, scale_dtype: str
+    w: jax.Array,
+    format: Format,
+    dims: MatrixDims,
+    block_size: int,
+    scale_dtype: str,
+    is_affine: bool,
 ) -> None:
     """
     Raises:
@@ -177,6 +248,8 @@ def check(
         raise ValueError(f"format {format!r} must be one of {sorted(FORMATS)}")
     if scale_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"scale_dtype {scale_dtype!r} must be float32 or bfloat16")
+    if is_affine and format != "int4":
+        raise ValueError(f"an affine grid is one of int4, not of {format}")
     num_inputs = math.prod(dims.split(w.shape)[1])
     if block_size < 1 or num_inputs % block_size:
         raise ValueError(

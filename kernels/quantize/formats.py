@@ -15,9 +15,17 @@ from kernels.quantize.native import quantize_panels
 from kernels.quantize.packing import PANEL_OUTPUTS, repack
 from kernels.quantize.qtensor import Format, MatrixDims, Packing, QTensor
 
-WeightFormat = Literal["float32", "bfloat16", "fp8", "int8", "int4"]
-QUANTIZED: dict[WeightFormat, Format] = {"fp8": "fp8_e4m3", "int8": "int8", "int4": "int4"}
+WeightFormat = Literal["float32", "bfloat16", "fp8", "int8", "int4", "int4_affine"]
+QUANTIZED: dict[WeightFormat, Format] = {
+    "fp8": "fp8_e4m3",
+    "int8": "int8",
+    "int4": "int4",
+    "int4_affine": "int4",
+}
 """Those whose weights are QTensors; the other two are plain arrays."""
+AFFINE: tuple[WeightFormat, ...] = ("int4_affine",)
+"""Those whose blocks have an offset."""
+FOUR_BITS: tuple[WeightFormat, ...] = ("int4", "int4_affine")
 
 CPU_BLOCK, GPU_BLOCK = 32, 128
 """Inputs that share a scale: as llama.cpp's Q8_0 and Q4_0 have it, and what a step of a GPU's
@@ -100,11 +108,16 @@ def to_format(
         raise ValueError(f"{reason}: leave it in float32 or bfloat16")
     block_size = choose_block_size(math.prod(dims.split(w.shape)[1]), quantized, target)
     assert block_size is not None
-    scales, packing = scale_dtype(target), preferred_packing(quantized, target)
-    if packing == "panels":
-        w = w.astype("float32")
-        return quantize_panels(w, quantized, dims=dims, block_size=block_size, scale_dtype=scales)
-    rounded = quantize(w, quantized, dims=dims, block_size=block_size, scale_dtype=scales)
+    packing = preferred_packing(quantized, target)
+    is_panels = packing == "panels"
+    rounded = (quantize_panels if is_panels else quantize)(
+        w.astype("float32") if is_panels else w,
+        quantized,
+        dims=dims,
+        block_size=block_size,
+        scale_dtype=scale_dtype(target),
+        is_affine=format in AFFINE,
+    )
     return repack(rounded, packing)
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from kernels import native
-from kernels.quantize.api import MATRIX, STEPS, check
+from kernels.quantize.api import AFFINE_STEPS, MATRIX, STEPS, check
 from kernels.quantize.packing import PANEL_OUTPUTS
 from kernels.quantize.qtensor import FORMATS, Format, MatrixDims, QTensor
 
@@ -18,6 +18,7 @@ def quantize_panels(
     dims: MatrixDims = MATRIX,
     block_size: int,
     scale_dtype: str,
+    is_affine: bool = False,
 ) -> QTensor:
     """Returns `repack(quantize(w, ...), "panels")`, but for blocks that two of the scales tried
     round equally well, within rounding: there it may be the other one.
@@ -28,7 +29,7 @@ def quantize_panels(
     Raises:
       ValueError: as `quantize`.
     """
-    check(w, format, dims, block_size, scale_dtype)
+    check(w, format, dims, block_size, scale_dtype, is_affine)
     spec = FORMATS[format]
     stack, inputs, outputs = dims.split(w.shape)
     num_inputs, num_outputs = math.prod(inputs), math.prod(outputs)
@@ -38,15 +39,16 @@ def quantize_panels(
     shapes = (
         jax.ShapeDtypeStruct((count, num_outputs, num_inputs * spec.bits // 8), spec.dtype),
         jax.ShapeDtypeStruct((count, *panels), scale_dtype),
+        jax.ShapeDtypeStruct((count, *panels) if is_affine else (0,), scale_dtype),
     )
-    values, scales = native.call(
+    values, scales, offsets = native.call(
         "moesaic_quantize",
         shapes,
         w.reshape(count, *matrix),
         largest=np.float32(spec.largest),
         least=np.float32(spec.least),
         outputs_first=dims.outputs_first,
-        steps=np.array(STEPS[format], np.float32),
+        steps=np.array(AFFINE_STEPS if is_affine else STEPS[format], np.float32),
     )
     return QTensor(
         values.reshape(*stack, *values.shape[1:]),
@@ -57,4 +59,5 @@ def quantize_panels(
         inputs,
         outputs,
         dims.outputs_first,
+        offsets.reshape(*stack, *panels) if is_affine else None,
     )

@@ -7,7 +7,7 @@ and 2b + 1. What checkpoints keep.
 `split_128` (Pallas-Triton, int4): within every 128 inputs, byte b holds inputs b (low) and b + 64.
 `panels` (native CPU kernels): 16 outputs side by side with four inputs each, so that 64 bytes are
 one instruction's operands: [N/16, K/4, 16, 4]; of int4 [N/16, K/8, 16, 4] bytes whose low nibbles
-are the first four of eight inputs. A panel's scales lie together too: [N/16, S, 16].
+are the first four of eight inputs. A panel's scales, and offsets, lie together too: [N/16, S, 16].
 """
 
 import dataclasses
@@ -108,8 +108,13 @@ def repack(weight: QTensor, packing: Packing) -> QTensor:
         return weight
     plain = unpack(weight.values, weight.bits, weight.packing)
     values = pack(plain, weight.bits, packing)
-    scales = pack_scales(unpack_scales(weight.scales, weight.packing), packing)
-    return dataclasses.replace(weight, values=values, scales=scales, packing=packing)
+    scales, offsets = (
+        None if x is None else pack_scales(unpack_scales(x, weight.packing), packing)
+        for x in (weight.scales, weight.offsets)
+    )
+    return dataclasses.replace(
+        weight, values=values, scales=scales, offsets=offsets, packing=packing
+    )
 
 
 def _check(num_outputs: int, num_inputs: int, bits: int, packing: Packing) -> None:

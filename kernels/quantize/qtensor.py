@@ -1,4 +1,5 @@
-"""The QTensor: a weight, or a stack of them, in few bits with a scale for each block of inputs.
+"""The QTensor: a weight, or a stack of them, in few bits with a scale for each block of inputs, and
+where its grid is affine an offset.
 
 K inputs, N outputs, S blocks of inputs (K / block_size). Leading dimensions (layers, experts) are
 written "...".
@@ -69,12 +70,13 @@ class MatrixDims(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "scales"),
+    data_fields=("values", "scales", "offsets"),
     meta_fields=("format", "block_size", "packing", "inputs", "outputs", "outputs_first"),
 )
 @dataclass(frozen=True)
 class QTensor:
-    """w[..., k, n] = values[..., n, k] * scales[..., k // block_size, n], of a weight's shape.
+    """w[..., k, n] = values[..., n, k] * scales[..., s, n] + offsets[..., s, n], of a weight's
+    shape, where s = k // block_size.
 
     Passes through jit, scan and checkpoints as a weight; only kernels/ opens it. The stack's
     dimensions follow from the stored ones, so slicing them (as a scan over layers does, or a mesh
@@ -95,6 +97,8 @@ class QTensor:
     outputs: tuple[int, ...] | None = None
     """Sizes of the outputs' dimensions; None: one, N."""
     outputs_first: bool = False
+    offsets: jax.Array | None = None
+    """Laid out as scales, in their dtype; None: all are 0."""
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -135,8 +139,8 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and scales."""
-        return self.values.nbytes + self.scales.nbytes
+        """Bytes of values, scales and offsets."""
+        return sum(array.nbytes for array in jax.tree.leaves(self))
 
     def as_matrices(self) -> "QTensor":
         """The same weights as [..., K, N]."""

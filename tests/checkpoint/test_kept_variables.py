@@ -26,6 +26,7 @@ def some_variables():
             "z": {**plain, "scalar": jnp.float32(3.5), "none": jnp.zeros((4, 0))},
             "a": {
                 "int4": rounded("int4", "panels", scale_dtype="bfloat16"),
+                "affine": rounded("int4", "panels", scale_dtype="bfloat16", is_affine=True),
                 "int8": rounded("int8", "canonical"),
                 "fp8": rounded("fp8_e4m3", "canonical").as_matrices(),
             },

@@ -51,7 +51,9 @@ def test_peak_memory_is_the_result_and_a_piece(checkpoint, dtype, mesh):
 
 
 @pytest.mark.skipif(not native.is_available(), reason="no native library to round in place")
-@pytest.mark.parametrize(("weights", "bits"), [("fp8", 8.5), ("int8", 8.5), ("int4", 4.5)])
+@pytest.mark.parametrize(
+    ("weights", "bits"), [("fp8", 8.5), ("int8", 8.5), ("int4", 4.5), ("int4_affine", 5)]
+)
 def test_few_bits_take_their_own_memory_and_one_tensor(checkpoint, weights, bits):
     """Rounded as they are read: floats are there of one tensor at a time."""
     used = measured(checkpoint, "weights", weights)

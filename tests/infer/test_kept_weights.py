@@ -62,7 +62,7 @@ def never_read(monkeypatch):
     return lambda: monkeypatch.setattr(sources, "abstract_on_mesh", refuse)
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8", "int8", "int4", "int4_affine"])
 def test_kept_weights_are_those_that_loading_makes(mixtral, tmp_path, never_read, weights):
     kept = store(tmp_path)
     model, made = open_source(str(mixtral)).load(weights=weights, for_decoding=True, kept=kept)

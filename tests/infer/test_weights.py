@@ -165,7 +165,11 @@ def with_floats(variables):
 
 @pytest.mark.parametrize(
     ("name", "weights"),
-    [*((name, weights) for name in CONFIGS for weights in ("int8", "int4")), ("experts", "fp8")],
+    [
+        *((name, weights) for name in CONFIGS for weights in ("int8", "int4")),
+        ("experts", "fp8"),
+        *((name, "int4_affine") for name in ("dense", "experts", "gpt-oss")),
+    ],
 )
 @pytest.mark.thinned(4)
 @pytest.mark.usefixtures("exact_rows")
@@ -349,6 +353,7 @@ def on_mesh(config, weights, mesh):
         ("experts", "int4", (1, 4, 1)),
         ("experts", "int8", (1, 2, 2)),
         ("gpt-oss", "int4", (1, 1, 2)),
+        ("experts", "int4_affine", (1, 2, 2)),
         ("dense", "fp8", (2, 1, 2)),
         ("relative", "int8", (1, 1, 4)),
         ("switches", "int8", (1, 4, 1)),

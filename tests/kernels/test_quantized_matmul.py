@@ -25,12 +25,15 @@ needs_native = pytest.mark.skipif(
 # One program for each shape: operation by operation, compiling would take most of the tests' time.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def quantized(w, format, block_size, scale_dtype, packing):
-    weight = quantize(w, format, block_size=block_size, scale_dtype=scale_dtype)
+    of_blocks = {"block_size": block_size, "scale_dtype": scale_dtype}
+    is_affine = format == "int4_affine"
+    weight = quantize(w, "int4" if is_affine else format, is_affine=is_affine, **of_blocks)
     return repack(weight, packing)
 
 
 to_floats = jax.jit(dequantize)
 CHOICES = ("activations", "fixed_order", "implementation")
+FORMATS = ("int8", "int4", "int4_affine", "fp8_e4m3")
 multiply = jax.jit(grouped_matmul, static_argnames=CHOICES)
 swiglu = jax.jit(grouped_swiglu, static_argnames=CHOICES)
 multiply_int8 = functools.partial(multiply, activations="int8")
@@ -70,7 +73,7 @@ def rounding_bound(x, weight, group_sizes):
 
 
 @needs_native
-@pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.thinned(4)
 def test_native_float_product_is_the_definition_s(name, format, isa_or_tiles):
@@ -81,7 +84,7 @@ def test_native_float_product_is_the_definition_s(name, format, isa_or_tiles):
 
 
 @needs_native
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4", "int4_affine"])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.thinned(3)
 def test_native_rounded_product_is_within_half_a_step(name, format, isa_or_tiles):
@@ -95,7 +98,7 @@ def test_native_rounded_product_is_within_half_a_step(name, format, isa_or_tiles
 
 
 @needs_native
-@pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.thinned(12)
 def test_what_is_fastest_errs_no_more_than_rounding(name, format, isa_or_tiles):
@@ -112,12 +115,13 @@ def test_what_is_fastest_errs_no_more_than_rounding(name, format, isa_or_tiles):
 
 
 @needs_native
+@pytest.mark.parametrize("format", ["int4", "int4_affine"])
 @pytest.mark.parametrize("activations", ["float", "int8", "auto"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.thinned(4)
-def test_swiglu_gates_the_halves_of_one_product(name, activations, isa_or_tiles):
+@pytest.mark.thinned(8)
+def test_swiglu_gates_the_halves_of_one_product(name, activations, format, isa_or_tiles):
     """A version that took up's columns for the gate's, or every other one, would differ."""
-    x, weight, sizes = draw(CASES[name], "int4", halves=2)
+    x, weight, sizes = draw(CASES[name], format, halves=2)
     how = {"activations": activations, "implementation": "cpu"}
     y = swiglu(x, weight, sizes, **how)
     gate, up = np.split(np.asarray(multiply(x, weight, sizes, **how)), 2, axis=1)
@@ -203,7 +207,7 @@ def test_what_is_not_finite_is_not_lost(value, rows, activations, isa_or_tiles):
     st.integers(1, 6),
     st.sampled_from([8, 16, 24, 32]),
     st.integers(1, 5),
-    st.sampled_from(["int8", "int4"]),
+    st.sampled_from(["int8", "int4", "int4_affine"]),
 )
 @pytest.mark.slow
 def test_any_shape(group_sizes, spare, blocks, block_size, panels, format):
@@ -219,7 +223,7 @@ def test_any_shape(group_sizes, spare, blocks, block_size, panels, format):
     np.testing.assert_allclose(y, expected(x, weight, sizes), rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("format", ["fp8_e4m3", "int8", "int4"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_every_format_multiplies(format, implementation):
     case = CASES["skewed"]
@@ -227,6 +231,26 @@ def test_every_format_multiplies(format, implementation):
     used = sum(case.group_sizes)
     y = grouped_matmul(x, weight, sizes, implementation=implementation)[:used]
     np.testing.assert_allclose(y, expected(x, weight, sizes)[:used], rtol=1e-5, atol=1e-3)
+
+
+@needs_native
+@pytest.mark.parametrize("activations", ["float", "auto"])
+@pytest.mark.parametrize("rows", [1, 2, 6, 30])
+def test_offsets_are_added_to_large_ones_too(rows, activations, isa_or_tiles):
+    """Weights far from zero beside their span, whose offsets are most of them; a product that took
+    another block's, or another panel's, would be far off."""
+    random = np.random.RandomState(0)
+    x = random.standard_normal((rows, 96)).astype(np.float32)
+    middle = random.uniform(-30, 30, (3, 1, 48))
+    w = (middle + random.standard_normal((3, 32, 48))).reshape(96, 48).astype(np.float32)
+    weight = quantized(w, "int4_affine", 32, "float32", "panels")
+    how = {"activations": activations, "implementation": "cpu"}
+    y = one_product(x, weight, **how)
+    exact_w = np.asarray(to_floats(weight), np.float64)
+    np.testing.assert_allclose(exact_w, w, atol=0.3)
+    span = 6.0  # of normal weights; x in 8 bits, or weights in bfloat16, meet no more than that
+    bound = np.abs(x).sum(1, keepdims=True) * span * (2.0**-7 if activations == "auto" else 2e-6)
+    assert (np.abs(y - x.astype(np.float64) @ exact_w) <= bound + 1e-4).all()
 
 
 def test_gate_and_up_may_be_a_dimension():
@@ -290,7 +314,7 @@ def check_fixed_order(multiply, x, weight):
 
 @needs_native
 @pytest.mark.parametrize("activations", ["auto", "float", "int8"])
-@pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("op", [multiply, swiglu], ids=["grouped_matmul", "grouped_swiglu"])
 @pytest.mark.thinned(3)
 def test_a_row_s_bits_do_not_depend_on_the_rows_beside_it(op, format, activations, isa_or_tiles):
@@ -336,7 +360,7 @@ def test_without_it_bits_do_depend_on_them():
 
 @needs_native
 @pytest.mark.parametrize("rows", [4, 16, 64])
-@pytest.mark.parametrize("format", ["int8", "int4", "fp8_e4m3", "bfloat16"])
+@pytest.mark.parametrize("format", [*FORMATS, "bfloat16"])
 def test_with_as_many_rows_bits_do_not_depend_on_their_groups(format, rows, isa_or_tiles):
     """Of what is fastest, which few and many rows meet in other ways: a request's rows go to
     experts beside others' rows, or alone. All matrices are the same one.

@@ -10,7 +10,7 @@ import pytest
 
 import kernels.quantize
 from kernels.backend import A100, H100, INTERPRET, Target
-from kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from kernels.grouped_matmul import api, grouped_matmul, grouped_swiglu, implementations
 from kernels.grouped_matmul import pallas_triton_quantized as kernel
 from kernels.grouped_matmul.scaled_rows import scale_rows, unscale_rows
 from kernels.quantize import quantize
@@ -114,6 +114,23 @@ def test_rows_in_fp8_need_hopper_and_weights_in_fp8():
         kernel.grouped_matmul(rows, weight, sizes, target=A100)
     with pytest.raises(NotImplementedError, match="not with int8 in blocks of 128"):
         kernel.grouped_matmul(rows, weight, sizes, target=H100)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_offsets_are_added_beside_the_kernel(gated, monkeypatch):
+    """With the gradient of x, by the implementation's name, as a model takes it."""
+    monkeypatch.setattr(implementations.backend, "require_triton", lambda target: None)
+    monkeypatch.setattr(api, "current_target", lambda: INTERPRET)
+    x, _, sizes, dy = draw("int4")
+    random = np.random.RandomState(5)
+    w = random.randn(len(SIZES), D_IN, D_OUT * (2 if gated else 1)).astype(np.float32) + 0.5
+    weight = repack(quantize(w * D_IN**-0.5, "int4", is_affine=True), "split_128")
+    op, theirs = (grouped_swiglu, reference_swiglu) if gated else (grouped_matmul, reference)
+    ours = functools.partial(op, implementation="triton")
+    pair = (with_gradient(f, f is theirs, x, weight, sizes, dy) for f in (ours, theirs))
+    used = sum(SIZES)
+    for a, b, what in zip(*pair, ("y", "dx"), strict=True):
+        np.testing.assert_allclose(a[:used], b[:used], err_msg=what, **TOLERANCE)
 
 
 def test_rows_are_gathered():

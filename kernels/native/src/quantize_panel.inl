@@ -67,14 +67,58 @@ static void BestScales(const Rounding& rounding, const float* block, int64_t inp
   }
 }
 
+// A number as it is kept, the nearest there is.
+MOESAIC_INLINE Vector Nearest(Vector x, bool is_bfloat16) {
+  if (!is_bfloat16) return x;
+  const IntVector bits = (IntVector)x;
+  return (Vector)((bits + 0x7FFF + ((bits >> 16) & 1)) & static_cast<int32_t>(0xFFFF0000));
+}
+
+// The scale and offset that round the block's 16 outputs best; see api.py: _best_affine.
+static void BestAffine(const Rounding& rounding, const float* block, int64_t inputs,
+                       float* best_scales, float* best_offsets) {
+  const float codes = rounding.largest - rounding.least;
+  for (int64_t part = 0; part < kParts; ++part, block += kLanes) {
+    Vector highest = Load(block), lowest = highest;
+    for (int64_t k = 1; k < inputs; ++k) {
+      const Vector w = Load(block + k * kPanelOutputs);
+      highest = Larger(w, highest);
+      lowest = w < lowest ? w : lowest;
+    }
+    const Vector middle = 0.5f * highest + 0.5f * lowest, half_span = 0.5f * highest - 0.5f * lowest;
+    Vector scale = {}, offset = {}, least_error = Broadcast(__builtin_inff());
+    for (int64_t i = 0; i < rounding.num_steps; ++i) {
+      const float step = rounding.steps[i], used = step < codes ? step : codes;
+      const Vector tried = Nearest(half_span / (0.5f * step), rounding.are_scales_bfloat16);
+      const Vector start =
+          Nearest(middle - (0.5f * used + rounding.least) * tried, rounding.are_scales_bfloat16);
+      const Vector divisor = Divisor(tried);
+      Vector error = {};
+      for (int64_t k = 0; k < inputs; ++k) {
+        const Vector ratio = (Load(block + k * kPanelOutputs) - start) / divisor;
+        const Vector off = (Clip(RoundToEven(ratio), rounding.least, rounding.largest) - ratio) / step;
+        error += off * off;
+      }
+      const IntVector is_better = error < least_error;
+      scale = is_better ? tried : scale;
+      offset = is_better ? start : offset;
+      least_error = is_better ? error : least_error;
+    }
+    Store(best_scales + part * kLanes, scale);
+    Store(best_offsets + part * kLanes, offset);
+  }
+}
+
 // Codes of a block's 16 outputs, [inputs, 16].
 static void Codes(const Rounding& rounding, const float* block, int64_t inputs, const float* scales,
-                  int32_t* codes) {
+                  const float* offsets, int32_t* codes) {
   for (int64_t part = 0; part < kParts; ++part) {
     const Vector divisor = Divisor(Load(scales + part * kLanes));
+    const Vector offset = Load(offsets + part * kLanes);
     for (int64_t k = 0; k < inputs; ++k) {
       const int64_t at = k * kPanelOutputs + part * kLanes;
-      const Vector ratio = Clip(Load(block + at) / divisor, rounding.least, rounding.largest);
+      const Vector ratio =
+          Clip((Load(block + at) - offset) / divisor, rounding.least, rounding.largest);
       const IntVector code = rounding.format == Format::kE4m3
                                  ? ToE4m3(ratio)
                                  : __builtin_convertvector(RoundToEven(ratio), IntVector);
@@ -83,11 +127,25 @@ static void Codes(const Rounding& rounding, const float* block, int64_t inputs, 
   }
 }
 
+// Writes what a block's 16 outputs have, which bfloat16 holds if it is to, from index `at` on.
+static void Keep(const float* of_outputs, bool is_bfloat16, void* kept, int64_t at) {
+  for (int64_t i = 0; i < kPanelOutputs; ++i) {
+    uint32_t word;
+    __builtin_memcpy(&word, of_outputs + i, sizeof(word));
+    if (is_bfloat16) {
+      static_cast<uint16_t*>(kept)[at + i] = word >> 16;
+    } else {
+      static_cast<float*>(kept)[at + i] = of_outputs[i];
+    }
+  }
+}
+
 // See QuantizedKernels::quantize_panel.
 static void QuantizePanel(const Rounding& rounding, const float* from, int64_t input_stride,
-                          int64_t output_stride, int64_t inputs, uint8_t* values, void* kept) {
+                          int64_t output_stride, int64_t inputs, uint8_t* values,
+                          void* kept_scales, void* kept_offsets) {
   alignas(64) float block[kMostBlockInputs * kPanelOutputs];
-  alignas(64) float scales[kPanelOutputs];
+  alignas(64) float scales[kPanelOutputs], offsets[kPanelOutputs] = {};
   alignas(64) int32_t codes[kMostBlockInputs * kPanelOutputs];
   const int bits = BitsOf(rounding.format), group = 32 / bits;
   for (int64_t begin = 0; begin < inputs; begin += rounding.block) {
@@ -95,8 +153,12 @@ static void QuantizePanel(const Rounding& rounding, const float* from, int64_t i
       const float* row = from + (begin + k) * input_stride;
       for (int64_t i = 0; i < kPanelOutputs; ++i) block[k * kPanelOutputs + i] = row[i * output_stride];
     }
-    BestScales(rounding, block, rounding.block, scales);
-    Codes(rounding, block, rounding.block, scales, codes);
+    if (rounding.is_affine) {
+      BestAffine(rounding, block, rounding.block, scales, offsets);
+    } else {
+      BestScales(rounding, block, rounding.block, scales);
+    }
+    Codes(rounding, block, rounding.block, scales, offsets, codes);
     for (int64_t k = 0; k < rounding.block; k += group) {
       for (int64_t i = 0; i < kPanelOutputs; ++i) {
         uint32_t word = 0;
@@ -108,16 +170,8 @@ static void QuantizePanel(const Rounding& rounding, const float* from, int64_t i
         values += sizeof(word);
       }
     }
-    for (int64_t i = 0; i < kPanelOutputs; ++i) {
-      uint32_t word;
-      __builtin_memcpy(&word, scales + i, sizeof(word));
-      const uint16_t half = word >> 16;
-      const int64_t at = begin / rounding.block * kPanelOutputs + i;
-      if (rounding.are_scales_bfloat16) {
-        static_cast<uint16_t*>(kept)[at] = half;
-      } else {
-        static_cast<float*>(kept)[at] = scales[i];
-      }
-    }
+    const int64_t at = begin / rounding.block * kPanelOutputs;
+    Keep(scales, rounding.are_scales_bfloat16, kept_scales, at);
+    if (rounding.is_affine) Keep(offsets, rounding.are_scales_bfloat16, kept_offsets, at);
   }
 }

@@ -24,6 +24,7 @@ constexpr int BitsOf(Format format) { return format == Format::kInt4 ? 4 : 8; }
 struct QuantizedMatrix {
   const uint8_t* values;  // panels, one after the other
   const void* scales;     // [outputs / 16, inputs / block, 16], float32 or bfloat16
+  const void* offsets;    // added to the values times scales, laid out as these; null: none
   bool are_scales_bfloat16;
   int64_t inputs, outputs;
   int64_t block;  // inputs that share a scale; a multiple of 8
@@ -71,9 +72,11 @@ constexpr int64_t kMostBlockInputs = 128;
 struct Rounding {
   Format format;
   float least, largest;  // stored values
-  // A block's scale is its largest magnitude over one of these, whichever rounds it best.
+  // A block's scale is its largest magnitude, or affine its span, over one of these, whichever rounds
+  // it best.
   const float* steps;
   int64_t num_steps;
+  bool is_affine;  // blocks have offsets
   int64_t block;  // inputs that share a scale
   bool are_scales_bfloat16;
 };
@@ -109,16 +112,22 @@ struct QuantizedKernels {
                 int32_t* starts);
   // The same as WordRows has it.
   void (*round_words)(const float* x, const QuantizedMatrix& w, int16_t* values, float* scales);
-  // Inputs [begin, begin + depth) of a panel as floats, [depth, stride] of which 16 are written.
-  // begin and depth are multiples of 8.
+  // The sums of each of x's blocks, [w.inputs / w.block].
+  void (*sum_blocks)(const float* x, const QuantizedMatrix& w, float* sums);
+  // y[rows, 16] += sums[rows, blocks] * a panel's offsets: what the ways above leave out.
+  void (*add_offsets)(const QuantizedMatrix& w, int64_t panel, const float* sums, int64_t rows,
+                      float* y, int64_t y_stride);
+  // Inputs [begin, begin + depth) of a panel as floats, without offsets, [depth, stride] of which 16
+  // are written. begin and depth are multiples of 8.
   void (*dequantize)(const QuantizedMatrix& w, int64_t panel, int64_t begin, int64_t depth,
                      float* to, int64_t stride);
   // gate becomes silu(gate) * up; count is a multiple of 16.
   void (*gate)(float* gate, const float* up, int64_t count);
   // Rounds a panel of floats, whose input k and output i are from[k * input_stride + i *
-  // output_stride], into its values and scales.
+  // output_stride], into its values, scales and, affine, offsets.
   void (*quantize_panel)(const Rounding& rounding, const float* from, int64_t input_stride,
-                         int64_t output_stride, int64_t inputs, uint8_t* values, void* scales);
+                         int64_t output_stride, int64_t inputs, uint8_t* values, void* scales,
+                         void* offsets);
 };
 
 }  // namespace moesaic

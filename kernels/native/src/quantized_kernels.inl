@@ -553,6 +553,54 @@ static void Dequantize(const QuantizedMatrix& w, int64_t panel, int64_t begin, i
   }
 }
 
+// See QuantizedKernels::sum_blocks.
+static void SumBlocks(const float* x, const QuantizedMatrix& w, float* sums) {
+  for (int64_t block = 0; block < w.inputs / w.block; ++block, x += w.block) {
+    float parts[8] = {};  // blocks are multiples of 8
+    for (int64_t k = 0; k < w.block; k += 8) {
+      for (int i = 0; i < 8; ++i) parts[i] += x[k + i];
+    }
+    sums[block] = ((parts[0] + parts[4]) + (parts[1] + parts[5])) +
+                  ((parts[2] + parts[6]) + (parts[3] + parts[7]));
+  }
+}
+
+template <int kRows>
+static void AddOffsetsToRows(const QuantizedMatrix& w, int64_t panel, const float* sums, float* y,
+                             int64_t y_stride) {
+  const int64_t blocks = w.inputs / w.block;
+  Vector total[kRows][kParts] = {};
+  for (int64_t block = 0; block < blocks; ++block) {
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < kParts; ++part) {
+      const Vector offset = OfBlock(w, w.offsets, panel, block, part);
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) {
+        total[row][part] += Broadcast(sums[row * blocks + block]) * offset;
+      }
+    }
+  }
+  for (int row = 0; row < kRows; ++row) {
+    for (int64_t part = 0; part < kParts; ++part) {
+      float* to = y + row * y_stride + part * kLanes;
+      Store(to, Load(to) + total[row][part]);
+    }
+  }
+}
+
+// See QuantizedKernels::add_offsets.
+static void AddOffsets(const QuantizedMatrix& w, int64_t panel, const float* sums, int64_t rows,
+                       float* y, int64_t y_stride) {
+  const int64_t blocks = w.inputs / w.block;
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) {
+    AddOffsetsToRows<4>(w, panel, sums + row * blocks, y + row * y_stride, y_stride);
+  }
+  for (; row < rows; ++row) {
+    AddOffsetsToRows<1>(w, panel, sums + row * blocks, y + row * y_stride, y_stride);
+  }
+}
+
 // See QuantizedKernels::gate. Beyond 88 a float32 has no exponential, and the gate is as good as 0.
 static void Gate(float* gate, const float* up, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -577,6 +625,8 @@ const QuantizedKernels kQuantizedKernels = {
     WordsTileUpTo<kWordTileRows>,
     Round,
     RoundWords,
+    SumBlocks,
+    AddOffsets,
     Dequantize,
     Gate,
     QuantizePanel};

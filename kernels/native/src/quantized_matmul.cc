@@ -48,6 +48,7 @@ enum class Activations : int64_t { kFloat, kInt8, kAuto };
 struct Weights {
   const uint8_t* values;
   const char* scales;
+  const char* offsets;  // null: none
   bool are_scales_bfloat16;
   int64_t groups, inputs, outputs, block;
   Format format;
@@ -55,9 +56,10 @@ struct Weights {
   int64_t RowBytes() const { return inputs * BitsOf(format) / 8; }
 
   QuantizedMatrix Of(int64_t group) const {
-    const int64_t scale_bytes = are_scales_bfloat16 ? 2 : 4;
+    const int64_t skipped = group * (inputs / block) * outputs * (are_scales_bfloat16 ? 2 : 4);
     return {values + group * outputs * RowBytes(),
-            scales + group * (inputs / block) * outputs * scale_bytes,
+            scales + skipped,
+            offsets == nullptr ? nullptr : offsets + skipped,
             are_scales_bfloat16,
             inputs,
             outputs,
@@ -125,6 +127,7 @@ struct Rows {
   int16_t* words;
   float* scales;
   int32_t* starts;
+  float* sums;  // of each block, [rows, blocks], for weights with offsets; else null
   TileRows tiles;
 
   RoundedRows Rounded(int64_t row) const {
@@ -137,7 +140,7 @@ struct Rows {
 
 // Where the thread that calls keeps rows, and where each keeps what it works on.
 struct Scratch {
-  Buffer values, scales, starts, halves, up, wide;
+  Buffer values, scales, starts, sums, halves, up, wide;
 
   static Scratch& OfThread() {
     thread_local Scratch scratch;
@@ -145,7 +148,7 @@ struct Scratch {
   }
 
   void Trim() {
-    for (Buffer* buffer : {&values, &scales, &starts, &halves}) buffer->Trim();
+    for (Buffer* buffer : {&values, &scales, &starts, &sums, &halves}) buffer->Trim();
   }
 };
 
@@ -174,19 +177,26 @@ Rows PrepareRows(ffi::ThreadPool& pool, const float* x, const Weights& weights, 
     halves = scratch.halves.Get<uint16_t>((num_rows + kTileSide) * half_width);
     rows.tiles.values = halves;
   }
-  if (!is_rounded && way != Way::kTiles && way != Way::kWords) return rows;
+  if (weights.offsets != nullptr) {
+    rows.sums = scratch.sums.Get<float>(num_rows * rows.blocks);
+  } else if (!is_rounded && way != Way::kTiles && way != Way::kWords) {
+    return rows;
+  }
   // A few rows at a time, all of one thread where there are no more.
   const int64_t chunk = kMaxRows;
   ParallelFor(pool, (num_rows + chunk - 1) / chunk, [&](int64_t index) {
     const int64_t first = index * chunk, end = std::min(first + chunk, num_rows);
     for (int64_t row = first; row < end; ++row) {
       const float* from = x + row * rows.inputs;
+      if (rows.sums != nullptr) {
+        CurrentIsa().quantized->sum_blocks(from, weights.Of(0), rows.sums + row * rows.blocks);
+      }
       if (way == Way::kTiles) {
         CurrentTiles()->round(from, rows.inputs, parts, halves + row * half_width);
       } else if (way == Way::kWords) {
         CurrentIsa().quantized->round_words(from, weights.Of(0), rows.words + row * rows.inputs,
                                             rows.scales + row * rows.blocks);
-      } else {
+      } else if (is_rounded) {
         CurrentIsa().quantized->round(from, weights.Of(0), rows.digits,
                                       rows.values + row * rows.digits * rows.inputs,
                                       rows.scales + row * rows.blocks,
@@ -275,9 +285,8 @@ void WideProduct(const QuantizedMatrix& w, const Rows& x, int64_t row, int64_t r
   }
 }
 
-// y[rows, cols] of one group from column `first` of w on.
-void Product(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, int64_t rows,
-             int64_t first, int64_t cols, float* y, int64_t y_stride) {
+void ProductWithoutOffsets(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row,
+                           int64_t rows, int64_t first, int64_t cols, float* y, int64_t y_stride) {
   const int parts = x.tiles.parts;
   const auto pack = [&](int64_t col, uint16_t* to) {
     CurrentTiles()->pack(w, (first + col) / kPanelOutputs, parts, to);
@@ -289,6 +298,17 @@ void Product(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, int6
     case Way::kTiles: return TileProduct(x.tiles.From(row), pack, parts, rows, cols, y, y_stride);
     case Way::kFloats: return FloatProduct(w, x, row, rows, first, cols, y, y_stride);
     default: return PanelProduct(w, x, way, row, rows, first, cols, y, y_stride);
+  }
+}
+
+// y[rows, cols] of one group from column `first` of w on.
+void Product(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, int64_t rows,
+             int64_t first, int64_t cols, float* y, int64_t y_stride) {
+  ProductWithoutOffsets(w, x, way, row, rows, first, cols, y, y_stride);
+  if (w.offsets == nullptr) return;
+  for (int64_t col = 0; col < cols; col += kPanelOutputs) {
+    CurrentIsa().quantized->add_offsets(w, (first + col) / kPanelOutputs, x.sums + row * x.blocks,
+                                        rows, y + col, y_stride);
   }
 }
 
@@ -310,8 +330,9 @@ void RunTask(const QuantizedMatrix& w, const Rows& x, Way way, int64_t row, cons
 
 // The weights in these buffers, or why they are none.
 ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuffer& scales,
-                                int64_t block) {
+                                const ffi::AnyBuffer& offsets, int64_t block) {
   const auto shape = values.dimensions(), scale_shape = scales.dimensions();
+  const bool has_offsets = offsets.element_count() > 0;
   const bool is_bfloat16 = scales.element_type() == ffi::BF16;
   const ffi::DataType type = values.element_type();
   if (shape.size() != 3 || scale_shape.size() != 4 ||
@@ -325,6 +346,7 @@ ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuff
                                           : Format::kE4m3;
   const Weights weights = {static_cast<const uint8_t*>(values.untyped_data()),
                            static_cast<const char*>(scales.untyped_data()),
+                           has_offsets ? static_cast<const char*>(offsets.untyped_data()) : nullptr,
                            is_bfloat16,
                            shape[0],
                            shape[2] * 8 / BitsOf(format),
@@ -337,15 +359,21 @@ ffi::ErrorOr<Weights> WeightsOf(const ffi::AnyBuffer& values, const ffi::AnyBuff
     return ffi::Unexpected(ffi::Error::InvalidArgument(
         "packed panels need outputs in sixteens, blocks of inputs in eights, a scale per block"));
   }
+  if (has_offsets && (offsets.element_type() != scales.element_type() ||
+                      offsets.element_count() != scales.element_count())) {
+    return ffi::Unexpected(
+        ffi::Error::InvalidArgument("offsets must be as many as scales, in their dtype"));
+  }
   return weights;
 }
 
 // y[r] = x[r] * w[group of r]; gated, silu of the first half of the outputs times the second. Rows
 // past the last group are zero.
 ffi::Error QuantizedMatmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer values,
-                           ffi::AnyBuffer scales, S32 group_sizes, ffi::ResultBuffer<ffi::F32> y,
-                           int64_t activations, int64_t block, bool fixed_order, bool gated) {
-  const auto weights_or = WeightsOf(values, scales, block);
+                           ffi::AnyBuffer scales, ffi::AnyBuffer offsets, S32 group_sizes,
+                           ffi::ResultBuffer<ffi::F32> y, int64_t activations, int64_t block,
+                           bool fixed_order, bool gated) {
+  const auto weights_or = WeightsOf(values, scales, offsets, block);
   if (!weights_or.has_value()) return weights_or.error();
   const Weights& weights = *weights_or;
   const Method method = {weights.format, block, static_cast<Activations>(activations), fixed_order};
@@ -395,6 +423,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moesaic_quantized_matmul, moesaic::QuantizedMatmul
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()

@@ -19,11 +19,16 @@ MOESAIC_INLINE IntVector LoadInts(const void* from) {
 
 MOESAIC_INLINE Vector ToFloat(IntVector vector) { return __builtin_convertvector(vector, Vector); }
 
-// The scales of a part of a panel's outputs, for inputs of one block.
-MOESAIC_INLINE Vector Scales(const QuantizedMatrix& w, int64_t panel, int64_t block, int64_t part) {
+// What scales or offsets have for a part of a panel's outputs and inputs of one block.
+MOESAIC_INLINE Vector OfBlock(const QuantizedMatrix& w, const void* from, int64_t panel,
+                              int64_t block, int64_t part) {
   const int64_t index = (panel * (w.inputs / w.block) + block) * kPanelOutputs + part * kLanes;
-  if (!w.are_scales_bfloat16) return Load(static_cast<const float*>(w.scales) + index);
-  return LoadHalves(static_cast<const uint16_t*>(w.scales) + index);
+  if (!w.are_scales_bfloat16) return Load(static_cast<const float*>(from) + index);
+  return LoadHalves(static_cast<const uint16_t*>(from) + index);
+}
+
+MOESAIC_INLINE Vector Scales(const QuantizedMatrix& w, int64_t panel, int64_t block, int64_t part) {
+  return OfBlock(w, w.scales, panel, block, part);
 }
 
 // Floats of e4m3 codes below 256. Numbers below 2^-6 have no leading one, and the code of what is
