@@ -18,16 +18,18 @@ from checkpoint.rounded import (
     as_rows,
     from_rows,
 )
-from kernels.quantize import MatrixDims
-from kernels.quantize.api import STEPS
+from kernels.quantize import Format, MatrixDims
+from kernels.quantize.api import AFFINE_STEPS, FOUND_AGAIN, STEPS
 
 RANGES: dict[RoundedFormat, tuple[float, float]] = {
     "int8": (-127.0, 127.0),
     "int4": (-8.0, 7.0),
     "fp8": (-448.0, 448.0),
 }
-SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
-"""Shares of a block's span that an affine grid is tried on."""
+CLIPPING_STEPS = (8.0, 7.0, 7.5, 8.5, 9.0, 9.5, 10.0, 10.7)
+AFFINE_CLIPPING_STEPS = tuple(15 / share for share in (1.0, 0.96, 0.92, 0.88, 0.84, 0.8))
+"""What four bits are tried with where it is known what each input's error counts: then finer steps
+pay for clipping a block's largest weights."""
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
@@ -77,9 +79,12 @@ class Steps:
 def choose_steps(w_NK: np.ndarray, grid: Grid, importance_K: np.ndarray | None = None) -> Steps:
     """The steps of a few tried that round each block best.
 
+    Of four bits without importance the first are taken, which clip nothing, unless others round a
+    block so much better as FOUND_AGAIN says.
+
     Args:
       w_NK: float32.
-      importance_K: what the square of each input's error counts; None: all alike.
+      importance_K: what the square of each input's error counts; None: nobody knows.
     """
     block = grid.block or w_NK.shape[1]
     w_NSZ = w_NK.reshape(len(w_NK), -1, block)
@@ -89,11 +94,12 @@ def choose_steps(w_NK: np.ndarray, grid: Grid, importance_K: np.ndarray | None =
         weight_SZ = weight_SZ + 1e-6 * max(float(weight_SZ.mean()), 1e-30)
     best: Steps | None = None
     least_NS: np.ndarray | None = None
-    for tried in _candidates(w_NSZ, grid):
+    margin = FOUND_AGAIN[_kernel_format(grid)] if importance_K is None else 1.0
+    for tried in _candidates(w_NSZ, grid, clips=importance_K is not None):
         rounded_NSZ = decode(encode_blocks(w_NSZ, tried, grid), tried)
         error_NS = (weight_SZ * (rounded_NSZ - w_NSZ) ** 2).sum(-1)
         if best is None or least_NS is None:
-            best, least_NS = tried, error_NS
+            best, least_NS = tried, error_NS / margin
             continue
         better_NS = error_NS < least_NS
         scales_NS = np.where(better_NS, tried.scales_NS, best.scales_NS)
@@ -105,19 +111,22 @@ def choose_steps(w_NK: np.ndarray, grid: Grid, importance_K: np.ndarray | None =
     return best
 
 
-def _candidates(w_NSZ: np.ndarray, grid: Grid) -> Iterator[Steps]:
+def _candidates(w_NSZ: np.ndarray, grid: Grid, *, clips: bool) -> Iterator[Steps]:
+    four_bits = grid.format == "int4"
     if grid.is_affine:
-        low_NS, high_NS = w_NSZ.min(-1), w_NSZ.max(-1)
-        middle_NS = (low_NS + high_NS) / 2
-        for shrink in SHRINKS:
-            span_NS = shrink * (high_NS - low_NS)
-            yield Steps(_in_dtype(span_NS / 15.0, grid), _in_dtype(middle_NS - span_NS / 2, grid))
+        low_NS, span_NS = w_NSZ.min(-1), np.ptp(w_NSZ, -1)
+        for step in AFFINE_CLIPPING_STEPS if clips else AFFINE_STEPS:
+            clipped_NS = np.maximum(1 - 15 / step, 0) * span_NS / 2  # at both ends
+            yield Steps(_in_dtype(span_NS / step, grid), _in_dtype(low_NS + clipped_NS, grid))
         return
     largest_NS = np.abs(w_NSZ).max(-1)
-    name = "fp8_e4m3" if grid.format == "fp8" else grid.format
-    flips_NS = np.where((grid.format == "int4") & (w_NSZ.max(-1) == largest_NS), -1.0, 1.0)
-    for step in STEPS[name]:
+    flips_NS = np.where(four_bits & (w_NSZ.max(-1) == largest_NS), -1.0, 1.0)
+    for step in CLIPPING_STEPS if four_bits and clips else STEPS[_kernel_format(grid)]:
         yield Steps(_in_dtype(flips_NS * largest_NS / step, grid))
+
+
+def _kernel_format(grid: Grid) -> Format:
+    return "fp8_e4m3" if grid.format == "fp8" else grid.format
 
 
 def _in_dtype(x_NS: np.ndarray, grid: Grid) -> np.ndarray:

@@ -18,14 +18,17 @@ MATRIX = MatrixDims()
 STEPS: dict[Format, tuple[float, ...]] = {
     "fp8_e4m3": (448.0,),
     "int8": (127.0, 126.0, 125.0, 124.0, 123.0, 122.0, 121.0, 120.0),
-    "int4": (8.0, 7.0, 7.5, 8.5, 9.0, 9.5, 10.0, 10.7),
+    "int4": (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0),
 }
-"""A scale is a block's largest magnitude over one of these, whichever rounds the block best. Of
-int4, 8 has all sixteen codes, 7 keeps weights that were symmetric, more clip the largest for finer
-steps."""
-AFFINE_STEPS = (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0, 15.5, 16.0, 17.0, 18.0)
-"""Likewise of an affine grid, over a block's span. 15 has all sixteen codes; less finds again what
-was rounded to some of them, by whatever method; more clips both ends for finer steps."""
+"""A scale is a block's largest magnitude over one of these: the first, unless another rounds the
+block so much better as FOUND_AGAIN says. Of int4, 8 has all sixteen codes, and less finds again
+what was rounded to some of them, by whatever method. None clips a block's largest weights for finer
+steps: squared errors are less so, and models worse (docs/experiments.md)."""
+AFFINE_STEPS = tuple(float(step) for step in range(15, 3, -1))
+"""Likewise of an affine grid, over a block's span."""
+FOUND_AGAIN: dict[Format, float] = {"fp8_e4m3": 1.0, "int8": 1.0, "int4": 64.0}
+"""How many times as small the squared error is by which another scale than the first is taken. Of
+four bits only weights that lie on its grid, but for a scale of 8 bits, are so much nearer."""
 
 
 def quantize(
@@ -40,10 +43,10 @@ def quantize(
     """Returns w rounded to the nearest value that the format holds, in canonical order.
 
     A block's scale takes its largest magnitude to the format's largest value or, of int8 and int4,
-    near it (STEPS), where its squared error is least. Without offsets int4's scale is negative
-    where the largest weight is positive, so that this one becomes -8. An affine grid begins at a
-    block's least weight, or near it (AFFINE_STEPS). Blocks lie along the inputs, which a product
-    sums over (reference/methods.md D1).
+    less (STEPS), where its squared error is less. Without offsets int4's scale is negative where
+    the largest weight is positive, so that this one becomes -8. An affine grid goes from a block's
+    least weight to its largest. Blocks lie along the inputs, which a product sums over
+    (reference/methods.md D1).
 
     Args:
       w: float, its last dimensions those of one matrix.
@@ -58,9 +61,8 @@ def quantize(
       ValueError: an unknown format or scale dtype, an affine grid of another format than int4, a
         block_size that does not divide K, or, where w's values are known, some that are not finite.
     Numerics: |w - dequantize(q)| <= scale / 2 for int8; for fp8_e4m3 at most max(|w| / 16, scale /
-      1024); of int4 the squared errors of a block are together at most those of codes from -7 to 7
-      with the scale largest / 7, affine of codes from 0 to 15 with the scale span / 15; an all-zero
-      block stays zero.
+      1024); for int4 it is at most |scale|, affine |scale| / 2 (with a scale in bfloat16 a 32nd
+      more, and a 256th of the offset); an all-zero block stays zero.
     """
     check(w, format, dims, block_size, scale_dtype, is_affine)
     return _rounded(w, format, dims, block_size, scale_dtype, is_affine)
@@ -188,12 +190,19 @@ def _best_scales(w_NSZ: jax.Array, format: Format, dtype: str) -> jax.Array:
         error_NS1 = jnp.square(off_NSZ / step).sum(axis=-1, keepdims=True)
         is_better_NS1 = error_NS1 < least_NS1
         best_NS1 = jnp.where(is_better_NS1, scale_NS1, best_NS1)
-        return (best_NS1, jnp.where(is_better_NS1, error_NS1, least_NS1)), None
+        return (best_NS1, _to_beat(step == steps[0], format, error_NS1, least_NS1)), None
 
     none = jnp.zeros_like(largest_NS1, dtype), jnp.full_like(largest_NS1, jnp.inf)
     # One after the other: side by side they would take eight times the weight's memory.
     (best_NS1, _), _ = jax.lax.scan(try_step, none, jnp.asarray(steps, jnp.float32))
     return best_NS1
+
+
+def _to_beat(
+    is_first: jax.Array, format: Format, error_NS1: jax.Array, least_NS1: jax.Array
+) -> jax.Array:
+    """The error below which the next scale is taken."""
+    return jnp.where(is_first, error_NS1 / FOUND_AGAIN[format], jnp.minimum(error_NS1, least_NS1))
 
 
 def _best_affine(w_NSZ: jax.Array, format: Format, dtype: str) -> tuple[jax.Array, jax.Array]:
@@ -205,24 +214,26 @@ def _best_affine(w_NSZ: jax.Array, format: Format, dtype: str) -> tuple[jax.Arra
     half_span_NS1 = 0.5 * highest_NS1 - 0.5 * lowest_NS1
 
     def try_step(best: tuple[jax.Array, jax.Array, jax.Array], step: jax.Array) -> Any:
-        scale_NS1 = (half_span_NS1 / (0.5 * step)).astype(dtype)
-        used = jnp.minimum(step, spec.largest - spec.least)  # codes above the first
-        start_NS1 = middle_NS1 - (0.5 * used + spec.least) * scale_NS1.astype(jnp.float32)
-        offset_NS1 = start_NS1.astype(dtype)
-        ratio_NSZ = _ratio(w_NSZ - offset_NS1.astype(jnp.float32), scale_NS1)
+        best_scale_NS1, best_offset_NS1, least_NS1 = best
+        scale_NS1 = half_span_NS1 / (0.5 * step)
+        offset_NS1 = middle_NS1 - (0.5 * step + spec.least) * scale_NS1
+        ratio_NSZ = _ratio(w_NSZ - offset_NS1, scale_NS1)
         off_NSZ = jnp.clip(jnp.round(ratio_NSZ), spec.least, spec.largest) - ratio_NSZ
         # In units of the block's span, whose square may be no float32.
         error_NS1 = jnp.square(off_NSZ / step).sum(axis=-1, keepdims=True)
-        is_better_NS1 = error_NS1 < best[-1]
-        tried = (scale_NS1, offset_NS1, error_NS1)
-        chosen = [jnp.where(is_better_NS1, new, old) for new, old in zip(tried, best, strict=True)]
-        return tuple(chosen), None
+        is_better_NS1 = error_NS1 < least_NS1
+        chosen = (
+            jnp.where(is_better_NS1, tried, best)
+            for tried, best in ((scale_NS1, best_scale_NS1), (offset_NS1, best_offset_NS1))
+        )
+        is_first = step == AFFINE_STEPS[0]
+        return (*chosen, _to_beat(is_first, format, error_NS1, least_NS1)), None
 
-    zero_NS1 = jnp.zeros_like(middle_NS1, dtype)
+    zero_NS1 = jnp.zeros_like(middle_NS1)
     none = zero_NS1, zero_NS1, jnp.full_like(middle_NS1, jnp.inf)
     # One after the other, as in _best_scales.
     best, _ = jax.lax.scan(try_step, none, jnp.asarray(AFFINE_STEPS, jnp.float32))
-    return best[0], best[1]
+    return best[0].astype(dtype), best[1].astype(dtype)
 
 
 def _round_up(scale: jax.Array, dtype: str) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from kernels import native
-from kernels.quantize.api import AFFINE_STEPS, MATRIX, STEPS, check
+from kernels.quantize.api import AFFINE_STEPS, FOUND_AGAIN, MATRIX, STEPS, check
 from kernels.quantize.packing import PANEL_OUTPUTS
 from kernels.quantize.qtensor import FORMATS, Format, MatrixDims, QTensor
 
@@ -47,6 +47,7 @@ def quantize_panels(
         w.reshape(count, *matrix),
         largest=np.float32(spec.largest),
         least=np.float32(spec.least),
+        found_again=np.float32(FOUND_AGAIN[format]),
         outputs_first=dims.outputs_first,
         steps=np.array(AFFINE_STEPS if is_affine else STEPS[format], np.float32),
     )

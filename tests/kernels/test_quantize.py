@@ -50,9 +50,8 @@ def bound(w, q):
     step = steps(q)
     if q.format == "fp8_e4m3":
         return np.maximum(np.abs(w) / 16, step / 1024) * (1 + 1e-5)
-    if q.format == "int4":  # of a block together: no weight errs by more
-        of_block = np.sqrt(symmetric_errors(w, q.block_size))
-        return np.repeat(of_block, q.block_size, -2) * 1.01 + 1e-6 * np.abs(w)
+    if q.format == "int4":  # the largest of the other sign has no code of its own
+        return np.abs(step) * (1 + 1e-5)
     return step / 2 * (1 + 1e-5)
 
 
@@ -88,17 +87,28 @@ def test_any_pair_of_weights(a, b):
 
 
 @pytest.mark.parametrize("shape", [(64, 512), (4, 96, 32)])
-@pytest.mark.parametrize(("format", "largest", "share"), [("int8", 127, 0.9), ("int4", 7, 0.75)])
+@pytest.mark.parametrize(("format", "largest", "share"), [("int8", 127, 0.9), ("int4", 7, 0.85)])
 def test_rounding_is_better_than_by_the_largest_weight(format, largest, share, shape):
-    """In no block worse than with the largest weight as the largest code; of normal weights by a
-    tenth (int8) and by a quarter (int4, which has one code more on one side)."""
+    """Of normal weights by a tenth (int8), in no block worse than with the largest weight as the
+    largest code; by a seventh (int4, which has one code more on one side)."""
     w = draw(*shape)
     q = quantize(w, format, block_size=32)
     error = (np.asarray(dequantize(q), np.float64) - w) ** 2
     found = error.reshape(*shape[:-2], -1, 32, shape[-1]).sum(-2)
     plain = symmetric_errors(w, 32, largest)
-    assert (found <= plain * (1 + 1e-5)).all()
+    assert format == "int4" or (found <= plain * (1 + 1e-5)).all()
     assert found.sum() < share * plain.sum()
+
+
+def test_no_block_s_largest_weight_is_clipped():
+    """Though smaller scales err less in all: models are worse for it (docs/experiments.md)."""
+    w = draw(256, 32)
+    for is_affine in (False, True):
+        back = np.asarray(dequantize(quantize(w, "int4", block_size=32, is_affine=is_affine)))
+        blocks, found = (x.reshape(8, 32, 32) for x in (w, back))
+        at = np.abs(blocks).argmax(1, keepdims=True)
+        largest, kept = (np.take_along_axis(x, at, 1) for x in (blocks, found))
+        np.testing.assert_allclose(kept, largest, rtol=1e-5)
 
 
 def test_a_zero_block_stays_zero_and_has_no_nan():
@@ -121,15 +131,14 @@ def affine_errors(w, block_size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
-def test_an_affine_grid_is_better_than_from_least_to_largest(scale_dtype):
-    """In no block worse, but for what bfloat16 loses; of normal weights by a twentieth, and better
-    than without an offset by a sixth."""
+def test_an_affine_grid_goes_from_least_to_largest(scale_dtype):
+    """As good in each block, but for what bfloat16 loses; of weights that are not about zero better
+    than without an offset."""
     w = draw(3, 256, 32) + draw(3, 1, 32, seed=1)
     q = quantize(w, "int4", block_size=32, scale_dtype=scale_dtype, is_affine=True)
     found = ((np.asarray(dequantize(q), np.float64) - w) ** 2).reshape(3, 8, 32, 32).sum(-2)
     plain = affine_errors(w, 32)
     assert (found <= plain * (1 + (1e-4 if scale_dtype == "float32" else 0.2))).all()
-    assert found.sum() < 0.95 * plain.sum()
     without = np.asarray(dequantize(quantize(w, "int4", block_size=32)), np.float64)
     assert found.sum() < 0.85 * ((without - w) ** 2).sum()
 

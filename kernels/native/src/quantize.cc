@@ -17,7 +17,8 @@ namespace ffi = xla::ffi;
 // [G, K, N] or, outputs first, [G, N, K].
 ffi::Error Quantize(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> w, ffi::Result<ffi::AnyBuffer> values,
                     ffi::Result<ffi::AnyBuffer> scales, ffi::Result<ffi::AnyBuffer> offsets,
-                    float largest, float least, bool outputs_first, ffi::Span<const float> steps) {
+                    float largest, float least, float found_again, bool outputs_first,
+                    ffi::Span<const float> steps) {
   const auto shape = w.dimensions(), stored = values->dimensions(), kept = scales->dimensions();
   const ffi::DataType type = values->element_type(), scale_type = scales->element_type();
   if (shape.size() != 3 || stored.size() != 3 || kept.size() != 4 || steps.size() == 0 ||
@@ -34,6 +35,7 @@ ffi::Error Quantize(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> w, ffi::Result<f
   rounding.largest = largest;
   rounding.steps = steps.begin();
   rounding.num_steps = steps.size();
+  rounding.found_again = found_again;
   rounding.is_affine = offsets->element_count() > 0;
   rounding.are_scales_bfloat16 = scale_type == ffi::BF16;
   const int64_t inputs = shape[outputs_first ? 2 : 1], outputs = shape[outputs_first ? 1 : 2];
@@ -80,6 +82,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moesaic_quantize, moesaic::Quantize,
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<float>("largest")
                                   .Attr<float>("least")
+                                  .Attr<float>("found_again")
                                   .Attr<bool>("outputs_first")
                                   .Attr<xla::ffi::Span<const float>>("steps"));
 

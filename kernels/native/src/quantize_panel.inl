@@ -61,7 +61,7 @@ static void BestScales(const Rounding& rounding, const float* block, int64_t inp
       }
       const IntVector is_better = error < least_error;
       chosen = is_better ? scale : chosen;
-      least_error = is_better ? error : least_error;
+      least_error = i == 0 ? error / rounding.found_again : is_better ? error : least_error;
     }
     Store(best + part * kLanes, chosen);
   }
@@ -77,7 +77,6 @@ MOESAIC_INLINE Vector Nearest(Vector x, bool is_bfloat16) {
 // The scale and offset that round the block's 16 outputs best; see api.py: _best_affine.
 static void BestAffine(const Rounding& rounding, const float* block, int64_t inputs,
                        float* best_scales, float* best_offsets) {
-  const float codes = rounding.largest - rounding.least;
   for (int64_t part = 0; part < kParts; ++part, block += kLanes) {
     Vector highest = Load(block), lowest = highest;
     for (int64_t k = 1; k < inputs; ++k) {
@@ -88,10 +87,9 @@ static void BestAffine(const Rounding& rounding, const float* block, int64_t inp
     const Vector middle = 0.5f * highest + 0.5f * lowest, half_span = 0.5f * highest - 0.5f * lowest;
     Vector scale = {}, offset = {}, least_error = Broadcast(__builtin_inff());
     for (int64_t i = 0; i < rounding.num_steps; ++i) {
-      const float step = rounding.steps[i], used = step < codes ? step : codes;
-      const Vector tried = Nearest(half_span / (0.5f * step), rounding.are_scales_bfloat16);
-      const Vector start =
-          Nearest(middle - (0.5f * used + rounding.least) * tried, rounding.are_scales_bfloat16);
+      const float step = rounding.steps[i];
+      const Vector tried = half_span / (0.5f * step);
+      const Vector start = middle - (0.5f * step + rounding.least) * tried;
       const Vector divisor = Divisor(tried);
       Vector error = {};
       for (int64_t k = 0; k < inputs; ++k) {
@@ -102,10 +100,10 @@ static void BestAffine(const Rounding& rounding, const float* block, int64_t inp
       const IntVector is_better = error < least_error;
       scale = is_better ? tried : scale;
       offset = is_better ? start : offset;
-      least_error = is_better ? error : least_error;
+      least_error = i == 0 ? error / rounding.found_again : is_better ? error : least_error;
     }
-    Store(best_scales + part * kLanes, scale);
-    Store(best_offsets + part * kLanes, offset);
+    Store(best_scales + part * kLanes, Nearest(scale, rounding.are_scales_bfloat16));
+    Store(best_offsets + part * kLanes, Nearest(offset, rounding.are_scales_bfloat16));
   }
 }
 

@@ -72,10 +72,11 @@ constexpr int64_t kMostBlockInputs = 128;
 struct Rounding {
   Format format;
   float least, largest;  // stored values
-  // A block's scale is its largest magnitude, or affine its span, over one of these, whichever rounds
-  // it best.
+  // A block's scale is its largest magnitude, or affine its span, over one of these: the first, or
+  // one whose squared error is `found_again` times as small, the least.
   const float* steps;
   int64_t num_steps;
+  float found_again;
   bool is_affine;  // blocks have offsets
   int64_t block;  // inputs that share a scale
   bool are_scales_bfloat16;
