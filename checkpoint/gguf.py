@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import Keys
+from gguf.constants import GGMLQuantizationType, Keys
 
 from checkpoint import assemble
 from checkpoint.config_reader import Settings
@@ -36,6 +36,10 @@ from formats.gguf.writer import Encoded, Quantization, Tensor, write_gguf
 
 IGNORED = (r"rope_freqs\.weight", r"blk\.\d+\.rope_freqs\.weight")
 """What the settings were read from."""
+FOUR_BITS = frozenset(
+    (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_K)
+)
+"""Kinds of blocks whose weights are sixteen even steps apart."""
 NO_TOKENIZER = "no_vocab"
 """llama.cpp's name for the kind of tokenizer of a file that has none."""
 
@@ -68,7 +72,20 @@ def _checkpoint(file: GGUFFile) -> PublicCheckpoint:
     config = read_model(family, settings, tensors)
     rows = form.rows
     family = dataclasses.replace(family, copies=(), ignored=IGNORED, unused=form.unused)
-    return PublicCheckpoint(path, family, settings, config, rows, tensors)
+    return PublicCheckpoint(
+        path, family, settings, config, rows, tensors, is_in_four_bits=_is_in_four_bits(file)
+    )
+
+
+def _is_in_four_bits(file: GGUFFile) -> bool:
+    """Whether each matrix of the layers has four bits that is not, as routers are, float32."""
+    kinds = {
+        file.kind(name)
+        for name, shape in file.shapes.items()
+        if name.startswith("blk.") and len(shape) > 1
+    }
+    rounded = kinds - {GGMLQuantizationType.F32}
+    return bool(rounded) and rounded <= FOUR_BITS
 
 
 def tokenizer(path: Path) -> PublicTokenizer:

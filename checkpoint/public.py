@@ -31,6 +31,8 @@ class PublicCheckpoint:
     config: ModelConfig
     rows: Sequence[Row]
     tensors: assemble.Tensors
+    is_in_four_bits: bool = False
+    """Whether the layers' weights lie in blocks of four bits."""
 
     def left_out(self) -> list[str]:
         """Sentences about the tensors of other parts than the text model."""

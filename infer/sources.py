@@ -80,6 +80,11 @@ class Source:
     fingerprint: Fingerprint = lambda: None
     """Of the files that the variables are read from."""
 
+    @property
+    def is_in_four_bits(self) -> bool:
+        """Whether "int4_affine" finds the layers' weights again as the files have them."""
+        return self.public is not None and self.held is None and self.public.is_in_four_bits
+
     def with_variables(self, config: ModelConfig, variables: Variables, made_by: str) -> "Source":
         """The same name, tokenizer and settings with another model, which lies in memory.
 

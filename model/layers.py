@@ -166,7 +166,7 @@ def project(
         return project(equation, x, w.weight, is_flat=is_flat) + _adapted(equation, x, w)
     if isinstance(w, SplitWeight):
         return _project_by_parts(equation, x, w)
-    if isinstance(w, QTensor) or reads_as_stored(w.dtype, x.dtype) or takes_rows(x, equation):
+    if isinstance(w, QTensor) or reads_as_stored(w.dtype, x.dtype) or takes_rows(x, w, equation):
         return matmul(x, w, equation)
     of_x, _, of_w = equation.partition("->")[0].partition(",")
     num_inputs = sum(letter in of_x for letter in of_w)
@@ -261,9 +261,17 @@ def unembed(hidden: jax.Array, w: jax.Array | QTensor | OutputsFirst | CappedOut
         return w.bounded(unembed(hidden, w.weight))
     is_embedding = isinstance(w, OutputsFirst) or (isinstance(w, QTensor) and w.outputs_first)
     weight = w.w_VD if isinstance(w, OutputsFirst) else w
-    if isinstance(weight, QTensor) or reads_as_stored(weight.dtype, hidden.dtype):
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = matmul(rows, weight, "TD,VD->TV" if is_embedding else "TD,DV->TV")
+    rows, of_rows = (
+        hidden.reshape(-1, hidden.shape[-1]),
+        "TD,VD->TV" if is_embedding else "TD,DV->TV",
+    )
+    is_quantised = isinstance(weight, QTensor)
+    if (
+        is_quantised
+        or reads_as_stored(weight.dtype, hidden.dtype)
+        or takes_rows(rows, weight, of_rows)
+    ):
+        logits = matmul(rows, weight, of_rows)
         return logits.astype(jnp.float32).reshape(*hidden.shape[:-1], -1)
     equation = "...D,VD->...V" if is_embedding else "...D,DV->...V"
     return jnp.einsum(equation, hidden, weight, preferred_element_type=jnp.float32)

@@ -17,7 +17,7 @@ from infer.engine.options import EngineOptions
 from infer.hardware import Hardware
 from kernels import backend, native
 from kernels.grouped_matmul.implementations import runs_native
-from kernels.quantize.formats import QUANTIZED, WeightFormat
+from kernels.quantize.formats import AFFINE, QUANTIZED, WeightFormat
 from planning.inference_cost import Costs, formats_on
 from planning.memory import USABLE
 
@@ -26,11 +26,14 @@ NATS: dict[str, float] = {
     "bfloat16": 0.0004,
     "int8": 0.0015,
     "fp8": 0.0185,
-    "int4_affine": 0.1,
+    "int4_affine": 0.2,
     "int4": 0.2052,
 }
 """What rounding weights costs a token: measured on SmolLM2 (docs/experiments.md, "What rounding
-weights costs": the larger of prose and code). Of another model it is an estimate."""
+weights costs": the larger of prose and code); "int4_affine" as "int4", which it is no better than
+where weights were never rounded. Of another model it is an estimate."""
+FOUND_AGAIN = 0.0031
+"""What "int4_affine" costs where the file has its layers in four bits (the same table)."""
 KV_NATS: dict[str, float] = {"float32": 0.0, "bfloat16": 0.0004, "int8": 0.0010}
 """The same of keys and values: 2,555 tokens each of docs/experiments.md and of the engine's code in
 windows of 511, by the engine's log-probabilities of prompts (a script that was not kept); the
@@ -54,6 +57,8 @@ class Wanted:
     weights: WeightFormat | None = None
     kv: str | None = None
     rows: int | None = None
+    is_in_four_bits: bool = False
+    """Whether the model's layers are so in its file."""
 
     def __post_init__(self) -> None:
         require(self.context >= 2, f"context={self.context} must be at least 2 tokens")
@@ -71,6 +76,8 @@ class Candidate:
     """One way to serve, and what it takes."""
 
     weights: WeightFormat
+    weight_nats: float
+    """What rounding them costs a token."""
     kv: str
     rows: int
     page_size: int
@@ -83,7 +90,7 @@ class Candidate:
 
     @property
     def nats(self) -> float:
-        return NATS[self.weights] + KV_NATS[self.kv]
+        return self.weight_nats + KV_NATS[self.kv]
 
     @property
     def memory(self) -> float:
@@ -232,8 +239,10 @@ def _candidate(
 ) -> Candidate:
     decode = costs.decode_seconds(format, rows, state_bytes)
     piece = choose_piece(costs, wanted, format, decode)
+    is_found_again = format in AFFINE and wanted.is_in_four_bits
     return Candidate(
         weights=format,
+        weight_nats=FOUND_AGAIN if is_found_again else NATS[format],
         kv=kv,
         rows=rows,
         page_size=page_size,

@@ -51,19 +51,20 @@ def cache_file() -> Path | None:
         return None
 
 
-def model_of(name: str) -> tuple[ModelConfig, ExecutionConfig]:
-    """The model of a run's name, of FILE.py:NAME, or of any source; nothing is loaded.
+def model_of(name: str) -> tuple[ModelConfig, ExecutionConfig, bool]:
+    """The model of a run's name, of FILE.py:NAME, or of any source, and whether its file has four
+    bits; nothing is loaded.
 
     Raises:
       UserError: there is none of that name.
     """
     if name in known_runs() or parse_target(name) is not None:
         run = with_source_model(named_run(name))
-        return run.model, run.execution
+        return run.model, run.execution, False
     if not Path(name).exists() and name != "smollm2" and "@" not in name:
         named_run(name)  # which says what there is
     source = open_source(name)
-    return source.config, source.execution
+    return source.config, source.execution, source.is_in_four_bits
 
 
 def plan_of(name: str, hardware: Hardware, arguments: argparse.Namespace) -> InferencePlan:
@@ -73,7 +74,7 @@ def plan_of(name: str, hardware: Hardware, arguments: argparse.Namespace) -> Inf
     Raises:
       UserError: a context that the model does not have, or settings that are impossible.
     """
-    config, execution = model_of(name)
+    config, execution, is_in_four_bits = model_of(name)
     longest = config.context_length
     context = min(LENGTH, longest) if arguments.context is None else arguments.context
     if not 2 <= context <= longest:
@@ -89,6 +90,7 @@ def plan_of(name: str, hardware: Hardware, arguments: argparse.Namespace) -> Inf
         weights=arguments.weights,
         kv=arguments.kv,
         rows=arguments.max_rows,
+        is_in_four_bits=is_in_four_bits,
     )
     return make_inference_plan(Costs(config, execution, hardware, context), wanted)
 
@@ -106,6 +108,7 @@ def settle(source: Source, arguments: argparse.Namespace) -> None:
         clients=rows,
         latency=getattr(arguments, "step_seconds", None),
         kv=arguments.kv,
+        is_in_four_bits=source.is_in_four_bits,
     )
     costs = Costs(source.config, source.execution, found_hardware(HERE), context)
     plan = make_inference_plan(costs, wanted)
@@ -124,7 +127,9 @@ def planned_for(source: Source, hardware: Hardware, shape: Shape) -> Planned:
       UserError: nothing fits.
     """
     costs = Costs(source.config, source.execution, hardware, shape.length)
-    wanted = Wanted(context=shape.length, clients=shape.clients)
+    wanted = Wanted(
+        context=shape.length, clients=shape.clients, is_in_four_bits=source.is_in_four_bits
+    )
     one = make_inference_plan(costs, wanted).require_chosen()
     options = EngineOptions(
         max_rows=one.rows,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kernels.backend import current_target, is_split_by_xla
 from kernels.grouped_matmul.implementations import multiply, runs_native
 from kernels.grouped_matmul.request import Activations, Implementation, Request
-from kernels.matmul import bfloat16
+from kernels.matmul import bfloat16, few_rows
 from kernels.quantize import MatrixDims, QTensor
 
 
@@ -27,7 +27,8 @@ def matmul(
     An array meets jnp.einsum, as it is written; a QTensor the kernels of kernels/grouped_matmul
     with one group, and so does an array in bfloat16 whose rows are float32, on a CPU. Many rows in
     bfloat16 meet an array in bfloat16 or float32 by the kernels of bfloat16.py where a CPU has them
-    and they are faster; the gradient of a float32 weight then is the sums themselves.
+    and they are faster; the gradient of a float32 weight then is the sums themselves. A few rows in
+    float32 meet a large array by the kernel of few_rows.py.
 
     Args:
       x: float, its last dimensions the weight's inputs.
@@ -51,8 +52,8 @@ def matmul(
         is_named = implementation == "cpu" and x.dtype != weight.dtype
         is_auto = implementation == "auto" and reads_as_stored(weight.dtype, x.dtype)
         if not (fixed_order or is_named or is_auto):
-            if implementation == "auto" and takes_rows(x, equation):
-                return _multiply_bfloat16(x, weight, equation)
+            if implementation == "auto" and takes_rows(x, weight, equation):
+                return _multiply_rows(x, weight, equation)
             return jnp.einsum(equation, x, weight.astype(x.dtype))
     parts = _split(equation)
     matrix, inputs, outputs = _one_group(weight, parts, equation)
@@ -83,25 +84,32 @@ def reads_as_stored(weight_dtype: jnp.dtype, dtype: jnp.dtype) -> bool:
     return is_mixed and runs_native(current_target()) and not is_split_by_xla()
 
 
-def takes_rows(x: jax.Array, equation: str) -> bool:
-    """Whether the kernels of bfloat16.py multiply x, as the equation has it, by an array.
-
-    They need equations of rows with one weight whose inputs come first.
+def takes_rows(x: jax.Array, weight: jax.Array, equation: str) -> bool:
+    """Whether the kernels of bfloat16.py or few_rows.py multiply x by an array, as the equation of
+    rows with one weight has it; those of bfloat16.py need inputs that come first.
     """
-    if x.dtype != jnp.bfloat16:
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
     parts = _split(equation)
     num_rows = math.prod(x.shape[: len(parts.rows)])
+    if x.dtype == jnp.float32:
+        return few_rows.is_native(num_rows, x.dtype, weight)
     return not parts.outputs_first and bfloat16.is_native(num_rows, x.dtype)
 
 
-def _multiply_bfloat16(x: jax.Array, weight: jax.Array, equation: str) -> jax.Array:
+def _multiply_rows(x: jax.Array, weight: jax.Array, equation: str) -> jax.Array:
     parts = _split(equation)
-    num_inputs = math.prod(x.shape[len(parts.rows) :])
-    outputs = weight.shape[len(parts.inputs) :]
-    x_TK, w_KN = x.reshape(-1, num_inputs), weight.reshape(num_inputs, -1)
-    y_TN = cast(jax.Array, bfloat16.product(x_TK, w_KN, x.dtype))
-    return y_TN.reshape(*x.shape[: len(parts.rows)], *outputs)
+    x_TK = x.reshape(-1, math.prod(x.shape[len(parts.rows) :]))
+    num_inputs = x_TK.shape[1]
+    if parts.outputs_first:
+        outputs = weight.shape[: len(parts.outputs)]
+        y_TN = few_rows.product(x_TK, weight.reshape(-1, num_inputs), True)
+    else:
+        outputs, w_KN = weight.shape[len(parts.inputs) :], weight.reshape(num_inputs, -1)
+        is_half = x.dtype == jnp.bfloat16
+        multiply = bfloat16.product if is_half else few_rows.product
+        y_TN = multiply(x_TK, w_KN, x.dtype if is_half else False)
+    return cast(jax.Array, y_TN).reshape(*x.shape[: len(parts.rows)], *outputs)
 
 
 class _Parts(NamedTuple):

@@ -18,6 +18,7 @@ SOURCES = Path(__file__).parent / "src"
 TARGETS = (
     "moesaic_rows_times_matrix",
     "moesaic_rows_times_rows",
+    "moesaic_thin_matmul",
     "moesaic_bfloat16_matmul",
     "moesaic_half_rows_times_matrix",
     "moesaic_half_rows_times_rows",

@@ -113,6 +113,7 @@ def test_gguf_blocks_are_llama_cpps(place, tmp_path):
         found = tensors["blk.0.ffn_up.weight"]
         assert found.tensor_type.name == kind
         assert all(t.data_offset % 32 == 0 for t in reader.tensors)
+        assert open_source(str(target)).is_in_four_bits == (weights != "int8")
         ours = open_source(str(target)).load()[1]["params"]["periods"]["layer_0"]["ffn"]["gate_up"]
         theirs = public.quants.dequantize(found.data, found.tensor_type)
         np.testing.assert_allclose(np.asarray(ours)[0, :, 1].T, theirs, atol=1e-6)
@@ -126,6 +127,8 @@ def test_what_a_file_has_in_four_bits_is_kept_in_memory(kind, place, tmp_path, m
     target = tmp_path / "small.gguf"
     assert quantize.main(arguments(place, target, "--weights", kind, "--method", "gptq")) == 0
     source = open_source(str(target))
+    assert source.is_in_four_bits
+    assert not source.with_variables(source.config, {}, "").is_in_four_bits
     exact = source.load(for_decoding=True)[1]["params"]
     errors = {}
     for weights in ("int4", "int4_affine"):

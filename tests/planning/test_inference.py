@@ -169,6 +169,17 @@ def test_what_is_measured_goes_before_the_sheet():
         assert found.chosen.weights == expected
 
 
+def test_four_bits_of_a_file_are_taken_as_they_are():
+    """What lies in four bits loses next to nothing with offsets; what does not, as much as int4."""
+    wanted = Wanted(context=64, clients=1)
+    for is_in_four_bits, expected in ((False, "int8"), (True, "int4_affine")):
+        of_file = dataclasses.replace(wanted, is_in_four_bits=is_in_four_bits)
+        found = make_inference_plan(costs(from_sheet("cpu")), of_file).chosen
+        assert found is not None
+        assert found.weights == expected
+        assert found.nats <= wanted.budget
+
+
 def test_kernels_are_told_with_the_measurement():
     found = plan()
     assert found.chosen is not None

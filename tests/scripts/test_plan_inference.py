@@ -56,7 +56,7 @@ def test_bad_input_is_a_sentence(arguments, sentence, monkeypatch):
 def test_auto_settles_what_was_left_open(capsys, monkeypatch):
     class Source:
         name = "tiny"
-        config, execution = inference_plans.model_of("v31_nano")
+        config, execution, is_in_four_bits = inference_plans.model_of("v31_nano")
 
     monkeypatch.setattr(inference_plans, "found_hardware", lambda device: from_sheet("cpu"))
     asked = argparse.Namespace(weights="auto", kv=None, max_rows=4)

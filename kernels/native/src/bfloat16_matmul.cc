@@ -25,6 +25,8 @@ using S32 = ffi::Buffer<ffi::S32>;
 // From this many rows of a group on average, tiles of its matrix are worth making.
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBlockRows = 512;
+// And from which floats are, where there are no tiles.
+constexpr int64_t kPackedRows = 16;
 // Bytes of weights that are worth another thread's claim.
 constexpr int64_t kTaskBytes = 32 << 10;
 
@@ -73,6 +75,17 @@ void TiledProduct(const TileRows& x, const HalfMatrix& w, int64_t rows, int64_t 
   }
 }
 
+// y[rows, cols] of so many rows that w is packed as floats.
+void PackedProduct(const float* x, int64_t inputs, const HalfMatrix& w, int64_t rows, int64_t col,
+                   int64_t cols, float* y, int64_t y_stride) {
+  const GemmKernels& kernels = *CurrentIsa().gemm;
+  const auto pack = [&](int64_t k, int64_t depth, int64_t j, int64_t width, float* packed) {
+    kernels.pack_half_cols(w.data + k * w.row_stride + (col + j) * w.col_stride, w.row_stride,
+                           w.col_stride, depth, width, packed);
+  };
+  Gemm(kernels, Matrix{x, inputs, 1}, pack, y, y_stride, rows, cols, inputs);
+}
+
 // y[r] = x[r] * w[group of r]; w is [E, K, N], or outputs first [E, N, K]. Rows past the last group
 // are zero.
 ffi::Error Bfloat16Matmul(ffi::ThreadPool pool, F32 x, BF16 w, S32 group_sizes,
@@ -89,17 +102,21 @@ ffi::Error Bfloat16Matmul(ffi::ThreadPool pool, F32 x, BF16 w, S32 group_sizes,
   const std::vector<int64_t>& starts = *starts_or;
   const std::vector<int64_t> sizes = Sizes(starts);
   // Those of all groups alike: a row's bits may not depend on how many others went to its group.
+  const int64_t groups = sizes.size();
   const bool is_tiled = CurrentTiles() != nullptr && !fixed_order && outputs % kTileSide == 0 &&
-                        num_rows >= kTileRows * static_cast<int64_t>(sizes.size());
+                        num_rows >= kTileRows * groups;
+  const bool is_packed = !is_tiled && !fixed_order && num_rows >= kPackedRows * groups;
   TileRows tiles = {};
   if (is_tiled) {
     const int parts = activations == kAuto ? 1 : kMaxParts;
     tiles = RoundRows(pool, x.typed_data(), starts.back(), inputs, parts);
   }
   const int64_t column_bytes = 2 * std::max<int64_t>(1, inputs * std::min(num_rows, kHalfRows));
+  const GemmKernels& kernels = *CurrentIsa().gemm;
   const std::vector<Task> tasks =
-      CutIntoTasks(sizes, outputs, *CurrentIsa().gemm, pool.num_threads(),
-                   kTaskBytes / column_bytes, {kTileBlockRows, 2 * kTileSide});
+      is_packed ? CutIntoTasks(sizes, outputs, kernels, pool.num_threads())
+                : CutIntoTasks(sizes, outputs, kernels, pool.num_threads(),
+                               kTaskBytes / column_bytes, {kTileBlockRows, 2 * kTileSide});
   ParallelFor(pool, tasks.size(), [&](int64_t index) {
     const Task& task = tasks[index];
     const int64_t row = starts[task.group] + task.row;
@@ -111,8 +128,9 @@ ffi::Error Bfloat16Matmul(ffi::ThreadPool pool, F32 x, BF16 w, S32 group_sizes,
     if (is_tiled) {
       TiledProduct(tiles.From(row), matrix, task.rows, task.col, task.cols, to, outputs);
     } else {
-      ThinProduct(x.typed_data() + row * inputs, inputs, matrix, task.rows, task.col, task.cols, to,
-                  outputs);
+      const auto product = is_packed ? PackedProduct : ThinProduct;
+      product(x.typed_data() + row * inputs, inputs, matrix, task.rows, task.col, task.cols, to,
+              outputs);
     }
   });
   const int64_t used = starts.back();

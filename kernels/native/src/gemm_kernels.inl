@@ -148,6 +148,10 @@ static void RoundFloats(float* values, int64_t count) {
   }
 }
 
+// Floats of kLanes elements.
+MOESAIC_INLINE Vector LoadFloats(const float* from) { return Load(from); }
+MOESAIC_INLINE Vector LoadFloats(const uint16_t* from) { return LoadHalves(from); }
+
 // Floats from the first `count` elements; zeros beside them.
 template <class Element>
 MOESAIC_INLINE Vector LoadPart(const Element* from, int64_t count) {
@@ -156,76 +160,19 @@ MOESAIC_INLINE Vector LoadPart(const Element* from, int64_t count) {
   return part;
 }
 
-// kVectors of c's columns for kRows rows, or of one vector the first `part` columns. Sums begin anew
-// after each kBlockDepth, as Gemm's do.
-template <int kRows, int kVectors, bool kPart = false>
-MOESAIC_INLINE void ThinStrip(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                              float* c, int64_t c_stride, int64_t depth, int64_t part = kLanes) {
-  Vector totals[kRows][kVectors] = {};
-  for (int64_t begin = 0; begin < depth; begin += kBlockDepth) {
-    const int64_t end = depth - begin < kBlockDepth ? depth : begin + kBlockDepth;
-    Vector sums[kRows][kVectors] = {};
-    for (int64_t k = begin; k < end; ++k, b += b_stride) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        const Vector row = kPart ? LoadPart(b, part) : Load(b + j * kLanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) sums[i][j] += Broadcast(a[i * a_stride + k]) * row;
-      }
-    }
-    for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kVectors; ++j) {
-        totals[i][j] = begin == 0 ? sums[i][j] : totals[i][j] + sums[i][j];
-      }
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVectors; ++j) {
-      float* to = c + i * c_stride + j * kLanes;
-      if (!kPart) Store(to, totals[i][j]);
-      for (int64_t lane = 0; kPart && lane < part; ++lane) to[lane] = totals[i][j][lane];
-    }
-  }
-}
-
-template <int kRows>
-static void ThinRows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                     int64_t c_stride, int64_t cols, int64_t depth) {
-  constexpr int kVectors = 4;
-  int64_t j = 0;
-  for (; j + kVectors * kLanes <= cols; j += kVectors * kLanes) {
-    ThinStrip<kRows, kVectors>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
-  }
-  for (; j + kLanes <= cols; j += kLanes) {
-    ThinStrip<kRows, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
-  }
-  if (j < cols) {
-    ThinStrip<kRows, 1, true>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, cols - j);
-  }
-}
-
-// See GemmKernels::thin.
-static void Thin(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                 int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
-  static constexpr decltype(&ThinRows<1>) kByRows[] = {ThinRows<1>, ThinRows<2>, ThinRows<3>,
-                                                       ThinRows<4>};
-  static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kThinRows, "one for each number of rows");
-  kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
-}
-
 // c[kRows, cols] += a[kRows, kDepth] * b[kDepth, cols], or = where `is_first`. Rows of b are read side
 // by side along their whole length, and those that come next are asked for: memory is slow to begin.
-template <int kRows, int kDepth>
-static void HalfBlock(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
-                      float* c, int64_t c_stride, int64_t cols, bool is_first) {
+template <int kRows, int kDepth, class Element>
+static void StreamBlock(const float* a, int64_t a_stride, const Element* b, int64_t b_stride,
+                        float* c, int64_t c_stride, int64_t cols, bool is_first) {
   for (int64_t j = 0; j < cols; j += kLanes) {
     const int64_t part = cols - j;
     Vector rows[kDepth];
 #pragma GCC unroll 8
     for (int k = 0; k < kDepth; ++k) {
-      const uint16_t* from = b + k * b_stride + j;
+      const Element* from = b + k * b_stride + j;
       __builtin_prefetch(from + kDepth * b_stride);
-      rows[k] = part >= kLanes ? LoadHalves(from) : LoadPart(from, part);
+      rows[k] = part >= kLanes ? LoadFloats(from) : LoadPart(from, part);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -242,21 +189,57 @@ static void HalfBlock(const float* a, int64_t a_stride, const uint16_t* b, int64
   }
 }
 
+constexpr int64_t kStreamCols = 1024;  // whose sums stay in the first-level cache
+
+// c[kRows, cols] = a[kRows, depth] * b[depth, cols], cols <= kStreamCols.
+template <int kRows, class Element>
+static void Stream(const float* a, int64_t a_stride, const Element* b, int64_t b_stride, float* c,
+                   int64_t c_stride, int64_t cols, int64_t depth) {
+  int64_t k = 0;
+  for (; k + 8 <= depth; k += 8) {
+    StreamBlock<kRows, 8>(a + k, a_stride, b + k * b_stride, b_stride, c, c_stride, cols, k == 0);
+  }
+  for (; k < depth; ++k) {
+    StreamBlock<kRows, 1>(a + k, a_stride, b + k * b_stride, b_stride, c, c_stride, cols, k == 0);
+  }
+}
+
+// Sums begin anew after each kBlockDepth, as Gemm's do.
+template <int kRows>
+static void ThinRows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                     int64_t c_stride, int64_t cols, int64_t depth) {
+  float sums[kRows * kStreamCols];
+  for (int64_t j = 0; j < cols; j += kStreamCols) {
+    const int64_t width = cols - j < kStreamCols ? cols - j : kStreamCols;
+    for (int64_t k = 0; k < depth; k += kBlockDepth) {
+      const int64_t block = depth - k < kBlockDepth ? depth - k : kBlockDepth;
+      float* to = k == 0 ? c + j : sums;
+      Stream<kRows>(a + k, a_stride, b + k * b_stride + j, b_stride, to,
+                    k == 0 ? c_stride : kStreamCols, width, block);
+      for (int i = 0; k > 0 && i < kRows; ++i) {
+        for (int64_t at = 0; at < width; ++at) {
+          c[i * c_stride + j + at] += sums[i * kStreamCols + at];
+        }
+      }
+    }
+  }
+}
+
+// See GemmKernels::thin.
+static void Thin(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                 int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
+  static constexpr decltype(&ThinRows<1>) kByRows[] = {ThinRows<1>, ThinRows<2>, ThinRows<3>,
+                                                       ThinRows<4>};
+  static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kThinRows, "one for each number of rows");
+  kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
+}
+
 template <int kRows>
 static void HalfRows(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
                      float* c, int64_t c_stride, int64_t cols, int64_t depth) {
-  constexpr int64_t kCols = 1024;  // whose sums stay in the first-level cache
-  for (int64_t j = 0; j < cols; j += kCols) {
-    const int64_t width = cols - j < kCols ? cols - j : kCols;
-    int64_t k = 0;
-    for (; k + 8 <= depth; k += 8) {
-      HalfBlock<kRows, 8>(a + k, a_stride, b + k * b_stride + j, b_stride, c + j, c_stride, width,
-                          k == 0);
-    }
-    for (; k < depth; ++k) {
-      HalfBlock<kRows, 1>(a + k, a_stride, b + k * b_stride + j, b_stride, c + j, c_stride, width,
-                          k == 0);
-    }
+  for (int64_t j = 0; j < cols; j += kStreamCols) {
+    const int64_t width = cols - j < kStreamCols ? cols - j : kStreamCols;
+    Stream<kRows>(a, a_stride, b + j, b_stride, c + j, c_stride, width, depth);
   }
 }
 
@@ -279,8 +262,8 @@ MOESAIC_INLINE float SumOfLanes(Vector vector) {
 }
 
 // kCols dot products of each of kRows rows: lanes sum every kLanes-th product.
-template <int kRows, int kCols>
-MOESAIC_INLINE void Dots(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+template <int kRows, int kCols, class Element>
+MOESAIC_INLINE void Dots(const float* a, int64_t a_stride, const Element* b, int64_t b_stride,
                          float* c, int64_t c_stride, int64_t depth) {
   Vector sums[kRows][kCols] = {};
   const int64_t whole = depth / kLanes * kLanes;
@@ -288,7 +271,7 @@ MOESAIC_INLINE void Dots(const float* a, int64_t a_stride, const uint16_t* b, in
 #pragma GCC unroll 4
     for (int j = 0; j < kCols; ++j) {
       __builtin_prefetch(b + (j + kCols) * b_stride + k);
-      const Vector col = LoadHalves(b + j * b_stride + k);
+      const Vector col = LoadFloats(b + j * b_stride + k);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) sums[i][j] += Load(a + i * a_stride + k) * col;
     }
@@ -305,8 +288,8 @@ MOESAIC_INLINE void Dots(const float* a, int64_t a_stride, const uint16_t* b, in
   }
 }
 
-template <int kRows>
-static void DotRows(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride, float* c,
+template <int kRows, class Element>
+static void DotRows(const float* a, int64_t a_stride, const Element* b, int64_t b_stride, float* c,
                     int64_t c_stride, int64_t cols, int64_t depth) {
   constexpr int kCols = kRows <= 4 ? 4 : 2;
   int64_t j = 0;
@@ -318,12 +301,22 @@ static void DotRows(const float* a, int64_t a_stride, const uint16_t* b, int64_t
   }
 }
 
+// See GemmKernels::dot.
+static void Dot(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
+  static constexpr decltype(&DotRows<1, float>) kByRows[] = {DotRows<1, float>, DotRows<2, float>,
+                                                             DotRows<3, float>, DotRows<4, float>};
+  static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kThinRows, "one for each number of rows");
+  kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
+}
+
 // See GemmKernels::dot_halves.
 static void DotHalves(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
                       float* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
-  static constexpr decltype(&DotRows<1>) kByRows[] = {DotRows<1>, DotRows<2>, DotRows<3>,
-                                                      DotRows<4>, DotRows<5>, DotRows<6>,
-                                                      DotRows<7>, DotRows<8>};
+  using Half = uint16_t;
+  static constexpr decltype(&DotRows<1, Half>) kByRows[] = {
+      DotRows<1, Half>, DotRows<2, Half>, DotRows<3, Half>, DotRows<4, Half>,
+      DotRows<5, Half>, DotRows<6, Half>, DotRows<7, Half>, DotRows<8, Half>};
   static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kHalfRows, "one for each number of rows");
   kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
 }
@@ -331,8 +324,8 @@ static void DotHalves(const float* a, int64_t a_stride, const uint16_t* b, int64
 extern const GemmKernels kGemmKernels;
 const GemmKernels kGemmKernels = {
     MOESAIC_ISA_NAME, kTileRows, kTileCols, Tile, Pack<kTileRows>, Pack<kTileCols>,
-    PackHalves<kTileRows>, PackHalves<kTileCols>, RoundToHalves, RoundFloats, Thin, ThinHalves,
-    DotHalves};
+    PackHalves<kTileRows>, PackHalves<kTileCols>, RoundToHalves, RoundFloats, Thin, Dot,
+    ThinHalves, DotHalves};
 
 }  // namespace MOESAIC_ISA
 }  // namespace moesaic
