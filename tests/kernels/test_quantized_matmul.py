@@ -333,12 +333,13 @@ def test_a_row_s_bits_do_not_depend_on_the_rows_beside_it(op, format, activation
 
 @needs_native
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("d_out", [70, 64])
-def test_a_row_s_bits_in_products_with_arrays(dtype, d_out, isa_or_tiles):
-    """600 inputs: more than a block's (256). The last columns fill no vector."""
+@pytest.mark.parametrize(("d_in", "d_out"), [(600, 70), (600, 64), (30, 64)])
+def test_a_row_s_bits_in_products_with_arrays(dtype, d_in, d_out, isa_or_tiles):
+    """600 inputs: more than a block's (256); 30 are no multiple of what is read at a time. The last
+    columns fill no vector."""
     random = np.random.RandomState(0)
-    x = random.standard_normal((40, 600)).astype(np.float32)
-    w = random.standard_normal((1, 600, d_out)).astype(jnp.dtype(dtype))
+    x = random.standard_normal((40, d_in)).astype(np.float32)
+    w = random.standard_normal((1, d_in, d_out)).astype(jnp.dtype(dtype))
     how = {"fixed_order": dtype == "bfloat16", "implementation": "cpu"}  # float32's always is
     y = check_fixed_order(jax.jit(functools.partial(grouped_matmul, **how)), x, w)
     exact = x.astype(np.float64) @ np.asarray(w[0], np.float64)

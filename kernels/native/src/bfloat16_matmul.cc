@@ -25,8 +25,8 @@ using S32 = ffi::Buffer<ffi::S32>;
 // From this many rows of a group on average, tiles of its matrix are worth making.
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBlockRows = 512;
-// And from which floats are, where there are no tiles.
-constexpr int64_t kPackedRows = 16;
+// And from which floats are, where there are no tiles: of outputs first they are turned round.
+constexpr int64_t kPackedRows = 16, kPackedRowsTurned = 128;
 // Bytes of weights that are worth another thread's claim.
 constexpr int64_t kTaskBytes = 32 << 10;
 
@@ -105,7 +105,8 @@ ffi::Error Bfloat16Matmul(ffi::ThreadPool pool, F32 x, BF16 w, S32 group_sizes,
   const int64_t groups = sizes.size();
   const bool is_tiled = CurrentTiles() != nullptr && !fixed_order && outputs % kTileSide == 0 &&
                         num_rows >= kTileRows * groups;
-  const bool is_packed = !is_tiled && !fixed_order && num_rows >= kPackedRows * groups;
+  const int64_t packed_rows = outputs_first ? kPackedRowsTurned : kPackedRows;
+  const bool is_packed = !is_tiled && !fixed_order && num_rows >= packed_rows * groups;
   TileRows tiles = {};
   if (is_tiled) {
     const int parts = activations == kAuto ? 1 : kMaxParts;

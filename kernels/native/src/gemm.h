@@ -53,10 +53,13 @@ struct GemmKernels {
   // that a row's bits are Gemm's.
   void (*thin)(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
-  // And where b is [cols, depth]: sums have another order.
+  // The same with sums in another order, for a large b, whose rows are read along their length.
+  void (*stream)(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                 int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
+  // And where b is [cols, depth].
   void (*dot)(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
               int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
-  // The same two for rows <= kHalfRows where b is bfloat16; a row's bits don't depend on the others.
+  // The last two for rows <= kHalfRows where b is bfloat16; a row's bits don't depend on the others.
   void (*thin_halves)(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
                       float* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth);
   void (*dot_halves)(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,

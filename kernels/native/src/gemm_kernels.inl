@@ -160,6 +160,63 @@ MOESAIC_INLINE Vector LoadPart(const Element* from, int64_t count) {
   return part;
 }
 
+// kVectors of c's columns for kRows rows, or of one vector the first `part` columns. Sums begin anew
+// after each kBlockDepth, as Gemm's do.
+template <int kRows, int kVectors, bool kPart = false>
+MOESAIC_INLINE void ThinStrip(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                              float* c, int64_t c_stride, int64_t depth, int64_t part = kLanes) {
+  Vector totals[kRows][kVectors] = {};
+  for (int64_t begin = 0; begin < depth; begin += kBlockDepth) {
+    const int64_t end = depth - begin < kBlockDepth ? depth : begin + kBlockDepth;
+    Vector sums[kRows][kVectors] = {};
+    for (int64_t k = begin; k < end; ++k, b += b_stride) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const Vector row = kPart ? LoadPart(b, part) : Load(b + j * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) sums[i][j] += Broadcast(a[i * a_stride + k]) * row;
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) {
+        totals[i][j] = begin == 0 ? sums[i][j] : totals[i][j] + sums[i][j];
+      }
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + i * c_stride + j * kLanes;
+      if (!kPart) Store(to, totals[i][j]);
+      for (int64_t lane = 0; kPart && lane < part; ++lane) to[lane] = totals[i][j][lane];
+    }
+  }
+}
+
+template <int kRows>
+static void ThinRows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                     int64_t c_stride, int64_t cols, int64_t depth) {
+  constexpr int kVectors = 4;
+  int64_t j = 0;
+  for (; j + kVectors * kLanes <= cols; j += kVectors * kLanes) {
+    ThinStrip<kRows, kVectors>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
+  }
+  for (; j + kLanes <= cols; j += kLanes) {
+    ThinStrip<kRows, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
+  }
+  if (j < cols) {
+    ThinStrip<kRows, 1, true>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, cols - j);
+  }
+}
+
+// See GemmKernels::thin.
+static void Thin(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                 int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
+  static constexpr decltype(&ThinRows<1>) kByRows[] = {ThinRows<1>, ThinRows<2>, ThinRows<3>,
+                                                       ThinRows<4>};
+  static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kThinRows, "one for each number of rows");
+  kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
+}
+
 // c[kRows, cols] += a[kRows, kDepth] * b[kDepth, cols], or = where `is_first`. Rows of b are read side
 // by side along their whole length, and those that come next are asked for: memory is slow to begin.
 template <int kRows, int kDepth, class Element>
@@ -204,51 +261,31 @@ static void Stream(const float* a, int64_t a_stride, const Element* b, int64_t b
   }
 }
 
-// Sums begin anew after each kBlockDepth, as Gemm's do.
-template <int kRows>
-static void ThinRows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                     int64_t c_stride, int64_t cols, int64_t depth) {
-  float sums[kRows * kStreamCols];
-  for (int64_t j = 0; j < cols; j += kStreamCols) {
-    const int64_t width = cols - j < kStreamCols ? cols - j : kStreamCols;
-    for (int64_t k = 0; k < depth; k += kBlockDepth) {
-      const int64_t block = depth - k < kBlockDepth ? depth - k : kBlockDepth;
-      float* to = k == 0 ? c + j : sums;
-      Stream<kRows>(a + k, a_stride, b + k * b_stride + j, b_stride, to,
-                    k == 0 ? c_stride : kStreamCols, width, block);
-      for (int i = 0; k > 0 && i < kRows; ++i) {
-        for (int64_t at = 0; at < width; ++at) {
-          c[i * c_stride + j + at] += sums[i * kStreamCols + at];
-        }
-      }
-    }
-  }
-}
-
-// See GemmKernels::thin.
-static void Thin(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                 int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
-  static constexpr decltype(&ThinRows<1>) kByRows[] = {ThinRows<1>, ThinRows<2>, ThinRows<3>,
-                                                       ThinRows<4>};
-  static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kThinRows, "one for each number of rows");
-  kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
-}
-
-template <int kRows>
-static void HalfRows(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
-                     float* c, int64_t c_stride, int64_t cols, int64_t depth) {
+template <int kRows, class Element>
+static void StreamRows(const float* a, int64_t a_stride, const Element* b, int64_t b_stride,
+                       float* c, int64_t c_stride, int64_t cols, int64_t depth) {
   for (int64_t j = 0; j < cols; j += kStreamCols) {
     const int64_t width = cols - j < kStreamCols ? cols - j : kStreamCols;
     Stream<kRows>(a, a_stride, b + j, b_stride, c + j, c_stride, width, depth);
   }
 }
 
+// See GemmKernels::stream.
+static void StreamFloats(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                         float* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
+  static constexpr decltype(&StreamRows<1, float>) kByRows[] = {
+      StreamRows<1, float>, StreamRows<2, float>, StreamRows<3, float>, StreamRows<4, float>};
+  static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kThinRows, "one for each number of rows");
+  kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
+}
+
 // See GemmKernels::thin_halves.
 static void ThinHalves(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
                        float* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth) {
-  static constexpr decltype(&HalfRows<1>) kByRows[] = {HalfRows<1>, HalfRows<2>, HalfRows<3>,
-                                                       HalfRows<4>, HalfRows<5>, HalfRows<6>,
-                                                       HalfRows<7>, HalfRows<8>};
+  using Half = uint16_t;
+  static constexpr decltype(&StreamRows<1, Half>) kByRows[] = {
+      StreamRows<1, Half>, StreamRows<2, Half>, StreamRows<3, Half>, StreamRows<4, Half>,
+      StreamRows<5, Half>, StreamRows<6, Half>, StreamRows<7, Half>, StreamRows<8, Half>};
   static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kHalfRows, "one for each number of rows");
   kByRows[rows - 1](a, a_stride, b, b_stride, c, c_stride, cols, depth);
 }
@@ -324,8 +361,8 @@ static void DotHalves(const float* a, int64_t a_stride, const uint16_t* b, int64
 extern const GemmKernels kGemmKernels;
 const GemmKernels kGemmKernels = {
     MOESAIC_ISA_NAME, kTileRows, kTileCols, Tile, Pack<kTileRows>, Pack<kTileCols>,
-    PackHalves<kTileRows>, PackHalves<kTileCols>, RoundToHalves, RoundFloats, Thin, Dot,
-    ThinHalves, DotHalves};
+    PackHalves<kTileRows>, PackHalves<kTileCols>, RoundToHalves, RoundFloats, Thin,
+    StreamFloats, Dot, ThinHalves, DotHalves};
 
 }  // namespace MOESAIC_ISA
 }  // namespace moesaic

@@ -37,10 +37,9 @@ ffi::Error ThinMatmul(ffi::ThreadPool pool, F32 x, F32 w, ffi::ResultBuffer<ffi:
   ParallelFor(pool, (outputs + cols - 1) / cols, [&](int64_t strip) {
     const int64_t col = strip * cols, width = std::min(cols, outputs - col);
     const float* of_strip = w.typed_data() + col * (outputs_first ? inputs : 1);
-    (outputs_first ? kernels.dot : kernels.thin)(x.typed_data(), inputs, of_strip,
-                                                 outputs_first ? inputs : outputs,
-                                                 y->typed_data() + col, outputs, rows, width,
-                                                 inputs);
+    const auto product = outputs_first ? kernels.dot : kernels.stream;
+    product(x.typed_data(), inputs, of_strip, outputs_first ? inputs : outputs,
+            y->typed_data() + col, outputs, rows, width, inputs);
   });
   return ffi::Error::Success();
 }
