@@ -55,7 +55,7 @@ sanitize: .venv              ## the native kernels' tests, with every access and
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 		$(RUN) -m pytest tests/kernels/test_native.py tests/kernels/test_native_attention.py \
 		tests/kernels/test_quantized_matmul.py tests/kernels/test_cached_attention.py \
-		tests/kernels/test_native_bfloat16.py tests/kernels/test_quantize.py
+		tests/kernels/test_native_bfloat16.py tests/kernels/test_quantize.py tests/kernels/test_few_rows.py
 
 lint: .venv                  ## style, types, layers
 	$(VENV)/bin/ruff check .
