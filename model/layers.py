@@ -261,18 +261,12 @@ def unembed(hidden: jax.Array, w: jax.Array | QTensor | OutputsFirst | CappedOut
         return w.bounded(unembed(hidden, w.weight))
     is_embedding = isinstance(w, OutputsFirst) or (isinstance(w, QTensor) and w.outputs_first)
     weight = w.w_VD if isinstance(w, OutputsFirst) else w
-    rows, of_rows = (
-        hidden.reshape(-1, hidden.shape[-1]),
-        "TD,VD->TV" if is_embedding else "TD,DV->TV",
-    )
-    is_quantised = isinstance(weight, QTensor)
-    if (
-        is_quantised
-        or reads_as_stored(weight.dtype, hidden.dtype)
-        or takes_rows(rows, weight, of_rows)
-    ):
-        logits = matmul(rows, weight, of_rows)
-        return logits.astype(jnp.float32).reshape(*hidden.shape[:-1], -1)
+    rows, of_rows = hidden.reshape(-1, hidden.shape[-1]), f"TD,{'VD' if is_embedding else 'DV'}->TV"
+    # Rows of bfloat16 would be multiplied to bfloat16, and logits are float32.
+    is_thin = hidden.dtype == jnp.float32 and takes_rows(rows, weight, of_rows)
+    if is_thin or isinstance(weight, QTensor) or reads_as_stored(weight.dtype, hidden.dtype):
+        logits = matmul(rows, weight, of_rows).astype(jnp.float32)
+        return logits.reshape(*hidden.shape[:-1], -1)
     equation = "...D,VD->...V" if is_embedding else "...D,DV->...V"
     return jnp.einsum(equation, hidden, weight, preferred_element_type=jnp.float32)
 

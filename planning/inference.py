@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from configs.accelerators import DATA_SHEETS
 from configs.checks import UserError, require
+from formats.gguf.blocks import BLOCK
 from infer.engine.options import EngineOptions
 from infer.hardware import Hardware
 from kernels import backend, native
 from kernels.grouped_matmul.implementations import runs_native
-from kernels.quantize.formats import AFFINE, QUANTIZED, WeightFormat
+from kernels.quantize.formats import AFFINE, QUANTIZED, WeightFormat, default_block_size
 from planning.inference_cost import Costs, formats_on
 from planning.memory import USABLE
 
@@ -239,7 +240,7 @@ def _candidate(
 ) -> Candidate:
     decode = costs.decode_seconds(format, rows, state_bytes)
     piece = choose_piece(costs, wanted, format, decode)
-    is_found_again = format in AFFINE and wanted.is_in_four_bits
+    is_found_again = wanted.is_in_four_bits and _keeps_blocks(format, costs.hardware)
     return Candidate(
         weights=format,
         weight_nats=FOUND_AGAIN if is_found_again else NATS[format],
@@ -253,6 +254,14 @@ def _candidate(
         decode_seconds=decode,
         piece_seconds=costs.prompt_seconds(format, piece),
     )
+
+
+def _keeps_blocks(format: WeightFormat, hardware: Hardware) -> bool:
+    """Whether blocks with offsets are as small on the device as in a GGUF file: larger ones hold
+    several grids, which none of theirs is."""
+    if format not in AFFINE or hardware.target is None:
+        return False
+    return default_block_size(QUANTIZED[format], hardware.target) <= BLOCK
 
 
 def choose_page_size(context: int) -> int:

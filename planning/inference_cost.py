@@ -11,7 +11,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import jax
 
@@ -21,7 +21,7 @@ from configs.checks import UserError
 from configs.feed_forward import MoEConfig
 from infer.hardware import Hardware
 from infer.load import inference_execution
-from infer.weights import formats_of, matrices_of
+from infer.weights import FORMATS, formats_of, matrices_of
 from kernels.quantize import MatrixDims
 from kernels.quantize.formats import (
     AFFINE,
@@ -193,4 +193,4 @@ def formats_on(hardware: Hardware) -> tuple[WeightFormat, ...]:
     """Formats of weights that kernels for the device read."""
     if hardware.target is None or hardware.sheet.platform == "unknown":
         return ("float32", "bfloat16")
-    return get_args(WeightFormat)
+    return FORMATS

@@ -84,11 +84,11 @@ def reads_as_stored(weight_dtype: jnp.dtype, dtype: jnp.dtype) -> bool:
     return is_mixed and runs_native(current_target()) and not is_split_by_xla()
 
 
-def takes_rows(x: jax.Array, weight: jax.Array, equation: str) -> bool:
+def takes_rows(x: jax.Array, weight: jax.Array | QTensor, equation: str) -> bool:
     """Whether the kernels of bfloat16.py or few_rows.py multiply x by an array, as the equation of
     rows with one weight has it; those of bfloat16.py need inputs that come first.
     """
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
+    if isinstance(weight, QTensor) or x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
     parts = _split(equation)
     num_rows = math.prod(x.shape[: len(parts.rows)])

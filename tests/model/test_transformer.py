@@ -299,3 +299,12 @@ def test_a_seed_draws_what_it_always_drew():
     sums = {name: np.abs(np.asarray(x, np.float64)).sum() for name, x in found.items()}
     recorded = {"embedding": 7555.4145, "q": 140.42518, "down": 410.1078, "gate_up": 441.49861}
     assert sums == pytest.approx(recorded, rel=1e-6)
+
+
+def test_logits_of_bfloat16_rows_are_not_rounded(monkeypatch):
+    """Not even where bfloat16 kernels take many rows, as on a processor with tiles."""
+    monkeypatch.setattr("kernels.matmul.bfloat16.is_native", lambda num_rows, dtype: True)
+    random = np.random.RandomState(0)
+    hidden, w = (jnp.asarray(random.randn(*shape), jnp.bfloat16) for shape in ((64, 96), (96, 80)))
+    exact = np.asarray(hidden, np.float64) @ np.asarray(w, np.float64)
+    np.testing.assert_allclose(jax.jit(unembed)(hidden, w), exact, atol=1e-4)

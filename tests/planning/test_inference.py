@@ -178,6 +178,10 @@ def test_four_bits_of_a_file_are_taken_as_they_are():
         assert found is not None
         assert found.weights == expected
         assert found.nats <= wanted.budget
+    of_file = dataclasses.replace(wanted, is_in_four_bits=True)  # whose blocks a GPU's hold four of
+    found = make_inference_plan(costs(from_sheet("h100")), of_file).chosen
+    assert found is not None
+    assert found.weights == "int8"
 
 
 def test_kernels_are_told_with_the_measurement():
